@@ -1,0 +1,124 @@
+//! The host's error: what, where, help; and which exit code it deserves.
+
+use std::fmt;
+
+/// Whose fault it is, which is what the exit code says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The command line, the configuration or the input was wrong: exit code 2.
+    Input,
+    /// The run failed: exit code 1.
+    Run,
+}
+
+/// An error for the person who reads it.
+#[derive(Clone, Debug)]
+pub struct Error {
+    /// Whose fault it is.
+    pub kind: Kind,
+    message: String,
+    place: Option<String>,
+    help: Option<String>,
+}
+
+/// What every fallible function of the host returns.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// The command line or the input is wrong.
+    pub fn input(message: impl Into<String>) -> Error {
+        Error { kind: Kind::Input, message: message.into(), place: None, help: None }
+    }
+
+    /// The run cannot go on.
+    pub fn run(message: impl Into<String>) -> Error {
+        Error { kind: Kind::Run, ..Error::input(message) }
+    }
+
+    /// Says where: a file with its line, a tensor, a flag. A place that is there already is the nearer one and stays.
+    #[must_use]
+    pub fn at(mut self, place: impl fmt::Display) -> Error {
+        self.place.get_or_insert_with(|| place.to_string());
+        self
+    }
+
+    /// Says what to do about it.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Error {
+        self.help.get_or_insert_with(|| help.into());
+        self
+    }
+
+    /// The message without place and help.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// An input error for a name that is not among those known, with the nearest one as help.
+    pub fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Error {
+        let known: Vec<&str> = known.into_iter().collect();
+        let nearest =
+            known.iter().max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
+        let near = nearest.filter(|n| strsim::jaro_winkler(n, name) > 0.7);
+        let help = match near {
+            Some(near) => format!("did you mean '{near}'? known: {}", known.join(", ")),
+            None => format!("known: {}", known.join(", ")),
+        };
+        Error::input(format!("unknown {what} '{name}'")).help(help)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(place) = &self.place {
+            write!(f, "{place}: ")?;
+        }
+        f.write_str(&self.message)?;
+        if let Some(help) = &self.help {
+            write!(f, "\n  help: {help}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<dpo_plugin_api::Error> for Error {
+    fn from(error: dpo_plugin_api::Error) -> Error {
+        Error { help: error.help, ..Error::input(error.message) }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Error {
+        // candle appends a backtrace on further lines when RUST_BACKTRACE is set.
+        let text = error.to_string();
+        Error::run(text.lines().next().unwrap_or("tensor error"))
+    }
+}
+
+/// Reading and writing files, with the path as the place.
+pub trait IoContext<T> {
+    /// Turns an IO error into an input error about `path`.
+    fn reading(self, path: &std::path::Path) -> Result<T>;
+    /// Turns an IO error into a run error about `path`.
+    fn writing(self, path: &std::path::Path) -> Result<T>;
+}
+
+impl<T> IoContext<T> for std::io::Result<T> {
+    fn reading(self, path: &std::path::Path) -> Result<T> {
+        self.map_err(|e| Error::input(format!("cannot read: {}", plain(&e))).at(path.display()))
+    }
+
+    fn writing(self, path: &std::path::Path) -> Result<T> {
+        self.map_err(|e| Error::run(format!("cannot write: {}", plain(&e))).at(path.display()))
+    }
+}
+
+/// "no such file or directory" instead of "No such file or directory (os error 2)".
+fn plain(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut letters = text.chars();
+    letters.next().map(|c| c.to_lowercase().collect::<String>() + letters.as_str()).unwrap_or_default()
+}
