@@ -1,7 +1,10 @@
 //! dpo-host: LoRA preference training with plugins for model families, dataset formats and losses.
 
+pub mod batch;
+pub mod data;
 pub mod error;
 pub mod graph;
+pub mod ops;
 pub mod plugins;
 
 // Referred to so that the linker keeps what they submit to `inventory`.
