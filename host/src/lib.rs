@@ -2,10 +2,14 @@
 
 pub mod batch;
 pub mod data;
+pub mod engine;
 pub mod error;
+pub mod files;
 pub mod graph;
+pub mod lora;
 pub mod ops;
 pub mod plugins;
+pub mod weights;
 
 // Referred to so that the linker keeps what they submit to `inventory`.
 use {dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};
