@@ -1,8 +1,20 @@
 //! dpo-host: LoRA preference training with plugins for model families, dataset formats and losses.
 
+pub mod batch;
+pub mod cli;
+pub mod data;
+pub mod demo;
+pub mod engine;
 pub mod error;
+pub mod files;
 pub mod graph;
+pub mod lora;
+pub mod model;
+pub mod ops;
+pub mod plan;
 pub mod plugins;
+pub mod train;
+pub mod weights;
 
 // Referred to so that the linker keeps what they submit to `inventory`.
 use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};

@@ -1,1 +1,121 @@
-//! Shared helpers of the end-to-end tests.
+//! Shared helpers of the end-to-end tests: small random models in memory, and engines over them.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use dpo_host::data::TokenPair;
+use dpo_host::engine::Engine;
+use dpo_host::lora::{Adapter, AdapterConfig, Targets};
+use dpo_host::plugins::Registry;
+use dpo_host::weights::blocks;
+use dpo_plugin_api::graph::ModelGraph;
+
+/// A stream of numbers in -1..1 that is the same everywhere.
+pub struct Numbers(u64);
+
+impl Numbers {
+    /// Begins a stream.
+    pub fn new(seed: u64) -> Numbers {
+        Numbers(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
+    }
+
+    /// The next number.
+    pub fn next(&mut self) -> f64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) as f64 / (1_u64 << 52) as f64 - 1.0
+    }
+
+    /// A tensor of such numbers, f64.
+    pub fn tensor(&mut self, shape: &[usize]) -> Tensor {
+        let values: Vec<f64> = (0..shape.iter().product()).map(|_| self.next()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).expect("a CPU tensor of a known shape")
+    }
+
+    /// A whole number below `end`.
+    pub fn below(&mut self, end: usize) -> usize {
+        ((self.next() + 1.0) / 2.0 * end as f64) as usize
+    }
+}
+
+/// A small config of each built-in family, with the features that set it apart.
+pub const CONFIGS: &[(&str, &str)] = &[
+    (
+        "qwen2",
+        r#"{"architectures":["Qwen2ForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_hidden_layers":2,
+        "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":96,"rms_norm_eps":1e-6,"rope_theta":10000.0,
+        "max_position_embeddings":128,"tie_word_embeddings":true,"use_sliding_window":true,"sliding_window":6,
+        "max_window_layers":1,"hidden_act":"silu"}"#,
+    ),
+    (
+        "qwen3",
+        r#"{"architectures":["Qwen3ForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_hidden_layers":2,
+        "num_attention_heads":4,"num_key_value_heads":2,"head_dim":12,"vocab_size":96,"rms_norm_eps":1e-6,
+        "rope_theta":10000.0,"max_position_embeddings":128,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+    ),
+    (
+        "llama3",
+        r#"{"architectures":["LlamaForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_hidden_layers":2,
+        "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":96,"rms_norm_eps":1e-5,"rope_theta":10000.0,
+        "max_position_embeddings":128,"tie_word_embeddings":false,"hidden_act":"silu","rope_scaling":{"rope_type":"llama3",
+        "factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":16}}"#,
+    ),
+];
+
+/// The graph of a built-in family for a config.
+pub fn graph(family: &str, config: &str) -> ModelGraph {
+    let registry = Registry::discover(&[]);
+    let family = registry.family(family).expect("a built-in family");
+    dpo_host::graph::of_checkpoint(family, config).expect("a graph")
+}
+
+/// Random f32 weights for every tensor of a graph, by name.
+pub fn weights(graph: &ModelGraph, seed: u64) -> HashMap<String, Tensor> {
+    let mut numbers = Numbers::new(seed);
+    let mut all = HashMap::new();
+    for (block, prefix) in blocks(graph) {
+        for node in &block.nodes {
+            for weight in &node.weights {
+                let spread = if node.op == "rms_norm" { 0.2 } else { 0.3 };
+                let shift = if node.op == "rms_norm" { 1.0 } else { 0.0 };
+                let tensor = (numbers.tensor(&weight.shape) * spread).and_then(|t| t + shift);
+                let tensor =
+                    tensor.and_then(|t| t.to_dtype(candle_core::DType::F32)).expect("arithmetic on a CPU tensor");
+                all.entry(format!("{prefix}{}", weight.tensor)).or_insert(tensor);
+            }
+        }
+    }
+    all
+}
+
+/// An engine over such weights, with an adapter on every linear whose A and B are not zero.
+pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) -> Engine {
+    let of_graph = blocks(graph).map(|(block, prefix)| {
+        let of_node = |n: &dpo_plugin_api::graph::Node| {
+            n.weights.iter().map(|w| weights[&format!("{prefix}{}", w.tensor)].clone()).collect()
+        };
+        block.nodes.iter().map(of_node).collect()
+    });
+    let config = AdapterConfig { rank: 3, alpha: 6.0, rslora: false, targets: Targets::AllLinear };
+    let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");
+    let mut numbers = Numbers::new(seed + 1);
+    adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.next() as f32);
+    Engine::of(graph.clone(), of_graph.collect(), adapter).expect("an engine")
+}
+
+/// Pairs of random tokens with odd lengths: a prompt of one token, answers of one token, answers that begin alike.
+pub fn pairs(vocab: usize, seed: u64) -> Vec<TokenPair> {
+    let mut numbers = Numbers::new(seed);
+    let lengths = [(5, 3, 4), (1, 1, 1), (9, 7, 1), (2, 1, 6), (13, 5, 5), (3, 2, 8)];
+    let pairs = lengths.into_iter().enumerate().map(|(i, (prompt, chosen, rejected))| {
+        let mut tokens = |n: usize| (0..n).map(|_| numbers.below(vocab) as u32).collect::<Vec<u32>>();
+        TokenPair {
+            prompt: tokens(prompt),
+            chosen: tokens(chosen),
+            rejected: tokens(rejected),
+            place: format!("pair {i}"),
+        }
+    });
+    pairs.collect()
+}

@@ -1,13 +1,50 @@
-//! A family's graph, from plain data to something this host can run.
+//! A family's graph: checked against the ops of this host before anything is loaded.
 
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
+use crate::ops;
+use crate::plugins::{Family, refuse_unknown_features};
 
-/// Checks a graph.
-pub fn check(_graph: &ModelGraph) -> Result<()> {
-    Ok(())
-}
+/// Keys of `config.json` that do not change what a forward pass computes. Anything else that a family did not read is
+/// refused, since it might.
+const HARMLESS_CONFIG: &[&str] = &[
+    "_name_or_path",
+    "architectures",
+    "attention_dropout", // off while aligning, as TRL, LLaMA-Factory and ms-swift have it
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "finetuning_task",
+    "hidden_dropout",
+    "id2label",
+    "initializer_range",
+    "is_encoder_decoder",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "max_position_embeddings",
+    "max_window_layers",
+    "model_type",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "sliding_window", // families with a window read it
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+];
 
 /// Statistics of answer tokens that a loss may ask for by name, each `[answer tokens]` under the policy.
 pub const STATISTICS: &[&str] = &["log_sum_sq_probs"];
@@ -17,5 +54,68 @@ pub fn check_statistics(names: &[String]) -> Result<()> {
     match names.iter().find(|n| !STATISTICS.contains(&n.as_str())) {
         Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS.iter().copied())),
         None => Ok(()),
+    }
+}
+
+/// The checked graph of a checkpoint: every key of its config understood, every op known. `config` is the text of its
+/// `config.json`, whose values `null` and `false` count as off.
+pub fn of_checkpoint(family: &Family, config: &str) -> Result<ModelGraph> {
+    let graph = family.graph(config)?;
+    check(&graph)?;
+    let values: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
+    let off = |key: &str| values.get(key).is_some_and(|v| v == &serde_json::Value::Bool(false));
+    let harmless = |key: &str| HARMLESS_CONFIG.contains(&key) || key.starts_with('_') || off(key);
+    match graph.unread_config.iter().find(|k| !harmless(k)) {
+        Some(key) => Err(Error::input(format!("key '{key}' is not understood by the plugin '{}'", family.name))
+            .help("it may change the arithmetic; if it does not, remove it from config.json")),
+        None => Ok(graph),
+    }
+}
+
+/// Checks a graph: features, ops, attributes, widths, and that blocks keep the residual stream.
+pub fn check(graph: &ModelGraph) -> Result<()> {
+    refuse_unknown_features(&graph.requires)?;
+    if graph.layers.is_empty() {
+        return Err(Error::input("the graph has no layers"));
+    }
+    check_block(&graph.embed, 1, graph.hidden_size)?;
+    for block in &graph.blocks {
+        check_block(block, graph.hidden_size, graph.hidden_size)?;
+    }
+    if let Some(layer) = graph.layers.iter().find(|l| l.block >= graph.blocks.len()) {
+        return Err(Error::input(format!("layer '{}' is of block {}, which is not there", layer.prefix, layer.block)));
+    }
+    check_block(&graph.head, graph.hidden_size, graph.vocab_size)?;
+    let ends =
+        |block: &Block| block.nodes.last().is_some_and(|n| n.op == "lm_head") && block.output == block.nodes.len();
+    let elsewhere = |block: &Block| block.nodes.iter().rev().skip(1).any(|n| n.op == "lm_head");
+    if !ends(&graph.head)
+        || elsewhere(&graph.head)
+        || graph.blocks.iter().any(|b| b.nodes.iter().any(|n| n.op == "lm_head"))
+    {
+        return Err(Error::input("the head, and nothing else, should end in the op 'lm_head'"));
+    }
+    // The host runs the head only at rows that predict an answer token, which is right for ops that work row by row.
+    match graph.head.nodes.iter().find(|n| ["attention", "rope"].contains(&n.op.as_str())) {
+        Some(node) => Err(Error::input(format!("the head has the op '{}', which needs whole rows", node.op))),
+        None => Ok(()),
+    }
+}
+
+fn check_block(block: &Block, input: usize, output: usize) -> Result<()> {
+    let place = || format!("block '{}'", block.name);
+    let mut widths = vec![input];
+    for node in &block.nodes {
+        let read: Option<Vec<usize>> = node.inputs.iter().map(|v| widths.get(*v).copied()).collect();
+        let Some(read) = read else {
+            return Err(Error::input(format!("op '{}' reads a value that is not made yet", node.op)).at(place()));
+        };
+        ops::check_node(node, &read).map_err(|e| e.at(place()))?;
+        widths.push(node.width);
+    }
+    match widths.get(block.output) {
+        Some(width) if *width == output => Ok(()),
+        width => Err(Error::input(format!("returns {width:?} columns, needs {output}")).at(place())),
     }
 }

@@ -5,5 +5,6 @@
 mod library;
 mod registry;
 
+pub(crate) use library::refuse_unknown_features;
 pub use library::{Library, Origin, user_folder};
 pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry, Row as ListRow};

@@ -71,6 +71,8 @@ impl ModelFamily for Llama3 {
         });
         // Old conversions saved the frequencies beside the weights.
         graph.unused_tensor("model.layers.*.self_attn.rotary_emb.inv_freq");
+        // A tied checkpoint may carry the projection all the same.
+        graph.unused_tensor("lm_head.weight");
         graph.rope_limit(&rope);
         graph.finish(config)
     }

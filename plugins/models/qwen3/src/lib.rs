@@ -66,6 +66,8 @@ impl ModelFamily for Qwen3 {
             let h = b.rms_norm("model.norm", x, eps);
             b.lm_head(head, h, vocab)
         });
+        // A tied checkpoint may carry the projection all the same.
+        graph.unused_tensor("lm_head.weight");
         graph.rope_limit(&rope);
         graph.finish(config)
     }

@@ -1,0 +1,147 @@
+//! Pairs laid out in one row of tokens, without padding.
+//!
+//! A pair lies as prompt | chosen | rejected. The prompt is there once; the rejected answer continues from the prompt's
+//! end, so its positions restart there. The last token of an answer predicts nothing and is not laid out.
+
+use crate::data::TokenPair;
+
+/// Where tokens are. Attention and rope read it; every other op treats tokens alike.
+#[derive(Clone, Debug, Default)]
+pub struct Layout {
+    /// Position of each token in its own sequence, `[tokens]`.
+    pub positions: Vec<u32>,
+    /// Pairs, in order and without gaps.
+    pub spans: Vec<Span>,
+}
+
+/// One pair's place in the row.
+#[derive(Clone, Debug)]
+pub struct Span {
+    /// Its first token.
+    pub start: usize,
+    /// Tokens of the prompt.
+    pub prompt: usize,
+    /// Tokens of the chosen answer that are laid out.
+    pub chosen: usize,
+    /// Tokens of the rejected answer that are laid out.
+    pub rejected: usize,
+}
+
+impl Span {
+    /// Tokens of the pair.
+    #[allow(clippy::len_without_is_empty)] // A pair is never empty.
+    pub fn len(&self) -> usize {
+        self.prompt + self.chosen + self.rejected
+    }
+}
+
+/// A micro-batch: what the engine runs at once.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// Token ids, `[tokens]`.
+    pub ids: Vec<u32>,
+    /// Where they are.
+    pub layout: Layout,
+    /// For every answer token, the row whose hidden state predicts it, `[answer tokens]`: of every pair the chosen
+    /// answer's, then the rejected one's.
+    pub predictors: Vec<u32>,
+    /// Those answer tokens, `[answer tokens]`.
+    pub targets: Vec<u32>,
+    /// Answer tokens of every pair: chosen, rejected.
+    pub answers: Vec<[usize; 2]>,
+}
+
+impl Batch {
+    /// Lays out pairs one after the other.
+    pub fn of<'a>(pairs: impl IntoIterator<Item = &'a TokenPair>) -> Batch {
+        let mut batch = Batch::default();
+        for pair in pairs {
+            batch.push(pair);
+        }
+        batch
+    }
+
+    fn push(&mut self, pair: &TokenPair) {
+        let start = self.ids.len();
+        let prompt = pair.prompt.len();
+        self.ids.extend(&pair.prompt);
+        self.layout.positions.extend(0..prompt as u32);
+        let mut answers = [0; 2];
+        let mut laid_out = [0; 2];
+        for (side, answer) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
+            let first = self.ids.len();
+            let inputs = &answer[..answer.len() - 1];
+            self.ids.extend(inputs);
+            self.layout.positions.extend(prompt as u32..(prompt + inputs.len()) as u32);
+            // Without a prompt nothing predicts an answer's first token; TRL's shift by one drops it too.
+            let unpredicted = usize::from(prompt == 0);
+            for (i, target) in answer.iter().enumerate().skip(unpredicted) {
+                self.predictors.push(if i == 0 { start + prompt - 1 } else { first + i - 1 } as u32);
+                self.targets.push(*target);
+            }
+            answers[side] = answer.len() - unpredicted;
+            laid_out[side] = inputs.len();
+        }
+        self.answers.push(answers);
+        self.layout.spans.push(Span { start, prompt, chosen: laid_out[0], rejected: laid_out[1] });
+    }
+
+    /// Tokens in the row.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// Tokens a pair takes in a row.
+pub fn laid_out(pair: &TokenPair) -> usize {
+    pair.prompt.len() + pair.chosen.len() + pair.rejected.len() - 2
+}
+
+/// Splits pairs into micro-batches of at most `budget` tokens, keeping their order; a pair longer than that is alone.
+pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<std::ops::Range<usize>> {
+    let mut batches = Vec::new();
+    let (mut first, mut tokens) = (0, 0);
+    for (i, length) in lengths.iter().enumerate() {
+        if i > first && tokens + length > budget {
+            batches.push(first..i);
+            (first, tokens) = (i, 0);
+        }
+        tokens += length;
+    }
+    if first < lengths.len() {
+        batches.push(first..lengths.len());
+    }
+    batches
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair(prompt: &[u32], chosen: &[u32], rejected: &[u32]) -> TokenPair {
+        TokenPair { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into(), place: String::new() }
+    }
+
+    #[test]
+    fn both_answers_follow_the_prompt() {
+        let batch = Batch::of(&[pair(&[1, 2], &[3, 4, 5], &[6]), pair(&[7], &[8], &[9, 10])]);
+        assert_eq!(batch.ids, [1, 2, 3, 4, 7, 9]);
+        assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 1]);
+        assert_eq!(batch.targets, [3, 4, 5, 6, 8, 9, 10]);
+        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 4, 5]);
+        assert_eq!(batch.answers, [[3, 1], [1, 2]]);
+    }
+
+    #[test]
+    fn without_a_prompt_the_first_token_is_given() {
+        let batch = Batch::of(&[pair(&[], &[3, 4], &[5, 6, 7])]);
+        assert_eq!(batch.targets, [4, 6, 7]);
+        assert_eq!(batch.predictors, [0, 1, 2]);
+    }
+
+    #[test]
+    fn budgets_are_kept() {
+        assert_eq!(micro_batches(&[4, 4, 9, 1, 2], 8), [0..2, 2..3, 3..5]);
+        assert_eq!(micro_batches(&[], 8), []);
+    }
+}

@@ -1,0 +1,84 @@
+//! `dpo-host list`: what was found, and where.
+
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::error::Result;
+use crate::ops::OPS;
+use crate::plugins::Registry;
+
+#[derive(Args)]
+pub(super) struct ListOptions {
+    /// Which kind; by default all plugins
+    #[arg(value_enum, default_value_t = Kind::All)]
+    kind: Kind,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// Families, formats and losses
+    All,
+    /// Model families
+    #[value(alias = "models")]
+    Plugins,
+    /// Dataset formats
+    Datasets,
+    /// Losses
+    Losses,
+    /// Ops that graphs may name
+    Ops,
+}
+
+pub(super) fn list(registry: &Registry, options: &ListOptions) -> Result<()> {
+    if options.kind == Kind::Ops {
+        return ops(options.json);
+    }
+    let wanted = |kind: &str| match options.kind {
+        Kind::Plugins => kind == "model",
+        Kind::Datasets => kind == "dataset",
+        Kind::Losses => kind == "loss",
+        Kind::All | Kind::Ops => true,
+    };
+    let rows: Vec<_> = registry.rows.iter().filter(|r| wanted(r.kind)).collect();
+    if options.json {
+        println!("{:#}", json!({"plugins": rows, "refused": registry.refusals}));
+        return Ok(());
+    }
+    let table = rows.iter().map(|r| {
+        let shadowed = r.shadowed_by.as_ref().map(|by| format!(" (not used: {by} comes first)")).unwrap_or_default();
+        [r.kind.to_owned(), r.name.clone(), r.version.clone(), r.claims.clone(), format!("{}{shadowed}", r.origin)]
+    });
+    print_table(["KIND", "NAME", "VERSION", "CLAIMS", "FROM"], table.collect());
+    for refusal in &registry.refusals {
+        println!("refused  {}: {}", refusal.place, refusal.cause);
+    }
+    Ok(())
+}
+
+fn ops(as_json: bool) -> Result<()> {
+    let attrs = |op: &crate::ops::Op| op.attrs.iter().map(|a| a.name).collect::<Vec<_>>();
+    if as_json {
+        let rows: Vec<_> =
+            OPS.iter().map(|o| json!({"name": o.name, "formula": o.formula, "attributes": attrs(o)})).collect();
+        println!("{:#}", json!(rows));
+        return Ok(());
+    }
+    let rows = OPS.iter().map(|o| [o.name.to_owned(), attrs(o).join(", "), o.formula.to_owned()]);
+    print_table(["OP", "ATTRIBUTES", "FORMULA"], rows.collect());
+    Ok(())
+}
+
+/// Columns as wide as their widest cell, two spaces apart.
+fn print_table<const N: usize>(head: [&str; N], rows: Vec<[String; N]>) {
+    let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).chain([head[c].len()]).max().unwrap_or(0);
+    let widths: [usize; N] = std::array::from_fn(width);
+    let print = |row: &[String; N]| {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, w)| format!("{cell:w$}")).collect();
+        println!("{}", cells.join("  ").trim_end());
+    };
+    print(&head.map(str::to_owned));
+    rows.iter().for_each(print);
+}

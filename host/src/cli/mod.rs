@@ -1,0 +1,124 @@
+//! The command line: one subcommand a file. Options are parsed here; what they mean is decided where they are used.
+
+mod config;
+mod data;
+mod describe;
+mod eval;
+mod list;
+mod plan;
+mod swift;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::{Error, Kind, Result};
+use crate::plugins::Registry;
+use crate::train::{self, TrainOptions};
+
+/// Trains language models on preference data with LoRA: one binary, plugins for model families, dataset formats and
+/// losses.
+#[derive(Parser)]
+#[command(name = "dpo-host", version, max_term_width = 110, args_override_self = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Folder with plugin libraries, looked through before $DPO_PLUGIN_PATH and the user's folder; may be repeated
+    #[arg(long, global = true, value_name = "DIR")]
+    plugin_dir: Vec<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter. Without model and data: the built-in demo
+    ///
+    /// Flags of ms-swift's `swift rlhf --rlhf_type dpo` are accepted under their own names; those without a meaning here are
+    /// reported. Flags may also be written as a TOML file: --config run.toml.
+    #[command(args_override_self = true)]
+    Train(Box<TrainOptions>),
+    /// List plugins: what was found, and where
+    List(list::ListOptions),
+    /// Describe a plugin: a family's graph, a format's rows, a loss's formula and options
+    Describe(describe::DescribeOptions),
+    /// Write a new plugin crate that builds, passes its tests and loads
+    New(NewOptions),
+    /// Check a dataset: what becomes of its rows, lengths, one pair as the model sees it
+    Data(data::DataCommand),
+    /// Compute the memory of a run before it starts
+    Plan(plan::PlanOptions),
+    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
+    Eval(eval::EvalOptions),
+}
+
+#[derive(clap::Args)]
+struct NewOptions {
+    /// What to write
+    #[arg(value_enum)]
+    kind: NewKind,
+    /// Its name, in lower case
+    name: String,
+    /// Where; by default a folder of that name here
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum NewKind {
+    /// A model family
+    Model,
+    /// A dataset format
+    Format,
+    /// An alignment loss
+    Loss,
+}
+
+/// Runs a command line, prints its error, and says how it ended.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(match error.kind {
+                Kind::Run => 1,
+                Kind::Input => 2,
+            })
+        }
+    }
+}
+
+fn run(args: Vec<OsString>) -> Result<()> {
+    let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    let args = swift::translate(config::expand(args)?)?;
+    for note in &args.notes {
+        eprintln!("note: {note}");
+    }
+    let cli = match Cli::try_parse_from(&args.args) {
+        Ok(cli) => cli,
+        // clap prints its own errors with usage, to the right stream; they are the user's to mend.
+        Err(e) => {
+            let _ = e.print();
+            std::process::exit(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    let registry = Registry::discover(&cli.plugin_dir);
+    if !matches!(cli.command, Command::List(_)) {
+        for refusal in &registry.refusals {
+            eprintln!("warning: plugin {} is left out: {}", refusal.place, refusal.cause);
+        }
+    }
+    match cli.command {
+        Command::Train(options) => {
+            let folder = train::run(&registry, *options)?;
+            eprintln!("adapter     {}", folder.join("adapter_model.safetensors").display());
+            Ok(())
+        }
+        Command::List(options) => list::list(&registry, &options),
+        Command::Describe(options) => describe::describe(&registry, &options),
+        Command::New(_) => Err(Error::run("not yet")),
+        Command::Data(options) => data::data(&registry, &options),
+        Command::Plan(options) => plan::plan(&registry, &options),
+        Command::Eval(options) => eval::eval(&registry, &options),
+    }
+}

@@ -1,0 +1,120 @@
+//! The adapter: which linears get a low-rank update, its parameters in one flat f32 buffer, and PEFT's files.
+
+mod peft;
+mod target;
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use dpo_plugin_api::graph::ModelGraph;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::error::{Error, Result};
+use crate::ops::Lora;
+use crate::weights::blocks;
+
+pub use peft::{AdapterConfig, read_config};
+pub use target::Targets;
+
+/// A linear that is adapted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Site {
+    /// Its module, as PEFT names it: `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// Columns of its input and of its output.
+    pub inputs: usize,
+    /// Columns of its output.
+    pub outputs: usize,
+    /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows.
+    pub offset: usize,
+    /// The block it is in, counted as [`blocks`] does, and its node.
+    pub node: (usize, usize),
+}
+
+/// Low-rank updates with their parameters.
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    /// Rank, alpha, targets.
+    pub config: AdapterConfig,
+    /// Adapted linears in the order of the graph.
+    pub sites: Vec<Site>,
+    /// A and B of every site, one after the other.
+    pub params: Vec<f32>,
+}
+
+impl Adapter {
+    /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
+    pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
+        let sites = sites(graph, &config)?;
+        let mut adapter = Adapter { params: vec![0.0; size(&sites, config.rank)], sites, config };
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        for site in &adapter.sites {
+            let bound = (site.inputs as f32).powf(-0.5);
+            let a = site.offset..site.offset + adapter.config.rank * site.inputs;
+            adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
+        }
+        Ok(adapter)
+    }
+
+    /// The adapter in a folder of PEFT's.
+    pub fn load(graph: &ModelGraph, folder: &Path) -> Result<Adapter> {
+        let config = read_config(folder)?;
+        let sites = sites(graph, &config).map_err(|e| e.at(folder.join("adapter_config.json").display()))?;
+        let mut adapter = Adapter { params: vec![0.0; size(&sites, config.rank)], sites, config };
+        peft::read_params(&mut adapter, folder)?;
+        Ok(adapter)
+    }
+
+    /// Writes `adapter_config.json` and `adapter_model.safetensors`.
+    pub fn save(&self, folder: &Path, base_model: &str) -> Result<()> {
+        peft::write(self, folder, base_model)
+    }
+
+    /// A and B of a site as tensors.
+    pub fn lora(&self, site: &Site) -> Result<Lora> {
+        let [a, b] = self.ranges(site);
+        let rank = self.config.rank;
+        Ok(Lora {
+            a: Tensor::from_slice(&self.params[a], (rank, site.inputs), &Device::Cpu)?,
+            b: Tensor::from_slice(&self.params[b], (site.outputs, rank), &Device::Cpu)?,
+            scale: self.config.scale(),
+        })
+    }
+
+    /// Where A and B of a site lie in the flat buffer.
+    pub fn ranges(&self, site: &Site) -> [std::ops::Range<usize>; 2] {
+        let middle = site.offset + self.config.rank * site.inputs;
+        [site.offset..middle, middle..middle + self.config.rank * site.outputs]
+    }
+}
+
+fn size(sites: &[Site], rank: usize) -> usize {
+    sites.last().map_or(0, |s| s.offset + rank * (s.inputs + s.outputs))
+}
+
+/// The linears of a graph that the targets name.
+fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
+    let mut sites = Vec::new();
+    let mut offset = 0;
+    let mut modules = Vec::new();
+    for (at, (block, prefix)) in blocks(graph).enumerate() {
+        for (index, node) in block.nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
+            let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
+            if config.targets.name(&module) {
+                let inputs = node.weights[0].shape[1];
+                let outputs = node.width;
+                sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (at, index) });
+                offset += config.rank * (inputs + outputs);
+            }
+            modules.push(module);
+        }
+    }
+    if let Some(unused) = config.targets.first_without_match(&modules) {
+        let mut last: Vec<&str> = modules.iter().filter_map(|m| m.rsplit('.').next()).collect();
+        last.sort_unstable();
+        last.dedup();
+        return Err(Error::unknown("target module", &unused, last));
+    }
+    Ok(sites)
+}

@@ -1,0 +1,152 @@
+//! PEFT's files: `adapter_config.json` and `adapter_model.safetensors` with the names PEFT gives.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::Path;
+
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Map, Value, json};
+
+use super::{Adapter, Targets};
+use crate::error::{Error, IoContext, Result};
+use crate::files;
+use crate::weights::read_f32;
+
+const CONFIG: &str = "adapter_config.json";
+const PARAMS: &str = "adapter_model.safetensors";
+
+/// What an adapter is made of.
+#[derive(Clone, Debug)]
+pub struct AdapterConfig {
+    /// Rows of A.
+    pub rank: usize,
+    /// Numerator of the scale.
+    pub alpha: f64,
+    /// Whether the scale is `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`.
+    pub rslora: bool,
+    /// Which linears.
+    pub targets: Targets,
+}
+
+impl AdapterConfig {
+    /// The factor on `B · A`.
+    pub fn scale(&self) -> f64 {
+        let rank = self.rank as f64;
+        self.alpha / if self.rslora { rank.sqrt() } else { rank }
+    }
+}
+
+/// Keys of a PEFT config with the only values under which its adapter means what ours does.
+const PLAIN: &[(&str, Value)] = &[
+    ("use_dora", Value::Bool(false)),
+    ("lora_bias", Value::Bool(false)),
+    ("fan_in_fan_out", Value::Bool(false)),
+    ("use_qalora", Value::Bool(false)),
+    ("modules_to_save", Value::Null),
+    ("layers_to_transform", Value::Null),
+    ("layer_replication", Value::Null),
+    ("exclude_modules", Value::Null),
+    ("target_parameters", Value::Null),
+    ("trainable_token_indices", Value::Null),
+    ("alora_invocation_tokens", Value::Null),
+    ("arrow_config", Value::Null),
+    ("use_bdlora", Value::Null),
+];
+
+/// Reads the config in an adapter folder, refusing kinds of adapter that are not plain LoRA.
+pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
+    let path = folder.join(CONFIG);
+    let text = std::fs::read_to_string(&path).reading(&path)?;
+    parse_config(&text).map_err(|e| e.at(path.display()))
+}
+
+fn parse_config(text: &str) -> Result<AdapterConfig> {
+    let keys: Map<String, Value> = serde_json::from_str(text).map_err(|e| Error::input(e.to_string()))?;
+    let refuse = |key: &str, value: &Value| Err(Error::input(format!("'{key}': {value} is not supported")));
+    match keys.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => {}
+        other => return Err(Error::input(format!("peft_type is {other:?}, only LORA is supported"))),
+    }
+    for (key, plain) in PLAIN {
+        if let Some(value) = keys.get(*key).filter(|v| *v != plain && !v.is_null() && *v != &Value::Bool(false)) {
+            return refuse(key, value);
+        }
+    }
+    for key in ["rank_pattern", "alpha_pattern"] {
+        if let Some(value) = keys.get(key).filter(|v| v.as_object().is_some_and(|m| !m.is_empty())) {
+            return refuse(key, value);
+        }
+    }
+    if let Some(bias) = keys.get("bias").filter(|b| b.as_str() != Some("none")) {
+        return refuse("bias", bias);
+    }
+    let rank = keys.get("r").and_then(Value::as_u64).filter(|r| *r > 0);
+    let (Some(rank), Some(alpha)) = (rank, keys.get("lora_alpha").and_then(Value::as_f64)) else {
+        return Err(Error::input("'r' and 'lora_alpha' should be numbers above 0"));
+    };
+    let rslora = keys.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
+    let targets = Targets::from_json(keys.get("target_modules").unwrap_or(&Value::Null))?;
+    Ok(AdapterConfig { rank: rank as usize, alpha, rslora, targets })
+}
+
+fn names(module: &str) -> [String; 2] {
+    ["lora_A", "lora_B"].map(|part| format!("base_model.model.{module}.{part}.weight"))
+}
+
+pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
+    let path = folder.join(PARAMS);
+    let mut tensors = read_f32(&path)?;
+    let rank = adapter.config.rank;
+    for site in adapter.sites.clone() {
+        let shapes = [[rank, site.inputs], [site.outputs, rank]];
+        for ((name, range), shape) in names(&site.module).into_iter().zip(adapter.ranges(&site)).zip(shapes) {
+            let Some((is, values)) = tensors.remove(&name) else {
+                return Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing")).at(path.display()));
+            };
+            if is != shape {
+                let what = format!("tensor '{name}' has shape {is:?}, the model needs {shape:?}");
+                return Err(Error::input(what).at(path.display()));
+            }
+            adapter.params[range].copy_from_slice(&values);
+        }
+    }
+    match tensors.keys().next() {
+        Some(name) => {
+            Err(Error::input(format!("tensor '{name}' belongs to no linear of this model")).at(path.display()))
+        }
+        None => Ok(()),
+    }
+}
+
+pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
+    // PEFT lists plain names, so that a reader needs no notion of our kinds of target.
+    let last = |s: &super::Site| s.module.rsplit('.').next().unwrap_or_default().to_owned();
+    let targets = match &adapter.config.targets {
+        Targets::Pattern(p) => json!(p.as_str().trim_start_matches("^(?:").trim_end_matches(")$")),
+        Targets::Names(names) => json!(names),
+        Targets::AllLinear => json!(adapter.sites.iter().map(last).collect::<BTreeSet<_>>()),
+    };
+    let config = json!({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": true,
+        "r": adapter.config.rank, "lora_alpha": adapter.config.alpha, "lora_dropout": 0.0, "bias": "none",
+        "use_rslora": adapter.config.rslora, "use_dora": false, "fan_in_fan_out": false, "init_lora_weights": true,
+        "modules_to_save": null, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": targets,
+    });
+    let text = format!("{:#}\n", config);
+    let bytes = |range: std::ops::Range<usize>| adapter.params[range].iter().flat_map(|p| p.to_le_bytes()).collect();
+    let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for site in &adapter.sites {
+        let [a, b] = adapter.ranges(site);
+        let [name_a, name_b] = names(&site.module);
+        data.push((name_a, vec![adapter.config.rank, site.inputs], bytes(a)));
+        data.push((name_b, vec![site.outputs, adapter.config.rank], bytes(b)));
+    }
+    let failed = |e: safetensors::SafeTensorError| Error::run(format!("adapter: {e}"));
+    let views =
+        data.iter().map(|(n, shape, bytes)| Ok((n.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
+    let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(failed)?;
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let params = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
+    files::write(&folder.join(PARAMS), &params)?;
+    files::write(&folder.join(CONFIG), text.as_bytes())
+}

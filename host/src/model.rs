@@ -1,0 +1,73 @@
+//! A checkpoint folder: its config, the family that answers for it, its checked graph.
+
+use std::path::{Path, PathBuf};
+
+use dpo_plugin_api::graph::ModelGraph;
+use serde_json::Value;
+
+use crate::error::{Error, IoContext, Result};
+use crate::graph;
+use crate::plugins::{Family, Registry};
+
+/// A model before its weights are read.
+pub struct Model<'r> {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// The family that answers for it.
+    pub family: &'r Family,
+    /// Its graph, checked.
+    pub graph: ModelGraph,
+    /// The text of its `config.json`.
+    pub config: String,
+}
+
+impl<'r> Model<'r> {
+    /// Reads `config.json` and asks the family: the one named, or the one that claims the architecture.
+    pub fn open(registry: &'r Registry, folder: &Path, plugin: Option<&str>) -> Result<Model<'r>> {
+        let path = folder.join("config.json");
+        let config = std::fs::read_to_string(&path).reading(&path).map_err(|e| {
+            e.help(
+                "a model folder holds config.json, tokenizer.json and safetensors files, as published checkpoints do",
+            )
+        })?;
+        let place = path.display();
+        let value: Value = serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
+        let architecture = value.pointer("/architectures/0").and_then(Value::as_str);
+        let family = match (plugin, architecture) {
+            (Some(name), _) => registry.family(name).map_err(|e| e.at("--plugin"))?,
+            (None, Some(architecture)) => registry.family_for(architecture).map_err(|e| e.at(&place))?,
+            (None, None) => {
+                return Err(Error::input("names no architecture").at(&place).help("name the family with --plugin"));
+            }
+        };
+        if let Some(other) = architecture.filter(|a| !family.claims.iter().any(|c| c == a)) {
+            let claims = family.claims.join(", ");
+            return Err(Error::input(format!("is of {other}, but the plugin '{}' answers for {claims}", family.name))
+                .at(&place)
+                .help("leave --plugin out to have it chosen by architecture"));
+        }
+        let graph = graph::of_checkpoint(family, &config).map_err(|e| e.at(&place))?;
+        Ok(Model { folder: folder.to_owned(), family, graph, config })
+    }
+}
+
+/// The folder that `--model` means: a folder, or a snapshot in the local Hugging Face cache.
+pub fn locate(model: &str) -> Result<PathBuf> {
+    let folder = PathBuf::from(model);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
+    let home = || variable("HF_HOME").or_else(|| Some(variable("HOME")?.join(".cache/huggingface")));
+    let hub = variable("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")));
+    let snapshots = hub.map(|h| h.join(format!("models--{}", model.replace('/', "--"))).join("snapshots"));
+    let newest = snapshots.and_then(|s| {
+        let entries = std::fs::read_dir(s).ok()?.filter_map(|e| Some(e.ok()?.path()));
+        entries.filter(|p| p.join("config.json").exists()).max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok())
+    });
+    newest.ok_or_else(|| {
+        Error::input(format!("'{model}' is no folder and not in the local Hugging Face cache"))
+            .at("--model")
+            .help(format!("download it first: huggingface-cli download {model}"))
+    })
+}

@@ -1,0 +1,24 @@
+//! `a + b`.
+
+use candle_core::Tensor;
+
+use super::{Call, Gradients, Kernel, Op, same};
+use crate::error::Result;
+
+pub(super) const OP: Op = Op {
+    name: "add",
+    formula: "a + b",
+    inputs: 2,
+    weights: &[],
+    attrs: &[],
+    check: |node, widths| same("b", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
+    kernel: Kernel::Value { forward, vjp },
+};
+
+fn forward(call: &Call<'_>) -> Result<Tensor> {
+    Ok((call.inputs[0] + call.inputs[1])?)
+}
+
+fn vjp(_: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
+    Ok(Gradients::of(vec![dy.clone(), dy.clone()]))
+}

@@ -1,0 +1,159 @@
+//! Causal grouped-query attention over packed pairs.
+//!
+//! A pair lies as prompt | chosen | rejected. A token sees those of its own pair that come before it, and a rejected one
+//! sees nothing of the chosen answer, so that both answers continue the same prompt. With a window, distances are those
+//! of positions, not of places in the row.
+
+use candle_core::{D, DType, Device, Tensor};
+
+use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, count, number, same};
+use crate::batch::Span;
+use crate::error::Result;
+
+pub(super) const OP: Op = Op {
+    name: "attention",
+    formula: "softmax(scale · q · kᵀ) · v, causal within a pair, rejected does not see chosen",
+    inputs: 3,
+    weights: &[],
+    attrs: &[
+        Attr { name: "heads", kind: AttrKind::Count, presence: Presence::Required },
+        Attr { name: "kv_heads", kind: AttrKind::Count, presence: Presence::Required },
+        Attr { name: "head_dim", kind: AttrKind::Count, presence: Presence::Required },
+        Attr { name: "scale", kind: AttrKind::Number, presence: Presence::Required },
+        Attr { name: "window", kind: AttrKind::Count, presence: Presence::Optional },
+    ],
+    check: |node, widths| {
+        let (heads, kv, dim) = (count(node, "heads"), count(node, "kv_heads"), count(node, "head_dim"));
+        if !heads.is_multiple_of(kv) {
+            return Err(format!("{heads} heads cannot share {kv} key heads"));
+        }
+        same("q", widths[0], heads * dim)?;
+        same("k", widths[1], kv * dim)?;
+        same("v", widths[2], kv * dim)?;
+        same("the value", node.width, heads * dim)
+    },
+    kernel: Kernel::Value { forward, vjp },
+};
+
+/// Most scores held at once: 128 MiB in f32.
+const SCORES: usize = 1 << 25;
+
+/// Key heads `first..first + heads` of one pair, as matrices.
+struct Group {
+    /// `[kv heads, queries per key head · tokens, head_dim]`.
+    q: Tensor,
+    /// `[kv heads, tokens, head_dim]`.
+    k: Tensor,
+    v: Tensor,
+    /// Softmax of the scores, shaped `[kv heads, queries per key head · tokens, tokens]`.
+    p: Tensor,
+}
+
+struct Shape {
+    share: usize,
+    kv_heads: usize,
+    dim: usize,
+    scale: f64,
+}
+
+impl Shape {
+    fn of(call: &Call<'_>) -> Shape {
+        let (heads, kv_heads) = (count(call.node, "heads"), count(call.node, "kv_heads"));
+        let (dim, scale) = (count(call.node, "head_dim"), number(call.node, "scale"));
+        Shape { share: heads / kv_heads, kv_heads, dim, scale }
+    }
+
+    /// Key heads to take at a time for pairs of this length, so that scores stay bounded.
+    fn step(&self, tokens: usize) -> usize {
+        (SCORES / (self.share * tokens * tokens).max(1)).clamp(1, self.kv_heads)
+    }
+
+    /// Rows of a span and columns of some key heads, head by head: `[kv heads, share · tokens, dim]`.
+    fn split(&self, x: &Tensor, span: &Span, first: usize, heads: usize, share: usize) -> Result<Tensor> {
+        let (n, dim) = (span.len(), self.dim);
+        let x = x.narrow(0, span.start, n)?.narrow(1, first * share * dim, heads * share * dim)?;
+        let x = x.contiguous()?.reshape((n, heads * share, dim))?.transpose(0, 1)?.contiguous()?;
+        Ok(x.reshape((heads, share * n, dim))?)
+    }
+
+    /// The way back: `[tokens, kv heads · share · dim]`.
+    fn join(&self, x: &Tensor, tokens: usize, heads: usize, share: usize) -> Result<Tensor> {
+        let x = x.reshape((heads * share, tokens, self.dim))?.transpose(0, 1)?.contiguous()?;
+        Ok(x.reshape((tokens, heads * share * self.dim))?)
+    }
+}
+
+fn group(call: &Call<'_>, shape: &Shape, span: &Span, mask: &Tensor, first: usize, heads: usize) -> Result<Group> {
+    let n = span.len();
+    let q = shape.split(call.inputs[0], span, first, heads, shape.share)?;
+    let k = shape.split(call.inputs[1], span, first, heads, 1)?;
+    let v = shape.split(call.inputs[2], span, first, heads, 1)?;
+    let scores = (q.matmul(&k.t()?)? * shape.scale)?.reshape((heads * shape.share, n, n))?;
+    let scores = scores.broadcast_add(mask)?;
+    let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+    let p = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.reshape((heads, shape.share * n, n))?;
+    Ok(Group { q, k, v, p })
+}
+
+/// 0 where a token sees another, minus infinity elsewhere: `[tokens, tokens]`.
+fn mask(call: &Call<'_>, span: &Span, dtype: DType) -> Result<Tensor> {
+    let window = match count(call.node, "window") {
+        0 => u32::MAX,
+        window => window as u32,
+    };
+    let position = &call.layout.positions[span.start..span.start + span.len()];
+    let rejected = span.prompt + span.chosen;
+    let sees = |q: usize, k: usize| {
+        k <= q && !(q >= rejected && (span.prompt..rejected).contains(&k)) && position[q] - position[k] < window
+    };
+    let n = span.len();
+    let values: Vec<f32> = (0..n * n).map(|i| if sees(i / n, i % n) { 0.0 } else { f32::NEG_INFINITY }).collect();
+    Ok(Tensor::from_vec(values, (n, n), &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+/// Runs over all pairs and groups of key heads, and puts what each returns side by side: `count` values `[tokens, …]`.
+fn over_groups(
+    call: &Call<'_>,
+    count: usize,
+    mut run: impl FnMut(&Shape, &Span, &Group, usize, usize) -> Result<Vec<Tensor>>,
+) -> Result<Vec<Tensor>> {
+    let shape = Shape::of(call);
+    let mut pairs: Vec<Vec<Tensor>> = vec![Vec::new(); count];
+    for span in &call.layout.spans {
+        let mask = mask(call, span, call.inputs[0].dtype())?;
+        let step = shape.step(span.len());
+        let mut groups: Vec<Vec<Tensor>> = vec![Vec::new(); count];
+        for first in (0..shape.kv_heads).step_by(step) {
+            let heads = step.min(shape.kv_heads - first);
+            let group = group(call, &shape, span, &mask, first, heads)?;
+            let values = run(&shape, span, &group, first, heads)?;
+            groups.iter_mut().zip(values).for_each(|(to, value)| to.push(value));
+        }
+        for (to, from) in pairs.iter_mut().zip(groups) {
+            to.push(Tensor::cat(&from, 1)?);
+        }
+    }
+    pairs.iter().map(|p| Ok(Tensor::cat(p, 0)?)).collect()
+}
+
+fn forward(call: &Call<'_>) -> Result<Tensor> {
+    let mut values = over_groups(call, 1, |shape, span, g, _, heads| {
+        Ok(vec![shape.join(&g.p.matmul(&g.v)?, span.len(), heads, shape.share)?])
+    })?;
+    Ok(values.remove(0))
+}
+
+/// `dv = pᵀ·dy`, `ds = p·(dy·vᵀ - rowsum(p·(dy·vᵀ)))`, `dq = scale·ds·k`, `dk = scale·dsᵀ·q`.
+fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
+    let values = over_groups(call, 3, |shape, span, g, first, heads| {
+        let dy = shape.split(dy, span, first, heads, shape.share)?;
+        let dv = g.p.t()?.matmul(&dy)?;
+        let dp = dy.matmul(&g.v.t()?)?;
+        let mean = (&g.p * &dp)?.sum_keepdim(D::Minus1)?;
+        let ds = ((&g.p * dp.broadcast_sub(&mean)?)? * shape.scale)?;
+        let (dq, dk) = (ds.matmul(&g.k)?, ds.t()?.matmul(&g.q)?);
+        let n = span.len();
+        Ok(vec![shape.join(&dq, n, heads, shape.share)?, shape.join(&dk, n, heads, 1)?, shape.join(&dv, n, heads, 1)?])
+    })?;
+    Ok(Gradients::of(values))
+}

@@ -1,0 +1,27 @@
+//! Rows of a table, one for each token id. Its input is the token ids, which take no gradient; its table is frozen.
+
+use candle_core::Tensor;
+
+use super::{Call, Gradients, Kernel, Op, Presence, main_weight, same, weight_shape};
+use crate::error::Result;
+
+pub(super) const OP: Op = Op {
+    name: "embedding",
+    formula: "weight[token]",
+    inputs: 1,
+    weights: &[("weight", Presence::Required)],
+    attrs: &[],
+    check: |node, widths| {
+        let rows = node.weights.first().and_then(|w| w.shape.first()).copied().unwrap_or(0);
+        same("its input, the token ids,", widths[0], 1).and(weight_shape(node, "weight", &[rows, node.width]))
+    },
+    kernel: Kernel::Value { forward, vjp },
+};
+
+fn forward(call: &Call<'_>) -> Result<Tensor> {
+    Ok(main_weight(call)?.index_select(call.inputs[0], 0)?)
+}
+
+fn vjp(_: &Call<'_>, _: &Tensor) -> Result<Gradients> {
+    Ok(Gradients { inputs: vec![None], lora: None })
+}

@@ -1,0 +1,174 @@
+//! Memory before the first step: what everything takes, how many tokens fit at once, what is recomputed.
+
+use std::fmt;
+
+use dpo_plugin_api::graph::ModelGraph;
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::weights::blocks;
+
+/// Bytes of an f32.
+const WORD: usize = 4;
+
+/// More tokens at once gain nothing on a CPU.
+const MOST_TOKENS: usize = 8192;
+
+/// Logits and scores of the widest op, twice, as the ops bound them.
+const WORKSPACE: usize = 512 << 20;
+
+/// The plan of a run on the CPU. Sizes in bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// Memory to plan with.
+    pub available: usize,
+    /// Frozen weights in f32.
+    pub weights: usize,
+    /// Adapter, gradient and moments.
+    pub adapter: usize,
+    /// Logits, attention scores and what else an op holds while it runs.
+    pub workspace: usize,
+    /// Values kept for one token, over all layers.
+    pub per_token: usize,
+    /// Layers whose inner values are computed again.
+    pub recomputed: usize,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: usize,
+}
+
+/// What the user fixes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wishes {
+    /// Memory to plan with; by default what the system has free.
+    pub memory: Option<usize>,
+    /// Tokens at once.
+    pub micro_batch_tokens: Option<usize>,
+    /// Whether layers are recomputed.
+    pub recompute: Option<bool>,
+}
+
+impl Plan {
+    /// Plans for pairs of up to `longest` tokens and an adapter of `parameters`; refuses what does not fit.
+    pub fn new(graph: &ModelGraph, parameters: usize, longest: usize, wishes: Wishes) -> Result<Plan> {
+        let available = wishes.memory.or_else(free_memory).unwrap_or(usize::MAX);
+        let mut names: Vec<(String, usize)> = blocks(graph)
+            .flat_map(|(b, prefix)| b.nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
+            .map(|(prefix, w)| (format!("{prefix}{}", w.tensor), w.shape.iter().product::<usize>() * WORD))
+            .collect();
+        names.sort();
+        names.dedup();
+        let weights = names.iter().map(|(_, bytes)| bytes).sum();
+        let adapter = parameters * WORD * 4;
+        let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
+        // A layer in work holds its values, and gradients of about as many.
+        let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;
+        let inputs = graph.layers.len() * graph.hidden_size * WORD;
+        let fixed = weights + adapter + WORKSPACE;
+        let rest = available.saturating_sub(fixed);
+        let fits = |per_token: usize| rest / per_token.max(1);
+        let wanted = longest.min(wishes.micro_batch_tokens.unwrap_or(longest));
+        let recompute = wishes.recompute.unwrap_or(fits(kept + inputs + widest) < wanted);
+        let per_token = inputs + widest + if recompute { 0 } else { kept };
+        if fits(per_token) < longest {
+            let need = fixed + per_token * longest;
+            return Err(Error::input(format!(
+                "the longest pair has {longest} tokens and needs {}, there are {}: weights {}, adapter {}, workspace {}, \
+                 {} a token",
+                size(need),
+                size(available),
+                size(weights),
+                size(adapter),
+                size(WORKSPACE),
+                size(per_token)
+            ))
+            .help("lower --max-length, or --lora-rank, or take a smaller model"));
+        }
+        let tokens =
+            wishes.micro_batch_tokens.unwrap_or_else(|| fits(per_token).clamp(longest, MOST_TOKENS.max(longest)));
+        let recomputed = if recompute { graph.layers.len() } else { 0 };
+        Ok(Plan {
+            available,
+            weights,
+            adapter,
+            workspace: WORKSPACE,
+            per_token,
+            recomputed,
+            micro_batch_tokens: tokens,
+        })
+    }
+}
+
+/// Bytes a token's values take in one layer.
+fn inner(graph: &ModelGraph, block: usize) -> usize {
+    graph.blocks[block].nodes.iter().map(|n| n.width * WORD).sum()
+}
+
+/// Memory that the system can give without swapping.
+fn free_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)
+}
+
+/// Bytes for people.
+pub fn size(bytes: usize) -> String {
+    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let unit = units.iter().find(|(_, shift)| bytes >= 1 << shift);
+    match unit {
+        Some((name, shift)) => format!("{:.1} {name}", bytes as f64 / (1_u64 << shift) as f64),
+        None => format!("{bytes} B"),
+    }
+}
+
+/// Bytes of a text such as `24GiB`, `900MB` or a plain number.
+pub fn parse_size(text: &str) -> Result<usize> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kib" | "k" => 1024.0,
+        "mib" | "m" => 1024.0 * 1024.0,
+        "gib" | "g" => 1024.0 * 1024.0 * 1024.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        _ => return Err(Error::input(format!("'{text}' is no size")).help("write it as 24GiB")),
+    };
+    let number: f64 =
+        number.parse().map_err(|_| Error::input(format!("'{text}' is no size")).help("write it as 24GiB"))?;
+    Ok((number * factor) as usize)
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let values = self.per_token * self.micro_batch_tokens;
+        writeln!(
+            f,
+            "memory      {} free, {} planned",
+            size(self.available),
+            size(self.weights + self.adapter + self.workspace + values)
+        )?;
+        writeln!(
+            f,
+            "            weights {}, adapter {}, workspace {}",
+            size(self.weights),
+            size(self.adapter),
+            size(self.workspace)
+        )?;
+        let how = if self.recomputed > 0 { "layers recomputed" } else { "values kept" };
+        write!(f, "micro-batch {} tokens of {}, {how}", self.micro_batch_tokens, size(self.per_token))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_size("24GiB").unwrap(), 24 << 30);
+        assert_eq!(parse_size("1.5 GB").unwrap(), 1_500_000_000);
+        assert!(parse_size("much").is_err());
+        assert_eq!(size(3 << 29), "1.5 GiB");
+    }
+}

@@ -1,0 +1,95 @@
+//! What is logged: rewards, log-probs, accuracy, averaged over the steps between two lines of the log.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+/// One pair's numbers.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PairMetrics {
+    /// Log-prob of the chosen and of the rejected answer under the policy, weighted as the loss sees it.
+    pub logps: [f64; 2],
+    /// `beta · log-ratio` of both.
+    pub rewards: [f64; 2],
+    /// Sum of the chosen answer's token log-probs, unweighted, and its tokens.
+    pub chosen_sum: f64,
+    /// Tokens of the chosen answer.
+    pub chosen_tokens: usize,
+}
+
+impl PairMetrics {
+    pub(super) fn of(
+        span: &[Range<usize>; 2],
+        policy: &[f32],
+        reference: &[f32],
+        weights: &[f32],
+        beta: f64,
+    ) -> PairMetrics {
+        let sum = |values: &[f32], s: &Range<usize>| -> f64 {
+            values[s.clone()].iter().zip(&weights[s.clone()]).map(|(v, w)| f64::from(*v) * f64::from(*w)).sum()
+        };
+        let logps = [0, 1].map(|i| sum(policy, &span[i]));
+        let rewards = [0, 1].map(|i| beta * (logps[i] - sum(reference, &span[i])));
+        let chosen_sum = policy[span[0].clone()].iter().map(|l| f64::from(*l)).sum();
+        PairMetrics { logps, rewards, chosen_sum, chosen_tokens: span[0].len() }
+    }
+}
+
+/// Sums over the steps since the last line of the log; all a resumed run needs to go on with it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Window {
+    steps: u64,
+    pairs: f64,
+    loss: f64,
+    logps: [f64; 2],
+    rewards: [f64; 2],
+    correct: f64,
+    chosen_sum: f64,
+    chosen_tokens: f64,
+    /// Unique tokens: a pair counts as prompt once + chosen + rejected.
+    pub(super) tokens: f64,
+}
+
+impl Window {
+    pub(super) fn add(&mut self, loss: f64, pairs: &[PairMetrics], tokens: usize) {
+        self.steps += 1;
+        self.loss += loss;
+        self.tokens += tokens as f64;
+        for pair in pairs {
+            self.pairs += 1.0;
+            for side in 0..2 {
+                self.logps[side] += pair.logps[side];
+                self.rewards[side] += pair.rewards[side];
+            }
+            self.correct += f64::from(u8::from(pair.rewards[0] > pair.rewards[1]));
+            self.chosen_sum += pair.chosen_sum;
+            self.chosen_tokens += pair.chosen_tokens as f64;
+        }
+    }
+
+    /// Means, under the names TRL and ms-swift give them, with `prefix` before each.
+    pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
+        let pairs = self.pairs.max(1.0);
+        let [chosen, rejected] = self.rewards.map(|r| r / pairs);
+        let values = [
+            ("loss", self.loss / self.steps.max(1) as f64),
+            ("rewards/chosen", chosen),
+            ("rewards/rejected", rejected),
+            ("rewards/accuracies", self.correct / pairs),
+            ("rewards/margins", chosen - rejected),
+            ("logps/chosen", self.logps[0] / pairs),
+            ("logps/rejected", self.logps[1] / pairs),
+            ("nll_loss", -self.chosen_sum / self.chosen_tokens.max(1.0)),
+        ];
+        values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), json!(value))).collect()
+    }
+}
+
+/// Most memory this process has held, in GiB; 0 where the system does not say.
+pub(super) fn peak_memory_gib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+    let kib = peak.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0);
+    kib / (1024.0 * 1024.0)
+}

@@ -1,0 +1,21 @@
+//! Training: the objective, the reference, the optimizer, the loop, and what it leaves on disk.
+
+mod checkpoint;
+mod doctor;
+mod log;
+mod metrics;
+pub mod objective;
+pub mod optimizer;
+pub mod options;
+mod reference;
+mod run;
+pub mod schedule;
+mod step;
+
+pub use metrics::PairMetrics;
+pub use objective::{Objective, ObjectiveOptions};
+pub use options::{DataArgs, TrainOptions};
+pub use reference::Reference;
+pub use run::run;
+use step::Step;
+pub use step::{Scores, score};

@@ -1,0 +1,494 @@
+//! The run: everything from options to a trained adapter.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::SeedableRng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use super::checkpoint::{self, State};
+use super::doctor::Doctor;
+use super::log::Log;
+use super::metrics::{Window, peak_memory_gib};
+use super::optimizer::{AdamW, Moments, clip};
+use super::options::{Dtype, Quantization, TrainOptions};
+use super::{Objective, ObjectiveOptions, Reference, Step, step};
+use crate::batch::laid_out;
+use crate::data::{self, ChatTokenizer, DataOptions, TokenPair};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
+use crate::model::{self, Model};
+use crate::plan::{Plan, Wishes, parse_size};
+use crate::plugins::Registry;
+use crate::weights::Checkpoint;
+use crate::{demo, files};
+
+/// Trains, and returns the folder with the result.
+pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
+    let given = demo_or_given(registry, &mut options)?;
+    refuse_unsupported(&options)?;
+    let objective_options = options.objective()?;
+    let objective = Objective::new(registry, &objective_options)?;
+    let folder = model::locate(&given)?;
+    let model = Model::open(registry, &folder, options.plugin.as_deref())?;
+    let resumed = match &options.resume_from_checkpoint {
+        Some(value) => Some(checkpoint::find(options.output_dir.as_deref(), value)?),
+        None => None,
+    };
+    let output = output_folder(&options, &folder, resumed.as_deref())?;
+    let adapter = starting_adapter(&model, &options)?;
+
+    let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
+    let rows = |paths: &[String]| DataOptions::new(paths, &options.data, model.graph.max_positions);
+    let dataset = data::load(&rows(&options.data.dataset)?, registry, &tokenizer)?;
+    refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
+    eprintln!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary);
+    eprintln!("data        {}", dataset.report.line());
+    let (pairs, validation) = match options.val_dataset.as_slice() {
+        [] => split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
+        paths => (dataset.pairs, data::load(&rows(paths)?, registry, &tokenizer)?.pairs),
+    };
+    if pairs.is_empty() {
+        return Err(Error::input("the split leaves no pair to train on").at("--split-dataset-ratio"));
+    }
+
+    let longest = pairs.iter().chain(&validation).map(laid_out).max().unwrap_or(1);
+    let plan = Plan::new(&model.graph, adapter.params.len(), longest, options.wishes()?)?;
+    eprintln!("{plan}");
+    let checkpoint = Checkpoint::open(&folder)?;
+    checkpoint.refuse_extra(&model.graph)?;
+    let identity = format!("{}{}", checkpoint.identity()?, model.config);
+    let mut engine = Engine::load(model.graph, &checkpoint, adapter)?;
+    engine.recompute(plan.recomputed);
+    eprintln!("adapter     {} parameters at {} linears", engine.adapter().params.len(), engine.adapter().sites.len());
+
+    let mut references = [Reference::none(), Reference::none()];
+    if objective.needs_reference() {
+        for (reference, pairs) in references.iter_mut().zip([&pairs, &validation]) {
+            let bar = bar(pairs.len() as u64, "reference   {bar:30} {pos}/{len} pairs {eta} left");
+            let budget = plan.micro_batch_tokens;
+            *reference = Reference::of(&engine, &identity, pairs, budget, |n| bar.inc(n as u64))?;
+            bar.finish_and_clear();
+        }
+    }
+    let [reference, validation_reference] = references;
+
+    let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
+    let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
+    let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
+    let fingerprint = fingerprint(&options, &identity, &engine, &pairs, total);
+    let mut run = Run {
+        moments: Moments::new(engine.adapter().params.len()),
+        optimizer: AdamW {
+            beta1: options.adam_beta1,
+            beta2: options.adam_beta2,
+            eps: options.adam_epsilon,
+            weight_decay: options.weight_decay,
+        },
+        base_model: given,
+        pairs,
+        validation,
+        reference,
+        validation_reference,
+        budget: plan.micro_batch_tokens,
+        per_epoch,
+        total,
+        warmup,
+        fingerprint,
+        window: Window::default(),
+        done: 0,
+        objective,
+        engine,
+        output,
+        options,
+    };
+    match resumed {
+        Some(folder) => run.resume(&folder)?,
+        None => run.begin()?,
+    }
+    run.train()?;
+    Ok(run.output)
+}
+
+/// A run in progress.
+struct Run<'r> {
+    options: TrainOptions,
+    output: PathBuf,
+    base_model: String,
+    engine: Engine,
+    objective: Objective<'r>,
+    optimizer: AdamW,
+    moments: Moments,
+    pairs: Vec<TokenPair>,
+    validation: Vec<TokenPair>,
+    reference: Reference,
+    validation_reference: Reference,
+    /// Tokens of a micro-batch.
+    budget: usize,
+    /// Steps an epoch, in all, and of warm-up.
+    per_epoch: u64,
+    total: u64,
+    warmup: u64,
+    fingerprint: String,
+    window: Window,
+    /// Steps taken.
+    done: u64,
+}
+
+impl Run<'_> {
+    fn begin(&self) -> Result<()> {
+        let args = serde_json::to_string_pretty(&self.options).map_err(|e| Error::run(e.to_string()))?;
+        files::write(&self.output.join("args.json"), args.as_bytes())
+    }
+
+    fn resume(&mut self, folder: &Path) -> Result<()> {
+        let adapter = Adapter::load(self.engine.graph(), folder)?;
+        if adapter.sites != self.engine.adapter().sites {
+            return Err(Error::input("has an adapter of another rank or of other modules").at(folder.display()));
+        }
+        let (moments, state) = checkpoint::load(folder, adapter.params.len())?;
+        if state.fingerprint != self.fingerprint {
+            return Err(Error::input("was written by a run with other data, model or settings")
+                .at(folder.display())
+                .help("resume with the flags in args.json, or start a new run from it with --init-adapter"));
+        }
+        self.engine.update(|params| params.copy_from_slice(&adapter.params))?;
+        (self.moments, self.done, self.window) = (moments, state.global_step, state.window);
+        self.objective.restore(state.losses);
+        Ok(())
+    }
+
+    fn train(&mut self) -> Result<()> {
+        let mut log = Log::open(&self.output, self.done)?;
+        let mut doctor = Doctor::default();
+        let bar = bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
+        bar.set_position(self.done);
+        let start = Instant::now();
+        let mut line_start = Instant::now();
+        let mut gradient = vec![0.0; self.engine.adapter().params.len()];
+        let eval_steps = self.options.eval_steps.unwrap_or(self.options.save_steps);
+        while self.done < self.total {
+            let learning_rate = self.learning_rate();
+            let (step, tokens) = self.gradient(&mut gradient)?;
+            let norm = clip(&mut gradient, self.options.max_grad_norm);
+            if !(step.loss.is_finite() && norm.is_finite()) {
+                bar.finish_and_clear();
+                return Err(Error::run(format!(
+                    "loss {} with a gradient of norm {norm} at step {}",
+                    step.loss,
+                    self.done + 1
+                ))
+                .help("lower --learning-rate; checkpoints before this step are whole"));
+            }
+            let (optimizer, moments) = (self.optimizer, &mut self.moments);
+            self.engine.update(|params| optimizer.step(params, &gradient, moments, learning_rate))?;
+            self.done += 1;
+            self.window.add(step.loss, &step.pairs, tokens);
+            bar.inc(1);
+            let last = self.done == self.total;
+            if self.done == 1 || self.done.is_multiple_of(self.options.logging_steps.max(1)) || last {
+                let mut line = self.line(norm, learning_rate);
+                let seconds = line_start.elapsed().as_secs_f64().max(1e-9);
+                line.insert("tokens_per_second".into(), json!(self.window.tokens / seconds));
+                line.insert("memory_gib".into(), json!(peak_memory_gib()));
+                line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
+                log.write(&line)?;
+                show(&bar, &line);
+                doctor.look(&line).iter().for_each(|w| bar.suspend(|| eprintln!("warning: {w}")));
+                self.window = Window::default();
+                line_start = Instant::now();
+            }
+            if !self.validation.is_empty() && (self.done.is_multiple_of(eval_steps.max(1)) || last) {
+                let line = self.evaluate()?;
+                log.write(&line)?;
+                show(&bar, &line);
+            }
+            if self.done.is_multiple_of(self.options.save_steps.max(1)) || last {
+                self.save()?;
+            }
+        }
+        bar.finish_and_clear();
+        self.engine.adapter().save(&self.output, &self.base_model)
+    }
+
+    fn learning_rate(&self) -> f64 {
+        self.options.learning_rate * self.options.lr_scheduler.factor(self.done, self.warmup, self.total)
+    }
+
+    /// The gradient of the next step, and its unique tokens.
+    fn gradient(&mut self, gradient: &mut [f32]) -> Result<(Step, usize)> {
+        let (epoch, at) = (self.done / self.per_epoch, (self.done % self.per_epoch) as usize);
+        let order = order(self.pairs.len(), self.options.data.shuffle, self.options.data.seed, epoch);
+        let first = at * self.options.batch_size;
+        let chosen = &order[first..(first + self.options.batch_size).min(order.len())];
+        let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
+        let reference = self.reference.gather(chosen.iter().copied());
+        let step = step::gradient(&self.engine, &mut self.objective, &pairs, &reference, self.budget, gradient)?;
+        Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
+    }
+
+    fn line(&self, norm: f64, learning_rate: f64) -> Map<String, Value> {
+        let mut line = self.place();
+        line.extend(self.window.means(""));
+        line.insert("grad_norm".into(), json!(norm));
+        line.insert("learning_rate".into(), json!(learning_rate));
+        line
+    }
+
+    fn place(&self) -> Map<String, Value> {
+        let epoch = self.done as f64 / self.per_epoch as f64;
+        Map::from_iter([("global_step".to_owned(), json!(self.done)), ("epoch".to_owned(), json!(epoch))])
+    }
+
+    fn evaluate(&mut self) -> Result<Map<String, Value>> {
+        let pairs: Vec<&TokenPair> = self.validation.iter().collect();
+        let reference = self.validation_reference.gather(0..pairs.len());
+        let step = step::evaluate(&self.engine, &mut self.objective, &pairs, &reference, self.budget)?;
+        let mut window = Window::default();
+        window.add(step.loss, &step.pairs, 0);
+        let mut line = self.place();
+        line.extend(window.means("eval_"));
+        Ok(line)
+    }
+
+    fn save(&self) -> Result<()> {
+        let state = State {
+            global_step: self.done,
+            epoch: self.done as f64 / self.per_epoch as f64,
+            fingerprint: self.fingerprint.clone(),
+            losses: self.objective.states(),
+            window: self.window.clone(),
+        };
+        let (adapter, keep) = (self.engine.adapter(), self.options.save_total_limit);
+        checkpoint::save(&self.output, adapter, &self.base_model, &self.moments, &state, keep)
+    }
+}
+
+/// The order of pairs in an epoch; the same for the same seed, wherever a run begins.
+fn order(pairs: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..pairs).collect();
+    if shuffle {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(epoch + 1);
+        order.shuffle(&mut rng);
+    }
+    order
+}
+
+/// Takes a random part of the pairs for evaluation; both parts keep their order.
+fn split(pairs: Vec<TokenPair>, ratio: f64, seed: u64) -> (Vec<TokenPair>, Vec<TokenPair>) {
+    let count = (ratio * pairs.len() as f64).ceil() as usize;
+    let mut held_out = vec![false; pairs.len()];
+    order(pairs.len(), true, seed, u64::MAX - 1).into_iter().take(count).for_each(|i| held_out[i] = true);
+    let (held, kept): (Vec<_>, Vec<_>) = pairs.into_iter().zip(held_out).partition(|(_, held)| *held);
+    let plain = |pairs: Vec<(TokenPair, bool)>| pairs.into_iter().map(|(p, _)| p).collect();
+    (plain(kept), plain(held))
+}
+
+/// The model that was named; without model and data, the demo with settings that suit it.
+fn demo_or_given(registry: &Registry, options: &mut TrainOptions) -> Result<String> {
+    match (&options.model, options.data.dataset.is_empty()) {
+        (Some(model), false) => Ok(model.clone()),
+        (Some(_), true) => Err(Error::input("no data").help("name rows with --dataset FILE")),
+        (None, false) => Err(Error::input("no model").help("name a checkpoint folder with --model DIR")),
+        (None, true) => {
+            let demo = demo::write(registry)?;
+            let text = |p: &Path| p.display().to_string();
+            options.data.dataset = vec![text(&demo.dataset)];
+            options.val_dataset = vec![text(&demo.val_dataset)];
+            options.suit_demo();
+            Ok(text(&demo.model))
+        }
+    }
+}
+
+fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
+    let cpu = "this version computes on the CPU";
+    if !matches!(options.device.as_str(), "auto" | "cpu") {
+        return Err(Error::input(format!("'{}' cannot be used: {cpu}", options.device)).at("--device"));
+    }
+    if options.gpus > 1 {
+        return Err(Error::input(format!("{} devices cannot be used: {cpu}", options.gpus)).at("--gpus"));
+    }
+    if options.quantization != Quantization::None {
+        return Err(Error::input(format!("quantised weights cannot be used: {cpu}")).at("--quantization"));
+    }
+    if options.dtype == Dtype::Bfloat16 {
+        eprintln!("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
+    }
+    if options.lora_dropout != 0.0 {
+        eprintln!(
+            "note: --lora-dropout is ignored: dropout is off while aligning, as in TRL, LLaMA-Factory and ms-swift"
+        );
+    }
+    if options.batch_size == 0 {
+        return Err(Error::input("a step needs pairs").at("--batch-size"));
+    }
+    if !(0.0..1.0).contains(&options.split_dataset_ratio) {
+        return Err(Error::input("should be from 0 to below 1").at("--split-dataset-ratio"));
+    }
+    Ok(())
+}
+
+fn starting_adapter(model: &Model<'_>, options: &TrainOptions) -> Result<Adapter> {
+    let Some(folder) = &options.init_adapter else {
+        let targets = match options.target_modules.as_slice() {
+            [] => Targets::AllLinear,
+            names => Targets::parse(names)?,
+        };
+        let (rank, alpha) = (options.lora_rank.unwrap_or(8), options.lora_alpha.unwrap_or(32.0));
+        if rank == 0 {
+            return Err(Error::input("should be above 0").at("--lora-rank"));
+        }
+        let config = AdapterConfig { rank, alpha, rslora: options.use_rslora, targets };
+        return Adapter::new(&model.graph, config, options.data.seed).map_err(|e| e.at("--target-modules"));
+    };
+    let config = read_config(folder)?;
+    let differs = [
+        ("--lora-rank", options.lora_rank.is_some_and(|r| r != config.rank)),
+        ("--lora-alpha", options.lora_alpha.is_some_and(|a| a != config.alpha)),
+    ];
+    match differs.iter().find(|(_, differs)| *differs) {
+        Some((flag, _)) => {
+            let (rank, alpha) = (config.rank, config.alpha);
+            let what =
+                format!("differs from the adapter in {}, which has rank {rank} and alpha {alpha}", folder.display());
+            Err(Error::input(what).at(flag).help("leave it out: a run from an adapter keeps its shape"))
+        }
+        None => Adapter::load(&model.graph, folder),
+    }
+}
+
+/// A token id beyond the projection would read other memory's row.
+fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
+    let ids = |p: &TokenPair| p.prompt.iter().chain(&p.chosen).chain(&p.rejected).copied().max().unwrap_or(0);
+    match pairs.iter().find(|p| ids(p) as usize >= vocab) {
+        Some(pair) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", ids(pair)))
+            .at(&pair.place)
+            .help("the tokenizer is not this model's")),
+        None => Ok(()),
+    }
+}
+
+/// Where the run goes: what was named, unless it holds a run; else the next free folder.
+fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -> Result<PathBuf> {
+    let holds_run =
+        |p: &Path| ["args.json", "logging.jsonl", "adapter_model.safetensors"].iter().any(|f| p.join(f).exists());
+    match (&options.output_dir, resumed) {
+        (Some(folder), None) if holds_run(folder) => Err(Error::input("holds a run already")
+            .at(folder.display())
+            .help("name another folder, or go on with --resume-from-checkpoint latest")),
+        (Some(folder), _) => Ok(folder.clone()),
+        (None, Some(checkpoint)) => Ok(checkpoint.parent().unwrap_or(Path::new(".")).to_owned()),
+        (None, None) => {
+            let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+            let name = name.unwrap_or_else(|| "run".into());
+            let free = (1..).map(|n| PathBuf::from("output").join(format!("{name}-{n}"))).find(|p| !p.exists());
+            free.ok_or_else(|| Error::run("no free folder under output"))
+        }
+    }
+}
+
+/// A hash of what decides every step of a run.
+fn fingerprint(options: &TrainOptions, identity: &str, engine: &Engine, pairs: &[TokenPair], total: u64) -> String {
+    let mut hash = Sha256::new();
+    hash.update(identity);
+    hash.update(format!("{:?} {total}", options.decisive()));
+    engine.adapter().params.iter().for_each(|p| hash.update(p.to_le_bytes()));
+    for pair in pairs {
+        [&pair.prompt, &pair.chosen, &pair.rejected].into_iter().for_each(|ids| {
+            hash.update((ids.len() as u64).to_le_bytes());
+            ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        });
+    }
+    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A bar on a terminal; nothing elsewhere.
+fn bar(length: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length).with_style(style.progress_chars("━╸ "))
+}
+
+/// Puts a line of the log beside the bar, or prints it where there is none.
+fn show(bar: &ProgressBar, line: &Map<String, Value>) {
+    let number = |name: &str| line.get(name).or_else(|| line.get(&format!("eval_{name}"))).and_then(Value::as_f64);
+    let (loss, margin) = (number("loss").unwrap_or(f64::NAN), number("rewards/margins").unwrap_or(f64::NAN));
+    let accuracy = number("rewards/accuracies").unwrap_or(f64::NAN);
+    let step = number("global_step").unwrap_or(0.0);
+    let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
+    let kind = if line.contains_key("eval_loss") { "evaluation" } else { "step" };
+    let text = format!("{kind} {step} loss {loss:.4} margin {margin:.3} accuracy {accuracy:.2}{speed}");
+    if bar.is_hidden() {
+        eprintln!("{text}");
+    } else if kind == "step" {
+        bar.set_message(text);
+    } else {
+        bar.println(text);
+    }
+}
+
+impl TrainOptions {
+    fn objective(&self) -> Result<ObjectiveOptions> {
+        let mut options = Map::new();
+        let numbers = [("beta", self.beta), ("label_smoothing", self.label_smoothing)];
+        options.extend(numbers.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))));
+        options.extend(self.f_divergence.iter().map(|f| ("f_divergence".to_owned(), json!(f))));
+        for option in &self.loss_option {
+            let Some((name, value)) = option.split_once('=') else {
+                return Err(Error::input(format!("'{option}' should be NAME=VALUE")).at("--loss-option"));
+            };
+            options.insert(name.into(), value.parse::<f64>().map_or_else(|_| json!(value), |n| json!(n)));
+        }
+        Ok(ObjectiveOptions {
+            losses: self.loss.clone(),
+            weights: self.loss_weights.clone(),
+            options,
+            rpo_alpha: self.rpo_alpha,
+            ld_alpha: self.ld_alpha,
+            weighting: self.use_weighting,
+        })
+    }
+
+    fn wishes(&self) -> Result<Wishes> {
+        let auto = |value: &str| value == "auto";
+        let tokens = match self.micro_batch_tokens.as_str() {
+            value if auto(value) => None,
+            value => Some(value.parse().ok().filter(|n| *n > 0).ok_or_else(|| {
+                Error::input(format!("'{value}' should be auto or a number of tokens")).at("--micro-batch-tokens")
+            })?),
+        };
+        let recompute = match self.recompute.as_str() {
+            value if auto(value) => None,
+            "true" => Some(true),
+            "false" => Some(false),
+            value => return Err(Error::input(format!("'{value}' should be auto, true or false")).at("--recompute")),
+        };
+        let memory = self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
+        Ok(Wishes { memory, micro_batch_tokens: tokens, recompute })
+    }
+
+    /// The options that decide what a step computes, for telling runs apart.
+    fn decisive(&self) -> Value {
+        let mut all = json!(self);
+        let free =
+            ["output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit"];
+        let elsewhere =
+            ["model", "dataset", "val_dataset", "gpu_memory", "micro_batch_tokens", "recompute", "init_adapter"];
+        if let Some(map) = all.as_object_mut() {
+            free.iter().chain(&elsewhere).for_each(|k| drop(map.remove(*k)));
+        }
+        all
+    }
+
+    /// Settings under which the small random model of the demo learns within a minute.
+    fn suit_demo(&mut self) {
+        self.learning_rate = 5e-3;
+        self.num_epochs = 4.0;
+    }
+}

@@ -1,0 +1,91 @@
+//! The engine as a whole: what it computes does not depend on packing, recomputation or chunks, and its gradient is that
+//! of its forward pass.
+
+use dpo_host::batch::Batch;
+use dpo_host::data::TokenPair;
+use dpo_host::engine::Engine;
+use dpo_tests::{CONFIGS, Numbers, engine, graph, pairs, weights};
+
+/// Log-probs and the gradient of `Σ c · logp` with fixed numbers c, over some micro-batches.
+fn pass(engine: &Engine, batches: &[&[TokenPair]]) -> (Vec<f32>, Vec<f32>) {
+    let mut gradient = vec![0.0; engine.adapter().params.len()];
+    let (mut logps, mut numbers) = (Vec::new(), Numbers::new(77));
+    for pairs in batches {
+        let batch = Batch::of(*pairs);
+        let forward = engine.forward(&batch, true).unwrap();
+        logps.extend(forward.logps.clone());
+        let slopes: Vec<f32> = batch.targets.iter().map(|_| numbers.next() as f32).collect();
+        engine.backward(&batch, forward, &slopes, &mut gradient).unwrap();
+    }
+    (logps, gradient)
+}
+
+fn close(what: &str, a: &[f32], b: &[f32], bound: f32) {
+    assert_eq!(a.len(), b.len(), "{what}");
+    let size = a.iter().fold(0.0_f32, |m, v| m.max(v.abs()));
+    let off = a.iter().zip(b).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs()));
+    assert!(off <= bound * size, "{what}: off by {off} of {size}");
+}
+
+#[test]
+fn packing_and_recomputing_change_nothing() {
+    for (family, config) in CONFIGS {
+        let graph = graph(family, config);
+        let mut engine = engine(&graph, &weights(&graph, 1), 2);
+        let pairs = pairs(graph.vocab_size, 4);
+        let packed = pass(&engine, &[&pairs]);
+        let single: Vec<&[TokenPair]> = pairs.chunks(1).collect();
+        let alone = pass(&engine, &single);
+        close(&format!("{family}: log-probs packed and alone"), &packed.0, &alone.0, 1e-5);
+        close(&format!("{family}: gradient packed and alone"), &packed.1, &alone.1, 1e-5);
+        for layers in 1..=graph.layers.len() {
+            engine.recompute(layers);
+            let recomputed = pass(&engine, &[&pairs]);
+            assert_eq!(packed, recomputed, "{family}: {layers} layers recomputed");
+        }
+    }
+}
+
+/// The shared prompt gives both answers the log-probs they have alone.
+#[test]
+fn answers_do_not_see_each_other() {
+    for (family, config) in CONFIGS {
+        let graph = graph(family, config);
+        let engine = engine(&graph, &weights(&graph, 1), 2);
+        for pair in pairs(graph.vocab_size, 8) {
+            let both = engine.forward(&Batch::of([&pair]), false).unwrap().logps;
+            let alone = |answer: &Vec<u32>| {
+                let twice = TokenPair { chosen: answer.clone(), rejected: answer[..1].to_vec(), ..pair.clone() };
+                engine.forward(&Batch::of([&twice]), false).unwrap().logps[..answer.len()].to_vec()
+            };
+            let expected = [alone(&pair.chosen), alone(&pair.rejected)].concat();
+            close(&format!("{family}: {}", pair.place), &both, &expected, 1e-5);
+        }
+    }
+}
+
+/// The adapter's gradient against differences of the forward pass, along random directions: f32 forbids single weights.
+#[test]
+fn gradient_is_that_of_the_forward_pass() {
+    for (family, config) in CONFIGS {
+        let graph = graph(family, config);
+        let mut engine = engine(&graph, &weights(&graph, 3), 5);
+        let pairs = pairs(graph.vocab_size, 6);
+        let (_, gradient) = pass(&engine, &[&pairs]);
+        let start = engine.adapter().params.clone();
+        let mut numbers = Numbers::new(21);
+        for direction in 0..4 {
+            let along: Vec<f32> = start.iter().map(|_| numbers.next() as f32).collect();
+            let exact: f64 = gradient.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
+            let mut value = |by: f32| {
+                let moved: Vec<f32> = start.iter().zip(&along).map(|(p, d)| p + by * d).collect();
+                engine.update(|params| params.copy_from_slice(&moved)).unwrap();
+                let (logps, mut numbers) = (pass(&engine, &[&pairs]).0, Numbers::new(77));
+                logps.iter().map(|l| f64::from(*l) * numbers.next() as f32 as f64).sum::<f64>()
+            };
+            let h = 2e-3;
+            let numeric = (value(h) - value(-h)) / (2.0 * f64::from(h));
+            assert!((exact - numeric).abs() < 5e-3 * numeric.abs().max(1.0), "{family} {direction}: {exact} {numeric}");
+        }
+    }
+}

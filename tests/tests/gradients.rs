@@ -1,0 +1,186 @@
+//! Every op of the table: its VJP against central differences in f64. An op without a case here fails.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor};
+use dpo_host::batch::{Batch, Layout};
+use dpo_host::ops::{self, Call, Kernel, Lora, OPS, check_node, lm_head};
+use dpo_plugin_api::graph::{Node, Weight};
+use dpo_tests::{Numbers, pairs};
+use serde_json::{Value, json};
+
+struct Case {
+    op: &'static str,
+    /// Columns of the inputs, and of the value.
+    widths: Vec<usize>,
+    width: usize,
+    weights: Vec<(&'static str, Vec<usize>)>,
+    attrs: Value,
+    lora: bool,
+}
+
+fn case(op: &'static str, widths: &[usize], width: usize, weights: &[(&'static str, &[usize])], attrs: Value) -> Case {
+    let weights = weights.iter().map(|(role, shape)| (*role, shape.to_vec())).collect();
+    Case { op, widths: widths.to_vec(), width, weights, attrs, lora: false }
+}
+
+fn cases() -> Vec<Case> {
+    let attention = |window: Option<usize>| {
+        let mut attrs = json!({"heads": 4, "kv_heads": 2, "head_dim": 6, "scale": 0.37});
+        window.iter().for_each(|w| attrs["window"] = json!(w));
+        case("attention", &[24, 12, 12], 24, &[], attrs)
+    };
+    let glu = |activation: &str| case("glu", &[7, 7], 7, &[], json!({"activation": activation}));
+    let linear = |bias: bool, lora: bool| {
+        let weights: &[(&str, &[usize])] = &[("weight", &[5, 7]), ("bias", &[5])];
+        Case { lora, ..case("linear", &[7], 5, &weights[..1 + usize::from(bias)], json!({})) }
+    };
+    vec![
+        case("add", &[5, 5], 5, &[], json!({})),
+        attention(None),
+        attention(Some(4)),
+        glu("silu"),
+        glu("gelu"),
+        glu("gelu_tanh"),
+        linear(false, false),
+        linear(true, false),
+        linear(true, true),
+        case("rms_norm", &[10], 10, &[("weight", &[10])], json!({"eps": 1e-5})),
+        case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
+        case("rope", &[12], 12, &[], json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2})),
+    ]
+}
+
+/// Ops whose only input is token ids, or whose VJP has another form; tested below by name.
+const BY_NAME: &[&str] = &["embedding", "lm_head"];
+
+#[test]
+fn every_op_has_a_case() {
+    let cases = cases();
+    for op in OPS {
+        assert!(BY_NAME.contains(&op.name) || cases.iter().any(|c| c.op == op.name), "op '{}' has no case", op.name);
+    }
+}
+
+#[test]
+fn vjp_is_central_difference() {
+    let batch = Batch::of(&pairs(11, 3)[..4]);
+    for (number, case) in cases().into_iter().enumerate() {
+        check(&case, &batch.layout, batch.tokens(), number as u64);
+    }
+}
+
+fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
+    let mut numbers = Numbers::new(seed + 17);
+    let weight = |(role, shape): &(&'static str, Vec<usize>)| Weight {
+        role: (*role).into(),
+        tensor: format!("m.{role}"),
+        shape: shape.clone(),
+    };
+    let attrs: BTreeMap<String, Value> = serde_json::from_value(case.attrs.clone()).unwrap();
+    let weights = case.weights.iter().map(weight).collect();
+    let inputs = (0..case.widths.len()).collect();
+    let node = Node { op: case.op.into(), inputs, weights, attrs, width: case.width };
+    check_node(&node, &case.widths).unwrap();
+    let frozen: Vec<Tensor> = case.weights.iter().map(|(_, shape)| numbers.tensor(shape)).collect();
+    // What is differentiated by: the inputs, then A and B.
+    let mut free: Vec<Tensor> = case.widths.iter().map(|w| numbers.tensor(&[tokens, *w])).collect();
+    if case.lora {
+        free.push(numbers.tensor(&[2, case.widths[0]]));
+        free.push(numbers.tensor(&[case.width, 2]));
+    }
+    let dy = numbers.tensor(&[tokens, case.width]);
+    let Kernel::Value { forward, vjp } = ops::find(case.op).unwrap().kernel else { panic!("{} has no VJP", case.op) };
+    let with_call = |free: &[Tensor], run: &mut dyn FnMut(&Call<'_>)| {
+        let lora = case.lora.then(|| Lora { a: free[1].clone(), b: free[2].clone(), scale: 1.7 });
+        let inputs = free[..case.widths.len()].iter().collect();
+        run(&Call { node: &node, inputs, weights: &frozen, lora: lora.as_ref(), layout });
+    };
+    let value = |free: &[Tensor]| {
+        let mut sum = 0.0;
+        with_call(free, &mut |call| {
+            let y = forward(call).unwrap();
+            assert_eq!(y.dims(), [tokens, case.width], "{}", case.op);
+            sum = (y * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+        });
+        sum
+    };
+    let mut gradients: Vec<Tensor> = Vec::new();
+    with_call(&free, &mut |call| {
+        let result = vjp(call, &dy).unwrap();
+        gradients = result.inputs.into_iter().map(|g| g.unwrap()).chain(result.lora.into_iter().flatten()).collect();
+    });
+    assert_eq!(gradients.len(), free.len(), "{}", case.op);
+    for (at, gradient) in gradients.iter().enumerate() {
+        let shape = free[at].dims().to_vec();
+        assert_eq!(gradient.dims(), shape, "{} gradient {at}", case.op);
+        let exact: Vec<f64> = gradient.flatten_all().unwrap().to_vec1().unwrap();
+        let point: Vec<f64> = free[at].flatten_all().unwrap().to_vec1().unwrap();
+        for i in 0..point.len() {
+            let h = 1e-5;
+            let nudged = |by: f64| {
+                let mut values = point.clone();
+                values[i] += by;
+                let mut free = free.clone();
+                free[at] = Tensor::from_vec(values, shape.as_slice(), &Device::Cpu).unwrap();
+                value(&free)
+            };
+            let numeric = (nudged(h) - nudged(-h)) / (2.0 * h);
+            // Central differences in f64 are off by about h² and 1e-16 / h.
+            let bound = 1e-7 * numeric.abs().max(1.0);
+            assert!((exact[i] - numeric).abs() < bound, "{} input {at}[{i}]: {} {numeric}", case.op, exact[i]);
+        }
+    }
+}
+
+#[test]
+fn embedding_takes_rows_and_passes_nothing_on() {
+    let table = Numbers::new(5).tensor(&[6, 3]);
+    let weight = Weight { role: "weight".into(), tensor: "e.weight".into(), shape: vec![6, 3] };
+    let node =
+        Node { op: "embedding".into(), inputs: vec![0], weights: vec![weight], attrs: BTreeMap::new(), width: 3 };
+    check_node(&node, &[1]).unwrap();
+    let ids = Tensor::new(&[4_u32, 0, 4], &Device::Cpu).unwrap();
+    let layout = Layout::default();
+    let weights = [table.clone()];
+    let call = Call { node: &node, inputs: vec![&ids], weights: &weights, lora: None, layout: &layout };
+    let Kernel::Value { forward, vjp } = ops::find("embedding").unwrap().kernel else { panic!() };
+    let rows: Vec<Vec<f64>> = forward(&call).unwrap().to_vec2().unwrap();
+    let table: Vec<Vec<f64>> = table.to_vec2().unwrap();
+    assert_eq!(rows, [table[4].clone(), table[0].clone(), table[4].clone()]);
+    let gradients = vjp(&call, &Tensor::ones((3, 3), candle_core::DType::F64, &Device::Cpu).unwrap()).unwrap();
+    assert!(gradients.inputs.iter().all(Option::is_none) && gradients.lora.is_none());
+}
+
+#[test]
+fn lm_head_slopes_are_central_differences() {
+    let mut numbers = Numbers::new(9);
+    let (rows, width, vocab) = (5, 4, 300);
+    let (hidden, weight) = (numbers.tensor(&[rows, width]), numbers.tensor(&[vocab, width]));
+    let targets: Vec<u32> = (0..rows).map(|_| numbers.below(vocab) as u32).collect();
+    let logps = |h: &Tensor| lm_head::log_probs(h, &weight, &targets, false).unwrap();
+    let exact: Vec<Vec<f64>> =
+        lm_head::log_probs(&hidden, &weight, &targets, true).unwrap().slopes.unwrap().to_vec2().unwrap();
+    let point: Vec<Vec<f64>> = hidden.to_vec2().unwrap();
+    for r in 0..rows {
+        for c in 0..width {
+            let h = 1e-5;
+            let nudged = |by: f64| {
+                let mut values = point.clone();
+                values[r][c] += by;
+                logps(&Tensor::new(values, &Device::Cpu).unwrap()).logps[r]
+            };
+            let numeric = (nudged(h) - nudged(-h)) / (2.0 * h);
+            assert!((exact[r][c] - numeric).abs() < 1e-8, "row {r} column {c}: {} {numeric}", exact[r][c]);
+        }
+    }
+    // Against the definition, and ln Σ p² with it.
+    let logits: Vec<Vec<f64>> = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2().unwrap();
+    let out = logps(&hidden);
+    for (r, row) in logits.iter().enumerate() {
+        let norm = row.iter().map(|l| l.exp()).sum::<f64>().ln();
+        assert!((out.logps[r] - (row[targets[r] as usize] - norm)).abs() < 1e-12);
+        let squares = row.iter().map(|l| (2.0 * (l - norm)).exp()).sum::<f64>().ln();
+        assert!((out.log_sum_sq[r] - squares).abs() < 1e-12);
+    }
+}
