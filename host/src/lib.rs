@@ -17,4 +17,4 @@ pub mod train;
 pub mod weights;
 
 // Referred to so that the linker keeps what they submit to `inventory`.
-use {dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};
+use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};

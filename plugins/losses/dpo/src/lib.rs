@@ -1,0 +1,82 @@
+//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that need
+//! no reference model.
+//!
+//! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new one
+//! is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
+//!
+//! In formulas `ls` is log sigmoid, `rw` and `rl` are `log π/π_ref` of the chosen and the rejected answer, `Lw` and `Ll`
+//! their `log π`, `|yw|` and `|yl|` their tokens, `e` is `label_smoothing`, and `D = s(rw) - s(rl)` where `s` is given by
+//! `f_divergence` (see [`options`]).
+
+pub mod options;
+pub mod reference;
+pub mod reference_free;
+
+use dpo_plugin_api::prelude::*;
+use reference::{
+    AOT, AOT_UNPAIRED, APO_DOWN, APO_ZERO, BCO_PAIR, DISCOPOP, EXO_PAIR, HINGE, IPO, NCA_PAIR, ROBUST, SIGMOID,
+    SIGMOID_NORM, SPPO_HARD,
+};
+use reference_free::{CPO, ORPO, SFT, SIMPO};
+
+/// A loss as a value.
+pub struct Loss {
+    name: &'static str,
+    summary: &'static str,
+    formula: &'static str,
+    needs: Needs,
+    options: fn() -> Vec<LossOption>,
+    eval: fn(&LossBatch<'_>, &Options) -> Result<LossGrad>,
+}
+
+/// What most losses need: the reference, pair by pair.
+const PAIRWISE: Needs = Needs { reference: true, whole_batch: false, statistics: Vec::new() };
+/// What losses need that compare the answers of different pairs.
+const WHOLE_BATCH: Needs = Needs { reference: true, whole_batch: true, statistics: Vec::new() };
+/// What losses need that know only the policy.
+const REFERENCE_FREE: Needs = Needs { reference: false, whole_batch: false, statistics: Vec::new() };
+
+impl AlignmentLoss for Loss {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn summary(&self) -> &'static str {
+        self.summary
+    }
+
+    fn formula(&self) -> &'static str {
+        self.formula
+    }
+
+    fn needs(&self) -> Needs {
+        self.needs.clone()
+    }
+
+    fn options(&self) -> Vec<LossOption> {
+        (self.options)()
+    }
+
+    fn eval(&self, batch: &LossBatch<'_>, options: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
+        (self.eval)(batch, options)
+    }
+}
+
+/// Exports losses, and lists them for those who test all of them.
+macro_rules! export {
+    ($($loss:ident),* $(,)?) => {
+        /// Every loss of this crate.
+        pub const ALL: &[Loss] = &[$($loss),*];
+        plugin! { losses: [$($loss),*] }
+    };
+}
+
+export! {
+    SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN, DISCOPOP,
+    SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
+}
+
+/// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.
+fn logistic(x: Dual, e: f64) -> Dual {
+    -(1.0 - e) * x.log_sigmoid() - e * (-x).log_sigmoid()
+}

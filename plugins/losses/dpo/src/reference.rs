@@ -1,0 +1,229 @@
+//! Losses that compare the policy with its reference.
+
+use dpo_plugin_api::prelude::*;
+
+use crate::options::{Divergence, and_divergence, beta, label_smoothing, positive, smoothing};
+use crate::{Loss, PAIRWISE, WHOLE_BATCH, logistic};
+
+/// DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). TRL 1.16 has no smoothing here; earlier versions and ms-swift have.
+pub const SIGMOID: Loss = Loss {
+    name: "sigmoid",
+    summary: "DPO (Rafailov et al. 2023); with label_smoothing it is cDPO (Mitchell 2023)",
+    formula: "-(1-e) ls(beta D) - e ls(-beta D)",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
+    eval: |batch, o| {
+        let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 1.0)?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| logistic(beta * f.delta(p), e)))
+    },
+};
+
+/// The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as RSO uses it (Liu et al. 2023, eq. 10).
+pub const HINGE: Loss = Loss {
+    name: "hinge",
+    summary: "hinge on the margin: SLiC-HF (Zhao et al. 2023), RSO (Liu et al. 2023)",
+    formula: "max(0, 1 - beta D)",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1)]),
+    eval: |batch, o| {
+        let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| (1.0 - beta * f.delta(p)).relu()))
+    },
+};
+
+/// IPO (Azar et al. 2023, arXiv 2310.12036, eq. 17), of means over tokens, as its authors computed it.
+pub const IPO: Loss = Loss {
+    name: "ipo",
+    summary: "IPO (Azar et al. 2023): squared distance of the mean margin from 1/(2 beta)",
+    formula: "(s(rw)/|yw| - s(rl)/|yl| - 1/(2 beta))^2",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1)]),
+    eval: |batch, o| {
+        let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| (f.mean_delta(p) - 0.5 / beta).square()))
+    },
+};
+
+/// EXO for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16). The default smoothing is the paper's; 0 has no finite loss.
+pub const EXO_PAIR: Loss = Loss {
+    name: "exo_pair",
+    summary: "EXO (Ji et al. 2024): reverse KL between the policy's preference and the smoothed label",
+    formula: "q (ln q - ln(1-e)) + (1-q) (ln(1-q) - ln e), q = sigmoid(beta D)",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1), label_smoothing(1e-3)]),
+    eval: |batch, o| {
+        let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 1.0)?, Divergence::of(o)?);
+        if e == 0.0 {
+            return Err(Error::new("exo_pair needs a label_smoothing above 0").help("the paper uses 1e-3"));
+        }
+        Ok(batch.each_pair(|p| {
+            let x = beta * f.delta(p);
+            x.sigmoid() * (x.log_sigmoid() - (1.0 - e).ln()) + (-x).sigmoid() * ((-x).log_sigmoid() - e.ln())
+        }))
+    },
+};
+
+/// NCA for pairs (Chen et al. 2024, arXiv 2402.05369, section 5.2).
+pub const NCA_PAIR: Loss = Loss {
+    name: "nca_pair",
+    summary: "NCA (Chen et al. 2024): each answer's likelihood against noise",
+    formula: "-ls(beta rw) - ls(-beta rw)/2 - ls(-beta rl)/2",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o| {
+        let beta = positive(o, "beta")?;
+        Ok(batch.each_pair(|p| {
+            let (w, l) = (beta * p.chosen_ratio(), beta * p.rejected_ratio());
+            -w.log_sigmoid() - 0.5 * (-w).log_sigmoid() - 0.5 * (-l).log_sigmoid()
+        }))
+    },
+};
+
+/// rDPO (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12): unbiased where labels are flipped at a known rate.
+pub const ROBUST: Loss = Loss {
+    name: "robust",
+    summary: "robust DPO (Chowdhury et al. 2024); label_smoothing is the rate of flipped labels, below 0.5",
+    formula: "(-(1-e) ls(beta D) + e ls(-beta D)) / (1 - 2e)",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
+    eval: |batch, o| {
+        let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 0.5)?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| {
+            let x = beta * f.delta(p);
+            (e * (-x).log_sigmoid() - (1.0 - e) * x.log_sigmoid()) / (1.0 - 2.0 * e)
+        }))
+    },
+};
+
+/// BCO for pairs (Jung et al. 2024, arXiv 2404.04656, eq. 7), without the running shift, as in TRL since 0.29.
+pub const BCO_PAIR: Loss = Loss {
+    name: "bco_pair",
+    summary: "BCO (Jung et al. 2024): a classifier of answers whose logit is the reward",
+    formula: "-ls(beta rw) - ls(-beta rl)",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o| {
+        let beta = positive(o, "beta")?;
+        Ok(batch.each_pair(|p| -(beta * p.chosen_ratio()).log_sigmoid() - (-beta * p.rejected_ratio()).log_sigmoid()))
+    },
+};
+
+/// SPPO with hard labels (Wu et al. 2024, arXiv 2405.00675, eq. 4.7 with win rates 1 and 0).
+pub const SPPO_HARD: Loss = Loss {
+    name: "sppo_hard",
+    summary: "SPPO (Wu et al. 2024) with hard labels: ratios drawn to plus and minus 1/(2 beta)",
+    formula: "(rw - 1/(2 beta))^2 + (rl + 1/(2 beta))^2",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o| {
+        let goal = 0.5 / positive(o, "beta")?;
+        Ok(batch.each_pair(|p| (p.chosen_ratio() - goal).square() + (p.rejected_ratio() + goal).square()))
+    },
+};
+
+/// AOT for pairs (Melnyk et al. 2024, arXiv 2406.05882): quantiles of the policy's margins against the reference's.
+pub const AOT: Loss = Loss {
+    name: "aot",
+    summary: "AOT (Melnyk et al. 2024): sorted margins of the step, policy against reference",
+    formula: "-(1-e) ls(beta d) - e ls(-beta d), d = sort(Lw - Ll) - sort(ref Lw - ref Ll)",
+    needs: WHOLE_BATCH,
+    options: || vec![beta(0.1), label_smoothing(0.0)],
+    eval: |batch, o| {
+        let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
+        let margins: Vec<Dual> = batch.pairs.iter().map(|p| p.chosen_logp() - p.rejected_logp()).collect();
+        let references: Vec<Dual> = batch.pairs.iter().map(|p| (p.chosen_ref() - p.rejected_ref()).into()).collect();
+        let mut grad = batch.zero();
+        for (i, r) in ascending(&margins).into_iter().zip(ascending(&references)) {
+            grad.add(i, i, logistic(beta * (margins[i] - references[r]), e));
+        }
+        Ok(grad)
+    },
+};
+
+/// AOT without pairs (Melnyk et al. 2024): quantiles of the chosen answers' ratios against the rejected ones'.
+pub const AOT_UNPAIRED: Loss = Loss {
+    name: "aot_unpaired",
+    summary: "AOT (Melnyk et al. 2024): sorted ratios of the step, chosen against rejected",
+    formula: "-(1-e) ls(beta d) - e ls(-beta d), d = sort(rw) - sort(rl)",
+    needs: WHOLE_BATCH,
+    options: || vec![beta(0.1), label_smoothing(0.0)],
+    eval: |batch, o| {
+        let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
+        let chosen: Vec<Dual> = batch.pairs.iter().map(Pair::chosen_ratio).collect();
+        let rejected: Vec<Dual> = batch.pairs.iter().map(Pair::rejected_ratio).collect();
+        let mut grad = batch.zero();
+        for (w, l) in ascending(&chosen).into_iter().zip(ascending(&rejected)) {
+            grad.add(w, l, logistic(beta * (chosen[w] - rejected[l]), e));
+        }
+        Ok(grad)
+    },
+};
+
+/// APO-zero (D'Oosterlinck et al. 2024, arXiv 2408.06266, eq. 7): for chosen answers better than the model's own.
+pub const APO_ZERO: Loss = Loss {
+    name: "apo_zero",
+    summary: "APO-zero (D'Oosterlinck et al. 2024): chosen up, rejected down",
+    formula: "1 - sigmoid(beta rw) + sigmoid(beta rl)",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o| {
+        let beta = positive(o, "beta")?;
+        Ok(batch.each_pair(|p| 1.0 - (beta * p.chosen_ratio()).sigmoid() + (beta * p.rejected_ratio()).sigmoid()))
+    },
+};
+
+/// APO-down (D'Oosterlinck et al. 2024, eq. 8): for chosen answers worse than the model's own.
+pub const APO_DOWN: Loss = Loss {
+    name: "apo_down",
+    summary: "APO-down (D'Oosterlinck et al. 2024): chosen down, rejected down further",
+    formula: "sigmoid(beta rw) + 1 - sigmoid(beta (rw - rl))",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o| {
+        let beta = positive(o, "beta")?;
+        Ok(batch.each_pair(|p| {
+            let (w, l) = (beta * p.chosen_ratio(), beta * p.rejected_ratio());
+            w.sigmoid() + 1.0 - (w - l).sigmoid()
+        }))
+    },
+};
+
+/// DiscoPOP, the log-ratio modulated loss (Lu et al. 2024, arXiv 2406.08414, eq. 5).
+pub const DISCOPOP: Loss = Loss {
+    name: "discopop",
+    summary: "DiscoPOP (Lu et al. 2024): logistic and exponential loss, blended by the margin",
+    formula: "-(1-m) ls(x) + m exp(-x), x = beta D, m = sigmoid(x / discopop_tau)",
+    needs: PAIRWISE,
+    options: || {
+        let tau = LossOption::new("discopop_tau", 0.05, "temperature of the blend; above 0");
+        and_divergence(vec![beta(0.1), tau])
+    },
+    eval: |batch, o| {
+        let (beta, tau, f) = (positive(o, "beta")?, positive(o, "discopop_tau")?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| {
+            let x = beta * f.delta(p);
+            let m = (x / tau).sigmoid();
+            (-x).exp() * m - x.log_sigmoid() * (1.0 - m)
+        }))
+    },
+};
+
+/// DPO on means over tokens (TRL's `sigmoid_norm`): SimPO's normalisation with DPO's reference.
+pub const SIGMOID_NORM: Loss = Loss {
+    name: "sigmoid_norm",
+    summary: "DPO on log-ratios averaged over tokens",
+    formula: "-ls(beta (s(rw)/|yw| - s(rl)/|yl|))",
+    needs: PAIRWISE,
+    options: || and_divergence(vec![beta(0.1)]),
+    eval: |batch, o| {
+        let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
+        Ok(batch.each_pair(|p| -(beta * f.mean_delta(p)).log_sigmoid()))
+    },
+};
+
+/// Indices in the order of the values; equal ones stay in theirs.
+fn ascending(values: &[Dual]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|a, b| values[*a].value.total_cmp(&values[*b].value));
+    order
+}

@@ -1,0 +1,72 @@
+//! Every loss against central differences, every option away from its default, and what losses refuse.
+
+use dpo_losses::ALL;
+use dpo_plugin_api::loss::{AlignmentLoss, LossBatch, Options};
+use dpo_plugin_api::testing::{check_loss, check_loss_with};
+use serde_json::{Value, json};
+
+/// Values tried for an option; an option without an entry fails the test.
+fn trials(option: &str) -> Vec<Value> {
+    match option {
+        "beta" => vec![json!(0.05), json!(0.5)],
+        "label_smoothing" => vec![json!(0.1), json!(0.3)],
+        "f_divergence" => ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"].map(Value::from).to_vec(),
+        "f_alpha" => vec![json!(0.2), json!(1.0), json!(2.0)],
+        "discopop_tau" => vec![json!(0.2), json!(1.0)],
+        "simpo_gamma" => vec![json!(0.0), json!(0.5)],
+        "cpo_alpha" => vec![json!(0.0), json!(0.7)],
+        other => panic!("no values to try for option '{other}'"),
+    }
+}
+
+fn eval(loss: &dyn AlignmentLoss, options: &Options) -> Result<Vec<f64>, String> {
+    let batch = LossBatch { pairs: Vec::new(), step_pairs: 1.0, step_chosen_tokens: 1.0, step_rejected_tokens: 1.0 };
+    loss.eval(&batch, options, &mut Vec::new()).map(|g| g.losses().to_vec()).map_err(|e| e.to_string())
+}
+
+#[test]
+fn derivatives_are_central_differences() {
+    for loss in ALL {
+        check_loss(loss);
+        for option in loss.options() {
+            for value in trials(&option.name) {
+                let mut options = Options::defaults(loss).with(&option.name, value);
+                if option.name == "f_alpha" {
+                    options = options.with("f_divergence", "alpha_divergence");
+                }
+                check_loss_with(loss, &options);
+            }
+        }
+    }
+}
+
+#[test]
+fn names_are_unique_and_texts_are_there() {
+    for (i, loss) in ALL.iter().enumerate() {
+        assert!(ALL[..i].iter().all(|other| other.name() != loss.name()), "{} is there twice", loss.name());
+        assert!(!loss.summary().is_empty() && !loss.formula().is_empty(), "{}", loss.name());
+    }
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    for loss in ALL {
+        let refuses = |option: &str, value: Value, part: &str| {
+            if loss.options().iter().any(|o| o.name == option) {
+                let error = eval(loss, &Options::defaults(loss).with(option, value)).expect_err(loss.name());
+                assert!(error.contains(part), "{}: {error}", loss.name());
+            }
+        };
+        refuses("beta", json!(0.0), "'beta' should be above 0");
+        refuses("beta", json!("x"), "'beta' should be a number");
+        refuses("label_smoothing", json!(-0.1), "'label_smoothing' should be at least 0");
+        refuses("label_smoothing", json!(1.0), "'label_smoothing' should be at least 0 and below");
+        refuses("f_divergence", json!("kl"), "unknown f_divergence 'kl'");
+        refuses("discopop_tau", json!(0), "'discopop_tau' should be above 0");
+    }
+    let named = |name: &str| ALL.iter().find(|l| l.name() == name).unwrap();
+    let half = eval(named("robust"), &Options::defaults(named("robust")).with("label_smoothing", 0.5)).unwrap_err();
+    assert!(half.contains("below 0.5"), "{half}");
+    let none = eval(named("exo_pair"), &Options::defaults(named("exo_pair")).with("label_smoothing", 0.0)).unwrap_err();
+    assert!(none.contains("above 0") && none.contains("1e-3"), "{none}");
+}

@@ -1,0 +1,139 @@
+//! Values and derivatives against TRL's own code: `golden.json` is written by `oracle/loss_goldens.py`.
+
+use std::collections::BTreeSet;
+
+use dpo_losses::ALL;
+use dpo_plugin_api::loss::{AlignmentLoss, Answer, LossBatch, LossGrad, MAX_STATISTICS, Options, Pair};
+use serde_json::Value;
+
+const GOLDEN: &str = include_str!("golden.json");
+
+/// Of every pair the chosen and the rejected answer's values.
+type Answers = Vec<[Vec<f32>; 2]>;
+
+fn answers(value: &Value) -> Answers {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn named(name: &str) -> &'static dyn AlignmentLoss {
+    ALL.iter().find(|l| l.name() == name).unwrap_or_else(|| panic!("no loss '{name}'"))
+}
+
+/// Token weights for LD-DPO (Liu et al. 2024): positions beyond the shorter answer's end count in part.
+fn length_weights(policy: &Answers, ld_alpha: f32) -> Answers {
+    let weight = |shared: usize, n: usize| (0..n).map(|i| if i < shared { 1.0 } else { ld_alpha }).collect::<Vec<_>>();
+    let shared = |p: &[Vec<f32>; 2]| p[0].len().min(p[1].len());
+    policy.iter().map(|p| [0, 1].map(|i| weight(shared(p), p[i].len()))).collect()
+}
+
+/// All pairs as one batch.
+fn batch<'a>(policy: &'a Answers, reference: &'a Answers, weights: &'a Answers) -> LossBatch<'a> {
+    let answer = |p: usize, i: usize| Answer {
+        policy: &policy[p][i],
+        reference: &reference[p][i],
+        weights: &weights[p][i],
+        statistics: [&[]; MAX_STATISTICS],
+    };
+    let tokens = |i: usize| policy.iter().map(|p| p[i].len()).sum::<usize>() as f64;
+    LossBatch {
+        pairs: (0..policy.len()).map(|p| Pair { chosen: answer(p, 0), rejected: answer(p, 1) }).collect(),
+        step_pairs: policy.len() as f64,
+        step_chosen_tokens: tokens(0),
+        step_rejected_tokens: tokens(1),
+    }
+}
+
+fn eval(loss: &dyn AlignmentLoss, batch: &LossBatch<'_>, set: &Value) -> LossGrad {
+    let known: BTreeSet<String> = loss.options().into_iter().map(|o| o.name).collect();
+    let given = set.as_object().unwrap().iter().filter(|(k, _)| known.contains(*k));
+    let options = given.fold(Options::defaults(loss), |o, (k, v)| o.with(k, v.clone()));
+    loss.eval(batch, &options, &mut Vec::new()).unwrap()
+}
+
+/// The step's loss and its derivative by every token, as the host makes them of what losses answer.
+fn step(policy: &Answers, reference: &Answers, losses: &[(f64, &dyn AlignmentLoss)], set: &Value) -> (f64, Vec<f64>) {
+    let weights = length_weights(policy, set["ld_alpha"].as_f64().unwrap_or(1.0) as f32);
+    let batch = batch(policy, reference, &weights);
+    let mut value = 0.0;
+    let mut gradient = vec![0.0; (batch.step_chosen_tokens + batch.step_rejected_tokens) as usize];
+    for (share, loss) in losses {
+        let grad = eval(*loss, &batch, set);
+        value += share * grad.losses().iter().sum::<f64>() / batch.step_pairs;
+        gradient.iter_mut().zip(grad.slopes()).for_each(|(g, s)| *g += share * f64::from(s) / batch.step_pairs);
+    }
+    (value, gradient)
+}
+
+#[test]
+fn trl_agrees() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let (policy, reference) = (answers(&golden["policy"]), answers(&golden["reference"]));
+    let mut seen = BTreeSet::new();
+    for case in golden["cases"].as_array().unwrap() {
+        let names: Vec<&str> = case["losses"].as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
+        let shares = case["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap());
+        let losses: Vec<_> = shares.zip(names.iter().map(|n| named(n))).collect();
+        let (value, gradient) = step(&policy, &reference, &losses, &case["options"]);
+        let what = format!("{names:?} {}", case["options"]);
+        let expected = case["value"].as_f64().unwrap();
+        assert!((value - expected).abs() <= 1e-5 * expected.abs(), "{what}: {value}, TRL has {expected}");
+        let expected: Vec<f64> = serde_json::from_value(case["gradient"].clone()).unwrap();
+        assert_eq!(gradient.len(), expected.len(), "{what}");
+        // Where derivatives cancel to nearly nothing, what is left is compared on the scale of the others.
+        let floor = 1e-3 * expected.iter().fold(0.0_f64, |m, g| m.max(g.abs()));
+        for (token, (ours, trl)) in gradient.iter().zip(&expected).enumerate() {
+            let bound = 1e-5 * trl.abs().max(floor);
+            assert!((ours - trl).abs() <= bound, "{what}: token {token}: {ours}, TRL has {trl}");
+        }
+        seen.extend(names.iter().map(|n| (*n).to_owned()));
+    }
+    let all: BTreeSet<String> = ALL.iter().map(|l| l.name().to_owned()).collect();
+    assert_eq!(seen, all, "losses without a golden case");
+}
+
+/// What each loss is before the first step, where policy and reference agree; known in closed form.
+#[test]
+fn values_where_policy_and_reference_agree() {
+    let ln2 = std::f64::consts::LN_2;
+    let expected = [
+        ("sigmoid", ln2),
+        ("hinge", 1.0),
+        ("ipo", 25.0),
+        ("exo_pair", -0.5 * (0.999_f64.ln() + 0.001_f64.ln()) - ln2),
+        ("nca_pair", 2.0 * ln2),
+        ("robust", ln2),
+        ("bco_pair", 2.0 * ln2),
+        ("sppo_hard", 50.0),
+        ("aot", ln2),
+        ("aot_unpaired", ln2),
+        ("apo_zero", 1.0),
+        ("apo_down", 1.0),
+        ("discopop", 0.5 * ln2 + 0.5),
+        ("sigmoid_norm", ln2),
+    ];
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let policy = answers(&golden["policy"]);
+    for (name, expected) in expected {
+        let (value, _) = step(&policy, &policy, &[(1.0, named(name))], &serde_json::json!({}));
+        assert!((value - expected).abs() <= 1e-12 * expected, "{name}: {value}, should be {expected}");
+    }
+    let known = |name: &str| expected.iter().any(|(n, _)| *n == name);
+    assert!(ALL.iter().all(|l| !l.needs().reference || known(l.name())), "a loss with a reference has no value here");
+}
+
+/// What a step means does not depend on how its pairs are split into micro-batches.
+#[test]
+fn micro_batches_make_the_same_step() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let (policy, reference) = (answers(&golden["policy"]), answers(&golden["reference"]));
+    let weights = length_weights(&policy, 0.5);
+    let whole = batch(&policy, &reference, &weights);
+    for loss in ALL.iter().filter(|l| !l.needs().whole_batch) {
+        let set = serde_json::json!({});
+        let together = eval(loss, &whole, &set);
+        let alone = whole.pairs.iter().map(|p| eval(loss, &LossBatch { pairs: vec![*p], ..whole.clone() }, &set));
+        let (losses, slopes): (Vec<_>, Vec<_>) = alone.map(|g| (g.losses().to_vec(), g.slopes())).unzip();
+        assert_eq!(losses.concat(), together.losses(), "{}", loss.name());
+        assert_eq!(slopes.concat(), together.slopes(), "{}", loss.name());
+    }
+}
