@@ -20,7 +20,7 @@ impl Numbers {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> f64 {
+    pub fn draw(&mut self) -> f64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -29,13 +29,13 @@ impl Numbers {
 
     /// A tensor of such numbers, f64.
     pub fn tensor(&mut self, shape: &[usize]) -> Tensor {
-        let values: Vec<f64> = (0..shape.iter().product()).map(|_| self.next()).collect();
+        let values: Vec<f64> = (0..shape.iter().product()).map(|_| self.draw()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).expect("a CPU tensor of a known shape")
     }
 
     /// A whole number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        ((self.next() + 1.0) / 2.0 * end as f64) as usize
+        ((self.draw() + 1.0) / 2.0 * end as f64) as usize
     }
 }
 
@@ -100,7 +100,7 @@ pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) 
     let config = AdapterConfig { rank: 3, alpha: 6.0, rslora: false, targets: Targets::AllLinear };
     let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");
     let mut numbers = Numbers::new(seed + 1);
-    adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.next() as f32);
+    adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.draw() as f32);
     Engine::of(graph.clone(), of_graph.collect(), adapter).expect("an engine")
 }
 

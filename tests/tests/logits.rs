@@ -1,5 +1,7 @@
 //! The three families against candle-transformers' models: the log-probs of every answer token, prefix by prefix.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use std::collections::HashMap;
 
 use candle_core::{D, DType, Device, Tensor};
