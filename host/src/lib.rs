@@ -17,4 +17,8 @@ pub mod train;
 pub mod weights;
 
 // Referred to so that the linker keeps what they submit to `inventory`.
+use {
+    dpo_format_hh_rlhf as _, dpo_format_kto as _, dpo_format_llama_factory as _, dpo_format_ms_swift as _,
+    dpo_format_trl as _, dpo_format_ultrafeedback as _,
+};
 use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};

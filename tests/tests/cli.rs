@@ -25,7 +25,10 @@ fn bad_rows_are_named() {
     let (s, model) = (sandbox(), model());
     let broken = s.write("broken.jsonl", &format!("{ROW}\n{ROW}\n{{\"messages\": [\n"));
     s.refuses(&["train", "--model", &model, "--dataset", &broken], &["broken.jsonl:3"]);
-    let silent = s.write("silent.jsonl", &format!("{ROW}\n{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"rejected_response\":\"no\"}}\n"));
+    let silent = s.write(
+        "silent.jsonl",
+        &format!("{ROW}\n{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"rejected_response\":\"no\"}}\n"),
+    );
     s.refuses(&["train", "--model", &model, "--dataset", &silent, "--strict"], &["silent.jsonl:2", "assistant"]);
     let same = s.write("same.jsonl", &format!("{ROW}\n{}\n", ROW.replace("\"no\"", "\"ok sure\"")));
     s.refuses(&["train", "--model", &model, "--dataset", &same, "--strict"], &["same.jsonl:2"]);
@@ -81,8 +84,16 @@ fn broken_checkpoints_are_named() {
         [&bytes[..at], b"model.nrom", &bytes[at + 10..]].concat()
     };
     refuses("model.safetensors", &renamed, &["model.nrom.weight", "not part of the model"]);
-    refuses("config.json", &replaced("\"intermediate_size\": 64", "\"intermediate_size\": 72"), &["[64, 32]", "[72, 32]", ".safetensors"]);
-    refuses("config.json", &replaced("\"use_cache\"", "\"attn_logit_softcapping\": 50.0, \"use_cache\""), &["attn_logit_softcapping"]);
+    refuses(
+        "config.json",
+        &replaced("\"intermediate_size\": 64", "\"intermediate_size\": 72"),
+        &["[64, 32]", "[72, 32]", ".safetensors"],
+    );
+    refuses(
+        "config.json",
+        &replaced("\"use_cache\"", "\"attn_logit_softcapping\": 50.0, \"use_cache\""),
+        &["attn_logit_softcapping"],
+    );
     refuses("config.json", &replaced("Qwen2ForCausalLM", "GPT2LMHeadModel"), &["GPT2LMHeadModel"]);
 }
 
@@ -109,11 +120,13 @@ fn ms_swifts_script_means_the_same() {
     let (output, model, rows) = (s.path("output"), model(), rows());
     let given = ["--model", &model, "--dataset", &rows, "--output_dir", &output];
     let ended = s.ok(&script.split_whitespace().chain(given).collect::<Vec<_>>());
-    for ignored in ["load_from_cache_file", "per_device_eval_batch_size", "dataloader_num_workers", "dataset_num_proc"] {
+    for ignored in ["load_from_cache_file", "per_device_eval_batch_size", "dataloader_num_workers", "dataset_num_proc"]
+    {
         let note = ended.stderr.lines().find(|l| l.contains(ignored) && l.contains("is ignored: "));
         assert!(note.is_some(), "no reason for {ignored}:\n{}", ended.stderr);
     }
-    let args: Value = serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
+    let args: Value =
+        serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
     let expected = serde_json::json!({
         "split_dataset_ratio": 0.01, "dtype": "bfloat16", "num_epochs": 1.0, "batch_size": 16, "learning_rate": 1e-4,
         "lora_rank": 8, "lora_alpha": 32.0, "target_modules": ["all-linear"], "eval_steps": 50, "save_steps": 50,
@@ -130,10 +143,12 @@ fn ms_swifts_script_means_the_same() {
 #[test]
 fn a_file_of_flags_is_overruled_by_the_command_line() {
     let (s, model, rows) = (sandbox(), model(), rows());
-    let config = s.write("run.toml", &format!("model = {model:?}\ndataset = [{rows:?}]\nbatch_size = 3\nmax-steps = 1\n"));
+    let config =
+        s.write("run.toml", &format!("model = {model:?}\ndataset = [{rows:?}]\nbatch_size = 3\nmax-steps = 1\n"));
     let output = s.path("run");
     s.ok(&["train", "--config", &config, "--batch-size", "2", "--output-dir", &output]);
-    let args: Value = serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
+    let args: Value =
+        serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
     assert_eq!((&args["batch_size"], &args["max_steps"]), (&2.into(), &1.into()));
     let wrong = s.write("wrong.toml", "model = 'x'\nbatch_size = = 3\n");
     s.refuses(&["train", "--config", &wrong], &["wrong.toml:2"]);

@@ -32,7 +32,9 @@ fn adapter(folder: &str) -> Vec<u8> {
 fn timeless(folder: &str) -> Vec<Value> {
     let mut lines = log(folder);
     for line in &mut lines {
-        ["tokens_per_second", "memory_gib", "elapsed_s"].iter().for_each(|k| drop(line.as_object_mut().unwrap().remove(*k)));
+        ["tokens_per_second", "memory_gib", "elapsed_s"]
+            .iter()
+            .for_each(|k| drop(line.as_object_mut().unwrap().remove(*k)));
     }
     lines
 }
@@ -146,5 +148,9 @@ fn the_demo_learns_its_preference() {
     let last = |name: &str| lines.iter().rev().find_map(|l| l.get(name)).and_then(Value::as_f64).unwrap();
     assert!(last("loss") < std::f64::consts::LN_2 / 2.0, "loss {}", last("loss"));
     assert!(last("rewards/accuracies") > 0.9, "accuracy {}", last("rewards/accuracies"));
-    assert!(last("eval_rewards/accuracies") > 0.9, "accuracy on rows not trained on {}", last("eval_rewards/accuracies"));
+    assert!(
+        last("eval_rewards/accuracies") > 0.9,
+        "accuracy on rows not trained on {}",
+        last("eval_rewards/accuracies")
+    );
 }

@@ -92,7 +92,8 @@ fn check(folder: &Path, path: &Path) -> Result<(), String> {
     }
     let names = ["loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"];
     for (at, (ours, theirs)) in lines.iter().zip(steps).enumerate() {
-        for (name, bound) in names.iter().map(|n| (*n, STEP)).chain([("grad_norm", GRADIENT), ("learning_rate", 1e-9)]) {
+        for (name, bound) in names.iter().map(|n| (*n, STEP)).chain([("grad_norm", GRADIENT), ("learning_rate", 1e-9)])
+        {
             let (a, b) = (ours[name].as_f64().unwrap(), theirs[name].as_f64().unwrap());
             // Rewards are differences of log-probs near 100, so that f32 leaves 1e-5 of them.
             if (a - b).abs() > bound * b.abs().max(if name.starts_with("rewards") { 1.0 } else { 1e-3 }) {
@@ -129,7 +130,9 @@ fn the_same_steps_as_trl() {
     };
     let failed: Vec<String> = cases
         .iter()
-        .filter_map(|(folder, expected)| Some(format!("{}: {}", named(folder, expected), check(folder, expected).err()?)))
+        .filter_map(|(folder, expected)| {
+            Some(format!("{}: {}", named(folder, expected), check(folder, expected).err()?))
+        })
         .collect();
     assert!(failed.is_empty(), "{} of {} cases differ from TRL:\n{}", failed.len(), cases.len(), failed.join("\n"));
 }

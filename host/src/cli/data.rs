@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use crate::data::{self, ChatTokenizer, DataOptions};
+use crate::data::{self, ChatTokenizer};
 use crate::error::{Error, Result};
 use crate::model::{self, Model};
 use crate::plugins::Registry;
@@ -39,7 +39,7 @@ pub(super) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     };
     let tokenizer = ChatTokenizer::open(&folder, family.and_then(|f| f.chat_template.as_deref()))?;
     let limit = model.as_ref().and_then(|m| m.graph.max_positions);
-    let dataset = data::load(&DataOptions::new(&paths, &command.args, limit)?, registry, &tokenizer)?;
+    let dataset = data::load(&command.args.options(&paths, limit)?, registry, &tokenizer)?;
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");

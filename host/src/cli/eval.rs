@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::batch::laid_out;
-use crate::data::{self, ChatTokenizer, DataOptions, TokenPair};
+use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::files;
@@ -39,7 +39,7 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let folder = model::locate(&options.model)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let rows = DataOptions::new(&options.data.dataset, &options.data, model.graph.max_positions)?;
+    let rows = options.data.options(&options.data.dataset, model.graph.max_positions)?;
     let pairs = data::load(&rows, registry, &tokenizer)?.pairs;
     let adapter = match &options.adapter {
         Some(folder) => Adapter::load(&model.graph, folder)?,

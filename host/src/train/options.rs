@@ -6,7 +6,8 @@ use clap::{ArgAction, Args, ValueEnum};
 use serde::Serialize;
 
 use super::schedule::Schedule;
-use crate::data::Truncation;
+use crate::data::{DataOptions, Truncation, parse_columns};
+use crate::error::Result;
 
 /// Options of `dpo-host train`.
 #[derive(Args, Clone, Debug, Serialize)]
@@ -189,6 +190,26 @@ pub struct DataArgs {
     /// End at the first row that cannot be used, instead of skipping it
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     pub strict: bool,
+}
+
+impl DataArgs {
+    /// What the data side is asked for, with rows from `paths` and a family's limit on their length.
+    ///
+    /// # Errors
+    /// `--columns` that is no JSON object of names.
+    pub fn options(&self, paths: &[String], limit: Option<usize>) -> Result<DataOptions> {
+        let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
+        Ok(DataOptions {
+            paths: paths.to_vec(),
+            format: self.dataset_format.clone(),
+            columns,
+            max_length: self.max_length.min(limit.unwrap_or(usize::MAX)),
+            truncation: self.truncation_strategy,
+            strict: self.strict,
+            shuffle: self.shuffle,
+            seed: self.seed,
+        })
+    }
 }
 
 /// Type of weights and products.

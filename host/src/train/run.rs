@@ -18,7 +18,7 @@ use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
 use super::{Objective, ObjectiveOptions, Reference, Step, report, step};
 use crate::batch::laid_out;
-use crate::data::{self, ChatTokenizer, DataOptions, TokenPair};
+use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
@@ -44,7 +44,7 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let adapter = starting_adapter(&model, &options)?;
 
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let rows = |paths: &[String]| DataOptions::new(paths, &options.data, model.graph.max_positions);
+    let rows = |paths: &[String]| options.data.options(paths, model.graph.max_positions);
     let dataset = data::load(&rows(&options.data.dataset)?, registry, &tokenizer)?;
     refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
     eprintln!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary);

@@ -1,0 +1,113 @@
+//! TRL's preference rows: `chosen` and `rejected`, both with the prompt in front or with a `prompt` of their own, as text
+//! or as conversations (TRL, `docs/source/dataset_formats.md`, `data_utils.py::extract_prompt`).
+
+use dpo_plugin_api::dataset::{column, kind};
+use dpo_plugin_api::prelude::*;
+
+/// The format `trl`.
+pub struct Trl;
+
+impl DatasetFormat for Trl {
+    fn name(&self) -> &'static str {
+        "trl"
+    }
+
+    fn summary(&self) -> &'static str {
+        "chosen and rejected, with or without prompt; text or conversations"
+    }
+
+    fn examples(&self) -> &'static str {
+        include_str!("../rows.jsonl")
+    }
+
+    fn recognises(&self, row: &Row) -> u8 {
+        match (row.get("prompt"), row.get("chosen"), row.get("rejected")) {
+            (Some(Value::String(_)), Some(Value::String(_)), Some(Value::String(_)))
+            | (Some(Value::Array(_)) | None, Some(Value::Array(_)), Some(Value::Array(_))) => 2,
+            (None, Some(Value::String(_)), Some(Value::String(_))) => 1,
+            _ => 0,
+        }
+    }
+
+    fn records(&self, row: &Row) -> Result<Vec<Record>> {
+        let (chosen, rejected) = (text(column(row, "chosen")?)?, text(column(row, "rejected")?)?);
+        let prompt = row.get("prompt").filter(|v| !v.is_null()).map(text).transpose()?;
+        let mut record = match (prompt, chosen, rejected) {
+            (Some(prompt), chosen, rejected) => Record::pair(prompt, chosen, rejected),
+            (None, Text::Plain(chosen), Text::Plain(rejected)) => part(&chosen, &rejected),
+            (None, chosen, rejected) => Record::pair(Text::Messages(Vec::new()), chosen, rejected),
+        };
+        record.tools = row.get("tools").filter(|v| !v.is_null()).cloned();
+        match row.get("chat_template_kwargs") {
+            None | Some(Value::Null) => {}
+            Some(Value::Object(args)) => record.template_args = args.clone(),
+            Some(other) => return bail!("'chat_template_kwargs' should be an object, is {}", kind(other)),
+        }
+        Ok(vec![record])
+    }
+}
+
+fn text(value: &Value) -> Result<Text> {
+    match value {
+        Value::String(text) => Ok(Text::Plain(text.clone())),
+        Value::Array(_) => Ok(Text::Messages(Message::parse_list(value)?)),
+        other => bail!("a prompt or an answer should be a text or a conversation, is {}", kind(other)),
+    }
+}
+
+/// The prompt of two texts is what they begin with, less a space before the place where they part: that belongs to the
+/// answers. As in TRL at least one letter is left to each of them.
+fn part(chosen: &str, rejected: &str) -> Record {
+    let letters = || chosen.char_indices().zip(rejected.chars());
+    let parting = letters().find(|((_, a), b)| a != b);
+    let mut at = parting.or_else(|| letters().last()).map_or(0, |((at, _), _)| at);
+    if parting.is_some() && chosen[..at].ends_with(' ') {
+        at -= 1;
+    }
+    let plain = |text: &str| Text::Plain(text.to_owned());
+    Record::pair(plain(&chosen[..at]), plain(&chosen[at..]), plain(&rejected[at..]))
+}
+
+plugin! { datasets: [Trl] }
+
+#[cfg(test)]
+mod tests {
+    use dpo_plugin_api::testing::check_format;
+
+    use super::*;
+
+    fn plain(prompt: &str, chosen: &str, rejected: &str) -> Record {
+        let text = |t: &str| Text::Plain(t.into());
+        Record::pair(text(prompt), text(chosen), text(rejected))
+    }
+
+    #[test]
+    fn examples() {
+        check_format(&Trl);
+    }
+
+    #[test]
+    fn texts_part_as_in_trl() {
+        // The right sides are what trl.data_utils.extract_prompt 1.16 answers.
+        assert_eq!(part("The sky is blue.", "The sky is green."), plain("The sky is", " blue.", " green."));
+        assert_eq!(part("The sky is blue.", "The sky is black."), plain("The sky is bl", "ue.", "ack."));
+        assert_eq!(part("天空是蓝的", "天空是绿的"), plain("天空是", "蓝的", "绿的"));
+        assert_eq!(part("The sky", "The sky is"), plain("The sk", "y", "y is"));
+    }
+
+    #[test]
+    fn a_prompt_text_with_conversations_is_of_another_format() {
+        let row = json!({"prompt": "hi", "chosen": [], "rejected": []});
+        assert_eq!(Trl.recognises(row.as_object().unwrap()), 0);
+    }
+
+    #[test]
+    fn template_arguments_and_tools_are_kept() {
+        let turn = |role: &str| json!([{"role": role, "content": "x"}]);
+        let row = json!({"prompt": turn("user"), "chosen": turn("assistant"), "rejected": turn("assistant"),
+            "tools": "[]", "chat_template_kwargs": {"enable_thinking": false}});
+        let record = &Trl.records(row.as_object().unwrap()).unwrap()[0];
+        assert_eq!(record.template_args["enable_thinking"], json!(false));
+        assert_eq!(record.tools, Some(json!("[]")));
+    }
+}
