@@ -57,9 +57,9 @@ impl Error {
     /// An input error for a name that is not among those known, with the nearest one as help.
     pub fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Error {
         let known: Vec<&str> = known.into_iter().collect();
-        let nearest =
-            known.iter().max_by(|a, b| strsim::jaro_winkler(a, name).total_cmp(&strsim::jaro_winkler(b, name)));
-        let near = nearest.filter(|n| strsim::jaro_winkler(n, name) > 0.7);
+        let likeness = |n: &str| strsim::jaro_winkler(n, name);
+        let nearest = known.iter().rev().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+        let near = nearest.filter(|n| likeness(n) > 0.7);
         let help = match near {
             Some(near) => format!("did you mean '{near}'? known: {}", known.join(", ")),
             None => format!("known: {}", known.join(", ")),

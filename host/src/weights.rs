@@ -124,8 +124,11 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (&dpo_plugin_api::grap
     std::iter::once((&graph.embed, "")).chain(layers).chain(std::iter::once((&graph.head, "")))
 }
 
+/// A tensor's shape and values.
+pub type Values = (Vec<usize>, Vec<f32>);
+
 /// Tensors of one safetensors file as f32 values with their shapes, by name.
-pub fn read_f32(path: &Path) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+pub fn read_f32(path: &Path) -> Result<BTreeMap<String, Values>> {
     let shard = Shard::open(path.to_owned())?;
     let mut tensors = BTreeMap::new();
     for name in shard.parse()?.names() {

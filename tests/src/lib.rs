@@ -22,7 +22,7 @@ impl Numbers {
     }
 
     /// The next number.
-    pub fn next(&mut self) -> f64 {
+    pub fn draw(&mut self) -> f64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -31,13 +31,13 @@ impl Numbers {
 
     /// A tensor of such numbers, f64.
     pub fn tensor(&mut self, shape: &[usize]) -> Tensor {
-        let values: Vec<f64> = (0..shape.iter().product()).map(|_| self.next()).collect();
+        let values: Vec<f64> = (0..shape.iter().product()).map(|_| self.draw()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).expect("a CPU tensor of a known shape")
     }
 
     /// A whole number below `end`.
     pub fn below(&mut self, end: usize) -> usize {
-        ((self.next() + 1.0) / 2.0 * end as f64) as usize
+        ((self.draw() + 1.0) / 2.0 * end as f64) as usize
     }
 }
 
@@ -102,7 +102,7 @@ pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) 
     let config = AdapterConfig { rank: 3, alpha: 6.0, rslora: false, targets: Targets::AllLinear };
     let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");
     let mut numbers = Numbers::new(seed + 1);
-    adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.next() as f32);
+    adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.draw() as f32);
     Engine::of(graph.clone(), of_graph.collect(), adapter).expect("an engine")
 }
 
@@ -120,4 +120,86 @@ pub fn pairs(vocab: usize, seed: u64) -> Vec<TokenPair> {
         }
     });
     pairs.collect()
+}
+
+/// The binary under test in a folder of its own: cache, plugins and output are found nowhere else.
+pub struct Sandbox {
+    binary: &'static str,
+    folder: tempfile::TempDir,
+}
+
+/// How a command ended.
+pub struct Ended {
+    /// Exit code.
+    pub code: i32,
+    /// What it printed.
+    pub stdout: String,
+    /// What it reported.
+    pub stderr: String,
+}
+
+impl Sandbox {
+    /// `binary` is `env!("CARGO_BIN_EXE_dpo-host-test")`, which only integration tests see.
+    pub fn new(binary: &'static str) -> Sandbox {
+        Sandbox { binary, folder: tempfile::tempdir().expect("a temporary folder") }
+    }
+
+    /// A path in the folder.
+    pub fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    /// Writes a file and returns its path.
+    pub fn write(&self, name: &str, text: &str) -> String {
+        let path = self.folder.path().join(name);
+        std::fs::create_dir_all(path.parent().expect("a file in a folder")).expect("a folder");
+        std::fs::write(&path, text).expect("a file");
+        path.display().to_string()
+    }
+
+    /// A command that has not started.
+    pub fn command(&self, args: &[&str]) -> std::process::Command {
+        let mut command = std::process::Command::new(self.binary);
+        command.args(args).current_dir(self.folder.path()).env_remove("DPO_PLUGIN_PATH").env_remove("RUST_BACKTRACE");
+        for (name, folder) in [("XDG_CACHE_HOME", "cache"), ("XDG_DATA_HOME", "data"), ("HF_HOME", "hf")] {
+            command.env(name, self.folder.path().join(folder));
+        }
+        command
+    }
+
+    /// Runs a command to its end. No command may panic.
+    pub fn run(&self, args: &[&str]) -> Ended {
+        let output = self.command(args).output().expect("the binary under test");
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert!(!stderr.contains("panicked"), "{args:?} panicked:\n{stderr}");
+        Ended { code: output.status.code().unwrap_or(-1), stdout, stderr }
+    }
+
+    /// Runs a command that has to succeed.
+    pub fn ok(&self, args: &[&str]) -> Ended {
+        let ended = self.run(args);
+        assert_eq!(ended.code, 0, "{args:?}\n{}", ended.stderr);
+        ended
+    }
+
+    /// Runs a command that has to refuse its input, with every one of these texts in what it reports.
+    pub fn refuses(&self, args: &[&str], texts: &[&str]) {
+        let ended = self.run(args);
+        assert_eq!(ended.code, 2, "{args:?}\n{}", ended.stderr);
+        for text in texts {
+            assert!(ended.stderr.contains(text), "{args:?} does not say '{text}':\n{}", ended.stderr);
+        }
+    }
+}
+
+/// A folder of goldens.
+pub fn golden(name: &str) -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name)
+}
+
+/// The lines of a run's log.
+pub fn log(folder: &str) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(format!("{folder}/logging.jsonl")).expect("a log");
+    text.lines().map(|l| serde_json::from_str(l).expect("a line of JSON")).collect()
 }

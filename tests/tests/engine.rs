@@ -1,6 +1,8 @@
 //! The engine as a whole: what it computes does not depend on packing, recomputation or chunks, and its gradient is that
 //! of its forward pass.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use dpo_host::batch::Batch;
 use dpo_host::data::TokenPair;
 use dpo_host::engine::Engine;
@@ -14,7 +16,7 @@ fn pass(engine: &Engine, batches: &[&[TokenPair]]) -> (Vec<f32>, Vec<f32>) {
         let batch = Batch::of(*pairs);
         let forward = engine.forward(&batch, true).unwrap();
         logps.extend(forward.logps.clone());
-        let slopes: Vec<f32> = batch.targets.iter().map(|_| numbers.next() as f32).collect();
+        let slopes: Vec<f32> = batch.targets.iter().map(|_| numbers.draw() as f32).collect();
         engine.backward(&batch, forward, &slopes, &mut gradient).unwrap();
     }
     (logps, gradient)
@@ -75,13 +77,13 @@ fn gradient_is_that_of_the_forward_pass() {
         let start = engine.adapter().params.clone();
         let mut numbers = Numbers::new(21);
         for direction in 0..4 {
-            let along: Vec<f32> = start.iter().map(|_| numbers.next() as f32).collect();
+            let along: Vec<f32> = start.iter().map(|_| numbers.draw() as f32).collect();
             let exact: f64 = gradient.iter().zip(&along).map(|(g, d)| f64::from(*g) * f64::from(*d)).sum();
             let mut value = |by: f32| {
                 let moved: Vec<f32> = start.iter().zip(&along).map(|(p, d)| p + by * d).collect();
                 engine.update(|params| params.copy_from_slice(&moved)).unwrap();
                 let (logps, mut numbers) = (pass(&engine, &[&pairs]).0, Numbers::new(77));
-                logps.iter().map(|l| f64::from(*l) * numbers.next() as f32 as f64).sum::<f64>()
+                logps.iter().map(|l| f64::from(*l) * numbers.draw() as f32 as f64).sum::<f64>()
             };
             let h = 2e-3;
             let numeric = (value(h) - value(-h)) / (2.0 * f64::from(h));

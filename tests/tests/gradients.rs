@@ -1,5 +1,7 @@
 //! Every op of the table: its VJP against central differences in f64. An op without a case here fails.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};

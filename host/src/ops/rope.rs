@@ -51,6 +51,6 @@ fn table(call: &Call<'_>, direction: f64, dtype: DType) -> Result<[Tensor; 2]> {
     let angles = positions.iter().flat_map(|p| inv_freq.iter().map(move |f| f64::from(*p as f32 * f)));
     let (cos, sin): (Vec<f64>, Vec<f64>) = angles.map(|a| (a.cos() * scale, a.sin() * scale * direction)).unzip();
     let shape = (positions.len(), 1, inv_freq.len());
-    let tensor = |v: Vec<f64>| Ok::<_, candle_core::Error>(Tensor::from_vec(v, shape, &Device::Cpu)?.to_dtype(dtype)?);
+    let tensor = |v: Vec<f64>| Tensor::from_vec(v, shape, &Device::Cpu)?.to_dtype(dtype);
     Ok([tensor(cos)?, tensor(sin)?])
 }

@@ -1,4 +1,5 @@
-//! `logging.jsonl`: one object a line, written at once, so that a run that is killed leaves what it logged.
+//! `logging.jsonl`: one object a line, written at once, so that a run that is killed leaves what it logged; and the same
+//! numbers for TensorBoard.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -6,12 +7,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
+use super::tensorboard::TensorBoard;
 use crate::error::{IoContext, Result};
 use crate::files;
 
 pub(super) struct Log {
     file: File,
     path: PathBuf,
+    board: TensorBoard,
 }
 
 impl Log {
@@ -24,11 +27,12 @@ impl Log {
         let text: String = kept.iter().flat_map(|l| [*l, "\n"]).collect();
         files::write(&path, text.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).writing(&path)?;
-        Ok(Log { file, path })
+        Ok(Log { file, path, board: TensorBoard::create(folder)? })
     }
 
     pub(super) fn write(&mut self, line: &Map<String, Value>) -> Result<()> {
         let text = format!("{}\n", Value::Object(line.clone()));
-        self.file.write_all(text.as_bytes()).writing(&self.path)
+        self.file.write_all(text.as_bytes()).writing(&self.path)?;
+        self.board.write(line)
     }
 }

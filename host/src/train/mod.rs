@@ -8,9 +8,11 @@ pub mod objective;
 pub mod optimizer;
 pub mod options;
 mod reference;
+mod report;
 mod run;
 pub mod schedule;
 mod step;
+mod tensorboard;
 
 pub use metrics::PairMetrics;
 pub use objective::{Objective, ObjectiveOptions};

@@ -16,7 +16,7 @@ use super::log::Log;
 use super::metrics::{Window, peak_memory_gib};
 use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
-use super::{Objective, ObjectiveOptions, Reference, Step, step};
+use super::{Objective, ObjectiveOptions, Reference, Step, report, step};
 use crate::batch::laid_out;
 use crate::data::{self, ChatTokenizer, DataOptions, TokenPair};
 use crate::engine::Engine;
@@ -265,7 +265,8 @@ impl Run<'_> {
             window: self.window.clone(),
         };
         let (adapter, keep) = (self.engine.adapter(), self.options.save_total_limit);
-        checkpoint::save(&self.output, adapter, &self.base_model, &self.moments, &state, keep)
+        checkpoint::save(&self.output, adapter, &self.base_model, &self.moments, &state, keep)?;
+        report::write(&self.output, &json!(self.options))
     }
 }
 

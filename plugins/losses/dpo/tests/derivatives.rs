@@ -1,5 +1,7 @@
 //! Every loss against central differences, every option away from its default, and what losses refuse.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use dpo_losses::ALL;
 use dpo_plugin_api::loss::{AlignmentLoss, LossBatch, Options};
 use dpo_plugin_api::testing::{check_loss, check_loss_with};

@@ -1,5 +1,7 @@
 //! Values and derivatives against TRL's own code: `golden.json` is written by `oracle/loss_goldens.py`.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use std::collections::BTreeSet;
 
 use dpo_losses::ALL;

@@ -95,7 +95,7 @@ mod tests {
         };
         let windows = |graph: &ModelGraph| {
             let of = |block: usize| {
-                graph.blocks[block].nodes.iter().find(|n| n.op == "attention").map(|n| n.attrs.get("window").is_some())
+                graph.blocks[block].nodes.iter().find(|n| n.op == "attention").map(|n| n.attrs.contains_key("window"))
             };
             graph.layers.iter().filter(|l| of(l.block) == Some(true)).count()
         };

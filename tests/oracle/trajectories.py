@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Makes tests/golden/trajectories: the exact steps TRL takes on small random models, in float32 on the CPU.
+
+Usage: trajectories.py OUT [FOLDER...]      needs torch, transformers, peft, trl, datasets, tokenizers from PyPI
+A folder is a model with a starting adapter and rows; every case over it is one expected file. The first one, expected.json,
+has the adapter at its end beside it.
+"""
+import importlib.metadata, json, os, random, shutil, sys
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+BATCH, STEPS, RATE, RANK = 4, 4, 2e-3, 4
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False, attention_dropout=0.0)
+LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+# Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
+FOLDERS = {
+    "qwen2": ("qwen2", dict(tie_word_embeddings=True), {
+        "": {}, "hinge": dict(loss_type=["hinge"]), "sft": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1]),
+        "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]), "truncated": dict(max_length=40),
+        "forward_kl": dict(f_divergence_type="forward_kl"), "sppo_hard": dict(loss_type=["sppo_hard"])}),
+    "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=12, max_window_layers=1), {
+        "": dict(loss_type=["ipo"]), "aot": dict(loss_type=["aot"]), "discopop": dict(loss_type=["discopop"])}),
+    "qwen2-yarn": ("qwen2", dict(rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)), {
+        "": {}, "aot_unpaired": dict(loss_type=["aot_unpaired"], label_smoothing=0.1)}),
+    "qwen3": ("qwen3", dict(head_dim=24), {
+        "": {}, "ld": dict(ld_alpha=0.5), "exo_pair": dict(loss_type=["exo_pair"], label_smoothing=0.01),
+        "js": dict(f_divergence_type="js_divergence"), "apo_down": dict(loss_type=["apo_down"])}),
+    "qwen3-tied-bias": ("qwen3", dict(head_dim=24, tie_word_embeddings=True, attention_bias=True), {
+        "": dict(loss_type=["apo_zero"]), "nca_pair": dict(loss_type=["nca_pair"])}),
+    "llama3": ("llama", dict(rope_parameters=LLAMA3), {
+        "": {}, "robust": dict(loss_type=["robust"], label_smoothing=0.1), "bco_pair": dict(loss_type=["bco_pair"]),
+        "sigmoid_norm": dict(loss_type=["sigmoid_norm"]), "alpha": dict(f_divergence_type="alpha_divergence")}),
+    "llama-linear-bias": ("llama", dict(head_dim=12, attention_bias=True, mlp_bias=True,
+                                        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)), {
+        "": {}, "ld-truncated": dict(ld_alpha=0.3, max_length=40)}),
+}
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+WORDS = "早上 好 谢谢 你 我们 明天 见 the kettle is on and a bird sang 🌱 🎈 yes perhaps not now 7 2048 snake_case ok sure no hi".split()
+
+
+def tokenizer(folder, rng):
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=special)
+    tok.train_from_iterator([" ".join(rng.choices(WORDS, k=12)) for _ in range(200)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    path = f"{folder}/tokenizer_config.json"
+    config = json.load(open(path)) | {"chat_template": CHATML}
+    json.dump(config, open(path, "w"), ensure_ascii=False, indent=1)
+    if os.path.exists(f"{folder}/chat_template.jinja"): os.remove(f"{folder}/chat_template.jinja")
+    return fast
+
+
+def rows(rng, count):
+    say = lambda a, b: " ".join(rng.choices(WORDS, k=rng.randint(a, b)))
+    for _ in range(count):
+        messages = [{"role": "system", "content": say(2, 5)}] if rng.random() < 0.3 else []
+        messages += [{"role": ["user", "assistant"][turn % 2], "content": say(3, 10)} for turn in range(rng.choice([1, 1, 3]))]
+        yield {"messages": messages + [{"role": "assistant", "content": say(3, 14)}], "rejected_response": say(3, 14)}
+
+
+def main():
+    out, wanted = sys.argv[1], sys.argv[2:] or list(FOLDERS)
+    for seed, (name, (kind, change, cases)) in enumerate(FOLDERS.items()):
+        if name not in wanted: continue
+        folder, rng = f"{out}/{name}", random.Random(seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        torch.manual_seed(seed)
+        tok = tokenizer(f"{folder}/model", rng)
+        config = AutoConfig.for_model(kind, **{**SMALL, **change, "vocab_size": -(-len(tok) // 32) * 32})
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():  # far from the default, so that no gradient is near zero
+            for key, weight in base.named_parameters():
+                weight.copy_(torch.randn_like(weight) * (0.4 if key.endswith("bias") else 0.15) + (1.0 if "norm" in key else 0.0))
+        base.save_pretrained(f"{folder}/model")
+        start = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+        with torch.no_grad():
+            for key, weight in start.named_parameters():
+                if "lora_" in key: weight.copy_(torch.randn_like(weight) * 0.05)
+        start.save_pretrained(f"{folder}/init_adapter")
+        data = list(rows(rng, BATCH * STEPS))
+        with open(f"{folder}/prefs.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
+        split = [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:],
+                  "rejected": [{"role": "assistant", "content": r["rejected_response"]}]} for r in data]
+        for case, settings in cases.items():
+            run(folder, case, settings, split, tok)
+        for path in ("init_adapter/README.md", "final_adapter/README.md", "model/generation_config.json"):
+            if os.path.exists(f"{folder}/{path}"): os.remove(f"{folder}/{path}")
+        shutil.rmtree(f"{folder}/trl", ignore_errors=True)
+    with open(f"{out}/PROVENANCE", "w") as file:
+        file.write("Made by tests/oracle/trajectories.py; random weights, words and rows, no other source.\n")
+        file.writelines(f"{p} {importlib.metadata.version(p)}\n" for p in ("torch", "transformers", "peft", "trl", "tokenizers"))
+
+
+def run(folder, case, settings, split, tok):
+    base = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, f"{folder}/init_adapter", is_trainable=True)
+    args = {"loss_type": ["sigmoid"], "max_length": 512, "beta": 0.1, **settings}
+    config = DPOConfig(
+        output_dir=f"{folder}/trl", per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=STEPS, learning_rate=RATE,
+        lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
+        optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
+        gradient_checkpointing=False, train_sampling_strategy="sequential", **args)
+    losses = []
+
+    class Exact(DPOTrainer):
+        def training_step(self, *a, **k):
+            losses.append(float(loss := super().training_step(*a, **k)))
+            return loss
+
+    trainer = Exact(model=model, args=config, train_dataset=Dataset.from_list(split), processing_class=tok)
+    trainer.train()
+    if not case: model.save_pretrained(f"{folder}/final_adapter", selected_adapters=["default"])
+    keep = ("grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    steps = [{"loss": loss, **{k: line[k] for k in keep}} for loss, line in zip(losses, logs)]
+    named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
+             **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
+    expected = {"args": named, "steps": steps}
+    if not case:
+        expected["rows"] = [{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in trainer.train_dataset]
+    json.dump(expected, open(f"{folder}/expected{'-' + case if case else ''}.json", "w"))
+
+
+if __name__ == "__main__":
+    main()

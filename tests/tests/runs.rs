@@ -1,0 +1,150 @@
+//! Runs as a user has them: repeatable, resumable after a kill, the same from linked-in and loaded plugins, the demo.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use dpo_tests::{Sandbox, golden, log};
+use serde_json::Value;
+
+fn sandbox() -> Sandbox {
+    Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
+}
+
+/// `train` on the small model and rows of a family's goldens.
+fn train(case: &str, output: &str, more: &[&str]) -> Vec<String> {
+    let path = |name: &str| golden("trajectories").join(case).join(name).display().to_string();
+    let (model, rows) = (path("model"), path("prefs.jsonl"));
+    let fixed = ["train", "--model", &model, "--dataset", &rows, "--output-dir", output, "--batch-size", "4"];
+    let settings = ["--learning-rate", "2e-3", "--logging-steps", "1", "--seed", "7"];
+    fixed.iter().chain(&settings).chain(more).map(|a| (*a).to_owned()).collect()
+}
+
+fn ok(sandbox: &Sandbox, args: &[String]) {
+    sandbox.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+fn adapter(folder: &str) -> Vec<u8> {
+    std::fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap()
+}
+
+/// A log without what depends on the clock and the machine.
+fn timeless(folder: &str) -> Vec<Value> {
+    let mut lines = log(folder);
+    for line in &mut lines {
+        ["tokens_per_second", "memory_gib", "elapsed_s"].iter().for_each(|k| drop(line.as_object_mut().unwrap().remove(*k)));
+    }
+    lines
+}
+
+#[test]
+fn two_runs_are_equal_byte_for_byte() {
+    let sandbox = sandbox();
+    let outputs = [sandbox.path("a"), sandbox.path("b")];
+    for output in &outputs {
+        ok(&sandbox, &train("qwen2", output, &["--num-epochs", "2", "--split-dataset-ratio", "0.2"]));
+    }
+    assert_eq!(adapter(&outputs[0]), adapter(&outputs[1]));
+    assert_eq!(timeless(&outputs[0]), timeless(&outputs[1]));
+    let files = ["args.json", "adapter_config.json", "report.html", "runs", "logging.jsonl"];
+    files.iter().for_each(|f| assert!(Path::new(&outputs[0]).join(f).exists(), "{f} is missing"));
+    assert!(timeless(&outputs[0]).iter().any(|l| l.get("eval_loss").is_some()), "nothing was evaluated");
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_end() {
+    let sandbox = sandbox();
+    let (whole, cut) = (sandbox.path("whole"), sandbox.path("cut"));
+    let settings = ["--num-epochs", "40", "--save-steps", "3", "--save-total-limit", "2", "--logging-steps", "5"];
+    ok(&sandbox, &train("qwen3", &whole, &settings));
+    let args = train("qwen3", &cut, &settings);
+    let mut child = sandbox.command(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let mut child = child.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    let reached = |n: u64| Path::new(&cut).join(format!("checkpoint-{n}")).exists();
+    // Checkpoints come every 3 steps and two are kept; any of them will do.
+    while !(2..60).any(|n| reached(3 * n)) {
+        assert!(start.elapsed() < Duration::from_secs(60), "no checkpoint appeared");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!Path::new(&cut).join("adapter_model.safetensors").exists(), "the run ended before it was killed");
+    let resumed = [args.clone(), vec!["--resume-from-checkpoint".into(), "latest".into()]].concat();
+    ok(&sandbox, &resumed);
+    assert_eq!(adapter(&whole), adapter(&cut));
+    assert_eq!(timeless(&whole), timeless(&cut));
+    // With other settings it is another run.
+    let other = [resumed, vec!["--beta".into(), "0.5".into()]].concat();
+    sandbox.refuses(&other.iter().map(String::as_str).collect::<Vec<_>>(), &["other data, model or settings"]);
+}
+
+#[test]
+fn micro_batches_and_recomputation_change_nothing() {
+    let sandbox = sandbox();
+    let runs: Vec<Vec<Value>> = [["8192", "false"], ["1", "false"], ["8192", "true"], ["90", "true"]]
+        .into_iter()
+        .enumerate()
+        .map(|(i, [tokens, recompute])| {
+            let output = sandbox.path(&i.to_string());
+            let losses = ["--loss", "sigmoid", "sft", "aot", "--loss-weights", "1", "0.3", "0.5"];
+            let plan = ["--micro-batch-tokens", tokens, "--recompute", recompute];
+            ok(&sandbox, &train("llama3", &output, &[&losses[..], &plan[..]].concat()));
+            timeless(&output)
+        })
+        .collect();
+    for (other, run) in runs.iter().enumerate().skip(1) {
+        for (a, b) in runs[0].iter().zip(run) {
+            for (name, value) in a.as_object().unwrap() {
+                let (a, b) = (value.as_f64().unwrap(), b[name].as_f64().unwrap());
+                // Log-probs near 100 carry 1e-5 of f32 rounding into rewards.
+                assert!((a - b).abs() <= 1e-5 * a.abs().max(1.0), "run {other}: {name} is {b}, not {a}");
+            }
+        }
+    }
+}
+
+#[test]
+fn shared_libraries_train_the_same_adapters() {
+    let sandbox = sandbox();
+    let plugins = sandbox.path("plugins");
+    std::fs::create_dir(&plugins).unwrap();
+    let deps = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    for family in ["qwen2", "qwen3", "llama3"] {
+        let file = format!("{}dpo_model_{family}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+        std::fs::copy(deps.join(&file), Path::new(&plugins).join(&file)).unwrap();
+        let (linked, loaded) = (sandbox.path(&format!("{family}-linked")), sandbox.path(&format!("{family}-loaded")));
+        ok(&sandbox, &train(family, &linked, &["--plugin", family]));
+        ok(&sandbox, &train(family, &loaded, &["--plugin", family, "--plugin-dir", &plugins]));
+        assert_eq!(adapter(&linked), adapter(&loaded), "{family}");
+    }
+    let list = sandbox.ok(&["list", "--json", "--plugin-dir", &plugins]).stdout;
+    let list: Value = serde_json::from_str(&list).unwrap();
+    let used = |r: &&Value| r["origin"].as_str().unwrap().starts_with(&plugins) && r["shadowed_by"].is_null();
+    assert_eq!(list["plugins"].as_array().unwrap().iter().filter(used).count(), 3, "{list:#}");
+}
+
+#[test]
+fn an_adapter_is_the_reference_of_the_run_that_continues_it() {
+    let sandbox = sandbox();
+    let (first, second) = (sandbox.path("first"), sandbox.path("second"));
+    ok(&sandbox, &train("qwen2", &first, &[]));
+    ok(&sandbox, &train("qwen2", &second, &["--init-adapter", &first]));
+    let begun = |folder: &str| log(folder)[0]["loss"].as_f64().unwrap();
+    for folder in [&first, &second] {
+        assert!((begun(folder) - std::f64::consts::LN_2).abs() < 1e-6, "{folder} begins at {}", begun(folder));
+    }
+    assert_ne!(log(&first)[0]["logps/chosen"], log(&second)[0]["logps/chosen"]);
+}
+
+#[test]
+fn the_demo_learns_its_preference() {
+    let sandbox = sandbox();
+    let output = sandbox.path("demo");
+    sandbox.ok(&["train", "--plugin", "qwen2", "--output-dir", &output]);
+    let lines = log(&output);
+    let last = |name: &str| lines.iter().rev().find_map(|l| l.get(name)).and_then(Value::as_f64).unwrap();
+    assert!(last("loss") < std::f64::consts::LN_2 / 2.0, "loss {}", last("loss"));
+    assert!(last("rewards/accuracies") > 0.9, "accuracy {}", last("rewards/accuracies"));
+    assert!(last("eval_rewards/accuracies") > 0.9, "accuracy on rows not trained on {}", last("eval_rewards/accuracies"));
+}
