@@ -3,10 +3,39 @@
 //!
 //! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new one
 //! is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
-//!
-//! In formulas `ls` is log sigmoid, `rw` and `rl` are `log π/π_ref` of the chosen and the rejected answer, `Lw` and `Ll`
-//! their `log π`, `|yw|` and `|yl|` their tokens, `e` is `label_smoothing`, and `D = s(rw) - s(rl)` where `s` is given by
-//! `f_divergence` (see [`options`]).
+
+/// What a name in a formula means, for the user who reads it in `dpo-host describe`.
+macro_rules! meaning {
+    (ls) => {
+        "ls(x) = log sigmoid(x)"
+    };
+    (e) => {
+        "e = label_smoothing"
+    };
+    (D) => {
+        "D = s(rw) - s(rl), where s(r) = r unless f_divergence says otherwise"
+    };
+    (s) => {
+        "s(r) = r unless f_divergence says otherwise"
+    };
+    (ratios) => {
+        "rw, rl = log pi - log pi_ref of the chosen and of the rejected answer"
+    };
+    (logps) => {
+        "Lw, Ll = log pi of the chosen and of the rejected answer"
+    };
+    (tokens) => {
+        "|yw|, |yl| = their tokens"
+    };
+    (NLL) => {
+        "NLL = minus the mean log-prob of the chosen answers' tokens, over the whole step"
+    };
+}
+
+/// A formula, and below it the names in it.
+macro_rules! formula {
+    ($text:literal, $($name:ident),*) => { concat!($text $(, "\n  ", meaning!($name))*) };
+}
 
 pub mod options;
 pub mod reference;

@@ -11,7 +11,7 @@ use crate::{Loss, REFERENCE_FREE, logistic};
 pub const SFT: Loss = Loss {
     name: "sft",
     summary: "likelihood of the chosen answers, a mean over the step's tokens; the term of RPO and MPO",
-    formula: "-(sum of the chosen tokens' log-probs) / (chosen tokens of the step), times its pairs",
+    formula: formula!("NLL", NLL),
     needs: REFERENCE_FREE,
     options: Vec::new,
     eval: |batch, _| Ok(batch.each_pair(|p| likelihood(batch, p))),
@@ -21,7 +21,14 @@ pub const SFT: Loss = Loss {
 pub const SIMPO: Loss = Loss {
     name: "simpo",
     summary: "SimPO (Meng et al. 2024): mean log-probs with a target margin, no reference",
-    formula: "-(1-e) ls(x) - e ls(-x) + cpo_alpha NLL, x = beta (Lw/|yw| - Ll/|yl|) - simpo_gamma",
+    formula: formula!(
+        "-(1-e) ls(x) - e ls(-x) + cpo_alpha NLL, x = beta (Lw/|yw| - Ll/|yl|) - simpo_gamma",
+        ls,
+        e,
+        logps,
+        tokens,
+        NLL
+    ),
     needs: REFERENCE_FREE,
     options: || {
         let gamma = LossOption::new("simpo_gamma", 1.0, "margin that the difference should reach");
@@ -37,11 +44,11 @@ pub const SIMPO: Loss = Loss {
     },
 };
 
-/// CPO (Xu et al. 2024, arXiv 2401.08417, eq. 6).
+/// CPO (Xu et al. 2024, arXiv 2401.08417, eq. 3 and its likelihood term).
 pub const CPO: Loss = Loss {
     name: "cpo",
     summary: "CPO (Xu et al. 2024): DPO with a uniform reference, and the likelihood of the chosen answer",
-    formula: "-(1-e) ls(beta (Lw - Ll)) - e ls(-beta (Lw - Ll)) + cpo_alpha NLL",
+    formula: formula!("-(1-e) ls(beta (Lw - Ll)) - e ls(-beta (Lw - Ll)) + cpo_alpha NLL", ls, e, logps, NLL),
     needs: REFERENCE_FREE,
     options: || vec![beta(0.1), label_smoothing(0.0), cpo_alpha(1.0)],
     eval: |batch, o| {
@@ -56,7 +63,13 @@ pub const CPO: Loss = Loss {
 pub const ORPO: Loss = Loss {
     name: "orpo",
     summary: "ORPO (Hong et al. 2024): likelihood of the chosen answer and the odds ratio; beta is its lambda",
-    formula: "NLL - beta ls(logit(Lw/|yw|) - logit(Ll/|yl|)), logit(x) = x - ln(1 - exp x)",
+    formula: formula!(
+        "NLL - beta ls(logit(Lw/|yw|) - logit(Ll/|yl|)), logit(x) = x - ln(1 - exp x)",
+        ls,
+        logps,
+        tokens,
+        NLL
+    ),
     needs: REFERENCE_FREE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {

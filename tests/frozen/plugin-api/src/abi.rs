@@ -276,7 +276,7 @@ fn to_value<T: Serialize>(value: &T) -> Value {
 }
 
 fn row(input: &str) -> Result<Row> {
-    serde_json::from_str(input).or_else(|e| bail!("a row should be an object: {e}"))
+    serde_json::from_str(input).map_err(|e| Error::new(format!("a row should be an object: {e}")))
 }
 
 /// A library linked into the host, collected by `inventory`.

@@ -100,6 +100,8 @@ macro_rules! binary {
     ($trait:ident, $method:ident, |$a:ident, $b:ident| $rule:expr) => {
         impl $trait for Dual {
             type Output = Dual;
+            // The chain rule multiplies and adds whatever the operation is.
+            #[allow(clippy::suspicious_arithmetic_impl)]
             fn $method(self, other: Dual) -> Dual {
                 let ($a, $b) = (self.value, other.value);
                 let (value, by_a, by_b): (f64, f64, f64) = $rule;

@@ -90,12 +90,12 @@ pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
         let batch = SyntheticBatch::new(tail);
         let grad = batch.eval(loss, options, None);
         let slopes = grad.slopes();
-        for token in 0..slopes.len() {
+        for (token, slope) in slopes.iter().enumerate() {
             // f32 log-probs near -2 carry an error of 2e-7 each; a step of 2e-3 keeps that out of the quotient.
             let h = 2e-3_f32;
             let total = |by: f32| batch.eval(loss, options, Some((token, by))).losses().iter().sum::<f64>();
             let numeric = (total(h) - total(-h)) / (2.0 * f64::from(h));
-            let slope = f64::from(slopes[token]);
+            let slope = f64::from(*slope);
             let bound = 2e-3 * numeric.abs().max(slope.abs()).max(0.05);
             assert!(
                 (slope - numeric).abs() <= bound,
