@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Where they are built: one folder for all, so that what they share is built once. It lies under the target folder that the
-/// running test was built in.
+/// Where they are built: one folder for all, so that what they share is built once. It lies under the target folder
+/// that the running test was built in.
 pub fn target_folder() -> PathBuf {
     let exe = std::env::current_exe().expect("a running test has a path");
     let target =
@@ -12,8 +12,8 @@ pub fn target_folder() -> PathBuf {
     target.expect("tests lie in target/<profile>/deps").join("nested")
 }
 
-/// Runs `cargo <command> --release --offline` in a folder and returns everything it printed. A crate without a lock file gets
-/// this workspace's, so that it is built of what is downloaded already.
+/// Runs `cargo <command> --release --offline` in a folder and returns everything it printed. A crate without a lock
+/// file gets this workspace's, so that it is built of what is downloaded already.
 ///
 /// # Panics
 /// With what cargo printed, if it fails.

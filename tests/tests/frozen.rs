@@ -1,4 +1,5 @@
-//! Plugins built against plugin-api 1.0.0 go on loading: `frozen/` holds its sources and a plugin, which are never changed.
+//! Plugins built against plugin-api 1.0.0 go on loading: `frozen/` holds its sources and a plugin, which are never
+//! changed.
 
 use std::path::{Path, PathBuf};
 
@@ -49,8 +50,8 @@ fn an_old_plugin_works() {
     let records = serde_json::to_value(rows.iter().map(|r| format.records(r).unwrap()).collect::<Vec<_>>()).unwrap();
     let prompt = json!({"messages": [{"role": "user", "content": "2+2"}]});
     let thinking = json!({"enable_thinking": false});
-    let pair = json!({"prompt": prompt, "chosen": {"plain": "4"}, "rejected": {"plain": "5"}, "tools": [{"name": "add"}],
-        "template_args": thinking});
+    let pair = json!({"prompt": prompt, "chosen": {"plain": "4"}, "rejected": {"plain": "5"},
+        "tools": [{"name": "add"}], "template_args": thinking});
     let judged = json!({"prompt": prompt, "chosen": {"plain": "4"}, "template_args": thinking});
     assert_eq!(records, json!([[pair], [judged]]));
     let error = format.records(&Row::from_iter([("frozen".to_owned(), json!([])), ("good".to_owned(), json!(4))]));

@@ -1,7 +1,7 @@
 //! Plugins as files: broken ones cost a line each, sound ones take the place of those that are linked in.
 //!
-//! Every case runs in a process of its own, with no plugin folders but the one under test, so that its standard error can be
-//! looked at.
+//! Every case runs in a process of its own, with no plugin folders but the one under test, so that its standard error
+//! can be looked at.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

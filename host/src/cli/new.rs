@@ -53,7 +53,8 @@ impl Kind {
 /// Writes a crate into `dir`, which must not be there yet, and prints what to do next.
 ///
 /// # Errors
-/// Where the name cannot be a plugin's and a crate's, where another plugin has it, where `dir` is there or cannot be written.
+/// Where the name cannot be a plugin's and a crate's, where another plugin has it, where `dir` is there or
+/// cannot be written.
 pub fn new(kind: Kind, name: &str, dir: &Path) -> Result<()> {
     check_name(kind, name)?;
     let package = format!("dpo-{}-{name}", kind.word());
@@ -94,8 +95,8 @@ fn check_name(kind: Kind, name: &str) -> Result<()> {
     }
 }
 
-/// How the crate depends on `dpo-plugin-api`: on the sources this binary was built from while they are there, so that it
-/// builds offline and against the same version; else on the published crate.
+/// How the crate depends on `dpo-plugin-api`: on the sources this binary was built from while they are there, so that
+/// it builds offline and against the same version; else on the published crate.
 fn plugin_api() -> String {
     let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugin-api");
     match sources.canonicalize() {

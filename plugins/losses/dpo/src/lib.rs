@@ -1,8 +1,8 @@
-//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that need
-//! no reference model.
+//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that
+//! need no reference model.
 //!
-//! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new one
-//! is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
+//! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new
+//! one is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
 
 /// What a name in a formula means, for the user who reads it in `dpo-host describe`.
 macro_rules! meaning {
@@ -101,8 +101,8 @@ macro_rules! export {
 }
 
 export! {
-    SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN, DISCOPOP,
-    SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
+    SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN,
+    DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
 }
 
 /// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.

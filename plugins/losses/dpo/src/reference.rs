@@ -5,7 +5,8 @@ use dpo_plugin_api::prelude::*;
 use crate::options::{Divergence, and_divergence, beta, label_smoothing, positive, smoothing};
 use crate::{Loss, PAIRWISE, WHOLE_BATCH, logistic};
 
-/// DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). TRL 1.16 has no smoothing here; earlier versions and ms-swift have.
+/// DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). TRL 1.16 has no smoothing here; earlier versions and ms-swift
+/// have.
 pub const SIGMOID: Loss = Loss {
     name: "sigmoid",
     summary: "DPO (Rafailov et al. 2023); with label_smoothing it is cDPO (Mitchell 2023)",
@@ -18,7 +19,8 @@ pub const SIGMOID: Loss = Loss {
     },
 };
 
-/// The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as RSO uses it (Liu et al. 2023, arXiv 2309.06657).
+/// The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as RSO uses it (Liu et al. 2023, arXiv
+/// 2309.06657).
 pub const HINGE: Loss = Loss {
     name: "hinge",
     summary: "hinge on the margin: SLiC-HF (Zhao et al. 2023), RSO (Liu et al. 2023)",
@@ -44,7 +46,8 @@ pub const IPO: Loss = Loss {
     },
 };
 
-/// EXO for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16). The default smoothing is the paper's; 0 has no finite loss.
+/// EXO for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16). The default smoothing is the paper's; 0 has no finite
+/// loss.
 pub const EXO_PAIR: Loss = Loss {
     name: "exo_pair",
     summary: "EXO (Ji et al. 2024): reverse KL between the policy's preference and the smoothed label",

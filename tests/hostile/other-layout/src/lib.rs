@@ -1,4 +1,5 @@
-//! A library that exports a plugin's symbol over a root module of its own: of the same names, one field of another type.
+//! A library that exports a plugin's symbol over a root module of its own: of the same names, one field of another
+//! type.
 
 // abi_stable's derives name types in snake case with capitals and expand to undocumented items.
 #![allow(non_camel_case_types, non_local_definitions, missing_docs)]
