@@ -47,5 +47,4 @@ extern "C" fn erased() -> RootModuleResult {
 
 #[unsafe(export_name = "dpo_plugin_hostile_other_layout")]
 // SAFETY: `erased` returns the root module of exactly this type, built by `module`.
-pub static HEADER: LibHeader =
-    unsafe { LibHeader::from_constructor::<PluginModule_Ref>(erased, CheckTypeLayout::Yes) };
+pub static HEADER: LibHeader = unsafe { LibHeader::from_constructor::<PluginModule_Ref>(erased, CheckTypeLayout::Yes) };
