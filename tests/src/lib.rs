@@ -1,5 +1,7 @@
 //! Shared helpers of the end-to-end tests: small random models in memory, and engines over them.
 
+pub mod nested;
+
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};

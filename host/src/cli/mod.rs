@@ -5,6 +5,7 @@ mod data;
 mod describe;
 mod eval;
 mod list;
+pub mod new;
 mod plan;
 mod swift;
 
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::{Kind, Result};
 use crate::plugins::Registry;
 use crate::train::{self, TrainOptions};
 
@@ -56,22 +57,12 @@ enum Command {
 struct NewOptions {
     /// What to write
     #[arg(value_enum)]
-    kind: NewKind,
+    kind: new::Kind,
     /// Its name, in lower case
     name: String,
     /// Where; by default a folder of that name here
     #[arg(long, value_name = "DIR")]
     path: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, clap::ValueEnum)]
-enum NewKind {
-    /// A model family
-    Model,
-    /// A dataset format
-    Format,
-    /// An alignment loss
-    Loss,
 }
 
 /// Runs a command line, prints its error, and says how it ended.
@@ -116,7 +107,10 @@ fn run(args: Vec<OsString>) -> Result<()> {
         }
         Command::List(options) => list::list(&registry, &options),
         Command::Describe(options) => describe::describe(&registry, &options),
-        Command::New(_) => Err(Error::run("not yet")),
+        Command::New(options) => {
+            let folder = options.path.unwrap_or_else(|| PathBuf::from(&options.name));
+            new::new(options.kind, &options.name, &folder)
+        }
         Command::Data(options) => data::data(&registry, &options),
         Command::Plan(options) => plan::plan(&registry, &options),
         Command::Eval(options) => eval::eval(&registry, &options),

@@ -1,12 +1,41 @@
-//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that need
-//! no reference model.
+//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that
+//! need no reference model.
 //!
-//! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new one
-//! is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
-//!
-//! In formulas `ls` is log sigmoid, `rw` and `rl` are `log π/π_ref` of the chosen and the rejected answer, `Lw` and `Ll`
-//! their `log π`, `|yw|` and `|yl|` their tokens, `e` is `label_smoothing`, and `D = s(rw) - s(rl)` where `s` is given by
-//! `f_divergence` (see [`options`]).
+//! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new
+//! one is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
+
+/// What a name in a formula means, for the user who reads it in `dpo-host describe`.
+macro_rules! meaning {
+    (ls) => {
+        "ls(x) = log sigmoid(x)"
+    };
+    (e) => {
+        "e = label_smoothing"
+    };
+    (D) => {
+        "D = s(rw) - s(rl), where s(r) = r unless f_divergence says otherwise"
+    };
+    (s) => {
+        "s(r) = r unless f_divergence says otherwise"
+    };
+    (ratios) => {
+        "rw, rl = log pi - log pi_ref of the chosen and of the rejected answer"
+    };
+    (logps) => {
+        "Lw, Ll = log pi of the chosen and of the rejected answer"
+    };
+    (tokens) => {
+        "|yw|, |yl| = their tokens"
+    };
+    (NLL) => {
+        "NLL = minus the mean log-prob of the chosen answers' tokens, over the whole step"
+    };
+}
+
+/// A formula, and below it the names in it.
+macro_rules! formula {
+    ($text:literal, $($name:ident),*) => { concat!($text $(, "\n  ", meaning!($name))*) };
+}
 
 pub mod options;
 pub mod reference;
@@ -72,8 +101,8 @@ macro_rules! export {
 }
 
 export! {
-    SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN, DISCOPOP,
-    SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
+    SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN,
+    DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
 }
 
 /// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.

@@ -5,11 +5,12 @@ use dpo_plugin_api::prelude::*;
 use crate::options::{Divergence, and_divergence, beta, label_smoothing, positive, smoothing};
 use crate::{Loss, PAIRWISE, WHOLE_BATCH, logistic};
 
-/// DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). TRL 1.16 has no smoothing here; earlier versions and ms-swift have.
+/// DPO (Rafailov et al. 2023, arXiv 2305.18290, eq. 7). TRL 1.16 has no smoothing here; earlier versions and ms-swift
+/// have.
 pub const SIGMOID: Loss = Loss {
     name: "sigmoid",
     summary: "DPO (Rafailov et al. 2023); with label_smoothing it is cDPO (Mitchell 2023)",
-    formula: "-(1-e) ls(beta D) - e ls(-beta D)",
+    formula: formula!("-(1-e) ls(beta D) - e ls(-beta D)", ls, e, D, ratios),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
     eval: |batch, o| {
@@ -18,11 +19,12 @@ pub const SIGMOID: Loss = Loss {
     },
 };
 
-/// The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as RSO uses it (Liu et al. 2023, eq. 10).
+/// The hinge of SLiC-HF (Zhao et al. 2023, arXiv 2305.10425) on DPO's margin, as RSO uses it (Liu et al. 2023, arXiv
+/// 2309.06657).
 pub const HINGE: Loss = Loss {
     name: "hinge",
     summary: "hinge on the margin: SLiC-HF (Zhao et al. 2023), RSO (Liu et al. 2023)",
-    formula: "max(0, 1 - beta D)",
+    formula: formula!("max(0, 1 - beta D)", D, ratios),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
     eval: |batch, o| {
@@ -35,7 +37,7 @@ pub const HINGE: Loss = Loss {
 pub const IPO: Loss = Loss {
     name: "ipo",
     summary: "IPO (Azar et al. 2023): squared distance of the mean margin from 1/(2 beta)",
-    formula: "(s(rw)/|yw| - s(rl)/|yl| - 1/(2 beta))^2",
+    formula: formula!("(s(rw)/|yw| - s(rl)/|yl| - 1/(2 beta))^2", s, ratios, tokens),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
     eval: |batch, o| {
@@ -44,11 +46,12 @@ pub const IPO: Loss = Loss {
     },
 };
 
-/// EXO for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16). The default smoothing is the paper's; 0 has no finite loss.
+/// EXO for pairs (Ji et al. 2024, arXiv 2402.00856, eq. 16). The default smoothing is the paper's; 0 has no finite
+/// loss.
 pub const EXO_PAIR: Loss = Loss {
     name: "exo_pair",
     summary: "EXO (Ji et al. 2024): reverse KL between the policy's preference and the smoothed label",
-    formula: "q (ln q - ln(1-e)) + (1-q) (ln(1-q) - ln e), q = sigmoid(beta D)",
+    formula: formula!("q (ln q - ln(1-e)) + (1-q) (ln(1-q) - ln e), q = sigmoid(beta D)", e, D, ratios),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(1e-3)]),
     eval: |batch, o| {
@@ -63,11 +66,11 @@ pub const EXO_PAIR: Loss = Loss {
     },
 };
 
-/// NCA for pairs (Chen et al. 2024, arXiv 2402.05369, section 5.2).
+/// NCA for pairs (Chen et al. 2024, arXiv 2402.05369).
 pub const NCA_PAIR: Loss = Loss {
     name: "nca_pair",
     summary: "NCA (Chen et al. 2024): each answer's likelihood against noise",
-    formula: "-ls(beta rw) - ls(-beta rw)/2 - ls(-beta rl)/2",
+    formula: formula!("-ls(beta rw) - ls(-beta rw)/2 - ls(-beta rl)/2", ls, ratios),
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {
@@ -79,11 +82,11 @@ pub const NCA_PAIR: Loss = Loss {
     },
 };
 
-/// rDPO (Chowdhury et al. 2024, arXiv 2403.00409, eq. 12): unbiased where labels are flipped at a known rate.
+/// rDPO (Chowdhury et al. 2024, arXiv 2403.00409): unbiased where labels are flipped at a known rate.
 pub const ROBUST: Loss = Loss {
     name: "robust",
     summary: "robust DPO (Chowdhury et al. 2024); label_smoothing is the rate of flipped labels, below 0.5",
-    formula: "(-(1-e) ls(beta D) + e ls(-beta D)) / (1 - 2e)",
+    formula: formula!("(-(1-e) ls(beta D) + e ls(-beta D)) / (1 - 2e)", ls, e, D, ratios),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
     eval: |batch, o| {
@@ -95,11 +98,11 @@ pub const ROBUST: Loss = Loss {
     },
 };
 
-/// BCO for pairs (Jung et al. 2024, arXiv 2404.04656, eq. 7), without the running shift, as in TRL since 0.29.
+/// BCO for pairs (Jung et al. 2024, arXiv 2404.04656), without the running shift, as in TRL since 0.29.
 pub const BCO_PAIR: Loss = Loss {
     name: "bco_pair",
     summary: "BCO (Jung et al. 2024): a classifier of answers whose logit is the reward",
-    formula: "-ls(beta rw) - ls(-beta rl)",
+    formula: formula!("-ls(beta rw) - ls(-beta rl)", ls, ratios),
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {
@@ -112,7 +115,7 @@ pub const BCO_PAIR: Loss = Loss {
 pub const SPPO_HARD: Loss = Loss {
     name: "sppo_hard",
     summary: "SPPO (Wu et al. 2024) with hard labels: ratios drawn to plus and minus 1/(2 beta)",
-    formula: "(rw - 1/(2 beta))^2 + (rl + 1/(2 beta))^2",
+    formula: formula!("(rw - 1/(2 beta))^2 + (rl + 1/(2 beta))^2", ratios),
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {
@@ -125,7 +128,7 @@ pub const SPPO_HARD: Loss = Loss {
 pub const AOT: Loss = Loss {
     name: "aot",
     summary: "AOT (Melnyk et al. 2024): sorted margins of the step, policy against reference",
-    formula: "-(1-e) ls(beta d) - e ls(-beta d), d = sort(Lw - Ll) - sort(ref Lw - ref Ll)",
+    formula: formula!("-(1-e) ls(beta d) - e ls(-beta d), d = sort(Lw - Ll) - sort(ref Lw - ref Ll)", ls, e, logps),
     needs: WHOLE_BATCH,
     options: || vec![beta(0.1), label_smoothing(0.0)],
     eval: |batch, o| {
@@ -144,7 +147,7 @@ pub const AOT: Loss = Loss {
 pub const AOT_UNPAIRED: Loss = Loss {
     name: "aot_unpaired",
     summary: "AOT (Melnyk et al. 2024): sorted ratios of the step, chosen against rejected",
-    formula: "-(1-e) ls(beta d) - e ls(-beta d), d = sort(rw) - sort(rl)",
+    formula: formula!("-(1-e) ls(beta d) - e ls(-beta d), d = sort(rw) - sort(rl)", ls, e, ratios),
     needs: WHOLE_BATCH,
     options: || vec![beta(0.1), label_smoothing(0.0)],
     eval: |batch, o| {
@@ -163,7 +166,7 @@ pub const AOT_UNPAIRED: Loss = Loss {
 pub const APO_ZERO: Loss = Loss {
     name: "apo_zero",
     summary: "APO-zero (D'Oosterlinck et al. 2024): chosen up, rejected down",
-    formula: "1 - sigmoid(beta rw) + sigmoid(beta rl)",
+    formula: formula!("1 - sigmoid(beta rw) + sigmoid(beta rl)", ratios),
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {
@@ -176,7 +179,7 @@ pub const APO_ZERO: Loss = Loss {
 pub const APO_DOWN: Loss = Loss {
     name: "apo_down",
     summary: "APO-down (D'Oosterlinck et al. 2024): chosen down, rejected down further",
-    formula: "sigmoid(beta rw) + 1 - sigmoid(beta (rw - rl))",
+    formula: formula!("sigmoid(beta rw) + 1 - sigmoid(beta (rw - rl))", ratios),
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
     eval: |batch, o| {
@@ -192,7 +195,7 @@ pub const APO_DOWN: Loss = Loss {
 pub const DISCOPOP: Loss = Loss {
     name: "discopop",
     summary: "DiscoPOP (Lu et al. 2024): logistic and exponential loss, blended by the margin",
-    formula: "-(1-m) ls(x) + m exp(-x), x = beta D, m = sigmoid(x / discopop_tau)",
+    formula: formula!("-(1-m) ls(x) + m exp(-x), x = beta D, m = sigmoid(x / discopop_tau)", ls, D, ratios),
     needs: PAIRWISE,
     options: || {
         let tau = LossOption::new("discopop_tau", 0.05, "temperature of the blend; above 0");
@@ -212,7 +215,7 @@ pub const DISCOPOP: Loss = Loss {
 pub const SIGMOID_NORM: Loss = Loss {
     name: "sigmoid_norm",
     summary: "DPO on log-ratios averaged over tokens",
-    formula: "-ls(beta (s(rw)/|yw| - s(rl)/|yl|))",
+    formula: formula!("-ls(beta (s(rw)/|yw| - s(rl)/|yl|))", ls, s, ratios, tokens),
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
     eval: |batch, o| {

@@ -43,10 +43,33 @@ fn derivatives_are_central_differences() {
 }
 
 #[test]
-fn names_are_unique_and_texts_are_there() {
+fn names_are_unique_and_formulas_explain_themselves() {
+    let names = [
+        ("ls(", "ls(x) ="),
+        ("e ", "e = label_smoothing"),
+        ("D", "D ="),
+        ("s(r", "s(r) ="),
+        ("rw", "rw, rl ="),
+        ("Lw", "Lw, Ll ="),
+        ("|yw|", "|yw|, |yl| ="),
+        ("NLL", "NLL ="),
+    ];
     for (i, loss) in ALL.iter().enumerate() {
         assert!(ALL[..i].iter().all(|other| other.name() != loss.name()), "{} is there twice", loss.name());
-        assert!(!loss.summary().is_empty() && !loss.formula().is_empty(), "{}", loss.name());
+        assert!(!loss.summary().is_empty(), "{}", loss.name());
+        let (formula, legend) = loss.formula().split_once('\n').unwrap();
+        for (used, explained) in names {
+            // Not as the end of another word, such as the 'e' of 'pi_ref e'.
+            let apart = |at: usize| !formula[..at].ends_with(|c: char| c.is_alphanumeric());
+            if formula.match_indices(used).any(|(at, _)| apart(at)) {
+                assert!(legend.contains(explained), "{}: '{used}' is not explained", loss.name());
+            }
+        }
+        let of_options: Vec<String> = loss.options().into_iter().map(|o| o.name).collect();
+        for name in ["beta", "simpo_gamma", "cpo_alpha", "discopop_tau"] {
+            let offered = of_options.iter().any(|o| o == name);
+            assert_eq!(formula.contains(name), offered, "{}: '{name}'", loss.name());
+        }
     }
 }
 

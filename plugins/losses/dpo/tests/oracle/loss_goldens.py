@@ -49,8 +49,7 @@ def model_of(logps):
     shape = logps.shape
     outputs = SimpleNamespace(log_probs=logps, entropy=torch.zeros(shape), mean_logits=torch.zeros(shape),
                               is_top1=torch.zeros(shape, dtype=torch.bool))
-    model = lambda **_: outputs
-    return model
+    return lambda **_: outputs
 
 
 def dpo(policy, reference, losses, weights, options):

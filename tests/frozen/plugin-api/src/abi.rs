@@ -1,0 +1,345 @@
+//! The boundary itself. Authors never name anything here.
+//!
+//! What is frozen is one root module of two functions. Everything that may grow crosses as JSON under a name: a manifest, a
+//! config, a graph, a row, a record. Only the loss, called for every micro-batch, takes slices. So a plugin that was built
+//! against 1.0.0 goes on loading while manifests, graphs and records gain fields; abi_stable refuses a root module whose
+//! layout differs, and would refuse an old plugin if a field were ever added to the types below, so none ever is: a
+//! wider boundary would be a second root module beside this one.
+//!
+//! A panic must not cross `extern "C"`. Every entry runs under [`guard`], which turns it into an error and keeps its text
+//! off the terminal.
+
+use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
+use std::sync::{Once, OnceLock};
+
+use abi_stable::StableAbi;
+use abi_stable::library::RootModule;
+use abi_stable::package_version_strings;
+use abi_stable::sabi_types::VersionStrings;
+use abi_stable::std_types::{RResult, RSlice, RStr, RString, RVec};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::dataset::{DatasetFormat, Row};
+use crate::loss::{AlignmentLoss, Answer, LossBatch, LossOption, MAX_STATISTICS, Needs, Options, Pair};
+use crate::model::{Config, ModelFamily};
+use crate::{Error, Result, bail};
+
+/// What a library exports.
+#[repr(C)]
+#[derive(StableAbi)]
+#[sabi(kind(Prefix(prefix_ref = PluginModule_Ref)))]
+pub struct PluginModule {
+    /// `call(what, item, input)`: `manifest`, `graph`, `recognises`, `records`; input and output are JSON, and an error is
+    /// a JSON [`Error`].
+    pub call: extern "C" fn(RStr<'_>, usize, RStr<'_>) -> RResult<RString, RString>,
+    /// A loss of some pairs.
+    #[sabi(last_prefix_field)]
+    pub eval: extern "C" fn(usize, RawLossCall<'_>) -> RResult<RawLossResult, RString>,
+}
+
+impl RootModule for PluginModule_Ref {
+    abi_stable::declare_root_module_statics! {PluginModule_Ref}
+    const BASE_NAME: &'static str = "dpo_plugin";
+    const NAME: &'static str = "dpo_plugin";
+    const VERSION_STRINGS: VersionStrings = package_version_strings!();
+}
+
+/// An answer's slices; see [`Answer`].
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct RawAnswer<'a> {
+    /// Log-probs under the policy.
+    pub policy: RSlice<'a, f32>,
+    /// Log-probs under the reference.
+    pub reference: RSlice<'a, f32>,
+    /// Token weights.
+    pub weights: RSlice<'a, f32>,
+    /// Statistics asked for, in their order; the rest is empty.
+    pub statistics: [RSlice<'a, f32>; MAX_STATISTICS],
+}
+
+/// A pair.
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct RawPair<'a> {
+    /// The preferred answer.
+    pub chosen: RawAnswer<'a>,
+    /// The other one.
+    pub rejected: RawAnswer<'a>,
+}
+
+/// What a loss is given; see [`LossBatch`].
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct RawLossCall<'a> {
+    /// JSON object of option values.
+    pub options: RStr<'a>,
+    /// Pairs.
+    pub pairs: RSlice<'a, RawPair<'a>>,
+    /// Pairs in the step.
+    pub step_pairs: f64,
+    /// Chosen answers' tokens in the step.
+    pub step_chosen_tokens: f64,
+    /// Rejected answers' tokens in the step.
+    pub step_rejected_tokens: f64,
+    /// State from the last call.
+    pub state: RSlice<'a, f64>,
+}
+
+/// What a loss answers.
+#[repr(C)]
+#[derive(StableAbi)]
+pub struct RawLossResult {
+    /// Loss of each pair.
+    pub losses: RVec<f64>,
+    /// Derivative by each token's log-prob: of every pair the chosen answer's tokens, then the rejected one's.
+    pub slopes: RVec<f32>,
+    /// State for the next call.
+    pub state: RVec<f64>,
+}
+
+/// What a library says of itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this crate that it was built against.
+    pub api: String,
+    /// Package name.
+    pub package: String,
+    /// Package version.
+    pub version: String,
+    /// Features the host must have.
+    #[serde(default)]
+    pub requires: Vec<String>,
+    /// What it brings; kept as values, so that a kind which a host does not know costs that item alone.
+    pub items: Vec<Value>,
+}
+
+/// One thing a library brings.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Item {
+    /// A [`ModelFamily`].
+    Model {
+        /// Its name.
+        name: String,
+        /// Its line in `list`.
+        summary: String,
+        /// Architectures it answers for.
+        claims: Vec<String>,
+        /// A published `config.json`.
+        example_config: String,
+        /// Chat template for checkpoints without one.
+        #[serde(default)]
+        chat_template: Option<String>,
+    },
+    /// A [`DatasetFormat`].
+    Dataset {
+        /// Its name.
+        name: String,
+        /// Its line in `list`.
+        summary: String,
+        /// Rows as jsonl.
+        examples: String,
+    },
+    /// An [`AlignmentLoss`].
+    Loss {
+        /// Its name.
+        name: String,
+        /// Its line in `list`.
+        summary: String,
+        /// Its formula.
+        formula: String,
+        /// What it needs of the host.
+        needs: Needs,
+        /// Its options.
+        options: Vec<LossOption>,
+    },
+}
+
+impl Item {
+    /// The item's name.
+    pub fn name(&self) -> &str {
+        match self {
+            Item::Model { name, .. } | Item::Dataset { name, .. } | Item::Loss { name, .. } => name,
+        }
+    }
+}
+
+/// One implementor of an author trait.
+enum Export {
+    Model(Box<dyn ModelFamily>),
+    Dataset(Box<dyn DatasetFormat>),
+    Loss(Box<dyn AlignmentLoss>),
+}
+
+/// All implementors of a library, in the order of its `plugin!`.
+pub struct Exports {
+    package: &'static str,
+    version: &'static str,
+    items: Vec<Export>,
+}
+
+impl Exports {
+    /// None yet.
+    pub fn new(package: &'static str, version: &'static str) -> Exports {
+        Exports { package, version, items: Vec::new() }
+    }
+
+    /// Adds a family.
+    pub fn models(&mut self, family: impl ModelFamily) {
+        self.items.push(Export::Model(Box::new(family)));
+    }
+
+    /// Adds a format.
+    pub fn datasets(&mut self, format: impl DatasetFormat) {
+        self.items.push(Export::Dataset(Box::new(format)));
+    }
+
+    /// Adds a loss.
+    pub fn losses(&mut self, loss: impl AlignmentLoss) {
+        self.items.push(Export::Loss(Box::new(loss)));
+    }
+
+    fn manifest(&self) -> Manifest {
+        let item = |export: &Export| match export {
+            Export::Model(m) => Item::Model {
+                name: m.name().into(),
+                summary: m.summary().into(),
+                claims: m.claims().iter().map(|c| (*c).to_owned()).collect(),
+                example_config: m.example_config().into(),
+                chat_template: m.chat_template().map(str::to_owned),
+            },
+            Export::Dataset(d) => {
+                Item::Dataset { name: d.name().into(), summary: d.summary().into(), examples: d.examples().into() }
+            }
+            Export::Loss(l) => Item::Loss {
+                name: l.name().into(),
+                summary: l.summary().into(),
+                formula: l.formula().into(),
+                needs: l.needs(),
+                options: l.options(),
+            },
+        };
+        Manifest {
+            api: env!("CARGO_PKG_VERSION").into(),
+            package: self.package.into(),
+            version: self.version.into(),
+            requires: Vec::new(),
+            items: self.items.iter().map(|e| to_value(&item(e))).collect(),
+        }
+    }
+
+    fn call(&self, what: &str, item: usize, input: &str) -> Result<Value> {
+        match (what, self.items.get(item)) {
+            ("manifest", _) => Ok(to_value(&self.manifest())),
+            ("graph", Some(Export::Model(m))) => Ok(to_value(&m.graph(&Config::parse(input)?)?)),
+            ("recognises", Some(Export::Dataset(d))) => Ok(d.recognises(&row(input)?).into()),
+            ("records", Some(Export::Dataset(d))) => Ok(to_value(&d.records(&row(input)?)?)),
+            _ => bail!("the plugin has no '{what}' for its item {item}"),
+        }
+    }
+
+    fn eval(&self, item: usize, call: &RawLossCall<'_>) -> Result<RawLossResult> {
+        let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is no loss") };
+        let pairs = call.pairs.as_slice().iter();
+        let batch = LossBatch {
+            pairs: pairs.map(|p| Pair { chosen: answer_of(&p.chosen), rejected: answer_of(&p.rejected) }).collect(),
+            step_pairs: call.step_pairs,
+            step_chosen_tokens: call.step_chosen_tokens,
+            step_rejected_tokens: call.step_rejected_tokens,
+        };
+        let options = match serde_json::from_str(call.options.as_str()) {
+            Ok(values) => Options(values),
+            Err(e) => return bail!("loss options: {e}"),
+        };
+        let mut state = call.state.to_vec();
+        let grad = loss.eval(&batch, &options, &mut state)?;
+        grad.check()?;
+        Ok(RawLossResult { losses: grad.losses().to_vec().into(), slopes: grad.slopes().into(), state: state.into() })
+    }
+}
+
+fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
+    Answer {
+        policy: raw.policy.as_slice(),
+        reference: raw.reference.as_slice(),
+        weights: raw.weights.as_slice(),
+        statistics: raw.statistics.map(|s| s.as_slice()),
+    }
+}
+
+fn to_value<T: Serialize>(value: &T) -> Value {
+    // Plain data with text keys always serialises.
+    serde_json::to_value(value).unwrap_or(Value::Null)
+}
+
+fn row(input: &str) -> Result<Row> {
+    serde_json::from_str(input).map_err(|e| Error::new(format!("a row should be an object: {e}")))
+}
+
+/// A library linked into the host, collected by `inventory`.
+pub struct Linked {
+    /// Its root module.
+    pub module: fn() -> PluginModule_Ref,
+}
+
+inventory::collect!(Linked);
+
+/// [`PluginModule::call`] for a library's exports.
+pub fn call(
+    exports: &OnceLock<Exports>,
+    make: fn() -> Exports,
+    what: RStr<'_>,
+    item: usize,
+    input: RStr<'_>,
+) -> RResult<RString, RString> {
+    answer(
+        guard(|| exports.get_or_init(make).call(what.as_str(), item, input.as_str()))
+            .map(|v| RString::from(v.to_string())),
+    )
+}
+
+/// [`PluginModule::eval`] for a library's exports.
+pub fn eval(
+    exports: &OnceLock<Exports>,
+    make: fn() -> Exports,
+    item: usize,
+    call: RawLossCall<'_>,
+) -> RResult<RawLossResult, RString> {
+    answer(guard(|| exports.get_or_init(make).eval(item, &call)))
+}
+
+fn answer<T>(result: Result<T>) -> RResult<T, RString> {
+    match result {
+        Ok(value) => RResult::ROk(value),
+        Err(error) => RResult::RErr(RString::from(to_value(&error).to_string())),
+    }
+}
+
+thread_local! {
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// Runs an author's code; a panic becomes an error that says where it happened.
+fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info: &PanicHookInfo<'_>| {
+            if !GUARDED.get() {
+                return before(info);
+            }
+            let text = info.payload().downcast_ref::<&str>().map(|s| (*s).to_owned());
+            let text = text.or_else(|| info.payload().downcast_ref::<String>().cloned()).unwrap_or_default();
+            let place = info.location().map(|l| format!(" at {}:{}", l.file(), l.line())).unwrap_or_default();
+            PANIC.set(Some(format!("it panicked{place}: {text}")));
+        }));
+    });
+    let outer = GUARDED.replace(true);
+    let result = catch_unwind(AssertUnwindSafe(run));
+    GUARDED.set(outer);
+    result.unwrap_or_else(|_| Err(Error::new(PANIC.take().unwrap_or_else(|| "it panicked".into()))))
+}

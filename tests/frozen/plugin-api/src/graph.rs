@@ -1,0 +1,100 @@
+//! A model as plain data: what a family plugin hands to the host.
+//!
+//! Ops and attributes are names, not enum variants: a host that does not know one refuses the graph with that name, and a
+//! plugin that was built before an op existed goes on loading. Every value is a matrix `[tokens, width]`; the host owns
+//! tensors, LoRA, memory and gradients, so none of them appears here.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A decoder: `embed`, then every layer in order, then `head`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelGraph {
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Rows of the output projection.
+    pub vocab_size: usize,
+    /// Token ids `[tokens]` to the residual stream `[tokens, hidden_size]`. Its input value is the token ids.
+    pub embed: Block,
+    /// The kinds of block that layers are made of.
+    pub blocks: Vec<Block>,
+    /// Layers from first to last.
+    pub layers: Vec<Layer>,
+    /// The residual stream to logits; its last node is the op `lm_head`.
+    pub head: Block,
+    /// Longest row for which this graph's arithmetic holds, where the family has such a bound.
+    #[serde(default)]
+    pub max_positions: Option<usize>,
+    /// Tensors that published checkpoints carry and this graph does not need; `*` stands for any text.
+    #[serde(default)]
+    pub unused_tensors: Vec<String>,
+    /// Keys of `config.json` that the plugin did not read. The host refuses those that may change the arithmetic.
+    #[serde(default)]
+    pub unread_config: Vec<String>,
+    /// Features the host must have; an unknown one refuses the graph.
+    #[serde(default)]
+    pub requires: Vec<String>,
+}
+
+/// One layer: a kind of block, and where its weights are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    /// Index into [`ModelGraph::blocks`].
+    pub block: usize,
+    /// Put before every tensor name of the block, such as `model.layers.3.`.
+    pub prefix: String,
+}
+
+/// A run of nodes. Value 0 is the block's input; node `i` makes value `i + 1`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Block {
+    /// What `describe` calls it.
+    pub name: String,
+    /// Nodes in the order they run.
+    pub nodes: Vec<Node>,
+    /// The value that leaves the block.
+    pub output: usize,
+}
+
+/// One op.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Name of the op, as `dpo-host list ops` prints it.
+    pub op: String,
+    /// Values it reads.
+    pub inputs: Vec<usize>,
+    /// Frozen tensors it reads.
+    #[serde(default)]
+    pub weights: Vec<Weight>,
+    /// Attributes by name.
+    #[serde(default)]
+    pub attrs: BTreeMap<String, Value>,
+    /// Columns of the value it makes.
+    pub width: usize,
+}
+
+/// A tensor of the checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weight {
+    /// What the op uses it for: `weight` or `bias`.
+    pub role: String,
+    /// Its name in the checkpoint; a layer's prefix is put before it.
+    pub tensor: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+}
+
+impl Node {
+    /// The module this node's weights belong to, as PEFT names it: `self_attn.q_proj` for `self_attn.q_proj.weight`.
+    pub fn module(&self) -> Option<&str> {
+        let weight = self.weights.iter().find(|w| w.role == "weight")?;
+        weight.tensor.strip_suffix(".weight")
+    }
+}

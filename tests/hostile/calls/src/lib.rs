@@ -1,0 +1,61 @@
+//! Plugins that load well and fail when they are called.
+
+use dpo_plugin_api::prelude::*;
+
+/// A loss by its name and what it answers.
+pub struct Failing {
+    name: &'static str,
+    eval: fn(&LossBatch<'_>) -> LossGrad,
+}
+
+impl AlignmentLoss for Failing {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn formula(&self) -> &'static str {
+        "none"
+    }
+
+    fn eval(&self, batch: &LossBatch<'_>, _: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
+        Ok((self.eval)(batch))
+    }
+}
+
+/// A format that panics on every row.
+pub struct PanickingFormat;
+
+impl DatasetFormat for PanickingFormat {
+    fn name(&self) -> &'static str {
+        "panicking-format"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn examples(&self) -> &'static str {
+        r#"{"hostile": true}"#
+    }
+
+    fn recognises(&self, row: &Row) -> u8 {
+        row.contains_key("hostile").into()
+    }
+
+    fn records(&self, _: &Row) -> Result<Vec<Record>> {
+        panic!("no record comes to mind")
+    }
+}
+
+plugin! {
+    losses: [
+        Failing { name: "panicking-loss", eval: |_| panic!("no loss comes to mind") },
+        Failing { name: "nan-loss", eval: |batch| batch.each_pair(|_| f64::NAN.into()) },
+        Failing { name: "index-loss", eval: |batch| batch.each_pair(|p| f64::from(p.chosen.policy[1000]).into()) },
+    ],
+    datasets: [PanickingFormat],
+}

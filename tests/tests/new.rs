@@ -1,0 +1,58 @@
+//! `dpo-host new`: each template builds, passes its own tests, loads, and never overwrites anything.
+
+use std::path::Path;
+
+use dpo_host::cli::new::{Kind, new};
+use dpo_host::plugins::Registry;
+use dpo_tests::nested::{cargo, target_folder};
+
+#[test]
+fn a_new_crate_builds_passes_its_tests_and_loads() {
+    let folder = tempfile::tempdir().unwrap();
+    for (kind, word, name) in [
+        (Kind::Model, "model", "scaffold-model"),
+        (Kind::Format, "dataset", "scaffold-format"),
+        (Kind::Loss, "loss", "scaffold_loss"),
+    ] {
+        let dir = folder.path().join(name);
+        new(kind, name, &dir).unwrap();
+        let tests = cargo(&dir, "test");
+        assert!(tests.contains("test result: ok") && !tests.contains("warning"), "{tests}");
+        cargo(&dir, "build");
+        let registry = Registry::discover(&[target_folder().join("release")]);
+        let row = registry.rows.iter().find(|r| r.kind == word && r.name == name);
+        let row = row.unwrap_or_else(|| panic!("{name} is not listed: {:?} {:?}", registry.rows, registry.refusals));
+        assert_eq!(row.version, "0.1.0");
+    }
+}
+
+#[test]
+fn what_is_there_stays() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("precious");
+    std::fs::write(&file, "text").unwrap();
+    for taken in [folder.path(), &file] {
+        let error = new(Kind::Loss, "fresh", taken).unwrap_err().to_string();
+        assert!(error.contains("is there already") && error.contains("--path"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert_eq!(std::fs::read_to_string(file).unwrap(), "text");
+}
+
+#[test]
+fn names_that_could_not_load_are_refused() {
+    let cases = [
+        (Kind::Loss, "", "lower-case letter"),
+        (Kind::Loss, "My", "lower-case letter"),
+        (Kind::Loss, "3d", "lower-case letter"),
+        (Kind::Format, "../up", "lower-case letter"),
+        (Kind::Format, "a\"b", "lower-case letter"),
+        (Kind::Loss, "sigmoid", "by dpo-losses (built-in)"),
+        (Kind::Model, "qwen2", "by dpo-model-qwen2 (built-in)"),
+    ];
+    for (kind, name, part) in cases {
+        let dir = Path::new("/no/such/folder");
+        let error = new(kind, name, dir).unwrap_err().to_string();
+        assert!(error.contains(part), "{name}: {error}");
+    }
+}

@@ -1,0 +1,188 @@
+//! Plugins as files: broken ones cost a line each, sound ones take the place of those that are linked in.
+//!
+//! Every case runs in a process of its own, with no plugin folders but the one under test, so that its standard error
+//! can be looked at.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use abi_stable::std_types::RSlice;
+use dpo_host::plugins::{LossCall, Registry};
+use dpo_plugin_api::abi::{RawAnswer, RawPair};
+use serde_json::{Value, json};
+
+/// Set for a process that looks through the folder it names and prints what it found.
+const FOLDER: &str = "DPO_TESTS_PLUGIN_FOLDER";
+/// Put before what such a process prints, to tell it from what the test harness prints.
+const MARK: &str = "found: ";
+
+/// A library of this workspace, which cargo leaves beside the test.
+fn library(crate_name: &str) -> PathBuf {
+    let file = format!("{}{crate_name}{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    std::env::current_exe().unwrap().with_file_name(file)
+}
+
+/// A folder with copies of some libraries.
+fn folder(crates: &[&str]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for name in crates {
+        let from = library(name);
+        std::fs::copy(&from, folder.path().join(from.file_name().unwrap())).unwrap();
+    }
+    folder
+}
+
+/// What a fresh process finds in a folder. It must not write anything to standard error.
+fn discover(folder: &Path) -> Value {
+    let empty = tempfile::tempdir().unwrap();
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "child", "--nocapture"])
+        .env(FOLDER, folder)
+        .env("XDG_DATA_HOME", empty.path())
+        .env_remove("DPO_PLUGIN_PATH")
+        .output()
+        .unwrap();
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    assert_eq!(err, "", "a plugin wrote to standard error");
+    // The harness writes "test child ... " before it, on the same line.
+    let found = out.lines().find_map(|l| Some(l.split_once(MARK)?.1)).unwrap_or_else(|| panic!("{out}"));
+    serde_json::from_str(found).unwrap()
+}
+
+/// Not a test of its own: what [`discover`] runs.
+#[test]
+fn child() {
+    let Some(folder) = std::env::var_os(FOLDER) else { return };
+    let registry = Registry::discover(&[folder.into()]);
+    let evals = registry.losses.iter().map(|loss| {
+        let (logps, ones) = (RSlice::from_slice(&[-1.0_f32, -2.0]), RSlice::from_slice(&[1.0_f32; 2]));
+        let answer = RawAnswer { policy: logps, reference: logps, weights: ones, statistics: [RSlice::EMPTY; 4] };
+        let pairs = [RawPair { chosen: answer, rejected: answer }];
+        let options: serde_json::Map<_, _> = loss.options.iter().cloned().map(|o| (o.name, o.default)).collect();
+        let options = Value::Object(options).to_string();
+        let call = LossCall { options: &options, pairs: &pairs, step_pairs: 1, step_tokens: [2, 2], state: &[] };
+        (loss.name.clone(), loss.eval(&call).map_or_else(|e| json!(e.to_string()), |r| json!(r.losses)))
+    });
+    let records = registry.formats.iter().map(|format| {
+        let row = format.examples.lines().next().unwrap_or_default();
+        let row = serde_json::from_str(row).unwrap();
+        (format.name.clone(), format.records(&row).map_or_else(|e| json!(e.to_string()), |r| json!(r.len())))
+    });
+    let graphs = registry.families.iter().map(|family| {
+        (family.name.clone(), family.graph(&family.example_config).map_or_else(|e| json!(e.to_string()), |g| json!(g)))
+    });
+    let found = json!({
+        "evals": evals.collect::<serde_json::Map<_, _>>(),
+        "records": records.collect::<serde_json::Map<_, _>>(),
+        "graphs": graphs.collect::<serde_json::Map<_, _>>(),
+        "rows": registry.rows,
+        "refusals": registry.refusals,
+    });
+    println!("{MARK}{found}");
+}
+
+/// `place: cause` of every refusal.
+fn refusals(found: &Value) -> Vec<String> {
+    let line = |r: &Value| format!("{}: {}", r["place"].as_str().unwrap(), r["cause"].as_str().unwrap());
+    found["refusals"].as_array().unwrap().iter().map(line).collect()
+}
+
+/// `kind name` of every listed item that comes from a file, or of every one that is linked in.
+fn listed(found: &Value, from_files: bool) -> Vec<String> {
+    let rows = found["rows"].as_array().unwrap().iter().filter(|r| (r["origin"] != "built-in") == from_files);
+    rows.map(|r| format!("{} {}", r["kind"].as_str().unwrap(), r["name"].as_str().unwrap())).collect()
+}
+
+#[test]
+fn broken_plugins_cost_a_line_each() {
+    let names = [
+        "hostile_calls",
+        "hostile_graphs",
+        "hostile_no_plugin",
+        "hostile_other_layout",
+        "hostile_panicking_manifest",
+        "hostile_taken_name",
+    ];
+    let folder = folder(&names);
+    let text = folder.path().join(format!("notes{}", std::env::consts::DLL_SUFFIX));
+    std::fs::write(&text, "not a library").unwrap();
+    std::fs::write(folder.path().join("README.txt"), "not even by name").unwrap();
+    let found = discover(folder.path());
+
+    let expected: [(&str, &[&str]); 10] = [
+        ("notes", &["is not a shared library"]),
+        ("hostile_no_plugin", &["is no plugin", "dpo_plugin_*"]),
+        ("hostile_other_layout", &["built with another layout", "RawLossCall"]),
+        ("hostile_panicking_manifest", &["panicked at", "lib.rs:", "no name comes to mind"]),
+        ("hostile_taken_name", &["'qwen2' is taken by dpo-model-qwen2 (built-in)"]),
+        (": panics", &["hostile_graphs", "panicked at", "no graph comes to mind"]),
+        (": unknown-op", &["hostile_graphs", "hyper_norm"]),
+        (": unknown-attribute", &["hostile_graphs", "rms_norm", "momentum"]),
+        (": wrong-widths", &["hostile_graphs", "linear", "9"]),
+        (": unknown-feature", &["hostile_graphs", "'telepathy'"]),
+    ];
+    let lines = refusals(&found);
+    for (of, parts) in expected {
+        let about: Vec<_> = lines.iter().filter(|l| l.contains(of)).collect();
+        assert_eq!(about.len(), 1, "'{of}' in {lines:#?}");
+        assert!(!about[0].contains('\n'), "{}", about[0]);
+        for part in parts {
+            assert!(about[0].contains(part), "'{part}' in: {}", about[0]);
+        }
+    }
+    assert_eq!(lines.len(), expected.len(), "{lines:#?}");
+    for line in &lines {
+        assert!(line.starts_with(folder.path().to_str().unwrap()), "no file: {line}");
+    }
+
+    let sound = ["model sound", "dataset panicking-format", "loss index-loss", "loss nan-loss", "loss panicking-loss"];
+    assert_eq!(listed(&found, true), sound);
+    let alone = discover(tempfile::tempdir().unwrap().path());
+    assert_eq!(refusals(&alone), Vec::<String>::new());
+    assert_eq!(listed(&found, false), listed(&alone, false), "a broken plugin took a built-in one with it");
+}
+
+#[test]
+fn a_call_that_fails_is_an_error() {
+    let folder = folder(&["hostile_calls"]);
+    let found = discover(folder.path());
+    let parts = [
+        ("evals", "panicking-loss", ["panicked at", "no loss comes to mind"]),
+        ("evals", "index-loss", ["panicked at", "index is 1000"]),
+        ("evals", "nan-loss", ["pair 0", "NaN"]),
+        ("records", "panicking-format", ["panicked at", "no record comes to mind"]),
+    ];
+    for (call, name, parts) in parts {
+        let error = found[call][name].as_str().unwrap_or_else(|| panic!("{name}: {}", found[call][name]));
+        assert!(parts.iter().all(|p| error.contains(p)), "{name}: {error}");
+    }
+    let sigmoid = found["evals"]["sigmoid"][0].as_f64().unwrap();
+    assert!((sigmoid - std::f64::consts::LN_2).abs() < 1e-12, "a broken loss took a built-in one with it: {sigmoid}");
+}
+
+#[test]
+fn libraries_take_the_place_of_their_built_in_twins() {
+    let names = ["dpo_model_llama3", "dpo_model_qwen2", "dpo_model_qwen3", "dpo_losses"];
+    let folder = folder(&names);
+    let (found, alone) = (discover(folder.path()), discover(tempfile::tempdir().unwrap().path()));
+    assert_eq!(refusals(&found), Vec::<String>::new());
+    for name in ["llama3", "qwen2", "qwen3", "sigmoid", "orpo"] {
+        let rows: Vec<&Value> = found["rows"].as_array().unwrap().iter().filter(|r| r["name"] == name).collect();
+        let [used, shadowed] = rows[..] else { panic!("{name}: {rows:#?}") };
+        assert!(used["origin"].as_str().unwrap().starts_with(folder.path().to_str().unwrap()), "{used}");
+        assert_eq!((&used["shadowed_by"], &shadowed["origin"]), (&Value::Null, &json!("built-in")), "{name}");
+        assert_eq!(shadowed["shadowed_by"], used["origin"], "{name}");
+    }
+    for name in ["llama3", "qwen2", "qwen3"] {
+        assert!(found["graphs"][name]["layers"].is_array(), "{name}: {}", found["graphs"][name]);
+        assert_eq!(found["graphs"][name], alone["graphs"][name], "{name}");
+    }
+    assert_eq!(found["evals"], alone["evals"]);
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_said() {
+    let found = discover(Path::new("/no/such/folder"));
+    assert_eq!(refusals(&found), ["/no/such/folder: is not a folder"]);
+}
