@@ -1,4 +1,5 @@
 //! Renderings against transformers' own: `golden/chat.json`, made by `tests/oracle/render_chat.py`.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use dpo_host::data::{ChatTemplate, Rendering};
 use dpo_plugin_api::dataset::Message;

@@ -1,4 +1,5 @@
 //! Files to token pairs: ids against TRL's own, and what becomes of rows that make no pair.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::path::{Path, PathBuf};
 
@@ -116,7 +117,13 @@ fn ids_are_those_of_trl_for_every_kind_of_row() {
             assert_eq!(found, (&of("prompt_ids"), &of("chosen_ids"), &of("rejected_ids")), "{}", case["name"]);
         }
         let parts = case["name"].as_str().unwrap().contains("does not continue");
-        assert_eq!(parts, done.report.prompt_prefix.text.as_deref() == Some("<think>\n"), "{}", case["name"]);
+        assert_eq!(
+            parts,
+            done.report.prompt_prefix.text.is_some(),
+            "{}: {:?}",
+            case["name"],
+            done.report.prompt_prefix
+        );
     }
 }
 
@@ -124,11 +131,9 @@ fn ids_are_those_of_trl_for_every_kind_of_row() {
 fn bad_rows_are_counted_with_their_cause_and_place() {
     let rows = [
         row("ok", "not"),
-        "{\"messages\": [}".into(),
         row("ok", "ok"),
         row("ok", "  "),
         r#"{"messages": [{"role": "user", "content": "hi"}], "rejected_response": "x"}"#.into(),
-        "7".into(),
         r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected_messages":
             [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}"#
             .replace('\n', ""),
@@ -137,9 +142,7 @@ fn bad_rows_are_counted_with_their_cause_and_place() {
     assert_eq!(done.pairs.len(), 1);
     let causes: Vec<(&str, usize)> = done.report.dropped.iter().map(|d| (d.cause.as_str(), d.count)).collect();
     let expected = [
-        "broken JSON at column 15: expected value",
         "'messages' ends without an assistant's answer",
-        "a row should be an object, is a number",
         "both answers are the same",
         "rejected answer is empty",
         "turn 1 of the chosen conversation, of role 'user', would be learned",
@@ -148,8 +151,9 @@ fn bad_rows_are_counted_with_their_cause_and_place() {
         assert!(causes.contains(&(cause, 1)), "{cause}: {causes:?}");
     }
     assert_eq!(causes.len(), expected.len());
-    assert!(done.report.messages[0].contains("rows.jsonl:2: broken JSON"), "{:?}", done.report.messages);
-    assert!(done.report.to_string().contains("rows.jsonl: 1 pair, 7 rows of format ms-swift"), "{}", done.report);
+    let named = |m: &String| m.contains("rows.jsonl:4: 'messages' ends");
+    assert!(done.report.messages.iter().any(named), "{:?}", done.report.messages);
+    assert!(done.report.to_string().contains("rows.jsonl: 1 pair, 5 rows of format ms-swift"), "{}", done.report);
 }
 
 #[test]
@@ -157,8 +161,14 @@ fn strict_ends_at_the_first_bad_row() {
     let strict = |rows: &str| load_with(|o| o.strict = true, rows).unwrap_err();
     let error = strict(&[row("ok", "not"), row("ok", "ok")].join("\n"));
     assert!(error.starts_with("rows.jsonl:2: both answers are the same"), "{error}");
-    let error = strict(&format!("{}\n\n{{\"a\" 1}}", row("ok", "not")));
+}
+
+#[test]
+fn a_file_with_broken_json_is_refused() {
+    let error = load_rows(&format!("{}\n\n{{\"a\" 1}}", row("ok", "not"))).unwrap_err();
     assert!(error.starts_with("rows.jsonl:3: broken JSON at column 6: expected `:`"), "{error}");
+    let error = load_rows(&format!("{}\n7", row("ok", "not"))).unwrap_err();
+    assert!(error.starts_with("rows.jsonl:2: a row should be an object, is a number"), "{error}");
 }
 
 #[test]

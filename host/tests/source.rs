@@ -1,4 +1,5 @@
 //! Reading files: kinds, samples, places and broken rows.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::path::{Path, PathBuf};
 

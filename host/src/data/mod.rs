@@ -7,11 +7,13 @@ pub mod report;
 pub mod source;
 pub mod tokens;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::IsTerminal;
 
 use dpo_plugin_api::dataset::{Record, Row, Text};
 use indicatif::{ProgressBar, ProgressStyle};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
 pub use chat::{ChatTemplate, Rendering};
@@ -258,11 +260,11 @@ fn collect(
                 report.drop(&Error::input(cause), &pair.place);
                 continue;
             }
-            Ok(true) if pair.chosen == pair.rejected => {
-                report.drop(&Error::input("both answers are the same up to max_length"), &pair.place);
-                continue;
+            Ok(cut) => {
+                report.truncated += usize::from(cut);
+                // Kept, as TRL keeps them, so that steps are made of the same pairs.
+                report.cut_alike += usize::from(pair.chosen == pair.rejected);
             }
-            Ok(cut) => report.truncated += usize::from(cut),
         }
         for end in ends {
             report.eos.answers += 1;
@@ -300,4 +302,15 @@ fn no_pairs(report: &Report) -> Error {
         Some(first) => error.help(format!("the first one: {}", first.lines().collect::<Vec<_>>().join(";"))),
         None => error,
     }
+}
+
+/// Parts pairs into those to train on and those to evaluate on: `ratio` of them, at random by `seed`, and at least one of
+/// each where there are two. Both keep their order.
+pub fn split(pairs: Vec<TokenPair>, ratio: f64, seed: u64) -> (Vec<TokenPair>, Vec<TokenPair>) {
+    let wanted = (pairs.len() as f64 * ratio).round() as usize;
+    let wanted = if ratio > 0.0 && pairs.len() > 1 { wanted.clamp(1, pairs.len() - 1) } else { 0 };
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let held: HashSet<usize> = rand::seq::index::sample(&mut random, pairs.len(), wanted).into_iter().collect();
+    let (val, train): (Vec<_>, Vec<_>) = pairs.into_iter().enumerate().partition(|(i, _)| held.contains(i));
+    (train.into_iter().map(|(_, p)| p).collect(), val.into_iter().map(|(_, p)| p).collect())
 }

@@ -26,6 +26,8 @@ pub struct Report {
     pub messages: Vec<String>,
     /// Pairs that were cut to `max_length`.
     pub truncated: usize,
+    /// Pairs whose answers are the same up to `max_length`: they stay, and teach nothing.
+    pub cut_alike: usize,
     /// The length that sequences are kept to.
     pub max_length: usize,
     /// How they are kept to it.
@@ -208,6 +210,9 @@ impl Report {
         if self.truncated > 0 {
             text += &format!(", {} truncated", self.truncated);
         }
+        if self.cut_alike > 0 {
+            text += &format!(", {} with the same answers up to {} tokens", self.cut_alike, self.max_length);
+        }
         for dropped in &self.dropped {
             let first = dropped.places.first().map_or("", String::as_str);
             text += &format!("\n            dropped {}: {}, first at {first}", dropped.count, dropped.cause);
@@ -272,6 +277,14 @@ impl fmt::Display for Report {
         if self.truncated > 0 {
             let side = if self.truncation == Truncation::Left { "left" } else { "right" };
             writeln!(f, "  truncated: {} to {} tokens, from the {side}", n(self.truncated, "pair"), self.max_length)?;
+        }
+        if self.cut_alike > 0 {
+            writeln!(
+                f,
+                "  same answers up to {} tokens: {}, which teach nothing",
+                self.max_length,
+                n(self.cut_alike, "pair")
+            )?;
         }
         if self.duplicates > 0 {
             writeln!(f, "  duplicates: {} occur before", n(self.duplicates, "pair"))?;

@@ -50,7 +50,7 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     eprintln!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary);
     eprintln!("data        {}", dataset.report.line());
     let (pairs, validation) = match options.val_dataset.as_slice() {
-        [] => split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
+        [] => data::split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
         paths => (dataset.pairs, data::load(&rows(paths)?, registry, &tokenizer)?.pairs),
     };
     if pairs.is_empty() {
@@ -279,16 +279,6 @@ fn order(pairs: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
         order.shuffle(&mut rng);
     }
     order
-}
-
-/// Takes a random part of the pairs for evaluation; both parts keep their order.
-fn split(pairs: Vec<TokenPair>, ratio: f64, seed: u64) -> (Vec<TokenPair>, Vec<TokenPair>) {
-    let count = (ratio * pairs.len() as f64).ceil() as usize;
-    let mut held_out = vec![false; pairs.len()];
-    order(pairs.len(), true, seed, u64::MAX - 1).into_iter().take(count).for_each(|i| held_out[i] = true);
-    let (held, kept): (Vec<_>, Vec<_>) = pairs.into_iter().zip(held_out).partition(|(_, held)| *held);
-    let plain = |pairs: Vec<(TokenPair, bool)>| pairs.into_iter().map(|(p, _)| p).collect();
-    (plain(kept), plain(held))
 }
 
 /// The model that was named; without model and data, the demo with settings that suit it.
