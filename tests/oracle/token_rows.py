@@ -20,7 +20,7 @@ from trl import DPOTrainer
 CHATML = open(sys.argv[2] + "/chat_template.jinja").read()
 # Like Qwen3: the generation prompt of a non-thinking answer, and a last answer that is rendered with a thought.
 THINK = CHATML.replace("m['content']", "('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' else '') + m['content']")
-THINK_PROMPT = CHATML.replace("assistant\\n' }}", "assistant\\n<think>\\n' }}")
+THINK_PROMPT = CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}")
 
 
 def chat(prompt, chosen, rejected, **more):
