@@ -9,10 +9,12 @@ import json, sys
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 model, adapter, rows, ours = sys.argv[1:5]
-tok = AutoTokenizer.from_pretrained(model)
+# Not AutoTokenizer: transformers 5 takes a family's own splitting rule in place of tokenizer.json's.
+tok = PreTrainedTokenizerFast(tokenizer_file=f"{model}/tokenizer.json")
+tok.chat_template = json.load(open(f"{model}/tokenizer_config.json", encoding="utf-8"))["chat_template"]
 net = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
 render = lambda messages, ask: tok(tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask), add_special_tokens=False)["input_ids"]
 
