@@ -1,5 +1,7 @@
 //! `dpo-host new`: each template builds, passes its own tests, loads, and never overwrites anything.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use std::path::Path;
 
 use dpo_host::cli::new::{Kind, new};

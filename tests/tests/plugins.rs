@@ -3,6 +3,8 @@
 //! Every case runs in a process of its own, with no plugin folders but the one under test, so that its standard error
 //! can be looked at.
 
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
