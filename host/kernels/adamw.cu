@@ -1,0 +1,65 @@
+// The adapter: its sum of squares, its step, and its way to and from the stacked matrices.
+
+// Partial sums of g^2, one a block, in a fixed order.
+extern "C" __global__ void sum_squares(const float* g, double* partial, long long count) {
+    __shared__ double sums[256];
+    double own = 0.0;
+    for (long long i = (long long)blockIdx.x * 256 + threadIdx.x; i < count; i += (long long)gridDim.x * 256)
+        own += (double)g[i] * g[i];
+    sums[threadIdx.x] = own;
+    for (int step = 128; step > 0; step /= 2) {
+        __syncthreads();
+        if (threadIdx.x < step) sums[threadIdx.x] += sums[threadIdx.x + step];
+    }
+    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+}
+
+// AdamW (Loshchilov and Hutter 2019, algorithm 2) as torch.optim.AdamW computes it; `clip` scales the gradient.
+extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, long long count, float clip, float keep,
+                                 float size, float root, float b1, float r1, float b2, float r2, float eps) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    float d = g[i] * clip;
+    m[i] = b1 * m[i] + r1 * d;
+    v[i] = b2 * v[i] + r2 * d * d;
+    p[i] = p[i] * keep - size * m[i] / (sqrtf(v[i]) / root + eps);
+}
+
+// One LoRA matrix in the flat buffer of parameters, `rows` by `columns`, and its place in a stacked matrix.
+struct Part {
+    long long flat;      // offset in the flat buffer
+    bf16* stacked;       // first element in the stacked matrix of weights
+    float* gradient;     // first element in the stacked gradient
+    long long stacked_ld, gradient_row, gradient_column;
+    int rows, columns;
+    float scale;
+};
+
+// Parameters to bf16 in the stacked matrices.
+extern "C" __global__ void spread(const Part* parts, const float* params) {
+    Part part = parts[blockIdx.y];
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x)
+        part.stacked[(long long)(i / part.columns) * part.stacked_ld + i % part.columns] =
+            to_bf16(params[part.flat + i] * part.scale);
+}
+
+// Stacked gradients to the flat buffer.
+extern "C" __global__ void collect(const Part* parts, float* flat) {
+    Part part = parts[blockIdx.y];
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x)
+        flat[part.flat + i] = part.scale * part.gradient[(long long)(i / part.columns) * part.gradient_row +
+                                                         (long long)(i % part.columns) * part.gradient_column];
+}
+
+// Values of a normal-like spread from a counter, for benchmarks: the sum of four uniform numbers.
+extern "C" __global__ void random(View x, long long rows, int width, float deviation, u32 seed) {
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width;
+         i += (long long)gridDim.x * blockDim.x) {
+        u64 h = (u64)i * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
+        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+        h ^= h >> 32;
+        float sum = (float)(h & 0xffff) + (float)(h >> 16 & 0xffff) + (float)(h >> 32 & 0xffff) + (float)(h >> 48);
+        x.at[i / width * x.ld + i % width] = to_bf16((sum / 65536.f - 2.f) * 1.7320508f * deviation);
+    }
+}

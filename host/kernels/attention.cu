@@ -1,0 +1,382 @@
+// Causal grouped-query attention over packed pairs, forward and backward, in tiles on the tensor cores (Dao 2023,
+// FlashAttention-2, algorithms 1 and 2). A pair lies as prompt | chosen | rejected; a rejected token sees nothing of the
+// chosen answer, and tiles that nobody sees are skipped. DIM is the width of a head, a multiple of 16.
+//
+// Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
+// queries have a kernel each, and no atomics.
+
+#define TILE 64
+#define STRIDE (DIM + 8)  // 16 bytes of padding: the eight rows that ldmatrix reads fall into different banks
+#define KSTEPS (DIM / 16)
+
+// A run of queries or of keys of one pair: TILE of them at most.
+struct Tile {
+    int start;       // the pair's first token in the row
+    int first;       // the tile's first token in the pair
+    int prompt;      // tokens of the prompt
+    int chosen_end;  // tokens of prompt and chosen answer
+    int length;      // tokens of the pair
+};
+
+struct Shape {
+    int heads, share, tokens, window;  // `share` query heads read one key head; window 0 is none
+    float scale;
+};
+
+__device__ __forceinline__ bool visible(const Tile& t, int query, int key, int window) {
+    if (key > query || query >= t.length) return false;
+    bool rejected = query >= t.chosen_end;
+    if (rejected && key >= t.prompt && key < t.chosen_end) return false;
+    if (window == 0) return true;
+    int gap = t.chosen_end - t.prompt;
+    int from = rejected ? query - gap : query, to = key >= t.chosen_end ? key - gap : key;
+    return from - to < window;
+}
+
+// Whether a whole tile of keys is seen by a whole tile of queries, and whether none of it is.
+__device__ __forceinline__ bool all_visible(const Tile& t, int query, int queries, int key, int keys, int window) {
+    if (window > 0 || key + keys - 1 > query || query + queries > t.length) return false;
+    return query + queries - 1 < t.chosen_end || key + keys <= t.prompt || key >= t.chosen_end;
+}
+
+__device__ __forceinline__ bool none_visible(const Tile& t, int query, int queries, int key, int keys, int window) {
+    if (key > query + queries - 1) return true;
+    if (query >= t.chosen_end && key >= t.prompt && key + keys <= t.chosen_end) return true;
+    // Positions are no further apart than places, less the chosen answer.
+    return window > 0 && query - (key + keys - 1) - (t.chosen_end - t.prompt) >= window;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void ldmatrix(u32 r[4], const bf16* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(u32 r[4], const bf16* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+}
+
+// c += a b: a is 16 by 16, b 16 by 8.
+__device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Rows [first, first + ROWS) of a pair into shared memory; rows beyond the pair are zero.
+template <int ROWS>
+__device__ __forceinline__ void load_tile(bf16* to, const View& from, const Tile& t, int first) {
+    for (int i = threadIdx.x; i < ROWS * (DIM / 8); i += blockDim.x) {
+        int r = i / (DIM / 8), c = i % (DIM / 8) * 8;
+        bool inside = first + r < t.length;
+        const bf16* source = row(from, t.start + (inside ? first + r : 0)) + c;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + r * STRIDE + c)),
+                     "l"(source), "r"(inside ? 16 : 0));
+    }
+}
+
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;"); }
+template <int N>
+__device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
+
+// The 16 rows from `row` of a tile as the left side of a product, columns [16 k, 16 k + 16).
+__device__ __forceinline__ void left(u32 a[4], const bf16* tile, int row, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix(a, tile + (row + lane % 16) * STRIDE + k * 16 + lane / 16 * 8);
+}
+
+// Sixteen rows of a tile as columns of the right side: b[0], b[1] for the first eight, b[2], b[3] for the others.
+__device__ __forceinline__ void right(u32 b[4], const bf16* tile, int row, int k) {
+    int lane = threadIdx.x % 32;
+    ldmatrix(b, tile + (row + lane % 8 + lane / 16 * 8) * STRIDE + k * 16 + lane / 8 % 2 * 8);
+}
+
+// Sixteen rows of a tile as rows of the right side, columns [16 n, 16 n + 16): b[0], b[1] for the first eight columns.
+__device__ __forceinline__ void right_rows(u32 b[4], const bf16* tile, int row, int n) {
+    int lane = threadIdx.x % 32;
+    ldmatrix_transposed(b, tile + (row + lane % 16) * STRIDE + n * 16 + lane / 16 * 8);
+}
+
+// Two neighbouring products of 16 by 8 as the left side of the next: rows stay, columns become the inner dimension.
+__device__ __forceinline__ void as_left(u32 a[4], const float x[4], const float y[4]) {
+    a[0] = pack(x[0], x[1]);
+    a[1] = pack(x[2], x[3]);
+    a[2] = pack(y[0], y[1]);
+    a[3] = pack(y[2], y[3]);
+}
+
+// scores += left rows [row, row + 16) of `a` times N rows of `b`, over all of DIM.
+template <int N>
+__device__ __forceinline__ void products(float c[N / 8][4], const bf16* a, int row, const bf16* b) {
+#pragma unroll
+    for (int k = 0; k < KSTEPS; k++) {
+        u32 l[4], r[4];
+        left(l, a, row, k);
+#pragma unroll
+        for (int n = 0; n < N / 16; n++) {
+            right(r, b, n * 16, k);
+            mma(c[2 * n], l, r[0], r[1]);
+            mma(c[2 * n + 1], l, r[2], r[3]);
+        }
+    }
+}
+
+// c += p times rows of `b`: p is 16 by N in registers, c 16 by COLUMNS, from column block `from`.
+template <int N, int COLUMNS>
+__device__ __forceinline__ void accumulate(float c[COLUMNS / 8][4], const float p[N / 8][4], const bf16* b, int from) {
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        u32 l[4], r[4];
+        as_left(l, p[2 * k], p[2 * k + 1]);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 16; n++) {
+            right_rows(r, b, k * 16, from + n);
+            mma(c[2 * n], l, r[0], r[1]);
+            mma(c[2 * n + 1], l, r[2], r[3]);
+        }
+    }
+}
+
+// Rows of an accumulator to a value.
+template <int COLUMNS>
+__device__ __forceinline__ void store(const View& to, const Tile& t, int first, int column, const float c[COLUMNS / 8][4],
+                                      float scale_low, float scale_high) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int at = first + lane / 4 + half * 8;
+        if (at >= t.length) continue;
+        float scale = half ? scale_high : scale_low;
+        bf16* out = row(to, t.start + at) + column + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < COLUMNS / 8; n++)
+            *(u32*)(out + n * 8) = pack(c[n][2 * half] * scale, c[n][2 * half + 1] * scale);
+    }
+}
+
+__device__ __forceinline__ View head(const View& v, int h) { return {v.at + (long long)h * DIM, v.ld}; }
+
+#define LOG2E 1.44269504f
+
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a tile of queries and head, a warp 16 rows.
+extern "C" __global__ void __launch_bounds__(128) attention(const Tile* tiles, View q, View k, View v, View out, float* lse,
+                                                            Shape s) {
+    extern __shared__ bf16 shared[];
+    bf16 *qs = shared, *ks = qs + TILE * STRIDE, *vs = ks + 2 * TILE * STRIDE;
+    Tile t = tiles[blockIdx.x];
+    int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    View keys = head(k, h / s.share), values = head(v, h / s.share);
+    int last = min(t.first + TILE, t.length);
+
+    auto next = [&](int key) {
+        while (key < last && none_visible(t, t.first, TILE, key, TILE, s.window)) key += TILE;
+        return key;
+    };
+    load_tile<TILE>(qs, head(q, h), t, t.first);
+    int key = next(0), stage = 0;
+    load_tile<TILE>(ks, keys, t, key);
+    load_tile<TILE>(vs, values, t, key);
+    commit();
+
+    float o[DIM / 8][4] = {}, max[2] = {-1e30f, -1e30f}, sum[2] = {};
+    float scale = s.scale * LOG2E;
+    while (key < last) {
+        int after = next(key + TILE);
+        if (after < last) {
+            load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
+            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+        }
+        commit();
+        wait<1>();
+        __syncthreads();
+        float p[TILE / 8][4] = {};
+        products<TILE>(p, qs, mine, ks + stage * TILE * STRIDE);
+        bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
+        float top[2] = {max[0], max[1]};
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (!whole && !visible(t, t.first + mine + lane / 4 + i / 2 * 8, key + n * 8 + lane % 4 * 2 + i % 2, s.window))
+                    p[n][i] = -1e30f;
+                top[i / 2] = fmaxf(top[i / 2], p[n][i]);
+            }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+            float shrink = exp2f((max[r] - top[r]) * scale);
+            max[r] = top[r];
+            sum[r] *= shrink;
+#pragma unroll
+            for (int n = 0; n < DIM / 8; n++) {
+                o[n][2 * r] *= shrink;
+                o[n][2 * r + 1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                // A row that has seen nothing yet has no maximum to subtract.
+                p[n][i] = p[n][i] <= -1e30f ? 0.f : exp2f((p[n][i] - max[i / 2]) * scale);
+                sum[i / 2] += p[n][i];
+            }
+        accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
+        __syncthreads();
+        key = after;
+        stage ^= 1;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+        int at = t.first + mine + lane / 4 + r * 8;
+        if (lane % 4 == 0 && at < t.length)
+            lse[(long long)h * s.tokens + t.start + at] = max[r] * s.scale + logf(sum[r]);
+    }
+    store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
+}
+
+// delta = sum of dout * out over a head, [heads, tokens]; a warp a token and head.
+extern "C" __global__ void attention_delta(View out, View dout, float* delta, int tokens, int heads) {
+    long long at = (long long)blockIdx.x * blockDim.y + threadIdx.y;
+    if (at >= (long long)tokens * heads) return;
+    long long token = at / heads, h = at % heads;
+    float sum = 0.f;
+    for (int i = threadIdx.x * 8; i < DIM; i += 256) {
+        Eight a = load8(row(out, token) + h * DIM + i), b = load8(row(dout, token) + h * DIM + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum += a.v[j] * b.v[j];
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x == 0) delta[h * tokens + token] = sum;
+}
+
+// dq, a block a tile of queries and head.
+extern "C" __global__ void __launch_bounds__(128) attention_dq(const Tile* tiles, View q, View k, View v, View dout,
+                                                               const float* lse, const float* delta, View dq, Shape s) {
+    extern __shared__ bf16 shared[];
+    bf16 *qs = shared, *ds = qs + TILE * STRIDE, *ks = ds + TILE * STRIDE, *vs = ks + TILE * STRIDE;
+    Tile t = tiles[blockIdx.x];
+    int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    View keys = head(k, h / s.share), values = head(v, h / s.share);
+    int last = min(t.first + TILE, t.length);
+    load_tile<TILE>(qs, head(q, h), t, t.first);
+    load_tile<TILE>(ds, head(dout, h), t, t.first);
+    float logsum[2], pull[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int at = t.first + mine + lane / 4 + r * 8;
+        long long place = (long long)h * s.tokens + t.start + at;
+        logsum[r] = at < t.length ? lse[place] * LOG2E : 0.f;
+        pull[r] = at < t.length ? delta[place] : 0.f;
+    }
+    float out[DIM / 8][4] = {};
+    for (int key = 0; key < last; key += TILE) {
+        if (none_visible(t, t.first, TILE, key, TILE, s.window)) continue;
+        load_tile<TILE>(ks, keys, t, key);
+        load_tile<TILE>(vs, values, t, key);
+        commit();
+        wait<0>();
+        __syncthreads();
+        bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
+        // Half a tile of keys at a time keeps scores and their gradient in registers.
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            float p[TILE / 16][4] = {}, dp[TILE / 16][4] = {};
+            products<TILE / 2>(p, qs, mine, ks + part * TILE / 2 * STRIDE);
+            products<TILE / 2>(dp, ds, mine, vs + part * TILE / 2 * STRIDE);
+#pragma unroll
+            for (int n = 0; n < TILE / 16; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int from = t.first + mine + lane / 4 + i / 2 * 8;
+                    int to = key + part * TILE / 2 + n * 8 + lane % 4 * 2 + i % 2;
+                    bool seen = whole || visible(t, from, to, s.window);
+                    float weight = seen ? exp2f(p[n][i] * s.scale * LOG2E - logsum[i / 2]) : 0.f;
+                    p[n][i] = weight * (dp[n][i] - pull[i / 2]) * s.scale;
+                }
+            accumulate<TILE / 2, DIM>(out, p, ks + part * TILE / 2 * STRIDE, 0);
+        }
+        __syncthreads();
+    }
+    store<DIM>(head(dq, h), t, t.first + mine, 0, out, 1.f, 1.f);
+}
+
+// Wide heads take their columns in two halves, so that the sums stay in registers.
+#define COLUMNS (DIM > 128 ? DIM / 2 : DIM)
+#define QUERIES 32
+
+// dk and dv, a block a tile of keys, key head and half of the columns of a wide head. A warp has 16 keys.
+extern "C" __global__ void __launch_bounds__(128) attention_dkv(const Tile* tiles, View q, View k, View v, View dout,
+                                                                const float* lse, const float* delta, View dk, View dv,
+                                                                Shape s) {
+    extern __shared__ bf16 shared[];
+    bf16 *ks = shared, *vs = ks + TILE * STRIDE, *qs = vs + TILE * STRIDE, *ds = qs + 2 * QUERIES * STRIDE;
+    float* numbers = (float*)(ds + 2 * QUERIES * STRIDE);  // [2 stages][lse, delta][QUERIES]
+    Tile t = tiles[blockIdx.x];
+    int kv = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    int from = blockIdx.z * (COLUMNS / 16);
+    load_tile<TILE>(ks, head(k, kv), t, t.first);
+    load_tile<TILE>(vs, head(v, kv), t, t.first);
+
+    // Steps go over the tiles of queries that see these keys, for every query head in turn.
+    int low = t.first / QUERIES * QUERIES;
+    auto next = [&](int query) {
+        while (query < t.length && none_visible(t, query, QUERIES, t.first, TILE, s.window)) query += QUERIES;
+        return query;
+    };
+    auto load = [&](int stage, int h, int query) {
+        load_tile<QUERIES>(qs + stage * QUERIES * STRIDE, head(q, h), t, query);
+        load_tile<QUERIES>(ds + stage * QUERIES * STRIDE, head(dout, h), t, query);
+        if (threadIdx.x < 2 * QUERIES) {
+            int i = threadIdx.x % QUERIES;
+            const float* source = threadIdx.x < QUERIES ? lse : delta;
+            bool inside = query + i < t.length;
+            numbers[stage * 2 * QUERIES + threadIdx.x] =
+                inside ? source[(long long)h * s.tokens + t.start + query + i] : 0.f;
+        }
+    };
+    int begin = next(low), h = kv * s.share, end = h + s.share, query = begin, stage = 0;
+    float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {};
+    if (begin < t.length) load(0, h, query);
+    commit();
+    while (h < end && begin < t.length) {
+        int after = next(query + QUERIES), head_after = h;
+        if (after >= t.length) {
+            after = begin;
+            head_after = h + 1;
+        }
+        if (head_after < end) load(stage ^ 1, head_after, after);
+        commit();
+        wait<1>();
+        __syncthreads();
+        const bf16 *qt = qs + stage * QUERIES * STRIDE, *dt = ds + stage * QUERIES * STRIDE;
+        const float* own = numbers + stage * 2 * QUERIES;
+        bool whole = all_visible(t, query, QUERIES, t.first, TILE, s.window);
+        float p[QUERIES / 8][4] = {}, dp[QUERIES / 8][4] = {};
+        products<QUERIES>(p, ks, mine, qt);
+        products<QUERIES>(dp, vs, mine, dt);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int at = n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
+                bool seen = whole || visible(t, query + at, to, s.window);
+                float weight = seen ? exp2f((p[n][i] * s.scale - own[at]) * LOG2E) : 0.f;
+                p[n][i] = weight;
+                dp[n][i] = weight * (dp[n][i] - own[QUERIES + at]) * s.scale;
+            }
+        accumulate<QUERIES, COLUMNS>(dvs, p, dt, from);
+        accumulate<QUERIES, COLUMNS>(dks, dp, qt, from);
+        __syncthreads();
+        h = head_after;
+        query = after;
+        stage ^= 1;
+    }
+    store<COLUMNS>(head(dk, kv), t, t.first + mine, from * 16, dks, 1.f, 1.f);
+    store<COLUMNS>(head(dv, kv), t, t.first + mine, from * 16, dvs, 1.f, 1.f);
+}

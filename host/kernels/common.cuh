@@ -1,0 +1,51 @@
+// What every kernel needs: bf16 as its bits, vectors of eight, warp sums, the tensor cores' instructions.
+// NVRTC comes without headers, so the few instructions that are needed stand here as PTX.
+
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ __forceinline__ float to_float(bf16 x) { return __uint_as_float((u32)x << 16); }
+
+__device__ __forceinline__ u32 pack(float low, float high) {
+    u32 out;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(high), "f"(low));
+    return out;
+}
+
+__device__ __forceinline__ bf16 to_bf16(float x) { return (bf16)pack(x, 0.f); }
+
+// Eight values of a row: one access of 16 bytes.
+struct Eight {
+    float v[8];
+};
+
+__device__ __forceinline__ Eight load8(const bf16* p) {
+    uint4 raw = *(const uint4*)p;
+    u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+    Eight out;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        out.v[2 * i] = __uint_as_float(words[i] << 16);
+        out.v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+    return out;
+}
+
+__device__ __forceinline__ void store8(bf16* p, const Eight& x) {
+    *(uint4*)p = make_uint4(pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7]));
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+// Columns of a buffer whose rows are `ld` elements apart.
+struct View {
+    bf16* at;
+    long long ld;
+};
+
+__device__ __forceinline__ bf16* row(const View& v, long long token) { return v.at + token * v.ld; }

@@ -1,0 +1,29 @@
+// Rows of a table, [vocab, width], which may lie in host memory.
+extern "C" __global__ void gather(const bf16* table, const int* ids, View y, int rows, int width) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    long long at = blockIdx.y;
+    if (i < width) *(uint4*)(row(y, at) + i) = *(const uint4*)(table + (long long)ids[at] * width + i);
+}
+
+// Rows of a value.
+extern "C" __global__ void gather_rows(View x, const int* ids, View y, int rows, int width) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    long long at = blockIdx.y;
+    if (i < width) *(uint4*)(row(y, at) + i) = *(const uint4*)(row(x, ids[at]) + i);
+}
+
+// The VJP of gather_rows: y[token] is the sum of the rows that were taken from it, at most two, -1 for none.
+extern "C" __global__ void scatter_rows(View x, const int2* from, View y, int tokens, int width) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    long long token = blockIdx.y;
+    if (i >= width) return;
+    int2 rows = from[token];
+    Eight sum = {};
+    if (rows.x >= 0) sum = load8(row(x, rows.x) + i);
+    if (rows.y >= 0) {
+        Eight other = load8(row(x, rows.y) + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.v[j] += other.v[j];
+    }
+    store8(row(y, token) + i, sum);
+}
