@@ -5,7 +5,10 @@
 // Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
 // queries have a kernel each, and no atomics.
 
-#define TILE 64
+// Wide heads take smaller tiles, which fit into the shared memory of every card.
+#define TILE (DIM > 128 ? 32 : 64)
+#define QUERIES (DIM > 128 ? 16 : 32)
+#define THREADS (TILE * 2)
 #define STRIDE (DIM + 8)  // 16 bytes of padding: the eight rows that ldmatrix reads fall into different banks
 #define KSTEPS (DIM / 16)
 
@@ -160,8 +163,9 @@ __device__ __forceinline__ View head(const View& v, int h) { return {v.at + (lon
 
 #define LOG2E 1.44269504f
 
-// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a tile of queries and head, a warp 16 rows.
-extern "C" __global__ void __launch_bounds__(128) attention(const Tile* tiles, View q, View k, View v, View out, float* lse,
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a tile of queries and head, a warp 16
+// rows.
+extern "C" __global__ void __launch_bounds__(THREADS) attention(const Tile* tiles, View q, View k, View v, View out, float* lse,
                                                             Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *qs = shared, *ks = qs + TILE * STRIDE, *vs = ks + 2 * TILE * STRIDE;
@@ -256,7 +260,7 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
 }
 
 // dq, a block a tile of queries and head.
-extern "C" __global__ void __launch_bounds__(128) attention_dq(const Tile* tiles, View q, View k, View v, View dout,
+extern "C" __global__ void __launch_bounds__(THREADS) attention_dq(const Tile* tiles, View q, View k, View v, View dout,
                                                                const float* lse, const float* delta, View dq, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *qs = shared, *ds = qs + TILE * STRIDE, *ks = ds + TILE * STRIDE, *vs = ks + TILE * STRIDE;
@@ -308,16 +312,16 @@ extern "C" __global__ void __launch_bounds__(128) attention_dq(const Tile* tiles
 
 // Wide heads take their columns in two halves, so that the sums stay in registers.
 #define COLUMNS (DIM > 128 ? DIM / 2 : DIM)
-#define QUERIES 32
 
 // dk and dv, a block a tile of keys, key head and half of the columns of a wide head. A warp has 16 keys.
-extern "C" __global__ void __launch_bounds__(128) attention_dkv(const Tile* tiles, View q, View k, View v, View dout,
+extern "C" __global__ void __launch_bounds__(THREADS) attention_dkv(const Tile* tiles, View q, View k, View v, View dout,
                                                                 const float* lse, const float* delta, View dk, View dv,
                                                                 Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *ks = shared, *vs = ks + TILE * STRIDE, *qs = vs + TILE * STRIDE, *ds = qs + 2 * QUERIES * STRIDE;
     float* numbers = (float*)(ds + 2 * QUERIES * STRIDE);  // [2 stages][lse, delta][QUERIES]
-    Tile t = tiles[blockIdx.x];
+    // Tiles come in the order of the keys they see; the first keys are seen by most queries.
+    Tile t = tiles[gridDim.x - 1 - blockIdx.x];
     int kv = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
     int from = blockIdx.z * (COLUMNS / 16);
     load_tile<TILE>(ks, head(k, kv), t, t.first);

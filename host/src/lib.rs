@@ -2,8 +2,10 @@
 
 pub mod batch;
 pub mod cli;
+pub mod cuda;
 pub mod data;
 pub mod demo;
+pub mod device;
 pub mod engine;
 pub mod error;
 pub mod files;

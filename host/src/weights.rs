@@ -75,8 +75,9 @@ impl Checkpoint {
         }
     }
 
-    /// A weight of the graph as a CPU tensor in f32, after checking its shape.
-    pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
+    /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
+    /// checked.
+    pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
         let name = format!("{prefix}{}", weight.tensor);
         let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
             return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
@@ -96,8 +97,13 @@ impl Checkpoint {
                 return Err(Error::input(what).at(shard.path.display()));
             }
         };
-        let tensor = Tensor::from_raw_buffer(entry.bytes, dtype, &entry.shape, &Device::Cpu)?;
-        Ok(tensor.to_dtype(DType::F32)?)
+        Ok((dtype, entry.bytes))
+    }
+
+    /// A weight of the graph as a CPU tensor in f32.
+    pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
+        let (dtype, bytes) = self.raw(prefix, weight)?;
+        Ok(Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?)
     }
 
     /// A text that changes when the weights do: path, size and time of change of every file.

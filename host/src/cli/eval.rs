@@ -5,17 +5,15 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use crate::batch::laid_out;
 use crate::data::{self, ChatTokenizer, TokenPair};
-use crate::engine::Engine;
 use crate::error::Result;
-use crate::files;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::model::{self, Model};
-use crate::plan::{Plan, Wishes};
+use crate::plan::Wishes;
 use crate::plugins::Registry;
 use crate::train::{DataArgs, score};
 use crate::weights::Checkpoint;
+use crate::{cuda, device, files};
 
 #[derive(Args)]
 pub(super) struct EvalOptions {
@@ -28,6 +26,9 @@ pub(super) struct EvalOptions {
     /// PEFT adapter; without it the base model is scored
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
     /// Write a line of JSON for every pair
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -48,13 +49,12 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
             Adapter::new(&model.graph, config, 0)?
         }
     };
-    let longest = pairs.iter().map(laid_out).max().unwrap_or(1);
-    let plan = Plan::new(&model.graph, adapter.params.len(), longest, Wishes::default())?;
+    let gpu = cuda::choose(&options.device)?;
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
-    let engine = Engine::load(model.graph, &checkpoint, adapter)?;
+    let (mut device, budget) = device::open(gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
     let all: Vec<&TokenPair> = pairs.iter().collect();
-    let scores = score(&engine, &all, plan.micro_batch_tokens, |_| {})?;
+    let scores = score(device.as_mut(), &all, budget, |_| {})?;
     let mut rest = scores.logps.as_slice();
     let mut sum = |tokens: usize| {
         let (own, after) = rest.split_at(tokens);

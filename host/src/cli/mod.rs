@@ -1,12 +1,15 @@
 //! The command line: one subcommand a file. Options are parsed here; what they mean is decided where they are used.
 
+mod bench;
 mod config;
 mod data;
 mod describe;
+mod doctor;
 mod eval;
 mod list;
 pub mod new;
 mod plan;
+mod selftest;
 mod swift;
 
 use std::ffi::OsString;
@@ -49,6 +52,12 @@ enum Command {
     Data(data::DataCommand),
     /// Compute the memory of a run before it starts
     Plan(plan::PlanOptions),
+    /// Compare every op and ten steps of training on a GPU with the CPU
+    Selftest(selftest::SelftestOptions),
+    /// Measure training speed with random weights of a published shape
+    Bench(bench::BenchOptions),
+    /// Say what of CUDA was found, what is missing, and how to get it
+    Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
     Eval(eval::EvalOptions),
 }
@@ -114,5 +123,8 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Data(options) => data::data(&registry, &options),
         Command::Plan(options) => plan::plan(&registry, &options),
         Command::Eval(options) => eval::eval(&registry, &options),
+        Command::Selftest(options) => selftest::selftest(&registry, &options),
+        Command::Bench(options) => bench::bench(&registry, &options),
+        Command::Doctor(options) => doctor::doctor(&options),
     }
 }

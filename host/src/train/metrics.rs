@@ -87,7 +87,7 @@ impl Window {
 }
 
 /// Most memory this process has held, in GiB; 0 where the system does not say.
-pub(super) fn peak_memory_gib() -> f64 {
+pub(crate) fn peak_memory_gib() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let peak = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
     let kib = peak.and_then(|l| l.split_whitespace().next()?.parse::<f64>().ok()).unwrap_or(0.0);

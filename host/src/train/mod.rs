@@ -15,9 +15,11 @@ mod step;
 mod tensorboard;
 
 pub use metrics::PairMetrics;
+pub(crate) use metrics::peak_memory_gib;
 pub use objective::{Objective, ObjectiveOptions};
+pub use optimizer::{AdamW, Moments};
 pub use options::{DataArgs, TrainOptions};
 pub use reference::Reference;
+pub(crate) use run::bar;
 pub use run::run;
-use step::Step;
-pub use step::{Scores, score};
+pub use step::{Scores, Step, gradient, score};

@@ -31,16 +31,47 @@ impl Moments {
     }
 }
 
+/// What a step's arithmetic needs, in f32.
+#[derive(Clone, Copy, Debug)]
+pub struct Rates {
+    /// Step size, corrected for the first moment's start at zero.
+    pub size: f32,
+    /// Correction of the second moment's root.
+    pub root: f32,
+    /// What decay leaves of a parameter.
+    pub keep: f32,
+    /// Decay of the first moment.
+    pub b1: f32,
+    /// What a new gradient weighs in the first moment.
+    pub r1: f32,
+    /// Decay of the second moment.
+    pub b2: f32,
+    /// What a new gradient's square weighs in the second moment.
+    pub r2: f32,
+    /// Added to the root of the second moment.
+    pub eps: f32,
+}
+
 impl AdamW {
+    /// The numbers of step `steps`, counted from 1.
+    pub fn rates(&self, steps: u64, learning_rate: f64) -> Rates {
+        let steps = steps as i32;
+        Rates {
+            size: (learning_rate / (1.0 - self.beta1.powi(steps))) as f32,
+            root: (1.0 - self.beta2.powi(steps)).sqrt() as f32,
+            keep: (1.0 - learning_rate * self.weight_decay) as f32,
+            b1: self.beta1 as f32,
+            r1: (1.0 - self.beta1) as f32,
+            b2: self.beta2 as f32,
+            r2: (1.0 - self.beta2) as f32,
+            eps: self.eps as f32,
+        }
+    }
+
     /// One step at a learning rate.
     pub fn step(&self, params: &mut [f32], gradient: &[f32], moments: &mut Moments, learning_rate: f64) {
         moments.steps += 1;
-        let steps = moments.steps as i32;
-        let size = (learning_rate / (1.0 - self.beta1.powi(steps))) as f32;
-        let root = (1.0 - self.beta2.powi(steps)).sqrt() as f32;
-        let keep = (1.0 - learning_rate * self.weight_decay) as f32;
-        let (b1, b2, eps) = (self.beta1 as f32, self.beta2 as f32, self.eps as f32);
-        let (r1, r2) = ((1.0 - self.beta1) as f32, (1.0 - self.beta2) as f32);
+        let Rates { size, root, keep, b1, r1, b2, r2, eps } = self.rates(moments.steps, learning_rate);
         let state = moments.first.iter_mut().zip(&mut moments.second);
         for ((p, g), (m, v)) in params.iter_mut().zip(gradient).zip(state) {
             *p *= keep;
@@ -51,14 +82,10 @@ impl AdamW {
     }
 }
 
-/// The gradient's norm before clipping; scales it to `limit` where it is longer, as `torch.nn.utils.clip_grad_norm_`.
-pub fn clip(gradient: &mut [f32], limit: f64) -> f64 {
-    let norm = gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt();
-    let scale = limit / (norm + 1e-6);
-    if limit > 0.0 && scale < 1.0 {
-        gradient.iter_mut().for_each(|g| *g *= scale as f32);
-    }
-    norm
+/// What a gradient of this norm is multiplied with, so that it is no longer than `limit`, as `torch.nn.utils.clip_grad_norm_`
+/// has it; 0 is no limit.
+pub fn clip(norm: f64, limit: f64) -> f64 {
+    if limit > 0.0 { (limit / (norm + 1e-6)).min(1.0) } else { 1.0 }
 }
 
 #[cfg(test)]
@@ -83,10 +110,7 @@ mod tests {
 
     #[test]
     fn clipping_keeps_short_gradients() {
-        let mut gradient = vec![3.0, 4.0];
-        assert_eq!(clip(&mut gradient, 10.0), 5.0);
-        assert_eq!(gradient, [3.0, 4.0]);
-        assert_eq!(clip(&mut gradient, 1.0), 5.0);
-        assert!((gradient[0] - 0.6).abs() < 1e-6 && (gradient[1] - 0.8).abs() < 1e-6);
+        assert_eq!((clip(5.0, 10.0), clip(5.0, 0.0)), (1.0, 1.0));
+        assert!((clip(5.0, 1.0) - 0.2).abs() < 1e-6);
     }
 }

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::step::score;
 use crate::data::TokenPair;
-use crate::engine::Engine;
+use crate::device::Device;
 use crate::error::Result;
 use crate::files;
 
@@ -28,13 +28,13 @@ impl Reference {
 
     /// Reads or computes. `model` identifies weights and config; `done` is told how many further pairs are ready.
     pub fn of(
-        engine: &Engine,
+        device: &mut dyn Device,
         model: &str,
         pairs: &[TokenPair],
         budget: usize,
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
-        let path = cache_file(engine, model, pairs);
+        let path = cache_file(device, model, pairs);
         let lengths: Vec<usize> = pairs.iter().map(answer_tokens).collect();
         let expected: usize = lengths.iter().sum();
         let cached = std::fs::read(&path).ok().filter(|bytes| bytes.len() == expected * 4);
@@ -45,7 +45,7 @@ impl Reference {
             }
             None => {
                 let all: Vec<&TokenPair> = pairs.iter().collect();
-                let scores = score(engine, &all, budget, done)?;
+                let scores = score(device, &all, budget, done)?;
                 let bytes: Vec<u8> = scores.logps.iter().flat_map(|l| l.to_le_bytes()).collect();
                 // A cache that cannot be written costs time in the next run, not this run.
                 if let Err(e) = files::write(&path, &bytes) {
@@ -75,15 +75,15 @@ fn answer_tokens(pair: &TokenPair) -> usize {
     pair.chosen.len() + pair.rejected.len() - 2 * unpredicted
 }
 
-fn cache_file(engine: &Engine, model: &str, pairs: &[TokenPair]) -> PathBuf {
+fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf {
     let mut hash = Sha256::new();
     let mut text = |t: &str| hash.update(format!("{}\n{t}\n", t.len()));
     text(FORMAT);
     text(env!("CARGO_PKG_VERSION"));
-    text("cpu float32");
+    text(&device.name());
     text(model);
-    text(&serde_json::to_string(engine.graph()).unwrap_or_default());
-    let adapter = engine.adapter();
+    text(&serde_json::to_string(device.graph()).unwrap_or_default());
+    let adapter = device.adapter();
     text(&format!("{} {:?}", adapter.config.scale(), adapter.sites.iter().map(|s| &s.module).collect::<Vec<_>>()));
     // With B zero the update is zero whatever A is, so that runs with other seeds share a reference.
     let b = |s| adapter.params[adapter.ranges(s)[1].clone()].iter();

@@ -13,25 +13,25 @@ use sha2::{Digest, Sha256};
 use super::checkpoint::{self, State};
 use super::doctor::Doctor;
 use super::log::Log;
-use super::metrics::{Window, peak_memory_gib};
-use super::optimizer::{AdamW, Moments, clip};
+use super::metrics::Window;
+use super::optimizer::{AdamW, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
 use super::{Objective, ObjectiveOptions, Reference, Step, report, step};
-use crate::batch::laid_out;
 use crate::data::{self, ChatTokenizer, TokenPair};
-use crate::engine::Engine;
+use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
-use crate::plan::{Plan, Wishes, parse_size};
+use crate::plan::{Wishes, parse_size};
 use crate::plugins::Registry;
 use crate::weights::Checkpoint;
-use crate::{demo, files};
+use crate::{cuda, demo, files};
 
 /// Trains, and returns the folder with the result.
 pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let given = demo_or_given(registry, &mut options)?;
     refuse_unsupported(&options)?;
+    let gpu = choose_device(&options)?;
     let objective_options = options.objective()?;
     let objective = Objective::new(registry, &objective_options)?;
     let folder = model::locate(&given)?;
@@ -57,22 +57,18 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         return Err(Error::input("the split leaves no pair to train on").at("--split-dataset-ratio"));
     }
 
-    let longest = pairs.iter().chain(&validation).map(laid_out).max().unwrap_or(1);
-    let plan = Plan::new(&model.graph, adapter.params.len(), longest, options.wishes()?)?;
-    eprintln!("{plan}");
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
-    let mut engine = Engine::load(model.graph, &checkpoint, adapter)?;
-    engine.recompute(plan.recomputed);
-    eprintln!("adapter     {} parameters at {} linears", engine.adapter().params.len(), engine.adapter().sites.len());
+    eprintln!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len());
+    let all = pairs.iter().chain(&validation);
+    let (mut device, budget) = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes()?)?;
 
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
         for (reference, pairs) in references.iter_mut().zip([&pairs, &validation]) {
             let bar = bar(pairs.len() as u64, "reference   {bar:30} {pos}/{len} pairs {eta} left");
-            let budget = plan.micro_batch_tokens;
-            *reference = Reference::of(&engine, &identity, pairs, budget, |n| bar.inc(n as u64))?;
+            *reference = Reference::of(device.as_mut(), &identity, pairs, budget, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
@@ -81,9 +77,8 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
     let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
-    let fingerprint = fingerprint(&options, &identity, &engine, &pairs, total);
+    let fingerprint = fingerprint(&options, &identity, device.as_ref(), &pairs, total);
     let mut run = Run {
-        moments: Moments::new(engine.adapter().params.len()),
         optimizer: AdamW {
             beta1: options.adam_beta1,
             beta2: options.adam_beta2,
@@ -95,7 +90,7 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         validation,
         reference,
         validation_reference,
-        budget: plan.micro_batch_tokens,
+        budget,
         per_epoch,
         total,
         warmup,
@@ -103,7 +98,7 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         window: Window::default(),
         done: 0,
         objective,
-        engine,
+        device,
         output,
         options,
     };
@@ -120,10 +115,9 @@ struct Run<'r> {
     options: TrainOptions,
     output: PathBuf,
     base_model: String,
-    engine: Engine,
+    device: Box<dyn Device>,
     objective: Objective<'r>,
     optimizer: AdamW,
-    moments: Moments,
     pairs: Vec<TokenPair>,
     validation: Vec<TokenPair>,
     reference: Reference,
@@ -147,8 +141,8 @@ impl Run<'_> {
     }
 
     fn resume(&mut self, folder: &Path) -> Result<()> {
-        let adapter = Adapter::load(self.engine.graph(), folder)?;
-        if adapter.sites != self.engine.adapter().sites {
+        let adapter = Adapter::load(self.device.graph(), folder)?;
+        if adapter.sites != self.device.adapter().sites {
             return Err(Error::input("has an adapter of another rank or of other modules").at(folder.display()));
         }
         let (moments, state) = checkpoint::load(folder, adapter.params.len())?;
@@ -157,8 +151,8 @@ impl Run<'_> {
                 .at(folder.display())
                 .help("resume with the flags in args.json, or start a new run from it with --init-adapter"));
         }
-        self.engine.update(|params| params.copy_from_slice(&adapter.params))?;
-        (self.moments, self.done, self.window) = (moments, state.global_step, state.window);
+        self.device.restore(&adapter.params, moments)?;
+        (self.done, self.window) = (state.global_step, state.window);
         self.objective.restore(state.losses);
         Ok(())
     }
@@ -170,12 +164,11 @@ impl Run<'_> {
         bar.set_position(self.done);
         let start = Instant::now();
         let mut line_start = Instant::now();
-        let mut gradient = vec![0.0; self.engine.adapter().params.len()];
         let eval_steps = self.options.eval_steps.unwrap_or(self.options.save_steps);
         while self.done < self.total {
             let learning_rate = self.learning_rate();
-            let (step, tokens) = self.gradient(&mut gradient)?;
-            let norm = clip(&mut gradient, self.options.max_grad_norm);
+            let (step, tokens) = self.gradient()?;
+            let norm = self.device.gradient_norm()?;
             if !(step.loss.is_finite() && norm.is_finite()) {
                 bar.finish_and_clear();
                 return Err(Error::run(format!(
@@ -185,8 +178,8 @@ impl Run<'_> {
                 ))
                 .help("lower --learning-rate; checkpoints before this step are whole"));
             }
-            let (optimizer, moments) = (self.optimizer, &mut self.moments);
-            self.engine.update(|params| optimizer.step(params, &gradient, moments, learning_rate))?;
+            let clip = clip(norm, self.options.max_grad_norm);
+            self.device.update(&self.optimizer, clip, learning_rate)?;
             self.done += 1;
             self.window.add(step.loss, &step.pairs, tokens);
             bar.inc(1);
@@ -195,7 +188,7 @@ impl Run<'_> {
                 let mut line = self.line(norm, learning_rate);
                 let seconds = line_start.elapsed().as_secs_f64().max(1e-9);
                 line.insert("tokens_per_second".into(), json!(self.window.tokens / seconds));
-                line.insert("memory_gib".into(), json!(peak_memory_gib()));
+                line.insert("memory_gib".into(), json!(self.device.memory_gib()));
                 line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
                 log.write(&line)?;
                 show(&bar, &line);
@@ -213,22 +206,23 @@ impl Run<'_> {
             }
         }
         bar.finish_and_clear();
-        self.engine.adapter().save(&self.output, &self.base_model)
+        self.device.fetch()?;
+        self.device.adapter().save(&self.output, &self.base_model)
     }
 
     fn learning_rate(&self) -> f64 {
         self.options.learning_rate * self.options.lr_scheduler.factor(self.done, self.warmup, self.total)
     }
 
-    /// The gradient of the next step, and its unique tokens.
-    fn gradient(&mut self, gradient: &mut [f32]) -> Result<(Step, usize)> {
+    /// Leaves the gradient of the next step on the device; returns its loss and its unique tokens.
+    fn gradient(&mut self) -> Result<(Step, usize)> {
         let (epoch, at) = (self.done / self.per_epoch, (self.done % self.per_epoch) as usize);
         let order = order(self.pairs.len(), self.options.data.shuffle, self.options.data.seed, epoch);
         let first = at * self.options.batch_size;
         let chosen = &order[first..(first + self.options.batch_size).min(order.len())];
         let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
         let reference = self.reference.gather(chosen.iter().copied());
-        let step = step::gradient(&self.engine, &mut self.objective, &pairs, &reference, self.budget, gradient)?;
+        let step = step::gradient(self.device.as_mut(), &mut self.objective, &pairs, &reference, self.budget)?;
         Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
     }
 
@@ -248,7 +242,7 @@ impl Run<'_> {
     fn evaluate(&mut self) -> Result<Map<String, Value>> {
         let pairs: Vec<&TokenPair> = self.validation.iter().collect();
         let reference = self.validation_reference.gather(0..pairs.len());
-        let step = step::evaluate(&self.engine, &mut self.objective, &pairs, &reference, self.budget)?;
+        let step = step::evaluate(self.device.as_mut(), &mut self.objective, &pairs, &reference, self.budget)?;
         let mut window = Window::default();
         window.add(step.loss, &step.pairs, 0);
         let mut line = self.place();
@@ -256,7 +250,8 @@ impl Run<'_> {
         Ok(line)
     }
 
-    fn save(&self) -> Result<()> {
+    fn save(&mut self) -> Result<()> {
+        self.device.fetch()?;
         let state = State {
             global_step: self.done,
             epoch: self.done as f64 / self.per_epoch as f64,
@@ -264,8 +259,9 @@ impl Run<'_> {
             losses: self.objective.states(),
             window: self.window.clone(),
         };
-        let (adapter, keep) = (self.engine.adapter(), self.options.save_total_limit);
-        checkpoint::save(&self.output, adapter, &self.base_model, &self.moments, &state, keep)?;
+        let (adapter, moments) = (self.device.adapter(), self.device.moments());
+        let keep = self.options.save_total_limit;
+        checkpoint::save(&self.output, adapter, &self.base_model, moments, &state, keep)?;
         report::write(&self.output, &json!(self.options))
     }
 }
@@ -299,18 +295,11 @@ fn demo_or_given(registry: &Registry, options: &mut TrainOptions) -> Result<Stri
 }
 
 fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
-    let cpu = "this version computes on the CPU";
-    if !matches!(options.device.as_str(), "auto" | "cpu") {
-        return Err(Error::input(format!("'{}' cannot be used: {cpu}", options.device)).at("--device"));
-    }
     if options.gpus > 1 {
-        return Err(Error::input(format!("{} devices cannot be used: {cpu}", options.gpus)).at("--gpus"));
+        return Err(Error::input(format!("{} devices: this version computes on one", options.gpus)).at("--gpus"));
     }
     if options.quantization != Quantization::None {
-        return Err(Error::input(format!("quantised weights cannot be used: {cpu}")).at("--quantization"));
-    }
-    if options.dtype == Dtype::Bfloat16 {
-        eprintln!("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
+        return Err(Error::input("quantised weights: this version computes in bf16 or f32").at("--quantization"));
     }
     if options.lora_dropout != 0.0 {
         eprintln!(
@@ -324,6 +313,25 @@ fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
         return Err(Error::input("should be from 0 to below 1").at("--split-dataset-ratio"));
     }
     Ok(())
+}
+
+/// The GPU of `--device`, or `None` for the CPU. GPUs compute in bf16, the CPU in f32.
+fn choose_device(options: &TrainOptions) -> Result<Option<usize>> {
+    let exact = options.dtype == Dtype::Float32;
+    if exact && options.device == "auto" {
+        return Ok(None);
+    }
+    let gpu = cuda::choose(&options.device)?;
+    match gpu {
+        Some(_) if exact => Err(Error::input("GPUs compute in bfloat16")
+            .at("--dtype")
+            .help("leave it out, or add --device cpu for float32")),
+        None if options.dtype == Dtype::Bfloat16 => {
+            eprintln!("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
+            Ok(None)
+        }
+        gpu => Ok(gpu),
+    }
 }
 
 fn starting_adapter(model: &Model<'_>, options: &TrainOptions) -> Result<Adapter> {
@@ -386,11 +394,11 @@ fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -
 }
 
 /// A hash of what decides every step of a run.
-fn fingerprint(options: &TrainOptions, identity: &str, engine: &Engine, pairs: &[TokenPair], total: u64) -> String {
+fn fingerprint(options: &TrainOptions, identity: &str, device: &dyn Device, pairs: &[TokenPair], total: u64) -> String {
     let mut hash = Sha256::new();
     hash.update(identity);
     hash.update(format!("{:?} {total}", options.decisive()));
-    engine.adapter().params.iter().for_each(|p| hash.update(p.to_le_bytes()));
+    device.adapter().params.iter().for_each(|p| hash.update(p.to_le_bytes()));
     for pair in pairs {
         [&pair.prompt, &pair.chosen, &pair.rejected].into_iter().for_each(|ids| {
             hash.update((ids.len() as u64).to_le_bytes());
@@ -401,7 +409,7 @@ fn fingerprint(options: &TrainOptions, identity: &str, engine: &Engine, pairs: &
 }
 
 /// A bar on a terminal; nothing elsewhere.
-fn bar(length: u64, template: &str) -> ProgressBar {
+pub(crate) fn bar(length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(length).with_style(style.progress_chars("━╸ "))
 }

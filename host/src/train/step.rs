@@ -4,11 +4,11 @@ use super::metrics::PairMetrics;
 use super::objective::{Evaluated, Logps, Objective, Totals};
 use crate::batch::{Batch, laid_out, micro_batches};
 use crate::data::TokenPair;
-use crate::engine::Engine;
+use crate::device::Device;
 use crate::error::Result;
 
 /// Loss and metrics of a step, or of an evaluation.
-pub(super) struct Step {
+pub struct Step {
     /// Loss.
     pub loss: f64,
     /// Of every pair.
@@ -32,11 +32,16 @@ fn batches(pairs: &[&TokenPair], budget: usize) -> Vec<Batch> {
     micro_batches(&lengths, budget).into_iter().map(|r| Batch::of(pairs[r].iter().copied())).collect()
 }
 
-/// Log-probs of pairs under an engine's present adapter. `done` is told after every micro-batch how many pairs it had.
-pub fn score(engine: &Engine, pairs: &[&TokenPair], budget: usize, mut done: impl FnMut(usize)) -> Result<Scores> {
+/// Log-probs of pairs under a device's present adapter. `done` is told after every micro-batch how many pairs it had.
+pub fn score(
+    device: &mut dyn Device,
+    pairs: &[&TokenPair],
+    budget: usize,
+    mut done: impl FnMut(usize),
+) -> Result<Scores> {
     let mut scores = Scores::default();
     for batch in batches(pairs, budget) {
-        let forward = engine.forward(&batch, false)?;
+        let forward = device.forward(&batch, false)?;
         done(batch.answers.len());
         scores.answers.extend(batch.answers);
         scores.logps.extend(forward.logps);
@@ -47,13 +52,13 @@ pub fn score(engine: &Engine, pairs: &[&TokenPair], budget: usize, mut done: imp
 
 /// Loss and metrics without a gradient: all pairs as one step.
 pub(super) fn evaluate(
-    engine: &Engine,
+    device: &mut dyn Device,
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
     budget: usize,
 ) -> Result<Step> {
-    let scores = score(engine, pairs, budget, |_| {})?;
+    let scores = score(device, pairs, budget, |_| {})?;
     let logps = Logps { answers: &scores.answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
     let Evaluated { loss, pairs, .. } = objective.eval(logps, totals(&scores.answers), false)?;
     Ok(Step { loss, pairs })
@@ -64,37 +69,37 @@ fn totals(answers: &[[usize; 2]]) -> Totals {
     Totals { pairs: answers.len(), tokens }
 }
 
-/// A step's loss, with its gradient in `gradient` (which is overwritten). `reference` is flat over the step's answer
+/// A step's loss, with its gradient left on the device. `reference` is flat over the step's answer
 /// tokens, or empty.
-pub(super) fn gradient(
-    engine: &Engine,
+pub fn gradient(
+    device: &mut dyn Device,
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
     budget: usize,
-    gradient: &mut [f32],
 ) -> Result<Step> {
-    gradient.fill(0.0);
+    device.clear_gradient()?;
     let batches = batches(pairs, budget);
     let answers: Vec<[usize; 2]> = batches.iter().flat_map(|b| b.answers.clone()).collect();
     let totals = totals(&answers);
     let mut step = Step { loss: 0.0, pairs: Vec::new() };
     if objective.whole_batch() && batches.len() > 1 {
         // The loss needs every pair's log-probs before it can give a derivative for one.
-        let scores = score(engine, pairs, budget, |_| {})?;
+        let scores = score(device, pairs, budget, |_| {})?;
         let logps = Logps { answers: &answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
         let evaluated = objective.eval(logps, totals, true)?;
         let mut slopes = evaluated.slopes.as_slice();
         for batch in &batches {
             let (own, rest) = slopes.split_at(batch.targets.len());
-            engine.backward(batch, engine.forward(batch, true)?, own, gradient)?;
+            device.forward(batch, true)?;
+            device.backward(batch, own)?;
             slopes = rest;
         }
         return Ok(Step { loss: evaluated.loss, pairs: evaluated.pairs });
     }
     let mut at = 0;
     for batch in &batches {
-        let forward = engine.forward(batch, true)?;
+        let forward = device.forward(batch, true)?;
         let tokens = batch.targets.len();
         let own = if reference.is_empty() { reference } else { &reference[at..at + tokens] };
         at += tokens;
@@ -103,7 +108,7 @@ pub(super) fn gradient(
         let evaluated = objective.eval(logps, totals, true)?;
         step.loss += evaluated.loss;
         step.pairs.extend(evaluated.pairs);
-        engine.backward(batch, forward, &evaluated.slopes, gradient)?;
+        device.backward(batch, &evaluated.slopes)?;
     }
     Ok(step)
 }

@@ -1,0 +1,259 @@
+//! `dpo-host bench`: speed and memory of training, with random weights of a published shape.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+use crate::batch::laid_out;
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::data::TokenPair;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::lora::{Adapter, AdapterConfig, Targets};
+use crate::plan::{Wishes, parse_size, size};
+use crate::plugins::Registry;
+use crate::train::{self, AdamW, Objective, ObjectiveOptions, optimizer};
+
+#[derive(Args)]
+pub(super) struct BenchOptions {
+    /// Shape of the model
+    #[arg(long, value_enum, default_value_t = Shape::Qwen25_7b)]
+    shape: Shape,
+    /// Lengths of prompts and answers
+    #[arg(long, value_enum, default_value_t = Profile::Chat)]
+    profile: Profile,
+    /// Steps that are measured, after one of warm-up
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    /// Pairs a step
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    /// Most tokens of prompt and one answer
+    #[arg(long, default_value_t = 2048)]
+    max_length: usize,
+    /// Rows of A
+    #[arg(long, default_value_t = 8)]
+    lora_rank: usize,
+    /// Most memory to use
+    #[arg(long, value_name = "SIZE")]
+    gpu_memory: Option<String>,
+    /// Tokens computed at once
+    #[arg(long, value_name = "N")]
+    micro_batch_tokens: Option<usize>,
+    /// The GPU: cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cuda")]
+    device: String,
+    /// Print the time of every op in a further step
+    #[arg(long)]
+    profile_ops: bool,
+    /// Write that step as a Chrome trace
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Published shapes.
+#[derive(Clone, Copy, ValueEnum)]
+enum Shape {
+    #[value(name = "qwen2.5-0.5b")]
+    Qwen25_05b,
+    #[value(name = "qwen2.5-7b")]
+    Qwen25_7b,
+    #[value(name = "qwen3-8b")]
+    Qwen3_8b,
+    #[value(name = "llama3-8b")]
+    Llama3_8b,
+}
+
+impl Shape {
+    /// The family and its config.
+    fn config(self) -> (&'static str, &'static str) {
+        match self {
+            Shape::Qwen25_05b => (
+                "qwen2",
+                r#"{"hidden_size":896,"intermediate_size":4864,"num_hidden_layers":24,"num_attention_heads":14,
+                "num_key_value_heads":2,"vocab_size":151936,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
+                "max_position_embeddings":32768,"tie_word_embeddings":true,"hidden_act":"silu"}"#,
+            ),
+            Shape::Qwen25_7b => (
+                "qwen2",
+                r#"{"hidden_size":3584,"intermediate_size":18944,"num_hidden_layers":28,"num_attention_heads":28,
+                "num_key_value_heads":4,"vocab_size":152064,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
+                "max_position_embeddings":32768,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+            ),
+            Shape::Qwen3_8b => (
+                "qwen3",
+                r#"{"hidden_size":4096,"intermediate_size":12288,"num_hidden_layers":36,"num_attention_heads":32,
+                "num_key_value_heads":8,"head_dim":128,"vocab_size":151936,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
+                "max_position_embeddings":40960,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+            ),
+            Shape::Llama3_8b => (
+                "llama3",
+                r#"{"hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"num_attention_heads":32,
+                "num_key_value_heads":8,"vocab_size":128256,"rms_norm_eps":1e-5,"rope_theta":500000.0,
+                "max_position_embeddings":8192,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+            ),
+        }
+    }
+}
+
+/// Lengths: medians of prompt, chosen and rejected, and the spread of their logarithms.
+#[derive(Clone, Copy, ValueEnum)]
+enum Profile {
+    /// Many turns, short answers
+    Chat,
+    /// One question, long answers
+    Instruct,
+    /// A long document, short answers
+    Long,
+}
+
+impl Profile {
+    fn lengths(self) -> ([f64; 3], f64) {
+        match self {
+            // About 20 tokens of every prompt are the chat template's.
+            Profile::Chat => ([450.0, 131.0, 111.0], 0.55),
+            Profile::Instruct => ([140.0, 321.0, 281.0], 0.5),
+            Profile::Long => ([1520.0, 161.0, 141.0], 0.25),
+        }
+    }
+
+    fn pairs(self, count: usize, vocab: usize, max_length: usize) -> Vec<TokenPair> {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let (medians, spread) = self.lengths();
+        let mut pair = || {
+            let mut draw = |median: f64| {
+                // The sum of twelve uniform numbers is near enough to a normal one.
+                let normal = (0..12).map(|_| rng.random_range(0.0..1.0_f64)).sum::<f64>() - 6.0;
+                ((median * (spread * normal).exp()) as usize).max(8)
+            };
+            let [p, c, r] = medians.map(&mut draw);
+            let (c, r) = (c.min(max_length / 2), r.min(max_length / 2));
+            let p = p.min(max_length - c.max(r));
+            let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
+            TokenPair { prompt: ids(p), chosen: ids(c), rejected: ids(r), place: String::new() }
+        };
+        (0..count).map(|_| pair()).collect()
+    }
+}
+
+pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
+    let Some(index) = cuda::choose(&options.device)? else {
+        return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
+    };
+    let (family, config) = options.shape.config();
+    let graph = registry.family(family)?.graph(config)?;
+    let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
+    let adapter = Adapter::new(&graph, lora, 0)?;
+    let pairs = options.profile.pairs(options.batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
+    let longest = pairs.iter().map(laid_out).max().unwrap_or(1);
+    let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p) as f64;
+    let answers = pairs.iter().map(share).fold(0.0, f64::max);
+    let gpu = Gpu::open(index)?;
+    let memory = options.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
+    let wishes = Wishes { memory, micro_batch_tokens: options.micro_batch_tokens, recompute: None };
+    let (free, all) = gpu.memory()?;
+    let before = all - free;
+    let plan = GpuPlan::new(&graph, &adapter, longest, answers, cuda::available(&gpu, memory)?, wishes)?;
+    if !options.json {
+        println!("device      {}\n{plan}", gpu.name);
+    }
+    let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
+    let start = Instant::now();
+    let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
+    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?;
+    let loading = start.elapsed().as_secs_f64();
+    let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
+    let mut objective = Objective::new(registry, &objective)?;
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let mut step = |device: &mut CudaDevice, pairs: &[&TokenPair]| -> Result<(f64, f64)> {
+        let start = Instant::now();
+        let reference = train::score(device, pairs, budget, |_| {})?.logps;
+        let scored = start.elapsed().as_secs_f64();
+        train::gradient(device, &mut objective, pairs, &reference, budget)?;
+        let norm = device.gradient_norm()?;
+        device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
+        device.gpu().finish()?;
+        Ok((scored, start.elapsed().as_secs_f64()))
+    };
+    let steps: Vec<Vec<&TokenPair>> = pairs.chunks(options.batch_size).map(|c| c.iter().collect()).collect();
+    step(&mut device, &steps[0])?;
+    let (mut scoring, mut seconds, mut tokens, mut answer_tokens) = (0.0, 0.0, 0, 0);
+    for pairs in &steps[1..] {
+        let (scored, all) = step(&mut device, pairs)?;
+        scoring += scored;
+        seconds += all;
+        tokens += pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum::<usize>();
+        answer_tokens += pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum::<usize>();
+    }
+    let (free, _) = device.gpu().memory()?;
+    // Forward under the reference, forward and backward by inputs under the policy; the same for the head.
+    let head = device.graph().hidden_size * device.graph().vocab_size;
+    let flops = 6.0 * (linear as f64 * tokens as f64 + head as f64 * answer_tokens as f64);
+    let speed = tokens as f64 / seconds;
+    let used = all - free;
+    if options.json {
+        println!(
+            "{}",
+            json!({"shape": family, "gpu": device.gpu().name, "tokens_per_second": speed,
+                "pairs_per_second": (options.steps * options.batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
+                "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
+                "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
+                "answers": answer_tokens as f64 / tokens as f64})
+        );
+    } else {
+        println!("loading     {loading:.1} s");
+        println!(
+            "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s; {:.0} TFLOP/s in products",
+            (options.steps * options.batch_size) as f64 / seconds,
+            flops / seconds / 1e12
+        );
+        println!(
+            "            {:.0} unique tokens/s with the reference cached; answers are {:.0}% of the tokens",
+            tokens as f64 / (seconds - scoring),
+            100.0 * answer_tokens as f64 / tokens as f64
+        );
+        println!("memory      {} in use, {} of them before the start", size(used), size(before));
+    }
+    if options.profile_ops || options.trace.is_some() {
+        device.gpu().start_trace()?;
+        step(&mut device, &steps[1])?;
+        report(&device.gpu().end_trace()?, options)?;
+    }
+    Ok(())
+}
+
+/// Times by op, and the trace.
+fn report(times: &[(&'static str, f32)], options: &BenchOptions) -> Result<()> {
+    let mut sums: BTreeMap<&str, (f32, usize)> = BTreeMap::new();
+    for (label, time) in times {
+        let sum = sums.entry(label).or_default();
+        *sum = (sum.0 + time, sum.1 + 1);
+    }
+    let total: f32 = times.iter().map(|(_, t)| t).sum();
+    let mut sorted: Vec<_> = sums.into_iter().collect();
+    sorted.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    println!("{:<16} {:>10} {:>7} {:>7}", "op", "ms", "%", "calls");
+    for (label, (time, count)) in sorted {
+        println!("{label:<16} {time:>10.2} {:>7.1} {count:>7}", 100.0 * time / total);
+    }
+    println!("{:<16} {total:>10.2}", "all");
+    let Some(path) = &options.trace else { return Ok(()) };
+    let mut at = 0.0_f64;
+    let mut events = Vec::new();
+    for (label, time) in times {
+        let length = f64::from(*time) * 1000.0;
+        events.push(json!({"name": label, "ph": "X", "ts": at, "dur": length, "pid": 0, "tid": 0}));
+        at += length;
+    }
+    files::write(path, json!({"traceEvents": events}).to_string().as_bytes())
+}

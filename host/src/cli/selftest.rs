@@ -1,0 +1,319 @@
+//! `dpo-host selftest`: every op of the GPU, forward and backward, and ten steps of training against the CPU.
+
+use candle_core::{DType, Tensor};
+use clap::Args;
+use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::model::Config;
+use dpo_plugin_api::rope::Rope;
+use half::bf16;
+use indicatif::ProgressBar;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::batch::{Batch, laid_out};
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::data::TokenPair;
+use crate::device::{CpuDevice, Device};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::lora::{Adapter, AdapterConfig, Targets};
+use crate::plan::Wishes;
+use crate::plugins::Registry;
+use crate::train::{self, AdamW, Objective, ObjectiveOptions};
+use crate::weights::blocks;
+
+#[derive(Args)]
+pub(super) struct SelftestOptions {
+    /// The GPU to test: cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cuda")]
+    device: String,
+    /// Small batches only, for tools that make every access slow
+    #[arg(long)]
+    quick: bool,
+}
+
+/// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
+const TOLERANCE: f64 = 0.03;
+
+/// Most that a loss of a training run may differ.
+const LOSS_TOLERANCE: f64 = 0.01;
+
+pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result<()> {
+    let Some(index) = cuda::choose(&options.device)? else {
+        return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
+    };
+    println!("{:<44} {:>10} {:>10} {:>8}", Gpu::open(index)?.name, "log-probs", "gradient", "repeats");
+    let mut failures = 0;
+    for (name, graph) in op_cases()? {
+        failures += usize::from(!compare(index, &name, &graph, options.quick)?);
+    }
+    let steps = if options.quick { 2 } else { 10 };
+    for (family, config) in FAMILIES {
+        let graph = registry.family(family)?.graph(config)?;
+        failures += usize::from(!compare(index, family, &graph, options.quick)?);
+        failures += usize::from(!training(registry, index, family, &graph, steps)?);
+    }
+    if failures > 0 {
+        return Err(Error::run(format!("{failures} of the comparisons failed")));
+    }
+    println!("all within {TOLERANCE} (losses {LOSS_TOLERANCE})");
+    Ok(())
+}
+
+/// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
+fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
+    type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
+    let mut cases: Vec<(String, ModelGraph)> = Vec::new();
+    let config = Config::parse("{}")?;
+    let mut case = |name: String, body: Body<'_>| -> Result<()> {
+        let (hidden, vocab) = (104, 248);
+        let mut graph = GraphBuilder::decoder(hidden, vocab);
+        graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
+        let block = graph.block("case", |b, x| {
+            let inner = body(b, x);
+            let out = b.linear("out", inner, hidden);
+            b.add(x, out)
+        });
+        graph.layer(block, "layers.0.");
+        graph.layer(block, "layers.1.");
+        graph.head(|b, x| {
+            let h = b.rms_norm("norm", x, 1e-6);
+            b.lm_head("head.weight", h, vocab)
+        });
+        cases.push((name, graph.finish(&config)?));
+        Ok(())
+    };
+    case("linear".into(), &|b, x| b.linear("a", x, 72))?;
+    case("linear, biases, one input".into(), &|b, x| {
+        let (p, q) = (b.linear_bias("a", x, 72), b.linear_bias("b", x, 72));
+        b.add(p, q)
+    })?;
+    case("add of values that are read again".into(), &|b, x| {
+        let p = b.linear("a", x, 104);
+        let q = b.add(p, x);
+        let r = b.rms_norm("n", q, 1e-6);
+        let s = b.add(r, q);
+        b.add(s, p)
+    })?;
+    case("rms_norm".into(), &|b, x| {
+        let h = b.linear("a", x, 264);
+        b.rms_norm("n", h, 1e-5)
+    })?;
+    case("rms_norm of heads, rope".into(), &|b, x| {
+        let h = b.linear("a", x, 160);
+        let h = b.head_norm("n", h, 32, 1e-6);
+        b.rope(
+            h,
+            32,
+            &Rope { inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(), attention_scale: 1.1, max_positions: None },
+        )
+    })?;
+    for activation in ["silu", "gelu", "gelu_tanh"] {
+        case(format!("glu {activation}"), &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
+            b.glu(activation, gate, up)
+        })?;
+    }
+    let shapes = [
+        (16, 1, 3, None),
+        (32, 2, 4, None),
+        (64, 2, 2, Some(40)),
+        (80, 1, 2, None),
+        (96, 1, 4, Some(9)),
+        (112, 1, 1, None),
+        (128, 1, 7, None),
+        (128, 2, 4, Some(100)),
+        (256, 1, 2, None),
+        (256, 2, 2, Some(33)),
+    ];
+    for (dim, kv_heads, share, window) in shapes {
+        let heads = kv_heads * share;
+        let name = format!(
+            "attention {heads} heads of {dim} on {kv_heads}{}",
+            window.map_or(String::new(), |w| format!(", window {w}"))
+        );
+        case(name, &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let (q, k) = (b.linear("q", h, heads * dim), b.linear("k", h, kv_heads * dim));
+            let v = b.linear("v", h, kv_heads * dim);
+            b.attention(q, k, v, Attention { heads, kv_heads, head_dim: dim, scale: (dim as f64).powf(-0.5), window })
+        })?;
+    }
+    Ok(cases)
+}
+
+/// Small configs of the families.
+const FAMILIES: &[(&str, &str)] = &[
+    (
+        "qwen2",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":2,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":10000.0,"max_position_embeddings":4096,
+        "tie_word_embeddings":true,"use_sliding_window":true,"sliding_window":50,"max_window_layers":1,"hidden_act":"silu"}"#,
+    ),
+    (
+        "qwen3",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":2,"head_dim":128,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
+        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+    ),
+    (
+        "llama3",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":1,"vocab_size":1000,"rms_norm_eps":1e-5,"rope_theta":500000.0,
+        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu","rope_scaling":{"rope_type":"llama3",
+        "factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}}"#,
+    ),
+];
+
+/// Weights by name, the same on both devices: values that bf16 holds.
+fn given(name: &str, shape: &[usize]) -> Vec<f32> {
+    let seed = name.bytes().fold(7_u64, |h, b| h.wrapping_mul(0x0100_0000_01b3) ^ u64::from(b));
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let norm = shape.len() == 1 && !name.ends_with("bias");
+    let spread = if shape.len() == 1 { 0.2 } else { 1.5 / (*shape.last().unwrap_or(&1) as f32).sqrt() };
+    let shift = if norm { 1.0 } else { 0.0 };
+    let count = shape.iter().product();
+    (0..count).map(|_| bf16::from_f32(shift + spread * rng.random_range(-1.0..1.0_f32)).to_f32()).collect()
+}
+
+/// An adapter on every linear whose A and B are not zero, in values that bf16 holds.
+fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
+    let config = AdapterConfig { rank: 8, alpha: 16.0, rslora: false, targets: Targets::AllLinear };
+    let mut adapter = Adapter::new(graph, config, 1)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for site in adapter.sites.clone() {
+        let [a, b] = adapter.ranges(&site);
+        adapter.params[a].iter_mut().for_each(|p| *p = bf16::from_f32(*p).to_f32());
+        let value = |_: &f32| bf16::from_f32(if zero_b { 0.0 } else { 0.1 } * rng.random_range(-1.0..1.0_f32)).to_f32();
+        let values: Vec<f32> = adapter.params[b.clone()].iter().map(value).collect();
+        adapter.params[b].copy_from_slice(&values);
+    }
+    Ok(adapter)
+}
+
+fn cpu(graph: &ModelGraph, zero_b: bool) -> Result<CpuDevice> {
+    let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
+        Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
+    };
+    let of = blocks(graph).map(|(block, prefix)| {
+        let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
+            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape)).collect()
+        };
+        block.nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
+    });
+    let weights = of.collect::<Result<Vec<_>>>()?;
+    Ok(CpuDevice::new(Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)?))
+}
+
+fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute: Option<bool>) -> Result<CudaDevice> {
+    let gpu = Gpu::open(index)?;
+    let adapter = adapter(graph, zero_b)?;
+    let wishes = Wishes { micro_batch_tokens: Some(tokens), recompute, ..Wishes::default() };
+    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::available(&gpu, None)?, wishes)?;
+    CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, plan, &ProgressBar::hidden())
+}
+
+/// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.
+fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
+    let pair = |[p, c, r]: &[usize; 3]| TokenPair {
+        prompt: ids(*p),
+        chosen: ids(*c),
+        rejected: ids(*r),
+        place: String::new(),
+    };
+    lengths.iter().map(pair).collect()
+}
+
+/// `‖a − b‖ / ‖b‖`; NaN where a value is none.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / squares(&mut b.iter().map(|b| f64::from(*b))).max(1e-12)
+}
+
+/// Compares log-probs and gradients; a line of the table.
+fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<bool> {
+    let all: &[&[[usize; 3]]] = &[
+        &[[1, 1, 1]],
+        &[[3, 1, 9], [1, 2, 1], [17, 5, 6]],
+        &[[70, 33, 65], [129, 64, 1], [5, 200, 131], [64, 64, 64]],
+        &[[301, 97, 210], [11, 401, 77], [1, 1, 600]],
+    ];
+    let batches = if quick { &all[..2] } else { all };
+    let make = |lengths: &&[[usize; 3]]| Batch::of(&pairs(graph.vocab_size, lengths, 5));
+    let batches: Vec<Batch> = batches.iter().map(make).collect();
+    let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
+    let mut cpu = cpu(graph, false)?;
+    let mut worst = [0.0_f64; 2];
+    let mut repeats = true;
+    let mut devices = Vec::new();
+    for recompute in [Some(false), Some(true)] {
+        devices.push(gpu(index, graph, tokens, false, recompute)?);
+    }
+    let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
+    for batch in &batches {
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let slopes: Vec<f32> = batch.targets.iter().map(|_| rng.random_range(-1.0..1.0_f32)).collect();
+        cpu.clear_gradient()?;
+        let exact = cpu.forward(batch, true)?;
+        cpu.backward(batch, &slopes)?;
+        let mut before: Option<(Vec<f32>, Vec<f32>)> = None;
+        for device in &mut devices {
+            for _ in 0..2 {
+                device.clear_gradient()?;
+                let own = device.forward(batch, true)?;
+                device.backward(batch, &slopes)?;
+                let gradient = device.gradient()?;
+                worse(&mut worst[0], distance(&own.logps, &exact.logps));
+                worse(&mut worst[0], distance(&own.log_sum_sq, &exact.log_sum_sq));
+                worse(&mut worst[1], distance(&gradient, cpu.gradient()));
+                let now = (own.logps, gradient);
+                repeats &= before.as_ref().is_none_or(|b| *b == now);
+                before = Some(now);
+            }
+        }
+    }
+    let good = worst.iter().all(|w| *w < TOLERANCE) && repeats;
+    let verdict = if good { "" } else { "  FAILED" };
+    println!(
+        "{name:<44} {:>10.5} {:>10.5} {:>8}{verdict}",
+        worst[0],
+        worst[1],
+        if repeats { "equal" } else { "differ" }
+    );
+    Ok(good)
+}
+
+/// Trains on both devices from the same start; a line of the table.
+fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
+    let lengths = [[20, 9, 14], [7, 30, 22], [41, 5, 3], [2, 17, 40]];
+    let pairs = pairs(graph.vocab_size, &lengths, 11);
+    let all: Vec<&TokenPair> = pairs.iter().collect();
+    let tokens: usize = pairs.iter().map(laid_out).sum();
+    let mut devices: [Box<dyn Device>; 2] =
+        [Box::new(cpu(graph, true)?), Box::new(gpu(index, graph, tokens, true, None)?)];
+    let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let mut losses = [Vec::new(), Vec::new()];
+    for (device, losses) in devices.iter_mut().zip(&mut losses) {
+        let mut objective = Objective::new(registry, &options)?;
+        let reference = train::score(device.as_mut(), &all, tokens / 2 + 60, |_| {})?.logps;
+        for _ in 0..steps {
+            let step = train::gradient(device.as_mut(), &mut objective, &all, &reference, tokens / 2 + 60)?;
+            device.update(&optimizer, 1.0, 1e-3)?;
+            losses.push(step.loss);
+        }
+    }
+    let differences = losses[0].iter().zip(&losses[1]).map(|(a, b)| ((a - b) / a).abs());
+    let worst = differences.fold(0.0, |w: f64, d| if d.is_nan() { f64::NAN } else { w.max(d) });
+    let good = worst < LOSS_TOLERANCE;
+    let last = |device: usize| losses[device].last().copied().unwrap_or(f64::NAN);
+    let verdict = if good { "" } else { "  FAILED" };
+    let title = format!("{name}, {steps} steps of training");
+    println!("{title:<44} {worst:>10.5} loss {:.4} on the CPU, {:.4} here{verdict}", last(0), last(1));
+    Ok(good)
+}

@@ -1,0 +1,215 @@
+//! Matrix products through cuBLASLt: the algorithm is chosen once for a shape.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::ffi::c_void;
+
+use cudarc::cublaslt::{result, sys};
+
+use super::device::{Address, Gpu, Memory, View};
+use crate::error::{Error, Result};
+
+/// Scratch of the products.
+pub(super) const WORKSPACE: usize = 64 << 20;
+
+/// cuBLASLt on one GPU.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: Memory,
+    plans: RefCell<HashMap<Product, Plan>>,
+}
+
+/// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Product {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// Whether A lies as `[k, m]`.
+    pub a_transposed: bool,
+    /// Whether B lies as `[n, k]`.
+    pub b_transposed: bool,
+    /// Whether D (and C) are f32.
+    pub wide: bool,
+    /// Whether C is added.
+    pub add: bool,
+    /// Whether a bias `[n]` is added to every row.
+    pub bias: bool,
+    /// Distances of rows of A, B, C, D.
+    lds: [i64; 4],
+    /// Alignment in bytes of A, B, C, D, up to 256.
+    alignments: [u32; 4],
+}
+
+struct Plan {
+    description: sys::cublasLtMatmulDesc_t,
+    layouts: [sys::cublasLtMatrixLayout_t; 4],
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+/// Matrices of a product. `c` is read where something is added; it may be `d`.
+#[derive(Clone, Copy)]
+pub(super) struct Operands {
+    pub a: View,
+    pub b: View,
+    pub c: View,
+    pub d: View,
+    pub bias: Address,
+}
+
+fn failed(product: &Product) -> impl FnOnce(result::CublasError) -> Error + '_ {
+    move |e| {
+        Error::run(format!(
+            "cuBLASLt: product of [{}, {}] and [{}, {}]: {e:?}",
+            product.m, product.k, product.k, product.n
+        ))
+    }
+}
+
+impl Blas {
+    pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
+        let handle = result::create_handle().map_err(|e| Error::run(format!("cuBLASLt does not start: {e:?}")))?;
+        Ok(Blas { handle, workspace: gpu.allocate(WORKSPACE)?, plans: RefCell::default() })
+    }
+
+    /// Starts a product.
+    pub(super) fn run(&self, gpu: &Gpu, mut product: Product, on: Operands) -> Result<()> {
+        if product.m == 0 || product.n == 0 {
+            return Ok(());
+        }
+        let of = [on.a, on.b, on.c, on.d];
+        product.lds = of.map(|v| v.ld);
+        product.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
+        let mut plans = self.plans.borrow_mut();
+        let plan = match plans.entry(product) {
+            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(&product)?),
+        };
+        let (alpha, beta) = (1.0_f32, if product.add { 1.0_f32 } else { 0.0 });
+        let number = |v: &f32| (v as *const f32).cast::<c_void>();
+        let at = |a: Address| a as *const c_void;
+        // SAFETY: the plan was made for these layouts; addresses are of the device. In columns, as cuBLASLt counts,
+        // the product reads Dᵀ = op(B)ᵀ · op(A)ᵀ.
+        unsafe {
+            if product.bias {
+                result::set_matmul_desc_attribute(
+                    plan.description,
+                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                    (&raw const on.bias).cast(),
+                    size_of::<Address>(),
+                )
+                .map_err(failed(&product))?;
+            }
+            result::matmul(
+                self.handle,
+                plan.description,
+                number(&alpha),
+                number(&beta),
+                at(on.b.at),
+                plan.layouts[1],
+                at(on.a.at),
+                plan.layouts[0],
+                at(if product.add { on.c.at } else { on.d.at }),
+                plan.layouts[2],
+                on.d.at as *mut c_void,
+                plan.layouts[3],
+                &plan.algorithm,
+                self.workspace.address as *mut c_void,
+                WORKSPACE,
+                gpu.stream().cast(),
+            )
+            .map_err(failed(&product))
+        }
+    }
+
+    fn plan(&self, p: &Product) -> Result<Plan> {
+        use sys::cublasLtMatmulDescAttributes_t as Desc;
+        use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
+        let narrow = sys::cudaDataType_t::CUDA_R_16BF;
+        let out = if p.wide { sys::cudaDataType_t::CUDA_R_32F } else { narrow };
+        // Rows of ours are columns of cuBLASLt's.
+        let layout = |rows: usize, columns: usize, ld: i64, dtype| {
+            result::create_matrix_layout(dtype, columns as u64, rows as u64, ld).map_err(failed(p))
+        };
+        let a = if p.a_transposed { layout(p.k, p.m, p.lds[0], narrow) } else { layout(p.m, p.k, p.lds[0], narrow) }?;
+        let b = if p.b_transposed { layout(p.n, p.k, p.lds[1], narrow) } else { layout(p.k, p.n, p.lds[1], narrow) }?;
+        let layouts =
+            [a, b, layout(p.m, p.n, if p.add { p.lds[2] } else { p.lds[3] }, out)?, layout(p.m, p.n, p.lds[3], out)?];
+        let description =
+            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
+                .map_err(failed(p))?;
+        let preference = result::create_matmul_pref().map_err(failed(p))?;
+        let operation = |transposed: bool| -> i32 { i32::from(transposed) };
+        // SAFETY: every attribute is given with its type's size; handles are alive.
+        unsafe {
+            let set = |which, value: *const c_void, size| {
+                result::set_matmul_desc_attribute(description, which, value, size).map_err(failed(p))
+            };
+            // cuBLASLt's first matrix is our B.
+            let (first, second) = (operation(p.b_transposed), operation(p.a_transposed));
+            set(Desc::CUBLASLT_MATMUL_DESC_TRANSA, (&raw const first).cast(), 4)?;
+            set(Desc::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const second).cast(), 4)?;
+            if p.bias {
+                let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
+                set(Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, (&raw const epilogue).cast(), size_of_val(&epilogue))?;
+                let dtype = narrow;
+                set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, (&raw const dtype).cast(), size_of_val(&dtype))?;
+            }
+            let prefer = |which, value: *const c_void, size| {
+                result::set_matmul_pref_attribute(preference, which, value, size).map_err(failed(p))
+            };
+            let bytes = WORKSPACE;
+            prefer(Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of_val(&bytes))?;
+            // Sums over parts go through the workspace in a fixed order: two runs are equal bit for bit.
+            let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
+            prefer(Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reduction).cast(), 4)?;
+            let sides = [
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, p.alignments[1]),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, p.alignments[0]),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, p.alignments[if p.add { 2 } else { 3 }]),
+                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, p.alignments[3]),
+            ];
+            for (which, bytes) in sides {
+                prefer(which, (&raw const bytes).cast(), 4)?;
+            }
+            let [a, b, c, d] = layouts;
+            let best = result::get_matmul_algo_heuristic(self.handle, description, b, a, c, d, preference);
+            result::destroy_matmul_pref(preference).map_err(failed(p))?;
+            Ok(Plan { description, layouts, algorithm: best.map_err(failed(p))?.algo })
+        }
+    }
+}
+
+impl Product {
+    /// `[m, k] · [k, n]`, B stored as `[k, n]`.
+    pub(super) fn new(m: usize, n: usize, k: usize) -> Product {
+        Product {
+            m,
+            n,
+            k,
+            a_transposed: false,
+            b_transposed: false,
+            wide: false,
+            add: false,
+            bias: false,
+            lds: [0; 4],
+            alignments: [0; 4],
+        }
+    }
+}
+
+impl Drop for Blas {
+    fn drop(&mut self) {
+        for (_, plan) in self.plans.borrow_mut().drain() {
+            // SAFETY: made by `plan`, destroyed once.
+            unsafe {
+                let _ = result::destroy_matmul_desc(plan.description);
+                for layout in plan.layouts {
+                    let _ = result::destroy_matrix_layout(layout);
+                }
+            }
+        }
+        // SAFETY: made in `new`, destroyed once.
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}

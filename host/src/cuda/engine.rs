@@ -1,0 +1,573 @@
+//! Runs a lowered model on a GPU: forward to log-probs, backward to the adapter's gradient, AdamW's step.
+//!
+//! All memory is taken at the start; within a step nothing is allocated, and the host waits for the GPU only to read the
+//! log-probs that a loss is computed from, and the gradient's norm.
+
+use std::collections::HashMap;
+
+use dpo_plugin_api::graph::ModelGraph;
+use indicatif::ProgressBar;
+
+use super::blas::{Blas, Operands, Product};
+use super::device::{Address, Args, Gpu, Memory, Pinned, View};
+use super::kernels::{AttentionKernels, Kernels};
+use super::launch::{Run, rope_numbers, shared_memory};
+use super::memory::{GpuPlan, Lowered, Scheduled, head_bytes, input_bytes};
+use super::model::{Source, Weights};
+use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
+use crate::batch::{Batch, Span};
+use crate::device::{Device, LogProbs};
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::train::{AdamW, Moments};
+
+/// A model with its adapter on one GPU, in bf16.
+pub struct CudaDevice {
+    pub(super) gpu: Gpu,
+    pub(super) blas: Blas,
+    pub(super) kernels: Kernels,
+    pub(super) attention: HashMap<usize, AttentionKernels>,
+    graph: ModelGraph,
+    lowered: Lowered,
+    weights: Weights,
+    schedules: HashMap<(usize, Keep), Scheduled>,
+    head_schedule: Scheduled,
+    plan: GpuPlan,
+    /// Copies of what is on the GPU, as of the last `fetch`.
+    adapter: Adapter,
+    moments: Moments,
+    optimizer: OptimizerMemory,
+    /// Whether the flat gradient is that of the stacks.
+    collected: bool,
+    values: ValueMemory,
+    pub(super) inputs: Inputs,
+    /// Tables of rope: frequencies and scale, and where the batch's table lies.
+    pub(super) ropes: Vec<RopeTable>,
+}
+
+/// Parameters, gradient and moments in f32, each `[parameters]`, and the parts of the adapter.
+struct OptimizerMemory {
+    params: Memory,
+    gradient: Memory,
+    first: Memory,
+    second: Memory,
+    parts: Memory,
+    partial: Memory,
+    count: usize,
+    parts_count: usize,
+}
+
+/// Where values lie.
+struct ValueMemory {
+    /// Of every layer its input; the last one is the head's.
+    edges: Memory,
+    kept: Memory,
+    /// Where every layer's kept values begin.
+    kept_at: Vec<u64>,
+    gradient: Address,
+    scratch: Memory,
+    /// Rows of logits that fit into scratch at once.
+    logits_rows: usize,
+    /// Where logits begin in scratch.
+    logits: Address,
+}
+
+/// What a batch brings, staged in pinned memory and sent in one copy.
+pub(super) struct Inputs {
+    staged: Pinned,
+    memory: Memory,
+    used: usize,
+    pub(super) at: BatchAddresses,
+}
+
+/// Where a batch's arrays lie on the GPU.
+#[derive(Clone, Copy, Default)]
+pub(super) struct BatchAddresses {
+    ids: Address,
+    positions: Address,
+    predictors: Address,
+    targets: Address,
+    /// Of every token, the answer rows that were taken from it.
+    taken: Address,
+    /// Tiles of 64 and of 32 tokens.
+    pub(super) tiles: [(Address, usize); 2],
+    results: Address,
+    slopes: Address,
+    pub(super) ropes: Address,
+    pub(super) tokens: usize,
+    answers: usize,
+}
+
+pub(super) struct RopeTable {
+    pub(super) inv_freq: Vec<f32>,
+    pub(super) scale: f32,
+    frequencies: Memory,
+    /// Where its table begins after the batch's arrays, in bytes a token.
+    pub(super) offset: usize,
+}
+
+impl CudaDevice {
+    /// Opens a GPU with a plan that was made for it.
+    pub fn load(
+        gpu: Gpu,
+        graph: ModelGraph,
+        source: &Source<'_>,
+        adapter: Adapter,
+        plan: GpuPlan,
+        progress: &ProgressBar,
+    ) -> Result<CudaDevice> {
+        let kernels = Kernels::load(&gpu)?;
+        let blas = Blas::new(&gpu)?;
+        let lowered = Lowered::new(&graph, &adapter)?;
+        let mut attention = HashMap::new();
+        for dim in lowered.programs.iter().flat_map(Program::head_dims) {
+            if let std::collections::hash_map::Entry::Vacant(new) = attention.entry(dim) {
+                let kernels = *new.insert(Kernels::attention(&gpu, dim)?);
+                let shared = shared_memory(dim);
+                gpu.allow_shared(kernels.forward, shared[0])?;
+                gpu.allow_shared(kernels.dq, shared[1])?;
+                gpu.allow_shared(kernels.dkv, shared[2])?;
+            }
+        }
+        let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, plan.host_embedding > 0, progress)?;
+        let parts = weights.parts(&lowered, &graph, &adapter)?;
+        let count = adapter.params.len();
+        let optimizer = OptimizerMemory {
+            params: gpu.allocate(count * 4)?,
+            gradient: gpu.allocate(count * 4)?,
+            first: gpu.allocate(count * 4)?,
+            second: gpu.allocate(count * 4)?,
+            parts: gpu.allocate(parts.len() * 64)?,
+            partial: gpu.allocate(PARTIAL * 8)?,
+            count,
+            parts_count: parts.len(),
+        };
+        gpu.upload(&parts.concat(), optimizer.parts.address)?;
+        let mut schedules = HashMap::new();
+        for (layer, keep) in graph.layers.iter().zip(&plan.keep) {
+            for keep in [*keep, Keep::Input] {
+                schedules.insert((layer.block, keep), Lowered::schedule(&lowered.programs[layer.block], keep)?);
+            }
+        }
+        let head_schedule = Lowered::schedule(&lowered.head, Keep::All)?;
+        let values = ValueMemory::new(&gpu, &graph, &lowered, &schedules, &plan)?;
+        let input_bytes = input_bytes(&graph, plan.micro_batch_tokens, plan.answers);
+        let inputs = Inputs {
+            staged: gpu.pinned(input_bytes)?,
+            memory: gpu.allocate(input_bytes)?,
+            used: 0,
+            at: BatchAddresses::default(),
+        };
+        let ropes = rope_tables(&gpu, &graph)?;
+        let moments = Moments::new(count);
+        let mut device = CudaDevice {
+            gpu,
+            blas,
+            kernels,
+            attention,
+            graph,
+            lowered,
+            weights,
+            schedules,
+            head_schedule,
+            plan,
+            adapter,
+            moments,
+            optimizer,
+            collected: false,
+            values,
+            inputs,
+            ropes,
+        };
+        let (params, moments) = (device.adapter.params.clone(), device.moments.clone());
+        device.restore(&params, moments)?;
+        device.clear_gradient()?;
+        device.gpu.finish()?;
+        Ok(device)
+    }
+
+    /// The gradient, laid out as the adapter's parameters.
+    pub fn gradient(&mut self) -> Result<Vec<f32>> {
+        self.collect()?;
+        let mut gradient = vec![0.0; self.optimizer.count];
+        self.gpu.download(self.optimizer.gradient.address, &mut gradient)?;
+        Ok(gradient)
+    }
+
+    /// The plan it was opened with.
+    pub fn plan(&self) -> &GpuPlan {
+        &self.plan
+    }
+
+    /// The GPU, for times and memory.
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// Places of a layer's buffers in a pass.
+    fn places(&self, layer: usize, keep: bool, backward: bool) -> Vec<Address> {
+        let kind = self.graph.layers[layer].block;
+        let program = &self.lowered.programs[kind];
+        let keep = if keep || backward { self.plan.keep[layer] } else { Keep::Input };
+        let scheduled = &self.schedules[&(kind, keep)];
+        let layout = if backward { &scheduled.backward } else { &scheduled.forward };
+        let tokens = self.plan.micro_batch_tokens;
+        let edge = (program.edge() * tokens) as u64;
+        (0..program.buffers.len())
+            .map(|buffer| match buffer {
+                INPUT => self.values.edges.address + layer as u64 * edge,
+                OUTPUT => self.values.edges.address + (layer + 1) as u64 * edge,
+                GRADIENT => self.values.gradient,
+                _ => match (layout.kept[buffer], layout.scratch[buffer]) {
+                    (Some(at), _) => self.values.kept.address + self.values.kept_at[layer] + (at * tokens) as u64,
+                    (_, Some(at)) => self.values.scratch.address + (at * tokens) as u64,
+                    _ => 0,
+                },
+            })
+            .collect()
+    }
+
+    /// Places of the head's buffers.
+    fn head_places(&self) -> Vec<Address> {
+        let program = &self.lowered.head;
+        let rows = self.plan.answers.next_multiple_of(64);
+        let edge = program.edge() * rows;
+        let (forward, backward) = (&self.head_schedule.forward, &self.head_schedule.backward);
+        let at = |offset: usize| self.values.scratch.address + offset as u64;
+        let place = |buffer| match buffer {
+            INPUT | OUTPUT | GRADIENT => at(buffer * edge),
+            _ => match (forward.kept[buffer], forward.scratch[buffer].or(backward.scratch[buffer])) {
+                (Some(kept), _) => at(3 * edge + kept * rows),
+                (_, Some(scratch)) => at(3 * edge + (forward.kept_bytes + scratch) * rows),
+                _ => 0,
+            },
+        };
+        (0..program.buffers.len()).map(place).collect()
+    }
+
+    /// Runs operations of a layer.
+    fn layer(&self, layer: usize, ops: &[Op], places: &[Address]) -> Result<()> {
+        let kind = self.graph.layers[layer].block;
+        let run = Run {
+            program: &self.lowered.programs[kind],
+            weights: &self.weights.layers[layer],
+            nodes: &self.graph.blocks[kind].nodes,
+            places,
+            rows: self.inputs.at.tokens,
+        };
+        ops.iter().try_for_each(|op| self.run(&run, op))
+    }
+
+    fn head_run<'a>(&'a self, places: &'a [Address]) -> Run<'a> {
+        Run {
+            program: &self.lowered.head,
+            weights: &self.weights.head,
+            nodes: &self.graph.head.nodes,
+            places,
+            rows: self.inputs.at.answers,
+        }
+    }
+
+    fn edge(&self, layer: usize) -> View {
+        let bytes = self.lowered.programs[0].edge();
+        let at = self.values.edges.address + (layer * bytes * self.plan.micro_batch_tokens) as u64;
+        View { at, ld: (bytes / 2) as i64 }
+    }
+
+    /// Sends a batch's arrays in one copy and makes rope's tables.
+    fn send(&mut self, batch: &Batch) -> Result<()> {
+        let (tokens, answers) = (batch.tokens(), batch.targets.len());
+        if tokens > self.plan.micro_batch_tokens || answers > self.plan.answers {
+            return Err(Error::run(format!(
+                "a batch of {tokens} tokens and {answers} answer tokens, planned for {} and {}",
+                self.plan.micro_batch_tokens, self.plan.answers
+            )));
+        }
+        let mut taken = vec![u32::MAX; tokens * 2];
+        for (row, predictor) in batch.predictors.iter().enumerate() {
+            let places = &mut taken[*predictor as usize * 2..][..2];
+            let free = places.iter_mut().find(|p| **p == u32::MAX);
+            *free.ok_or_else(|| Error::run("a row predicts more than two tokens"))? = row as u32;
+        }
+        self.inputs.used = 0;
+        let inputs = &mut self.inputs;
+        let mut at = BatchAddresses { tokens, answers, ..BatchAddresses::default() };
+        at.ids = inputs.put(&batch.ids);
+        at.positions = inputs.put(&batch.layout.positions);
+        at.predictors = inputs.put(&batch.predictors);
+        at.targets = inputs.put(&batch.targets);
+        at.taken = inputs.put(&taken);
+        for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
+            let words = tiles(&batch.layout.spans, size);
+            *place = (inputs.put(&words), words.len() / 5);
+        }
+        let sent = inputs.used;
+        at.results = inputs.reserve(answers * 2 * 4);
+        at.slopes = inputs.reserve(answers * 4);
+        at.ropes = inputs.reserve(self.ropes.iter().map(|r| r.inv_freq.len() * 8).sum::<usize>() * tokens);
+        if inputs.used > inputs.memory.bytes {
+            return Err(Error::run("a batch's arrays take more memory than was planned"));
+        }
+        inputs.at = at;
+        self.gpu.upload(&inputs.staged.bytes()[..sent], inputs.memory.address)?;
+        for table in &self.ropes {
+            let half = table.inv_freq.len();
+            let to = at.ropes + (table.offset * tokens) as u64;
+            let args = Args::default().with(at.positions).with(table.frequencies.address).with(to);
+            let args = args.with(tokens as i32).with(half as i32).with(table.scale);
+            let grid = [(tokens * half).div_ceil(256), 1, 1];
+            self.gpu.launch(self.kernels.get("rope_table")?, grid, [256, 1, 1], 0, args)?;
+        }
+        self.gpu.mark("send")
+    }
+
+    /// Log-probs of the batch's answer tokens from the head's output, in chunks of rows; leaves their slopes where the head's
+    /// gradient lies.
+    fn log_probs(&self, places: &[Address], slopes: bool) -> Result<()> {
+        let head = self.head_run(places);
+        let (hidden, vocab, at) = (self.graph.hidden_size, self.graph.vocab_size, self.inputs.at);
+        let row = |view: View, r: usize| View { at: view.at + (r as i64 * view.ld * 2) as u64, ld: view.ld };
+        let whole = |buffer| self.view(&head, Slice { buffer, column: 0, width: hidden });
+        let table = View { at: self.weights.projection, ld: hidden as i64 };
+        for first in (0..at.answers).step_by(self.values.logits_rows) {
+            let rows = self.values.logits_rows.min(at.answers - first);
+            let logits = View { at: self.values.logits, ld: vocab as i64 };
+            let mut product = Product::new(rows, vocab, hidden);
+            (product.b_transposed, product.wide) = (true, true);
+            let a = row(whole(OUTPUT), first);
+            self.blas.run(&self.gpu, product, Operands { a, b: table, c: logits, d: logits, bias: 0 })?;
+            self.gpu.mark("logits")?;
+            let after = |base: Address| base + (first * 4) as u64;
+            let args = Args::default().with(logits.at).with(after(at.targets)).with(after(at.results));
+            let args =
+                args.with(after(at.results + (at.answers * 4) as u64)).with(vocab as i32).with(i32::from(slopes));
+            self.gpu.launch(self.kernels.get("log_prob")?, [rows, 1, 1], [512, 1, 1], 0, args)?;
+            self.gpu.mark("log-probs")?;
+            if slopes {
+                let p = View { at: logits.at, ld: 2 * vocab as i64 };
+                let d = row(whole(GRADIENT), first);
+                let product = Product::new(rows, hidden, vocab);
+                self.blas.run(&self.gpu, product, Operands { a: p, b: table, c: d, d, bias: 0 })?;
+                self.gpu.mark("slopes")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device for CudaDevice {
+    fn name(&self) -> String {
+        format!("{} bfloat16", self.gpu.name)
+    }
+
+    fn graph(&self) -> &ModelGraph {
+        &self.graph
+    }
+
+    fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    fn moments(&self) -> &Moments {
+        &self.moments
+    }
+
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+        self.send(batch)?;
+        let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
+        let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
+        self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
+        self.gpu.mark("embedding")?;
+        for layer in 0..self.graph.layers.len() {
+            let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
+            self.layer(layer, ops, &self.places(layer, keep, false))?;
+        }
+        let places = self.head_places();
+        let head = self.head_run(&places);
+        let input = self.view(&head, Slice { buffer: INPUT, column: 0, width: hidden });
+        let args = Args::default().with(self.edge(self.graph.layers.len())).with(at.predictors).with(input);
+        self.wide("gather_rows", at.answers, hidden, args.with(at.answers as i32).with(hidden as i32))?;
+        self.lowered.head.forward.iter().try_for_each(|op| self.run(&head, op))?;
+        self.log_probs(&places, keep)?;
+        let mut results = vec![0.0_f32; at.answers * 2];
+        self.gpu.download(at.results, &mut results)?;
+        let log_sum_sq = results.split_off(at.answers);
+        Ok(LogProbs { logps: results, log_sum_sq })
+    }
+
+    fn backward(&mut self, _batch: &Batch, dlogps: &[f32]) -> Result<()> {
+        let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
+        if dlogps.len() != at.answers {
+            return Err(Error::run("the backward pass needs the batch of the forward pass before it"));
+        }
+        self.collected = false;
+        self.gpu.upload(dlogps, at.slopes)?;
+        let places = self.head_places();
+        let head = self.head_run(&places);
+        let gradient = self.view(&head, Slice { buffer: GRADIENT, column: 0, width: hidden });
+        let args = Args::default().with(gradient).with(at.slopes).with(at.answers as i32).with(hidden as i32);
+        self.wide("scale_rows", at.answers, hidden, args)?;
+        self.head_schedule.ops.iter().try_for_each(|op| self.run(&head, op))?;
+        let to = View { at: self.values.gradient, ld: self.edge(0).ld };
+        let args = Args::default().with(gradient).with(at.taken).with(to).with(at.tokens as i32).with(hidden as i32);
+        self.wide("scatter_rows", at.tokens, hidden, args)?;
+        self.gpu.mark("head vjp")?;
+        for layer in (0..self.graph.layers.len()).rev() {
+            let scheduled = &self.schedules[&(self.graph.layers[layer].block, self.plan.keep[layer])];
+            self.layer(layer, &scheduled.ops, &self.places(layer, true, true))?;
+        }
+        Ok(())
+    }
+
+    fn clear_gradient(&mut self) -> Result<()> {
+        self.collected = false;
+        self.gpu.zero(self.weights.gradients.address, self.weights.gradients.bytes)
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        self.collect()?;
+        let o = &self.optimizer;
+        let args = Args::default().with(o.gradient.address).with(o.partial.address).with(o.count as i64);
+        self.gpu.launch(self.kernels.get("sum_squares")?, [PARTIAL, 1, 1], [256, 1, 1], 0, args)?;
+        self.gpu.mark("optimizer")?;
+        let mut partial = vec![0.0_f64; PARTIAL];
+        self.gpu.download(o.partial.address, &mut partial)?;
+        Ok(partial.iter().sum::<f64>().sqrt())
+    }
+
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()> {
+        self.collect()?;
+        self.moments.steps += 1;
+        let rates = optimizer.rates(self.moments.steps, learning_rate);
+        let o = &self.optimizer;
+        let args = Args::default().with(o.params.address).with(o.gradient.address).with(o.first.address);
+        let args = args.with(o.second.address).with(o.count as i64).with(clip as f32).with(rates.keep).with(rates.size);
+        let args = args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps);
+        self.gpu.launch(self.kernels.get("adamw")?, [o.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args)?;
+        self.spread()
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        self.gpu.download(self.optimizer.params.address, &mut self.adapter.params)?;
+        self.gpu.download(self.optimizer.first.address, &mut self.moments.first)?;
+        self.gpu.download(self.optimizer.second.address, &mut self.moments.second)
+    }
+
+    fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()> {
+        self.adapter.params.copy_from_slice(params);
+        self.moments = moments;
+        self.gpu.upload(&self.adapter.params, self.optimizer.params.address)?;
+        self.gpu.upload(&self.moments.first, self.optimizer.first.address)?;
+        self.gpu.upload(&self.moments.second, self.optimizer.second.address)?;
+        self.spread()?;
+        self.gpu.finish()
+    }
+
+    fn memory_gib(&self) -> f64 {
+        // Nothing is allocated after the start, so what is in use now is the most.
+        self.gpu.memory().map_or(0.0, |(free, all)| (all - free) as f64 / (1_u64 << 30) as f64)
+    }
+}
+
+impl CudaDevice {
+    /// Gradients of the stacks to the flat buffer.
+    fn collect(&mut self) -> Result<()> {
+        if !self.collected {
+            let o = &self.optimizer;
+            let args = Args::default().with(o.parts.address).with(o.gradient.address);
+            self.gpu.launch(self.kernels.get("collect")?, [32, o.parts_count, 1], [256, 1, 1], 0, args)?;
+            self.collected = true;
+        }
+        Ok(())
+    }
+
+    /// Parameters to the stacked weights.
+    fn spread(&self) -> Result<()> {
+        let o = &self.optimizer;
+        let args = Args::default().with(o.parts.address).with(o.params.address);
+        self.gpu.launch(self.kernels.get("spread")?, [32, o.parts_count, 1], [256, 1, 1], 0, args)?;
+        self.gpu.mark("optimizer")
+    }
+}
+
+/// Partial sums of the gradient's norm.
+const PARTIAL: usize = 1024;
+
+impl Inputs {
+    /// Stages words; returns where they will lie.
+    fn put(&mut self, words: &[u32]) -> Address {
+        let at = self.used;
+        let bytes = words.iter().flat_map(|w| w.to_le_bytes());
+        self.staged.bytes_mut()[at..].iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+        self.reserve(words.len() * 4)
+    }
+
+    fn reserve(&mut self, bytes: usize) -> Address {
+        let at = self.memory.address + self.used as u64;
+        self.used += bytes.next_multiple_of(256);
+        at
+    }
+}
+
+impl ValueMemory {
+    fn new(
+        gpu: &Gpu,
+        graph: &ModelGraph,
+        lowered: &Lowered,
+        schedules: &HashMap<(usize, Keep), Scheduled>,
+        plan: &GpuPlan,
+    ) -> Result<ValueMemory> {
+        let tokens = plan.micro_batch_tokens;
+        let edge = lowered.programs[0].edge() * tokens;
+        let edges = gpu.allocate(edge * (graph.layers.len() + 2))?;
+        let mut kept_at = Vec::new();
+        let mut kept = 0;
+        for (layer, keep) in graph.layers.iter().zip(&plan.keep) {
+            kept_at.push(kept as u64);
+            kept += schedules[&(layer.block, *keep)].forward.kept_bytes * tokens;
+        }
+        let scratch = gpu.allocate(plan.scratch)?;
+        let own = head_bytes(graph, lowered, plan.answers, 0)?;
+        let logits_rows = ((plan.scratch - own) / (graph.vocab_size * 4)).clamp(1, plan.answers);
+        Ok(ValueMemory {
+            gradient: edges.address + (edge * (graph.layers.len() + 1)) as u64,
+            edges,
+            kept: gpu.allocate(kept)?,
+            kept_at,
+            logits: scratch.address + own as u64,
+            scratch,
+            logits_rows,
+        })
+    }
+}
+
+/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first.
+fn tiles(spans: &[Span], size: usize) -> Vec<u32> {
+    let mut all: Vec<[u32; 5]> = Vec::new();
+    for span in spans {
+        let firsts = (0..span.len()).step_by(size);
+        let words = [span.start, 0, span.prompt, span.prompt + span.chosen, span.len()].map(|n| n as u32);
+        all.extend(firsts.map(|first| [words[0], first as u32, words[2], words[3], words[4]]));
+    }
+    all.sort_by_key(|t| std::cmp::Reverse(t[1]));
+    all.concat()
+}
+
+/// A table for every kind of rope in the graph.
+fn rope_tables(gpu: &Gpu, graph: &ModelGraph) -> Result<Vec<RopeTable>> {
+    let mut tables: Vec<RopeTable> = Vec::new();
+    let mut offset = 0;
+    for node in graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope") {
+        let (inv_freq, scale) = rope_numbers(node);
+        if tables.iter().any(|t| t.inv_freq == inv_freq && t.scale == scale) {
+            continue;
+        }
+        let frequencies = gpu.allocate(inv_freq.len() * 4)?;
+        gpu.upload(&inv_freq, frequencies.address)?;
+        gpu.finish()?;
+        let bytes = inv_freq.len() * 8;
+        tables.push(RopeTable { inv_freq, scale, frequencies, offset });
+        offset += bytes;
+    }
+    Ok(tables)
+}

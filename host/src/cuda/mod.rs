@@ -1,0 +1,64 @@
+//! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
+//!
+//! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
+//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `launch` and `engine` run.
+
+mod blas;
+mod device;
+mod engine;
+pub mod kernels;
+mod launch;
+pub mod libraries;
+mod lowering;
+mod memory;
+mod model;
+mod program;
+
+pub use device::{Gpu, count, driver_version};
+pub use engine::CudaDevice;
+pub use memory::GpuPlan;
+pub use model::{Given, Source};
+
+use crate::error::{Error, Result};
+
+/// The GPU that `--device` means: `None` for the CPU. `auto` takes the first GPU if one can be used.
+pub fn choose(device: &str) -> Result<Option<usize>> {
+    match device {
+        "cpu" => Ok(None),
+        "auto" => {
+            let driver = libraries::find().iter().any(|f| f.library.name == "cuda" && f.path.is_some());
+            if !driver || device::count().unwrap_or(0) == 0 {
+                return Ok(None);
+            }
+            match libraries::require() {
+                Ok(()) => Ok(Some(0)),
+                Err(e) => {
+                    eprintln!("warning: there is a GPU, but the CPU is used: {e}");
+                    Ok(None)
+                }
+            }
+        }
+        _ => {
+            let index = match device.strip_prefix("cuda") {
+                Some("") => Some(0),
+                Some(rest) => rest.strip_prefix(':').and_then(|n| n.parse().ok()),
+                None => None,
+            };
+            let index = index.ok_or_else(|| {
+                Error::input(format!("'{device}' should be auto, cpu, cuda or cuda:N")).at("--device")
+            })?;
+            libraries::require().map_err(|e| e.at("--device"))?;
+            Ok(Some(index))
+        }
+    }
+}
+
+/// Memory that this process may use on a GPU: what is free, or less if the user says so.
+pub fn available(gpu: &Gpu, limit: Option<usize>) -> Result<usize> {
+    let (free, all) = gpu.memory()?;
+    // The context and what else is loaded by now is part of a plan.
+    let own = memory::CONTEXT.min(all - free);
+    // A little is left for what the driver takes on its own.
+    let most = (free + own).saturating_sub(all / 64);
+    Ok(limit.unwrap_or(usize::MAX).min(most))
+}

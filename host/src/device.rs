@@ -1,0 +1,174 @@
+//! Where a model runs: forward, backward, update. One training loop serves every device.
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use crate::batch::{Batch, laid_out};
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::data::TokenPair;
+use crate::engine::{Engine, Forward};
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::plan::{Plan, Wishes};
+use crate::train::{AdamW, Moments, peak_memory_gib};
+use crate::weights::Checkpoint;
+
+/// What a forward pass returns, flat over the batch's answer tokens.
+pub struct LogProbs {
+    /// Log-prob of every answer token.
+    pub logps: Vec<f32>,
+    /// `ln Σ_v p[v]²` for every answer token.
+    pub log_sum_sq: Vec<f32>,
+}
+
+/// A device with a model, its adapter, the adapter's gradient and its optimizer state.
+pub trait Device {
+    /// What it is and how it computes, such as `cpu float32`: log-probs of devices with other names are not mixed.
+    fn name(&self) -> String;
+
+    /// The model's graph.
+    fn graph(&self) -> &ModelGraph;
+
+    /// The adapter as of the last [`fetch`](Self::fetch).
+    fn adapter(&self) -> &Adapter;
+
+    /// The optimizer's moments as of the last [`fetch`](Self::fetch).
+    fn moments(&self) -> &Moments;
+
+    /// Log-probs of a batch's answer tokens. With `keep`, [`backward`](Self::backward) may follow for the same batch.
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs>;
+
+    /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
+    fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
+
+    /// Sets the gradient to zero.
+    fn clear_gradient(&mut self) -> Result<()>;
+
+    /// The gradient's norm.
+    fn gradient_norm(&mut self) -> Result<f64>;
+
+    /// A step of the optimizer with `clip` times the gradient.
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()>;
+
+    /// Brings adapter and moments up to date.
+    fn fetch(&mut self) -> Result<()>;
+
+    /// Sets parameters and moments.
+    fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()>;
+
+    /// Most memory that was in use on the device, in GiB.
+    fn memory_gib(&self) -> f64;
+}
+
+/// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints; returns it with
+/// the tokens that are computed at once.
+pub fn open<'a>(
+    gpu: Option<usize>,
+    graph: ModelGraph,
+    checkpoint: &Checkpoint,
+    adapter: Adapter,
+    pairs: impl Iterator<Item = &'a TokenPair> + Clone,
+    wishes: Wishes,
+) -> Result<(Box<dyn Device>, usize)> {
+    let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
+    let Some(index) = gpu else {
+        let plan = Plan::new(&graph, adapter.params.len(), longest, wishes)?;
+        eprintln!("{plan}");
+        let mut engine = Engine::load(graph, checkpoint, adapter)?;
+        engine.recompute(plan.recomputed);
+        return Ok((Box::new(CpuDevice::new(engine)), plan.micro_batch_tokens));
+    };
+    let gpu = Gpu::open(index)?;
+    let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
+    let answers = pairs.map(share).fold(0.0, f64::max);
+    let available = cuda::available(&gpu, wishes.memory)?;
+    let plan = GpuPlan::new(&graph, &adapter, longest, answers, available, wishes)?;
+    eprintln!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability);
+    let budget = plan.micro_batch_tokens;
+    let bar =
+        crate::train::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+    let device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
+    bar.finish_and_clear();
+    Ok((Box::new(device), budget))
+}
+
+/// The CPU.
+pub struct CpuDevice {
+    engine: Engine,
+    moments: Moments,
+    gradient: Vec<f32>,
+    forward: Option<Forward>,
+}
+
+impl CpuDevice {
+    /// Runs an engine.
+    pub fn new(engine: Engine) -> CpuDevice {
+        let count = engine.adapter().params.len();
+        CpuDevice { engine, moments: Moments::new(count), gradient: vec![0.0; count], forward: None }
+    }
+
+    /// The gradient, laid out as the adapter's parameters.
+    pub fn gradient(&self) -> &[f32] {
+        &self.gradient
+    }
+}
+
+impl Device for CpuDevice {
+    fn name(&self) -> String {
+        "cpu float32".into()
+    }
+
+    fn graph(&self) -> &ModelGraph {
+        self.engine.graph()
+    }
+
+    fn adapter(&self) -> &Adapter {
+        self.engine.adapter()
+    }
+
+    fn moments(&self) -> &Moments {
+        &self.moments
+    }
+
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+        let mut forward = self.engine.forward(batch, keep)?;
+        let logps =
+            LogProbs { logps: std::mem::take(&mut forward.logps), log_sum_sq: std::mem::take(&mut forward.log_sum_sq) };
+        self.forward = keep.then_some(forward);
+        Ok(logps)
+    }
+
+    fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
+        let forward = self.forward.take().ok_or_else(|| Error::run("a backward pass without its forward pass"))?;
+        self.engine.backward(batch, forward, dlogps, &mut self.gradient)
+    }
+
+    fn clear_gradient(&mut self) -> Result<()> {
+        self.gradient.fill(0.0);
+        Ok(())
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Ok(self.gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt())
+    }
+
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()> {
+        if clip < 1.0 {
+            self.gradient.iter_mut().for_each(|g| *g *= clip as f32);
+        }
+        let (gradient, moments) = (&self.gradient, &mut self.moments);
+        self.engine.update(|params| optimizer.step(params, gradient, moments, learning_rate))
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()> {
+        self.moments = moments;
+        self.engine.update(|own| own.copy_from_slice(params))
+    }
+
+    fn memory_gib(&self) -> f64 {
+        peak_memory_gib()
+    }
+}
