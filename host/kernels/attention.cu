@@ -11,6 +11,7 @@
 #define THREADS (TILE * 2)
 #define STRIDE (DIM + 8)  // 16 bytes of padding: the eight rows that ldmatrix reads fall into different banks
 #define KSTEPS (DIM / 16)
+#define HELD (DIM <= 128)  // a warp holds its own rows in registers: shared memory is read for the other side alone
 
 // A run of queries or of keys of one pair: TILE of them at most.
 struct Tile {
@@ -90,6 +91,28 @@ __device__ __forceinline__ void left(u32 a[4], const bf16* tile, int row, int k)
     ldmatrix(a, tile + (row + lane % 16) * STRIDE + k * 16 + lane / 16 * 8);
 }
 
+// A warp's own 16 rows as the left side, over all of DIM.
+struct Rows {
+#if HELD
+    u32 a[KSTEPS][4];
+#else
+    const bf16* tile;
+    int row;
+#endif
+};
+
+__device__ __forceinline__ Rows hold(const bf16* tile, int row) {
+    Rows rows;
+#if HELD
+#pragma unroll
+    for (int k = 0; k < KSTEPS; k++) left(rows.a[k], tile, row, k);
+#else
+    rows.tile = tile;
+    rows.row = row;
+#endif
+    return rows;
+}
+
 // Sixteen rows of a tile as columns of the right side: b[0], b[1] for the first eight, b[2], b[3] for the others.
 __device__ __forceinline__ void right(u32 b[4], const bf16* tile, int row, int k) {
     int lane = threadIdx.x % 32;
@@ -110,13 +133,18 @@ __device__ __forceinline__ void as_left(u32 a[4], const float x[4], const float 
     a[3] = pack(y[2], y[3]);
 }
 
-// scores += left rows [row, row + 16) of `a` times N rows of `b`, over all of DIM.
+// c += own rows times N rows of `b`, over all of DIM.
 template <int N>
-__device__ __forceinline__ void products(float c[N / 8][4], const bf16* a, int row, const bf16* b) {
+__device__ __forceinline__ void products(float c[N / 8][4], const Rows& own, const bf16* b) {
 #pragma unroll
     for (int k = 0; k < KSTEPS; k++) {
-        u32 l[4], r[4];
-        left(l, a, row, k);
+        u32 r[4];
+#if HELD
+        const u32* l = own.a[k];
+#else
+        u32 l[4];
+        left(l, own.tile, own.row, k);
+#endif
 #pragma unroll
         for (int n = 0; n < N / 16; n++) {
             right(r, b, n * 16, k);
@@ -163,14 +191,21 @@ __device__ __forceinline__ View head(const View& v, int h) { return {v.at + (lon
 
 #define LOG2E 1.44269504f
 
-// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a tile of queries and head, a warp 16
-// rows.
-extern "C" __global__ void __launch_bounds__(THREADS) attention(const Tile* tiles, View q, View k, View v, View out, float* lse,
-                                                            Shape s) {
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
+extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
+    attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
     extern __shared__ bf16 shared[];
-    bf16 *qs = shared, *ks = qs + TILE * STRIDE, *vs = ks + 2 * TILE * STRIDE;
-    Tile t = tiles[blockIdx.x];
-    int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
+    // Held rows pass through the second stage before it is used.
+    bf16* qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE;
+    Tile t = tiles[blockIdx.y];
+    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
 
@@ -179,10 +214,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Tile* tile
         return key;
     };
     load_tile<TILE>(qs, head(q, h), t, t.first);
+    commit();
     int key = next(0), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
+    wait<1>();
+    __syncthreads();
+    Rows own = hold(qs, mine);
+    if (HELD) __syncthreads();
 
     float o[DIM / 8][4] = {}, max[2] = {-1e30f, -1e30f}, sum[2] = {};
     float scale = s.scale * LOG2E;
@@ -196,22 +236,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Tile* tile
         wait<1>();
         __syncthreads();
         float p[TILE / 8][4] = {};
-        products<TILE>(p, qs, mine, ks + stage * TILE * STRIDE);
+        products<TILE>(p, own, ks + stage * TILE * STRIDE);
         bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
-        float top[2] = {max[0], max[1]};
+        float top[2] = {max[0], max[1]}, shift[2];
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                if (!whole && !visible(t, t.first + mine + lane / 4 + i / 2 * 8, key + n * 8 + lane % 4 * 2 + i % 2, s.window))
-                    p[n][i] = -1e30f;
+                int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
+                if (!whole && !visible(t, from, to, s.window)) p[n][i] = -1e30f;
                 top[i / 2] = fmaxf(top[i / 2], p[n][i]);
             }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
-            float shrink = exp2f((max[r] - top[r]) * scale);
+            // A row that has seen nothing yet has no maximum to subtract.
+            shift[r] = top[r] <= -1e30f ? 0.f : top[r] * scale;
+            float shrink = exp2_fast((max[r] - top[r]) * scale);
             max[r] = top[r];
             sum[r] *= shrink;
 #pragma unroll
@@ -224,8 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention(const Tile* tile
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                // A row that has seen nothing yet has no maximum to subtract.
-                p[n][i] = p[n][i] <= -1e30f ? 0.f : exp2f((p[n][i] - max[i / 2]) * scale);
+                p[n][i] = exp2_fast(p[n][i] * scale - shift[i / 2]);
                 sum[i / 2] += p[n][i];
             }
         accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
@@ -259,17 +300,34 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
     if (threadIdx.x == 0) delta[h * tokens + token] = sum;
 }
 
-// dq, a block a tile of queries and head.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_dq(const Tile* tiles, View q, View k, View v, View dout,
-                                                               const float* lse, const float* delta, View dq, Shape s) {
+// dq, a block a head and a tile of queries.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_dq(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dq,
+                 Shape s) {
     extern __shared__ bf16 shared[];
-    bf16 *qs = shared, *ds = qs + TILE * STRIDE, *ks = ds + TILE * STRIDE, *vs = ks + TILE * STRIDE;
-    Tile t = tiles[blockIdx.x];
-    int h = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
+    bf16 *qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
+    Tile t = tiles[blockIdx.y];
+    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
+
+    auto next = [&](int key) {
+        while (key < last && none_visible(t, t.first, TILE, key, TILE, s.window)) key += TILE;
+        return key;
+    };
     load_tile<TILE>(qs, head(q, h), t, t.first);
     load_tile<TILE>(ds, head(dout, h), t, t.first);
+    commit();
+    int key = next(0), stage = 0;
+    load_tile<TILE>(ks, keys, t, key);
+    load_tile<TILE>(vs, values, t, key);
+    commit();
+    wait<1>();
+    __syncthreads();
+    Rows own = hold(qs, mine), pushed = hold(ds, mine);
+    if (HELD) __syncthreads();
+
     float logsum[2], pull[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -278,21 +336,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_dq(const Tile* t
         logsum[r] = at < t.length ? lse[place] * LOG2E : 0.f;
         pull[r] = at < t.length ? delta[place] : 0.f;
     }
-    float out[DIM / 8][4] = {};
-    for (int key = 0; key < last; key += TILE) {
-        if (none_visible(t, t.first, TILE, key, TILE, s.window)) continue;
-        load_tile<TILE>(ks, keys, t, key);
-        load_tile<TILE>(vs, values, t, key);
+    float out[DIM / 8][4] = {}, scale = s.scale * LOG2E;
+    while (key < last) {
+        int after = next(key + TILE);
+        if (after < last) {
+            load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
+            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+        }
         commit();
-        wait<0>();
+        wait<1>();
         __syncthreads();
         bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
         // Half a tile of keys at a time keeps scores and their gradient in registers.
 #pragma unroll
         for (int part = 0; part < 2; part++) {
+            const bf16* kt = ks + (stage * TILE + part * TILE / 2) * STRIDE;
+            const bf16* vt = vs + (stage * TILE + part * TILE / 2) * STRIDE;
             float p[TILE / 16][4] = {}, dp[TILE / 16][4] = {};
-            products<TILE / 2>(p, qs, mine, ks + part * TILE / 2 * STRIDE);
-            products<TILE / 2>(dp, ds, mine, vs + part * TILE / 2 * STRIDE);
+            products<TILE / 2>(p, own, kt);
+            products<TILE / 2>(dp, pushed, vt);
 #pragma unroll
             for (int n = 0; n < TILE / 16; n++)
 #pragma unroll
@@ -300,87 +362,107 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_dq(const Tile* t
                     int from = t.first + mine + lane / 4 + i / 2 * 8;
                     int to = key + part * TILE / 2 + n * 8 + lane % 4 * 2 + i % 2;
                     bool seen = whole || visible(t, from, to, s.window);
-                    float weight = seen ? exp2f(p[n][i] * s.scale * LOG2E - logsum[i / 2]) : 0.f;
-                    p[n][i] = weight * (dp[n][i] - pull[i / 2]) * s.scale;
+                    float weight = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
+                    p[n][i] = weight * (dp[n][i] - pull[i / 2]);
                 }
-            accumulate<TILE / 2, DIM>(out, p, ks + part * TILE / 2 * STRIDE, 0);
+            accumulate<TILE / 2, DIM>(out, p, kt, 0);
         }
         __syncthreads();
+        key = after;
+        stage ^= 1;
     }
-    store<DIM>(head(dq, h), t, t.first + mine, 0, out, 1.f, 1.f);
+    store<DIM>(head(dq, h), t, t.first + mine, 0, out, s.scale, s.scale);
 }
 
 // Wide heads take their columns in two halves, so that the sums stay in registers.
 #define COLUMNS (DIM > 128 ? DIM / 2 : DIM)
 
-// dk and dv, a block a tile of keys, key head and half of the columns of a wide head. A warp has 16 keys.
-extern "C" __global__ void __launch_bounds__(THREADS) attention_dkv(const Tile* tiles, View q, View k, View v, View dout,
-                                                                const float* lse, const float* delta, View dk, View dv,
-                                                                Shape s) {
+// What a query head gives to dk and dv of its key head, [tokens, heads * DIM] each; a block a head, a tile of keys and half
+// of the columns of a wide head. A warp has 16 keys.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_dkv(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dk,
+                  View dv, Shape s) {
     extern __shared__ bf16 shared[];
-    bf16 *ks = shared, *vs = ks + TILE * STRIDE, *qs = vs + TILE * STRIDE, *ds = qs + 2 * QUERIES * STRIDE;
+    bf16 *qs = shared, *ds = qs + 2 * QUERIES * STRIDE;
     float* numbers = (float*)(ds + 2 * QUERIES * STRIDE);  // [2 stages][lse, delta][QUERIES]
+    // Held rows pass through the stages, which together have as many rows.
+    bf16 *ks = HELD ? qs : (bf16*)(numbers + 4 * QUERIES), *vs = HELD ? ds : ks + TILE * STRIDE;
     // Tiles come in the order of the keys they see; the first keys are seen by most queries.
-    Tile t = tiles[gridDim.x - 1 - blockIdx.x];
-    int kv = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    Tile t = tiles[gridDim.y - 1 - blockIdx.y];
+    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
     int from = blockIdx.z * (COLUMNS / 16);
-    load_tile<TILE>(ks, head(k, kv), t, t.first);
-    load_tile<TILE>(vs, head(v, kv), t, t.first);
+    load_tile<TILE>(ks, head(k, h / s.share), t, t.first);
+    load_tile<TILE>(vs, head(v, h / s.share), t, t.first);
+    commit();
+    wait<0>();
+    __syncthreads();
+    Rows own = hold(ks, mine), weighted = hold(vs, mine);
+    if (HELD) __syncthreads();
 
-    // Steps go over the tiles of queries that see these keys, for every query head in turn.
-    int low = t.first / QUERIES * QUERIES;
     auto next = [&](int query) {
         while (query < t.length && none_visible(t, query, QUERIES, t.first, TILE, s.window)) query += QUERIES;
         return query;
     };
-    auto load = [&](int stage, int h, int query) {
+    auto load = [&](int stage, int query) {
         load_tile<QUERIES>(qs + stage * QUERIES * STRIDE, head(q, h), t, query);
         load_tile<QUERIES>(ds + stage * QUERIES * STRIDE, head(dout, h), t, query);
         if (threadIdx.x < 2 * QUERIES) {
             int i = threadIdx.x % QUERIES;
-            const float* source = threadIdx.x < QUERIES ? lse : delta;
-            bool inside = query + i < t.length;
-            numbers[stage * 2 * QUERIES + threadIdx.x] =
-                inside ? source[(long long)h * s.tokens + t.start + query + i] : 0.f;
+            bool first = threadIdx.x < QUERIES, inside = query + i < t.length;
+            float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
+            numbers[stage * 2 * QUERIES + threadIdx.x] = first ? number * LOG2E : number;
         }
     };
-    int begin = next(low), h = kv * s.share, end = h + s.share, query = begin, stage = 0;
-    float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {};
-    if (begin < t.length) load(0, h, query);
+    int query = next(t.first / QUERIES * QUERIES), stage = 0;
+    float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {}, scale = s.scale * LOG2E;
+    if (query < t.length) load(0, query);
     commit();
-    while (h < end && begin < t.length) {
-        int after = next(query + QUERIES), head_after = h;
-        if (after >= t.length) {
-            after = begin;
-            head_after = h + 1;
-        }
-        if (head_after < end) load(stage ^ 1, head_after, after);
+    while (query < t.length) {
+        int after = next(query + QUERIES);
+        if (after < t.length) load(stage ^ 1, after);
         commit();
         wait<1>();
         __syncthreads();
         const bf16 *qt = qs + stage * QUERIES * STRIDE, *dt = ds + stage * QUERIES * STRIDE;
-        const float* own = numbers + stage * 2 * QUERIES;
+        const float* of = numbers + stage * 2 * QUERIES;
         bool whole = all_visible(t, query, QUERIES, t.first, TILE, s.window);
-        float p[QUERIES / 8][4] = {}, dp[QUERIES / 8][4] = {};
-        products<QUERIES>(p, ks, mine, qt);
-        products<QUERIES>(dp, vs, mine, dt);
 #pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
+        for (int part = 0; part < QUERIES; part += 16) {
+            float p[2][4] = {}, dp[2][4] = {};
+            products<16>(p, own, qt + part * STRIDE);
+            products<16>(dp, weighted, dt + part * STRIDE);
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int at = n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
-                bool seen = whole || visible(t, query + at, to, s.window);
-                float weight = seen ? exp2f((p[n][i] * s.scale - own[at]) * LOG2E) : 0.f;
-                p[n][i] = weight;
-                dp[n][i] = weight * (dp[n][i] - own[QUERIES + at]) * s.scale;
-            }
-        accumulate<QUERIES, COLUMNS>(dvs, p, dt, from);
-        accumulate<QUERIES, COLUMNS>(dks, dp, qt, from);
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int at = part + n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
+                    bool seen = whole || visible(t, query + at, to, s.window);
+                    float weight = seen ? exp2_fast(p[n][i] * scale - of[at]) : 0.f;
+                    p[n][i] = weight;
+                    dp[n][i] = weight * (dp[n][i] - of[QUERIES + at]);
+                }
+            accumulate<16, COLUMNS>(dvs, p, dt + part * STRIDE, from);
+            accumulate<16, COLUMNS>(dks, dp, qt + part * STRIDE, from);
+        }
         __syncthreads();
-        h = head_after;
         query = after;
         stage ^= 1;
     }
-    store<COLUMNS>(head(dk, kv), t, t.first + mine, from * 16, dks, 1.f, 1.f);
-    store<COLUMNS>(head(dv, kv), t, t.first + mine, from * 16, dvs, 1.f, 1.f);
+    store<COLUMNS>(head(dk, h), t, t.first + mine, from * 16, dks, s.scale, s.scale);
+    store<COLUMNS>(head(dv, h), t, t.first + mine, from * 16, dvs, 1.f, 1.f);
+}
+
+// The sum over the query heads of every key head: y [tokens, kv_heads * DIM] of x [tokens, heads * DIM]. A thread eight
+// columns.
+extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, kv = i / DIM;
+    if (kv >= kv_heads) return;
+    const bf16* from = row(x, blockIdx.y) + (long long)kv * share * DIM + i % DIM;
+    Eight sum = load8(from);
+    for (int h = 1; h < share; h++) {
+        Eight part = load8(from + h * DIM);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.v[j] += part.v[j];
+    }
+    store8(row(y, blockIdx.y) + i, sum);
 }

@@ -25,6 +25,9 @@ pub trait Device {
     /// What it is and how it computes, such as `cpu float32`: log-probs of devices with other names are not mixed.
     fn name(&self) -> String;
 
+    /// Tokens that a micro-batch is filled up to, with a backward pass or without.
+    fn micro_batch_tokens(&self, keep: bool) -> usize;
+
     /// The model's graph.
     fn graph(&self) -> &ModelGraph;
 
@@ -59,8 +62,7 @@ pub trait Device {
     fn memory_gib(&self) -> f64;
 }
 
-/// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints; returns it with
-/// the tokens that are computed at once.
+/// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints.
 pub fn open<'a>(
     gpu: Option<usize>,
     graph: ModelGraph,
@@ -68,14 +70,14 @@ pub fn open<'a>(
     adapter: Adapter,
     pairs: impl Iterator<Item = &'a TokenPair> + Clone,
     wishes: Wishes,
-) -> Result<(Box<dyn Device>, usize)> {
+) -> Result<Box<dyn Device>> {
     let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
     let Some(index) = gpu else {
         let plan = Plan::new(&graph, adapter.params.len(), longest, wishes)?;
         eprintln!("{plan}");
         let mut engine = Engine::load(graph, checkpoint, adapter)?;
         engine.recompute(plan.recomputed);
-        return Ok((Box::new(CpuDevice::new(engine)), plan.micro_batch_tokens));
+        return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)));
     };
     let gpu = Gpu::open(index)?;
     let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
@@ -83,27 +85,34 @@ pub fn open<'a>(
     let available = cuda::available(&gpu, wishes.memory)?;
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, available, wishes)?;
     eprintln!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability);
-    let budget = plan.micro_batch_tokens;
     let bar =
         crate::train::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
-    let device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
+    let mut device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
     bar.finish_and_clear();
-    Ok((Box::new(device), budget))
+    device.warm_up()?;
+    Ok(Box::new(device))
 }
 
 /// The CPU.
 pub struct CpuDevice {
     engine: Engine,
+    micro_batch_tokens: usize,
     moments: Moments,
     gradient: Vec<f32>,
     forward: Option<Forward>,
 }
 
 impl CpuDevice {
-    /// Runs an engine.
-    pub fn new(engine: Engine) -> CpuDevice {
+    /// Runs an engine with so many tokens at once.
+    pub fn new(engine: Engine, micro_batch_tokens: usize) -> CpuDevice {
         let count = engine.adapter().params.len();
-        CpuDevice { engine, moments: Moments::new(count), gradient: vec![0.0; count], forward: None }
+        CpuDevice {
+            engine,
+            micro_batch_tokens,
+            moments: Moments::new(count),
+            gradient: vec![0.0; count],
+            forward: None,
+        }
     }
 
     /// The gradient, laid out as the adapter's parameters.
@@ -115,6 +124,10 @@ impl CpuDevice {
 impl Device for CpuDevice {
     fn name(&self) -> String {
         "cpu float32".into()
+    }
+
+    fn micro_batch_tokens(&self, _keep: bool) -> usize {
+        self.micro_batch_tokens
     }
 
     fn graph(&self) -> &ModelGraph {

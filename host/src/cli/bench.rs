@@ -172,14 +172,17 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
     let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?;
     let loading = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    device.warm_up()?;
+    let warming = start.elapsed().as_secs_f64();
     let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let mut objective = Objective::new(registry, &objective)?;
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let mut step = |device: &mut CudaDevice, pairs: &[&TokenPair]| -> Result<(f64, f64)> {
         let start = Instant::now();
-        let reference = train::score(device, pairs, budget, |_| {})?.logps;
+        let reference = train::score(device, pairs, |_| {})?.logps;
         let scored = start.elapsed().as_secs_f64();
-        train::gradient(device, &mut objective, pairs, &reference, budget)?;
+        train::gradient(device, &mut objective, pairs, &reference)?;
         let norm = device.gradient_norm()?;
         device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
         device.gpu().finish()?;
@@ -211,7 +214,7 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
                 "answers": answer_tokens as f64 / tokens as f64})
         );
     } else {
-        println!("loading     {loading:.1} s");
+        println!("loading     {loading:.1} s, warming up {warming:.1} s");
         println!(
             "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s; {:.0} TFLOP/s in products",
             (options.steps * options.batch_size) as f64 / seconds,

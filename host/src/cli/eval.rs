@@ -52,9 +52,9 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let gpu = cuda::choose(&options.device)?;
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
-    let (mut device, budget) = device::open(gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
+    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
     let all: Vec<&TokenPair> = pairs.iter().collect();
-    let scores = score(device.as_mut(), &all, budget, |_| {})?;
+    let scores = score(device.as_mut(), &all, |_| {})?;
     let mut rest = scores.logps.as_slice();
     let mut sum = |tokens: usize| {
         let (own, after) = rest.split_at(tokens);

@@ -193,7 +193,7 @@ fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
     Ok(adapter)
 }
 
-fn cpu(graph: &ModelGraph, zero_b: bool) -> Result<CpuDevice> {
+fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
     let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
         Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
@@ -204,7 +204,7 @@ fn cpu(graph: &ModelGraph, zero_b: bool) -> Result<CpuDevice> {
         block.nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });
     let weights = of.collect::<Result<Vec<_>>>()?;
-    Ok(CpuDevice::new(Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)?))
+    Ok(CpuDevice::new(Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)?, tokens))
 }
 
 fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute: Option<bool>) -> Result<CudaDevice> {
@@ -247,7 +247,7 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
     let make = |lengths: &&[[usize; 3]]| Batch::of(&pairs(graph.vocab_size, lengths, 5));
     let batches: Vec<Batch> = batches.iter().map(make).collect();
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let mut cpu = cpu(graph, false)?;
+    let mut cpu = cpu(graph, tokens, false)?;
     let mut worst = [0.0_f64; 2];
     let mut repeats = true;
     let mut devices = Vec::new();
@@ -295,15 +295,15 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let all: Vec<&TokenPair> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(laid_out).sum();
     let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, true)?), Box::new(gpu(index, graph, tokens, true, None)?)];
+        [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let mut losses = [Vec::new(), Vec::new()];
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
-        let reference = train::score(device.as_mut(), &all, tokens / 2 + 60, |_| {})?.logps;
+        let reference = train::score(device.as_mut(), &all, |_| {})?.logps;
         for _ in 0..steps {
-            let step = train::gradient(device.as_mut(), &mut objective, &all, &reference, tokens / 2 + 60)?;
+            let step = train::gradient(device.as_mut(), &mut objective, &all, &reference)?;
             device.update(&optimizer, 1.0, 1e-3)?;
             losses.push(step.loss);
         }

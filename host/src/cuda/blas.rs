@@ -1,13 +1,17 @@
-//! Matrix products through cuBLASLt: the algorithm is chosen once for a shape.
+//! Matrix products through cuBLASLt. Algorithms are timed once for a class of shapes on a kind of GPU and kept on disk, so
+//! that later runs, and the same run again, compute the same bits.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
 
 use cudarc::cublaslt::{result, sys};
 
 use super::device::{Address, Gpu, Memory, View};
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Scratch of the products.
 pub(super) const WORKSPACE: usize = 64 << 20;
@@ -17,7 +21,18 @@ pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
     plans: RefCell<HashMap<Product, Plan>>,
+    /// Algorithms by [`Product::class`].
+    tuned: RefCell<BTreeMap<String, [u64; 8]>>,
+    /// Whether algorithms are timed: results are then of no use.
+    tuning: Cell<bool>,
+    cache: PathBuf,
 }
+
+/// Rows of a class of shapes are a multiple of this.
+pub(super) const CLASS: usize = 512;
+
+/// Algorithms that are timed for a class.
+const CANDIDATES: usize = 8;
 
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -69,7 +84,45 @@ fn failed(product: &Product) -> impl FnOnce(result::CublasError) -> Error + '_ {
 impl Blas {
     pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
         let handle = result::create_handle().map_err(|e| Error::run(format!("cuBLASLt does not start: {e:?}")))?;
-        Ok(Blas { handle, workspace: gpu.allocate(WORKSPACE)?, plans: RefCell::default() })
+        // SAFETY: takes nothing and returns a number.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        let name = format!("{}-cublas-{version}.json", gpu.name.replace(' ', "-"));
+        let cache = files::cache_folder().join("products").join(name);
+        // What cannot be read is timed again.
+        let tuned = std::fs::read(&cache).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
+        Ok(Blas {
+            handle,
+            workspace: gpu.allocate(WORKSPACE)?,
+            plans: RefCell::default(),
+            tuned: RefCell::new(tuned),
+            tuning: Cell::new(false),
+            cache,
+        })
+    }
+
+    /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Products in `body` leave
+    /// anything in their outputs.
+    pub(super) fn tune(&self, body: impl FnOnce() -> Result<()>) -> Result<()> {
+        let before = self.tuned.borrow().len();
+        self.tuning.set(true);
+        let outcome = body();
+        self.tuning.set(false);
+        self.forget()?;
+        outcome?;
+        if self.tuned.borrow().len() > before {
+            let text = serde_json::to_vec(&*self.tuned.borrow()).map_err(|e| Error::run(e.to_string()))?;
+            // A cache that cannot be written costs seconds in the next run, not this run.
+            let _ = files::write(&self.cache, &text);
+        }
+        Ok(())
+    }
+
+    /// Drops plans, which were made for shapes that will not come again.
+    fn forget(&self) -> Result<()> {
+        for (product, plan) in self.plans.borrow_mut().drain() {
+            plan.destroy().map_err(failed(&product))?;
+        }
+        Ok(())
     }
 
     /// Starts a product.
@@ -83,8 +136,12 @@ impl Blas {
         let mut plans = self.plans.borrow_mut();
         let plan = match plans.entry(product) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(&product)?),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(gpu, &product, on)?),
         };
+        self.start(gpu, &product, plan, on)
+    }
+
+    fn start(&self, gpu: &Gpu, product: &Product, plan: &Plan, on: Operands) -> Result<()> {
         let (alpha, beta) = (1.0_f32, if product.add { 1.0_f32 } else { 0.0 });
         let number = |v: &f32| (v as *const f32).cast::<c_void>();
         let at = |a: Address| a as *const c_void;
@@ -98,7 +155,7 @@ impl Blas {
                     (&raw const on.bias).cast(),
                     size_of::<Address>(),
                 )
-                .map_err(failed(&product))?;
+                .map_err(failed(product))?;
             }
             result::matmul(
                 self.handle,
@@ -118,11 +175,11 @@ impl Blas {
                 WORKSPACE,
                 gpu.stream().cast(),
             )
-            .map_err(failed(&product))
+            .map_err(failed(product))
         }
     }
 
-    fn plan(&self, p: &Product) -> Result<Plan> {
+    fn plan(&self, gpu: &Gpu, p: &Product, on: Operands) -> Result<Plan> {
         use sys::cublasLtMatmulDescAttributes_t as Desc;
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
         let narrow = sys::cudaDataType_t::CUDA_R_16BF;
@@ -172,11 +229,113 @@ impl Blas {
             for (which, bytes) in sides {
                 prefer(which, (&raw const bytes).cast(), 4)?;
             }
-            let [a, b, c, d] = layouts;
-            let best = result::get_matmul_algo_heuristic(self.handle, description, b, a, c, d, preference);
+            let mut plan = Plan { description, layouts, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
+            let known = self.tuned.borrow().get(&p.class()).map(|data| sys::cublasLtMatmulAlgo_t { data: *data });
+            if let Some(algorithm) = known.filter(|a| self.fits(&plan, a)) {
+                plan.algorithm = algorithm;
+            } else {
+                let mut candidates = self.candidates(&plan, preference).map_err(failed(p))?;
+                if self.tuning.get() {
+                    self.time(gpu, p, &mut plan, &mut candidates, on)?;
+                    self.tuned.borrow_mut().insert(p.class(), candidates[0].data);
+                }
+                plan.algorithm = candidates[0];
+            }
             result::destroy_matmul_pref(preference).map_err(failed(p))?;
-            Ok(Plan { description, layouts, algorithm: best.map_err(failed(p))?.algo })
+            Ok(plan)
         }
+    }
+
+    /// Whether an algorithm that was timed for a class can run this shape.
+    fn fits(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        let [a, b, c, d] = plan.layouts;
+        let mut answer = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
+        // SAFETY: handles are alive; the answer is plain numbers, for which zeros are valid.
+        let (status, answer) = unsafe {
+            let status =
+                sys::cublasLtMatmulAlgoCheck(self.handle, plan.description, b, a, c, d, algorithm, answer.as_mut_ptr());
+            (status, answer.assume_init())
+        };
+        status.result().is_ok() && answer.workspaceSize <= WORKSPACE
+    }
+
+    /// Algorithms for a shape, as cuBLASLt ranks them; at least one.
+    fn candidates(
+        &self,
+        plan: &Plan,
+        preference: sys::cublasLtMatmulPreference_t,
+    ) -> std::result::Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
+        let [a, b, c, d] = plan.layouts;
+        let asked = if self.tuning.get() { CANDIDATES } else { 1 };
+        let mut found = vec![MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); asked];
+        let mut count = 0;
+        // SAFETY: handles are alive; `found` has room for as many as are asked for, and zeros are valid in it.
+        let found: Vec<_> = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                plan.description,
+                b,
+                a,
+                c,
+                d,
+                preference,
+                asked as i32,
+                found.as_mut_ptr().cast(),
+                &mut count,
+            )
+            .result()?;
+            found.into_iter().map(|f| f.assume_init()).take(count as usize).collect()
+        };
+        let good: Vec<_> = found.iter().filter(|f| f.state.result().is_ok()).map(|f| f.algo).collect();
+        if good.is_empty() {
+            return Err(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+        }
+        Ok(good)
+    }
+
+    /// Sorts algorithms by their time; the median of three runs after one.
+    fn time(
+        &self,
+        gpu: &Gpu,
+        product: &Product,
+        plan: &mut Plan,
+        candidates: &mut [sys::cublasLtMatmulAlgo_t],
+        on: Operands,
+    ) -> Result<()> {
+        let mut times = Vec::new();
+        for (place, algorithm) in candidates.iter().enumerate() {
+            plan.algorithm = *algorithm;
+            self.start(gpu, product, plan, on)?;
+            let mut runs = [0.0_f32; 3];
+            for run in &mut runs {
+                *run = gpu.time(|| self.start(gpu, product, plan, on))?;
+            }
+            runs.sort_by(f32::total_cmp);
+            times.push((runs[1], place));
+        }
+        let first = times[0].0;
+        times.sort_by(|a, b| a.0.total_cmp(&b.0));
+        if std::env::var_os("DPO_TUNE_LOG").is_some() {
+            eprintln!("tune {} {:.4} -> {:.4} ms (rank {})", product.class(), first, times[0].0, times[0].1);
+        }
+        // Within its spread a time says nothing: then cuBLASLt's ranking stays.
+        if times[0].0 < first * 0.98 {
+            candidates.swap(0, times[0].1);
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    fn destroy(self) -> std::result::Result<(), result::CublasError> {
+        // SAFETY: made by `Blas::plan`, destroyed once.
+        unsafe {
+            result::destroy_matmul_desc(self.description)?;
+            for layout in self.layouts {
+                result::destroy_matrix_layout(layout)?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -196,19 +355,29 @@ impl Product {
             alignments: [0; 4],
         }
     }
+
+    /// Shapes that differ little in their rows share an algorithm.
+    fn class(&self) -> String {
+        let round = |n: usize| n.next_multiple_of(CLASS);
+        let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
+        format!(
+            "{}x{}x{}{}{}{}{}{}",
+            round(self.m),
+            self.n,
+            round(self.k),
+            flag(self.a_transposed, " A"),
+            flag(self.b_transposed, " B"),
+            flag(self.wide, " f32"),
+            flag(self.add, " add"),
+            flag(self.bias, " bias"),
+        )
+    }
 }
 
 impl Drop for Blas {
     fn drop(&mut self) {
-        for (_, plan) in self.plans.borrow_mut().drain() {
-            // SAFETY: made by `plan`, destroyed once.
-            unsafe {
-                let _ = result::destroy_matmul_desc(plan.description);
-                for layout in plan.layouts {
-                    let _ = result::destroy_matrix_layout(layout);
-                }
-            }
-        }
+        // An error here means that the context is gone, and the plans with it.
+        let _ = self.forget();
         // SAFETY: made in `new`, destroyed once.
         let _ = unsafe { result::destroy_handle(self.handle) };
     }

@@ -274,6 +274,17 @@ impl Gpu {
         .map_err(failed(kernel.name))
     }
 
+    /// Milliseconds that the work takes which `body` starts.
+    pub(super) fn time(&self, body: impl FnOnce() -> Result<()>) -> Result<f32> {
+        let outer = self.trace.replace(Some(Trace::default()));
+        self.mark("start")?;
+        body()?;
+        self.mark("end")?;
+        let times = self.end_trace()?;
+        *self.trace.borrow_mut() = outer;
+        Ok(times.iter().map(|(_, t)| t).sum())
+    }
+
     /// Starts to collect times.
     pub fn start_trace(&self) -> Result<()> {
         *self.trace.borrow_mut() = Some(Trace::default());

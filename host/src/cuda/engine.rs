@@ -8,14 +8,16 @@ use std::collections::HashMap;
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::blas::{Blas, Operands, Product};
+use super::blas::{Blas, CLASS, Operands, Product};
 use super::device::{Address, Args, Gpu, Memory, Pinned, View};
 use super::kernels::{AttentionKernels, Kernels};
 use super::launch::{Run, rope_numbers, shared_memory};
-use super::memory::{GpuPlan, Lowered, Scheduled, head_bytes, input_bytes};
+use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
+use super::plan::GpuPlan;
 use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
 use crate::batch::{Batch, Span};
+use crate::data::TokenPair;
 use crate::device::{Device, LogProbs};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
@@ -30,16 +32,17 @@ pub struct CudaDevice {
     graph: ModelGraph,
     lowered: Lowered,
     weights: Weights,
-    schedules: HashMap<(usize, Keep), Scheduled>,
-    head_schedule: Scheduled,
     plan: GpuPlan,
+    footprint: Footprint,
     /// Copies of what is on the GPU, as of the last `fetch`.
     adapter: Adapter,
     moments: Moments,
     optimizer: OptimizerMemory,
     /// Whether the flat gradient is that of the stacks.
     collected: bool,
-    values: ValueMemory,
+    /// Values of the batch in work.
+    values: Memory,
+    arrangement: Arrangement,
     pub(super) inputs: Inputs,
     /// Tables of rope: frequencies and scale, and where the batch's table lies.
     pub(super) ropes: Vec<RopeTable>,
@@ -55,21 +58,6 @@ struct OptimizerMemory {
     partial: Memory,
     count: usize,
     parts_count: usize,
-}
-
-/// Where values lie.
-struct ValueMemory {
-    /// Of every layer its input; the last one is the head's.
-    edges: Memory,
-    kept: Memory,
-    /// Where every layer's kept values begin.
-    kept_at: Vec<u64>,
-    gradient: Address,
-    scratch: Memory,
-    /// Rows of logits that fit into scratch at once.
-    logits_rows: usize,
-    /// Where logits begin in scratch.
-    logits: Address,
 }
 
 /// What a batch brings, staged in pinned memory and sent in one copy.
@@ -143,18 +131,13 @@ impl CudaDevice {
             parts_count: parts.len(),
         };
         gpu.upload(&parts.concat(), optimizer.parts.address)?;
-        let mut schedules = HashMap::new();
-        for (layer, keep) in graph.layers.iter().zip(&plan.keep) {
-            for keep in [*keep, Keep::Input] {
-                schedules.insert((layer.block, keep), Lowered::schedule(&lowered.programs[layer.block], keep)?);
-            }
-        }
-        let head_schedule = Lowered::schedule(&lowered.head, Keep::All)?;
-        let values = ValueMemory::new(&gpu, &graph, &lowered, &schedules, &plan)?;
-        let input_bytes = input_bytes(&graph, plan.micro_batch_tokens, plan.answers);
+        let footprint = Footprint::new(&graph, &lowered);
+        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed);
+        let arrangement = arrangement.ok_or_else(|| Error::run("the plan has no room for a token"))?;
+        let values = gpu.allocate(plan.values)?;
         let inputs = Inputs {
-            staged: gpu.pinned(input_bytes)?,
-            memory: gpu.allocate(input_bytes)?,
+            staged: gpu.pinned(plan.inputs)?,
+            memory: gpu.allocate(plan.inputs)?,
             used: 0,
             at: BatchAddresses::default(),
         };
@@ -168,14 +151,14 @@ impl CudaDevice {
             graph,
             lowered,
             weights,
-            schedules,
-            head_schedule,
             plan,
+            footprint,
             adapter,
             moments,
             optimizer,
             collected: false,
             values,
+            arrangement,
             inputs,
             ropes,
         };
@@ -208,32 +191,34 @@ impl CudaDevice {
     fn places(&self, layer: usize, keep: bool, backward: bool) -> Vec<Address> {
         let kind = self.graph.layers[layer].block;
         let program = &self.lowered.programs[kind];
-        let keep = if keep || backward { self.plan.keep[layer] } else { Keep::Input };
-        let scheduled = &self.schedules[&(kind, keep)];
+        let at = &self.arrangement;
+        let keep = if keep || backward { at.keep[layer] } else { Keep::Input };
+        let scheduled = &self.lowered.schedules[kind][keep as usize];
         let layout = if backward { &scheduled.backward } else { &scheduled.forward };
-        let tokens = self.plan.micro_batch_tokens;
-        let edge = (program.edge() * tokens) as u64;
-        (0..program.buffers.len())
-            .map(|buffer| match buffer {
-                INPUT => self.values.edges.address + layer as u64 * edge,
-                OUTPUT => self.values.edges.address + (layer + 1) as u64 * edge,
-                GRADIENT => self.values.gradient,
+        let edge = program.edge() * at.rows;
+        let place = |buffer: usize| {
+            let offset = match buffer {
+                INPUT => layer * edge,
+                OUTPUT => (layer + 1) * edge,
+                GRADIENT => at.gradient,
                 _ => match (layout.kept[buffer], layout.scratch[buffer]) {
-                    (Some(at), _) => self.values.kept.address + self.values.kept_at[layer] + (at * tokens) as u64,
-                    (_, Some(at)) => self.values.scratch.address + (at * tokens) as u64,
-                    _ => 0,
+                    (Some(kept), _) => at.kept_at[layer] + kept * at.rows,
+                    (_, Some(scratch)) => at.scratch + scratch * at.rows,
+                    _ => return 0,
                 },
-            })
-            .collect()
+            };
+            self.values.address + offset as u64
+        };
+        (0..program.buffers.len()).map(place).collect()
     }
 
     /// Places of the head's buffers.
     fn head_places(&self) -> Vec<Address> {
         let program = &self.lowered.head;
-        let rows = self.plan.answers.next_multiple_of(64);
+        let rows = self.arrangement.answer_rows;
         let edge = program.edge() * rows;
-        let (forward, backward) = (&self.head_schedule.forward, &self.head_schedule.backward);
-        let at = |offset: usize| self.values.scratch.address + offset as u64;
+        let (forward, backward) = (&self.lowered.head_schedule.forward, &self.lowered.head_schedule.backward);
+        let at = |offset: usize| self.values.address + (self.arrangement.scratch + offset) as u64;
         let place = |buffer| match buffer {
             INPUT | OUTPUT | GRADIENT => at(buffer * edge),
             _ => match (forward.kept[buffer], forward.scratch[buffer].or(backward.scratch[buffer])) {
@@ -270,19 +255,19 @@ impl CudaDevice {
 
     fn edge(&self, layer: usize) -> View {
         let bytes = self.lowered.programs[0].edge();
-        let at = self.values.edges.address + (layer * bytes * self.plan.micro_batch_tokens) as u64;
+        let at = self.values.address + (layer * bytes * self.arrangement.rows) as u64;
         View { at, ld: (bytes / 2) as i64 }
     }
 
     /// Sends a batch's arrays in one copy and makes rope's tables.
-    fn send(&mut self, batch: &Batch) -> Result<()> {
+    fn send(&mut self, batch: &Batch, keep: bool) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        if tokens > self.plan.micro_batch_tokens || answers > self.plan.answers {
-            return Err(Error::run(format!(
-                "a batch of {tokens} tokens and {answers} answer tokens, planned for {} and {}",
-                self.plan.micro_batch_tokens, self.plan.answers
-            )));
-        }
+        let allowed = if keep { self.plan.allowed.as_slice() } else { &[Keep::Input] };
+        let arrangement = self.footprint.arrange(tokens, answers, self.plan.values, allowed);
+        self.arrangement = arrangement.ok_or_else(|| {
+            let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
+            Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))
+        })?;
         let mut taken = vec![u32::MAX; tokens * 2];
         for (row, predictor) in batch.predictors.iter().enumerate() {
             let places = &mut taken[*predictor as usize * 2..][..2];
@@ -329,9 +314,9 @@ impl CudaDevice {
         let row = |view: View, r: usize| View { at: view.at + (r as i64 * view.ld * 2) as u64, ld: view.ld };
         let whole = |buffer| self.view(&head, Slice { buffer, column: 0, width: hidden });
         let table = View { at: self.weights.projection, ld: hidden as i64 };
-        for first in (0..at.answers).step_by(self.values.logits_rows) {
-            let rows = self.values.logits_rows.min(at.answers - first);
-            let logits = View { at: self.values.logits, ld: vocab as i64 };
+        for first in (0..at.answers).step_by(self.arrangement.logits_rows) {
+            let rows = self.arrangement.logits_rows.min(at.answers - first);
+            let logits = View { at: self.values.address + self.arrangement.logits as u64, ld: vocab as i64 };
             let mut product = Product::new(rows, vocab, hidden);
             (product.b_transposed, product.wide) = (true, true);
             let a = row(whole(OUTPUT), first);
@@ -360,6 +345,10 @@ impl Device for CudaDevice {
         format!("{} bfloat16", self.gpu.name)
     }
 
+    fn micro_batch_tokens(&self, keep: bool) -> usize {
+        if keep { self.plan.micro_batch_tokens } else { self.plan.scoring_tokens }
+    }
+
     fn graph(&self) -> &ModelGraph {
         &self.graph
     }
@@ -373,7 +362,7 @@ impl Device for CudaDevice {
     }
 
     fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
-        self.send(batch)?;
+        self.send(batch, keep)?;
         let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
         let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
         self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
@@ -407,13 +396,14 @@ impl Device for CudaDevice {
         let gradient = self.view(&head, Slice { buffer: GRADIENT, column: 0, width: hidden });
         let args = Args::default().with(gradient).with(at.slopes).with(at.answers as i32).with(hidden as i32);
         self.wide("scale_rows", at.answers, hidden, args)?;
-        self.head_schedule.ops.iter().try_for_each(|op| self.run(&head, op))?;
-        let to = View { at: self.values.gradient, ld: self.edge(0).ld };
+        self.lowered.head_schedule.ops.iter().try_for_each(|op| self.run(&head, op))?;
+        let to = View { at: self.values.address + self.arrangement.gradient as u64, ld: self.edge(0).ld };
         let args = Args::default().with(gradient).with(at.taken).with(to).with(at.tokens as i32).with(hidden as i32);
         self.wide("scatter_rows", at.tokens, hidden, args)?;
         self.gpu.mark("head vjp")?;
         for layer in (0..self.graph.layers.len()).rev() {
-            let scheduled = &self.schedules[&(self.graph.layers[layer].block, self.plan.keep[layer])];
+            let kind = self.graph.layers[layer].block;
+            let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
             self.layer(layer, &scheduled.ops, &self.places(layer, true, true))?;
         }
         Ok(())
@@ -470,6 +460,42 @@ impl Device for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Runs every product once in every class of sizes, so that the fastest algorithms are known and nothing is loaded within
+    /// a step. Leaves the gradient zero.
+    pub fn warm_up(&mut self) -> Result<()> {
+        let args = Args::default().with(View { at: self.values.address, ld: 4096 });
+        let rows = self.values.bytes as i64 / 8192;
+        let args = args.with(rows).with(4096_i32).with(0.5_f32).with(1_u32);
+        self.gpu.launch(self.kernels.get("random")?, [1024, 1, 1], [256, 1, 1], 0, args)?;
+        let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
+        for tokens in (CLASS..=most).step_by(CLASS) {
+            let tokens = tokens.min(self.plan.micro_batch_tokens);
+            let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
+            let ids = |n: usize| vec![0; n];
+            let prompt = ids(tokens + 2 - 2 * answer);
+            let pair = TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() };
+            self.send(&Batch::of(&[pair]), true)?;
+            self.blas.tune(|| self.once())?;
+        }
+        self.clear_gradient()?;
+        self.gpu.finish()
+    }
+
+    /// Both passes of the first layer of every kind of block, and of the head.
+    fn once(&self) -> Result<()> {
+        for kind in 0..self.graph.blocks.len() {
+            let Some(layer) = self.graph.layers.iter().position(|l| l.block == kind) else { continue };
+            self.layer(layer, &self.lowered.programs[kind].forward, &self.places(layer, true, false))?;
+            let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
+            self.layer(layer, &scheduled.ops, &self.places(layer, true, true))?;
+        }
+        let places = self.head_places();
+        let head = self.head_run(&places);
+        self.lowered.head.forward.iter().try_for_each(|op| self.run(&head, op))?;
+        self.log_probs(&places, true)?;
+        self.lowered.head_schedule.ops.iter().try_for_each(|op| self.run(&head, op))
+    }
+
     /// Gradients of the stacks to the flat buffer.
     fn collect(&mut self) -> Result<()> {
         if !self.collected {
@@ -506,38 +532,6 @@ impl Inputs {
         let at = self.memory.address + self.used as u64;
         self.used += bytes.next_multiple_of(256);
         at
-    }
-}
-
-impl ValueMemory {
-    fn new(
-        gpu: &Gpu,
-        graph: &ModelGraph,
-        lowered: &Lowered,
-        schedules: &HashMap<(usize, Keep), Scheduled>,
-        plan: &GpuPlan,
-    ) -> Result<ValueMemory> {
-        let tokens = plan.micro_batch_tokens;
-        let edge = lowered.programs[0].edge() * tokens;
-        let edges = gpu.allocate(edge * (graph.layers.len() + 2))?;
-        let mut kept_at = Vec::new();
-        let mut kept = 0;
-        for (layer, keep) in graph.layers.iter().zip(&plan.keep) {
-            kept_at.push(kept as u64);
-            kept += schedules[&(layer.block, *keep)].forward.kept_bytes * tokens;
-        }
-        let scratch = gpu.allocate(plan.scratch)?;
-        let own = head_bytes(graph, lowered, plan.answers, 0)?;
-        let logits_rows = ((plan.scratch - own) / (graph.vocab_size * 4)).clamp(1, plan.answers);
-        Ok(ValueMemory {
-            gradient: edges.address + (edge * (graph.layers.len() + 1)) as u64,
-            edges,
-            kept: gpu.allocate(kept)?,
-            kept_at,
-            logits: scratch.address + own as u64,
-            scratch,
-            logits_rows,
-        })
     }
 }
 

@@ -36,7 +36,8 @@ const SOURCES: &[Source] = &[
     source!("rope", ["rope_table", "rope"]),
 ];
 
-const ATTENTION: Source = source!("attention", ["attention", "attention_delta", "attention_dq", "attention_dkv"]);
+const ATTENTION: Source =
+    source!("attention", ["attention", "attention_delta", "attention_dq", "attention_dkv", "attention_sum"]);
 
 /// Widths of heads that attention is written for.
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
@@ -60,6 +61,8 @@ pub struct AttentionKernels {
     pub dq: Kernel,
     /// Gradients of keys and values.
     pub dkv: Kernel,
+    /// Sums over the query heads of a key head.
+    pub sum: Kernel,
 }
 
 impl Kernels {
@@ -87,7 +90,7 @@ impl Kernels {
         }
         let image = image(&ATTENTION, gpu.capability, Some(dim))?;
         let found = gpu.load(&image, ATTENTION.kernels)?;
-        Ok(AttentionKernels { forward: found[0], delta: found[1], dq: found[2], dkv: found[3] })
+        Ok(AttentionKernels { forward: found[0], delta: found[1], dq: found[2], dkv: found[3], sum: found[4] })
     }
 }
 

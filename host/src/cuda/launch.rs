@@ -44,7 +44,10 @@ pub(super) fn tile(dim: usize) -> usize {
 pub(super) fn shared_memory(dim: usize) -> [usize; 3] {
     let (tile, row) = (tile(dim), (dim + 8) * 2);
     let queries = tile / 2;
-    [5 * tile * row, 4 * tile * row, (2 * tile + 4 * queries) * row + 4 * queries * 4]
+    // Rows that a warp does not hold in registers.
+    let held = |rows: usize| if dim > 128 { rows } else { 0 };
+    [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
+        .map(|rows| rows * row + 4 * queries * 4)
 }
 
 /// Frequencies and scale of a rope node.
@@ -112,9 +115,9 @@ impl CudaDevice {
                 let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(out));
                 let args = shape(args.with(run.places[*lse]));
                 let (block, shared) = ([tile(a.dim) as u32 * 2, 1, 1], shared_memory(a.dim));
-                self.gpu.launch(self.attention[&a.dim].forward, [count, a.heads, 1], block, shared[0], args)?;
+                self.gpu.launch(self.attention[&a.dim].forward, [a.heads, count, 1], block, shared[0], args)?;
             }
-            Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d } => {
+            Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d, parts } => {
                 let kernels = self.attention[&a.dim];
                 let (lse, delta) = (run.places[*lse], run.places[*delta]);
                 let args = Args::default().with(view(out)).with(view(dout)).with(delta).with(t).with(a.heads as i32);
@@ -126,10 +129,19 @@ impl CudaDevice {
                     args.with(lse).with(delta)
                 };
                 let halves = if a.dim > 128 { 2 } else { 1 };
-                let args = shape(reads().with(view(&d[1])).with(view(&d[2])));
-                self.gpu.launch(kernels.dkv, [count, a.kv_heads, halves], block, shared[2], args)?;
+                let sums = [&d[1], &d[2]];
+                let to = parts.as_ref().map_or(sums, |[dk, dv]| [dk, dv]);
+                let args = shape(reads().with(view(to[0])).with(view(to[1])));
+                self.gpu.launch(kernels.dkv, [a.heads, count, halves], block, shared[2], args)?;
+                for (part, sum) in to.into_iter().zip(sums).filter(|(part, sum)| part != sum) {
+                    let share = (a.heads / a.kv_heads) as i32;
+                    let args = Args::default().with(view(part)).with(view(sum)).with(a.kv_heads as i32).with(share);
+                    let grid = [(a.kv_heads * a.dim / 8).div_ceil(128), rows, 1];
+                    self.gpu.launch(kernels.sum, grid, [128, 1, 1], 0, args)?;
+                }
+                self.gpu.mark("attention dk, dv")?;
                 let args = shape(reads().with(view(&d[0])));
-                self.gpu.launch(kernels.dq, [count, a.heads, 1], block, shared[1], args)?;
+                self.gpu.launch(kernels.dq, [a.heads, count, 1], block, shared[1], args)?;
             }
             Op::Glu { kind, gate, up, y } => {
                 let args = Args::default().with(view(gate)).with(view(up)).with(view(y));

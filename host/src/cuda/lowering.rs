@@ -366,7 +366,10 @@ impl Lowering<'_> {
                     *place = to;
                     after.extend(add);
                 }
-                Op::AttendVjp { a, q, k, v, out, lse, delta, dout: dy, d }
+                let width = a.heads * a.dim;
+                let mut part = || Slice { buffer: self.buffer(width, 0), column: 0, width };
+                let parts = (a.heads > a.kv_heads).then(|| [part(), part()]);
+                Op::AttendVjp { a, q, k, v, out, lse, delta, dout: dy, d, parts }
             }
             "glu" => {
                 self.reuse_outputs(node.inputs[0], node.inputs[1]);

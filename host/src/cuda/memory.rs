@@ -1,28 +1,21 @@
-//! What everything takes on the GPU, known before the first step: which values of which layer are kept, and where every
-//! buffer lies. Needs no GPU.
+//! Where everything lies on the GPU: buffers of a layer, what is kept of every layer, what a batch takes. Needs no GPU.
 
 use dpo_plugin_api::graph::ModelGraph;
-use serde::Serialize;
 
-use super::blas::WORKSPACE;
 use super::kernels::HEAD_DIMS;
 use super::program::{Buffer, GRADIENT, Keep, Op, Program, padded};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
-use crate::plan::{Wishes, size};
 use crate::weights::blocks;
-
-/// Tokens at once that fill an H100; more gain nothing.
-const ENOUGH_TOKENS: usize = 4096;
-
-/// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
-pub(super) const CONTEXT: usize = 640 << 20;
 
 /// A model lowered for CUDA.
 pub(super) struct Lowered {
     /// Of every kind of block.
     pub programs: Vec<Program>,
+    /// Of every kind of block, its passes for every [`Keep`].
+    pub schedules: Vec<[Scheduled; 4]>,
     pub head: Program,
+    pub head_schedule: Scheduled,
 }
 
 /// Where a block's buffers lie, in bytes a token.
@@ -41,33 +34,6 @@ pub(super) struct Scheduled {
     pub forward: Layout,
     pub backward: Layout,
     pub ops: Vec<Op>,
-}
-
-/// The plan of a run on one GPU; sizes in bytes.
-#[derive(Clone, Debug, Serialize)]
-pub struct GpuPlan {
-    /// Memory to plan with.
-    pub available: usize,
-    /// Context, kernels, libraries.
-    pub context: usize,
-    /// Frozen weights on the GPU, with the adapter's bf16 copy.
-    pub weights: usize,
-    /// The embedding table, where it stays in host memory.
-    pub host_embedding: usize,
-    /// Parameters, gradient and moments of the adapter in f32.
-    pub adapter: usize,
-    /// cuBLASLt's workspace.
-    pub workspace: usize,
-    /// Values that go from layer to layer, and what is kept of every layer.
-    pub kept: usize,
-    /// Values and gradients of the layer in work; logits.
-    pub scratch: usize,
-    /// Tokens computed at once.
-    pub micro_batch_tokens: usize,
-    /// Answer tokens among them, at most.
-    pub answers: usize,
-    /// Of every layer, what is kept.
-    pub keep: Vec<Keep>,
 }
 
 impl Lowered {
@@ -102,7 +68,9 @@ impl Lowered {
             ))
             .help("train with --device cpu"));
         }
-        Ok(Lowered { programs, head })
+        let schedules = programs.iter().map(|p| Keep::ALL.map(|keep| schedule(p, keep))).collect();
+        let head_schedule = schedule(&head, Keep::All);
+        Ok(Lowered { programs, schedules, head, head_schedule })
     }
 
     /// Bytes of the stacked weights of a group, and of their rows.
@@ -148,13 +116,13 @@ impl Lowered {
         };
         parameters * 16 + graph.layers.iter().map(|l| stacked(&self.programs[l.block])).sum::<usize>()
     }
+}
 
-    /// A block's passes when this much of it is kept.
-    pub(super) fn schedule(program: &Program, keep: Keep) -> Result<Scheduled> {
-        let kept = program.kept(keep);
-        let ops = program.replayed(&kept)?;
-        Ok(Scheduled { forward: layout(program, &program.forward, &kept), backward: layout(program, &ops, &kept), ops })
-    }
+/// A block's passes when this much of it is kept.
+fn schedule(program: &Program, keep: Keep) -> Scheduled {
+    let kept = program.kept(keep);
+    let ops = program.replayed(&kept);
+    Scheduled { forward: layout(program, &program.forward, &kept), backward: layout(program, &ops, &kept), ops }
 }
 
 /// Gives buffers places: kept ones one after the other, the others where nothing lies that is still read.
@@ -215,167 +183,159 @@ impl Program {
 pub(super) fn input_bytes(graph: &ModelGraph, tokens: usize, answers: usize) -> usize {
     let rope = graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope");
     let widest = rope.map(|n| crate::ops::count(n, "head_dim") * 4).max().unwrap_or(0);
-    tokens * (4 + 4 + 8 + 20 + widest * 2) + answers * 4 * 5 + (1 << 20)
+    tokens * (4 + 4 + 8 + 40 + widest * 2) + answers * 4 * 5 + (1 << 20)
 }
 
-impl GpuPlan {
-    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's; refuses what does not fit.
-    pub fn new(
-        graph: &ModelGraph,
-        adapter: &Adapter,
-        longest: usize,
-        answers: f64,
-        available: usize,
-        wishes: Wishes,
-    ) -> Result<GpuPlan> {
-        let lowered = Lowered::new(graph, adapter)?;
-        let (weights, table) = lowered.weights(graph);
-        let adapter = lowered.adapter(graph, adapter.params.len());
-        let wanted = wishes.micro_batch_tokens.unwrap_or(ENOUGH_TOKENS).max(longest);
+/// What values take, from which the arrangement of a batch follows.
+pub(super) struct Footprint {
+    /// Bytes a token takes between layers.
+    edge: usize,
+    /// The kind of block of every layer.
+    kinds: Vec<usize>,
+    /// Of every kind, for every [`Keep`].
+    levels: Vec<[Level; 4]>,
+    /// Bytes an answer token takes in the head, and those of its logits.
+    head: usize,
+    logits: usize,
+    /// Time of a step a token, in products' multiply-adds.
+    work: f64,
+}
+
+/// What a token takes in a layer, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    kept: usize,
+    scratch: usize,
+    /// Time of what is computed again, in products' multiply-adds.
+    again: f64,
+}
+
+/// Where the values of a batch lie in the memory for values: between layers, kept, in work. Offsets and sizes in bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Arrangement {
+    /// Rows that every buffer has.
+    pub rows: usize,
+    /// Of every layer, what is kept, and where it begins.
+    pub keep: Vec<Keep>,
+    pub kept_at: Vec<usize>,
+    pub gradient: usize,
+    pub scratch: usize,
+    /// Rows of the head's buffers.
+    pub answer_rows: usize,
+    pub logits: usize,
+    /// Rows of logits at once.
+    pub logits_rows: usize,
+    /// Time of what is computed again, as a share of the step's.
+    pub again: f64,
+}
+
+/// Rows of logits at once, at least and at most.
+const LOGITS_ROWS: [usize; 2] = [512, 2048];
+
+/// Multiply-adds of products that take as long as moving a byte to or from the memory, about, on every card there is.
+const PRODUCTS_PER_BYTE: f64 = 120.0;
+
+impl Footprint {
+    pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
+        let free = |kind: &[Scheduled; 4]| kind[Keep::Input as usize].forward.scratch_bytes;
+        let level = |kind: usize, keep: Keep| {
+            let scheduled = &lowered.schedules[kind];
+            let own = &scheduled[keep as usize];
+            Level {
+                kept: own.forward.kept_bytes,
+                scratch: own.forward.scratch_bytes.max(own.backward.scratch_bytes).max(free(scheduled)),
+                again: lowered.programs[kind].work(&own.ops)
+                    - lowered.programs[kind].work(&lowered.programs[kind].backward),
+            }
+        };
+        let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
+        let head = &lowered.head_schedule;
+        let scratch = head.forward.scratch_bytes.max(head.backward.scratch_bytes);
+        Footprint {
+            edge: lowered.programs[0].edge(),
+            levels: (0..lowered.programs.len()).map(|kind| Keep::ALL.map(|keep| level(kind, keep))).collect(),
+            head: 3 * lowered.head.edge() + head.forward.kept_bytes + scratch,
+            logits: graph.vocab_size * 4,
+            work: kinds.iter().map(|k| lowered.programs[*k].work(&lowered.programs[*k].forward) * 3.0).sum(),
+            kinds,
+        }
+    }
+
+    /// Arranges a batch in so many bytes: what is kept is as much as fits, of the last layers first. `None` where even the
+    /// least of the allowed levels does not fit.
+    pub(super) fn arrange(&self, tokens: usize, answers: usize, bytes: usize, allowed: &[Keep]) -> Option<Arrangement> {
         // Whole tiles keep every buffer at an aligned place.
-        let round = |tokens: usize| tokens.next_multiple_of(64);
-        let least = round(longest);
-        let mut sizes = vec![round(wanted)];
-        while wishes.micro_batch_tokens.is_none() && sizes[sizes.len() - 1] > least {
-            sizes.push(round(sizes[sizes.len() - 1] * 3 / 4).max(least));
-        }
-        let recompute = match wishes.recompute {
-            Some(true) => &Keep::ALL[3..],
-            Some(false) => &Keep::ALL[..1],
-            None => &Keep::ALL[..],
+        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let edges = (self.kinds.len() + 2) * self.edge * rows;
+        let level = |kind: usize, keep: Keep| self.levels[kind][keep as usize];
+        let most = |keep: Keep| {
+            let levels =
+                self.kinds.iter().flat_map(|kind| allowed.iter().filter(|a| **a <= keep).map(|a| level(*kind, *a)));
+            levels.map(|l| l.scratch).max().unwrap_or(0) * rows
         };
-        let mut tightest = None;
-        // Full speed first; then smaller micro-batches; then the table in host memory; then everything again.
-        let narrow = recompute.iter().copied().filter(|k| *k <= Keep::Narrow).max();
-        let last = recompute.iter().copied().max();
-        for least_kept in [narrow, last].into_iter().flatten() {
-            for on_host in [false, true] {
-                for tokens in &sizes {
-                    let fixed = |keep: &[Keep]| -> Result<GpuPlan> {
-                        let answers = ((*tokens as f64 * answers).ceil() as usize).next_multiple_of(8).max(8);
-                        let (kept, scratch) = values(graph, &lowered, *tokens, answers, keep)?;
-                        Ok(GpuPlan {
-                            available,
-                            context: CONTEXT,
-                            weights: weights + if on_host { 0 } else { table },
-                            host_embedding: if on_host { table } else { 0 },
-                            adapter,
-                            workspace: WORKSPACE,
-                            kept,
-                            scratch,
-                            micro_batch_tokens: *tokens,
-                            answers,
-                            keep: keep.to_vec(),
-                        })
-                    };
-                    let mut plan = fixed(&vec![least_kept; graph.layers.len()])?;
-                    if plan.total() > available {
-                        tightest = Some(plan);
-                        continue;
-                    }
-                    // As many layers as fit keep more, the last ones first.
-                    for better in recompute.iter().rev().filter(|k| **k < least_kept) {
-                        let (mut low, mut high) = (0, graph.layers.len());
-                        while low < high {
-                            let middle = (low + high).div_ceil(2);
-                            let mut keep = plan.keep.clone();
-                            let first = keep.len() - middle;
-                            keep[first..].fill(*better);
-                            if fixed(&keep)?.total() <= available { low = middle } else { high = middle - 1 }
-                        }
-                        let first = plan.keep.len() - low;
-                        let mut keep = plan.keep.clone();
-                        keep[first..].fill(*better);
-                        plan = fixed(&keep)?;
-                    }
-                    return Ok(plan);
+        let head = self.head * answer_rows + LOGITS_ROWS[0].min(answers) * self.logits;
+        let sum = |keep: Keep| self.kinds.iter().map(|kind| level(*kind, keep).kept * rows).sum::<usize>();
+        let need = |keep: Keep| edges + sum(keep) + most(keep).max(head);
+        let least = allowed.iter().copied().find(|keep| need(*keep) <= bytes)?;
+        let mut keep = vec![least; self.kinds.len()];
+        let mut left = bytes - need(least);
+        for better in allowed.iter().rev().filter(|k| **k < least) {
+            for (own, kind) in keep.iter_mut().zip(&self.kinds).rev() {
+                let more = level(*kind, *better).kept.saturating_sub(level(*kind, *own).kept) * rows;
+                if more > left {
+                    break;
                 }
+                left -= more;
+                *own = *better;
             }
         }
-        let need = tightest.map(|p| p.total()).unwrap_or_default();
-        Err(Error::input(format!(
-            "the longest pair has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
-            size(need),
-            size(available),
-            size(weights),
-            size(adapter)
-        ))
-        .help("lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory"))
+        let mut kept_at = Vec::new();
+        let mut at = edges;
+        for (keep, kind) in keep.iter().zip(&self.kinds) {
+            kept_at.push(at);
+            at += level(*kind, *keep).kept * rows;
+        }
+        let logits = at + self.head * answer_rows;
+        let again: f64 = keep.iter().zip(&self.kinds).map(|(keep, kind)| level(*kind, *keep).again).sum();
+        Some(Arrangement {
+            rows,
+            keep,
+            kept_at,
+            gradient: edges - self.edge * rows,
+            scratch: at,
+            answer_rows,
+            logits,
+            logits_rows: ((bytes - logits) / self.logits).min(LOGITS_ROWS[1]).clamp(1, answers.max(1)),
+            again: again / self.work,
+        })
     }
 
-    /// Bytes of the whole process on the GPU.
-    pub fn total(&self) -> usize {
-        self.context + self.weights + self.adapter + self.workspace + self.kept + self.scratch
+    /// Bytes with which a batch is computed without computing anything again, as fast as it goes.
+    pub(super) fn whole(&self, tokens: usize, answers: usize, keep: Keep) -> usize {
+        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let level = |kind: &usize| self.levels[*kind][keep as usize];
+        let kept: usize = self.kinds.iter().map(|k| level(k).kept * rows).sum();
+        let scratch = self.kinds.iter().map(|k| level(k).scratch * rows).max().unwrap_or(0);
+        let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
+        (self.kinds.len() + 2) * self.edge * rows + kept + scratch.max(head)
     }
 }
 
-/// Bytes kept for the backward pass, and bytes of scratch memory, for a micro-batch.
-pub(super) fn values(
-    graph: &ModelGraph,
-    lowered: &Lowered,
-    tokens: usize,
-    answers: usize,
-    keep: &[Keep],
-) -> Result<(usize, usize)> {
-    let edge = lowered.programs[0].edge();
-    let mut kept = (graph.layers.len() + 2) * edge * tokens + input_bytes(graph, tokens, answers);
-    let mut scratch = head_bytes(graph, lowered, answers, MIN_LOGITS.min(answers))?;
-    let mut known: Vec<(usize, Keep, usize, usize)> = Vec::new();
-    for (layer, keep) in graph.layers.iter().zip(keep) {
-        let found = known.iter().find(|(b, k, ..)| *b == layer.block && k == keep).copied();
-        let (_, _, own, work) = match found {
-            Some(found) => found,
-            None => {
-                let scheduled = Lowered::schedule(&lowered.programs[layer.block], *keep)?;
-                let free = Lowered::schedule(&lowered.programs[layer.block], Keep::Input)?;
-                let passes = [&scheduled.forward, &scheduled.backward, &free.forward];
-                let work = passes.iter().map(|l| l.scratch_bytes).max().unwrap_or(0);
-                known.push((layer.block, *keep, scheduled.forward.kept_bytes, work));
-                known[known.len() - 1]
+impl Program {
+    /// Time of operations a token, in products' multiply-adds.
+    fn work(&self, ops: &[Op]) -> f64 {
+        let bytes = |buffers: Vec<usize>| buffers.iter().map(|b| self.buffers[*b].bytes() as f64).sum::<f64>();
+        let one = |op: &Op| match op {
+            Op::Product { group } | Op::ProductVjp { group, .. } => {
+                let g = &self.groups[*group];
+                ((g.inputs + g.rank) * (g.outputs + g.rank)) as f64
+            }
+            _ => {
+                let (reads, writes) = op.touches(&self.groups);
+                PRODUCTS_PER_BYTE * (bytes(reads) + bytes(writes))
             }
         };
-        kept += own * tokens;
-        scratch = scratch.max(work * tokens);
-    }
-    Ok((kept, scratch))
-}
-
-/// Rows of logits at once, at least.
-const MIN_LOGITS: usize = 512;
-
-/// Bytes of the head with so many rows of logits at once: its input, output and gradient, its scratch, the logits.
-pub(super) fn head_bytes(graph: &ModelGraph, lowered: &Lowered, answers: usize, rows: usize) -> Result<usize> {
-    let scheduled = Lowered::schedule(&lowered.head, Keep::All)?;
-    let passes = [&scheduled.forward, &scheduled.backward];
-    let own = passes.iter().map(|l| l.scratch_bytes).max().unwrap_or(0) + scheduled.forward.kept_bytes;
-    Ok((own + 3 * lowered.head.edge()) * answers.next_multiple_of(64) + rows * graph.vocab_size * 4)
-}
-
-impl std::fmt::Display for GpuPlan {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        writeln!(f, "memory      {} of the GPU, {} planned", size(self.available), size(self.total()))?;
-        let table = match self.host_embedding {
-            0 => String::new(),
-            bytes => format!(" (embedding table of {} in host memory)", size(bytes)),
-        };
-        writeln!(f, "            weights {}{table}, adapter {}", size(self.weights), size(self.adapter))?;
-        writeln!(
-            f,
-            "            kept values {}, values in work {}, CUDA {}, workspace {}",
-            size(self.kept),
-            size(self.scratch),
-            size(self.context),
-            size(self.workspace)
-        )?;
-        let names = [
-            (Keep::All, "keep all"),
-            (Keep::Products, "keep products"),
-            (Keep::Narrow, "keep narrow products"),
-            (Keep::Input, "keep their input"),
-        ];
-        let counts = names.iter().map(|(k, n)| (self.keep.iter().filter(|o| *o == k).count(), n));
-        let how: Vec<String> = counts.filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} layers {name}")).collect();
-        write!(f, "micro-batch {} tokens, {}", self.micro_batch_tokens, how.join(", "))
+        ops.iter().map(one).sum()
     }
 }
 

@@ -12,12 +12,13 @@ pub mod libraries;
 mod lowering;
 mod memory;
 mod model;
+mod plan;
 mod program;
 
 pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
-pub use memory::GpuPlan;
 pub use model::{Given, Source};
+pub use plan::GpuPlan;
 
 use crate::error::{Error, Result};
 
@@ -57,7 +58,7 @@ pub fn choose(device: &str) -> Result<Option<usize>> {
 pub fn available(gpu: &Gpu, limit: Option<usize>) -> Result<usize> {
     let (free, all) = gpu.memory()?;
     // The context and what else is loaded by now is part of a plan.
-    let own = memory::CONTEXT.min(all - free);
+    let own = plan::CONTEXT.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
     Ok(limit.unwrap_or(usize::MAX).min(most))

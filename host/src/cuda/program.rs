@@ -7,8 +7,6 @@
 
 use dpo_plugin_api::graph::{Block, Node};
 
-use crate::error::Result;
-
 /// The block's input, its output, and the gradient that goes from block to block.
 pub(super) const INPUT: usize = 0;
 pub(super) const OUTPUT: usize = 1;
@@ -123,6 +121,8 @@ pub(super) enum Op {
         delta: usize,
         dout: Slice,
         d: [Slice; 3],
+        /// What every query head gives to dk and dv, where several share a key head.
+        parts: Option<[Slice; 2]>,
     },
     Glu {
         kind: i32,
@@ -186,11 +186,12 @@ impl Op {
                 (of(&[groups[*group].x, *dy, before.unwrap_or(*dy)]), of(&[*dx, *dy]))
             }
             Op::Attend { q, k, v, out, lse, .. } => (of(&[*q, *k, *v]), vec![out.buffer, *lse]),
-            Op::AttendVjp { q, k, v, out, lse, delta, dout, d, .. } => {
+            Op::AttendVjp { q, k, v, out, lse, delta, dout, d, parts, .. } => {
                 let mut reads = of(&[*q, *k, *v, *out, *dout]);
                 reads.push(*lse);
                 let mut writes = of(d);
                 writes.push(*delta);
+                writes.extend(of(parts.as_ref().map_or(&[], |p| p)));
                 (reads, writes)
             }
             Op::Glu { gate, up, y, .. } => (of(&[*gate, *up]), of(&[*y])),
@@ -218,7 +219,7 @@ impl Op {
             Op::Product { .. } => "product",
             Op::ProductVjp { .. } => "product vjp",
             Op::Attend { .. } => "attention",
-            Op::AttendVjp { .. } => "attention vjp",
+            Op::AttendVjp { .. } => "attention dq",
             Op::Glu { .. } => "glu",
             Op::GluVjp { .. } => "glu vjp",
             Op::Add { .. } | Op::Copy { .. } => "add, copy",
@@ -280,7 +281,7 @@ impl Program {
     }
 
     /// The backward pass, with what computes the buffers again that were not kept.
-    pub(super) fn replayed(&self, kept: &[bool]) -> Result<Vec<Op>> {
+    pub(super) fn replayed(&self, kept: &[bool]) -> Vec<Op> {
         let mut ready = kept.to_vec();
         ready[INPUT] = true;
         let mut ops = Vec::new();
@@ -290,7 +291,7 @@ impl Program {
             }
             ops.push(op.clone());
         }
-        Ok(ops)
+        ops
     }
 
     fn ensure(&self, buffer: usize, ready: &mut Vec<bool>, ops: &mut Vec<Op>) {

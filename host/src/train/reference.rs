@@ -31,7 +31,6 @@ impl Reference {
         device: &mut dyn Device,
         model: &str,
         pairs: &[TokenPair],
-        budget: usize,
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
         let path = cache_file(device, model, pairs);
@@ -45,7 +44,7 @@ impl Reference {
             }
             None => {
                 let all: Vec<&TokenPair> = pairs.iter().collect();
-                let scores = score(device, &all, budget, done)?;
+                let scores = score(device, &all, done)?;
                 let bytes: Vec<u8> = scores.logps.iter().flat_map(|l| l.to_le_bytes()).collect();
                 // A cache that cannot be written costs time in the next run, not this run.
                 if let Err(e) = files::write(&path, &bytes) {

@@ -62,13 +62,13 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     eprintln!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len());
     let all = pairs.iter().chain(&validation);
-    let (mut device, budget) = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes()?)?;
+    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes()?)?;
 
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
         for (reference, pairs) in references.iter_mut().zip([&pairs, &validation]) {
             let bar = bar(pairs.len() as u64, "reference   {bar:30} {pos}/{len} pairs {eta} left");
-            *reference = Reference::of(device.as_mut(), &identity, pairs, budget, |n| bar.inc(n as u64))?;
+            *reference = Reference::of(device.as_mut(), &identity, pairs, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
@@ -90,7 +90,6 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         validation,
         reference,
         validation_reference,
-        budget,
         per_epoch,
         total,
         warmup,
@@ -123,7 +122,6 @@ struct Run<'r> {
     reference: Reference,
     validation_reference: Reference,
     /// Tokens of a micro-batch.
-    budget: usize,
     /// Steps an epoch, in all, and of warm-up.
     per_epoch: u64,
     total: u64,
@@ -222,7 +220,7 @@ impl Run<'_> {
         let chosen = &order[first..(first + self.options.batch_size).min(order.len())];
         let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
         let reference = self.reference.gather(chosen.iter().copied());
-        let step = step::gradient(self.device.as_mut(), &mut self.objective, &pairs, &reference, self.budget)?;
+        let step = step::gradient(self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
     }
 
@@ -242,7 +240,7 @@ impl Run<'_> {
     fn evaluate(&mut self) -> Result<Map<String, Value>> {
         let pairs: Vec<&TokenPair> = self.validation.iter().collect();
         let reference = self.validation_reference.gather(0..pairs.len());
-        let step = step::evaluate(self.device.as_mut(), &mut self.objective, &pairs, &reference, self.budget)?;
+        let step = step::evaluate(self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         let mut window = Window::default();
         window.add(step.loss, &step.pairs, 0);
         let mut line = self.place();

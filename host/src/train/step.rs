@@ -33,14 +33,9 @@ fn batches(pairs: &[&TokenPair], budget: usize) -> Vec<Batch> {
 }
 
 /// Log-probs of pairs under a device's present adapter. `done` is told after every micro-batch how many pairs it had.
-pub fn score(
-    device: &mut dyn Device,
-    pairs: &[&TokenPair],
-    budget: usize,
-    mut done: impl FnMut(usize),
-) -> Result<Scores> {
+pub fn score(device: &mut dyn Device, pairs: &[&TokenPair], mut done: impl FnMut(usize)) -> Result<Scores> {
     let mut scores = Scores::default();
-    for batch in batches(pairs, budget) {
+    for batch in batches(pairs, device.micro_batch_tokens(false)) {
         let forward = device.forward(&batch, false)?;
         done(batch.answers.len());
         scores.answers.extend(batch.answers);
@@ -56,9 +51,8 @@ pub(super) fn evaluate(
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
-    budget: usize,
 ) -> Result<Step> {
-    let scores = score(device, pairs, budget, |_| {})?;
+    let scores = score(device, pairs, |_| {})?;
     let logps = Logps { answers: &scores.answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
     let Evaluated { loss, pairs, .. } = objective.eval(logps, totals(&scores.answers), false)?;
     Ok(Step { loss, pairs })
@@ -76,16 +70,15 @@ pub fn gradient(
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
-    budget: usize,
 ) -> Result<Step> {
     device.clear_gradient()?;
-    let batches = batches(pairs, budget);
+    let batches = batches(pairs, device.micro_batch_tokens(true));
     let answers: Vec<[usize; 2]> = batches.iter().flat_map(|b| b.answers.clone()).collect();
     let totals = totals(&answers);
     let mut step = Step { loss: 0.0, pairs: Vec::new() };
     if objective.whole_batch() && batches.len() > 1 {
         // The loss needs every pair's log-probs before it can give a derivative for one.
-        let scores = score(device, pairs, budget, |_| {})?;
+        let scores = score(device, pairs, |_| {})?;
         let logps = Logps { answers: &answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
         let evaluated = objective.eval(logps, totals, true)?;
         let mut slopes = evaluated.slopes.as_slice();
