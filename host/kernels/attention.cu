@@ -1,6 +1,7 @@
 // Causal grouped-query attention over packed pairs, forward and backward, in tiles on the tensor cores (Dao 2023,
 // FlashAttention-2, algorithms 1 and 2). A pair lies as prompt | chosen | rejected; a rejected token sees nothing of the
-// chosen answer, and tiles that nobody sees are skipped. DIM is the width of a head, a multiple of 16.
+// chosen answer, and tiles that nobody sees are skipped. DIM is the width of a head, a multiple of 16; with SOFTCAP scores
+// are bent before the softmax.
 //
 // Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
 // queries have a kernel each, and no atomics.
@@ -24,7 +25,7 @@ struct Tile {
 
 struct Shape {
     int heads, share, tokens, window;  // `share` query heads read one key head; window 0 is none
-    float scale;
+    float scale, softcap;
 };
 
 __device__ __forceinline__ bool visible(const Tile& t, int query, int key, int window) {
@@ -197,6 +198,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// With a soft cap, the product of a query and a key becomes that of the bent score, softcap tanh(score / softcap); returns
+// the slope, 1 - tanh^2 (Gemma 2, section 2).
+__device__ __forceinline__ float bend(float& product, const Shape& s) {
+#if SOFTCAP
+    // tanh by its exponential: tanh.approx has too few bits for a score of softcap times it.
+    float t = 1.f - __fdividef(2.f, 1.f + exp2_fast(2.f * LOG2E * product * s.scale / s.softcap));
+    product = t * s.softcap / s.scale;
+    return 1.f - t * t;
+#else
+    return 1.f;
+#endif
+}
+
 // out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
 extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
@@ -244,6 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
+                bend(p[n][i], s);
                 if (!whole && !visible(t, from, to, s.window)) p[n][i] = -1e30f;
                 top[i / 2] = fmaxf(top[i / 2], p[n][i]);
             }
@@ -362,8 +377,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     int from = t.first + mine + lane / 4 + i / 2 * 8;
                     int to = key + part * TILE / 2 + n * 8 + lane % 4 * 2 + i % 2;
                     bool seen = whole || visible(t, from, to, s.window);
+                    float slope = bend(p[n][i], s);
                     float weight = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
-                    p[n][i] = weight * (dp[n][i] - pull[i / 2]);
+                    p[n][i] = weight * (dp[n][i] - pull[i / 2]) * slope;
                 }
             accumulate<TILE / 2, DIM>(out, p, kt, 0);
         }
@@ -437,9 +453,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int i = 0; i < 4; i++) {
                     int at = part + n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
                     bool seen = whole || visible(t, query + at, to, s.window);
+                    float slope = bend(p[n][i], s);
                     float weight = seen ? exp2_fast(p[n][i] * scale - of[at]) : 0.f;
                     p[n][i] = weight;
-                    dp[n][i] = weight * (dp[n][i] - of[QUERIES + at]);
+                    dp[n][i] = weight * (dp[n][i] - of[QUERIES + at]) * slope;
                 }
             accumulate<16, COLUMNS>(dvs, p, dt + part * STRIDE, from);
             accumulate<16, COLUMNS>(dks, dp, qt + part * STRIDE, from);

@@ -27,9 +27,10 @@ fn case(op: &'static str, widths: &[usize], width: usize, weights: &[(&'static s
 }
 
 fn cases() -> Vec<Case> {
-    let attention = |window: Option<usize>| {
+    let attention = |window: Option<usize>, softcap: Option<f64>| {
         let mut attrs = json!({"heads": 4, "kv_heads": 2, "head_dim": 6, "scale": 0.37});
         window.iter().for_each(|w| attrs["window"] = json!(w));
+        softcap.iter().for_each(|c| attrs["softcap"] = json!(c));
         case("attention", &[24, 12, 12], 24, &[], attrs)
     };
     let glu = |activation: &str| case("glu", &[7, 7], 7, &[], json!({"activation": activation}));
@@ -39,8 +40,9 @@ fn cases() -> Vec<Case> {
     };
     vec![
         case("add", &[5, 5], 5, &[], json!({})),
-        attention(None),
-        attention(Some(4)),
+        attention(None, None),
+        attention(Some(4), None),
+        attention(None, Some(0.8)),
         glu("silu"),
         glu("gelu"),
         glu("gelu_tanh"),

@@ -117,28 +117,27 @@ fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         })?;
     }
     let shapes = [
-        (16, 1, 3, None),
-        (32, 2, 4, None),
-        (64, 2, 2, Some(40)),
-        (80, 1, 2, None),
-        (96, 1, 4, Some(9)),
-        (112, 1, 1, None),
-        (128, 1, 7, None),
-        (128, 2, 4, Some(100)),
-        (256, 1, 2, None),
-        (256, 2, 2, Some(33)),
+        (16, 1, 3, None, None),
+        (32, 2, 4, None, None),
+        (64, 2, 2, Some(40), None),
+        (80, 1, 2, None, None),
+        (96, 1, 4, Some(9), None),
+        (112, 1, 1, None, None),
+        (128, 1, 7, None, None),
+        (128, 2, 4, Some(100), Some(2.0)),
+        (256, 1, 2, None, Some(0.5)),
+        (256, 2, 2, Some(33), None),
     ];
-    for (dim, kv_heads, share, window) in shapes {
+    for (dim, kv_heads, share, window, softcap) in shapes {
         let heads = kv_heads * share;
-        let name = format!(
-            "attention {heads} heads of {dim} on {kv_heads}{}",
-            window.map_or(String::new(), |w| format!(", window {w}"))
-        );
+        let mut name = format!("attention {heads} of {dim} on {kv_heads}");
+        name.extend(window.map(|w| format!(", window {w}")));
+        name.extend(softcap.map(|c| format!(", cap {c}")));
         case(name, &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (q, k) = (b.linear("q", h, heads * dim), b.linear("k", h, kv_heads * dim));
             let v = b.linear("v", h, kv_heads * dim);
-            b.attention(q, k, v, Attention { heads, kv_heads, head_dim: dim, scale: (dim as f64).powf(-0.5), window })
+            b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
     Ok(cases)

@@ -10,7 +10,7 @@ use indicatif::ProgressBar;
 
 use super::blas::{Blas, CLASS, Operands, Product};
 use super::device::{Address, Args, Gpu, Memory, Pinned, View};
-use super::kernels::{AttentionKernels, Kernels};
+use super::kernels::{AttentionKernels, Heads, Kernels};
 use super::launch::{Run, rope_numbers, shared_memory};
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
@@ -28,7 +28,7 @@ pub struct CudaDevice {
     pub(super) gpu: Gpu,
     pub(super) blas: Blas,
     pub(super) kernels: Kernels,
-    pub(super) attention: HashMap<usize, AttentionKernels>,
+    pub(super) attention: HashMap<Heads, AttentionKernels>,
     graph: ModelGraph,
     lowered: Lowered,
     weights: Weights,
@@ -108,10 +108,10 @@ impl CudaDevice {
         let blas = Blas::new(&gpu)?;
         let lowered = Lowered::new(&graph, &adapter)?;
         let mut attention = HashMap::new();
-        for dim in lowered.programs.iter().flat_map(Program::head_dims) {
-            if let std::collections::hash_map::Entry::Vacant(new) = attention.entry(dim) {
-                let kernels = *new.insert(Kernels::attention(&gpu, dim)?);
-                let shared = shared_memory(dim);
+        for heads in lowered.programs.iter().flat_map(Program::heads) {
+            if let std::collections::hash_map::Entry::Vacant(new) = attention.entry(heads) {
+                let kernels = *new.insert(Kernels::attention(&gpu, heads)?);
+                let shared = shared_memory(heads.dim);
                 gpu.allow_shared(kernels.forward, shared[0])?;
                 gpu.allow_shared(kernels.dq, shared[1])?;
                 gpu.allow_shared(kernels.dkv, shared[2])?;

@@ -50,7 +50,16 @@ pub struct Kernels {
     all: Vec<(&'static str, Kernel)>,
 }
 
-/// Attention for one width of heads.
+/// What attention is compiled for: the width of heads, and whether scores are capped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Heads {
+    /// Columns of a head.
+    pub dim: usize,
+    /// Whether scores are capped.
+    pub softcap: bool,
+}
+
+/// Attention for one kind of heads.
 #[derive(Clone, Copy)]
 pub struct AttentionKernels {
     /// Output and log-sum.
@@ -82,13 +91,9 @@ impl Kernels {
         found.ok_or_else(|| Error::run(format!("there is no kernel '{name}'")))
     }
 
-    /// Attention for heads of `dim` columns.
-    pub fn attention(gpu: &Gpu, dim: usize) -> Result<AttentionKernels> {
-        if !HEAD_DIMS.contains(&dim) {
-            return Err(Error::input(format!("heads of {dim} columns are not supported on CUDA: {HEAD_DIMS:?} are"))
-                .help("train with --device cpu"));
-        }
-        let image = image(&ATTENTION, gpu.capability, Some(dim))?;
+    /// Attention for a kind of heads, whose width is one of [`HEAD_DIMS`].
+    pub fn attention(gpu: &Gpu, heads: Heads) -> Result<AttentionKernels> {
+        let image = image(&ATTENTION, gpu.capability, Some(heads))?;
         let found = gpu.load(&image, ATTENTION.kernels)?;
         Ok(AttentionKernels { forward: found[0], delta: found[1], dq: found[2], dkv: found[3], sum: found[4] })
     }
@@ -98,22 +103,25 @@ impl Kernels {
 pub fn check(capability: u32) -> Result<Vec<(String, String)>> {
     let mut notes = Vec::new();
     let plain = SOURCES.iter().map(|s| (s, None));
-    for (source, dim) in plain.chain(HEAD_DIMS.iter().map(|d| (&ATTENTION, Some(*d)))) {
-        let (_, log) = compile(source.file, &text(source, dim), capability)?;
-        let name = dim.map_or_else(|| source.file.to_owned(), |d| format!("{} of {d}", source.file));
+    let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
+    for (source, heads) in plain.chain(heads.map(|h| (&ATTENTION, Some(h)))) {
+        let (_, log) = compile(source.file, &text(source, heads), capability)?;
+        let capped = |h: Heads| if h.softcap { ", capped" } else { "" };
+        let name = heads.map_or_else(|| source.file.into(), |h| format!("{} of {}{}", source.file, h.dim, capped(h)));
         notes.push((name, log));
     }
     Ok(notes)
 }
 
-fn text(source: &Source, dim: Option<usize>) -> String {
-    let define = dim.map(|d| format!("#define DIM {d}\n")).unwrap_or_default();
+fn text(source: &Source, heads: Option<Heads>) -> String {
+    let define = |h: Heads| format!("#define DIM {}\n#define SOFTCAP {}\n", h.dim, u8::from(h.softcap));
+    let define = heads.map(define).unwrap_or_default();
     format!("{define}{COMMON}\n{}", source.text)
 }
 
 /// The cubin of a source: from the cache, or compiled and put there.
-fn image(source: &Source, capability: u32, dim: Option<usize>) -> Result<Vec<u8>> {
-    let text = text(source, dim);
+fn image(source: &Source, capability: u32, heads: Option<Heads>) -> Result<Vec<u8>> {
+    let text = text(source, heads);
     let compiler = version()?;
     let hash = Sha256::digest(format!("{capability} {compiler:?} {}\n{text}", OPTIONS.join(" ")));
     let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();

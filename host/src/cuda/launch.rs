@@ -30,9 +30,10 @@ struct AttentionShape {
     tokens: i32,
     window: i32,
     scale: f32,
+    softcap: f32,
 }
 
-// SAFETY: five numbers of four bytes.
+// SAFETY: six numbers of four bytes.
 unsafe impl Argument for AttentionShape {}
 
 /// Queries or keys of a tile, as `attention.cu` has them.
@@ -115,10 +116,10 @@ impl CudaDevice {
                 let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(out));
                 let args = shape(args.with(run.places[*lse]));
                 let (block, shared) = ([tile(a.dim) as u32 * 2, 1, 1], shared_memory(a.dim));
-                self.gpu.launch(self.attention[&a.dim].forward, [a.heads, count, 1], block, shared[0], args)?;
+                self.gpu.launch(self.attention[&a.kernels()].forward, [a.heads, count, 1], block, shared[0], args)?;
             }
             Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d, parts } => {
-                let kernels = self.attention[&a.dim];
+                let kernels = self.attention[&a.kernels()];
                 let (lse, delta) = (run.places[*lse], run.places[*delta]);
                 let args = Args::default().with(view(out)).with(view(dout)).with(delta).with(t).with(a.heads as i32);
                 self.gpu.launch(kernels.delta, [(rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
@@ -205,6 +206,7 @@ impl CudaDevice {
             tokens: self.inputs.at.tokens as i32,
             window: a.window as i32,
             scale: a.scale,
+            softcap: a.softcap,
         };
         (tiles, count, move |args: Args| args.with(shape))
     }

@@ -452,6 +452,7 @@ fn attention(node: &Node) -> Attention {
         dim: count(node, "head_dim"),
         scale: number(node, "scale") as f32,
         window: count(node, "window"),
+        softcap: number(node, "softcap") as f32,
     }
 }
 

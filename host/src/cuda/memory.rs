@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
-use super::kernels::HEAD_DIMS;
+use super::kernels::{HEAD_DIMS, Heads};
 use super::program::{Buffer, GRADIENT, Keep, Op, Program, padded};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
@@ -52,7 +52,7 @@ impl Lowered {
             );
         }
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        for dim in programs.iter().flat_map(Program::head_dims) {
+        for Heads { dim, .. } in programs.iter().flat_map(Program::heads) {
             if !HEAD_DIMS.contains(&dim) {
                 return Err(Error::input(format!(
                     "heads of {dim} columns are not supported on CUDA: {HEAD_DIMS:?} are"
@@ -168,9 +168,10 @@ fn layout(program: &Program, ops: &[Op], kept: &[bool]) -> Layout {
 }
 
 impl Program {
-    /// Widths of heads that attend.
-    pub(super) fn head_dims(&self) -> Vec<usize> {
-        self.forward.iter().filter_map(|o| if let Op::Attend { a, .. } = o { Some(a.dim) } else { None }).collect()
+    /// Kinds of heads that attend.
+    pub(super) fn heads(&self) -> Vec<Heads> {
+        let kernels = |o: &Op| if let Op::Attend { a, .. } = o { Some(a.kernels()) } else { None };
+        self.forward.iter().filter_map(kernels).collect()
     }
 
     /// Bytes a token takes between blocks.

@@ -5,6 +5,7 @@
 //! `v = dy · s·B` lies behind the gradient's columns and `[dy, v] · [W; A]` is the input's gradient. An `add` after a linear
 //! is the product's own addition.
 
+use super::kernels::Heads;
 use dpo_plugin_api::graph::{Block, Node};
 
 /// The block's input, its output, and the gradient that goes from block to block.
@@ -61,7 +62,17 @@ pub(super) struct Attention {
     pub kv_heads: usize,
     pub dim: usize,
     pub scale: f32,
+    /// 0 is none.
     pub window: usize,
+    /// 0 is none.
+    pub softcap: f32,
+}
+
+impl Attention {
+    /// What its kernels are compiled for.
+    pub(super) fn kernels(&self) -> Heads {
+        Heads { dim: self.dim, softcap: self.softcap > 0.0 }
+    }
 }
 
 /// One operation.

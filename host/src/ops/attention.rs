@@ -21,11 +21,15 @@ pub(super) const OP: Op = Op {
         Attr { name: "head_dim", kind: AttrKind::Count, presence: Presence::Required },
         Attr { name: "scale", kind: AttrKind::Number, presence: Presence::Required },
         Attr { name: "window", kind: AttrKind::Count, presence: Presence::Optional },
+        Attr { name: "softcap", kind: AttrKind::Number, presence: Presence::Optional },
     ],
     check: |node, widths| {
         let (heads, kv, dim) = (count(node, "heads"), count(node, "kv_heads"), count(node, "head_dim"));
         if !heads.is_multiple_of(kv) {
             return Err(format!("{heads} heads cannot share {kv} key heads"));
+        }
+        if node.attrs.contains_key("softcap") && number(node, "softcap") <= 0.0 {
+            return Err("softcap is not positive".into());
         }
         same("q", widths[0], heads * dim)?;
         same("k", widths[1], kv * dim)?;
@@ -47,6 +51,8 @@ struct Group {
     v: Tensor,
     /// Softmax of the scores, shaped `[kv heads, queries per key head · tokens, tokens]`.
     p: Tensor,
+    /// With a soft cap, the derivative of capped scores by plain ones, shaped as `p`.
+    slopes: Option<Tensor>,
 }
 
 struct Shape {
@@ -54,13 +60,15 @@ struct Shape {
     kv_heads: usize,
     dim: usize,
     scale: f64,
+    /// 0 is none.
+    softcap: f64,
 }
 
 impl Shape {
     fn of(call: &Call<'_>) -> Shape {
         let (heads, kv_heads) = (count(call.node, "heads"), count(call.node, "kv_heads"));
         let (dim, scale) = (count(call.node, "head_dim"), number(call.node, "scale"));
-        Shape { share: heads / kv_heads, kv_heads, dim, scale }
+        Shape { share: heads / kv_heads, kv_heads, dim, scale, softcap: number(call.node, "softcap") }
     }
 
     /// Key heads to take at a time for pairs of this length, so that scores stay bounded.
@@ -88,11 +96,17 @@ fn group(call: &Call<'_>, shape: &Shape, span: &Span, mask: &Tensor, first: usiz
     let q = shape.split(call.inputs[0], span, first, heads, shape.share)?;
     let k = shape.split(call.inputs[1], span, first, heads, 1)?;
     let v = shape.split(call.inputs[2], span, first, heads, 1)?;
-    let scores = (q.matmul(&k.t()?)? * shape.scale)?.reshape((heads * shape.share, n, n))?;
-    let scores = scores.broadcast_add(mask)?;
+    let mut scores = (q.matmul(&k.t()?)? * shape.scale)?;
+    let mut slopes = None;
+    if shape.softcap > 0.0 {
+        let bent = (scores / shape.softcap)?.tanh()?;
+        slopes = Some((1.0 - bent.sqr()?)?);
+        scores = (bent * shape.softcap)?;
+    }
+    let scores = scores.reshape((heads * shape.share, n, n))?.broadcast_add(mask)?;
     let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let p = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.reshape((heads, shape.share * n, n))?;
-    Ok(Group { q, k, v, p })
+    Ok(Group { q, k, v, p, slopes })
 }
 
 /// 0 where a token sees another, minus infinity elsewhere: `[tokens, tokens]`.
@@ -143,14 +157,18 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
     Ok(values.remove(0))
 }
 
-/// `dv = pᵀ·dy`, `ds = p·(dy·vᵀ - rowsum(p·(dy·vᵀ)))`, `dq = scale·ds·k`, `dk = scale·dsᵀ·q`.
+/// `dv = pᵀ·dy`, `ds = p·(dy·vᵀ - rowsum(p·(dy·vᵀ)))`, `dq = scale·ds·k`, `dk = scale·dsᵀ·q`; with a soft cap, `ds` times
+/// `1 - tanh²(s / softcap)`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let values = over_groups(call, 3, |shape, span, g, first, heads| {
         let dy = shape.split(dy, span, first, heads, shape.share)?;
         let dv = g.p.t()?.matmul(&dy)?;
         let dp = dy.matmul(&g.v.t()?)?;
         let mean = (&g.p * &dp)?.sum_keepdim(D::Minus1)?;
-        let ds = ((&g.p * dp.broadcast_sub(&mean)?)? * shape.scale)?;
+        let mut ds = ((&g.p * dp.broadcast_sub(&mean)?)? * shape.scale)?;
+        if let Some(slopes) = &g.slopes {
+            ds = (ds * slopes)?;
+        }
         let (dq, dk) = (ds.matmul(&g.k)?, ds.t()?.matmul(&g.q)?);
         let n = span.len();
         Ok(vec![shape.join(&dq, n, heads, shape.share)?, shape.join(&dk, n, heads, 1)?, shape.join(&dv, n, heads, 1)?])

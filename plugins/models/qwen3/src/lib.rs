@@ -36,7 +36,7 @@ impl ModelFamily for Qwen3 {
         let bias = config.flag("attention_bias", false)?;
         let activation = config.opt_text("hidden_act")?.unwrap_or_else(|| "silu".into());
         let rope = Rope::from_config(config, head_dim, 10_000.0)?;
-        let attention = |window| Attention { heads, kv_heads, head_dim, scale: (head_dim as f64).powf(-0.5), window };
+        let attention = Attention::new(heads, kv_heads, head_dim);
 
         let mut graph = GraphBuilder::decoder(width, vocab);
         graph.embed(|b, tokens| b.embedding("model.embed_tokens.weight", tokens, vocab, width));
@@ -50,7 +50,7 @@ impl ModelFamily for Qwen3 {
                 let q = b.head_norm("self_attn.q_norm", q, head_dim, eps);
                 let k = b.head_norm("self_attn.k_norm", k, head_dim, eps);
                 let (q, k) = (b.rope(q, head_dim, &rope), b.rope(k, head_dim, &rope));
-                let mixed = b.attention(q, k, v, attention(window));
+                let mixed = b.attention(q, k, v, attention.window(window));
                 let o = b.linear_if(bias, "self_attn.o_proj", mixed, width);
                 let x = b.add(x, o);
                 let h = b.rms_norm("post_attention_layernorm", x, eps);

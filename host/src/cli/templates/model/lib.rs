@@ -45,13 +45,7 @@ impl ModelFamily for Family {
         let activation = config.opt_text("hidden_act")?;
         let activation = activation.as_deref().unwrap_or("silu");
         let rope = Rope::from_config(config, head_dim, 10_000.0)?;
-        let attention = Attention {
-            heads,
-            kv_heads,
-            head_dim,
-            scale: (head_dim as f64).powf(-0.5),
-            window: None,
-        };
+        let attention = Attention::new(heads, kv_heads, head_dim);
 
         let mut graph = GraphBuilder::decoder(width, vocab);
         graph.embed(|b, tokens| b.embedding("model.embed_tokens.weight", tokens, vocab, width));
