@@ -3,6 +3,9 @@
 //! A pair lies as prompt | chosen | rejected. The prompt is there once; the rejected answer continues from the prompt's
 //! end, so its positions restart there. The last token of an answer predicts nothing and is not laid out.
 
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
 use crate::data::TokenPair;
 
 /// Where tokens are. Attention and rope read it; every other op treats tokens alike.
@@ -97,19 +100,36 @@ pub fn laid_out(pair: &TokenPair) -> usize {
     pair.prompt.len() + pair.chosen.len() + pair.rejected.len() - 2
 }
 
-/// Splits pairs into micro-batches of at most `budget` tokens, keeping their order; a pair longer than that is alone.
-pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<std::ops::Range<usize>> {
-    let mut batches = Vec::new();
-    let (mut first, mut tokens) = (0, 0);
-    for (i, length) in lengths.iter().enumerate() {
-        if i > first && tokens + length > budget {
-            batches.push(first..i);
-            (first, tokens) = (i, 0);
+/// Answer tokens of a pair that are predicted, as a [`Batch`] counts them.
+pub fn answer_tokens(pair: &TokenPair) -> usize {
+    let unpredicted = usize::from(pair.prompt.is_empty());
+    pair.chosen.len() + pair.rejected.len() - 2 * unpredicted
+}
+
+/// Puts pairs of these lengths into micro-batches of at most `budget` tokens: few ones of about equal size, longest pair
+/// first into the emptiest (Graham 1969). A pair longer than the budget is alone. Each holds the places of its pairs, in
+/// order.
+pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
+    let (long, mut rest): (Vec<usize>, Vec<usize>) = (0..lengths.len()).partition(|p| lengths[*p] >= budget);
+    let mut batches: Vec<Vec<usize>> = long.into_iter().map(|p| vec![p]).collect();
+    rest.sort_by_key(|p| Reverse(lengths[*p]));
+    let total: usize = rest.iter().map(|p| lengths[*p]).sum();
+    let mut count = total.div_ceil(budget.max(1));
+    while !rest.is_empty() {
+        let mut loads: BinaryHeap<Reverse<(usize, usize)>> = (0..count).map(|batch| Reverse((0, batch))).collect();
+        let mut packed = vec![Vec::new(); count];
+        let fits = rest.iter().all(|pair| {
+            let Some(Reverse((load, batch))) = loads.pop() else { return false };
+            packed[batch].push(*pair);
+            loads.push(Reverse((load + lengths[*pair], batch)));
+            load + lengths[*pair] <= budget
+        });
+        if fits {
+            packed.iter_mut().for_each(|batch| batch.sort_unstable());
+            batches.extend(packed);
+            break;
         }
-        tokens += length;
-    }
-    if first < lengths.len() {
-        batches.push(first..lengths.len());
+        count += count.div_ceil(64);
     }
     batches
 }
@@ -140,8 +160,16 @@ mod tests {
     }
 
     #[test]
-    fn budgets_are_kept() {
-        assert_eq!(micro_batches(&[4, 4, 9, 1, 2], 8), [0..2, 2..3, 3..5]);
+    fn micro_batches_are_few_and_alike() {
+        assert_eq!(micro_batches(&[4, 4, 9, 1, 2], 8), [vec![2], vec![0, 4], vec![1, 3]]);
         assert!(micro_batches(&[], 8).is_empty());
+        let lengths: Vec<usize> = (0..500).map(|i| 20 + i * 7919 % 700).collect();
+        let batches = micro_batches(&lengths, 2048);
+        let loads: Vec<usize> = batches.iter().map(|b| b.iter().map(|p| lengths[*p]).sum()).collect();
+        assert!(loads.iter().all(|l| *l <= 2048));
+        assert!(batches.len() <= lengths.iter().sum::<usize>().div_ceil(2048) + 2, "{loads:?}");
+        let mut all = batches.concat();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..500));
     }
 }

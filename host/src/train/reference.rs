@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::step::score;
+use crate::batch::answer_tokens;
 use crate::data::TokenPair;
 use crate::device::Device;
 use crate::error::Result;
@@ -66,12 +67,6 @@ impl Reference {
     pub fn gather(&self, pairs: impl Iterator<Item = usize>) -> Vec<f32> {
         if self.pairs.is_empty() { Vec::new() } else { pairs.flat_map(|p| self.pairs[p].iter().copied()).collect() }
     }
-}
-
-/// Answer tokens that are predicted, as [`crate::batch::Batch`] counts them.
-fn answer_tokens(pair: &TokenPair) -> usize {
-    let unpredicted = usize::from(pair.prompt.is_empty());
-    pair.chosen.len() + pair.rejected.len() - 2 * unpredicted
 }
 
 fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf {
