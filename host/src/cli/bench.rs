@@ -10,7 +10,8 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use crate::batch::laid_out;
+use super::shape::Shape;
+use crate::batch::{answer_tokens, laid_out};
 use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
 use crate::data::TokenPair;
 use crate::device::Device;
@@ -19,7 +20,7 @@ use crate::files;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, parse_size, size};
 use crate::plugins::Registry;
-use crate::train::{self, AdamW, Objective, ObjectiveOptions, optimizer};
+use crate::train::{self, AdamW, Moments, Objective, ObjectiveOptions, optimizer};
 
 #[derive(Args)]
 pub(super) struct BenchOptions {
@@ -59,51 +60,6 @@ pub(super) struct BenchOptions {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Published shapes.
-#[derive(Clone, Copy, ValueEnum)]
-enum Shape {
-    #[value(name = "qwen2.5-0.5b")]
-    Qwen25_05b,
-    #[value(name = "qwen2.5-7b")]
-    Qwen25_7b,
-    #[value(name = "qwen3-8b")]
-    Qwen3_8b,
-    #[value(name = "llama3-8b")]
-    Llama3_8b,
-}
-
-impl Shape {
-    /// The family and its config.
-    fn config(self) -> (&'static str, &'static str) {
-        match self {
-            Shape::Qwen25_05b => (
-                "qwen2",
-                r#"{"hidden_size":896,"intermediate_size":4864,"num_hidden_layers":24,"num_attention_heads":14,
-                "num_key_value_heads":2,"vocab_size":151936,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
-                "max_position_embeddings":32768,"tie_word_embeddings":true,"hidden_act":"silu"}"#,
-            ),
-            Shape::Qwen25_7b => (
-                "qwen2",
-                r#"{"hidden_size":3584,"intermediate_size":18944,"num_hidden_layers":28,"num_attention_heads":28,
-                "num_key_value_heads":4,"vocab_size":152064,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
-                "max_position_embeddings":32768,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
-            ),
-            Shape::Qwen3_8b => (
-                "qwen3",
-                r#"{"hidden_size":4096,"intermediate_size":12288,"num_hidden_layers":36,"num_attention_heads":32,
-                "num_key_value_heads":8,"head_dim":128,"vocab_size":151936,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
-                "max_position_embeddings":40960,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
-            ),
-            Shape::Llama3_8b => (
-                "llama3",
-                r#"{"hidden_size":4096,"intermediate_size":14336,"num_hidden_layers":32,"num_attention_heads":32,
-                "num_key_value_heads":8,"vocab_size":128256,"rms_norm_eps":1e-5,"rope_theta":500000.0,
-                "max_position_embeddings":8192,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
-            ),
-        }
-    }
 }
 
 /// Lengths: medians of prompt, chosen and rejected, and the spread of their logarithms.
@@ -146,12 +102,23 @@ impl Profile {
     }
 }
 
+/// TFLOP/s in bf16 with sums in f32, without sparsity, as NVIDIA's data sheets have them.
+const PEAKS: &[(&str, f64)] = &[
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("RTX 4090", 165.2),
+    ("RTX 5090", 209.5),
+    ("RTX 3090", 71.0),
+    ("L40S", 362.0),
+];
+
 pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     let Some(index) = cuda::choose(&options.device)? else {
         return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
     };
-    let (family, config) = options.shape.config();
-    let graph = registry.family(family)?.graph(config)?;
+    let graph = options.shape.graph(registry)?;
     let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
     let adapter = Adapter::new(&graph, lora, 0)?;
     let pairs = options.profile.pairs(options.batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
@@ -178,26 +145,35 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let mut objective = Objective::new(registry, &objective)?;
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut step = |device: &mut CudaDevice, pairs: &[&TokenPair]| -> Result<(f64, f64)> {
-        let start = Instant::now();
-        let reference = train::score(device, pairs, |_| {})?.logps;
-        let scored = start.elapsed().as_secs_f64();
-        train::gradient(device, &mut objective, pairs, &reference)?;
+    // As in training: the reference is computed over all pairs before the first step.
+    let scored: Vec<&TokenPair> = pairs.iter().collect();
+    train::score(&mut device, &scored[..options.batch_size], |_| {})?;
+    let start = Instant::now();
+    let reference = train::score(&mut device, &scored, |_| {})?.logps;
+    let reference_seconds = start.elapsed().as_secs_f64();
+    let mut reference = reference.as_slice();
+    let steps = scored.chunks(options.batch_size).map(|pairs| {
+        let (own, rest) = reference.split_at(pairs.iter().map(|p| answer_tokens(p)).sum());
+        reference = rest;
+        (pairs, own)
+    });
+    let steps: Vec<(&[&TokenPair], &[f32])> = steps.collect();
+    let mut step = |device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
+        train::gradient(device, &mut objective, pairs, reference)?;
         let norm = device.gradient_norm()?;
         device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
-        device.gpu().finish()?;
-        Ok((scored, start.elapsed().as_secs_f64()))
+        device.gpu().finish()
     };
-    let steps: Vec<Vec<&TokenPair>> = pairs.chunks(options.batch_size).map(|c| c.iter().collect()).collect();
-    step(&mut device, &steps[0])?;
-    let (mut scoring, mut seconds, mut tokens, mut answer_tokens) = (0.0, 0.0, 0, 0);
-    for pairs in &steps[1..] {
-        let (scored, all) = step(&mut device, pairs)?;
-        scoring += scored;
-        seconds += all;
-        tokens += pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum::<usize>();
-        answer_tokens += pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum::<usize>();
-    }
+    step(&mut device, steps[0])?;
+    let start = Instant::now();
+    steps[1..].iter().try_for_each(|own| step(&mut device, *own))?;
+    let training = start.elapsed().as_secs_f64();
+    let measured = &scored[options.batch_size..];
+    let count = |of: &[&TokenPair], one: fn(&TokenPair) -> usize| of.iter().map(|p| one(p)).sum::<usize>();
+    let unique = |p: &TokenPair| p.prompt.len() + p.chosen.len() + p.rejected.len();
+    let (tokens, answer_tokens) = (count(measured, unique), count(measured, answer_tokens));
+    let scoring = reference_seconds * tokens as f64 / count(&scored, unique) as f64;
+    let seconds = scoring + training;
     let (free, _) = device.gpu().memory()?;
     // Forward under the reference, forward and backward by inputs under the policy; the same for the head.
     let head = device.graph().hidden_size * device.graph().vocab_size;
@@ -207,7 +183,7 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     if options.json {
         println!(
             "{}",
-            json!({"shape": family, "gpu": device.gpu().name, "tokens_per_second": speed,
+            json!({"shape": options.shape.name(), "gpu": device.gpu().name, "tokens_per_second": speed,
                 "pairs_per_second": (options.steps * options.batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
                 "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
@@ -216,20 +192,26 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     } else {
         println!("loading     {loading:.1} s, warming up {warming:.1} s");
         println!(
-            "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s; {:.0} TFLOP/s in products",
-            (options.steps * options.batch_size) as f64 / seconds,
-            flops / seconds / 1e12
+            "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s",
+            (options.steps * options.batch_size) as f64 / seconds
         );
+        let peak = PEAKS.iter().find(|(name, _)| device.gpu().name.contains(name));
+        let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", flops / seconds / peak / 1e10));
+        println!("            {:.0} TFLOP/s of the model{}", flops / seconds / 1e12, share.unwrap_or_default());
         println!(
             "            {:.0} unique tokens/s with the reference cached; answers are {:.0}% of the tokens",
-            tokens as f64 / (seconds - scoring),
+            tokens as f64 / training,
             100.0 * answer_tokens as f64 / tokens as f64
         );
         println!("memory      {} in use, {} of them before the start", size(used), size(before));
     }
     if options.profile_ops || options.trace.is_some() {
+        // The reference pass is that of the adapter as it was at the start.
+        let start = device.adapter().params.clone();
+        device.restore(&start, Moments::new(start.len()))?;
         device.gpu().start_trace()?;
-        step(&mut device, &steps[1])?;
+        train::score(&mut device, steps[1].0, |_| {})?;
+        step(&mut device, steps[1])?;
         report(&device.gpu().end_trace()?, options)?;
     }
     Ok(())

@@ -10,6 +10,7 @@ mod list;
 pub mod new;
 mod plan;
 mod selftest;
+mod shape;
 mod swift;
 
 use std::ffi::OsString;

@@ -1,18 +1,22 @@
-//! `dpo-host plan`: the memory of a run before it starts.
+//! `dpo-host plan`: the memory of a run before it starts; for a GPU, also without one at hand.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
+use dpo_plugin_api::graph::ModelGraph;
+use serde::Serialize;
 
+use super::shape::Shape;
+use crate::cuda::{self, Gpu, GpuPlan};
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::model::{self, Model};
-use crate::plan::{Plan, Wishes, parse_size};
+use crate::plan::{Plan, Wishes, parse_size, size};
 use crate::plugins::Registry;
 
 #[derive(Args)]
 pub(super) struct PlanOptions {
-    /// Checkpoint: a folder, or an id in the local Hugging Face cache
-    #[arg(long, value_name = "DIR|ID")]
-    model: String,
+    /// Checkpoint: a folder, an id in the local Hugging Face cache, or a published shape such as qwen2.5-7b
+    #[arg(long, value_name = "DIR|ID|SHAPE", required_unless_present = "table")]
+    model: Option<String>,
     /// Model family; by default the one that claims the architecture
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
@@ -22,26 +26,101 @@ pub(super) struct PlanOptions {
     /// Rows of A
     #[arg(long, value_name = "R", default_value_t = 8)]
     lora_rank: usize,
+    /// What to plan for: auto, cpu, cuda or cuda:N. With --gpu-memory a GPU, which need not be there
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    device: String,
     /// Memory to plan with; by default what is free
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<String>,
+    /// A markdown table over published shapes and sizes of GPUs
+    #[arg(long)]
+    table: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
 }
 
+/// Sizes of GPUs in GiB: RTX 3060, 4080, 3090 and 4090, 5090, L40S, A100 and H100.
+const GPUS: &[usize] = &[8, 12, 16, 24, 32, 48, 80];
+
 pub(super) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
-    let model = Model::open(registry, &model::locate(&options.model)?, options.plugin.as_deref())?;
-    let config = AdapterConfig { rank: options.lora_rank, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
-    let parameters = Adapter::new(&model.graph, config, 0)?.params.len();
-    let memory = options.gpu_memory.as_deref().map(parse_size).transpose()?;
-    // A pair of two answers that share nothing takes at most twice the length of one.
-    let longest = 2 * options.max_length;
-    let plan = Plan::new(&model.graph, parameters, longest, Wishes { memory, ..Wishes::default() })?;
-    if options.json {
-        println!("{}", serde_json::to_string_pretty(&plan).map_err(|e| Error::run(e.to_string()))?);
+    if options.table {
+        return table(registry, options);
+    }
+    let name = options.model.as_deref().unwrap_or_default();
+    let graph = match Shape::from_str(name, true) {
+        Ok(shape) => shape.graph(registry)?,
+        Err(_) => Model::open(registry, &model::locate(name)?, options.plugin.as_deref())?.graph,
+    };
+    let adapter = adapter(&graph, options)?;
+    let memory = options.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
+    let (gpu, memory) = match (options.device.as_str(), memory) {
+        ("cpu", memory) => (false, memory),
+        (_, Some(memory)) => (true, Some(memory)),
+        (device, None) => match cuda::choose(device)? {
+            None => (false, None),
+            Some(index) => (true, Some(cuda::available(&Gpu::open(index)?, None)?)),
+        },
+    };
+    if gpu {
+        return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
+    }
+    let wishes = Wishes { memory, ..Wishes::default() };
+    print(&Plan::new(&graph, adapter.params.len(), longest(options), wishes)?, options.json)
+}
+
+fn print(plan: &(impl Serialize + std::fmt::Display), json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(plan).map_err(|e| Error::run(e.to_string()))?);
     } else {
         println!("{plan}");
     }
     Ok(())
+}
+
+/// A pair of two answers that share nothing takes at most twice the length of one.
+fn longest(options: &PlanOptions) -> usize {
+    2 * options.max_length
+}
+
+fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
+    let config = AdapterConfig { rank: options.lora_rank, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
+    Adapter::new(graph, config, 0)
+}
+
+/// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
+fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
+    GpuPlan::new(graph, adapter, longest(options), 1.0, memory, Wishes::default())
+}
+
+fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
+    let rows: Vec<Vec<String>> =
+        Shape::value_variants().iter().map(|s| row(registry, options, *s)).collect::<Result<_>>()?;
+    let header: Vec<String> = GPUS.iter().map(|g| format!("{g} GiB")).collect();
+    let (rank, length) = (options.lora_rank, options.max_length);
+    println!("| bf16, LoRA rank {rank}, --max-length {length} | needs | {} |", header.join(" | "));
+    println!("|---|---|{}", "---|".repeat(GPUS.len()));
+    rows.iter().for_each(|row| println!("| {} |", row.join(" | ")));
+    Ok(())
+}
+
+/// The least that a shape needs, in steps of half a GiB; of every size of GPU the tokens at once, and what computing again
+/// costs.
+fn row(registry: &Registry, options: &PlanOptions, shape: Shape) -> Result<Vec<String>> {
+    let graph = shape.graph(registry)?;
+    let adapter = adapter(&graph, options)?;
+    let least = (1..).map(|half| half << 29).find(|memory| on_gpu(&graph, &adapter, options, *memory).is_ok());
+    let mut cells = vec![shape.name(), least.map(size).unwrap_or_default()];
+    for gib in GPUS {
+        // The desktop, other processes and the driver take some of a card.
+        let memory = (gib << 30) - (gib << 30) / 32;
+        cells.push(match on_gpu(&graph, &adapter, options, memory) {
+            Ok(plan) if plan.again > 0.005 => {
+                format!("{} tokens, +{:.0}%", plan.micro_batch_tokens, plan.again * 100.0)
+            }
+            Ok(plan) => format!("{} tokens", plan.micro_batch_tokens),
+            Err(_) => "—".into(),
+        });
+    }
+    Ok(cells)
 }

@@ -40,6 +40,8 @@ pub struct CudaDevice {
     optimizer: OptimizerMemory,
     /// Whether the flat gradient is that of the stacks.
     collected: bool,
+    /// Whether B is zero, as before the first step: then a forward pass needs no adapter.
+    plain: bool,
     /// Values of the batch in work.
     values: Memory,
     arrangement: Arrangement,
@@ -157,6 +159,7 @@ impl CudaDevice {
             moments,
             optimizer,
             collected: false,
+            plain: false,
             values,
             arrangement,
             inputs,
@@ -231,7 +234,7 @@ impl CudaDevice {
     }
 
     /// Runs operations of a layer.
-    fn layer(&self, layer: usize, ops: &[Op], places: &[Address]) -> Result<()> {
+    fn layer(&self, layer: usize, ops: &[Op], places: &[Address], adapted: bool) -> Result<()> {
         let kind = self.graph.layers[layer].block;
         let run = Run {
             program: &self.lowered.programs[kind],
@@ -239,8 +242,18 @@ impl CudaDevice {
             nodes: &self.graph.blocks[kind].nodes,
             places,
             rows: self.inputs.at.tokens,
+            adapted,
         };
         ops.iter().try_for_each(|op| self.run(&run, op))
+    }
+
+    /// The forward pass of all layers.
+    fn layers(&self, keep: bool) -> Result<()> {
+        let adapted = keep || !self.plain;
+        (0..self.graph.layers.len()).try_for_each(|layer| {
+            let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
+            self.layer(layer, ops, &self.places(layer, keep, false), adapted)
+        })
     }
 
     fn head_run<'a>(&'a self, places: &'a [Address]) -> Run<'a> {
@@ -250,6 +263,7 @@ impl CudaDevice {
             nodes: &self.graph.head.nodes,
             places,
             rows: self.inputs.at.answers,
+            adapted: false,
         }
     }
 
@@ -367,10 +381,7 @@ impl Device for CudaDevice {
         let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
         self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
         self.gpu.mark("embedding")?;
-        for layer in 0..self.graph.layers.len() {
-            let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
-            self.layer(layer, ops, &self.places(layer, keep, false))?;
-        }
+        self.layers(keep)?;
         let places = self.head_places();
         let head = self.head_run(&places);
         let input = self.view(&head, Slice { buffer: INPUT, column: 0, width: hidden });
@@ -404,7 +415,7 @@ impl Device for CudaDevice {
         for layer in (0..self.graph.layers.len()).rev() {
             let kind = self.graph.layers[layer].block;
             let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-            self.layer(layer, &scheduled.ops, &self.places(layer, true, true))?;
+            self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)?;
         }
         Ok(())
     }
@@ -433,6 +444,7 @@ impl Device for CudaDevice {
         let args = Args::default().with(o.params.address).with(o.gradient.address).with(o.first.address);
         let args = args.with(o.second.address).with(o.count as i64).with(clip as f32).with(rates.keep).with(rates.size);
         let args = args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps);
+        self.plain = false;
         self.gpu.launch(self.kernels.get("adamw")?, [o.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args)?;
         self.spread()
     }
@@ -446,6 +458,7 @@ impl Device for CudaDevice {
     fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()> {
         self.adapter.params.copy_from_slice(params);
         self.moments = moments;
+        self.plain = self.adapter.changes_nothing();
         self.gpu.upload(&self.adapter.params, self.optimizer.params.address)?;
         self.gpu.upload(&self.moments.first, self.optimizer.first.address)?;
         self.gpu.upload(&self.moments.second, self.optimizer.second.address)?;
@@ -469,25 +482,31 @@ impl CudaDevice {
         self.gpu.launch(self.kernels.get("random")?, [1024, 1, 1], [256, 1, 1], 0, args)?;
         let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
         for tokens in (CLASS..=most).step_by(CLASS) {
-            let tokens = tokens.min(self.plan.micro_batch_tokens);
-            let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
-            let ids = |n: usize| vec![0; n];
-            let prompt = ids(tokens + 2 - 2 * answer);
-            let pair = TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() };
-            self.send(&Batch::of(&[pair]), true)?;
+            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens)), true)?;
             self.blas.tune(|| self.once())?;
         }
+        // Scoring fills its micro-batches, so that one class is enough.
+        self.send(&self.filler(self.plan.scoring_tokens), false)?;
+        self.blas.tune(|| self.layers(false))?;
         self.clear_gradient()?;
         self.gpu.finish()
+    }
+
+    /// A batch of one pair with as many answer tokens as planned.
+    fn filler(&self, tokens: usize) -> Batch {
+        let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
+        let ids = |n: usize| vec![0; n];
+        let prompt = ids(tokens + 2 - 2 * answer);
+        Batch::of(&[TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() }])
     }
 
     /// Both passes of the first layer of every kind of block, and of the head.
     fn once(&self) -> Result<()> {
         for kind in 0..self.graph.blocks.len() {
             let Some(layer) = self.graph.layers.iter().position(|l| l.block == kind) else { continue };
-            self.layer(layer, &self.lowered.programs[kind].forward, &self.places(layer, true, false))?;
+            self.layer(layer, &self.lowered.programs[kind].forward, &self.places(layer, true, false), true)?;
             let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-            self.layer(layer, &scheduled.ops, &self.places(layer, true, true))?;
+            self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)?;
         }
         let places = self.head_places();
         let head = self.head_run(&places);

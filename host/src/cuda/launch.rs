@@ -19,6 +19,8 @@ pub(super) struct Run<'a> {
     pub nodes: &'a [Node],
     pub places: &'a [Address],
     pub rows: usize,
+    /// Whether the adapter takes part: without it a linear is its frozen weights alone.
+    pub adapted: bool,
 }
 
 /// `struct Shape` of `attention.cu`.
@@ -90,10 +92,15 @@ impl CudaDevice {
                 let threads = rows * heads * (half / 8);
                 self.gpu.launch(self.kernels.get("rope")?, [threads.div_ceil(256), 1, 1], [256, 1, 1], 0, args)?;
             }
-            Op::Down { group } => self.down(run, *group)?,
+            Op::Down { group } => {
+                if run.adapted {
+                    self.down(run, *group)?;
+                }
+            }
             Op::Product { group } => {
                 let (g, stack) = (&run.program.groups[*group], &run.weights.stacks[*group]);
-                let mut product = Product::new(rows, g.outputs, g.inputs + g.rank);
+                let rank = if run.adapted { g.rank } else { 0 };
+                let mut product = Product::new(rows, g.outputs, g.inputs + rank);
                 product.b_transposed = true;
                 product.add = g.residual.is_some();
                 product.bias = g.bias;

@@ -109,12 +109,12 @@ impl Lowered {
         (bytes + table, if Lowered::tied(graph) { 0 } else { embedding })
     }
 
-    /// Bytes of everything that belongs to the adapter.
+    /// Bytes of the adapter's parameters and gradient, flat and in stacks.
     pub(super) fn adapter(&self, graph: &ModelGraph, parameters: usize) -> usize {
         let stacked = |program: &Program| {
             (0..program.groups.len()).map(|g| self.stacked_gradients(program, g).iter().sum::<usize>()).sum::<usize>()
         };
-        parameters * 16 + graph.layers.iter().map(|l| stacked(&self.programs[l.block])).sum::<usize>()
+        parameters * 8 + graph.layers.iter().map(|l| stacked(&self.programs[l.block])).sum::<usize>()
     }
 }
 
@@ -274,7 +274,7 @@ impl Footprint {
                 self.kinds.iter().flat_map(|kind| allowed.iter().filter(|a| **a <= keep).map(|a| level(*kind, *a)));
             levels.map(|l| l.scratch).max().unwrap_or(0) * rows
         };
-        let head = self.head * answer_rows + LOGITS_ROWS[0].min(answers) * self.logits;
+        let head = self.head(answers);
         let sum = |keep: Keep| self.kinds.iter().map(|kind| level(*kind, keep).kept * rows).sum::<usize>();
         let need = |keep: Keep| edges + sum(keep) + most(keep).max(head);
         let least = allowed.iter().copied().find(|keep| need(*keep) <= bytes)?;
@@ -309,6 +309,17 @@ impl Footprint {
             logits_rows: ((bytes - logits) / self.logits).min(LOGITS_ROWS[1]).clamp(1, answers.max(1)),
             again: again / self.work,
         })
+    }
+
+    /// Bytes a token takes between layers and kept in them.
+    pub(super) fn per_token(&self, keep: &[Keep]) -> usize {
+        let kept = |(keep, kind): (&Keep, &usize)| self.levels[*kind][*keep as usize].kept;
+        (self.kinds.len() + 2) * self.edge + keep.iter().zip(&self.kinds).map(kept).sum::<usize>()
+    }
+
+    /// Least bytes of the head for so many answer tokens.
+    pub(super) fn head(&self, answers: usize) -> usize {
+        self.head * answers.next_multiple_of(64) + LOGITS_ROWS[0].min(answers) * self.logits
     }
 
     /// Bytes with which a batch is computed without computing anything again, as fast as it goes.

@@ -36,14 +36,20 @@ pub struct GpuPlan {
     pub weights: usize,
     /// The embedding table, where it stays in host memory.
     pub host_embedding: usize,
-    /// Parameters, gradient and moments of the adapter in f32.
+    /// Parameters and gradient of the adapter in f32.
     pub adapter: usize,
+    /// The optimizer's moments.
+    pub optimizer: usize,
     /// cuBLASLt's workspace.
     pub workspace: usize,
     /// Ids, positions, places and what else a batch brings.
     pub inputs: usize,
     /// Values of a micro-batch: between layers, kept for the backward pass, in work; logits.
     pub values: usize,
+    /// Of those, what a token takes in a full micro-batch, over all layers.
+    pub per_token: usize,
+    /// And the least that the head takes: hidden states of answers and a chunk of logits.
+    pub head: usize,
     /// Tokens that micro-batches are filled up to.
     pub micro_batch_tokens: usize,
     /// Tokens that micro-batches without a backward pass are filled up to.
@@ -73,6 +79,7 @@ impl GpuPlan {
         let lowered = Lowered::new(graph, adapter)?;
         let footprint = Footprint::new(graph, &lowered);
         let (weights, table) = lowered.weights(graph);
+        let optimizer = adapter.params.len() * 8;
         let adapter = lowered.adapter(graph, adapter.params.len());
         let allowed = match wishes.recompute {
             Some(true) => &Keep::ALL[3..],
@@ -95,9 +102,12 @@ impl GpuPlan {
                     weights: weights + if *on_host { 0 } else { table },
                     host_embedding: if *on_host { table } else { 0 },
                     adapter,
+                    optimizer,
                     workspace: WORKSPACE,
                     inputs: input_bytes(graph, most, answer_tokens(most, answers)),
                     values: 0,
+                    per_token: 0,
+                    head: footprint.head(answer_tokens(*tokens, answers)),
                     micro_batch_tokens: *tokens,
                     scoring_tokens: *tokens,
                     most_tokens: longest.max(*tokens),
@@ -124,6 +134,7 @@ impl GpuPlan {
                 plan.scoring_tokens = scores.unwrap_or(*tokens);
                 plan.values = bytes;
                 plan.again = full.again;
+                plan.per_token = footprint.per_token(&full.keep);
                 plan.keep = [full.keep, largest.keep];
                 let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
                 let cost = (1.0 + full.again) * lost + if *on_host { HOST_EMBEDDING_COST } else { 0.0 };
@@ -138,7 +149,7 @@ impl GpuPlan {
                 size(need),
                 size(available),
                 size(weights),
-                size(adapter)
+                size(adapter + optimizer)
             ))
             .help("lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory")
         })
@@ -146,7 +157,7 @@ impl GpuPlan {
 
     /// Bytes of the whole process on the GPU.
     pub fn total(&self) -> usize {
-        self.context + self.weights + self.adapter + self.workspace + self.inputs + self.values
+        self.context + self.weights + self.adapter + self.optimizer + self.workspace + self.inputs + self.values
     }
 
     /// Most answer tokens of a micro-batch.
@@ -178,18 +189,30 @@ impl fmt::Display for GpuPlan {
         writeln!(f, "memory      {} of the GPU, {} planned", size(self.available), size(self.total()))?;
         let table = match self.host_embedding {
             0 => String::new(),
-            bytes => format!(" (embedding table of {} in host memory)", size(bytes)),
+            bytes => format!("; the embedding table, {}, stays in host memory", size(bytes)),
         };
-        writeln!(f, "            weights {}{table}, adapter {}", size(self.weights), size(self.adapter))?;
-        writeln!(
-            f,
-            "            values {}, batch {}, workspace {}, CUDA {}",
-            size(self.values),
-            size(self.inputs),
-            size(self.workspace),
-            size(self.context)
-        )?;
-        write!(f, "micro-batch {} tokens: {}", self.micro_batch_tokens, kept(&self.keep[0]))?;
+        let per_token = format!(
+            "{} a token, {} for the head; {} tokens at once",
+            size(self.per_token),
+            size(self.head),
+            self.micro_batch_tokens
+        );
+        for (name, bytes, note) in [
+            ("weights", self.weights, format!("bf16, with the adapter's copy{table}")),
+            ("adapter", self.adapter, "parameters and gradient".into()),
+            ("optimizer", self.optimizer, "moments".into()),
+            ("values", self.values, per_token),
+            ("batch", self.inputs, "ids, positions, places".into()),
+            ("workspace", self.workspace, "of matrix products".into()),
+            ("CUDA", self.context, "context, kernels, libraries".into()),
+        ] {
+            writeln!(f, "  {name:<10}{:>10}  {note}", size(bytes))?;
+        }
+        let again = match self.again {
+            again if again > 0.0005 => format!("; computing again takes {:.1}% of a step", again * 100.0),
+            _ => String::new(),
+        };
+        write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, kept(&self.keep[0]))?;
         if self.most_tokens > self.micro_batch_tokens && self.keep[1] != self.keep[0] {
             write!(f, "\n            {} tokens: {}", self.most_tokens, kept(&self.keep[1]))?;
         }

@@ -82,6 +82,11 @@ impl Adapter {
         })
     }
 
+    /// Whether every B is zero, as in a new adapter: then its update is zero, whatever A is.
+    pub fn changes_nothing(&self) -> bool {
+        self.sites.iter().all(|s| self.params[self.ranges(s)[1].clone()].iter().all(|v| *v == 0.0))
+    }
+
     /// Where A and B of a site lie in the flat buffer.
     pub fn ranges(&self, site: &Site) -> [std::ops::Range<usize>; 2] {
         let middle = site.offset + self.config.rank * site.inputs;

@@ -80,8 +80,7 @@ fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf 
     let adapter = device.adapter();
     text(&format!("{} {:?}", adapter.config.scale(), adapter.sites.iter().map(|s| &s.module).collect::<Vec<_>>()));
     // With B zero the update is zero whatever A is, so that runs with other seeds share a reference.
-    let b = |s| adapter.params[adapter.ranges(s)[1].clone()].iter();
-    if adapter.sites.iter().flat_map(b).any(|v| *v != 0.0) {
+    if !adapter.changes_nothing() {
         adapter.params.iter().for_each(|p| hash.update(p.to_le_bytes()));
     }
     for pair in pairs {
