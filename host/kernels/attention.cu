@@ -53,9 +53,9 @@ __device__ __forceinline__ bool none_visible(const Tile& t, int query, int queri
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void ldmatrix(u32 r[4], const bf16* p) {
+__device__ __forceinline__ void ldmatrix(u32 r[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
 }
 
 __device__ __forceinline__ void ldmatrix_transposed(u32 r[4], const bf16* p) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void wait() { asm volatile("cp.async.wait_group %0;" 
 // The 16 rows from `row` of a tile as the left side of a product, columns [16 k, 16 k + 16).
 __device__ __forceinline__ void left(u32 a[4], const bf16* tile, int row, int k) {
     int lane = threadIdx.x % 32;
-    ldmatrix(a, tile + (row + lane % 16) * STRIDE + k * 16 + lane / 16 * 8);
+    ldmatrix(a, shared_address(tile + (row + lane % 16) * STRIDE + k * 16 + lane / 16 * 8));
 }
 
 // A warp's own 16 rows as the left side, over all of DIM.
@@ -117,7 +117,7 @@ __device__ __forceinline__ Rows hold(const bf16* tile, int row) {
 // Sixteen rows of a tile as columns of the right side: b[0], b[1] for the first eight, b[2], b[3] for the others.
 __device__ __forceinline__ void right(u32 b[4], const bf16* tile, int row, int k) {
     int lane = threadIdx.x % 32;
-    ldmatrix(b, tile + (row + lane % 8 + lane / 16 * 8) * STRIDE + k * 16 + lane / 8 % 2 * 8);
+    ldmatrix(b, shared_address(tile + (row + lane % 8 + lane / 16 * 8) * STRIDE + k * 16 + lane / 8 % 2 * 8));
 }
 
 // Sixteen rows of a tile as rows of the right side, columns [16 n, 16 n + 16): b[0], b[1] for the first eight columns.
@@ -211,46 +211,21 @@ __device__ __forceinline__ float bend(float& product, const Shape& s) {
 #endif
 }
 
-// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
-extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
-    attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
-    extern __shared__ bf16 shared[];
-    bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
-    // Held rows pass through the second stage before it is used.
-    bf16* qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE;
-    Tile t = tiles[blockIdx.y];
-    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
-    View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
+// The first tile of keys from `key` on that queries of the tile see; at least `last` if there is none.
+__device__ __forceinline__ int next_keys(const Tile& t, int key, int last, int window) {
+    while (key < last && none_visible(t, t.first, TILE, key, TILE, window)) key += TILE;
+    return key;
+}
 
-    auto next = [&](int key) {
-        while (key < last && none_visible(t, t.first, TILE, key, TILE, s.window)) key += TILE;
-        return key;
-    };
-    load_tile<TILE>(qs, head(q, h), t, t.first);
-    commit();
-    int key = next(0), stage = 0;
-    load_tile<TILE>(ks, keys, t, key);
-    load_tile<TILE>(vs, values, t, key);
-    commit();
-    wait<1>();
-    __syncthreads();
-    Rows own = hold(qs, mine);
-    if (HELD) __syncthreads();
+// The softmax of a warp's 16 rows, a tile of keys after the other.
+struct Softmax {
+    float max[2] = {-1e30f, -1e30f}, sum[2] = {};
 
-    float o[DIM / 8][4] = {}, max[2] = {-1e30f, -1e30f}, sum[2] = {};
-    float scale = s.scale * LOG2E;
-    while (key < last) {
-        int after = next(key + TILE);
-        if (after < last) {
-            load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
-            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
-        }
-        commit();
-        wait<1>();
-        __syncthreads();
-        float p[TILE / 8][4] = {};
-        products<TILE>(p, own, ks + stage * TILE * STRIDE);
+    // Scores `p` become weights, and what was summed in `o` shrinks to the new maximum.
+    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t, int mine, int key,
+                                         const Shape& s) {
+        int lane = threadIdx.x % 32;
+        float scale = s.scale * LOG2E;
         bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
         float top[2] = {max[0], max[1]}, shift[2];
 #pragma unroll
@@ -284,20 +259,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
                 p[n][i] = exp2_fast(p[n][i] * scale - shift[i / 2]);
                 sum[i / 2] += p[n][i];
             }
-        accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
-        __syncthreads();
-        key = after;
-        stage ^= 1;
     }
+
+    // Leaves the output and the log-sums.
+    __device__ __forceinline__ void finish(float o[DIM / 8][4], const View& out, float* lse, const Tile& t, int mine, int h,
+                                           const Shape& s) {
+        int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+            sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+            int at = t.first + mine + lane / 4 + r * 8;
+            if (lane % 4 == 0 && at < t.length)
+                lse[(long long)h * s.tokens + t.start + at] = max[r] * s.scale + logf(sum[r]);
+        }
+        store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
+    }
+};
+
+// Log-sums, in powers of two, and deltas of a thread's two rows.
+__device__ __forceinline__ void own_numbers(float logsum[2], float pull[2], const float* lse, const float* delta,
+                                            const Tile& t, int mine, int h, const Shape& s) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
-        sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-        int at = t.first + mine + lane / 4 + r * 8;
-        if (lane % 4 == 0 && at < t.length)
-            lse[(long long)h * s.tokens + t.start + at] = max[r] * s.scale + logf(sum[r]);
+        int at = t.first + mine + threadIdx.x % 32 / 4 + r * 8;
+        long long place = (long long)h * s.tokens + t.start + at;
+        logsum[r] = at < t.length ? lse[place] * LOG2E : 0.f;
+        pull[r] = at < t.length ? delta[place] : 0.f;
     }
-    store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
 }
 
 // delta = sum of dout * out over a head, [heads, tokens]; a warp a token and head.
@@ -315,6 +304,68 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
     if (threadIdx.x == 0) delta[h * tokens + token] = sum;
 }
 
+// The sum over the query heads of every key head: y [tokens, kv_heads * DIM] of x [tokens, heads * DIM]. A thread eight
+// columns.
+extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share) {
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, kv = i / DIM;
+    if (kv >= kv_heads) return;
+    const bf16* from = row(x, blockIdx.y) + (long long)kv * share * DIM + i % DIM;
+    Eight sum = load8(from);
+    for (int h = 1; h < share; h++) {
+        Eight part = load8(from + h * DIM);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sum.v[j] += part.v[j];
+    }
+    store8(row(y, blockIdx.y) + i, sum);
+}
+
+#if !WGMMA  // see attention_hopper.cu
+
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
+extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
+    attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
+    extern __shared__ bf16 shared[];
+    bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
+    // Held rows pass through the second stage before it is used.
+    bf16* qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE;
+    Tile t = tiles[blockIdx.y];
+    int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
+    View keys = head(k, h / s.share), values = head(v, h / s.share);
+    int last = min(t.first + TILE, t.length);
+
+    load_tile<TILE>(qs, head(q, h), t, t.first);
+    commit();
+    int key = next_keys(t, 0, last, s.window), stage = 0;
+    load_tile<TILE>(ks, keys, t, key);
+    load_tile<TILE>(vs, values, t, key);
+    commit();
+    wait<1>();
+    __syncthreads();
+    Rows own = hold(qs, mine);
+    if (HELD) __syncthreads();
+
+    float o[DIM / 8][4] = {};
+    Softmax softmax;
+    while (key < last) {
+        int after = next_keys(t, key + TILE, last, s.window);
+        if (after < last) {
+            load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
+            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+        }
+        commit();
+        wait<1>();
+        __syncthreads();
+        float p[TILE / 8][4] = {};
+        products<TILE>(p, own, ks + stage * TILE * STRIDE);
+        softmax.step(p, o, t, mine, key, s);
+        accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
+        __syncthreads();
+        key = after;
+        stage ^= 1;
+    }
+    softmax.finish(o, out, lse, t, mine, h, s);
+}
+
 // dq, a block a head and a tile of queries.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_dq(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dq,
@@ -323,18 +374,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
     bf16 *qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
     Tile t = tiles[blockIdx.y];
-    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
 
-    auto next = [&](int key) {
-        while (key < last && none_visible(t, t.first, TILE, key, TILE, s.window)) key += TILE;
-        return key;
-    };
     load_tile<TILE>(qs, head(q, h), t, t.first);
     load_tile<TILE>(ds, head(dout, h), t, t.first);
     commit();
-    int key = next(0), stage = 0;
+    int key = next_keys(t, 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
@@ -344,16 +391,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (HELD) __syncthreads();
 
     float logsum[2], pull[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int at = t.first + mine + lane / 4 + r * 8;
-        long long place = (long long)h * s.tokens + t.start + at;
-        logsum[r] = at < t.length ? lse[place] * LOG2E : 0.f;
-        pull[r] = at < t.length ? delta[place] : 0.f;
-    }
+    own_numbers(logsum, pull, lse, delta, t, mine, h, s);
     float out[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
-        int after = next(key + TILE);
+        int after = next_keys(t, key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
             load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
@@ -405,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bf16 *ks = HELD ? qs : (bf16*)(numbers + 4 * QUERIES), *vs = HELD ? ds : ks + TILE * STRIDE;
     // Tiles come in the order of the keys they see; the first keys are seen by most queries.
     Tile t = tiles[gridDim.y - 1 - blockIdx.y];
-    int h = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, mine = warp * 16;
+    int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     int from = blockIdx.z * (COLUMNS / 16);
     load_tile<TILE>(ks, head(k, h / s.share), t, t.first);
     load_tile<TILE>(vs, head(v, h / s.share), t, t.first);
@@ -469,17 +510,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store<COLUMNS>(head(dv, h), t, t.first + mine, from * 16, dvs, 1.f, 1.f);
 }
 
-// The sum over the query heads of every key head: y [tokens, kv_heads * DIM] of x [tokens, heads * DIM]. A thread eight
-// columns.
-extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, kv = i / DIM;
-    if (kv >= kv_heads) return;
-    const bf16* from = row(x, blockIdx.y) + (long long)kv * share * DIM + i % DIM;
-    Eight sum = load8(from);
-    for (int h = 1; h < share; h++) {
-        Eight part = load8(from + h * DIM);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum.v[j] += part.v[j];
-    }
-    store8(row(y, blockIdx.y) + i, sum);
-}
+#endif

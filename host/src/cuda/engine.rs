@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use super::blas::{Blas, CLASS, Operands, Product};
 use super::device::{Address, Args, Gpu, Memory, Pinned, View};
 use super::kernels::{AttentionKernels, Heads, Kernels};
-use super::launch::{Run, rope_numbers, shared_memory};
+use super::launch::{Run, rope_numbers};
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
 use super::plan::GpuPlan;
@@ -112,11 +112,7 @@ impl CudaDevice {
         let mut attention = HashMap::new();
         for heads in lowered.programs.iter().flat_map(Program::heads) {
             if let std::collections::hash_map::Entry::Vacant(new) = attention.entry(heads) {
-                let kernels = *new.insert(Kernels::attention(&gpu, heads)?);
-                let shared = shared_memory(heads.dim);
-                gpu.allow_shared(kernels.forward, shared[0])?;
-                gpu.allow_shared(kernels.dq, shared[1])?;
-                gpu.allow_shared(kernels.dkv, shared[2])?;
+                new.insert(Kernels::attention(&gpu, heads)?);
             }
         }
         let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, plan.host_embedding > 0, progress)?;

@@ -39,6 +39,12 @@ const SOURCES: &[Source] = &[
 const ATTENTION: Source =
     source!("attention", ["attention", "attention_delta", "attention_dq", "attention_dkv", "attention_sum"]);
 
+/// Attention's kernels for Hopper's own instructions, which take the place of those in `attention.cu`.
+const HOPPER: &str = include_str!("../../kernels/attention_hopper.cu");
+
+/// Widths of heads for which Hopper's are used.
+const HOPPER_DIMS: &[usize] = &[128];
+
 /// Widths of heads that attention is written for.
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
 
@@ -72,6 +78,33 @@ pub struct AttentionKernels {
     pub dkv: Kernel,
     /// Sums over the query heads of a key head.
     pub sum: Kernel,
+    /// Bytes of shared memory that forward, dq and dkv take.
+    pub shared: [usize; 3],
+}
+
+impl Heads {
+    /// Queries or keys of a tile, as `attention.cu` has them.
+    pub fn tile(self) -> usize {
+        if self.dim > 128 { 32 } else { 64 }
+    }
+
+    fn hopper(self, capability: u32) -> bool {
+        capability == 90 && HOPPER_DIMS.contains(&self.dim)
+    }
+
+    /// Bytes of shared memory that forward, dq and dkv take.
+    fn shared_memory(self, capability: u32) -> [usize; 3] {
+        let (dim, tile) = (self.dim, self.tile());
+        if self.hopper(capability) {
+            // Whole tiles, from an aligned address on.
+            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+        }
+        let (row, queries) = ((dim + 8) * 2, tile / 2);
+        // Rows that a warp does not hold in registers.
+        let held = |rows: usize| if dim > 128 { rows } else { 0 };
+        [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
+            .map(|rows| rows * row + 4 * queries * 4)
+    }
 }
 
 impl Kernels {
@@ -95,7 +128,10 @@ impl Kernels {
     pub fn attention(gpu: &Gpu, heads: Heads) -> Result<AttentionKernels> {
         let image = image(&ATTENTION, gpu.capability, Some(heads))?;
         let found = gpu.load(&image, ATTENTION.kernels)?;
-        Ok(AttentionKernels { forward: found[0], delta: found[1], dq: found[2], dkv: found[3], sum: found[4] })
+        let shared = heads.shared_memory(gpu.capability);
+        let [forward, delta, dq, dkv, sum] = found[..] else { return Err(Error::run("attention lacks a kernel")) };
+        [forward, dq, dkv].iter().zip(shared).try_for_each(|(kernel, bytes)| gpu.allow_shared(*kernel, bytes))?;
+        Ok(AttentionKernels { forward, delta, dq, dkv, sum, shared })
     }
 }
 
@@ -105,7 +141,7 @@ pub fn check(capability: u32) -> Result<Vec<(String, String)>> {
     let plain = SOURCES.iter().map(|s| (s, None));
     let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
     for (source, heads) in plain.chain(heads.map(|h| (&ATTENTION, Some(h)))) {
-        let (_, log) = compile(source.file, &text(source, heads), capability)?;
+        let (_, log) = compile(source.file, &text(source, capability, heads), &architecture(capability, heads))?;
         let capped = |h: Heads| if h.softcap { ", capped" } else { "" };
         let name = heads.map_or_else(|| source.file.into(), |h| format!("{} of {}{}", source.file, h.dim, capped(h)));
         notes.push((name, log));
@@ -113,23 +149,29 @@ pub fn check(capability: u32) -> Result<Vec<(String, String)>> {
     Ok(notes)
 }
 
-fn text(source: &Source, heads: Option<Heads>) -> String {
-    let define = |h: Heads| format!("#define DIM {}\n#define SOFTCAP {}\n", h.dim, u8::from(h.softcap));
-    let define = heads.map(define).unwrap_or_default();
-    format!("{define}{COMMON}\n{}", source.text)
+fn text(source: &Source, capability: u32, heads: Option<Heads>) -> String {
+    let Some(heads) = heads else { return format!("{COMMON}\n{}", source.text) };
+    let (dim, softcap, hopper) = (heads.dim, u8::from(heads.softcap), heads.hopper(capability));
+    let defines = format!("#define DIM {dim}\n#define SOFTCAP {softcap}\n#define WGMMA {}\n", u8::from(hopper));
+    format!("{defines}{COMMON}\n{}\n{}", source.text, if hopper { HOPPER } else { "" })
+}
+
+/// NVRTC's name of a card; with an `a`, instructions that only this generation has.
+fn architecture(capability: u32, heads: Option<Heads>) -> String {
+    format!("sm_{capability}{}", if heads.is_some_and(|h| h.hopper(capability)) { "a" } else { "" })
 }
 
 /// The cubin of a source: from the cache, or compiled and put there.
 fn image(source: &Source, capability: u32, heads: Option<Heads>) -> Result<Vec<u8>> {
-    let text = text(source, heads);
+    let (text, architecture) = (text(source, capability, heads), architecture(capability, heads));
     let compiler = version()?;
-    let hash = Sha256::digest(format!("{capability} {compiler:?} {}\n{text}", OPTIONS.join(" ")));
+    let hash = Sha256::digest(format!("{architecture} {compiler:?} {}\n{text}", OPTIONS.join(" ")));
     let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
     let path: PathBuf = files::cache_folder().join("kernels").join(format!("{}-{name}.cubin", source.file));
     if let Ok(image) = std::fs::read(&path) {
         return Ok(image);
     }
-    let (image, _) = compile(source.file, &text, capability)?;
+    let (image, _) = compile(source.file, &text, &architecture)?;
     // A cache that cannot be written costs a second in the next run, not this run.
     let _ = files::write(&path, &image);
     Ok(image)
@@ -146,12 +188,12 @@ pub fn version() -> Result<(i32, i32)> {
 }
 
 /// A cubin, and what the compiler said.
-fn compile(file: &str, text: &str, capability: u32) -> Result<(Vec<u8>, String)> {
+fn compile(file: &str, text: &str, architecture: &str) -> Result<(Vec<u8>, String)> {
     let failed = |what: &str, e: result::NvrtcError| Error::run(format!("NVRTC: {what} {file}.cu: {e:?}"));
     let source = CString::new(text).map_err(|_| Error::run("a kernel's source has a zero"))?;
     let name = CString::new(format!("{file}.cu")).map_err(|_| Error::run("a kernel's name has a zero"))?;
     let program = result::create_program(source.as_c_str(), Some(name.as_c_str())).map_err(|e| failed("reading", e))?;
-    let mut options = vec![format!("--gpu-architecture=sm_{capability}")];
+    let mut options = vec![format!("--gpu-architecture={architecture}")];
     options.extend(OPTIONS.iter().map(|o| (*o).to_owned()));
     // SAFETY: the program lives until it is destroyed below; buffers have the sizes NVRTC asked for.
     unsafe {

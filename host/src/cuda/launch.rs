@@ -38,21 +38,6 @@ struct AttentionShape {
 // SAFETY: six numbers of four bytes.
 unsafe impl Argument for AttentionShape {}
 
-/// Queries or keys of a tile, as `attention.cu` has them.
-pub(super) fn tile(dim: usize) -> usize {
-    if dim > 128 { 32 } else { 64 }
-}
-
-/// Bytes of shared memory that attention takes: forward, dq, dk and dv.
-pub(super) fn shared_memory(dim: usize) -> [usize; 3] {
-    let (tile, row) = (tile(dim), (dim + 8) * 2);
-    let queries = tile / 2;
-    // Rows that a warp does not hold in registers.
-    let held = |rows: usize| if dim > 128 { rows } else { 0 };
-    [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
-        .map(|rows| rows * row + 4 * queries * 4)
-}
-
 /// Frequencies and scale of a rope node.
 pub(super) fn rope_numbers(node: &Node) -> (Vec<f32>, f32) {
     let frequencies = node.attrs.get("inv_freq").and_then(Value::as_array);
@@ -122,8 +107,8 @@ impl CudaDevice {
                 let (tiles, count, shape) = self.attention_shape(a);
                 let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(out));
                 let args = shape(args.with(run.places[*lse]));
-                let (block, shared) = ([tile(a.dim) as u32 * 2, 1, 1], shared_memory(a.dim));
-                self.gpu.launch(self.attention[&a.kernels()].forward, [a.heads, count, 1], block, shared[0], args)?;
+                let (kernels, block) = (self.attention[&a.kernels()], [a.kernels().tile() as u32 * 2, 1, 1]);
+                self.gpu.launch(kernels.forward, [a.heads, count, 1], block, kernels.shared[0], args)?;
             }
             Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d, parts } => {
                 let kernels = self.attention[&a.kernels()];
@@ -131,7 +116,7 @@ impl CudaDevice {
                 let args = Args::default().with(view(out)).with(view(dout)).with(delta).with(t).with(a.heads as i32);
                 self.gpu.launch(kernels.delta, [(rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
                 let (tiles, count, shape) = self.attention_shape(a);
-                let (block, shared) = ([tile(a.dim) as u32 * 2, 1, 1], shared_memory(a.dim));
+                let (block, shared) = ([a.kernels().tile() as u32 * 2, 1, 1], kernels.shared);
                 let reads = || {
                     let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(dout));
                     args.with(lse).with(delta)
@@ -206,7 +191,7 @@ impl CudaDevice {
 
     /// Tiles of the batch, their number, and what puts the attention's numbers behind the arguments.
     fn attention_shape(&self, a: &Attention) -> (Address, usize, impl Fn(Args) -> Args + use<>) {
-        let (tiles, count) = self.inputs.at.tiles[usize::from(tile(a.dim) == 32)];
+        let (tiles, count) = self.inputs.at.tiles[usize::from(a.kernels().tile() == 32)];
         let shape = AttentionShape {
             heads: a.heads as i32,
             share: (a.heads / a.kv_heads) as i32,
