@@ -9,7 +9,7 @@ mod eval;
 mod list;
 pub mod new;
 mod plan;
-mod selftest;
+pub(crate) mod selftest;
 mod shape;
 mod swift;
 

@@ -31,6 +31,9 @@ pub(super) struct SelftestOptions {
     /// Small batches only, for tools that make every access slow
     #[arg(long)]
     quick: bool,
+    /// Only the comparisons with this text in their names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
 }
 
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
@@ -45,11 +48,12 @@ pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     };
     println!("{:<44} {:>10} {:>10} {:>8}", Gpu::open(index)?.name, "log-probs", "gradient", "repeats");
     let mut failures = 0;
-    for (name, graph) in op_cases()? {
+    let wanted = |name: &str| name.contains(&options.only);
+    for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
         failures += usize::from(!compare(index, &name, &graph, options.quick)?);
     }
     let steps = if options.quick { 2 } else { 10 };
-    for (family, config) in FAMILIES {
+    for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.graph(config)?;
         failures += usize::from(!compare(index, family, &graph, options.quick)?);
         failures += usize::from(!training(registry, index, family, &graph, steps)?);
@@ -62,7 +66,7 @@ pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
 }
 
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
-fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
+pub(crate) fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
     type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
     let mut cases: Vec<(String, ModelGraph)> = Vec::new();
     let config = Config::parse("{}")?;
@@ -144,7 +148,7 @@ fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
 }
 
 /// Small configs of the families.
-const FAMILIES: &[(&str, &str)] = &[
+pub(crate) const FAMILIES: &[(&str, &str)] = &[
     (
         "qwen2",
         r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
@@ -167,7 +171,7 @@ const FAMILIES: &[(&str, &str)] = &[
 ];
 
 /// Weights by name, the same on both devices: values that bf16 holds.
-fn given(name: &str, shape: &[usize]) -> Vec<f32> {
+pub(crate) fn given(name: &str, shape: &[usize]) -> Vec<f32> {
     let seed = name.bytes().fold(7_u64, |h, b| h.wrapping_mul(0x0100_0000_01b3) ^ u64::from(b));
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let norm = shape.len() == 1 && !name.ends_with("bias");
@@ -178,7 +182,7 @@ fn given(name: &str, shape: &[usize]) -> Vec<f32> {
 }
 
 /// An adapter on every linear whose A and B are not zero, in values that bf16 holds.
-fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
+pub(crate) fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
     let config = AdapterConfig { rank: 8, alpha: 16.0, rslora: false, targets: Targets::AllLinear };
     let mut adapter = Adapter::new(graph, config, 1)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
@@ -192,7 +196,7 @@ fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
     Ok(adapter)
 }
 
-fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
+pub(crate) fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
     let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
         Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
@@ -215,7 +219,7 @@ fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute:
 }
 
 /// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.
-fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
+pub(crate) fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
     let pair = |[p, c, r]: &[usize; 3]| TokenPair {
@@ -228,7 +232,7 @@ fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
 }
 
 /// `‖a − b‖ / ‖b‖`; NaN where a value is none.
-fn distance(a: &[f32], b: &[f32]) -> f64 {
+pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
     let difference = squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
     difference / squares(&mut b.iter().map(|b| f64::from(*b))).max(1e-12)

@@ -189,44 +189,16 @@ impl CudaDevice {
     /// Places of a layer's buffers in a pass.
     fn places(&self, layer: usize, keep: bool, backward: bool) -> Vec<Address> {
         let kind = self.graph.layers[layer].block;
-        let program = &self.lowered.programs[kind];
-        let at = &self.arrangement;
-        let keep = if keep || backward { at.keep[layer] } else { Keep::Input };
-        let scheduled = &self.lowered.schedules[kind][keep as usize];
-        let layout = if backward { &scheduled.backward } else { &scheduled.forward };
-        let edge = program.edge() * at.rows;
-        let place = |buffer: usize| {
-            let offset = match buffer {
-                INPUT => layer * edge,
-                OUTPUT => (layer + 1) * edge,
-                GRADIENT => at.gradient,
-                _ => match (layout.kept[buffer], layout.scratch[buffer]) {
-                    (Some(kept), _) => at.kept_at[layer] + kept * at.rows,
-                    (_, Some(scratch)) => at.scratch + scratch * at.rows,
-                    _ => return 0,
-                },
-            };
-            self.values.address + offset as u64
-        };
-        (0..program.buffers.len()).map(place).collect()
+        self.addresses(self.arrangement.places(&self.lowered, kind, layer, keep, backward))
     }
 
     /// Places of the head's buffers.
     fn head_places(&self) -> Vec<Address> {
-        let program = &self.lowered.head;
-        let rows = self.arrangement.answer_rows;
-        let edge = program.edge() * rows;
-        let (forward, backward) = (&self.lowered.head_schedule.forward, &self.lowered.head_schedule.backward);
-        let at = |offset: usize| self.values.address + (self.arrangement.scratch + offset) as u64;
-        let place = |buffer| match buffer {
-            INPUT | OUTPUT | GRADIENT => at(buffer * edge),
-            _ => match (forward.kept[buffer], forward.scratch[buffer].or(backward.scratch[buffer])) {
-                (Some(kept), _) => at(3 * edge + kept * rows),
-                (_, Some(scratch)) => at(3 * edge + (forward.kept_bytes + scratch) * rows),
-                _ => 0,
-            },
-        };
-        (0..program.buffers.len()).map(place).collect()
+        self.addresses(self.arrangement.head_places(&self.lowered))
+    }
+
+    fn addresses(&self, offsets: Vec<Option<usize>>) -> Vec<Address> {
+        offsets.into_iter().map(|o| o.map_or(0, |o| self.values.address + o as u64)).collect()
     }
 
     /// Runs operations of a layer.

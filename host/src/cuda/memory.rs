@@ -3,7 +3,7 @@
 use dpo_plugin_api::graph::ModelGraph;
 
 use super::kernels::{HEAD_DIMS, Heads};
-use super::program::{Buffer, GRADIENT, Keep, Op, Program, padded};
+use super::program::{Buffer, GRADIENT, INPUT, Keep, OUTPUT, Op, Program, padded};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::weights::blocks;
@@ -228,6 +228,55 @@ pub(super) struct Arrangement {
     pub logits_rows: usize,
     /// Time of what is computed again, as a share of the step's.
     pub again: f64,
+}
+
+impl Arrangement {
+    /// Offsets of a layer's buffers in a pass; `None` for one that the pass does not touch. A forward pass that need not
+    /// `keep` anything has no backward pass.
+    pub(super) fn places(
+        &self,
+        lowered: &Lowered,
+        kind: usize,
+        layer: usize,
+        keep: bool,
+        backward: bool,
+    ) -> Vec<Option<usize>> {
+        let program = &lowered.programs[kind];
+        let keep = if keep || backward { self.keep[layer] } else { Keep::Input };
+        let scheduled = &lowered.schedules[kind][keep as usize];
+        let layout = if backward { &scheduled.backward } else { &scheduled.forward };
+        let edge = program.edge() * self.rows;
+        let place = |buffer| match buffer {
+            INPUT => Some(layer * edge),
+            OUTPUT => Some((layer + 1) * edge),
+            GRADIENT => Some(self.gradient),
+            _ => match (layout.kept[buffer], layout.scratch[buffer]) {
+                (Some(kept), _) => Some(self.kept_at[layer] + kept * self.rows),
+                (_, Some(scratch)) => Some(self.scratch + scratch * self.rows),
+                _ => None,
+            },
+        };
+        (0..program.buffers.len()).map(place).collect()
+    }
+
+    /// Offsets of the head's buffers.
+    pub(super) fn head_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
+        let (program, rows) = (&lowered.head, self.answer_rows);
+        let edge = program.edge() * rows;
+        let (forward, backward) = (&lowered.head_schedule.forward, &lowered.head_schedule.backward);
+        let place = |buffer| {
+            let offset = match (buffer, forward.kept.get(buffer)) {
+                (INPUT | OUTPUT | GRADIENT, _) => buffer * edge,
+                (_, Some(Some(kept))) => 3 * edge + kept * rows,
+                _ => {
+                    let scratch = forward.scratch[buffer].or(backward.scratch[buffer])?;
+                    3 * edge + (forward.kept_bytes + scratch) * rows
+                }
+            };
+            Some(self.scratch + offset)
+        };
+        (0..program.buffers.len()).map(place).collect()
+    }
 }
 
 /// Rows of logits at once, at least and at most.

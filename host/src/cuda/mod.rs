@@ -14,6 +14,8 @@ mod memory;
 mod model;
 mod plan;
 mod program;
+#[cfg(test)]
+mod tests;
 
 pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
