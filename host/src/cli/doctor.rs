@@ -70,7 +70,7 @@ pub(super) fn doctor(options: &DoctorOptions) -> Result<()> {
 }
 
 fn check_kernels() -> Result<()> {
-    libraries::find();
+    libraries::require_one("nvrtc")?;
     let mut spilled = 0;
     for capability in kernels::ARCHITECTURES {
         for (file, notes) in kernels::check(*capability)? {

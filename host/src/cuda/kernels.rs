@@ -4,6 +4,7 @@ use std::ffi::{CStr, CString};
 use std::path::PathBuf;
 
 use cudarc::nvrtc::{result, sys};
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::device::{Gpu, Kernel};
@@ -43,7 +44,7 @@ const ATTENTION: Source =
 const HOPPER: &str = include_str!("../../kernels/attention_hopper.cu");
 
 /// Widths of heads for which Hopper's are used.
-const HOPPER_DIMS: &[usize] = &[128];
+const HOPPER_DIMS: &[usize] = &[64, 128];
 
 /// Widths of heads that attention is written for.
 pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
@@ -137,16 +138,17 @@ impl Kernels {
 
 /// Compiles every kernel for a card, and returns what the assembler says of each file: registers, spills.
 pub fn check(capability: u32) -> Result<Vec<(String, String)>> {
-    let mut notes = Vec::new();
     let plain = SOURCES.iter().map(|s| (s, None));
     let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
-    for (source, heads) in plain.chain(heads.map(|h| (&ATTENTION, Some(h)))) {
-        let (_, log) = compile(source.file, &text(source, capability, heads), &architecture(capability, heads))?;
-        let capped = |h: Heads| if h.softcap { ", capped" } else { "" };
-        let name = heads.map_or_else(|| source.file.into(), |h| format!("{} of {}{}", source.file, h.dim, capped(h)));
-        notes.push((name, log));
-    }
-    Ok(notes)
+    let all: Vec<_> = plain.chain(heads.map(|h| (&ATTENTION, Some(h)))).collect();
+    let check = |(source, heads): &(&Source, Option<Heads>)| {
+        let text = text(source, capability, *heads);
+        let (_, log) = compile(source.file, &text, &architecture(capability, *heads))?;
+        let capped = |h: &Heads| if h.softcap { ", capped" } else { "" };
+        let name = heads.as_ref().map(|h| format!("{} of {}{}", source.file, h.dim, capped(h)));
+        Ok((name.unwrap_or_else(|| source.file.into()), log))
+    };
+    all.par_iter().map(check).collect()
 }
 
 fn text(source: &Source, capability: u32, heads: Option<Heads>) -> String {

@@ -71,7 +71,12 @@ pub fn find() -> &'static [Found] {
 
 /// Whether a GPU could be used; the error names the first library that is missing.
 pub fn require() -> Result<()> {
-    match find().iter().find(|f| f.library.needed && f.path.is_none()) {
+    LIBRARIES.iter().filter(|l| l.needed).try_for_each(|l| require_one(l.name))
+}
+
+/// Whether a library was found.
+pub fn require_one(name: &str) -> Result<()> {
+    match find().iter().find(|f| f.library.name == name && f.path.is_none()) {
         None => Ok(()),
         Some(missing) => {
             let Library { name, purpose, remedy, .. } = missing.library;
