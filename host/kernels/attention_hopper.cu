@@ -58,21 +58,15 @@ __device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile 
     "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
     "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-// c (+)= a b^T: both tiles in shared memory, columns inside; `more` 0 begins a sum.
+// c (+)= a b^T of two tiles in shared memory, columns inside; `more` 0 begins a sum.
 __device__ __forceinline__ void multiply(float c[8][4], u64 a, u64 b, int more) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES64 "}, %32, %33, p, 1, 1, 0, 0;\n}"
                  : ALL64(c) : "l"(a), "l"(b), "r"(more));
 }
 
-// c (+)= a b^T with a in registers.
-__device__ __forceinline__ void multiply(float c[8][4], const u32 a[4], u64 b, int more) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES64 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0;\n}"
-                 : ALL64(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));
-}
-
-// c += a b with a in registers, rows of b inside.
+// c += a b with a in registers, rows of b inside. What a holds is made anew for every product: NVRTC 13.0 lets other values
+// take the place of registers that a loop reads again and again this way.
 __device__ __forceinline__ void multiply_add(float c[DIM / 8][4], const u32 a[4], u64 b) {
 #if DIM == 128
     asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
@@ -109,47 +103,45 @@ __device__ __forceinline__ Left as_left(const float p[TILE / 8][4]) {
     return left;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+// Scores of the next tile of keys are in work while this one's softmax is.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
-    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES;
-    // Queries pass through the second stage before it is used.
-    u32 qs = ks + TILE_BYTES;
+    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + 2 * TILE_BYTES;
     Tile t = tiles[blockIdx.y];
-    int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
+    int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
+    auto scores = [&](float p[TILE / 8][4], int stage) {
+        begin();
+#pragma unroll
+        for (int step = 0; step < KSTEPS; step++) multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
+        end();
+    };
 
+    int key = next_keys(t, 0, last, s.window), after = next_keys(t, key + TILE, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
-    commit();
-    int key = next_keys(t, 0, last, s.window), stage = 0;
     load_swizzled(ks, keys, t, key);
+    commit();
     load_swizzled(vs, values, t, key);
+    if (after < last) load_swizzled(ks + TILE_BYTES, keys, t, after);
     commit();
     wait<1>();
+    publish();
     __syncthreads();
-    u32 own[KSTEPS][4];
-#pragma unroll
-    for (int step = 0; step < KSTEPS; step++) ldmatrix(own[step], qs + place(mine + lane % 16, step * 2 + lane / 16));
+    float p[TILE / 8][4], upcoming[TILE / 8][4], o[DIM / 8][4] = {};
+    scores(p, 0);
+    done<0, TILE>(p);
     __syncthreads();
-
-    float o[DIM / 8][4] = {};
     Softmax softmax;
     while (key < last) {
-        int after = next_keys(t, key + TILE, last, s.window);
-        if (after < last) {
-            load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
-            load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
-        }
+        int third = after < last ? next_keys(t, after + TILE, last, s.window) : last;
+        if (third < last) load_swizzled(ks + stage * TILE_BYTES, keys, t, third);
+        if (after < last) load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
         commit();
         wait<1>();
         publish();
         __syncthreads();
-        float p[TILE / 8][4];
-        begin();
-#pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(p, own[step], along(ks + stage * TILE_BYTES, step), step);
-        end();
-        done<0, TILE>(p);
+        if (after < last) scores(upcoming, stage ^ 1);
         softmax.step(p, o, t, mine, key, s);
         Left left = as_left(p);
         begin();
@@ -157,8 +149,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
         for (int step = 0; step < TILE / 16; step++) multiply_add(o, left.a[step], across(vs + stage * TILE_BYTES, step));
         end();
         done<0, DIM>(o);
+        done<0, TILE>(upcoming);
         __syncthreads();
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) p[n][i] = upcoming[n][i];
         key = after;
+        after = third;
         stage ^= 1;
     }
     softmax.finish(o, out, lse, t, mine, h, s);
