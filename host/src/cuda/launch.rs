@@ -60,14 +60,14 @@ impl CudaDevice {
                 let heads = x.width / dim;
                 let args = Args::default().with(view(x)).with(run.weights.vectors[*node]).with(view(y)).with(t);
                 let args = args.with(heads as i32).with(*dim as i32).with(*eps);
-                self.rows("rms_norm", rows * heads, args)?;
+                self.rows("rms_norm", rows * heads, *dim, args)?;
             }
             Op::NormVjp { node, x, dy, before, dx, dim, eps } => {
                 let heads = x.width / dim;
                 let before = before.map_or(View { at: 0, ld: 0 }, |b| view(&b));
                 let args = Args::default().with(view(x)).with(run.weights.vectors[*node]).with(view(dy)).with(before);
                 let args = args.with(view(dx)).with(t).with(heads as i32).with(*dim as i32).with(*eps);
-                self.rows("rms_norm_vjp", rows * heads, args)?;
+                self.rows("rms_norm_vjp", rows * heads, *dim, args)?;
             }
             Op::Rope { node, x, dim, back } => {
                 let table = self.rope_table(&run.nodes[*node])?;
@@ -203,9 +203,11 @@ impl CudaDevice {
         (tiles, count, move |args: Args| args.with(shape))
     }
 
-    /// A kernel with a warp a row.
-    fn rows(&self, kernel: &str, rows: usize, args: Args) -> Result<()> {
-        self.gpu.launch(self.kernels.get(kernel)?, [rows.div_ceil(8), 1, 1], [32, 8, 1], 0, args)
+    /// A kernel with some lanes of a warp for every row of `dim` columns; their number is its last argument.
+    fn rows(&self, kernel: &str, rows: usize, dim: usize, args: Args) -> Result<()> {
+        let lanes = (dim / 8).next_power_of_two().min(32);
+        let grid = [rows.div_ceil(8 * 32 / lanes), 1, 1];
+        self.gpu.launch(self.kernels.get(kernel)?, grid, [32, 8, 1], 0, args.with(lanes as i32))
     }
 
     /// A kernel with a thread for every eight columns.
