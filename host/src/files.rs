@@ -6,12 +6,17 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, Result};
 
-/// Writes a file beside its place, flushes it to disk and renames it, so that a reader never sees half of it, whenever the
-/// power fails.
+/// As [`write_into`], in a folder that is made if it is not there.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).writing(folder)?;
     }
+    write_into(path, bytes)
+}
+
+/// Writes a file beside its place, flushes it to disk and renames it, so that a reader never sees half of it, whenever the
+/// power fails. The folder has to be there: one that vanished under a run is not made anew.
+pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
@@ -32,7 +37,7 @@ pub fn sync_folder(folder: &Path) -> Result<()> {
     if cfg!(unix) { File::open(here).and_then(|f| f.sync_all()).writing(folder) } else { Ok(()) }
 }
 
-/// Removes what a process that was killed within [`write`] left in a folder.
+/// Removes what a process that was killed within [`write_into`] left in a folder.
 pub fn remove_leftovers(folder: &Path) {
     let left = |name: &str| {
         let writer = name.strip_suffix(".tmp").and_then(|n| n.rsplit_once('.')).map(|(_, writer)| writer);

@@ -147,6 +147,6 @@ pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Resul
     let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(failed)?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let params = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
-    files::write(&folder.join(PARAMS), &params)?;
-    files::write(&folder.join(CONFIG), text.as_bytes())
+    files::write_into(&folder.join(PARAMS), &params)?;
+    files::write_into(&folder.join(CONFIG), text.as_bytes())
 }

@@ -60,7 +60,7 @@ pub(super) fn save(
         adapter.save(&temporary, base_model)?;
         write_moments(&temporary.join(MOMENTS), moments)?;
         let text = serde_json::to_string_pretty(state).map_err(|e| Error::run(e.to_string()))?;
-        files::write(&temporary.join(STATE), text.as_bytes())?;
+        files::write_into(&temporary.join(STATE), text.as_bytes())?;
         manifest::write(&temporary)
     });
     let placed = written.and_then(|()| place(&temporary, &output.join(&name)));
@@ -69,7 +69,7 @@ pub(super) fn save(
         let _ = fs::remove_dir_all(&temporary);
     }
     placed?;
-    files::write(&output.join(LATEST), format!("{name}\n").as_bytes())?;
+    files::write_into(&output.join(LATEST), format!("{name}\n").as_bytes())?;
     // Later ones are of a run that went on from an earlier checkpoint; this run comes to them yet.
     let past = list(output).into_iter().filter(|(step, _)| *step <= state.global_step);
     for (_, old) in past.rev().skip(keep.unwrap_or(usize::MAX).max(1)) {
@@ -174,5 +174,5 @@ fn write_moments(path: &Path, moments: &Moments) -> Result<()> {
     let views = data.iter().map(|(n, b)| Ok((*n, TensorView::new(Dtype::F32, vec![b.len() / 4], b)?)));
     let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(failed)?;
     let bytes = safetensors::serialize(views, None::<HashMap<String, String>>).map_err(failed)?;
-    files::write(path, &bytes)
+    files::write_into(path, &bytes)
 }

@@ -30,7 +30,7 @@ impl Log {
         let kept: Vec<_> =
             before.split(|b| *b == b'\n').filter_map(line).filter(|l| step(l).is_some_and(|s| s <= done)).collect();
         let text: String = kept.iter().map(|l| format!("{}\n", Value::Object(l.clone()))).collect();
-        files::write(&path, text.as_bytes())?;
+        files::write_into(&path, text.as_bytes())?;
         let file = OpenOptions::new().append(true).open(&path).writing(&path)?;
         Ok(Log { file, path, board: TensorBoard::create(folder, &kept)?, unwritten: Vec::new() })
     }

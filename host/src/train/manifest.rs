@@ -29,7 +29,7 @@ pub(super) fn write(folder: &Path) -> Result<()> {
     }
     entries.sort_by(|a, b| a.name.cmp(&b.name));
     let text = serde_json::to_string_pretty(&entries).map_err(|e| Error::run(e.to_string()))?;
-    files::write(&folder.join(NAME), text.as_bytes())
+    files::write_into(&folder.join(NAME), text.as_bytes())
 }
 
 /// Whether a folder holds what its manifest lists; the answer is what is wrong, if anything is.
