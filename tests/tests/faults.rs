@@ -169,7 +169,7 @@ fn a_run_killed_at_any_moment_comes_to_the_same_end() {
             let last = killed >= kills;
             let mut child = spawn(&sandbox, &train(&output, &[&BUSY, &LATEST]));
             if !last {
-                std::thread::sleep(Duration::from_secs_f64(time * (moments.draw() + 1.0) / 2.0));
+                std::thread::sleep(Duration::from_secs_f64(time * 0.3 * (moments.draw() + 1.0)));
                 child.kill().unwrap();
             }
             let (code, said) = ended(child);
@@ -408,5 +408,20 @@ fn names_in_a_checkpoint_stay_in_its_folder() {
         fs::write(format!("{model}/model.safetensors.index.json"), index.to_string()).unwrap();
         let args = train(&sandbox.path("run"), &[&SHORT, &["--model", &model]]);
         says(&sandbox, &args, 2, &["which is not a file of this folder", name]);
+    }
+}
+
+#[test]
+fn an_adapter_takes_no_memory_on_its_word() {
+    let sandbox = sandbox();
+    let adapter = sandbox.path("adapter");
+    copy(Path::new(&case("init_adapter")), Path::new(&adapter));
+    let path = Path::new(&adapter).join("adapter_config.json");
+    let config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    for (rank, text) in [(1_000_000, "has shape"), (u64::MAX, "'r' and 'lora_alpha' should be numbers above 0")] {
+        let mut hostile = config.clone();
+        hostile["r"] = rank.into();
+        fs::write(&path, hostile.to_string()).unwrap();
+        says(&sandbox, &train(&sandbox.path("run"), &[&SHORT, &["--init-adapter", &adapter]]), 2, &[text]);
     }
 }

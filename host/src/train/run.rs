@@ -177,14 +177,7 @@ impl Run<'_> {
                 self.skipped = 0;
             } else {
                 self.objective.restore(losses);
-                self.skipped += 1;
-                let place = unsound::culprit(&step, self.next_pairs().into_iter().map(|i| &self.pairs[i]));
-                let what = unsound::told(self.done + 1, step.loss, norm);
-                if self.skipped == unsound::LIMIT {
-                    bar.finish_and_clear();
-                    return Err(unsound::end(what, place));
-                }
-                warn(&format!("{place}: {what}: the step is skipped"));
+                warn(&self.skip(&step, norm).inspect_err(|_| bar.finish_and_clear())?);
             }
             self.done += 1;
             bar.inc(1);
@@ -227,6 +220,17 @@ impl Run<'_> {
         bar.finish_and_clear();
         self.device.fetch()?;
         self.device.adapter().save(&self.output, &self.base_model)
+    }
+
+    /// What to say of a step that is skipped; too many in a row are an error.
+    fn skip(&mut self, step: &Step, norm: f64) -> Result<String> {
+        self.skipped += 1;
+        let place = unsound::culprit(step, self.next_pairs().into_iter().map(|i| &self.pairs[i]));
+        let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
+        match self.skipped {
+            unsound::LIMIT.. => Err(unsound::end(&what, &place)),
+            _ => Ok(format!("{place}: {what}: the step is skipped")),
+        }
     }
 
     fn learning_rate(&self) -> f64 {

@@ -16,6 +16,8 @@ use crate::error::{IoContext, Result};
 pub(super) struct TensorBoard {
     file: File,
     path: PathBuf,
+    /// Bytes of whole records.
+    length: u64,
 }
 
 impl TensorBoard {
@@ -27,7 +29,7 @@ impl TensorBoard {
         let name = format!("events.out.tfevents.{}.{}.dpo-host", now() as u64, std::process::id());
         let path = folder.join(&name);
         let file = OpenOptions::new().create(true).append(true).open(&path).writing(&path)?;
-        let mut board = TensorBoard { file, path };
+        let mut board = TensorBoard { file, path, length: 0 };
         let mut event = field_double(1, now());
         event.extend(field_bytes(3, b"brain.Event:2"));
         board.record(&event)?;
@@ -62,7 +64,14 @@ impl TensorBoard {
     fn record(&mut self, data: &[u8]) -> Result<()> {
         let length = (data.len() as u64).to_le_bytes();
         let parts = [&length[..], &masked(&length).to_le_bytes(), data, &masked(data).to_le_bytes()];
-        self.file.write_all(&parts.concat()).writing(&self.path)
+        let record = parts.concat();
+        if let Err(e) = self.file.write_all(&record) {
+            // Behind half a record nothing of the file could be read.
+            let _ = self.file.set_len(self.length);
+            return Err(e).writing(&self.path);
+        }
+        self.length += record.len() as u64;
+        Ok(())
     }
 }
 

@@ -8,11 +8,6 @@ use crate::error::Error;
 /// Skipped steps in a row that end a run: by then it is not one pair's doing.
 pub(super) const LIMIT: u64 = 3;
 
-/// What happened at a step.
-pub(super) fn told(step: u64, loss: f64, norm: f64) -> String {
-    format!("step {step} has loss {loss} and a gradient of norm {norm}")
-}
-
 /// Where the pair stands whose numbers are worst: the first that has none, else the one with the least likely answer.
 pub(super) fn culprit<'a>(step: &Step, pairs: impl Iterator<Item = &'a TokenPair>) -> String {
     let likelihood = |at: usize| {
@@ -25,7 +20,7 @@ pub(super) fn culprit<'a>(step: &Step, pairs: impl Iterator<Item = &'a TokenPair
 }
 
 /// The error that ends a run.
-pub(super) fn end(what: String, place: String) -> Error {
+pub(super) fn end(what: &str, place: &str) -> Error {
     Error::run(format!("{what}, as had the {} steps before", LIMIT - 1)).at(place).help(
         "lower --learning-rate and look at the rows that were named; checkpoints are whole and hold none of these steps",
     )
