@@ -1,6 +1,7 @@
 //! The host's error: what, where, help; and which exit code it deserves.
 
 use std::fmt;
+use std::io::ErrorKind;
 
 /// Whose fault it is, which is what the exit code says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,9 +112,24 @@ impl<T> IoContext<T> for std::io::Result<T> {
     }
 
     fn writing(self, path: &std::path::Path) -> Result<T> {
-        self.map_err(|e| Error::run(format!("cannot write: {}", plain(&e))).at(path.display()))
+        self.map_err(|e| {
+            let error = Error::run(format!("cannot write: {}", plain(&e))).at(path.display());
+            match HELP.iter().find(|(kind, _)| *kind == e.kind()) {
+                Some((_, help)) => error.help(*help),
+                None => error,
+            }
+        })
     }
 }
+
+/// What to do about a file that cannot be written.
+const HELP: &[(ErrorKind, &str)] = &[
+    (ErrorKind::StorageFull, "make room on this disk; what was written before is whole"),
+    (ErrorKind::QuotaExceeded, "make room within the quota of this disk; what was written before is whole"),
+    (ErrorKind::ReadOnlyFilesystem, "the disk is mounted read-only, as after a fault of the disk; see dmesg"),
+    (ErrorKind::PermissionDenied, "this user may not write there"),
+    (ErrorKind::NotFound, "the folder is gone: it was removed, renamed or unmounted"),
+];
 
 /// "no such file or directory" instead of "No such file or directory (os error 2)".
 fn plain(error: &std::io::Error) -> String {

@@ -6,16 +6,48 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{IoContext, Result};
 
-/// Writes a file beside its place, flushes it to disk and renames it, so that a reader never sees half of it.
+/// As [`write_into`], in a folder that is made if it is not there.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).writing(folder)?;
     }
+    write_into(path, bytes)
+}
+
+/// Writes a file beside its place, flushes it to disk and renames it, so that a reader never sees half of it, whenever the
+/// power fails. The folder has to be there: one that vanished under a run is not made anew.
+pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
     let written = File::create(&temporary).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
-    written.and_then(|()| fs::rename(&temporary, path)).writing(path)
+    let placed = written.and_then(|()| fs::rename(&temporary, path)).writing(path);
+    if placed.is_err() {
+        // On a full disk the half that was written is in the way of everything else.
+        let _ = fs::remove_file(&temporary);
+    }
+    placed?;
+    path.parent().map_or(Ok(()), sync_folder)
+}
+
+/// Flushes a folder's names to disk: without it a renamed file may have its old name after the power failed.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    // Only Unix can open a folder; elsewhere the file system keeps the order by itself.
+    let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    if cfg!(unix) { File::open(here).and_then(|f| f.sync_all()).writing(folder) } else { Ok(()) }
+}
+
+/// Removes what a process that was killed within [`write_into`] left in a folder.
+pub fn remove_leftovers(folder: &Path) {
+    let left = |name: &str| {
+        let writer = name.strip_suffix(".tmp").and_then(|n| n.rsplit_once('.')).map(|(_, writer)| writer);
+        writer.is_some_and(|w| !w.is_empty() && w.bytes().all(|b| b.is_ascii_digit()))
+    };
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(left) {
+            let _ = fs::remove_file(entry.path());
+        }
+    }
 }
 
 /// Where results that can be computed again are kept: `$XDG_CACHE_HOME/dpo-host`, by default under `~/.cache`.

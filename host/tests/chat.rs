@@ -84,3 +84,33 @@ fn the_folder_of_a_checkpoint_is_searched_in_order() {
     write("chat_template.jinja", "jinja\n");
     assert_eq!(said(None), "jinja");
 }
+
+/// What such a template would do without limits: run for days, fill the memory, overflow the stack.
+#[test]
+fn a_hostile_template_is_stopped() {
+    let count = "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}";
+    let ends = "{% endfor %}".repeat(3);
+    let namespace = "{% set n = namespace(a='x') %}";
+    let templates = [
+        format!("{count}{ends}"),
+        format!("{count}{{{{ a }}}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = n.a ~ n.a %}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = [n.a] %}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = [n.a, n.a] %}}{{{{ n.a }}}}{ends}"),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | tojson }}}}"
+        ),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | string }}}}"
+        ),
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
+        "{{ 'x' * 10000000000 }}".to_owned(),
+        "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}".to_owned(),
+    ];
+    for text in templates {
+        let answer = render(&text, &[Message::new("user", "hi")]);
+        assert!(answer.as_ref().is_err_and(|e| e.starts_with("the chat template refuses")), "{text}: {answer:?}");
+    }
+    let indented = render("{{ [[1]] | tojson(indent=1000000000) }}", &[]).unwrap();
+    assert!(indented.len() < 200, "{}", indented.len());
+}

@@ -7,7 +7,7 @@ use std::path::Path;
 use dpo_plugin_api::dataset::Message;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, Value as Jinja};
+use minijinja::{Environment, ErrorKind, State, Value as Jinja};
 use regex::Regex;
 use serde_json::{Map, Value};
 
@@ -17,6 +17,17 @@ use crate::error::{Error, IoContext, Result};
 /// Names of the templates that a checkpoint may have: the usual one and the one for conversations with tools.
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
+
+/// What a rendering may cost, so that no template runs for ever or eats the memory: an instruction costs 1, and so do 64
+/// bytes of text. Published templates take about 100 a turn, and less than 1 for a byte of the conversation.
+const FUEL: u64 = 1 << 18;
+/// Stack of a rendering, in bytes. A list in a list in a list is walked by recursion, at up to 400 bytes a level; with so
+/// much fuel a template can make some 60,000 of them.
+const STACK: usize = 1 << 26;
+/// Most bytes of JSON that a value may become. Lists that hold a list twice, level upon level, are small until then.
+const MOST_JSON: usize = 1 << 24;
+/// Most spaces of indentation.
+const MOST_INDENT: usize = 16;
 
 /// A checkpoint's chat template, ready to render.
 pub struct ChatTemplate {
@@ -111,7 +122,8 @@ impl ChatTemplate {
         let name =
             if with.tools.is_some() && self.environment.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
         let template = self.environment.get_template(name);
-        template.and_then(|t| t.render(Jinja::from(Serde(&variables)))).map_err(|e| {
+        let render = || template.and_then(|t| t.render(Jinja::from(Serde(&variables))));
+        stacker::maybe_grow(STACK / 2, STACK, render).map_err(|e| {
             Error::input(format!("the chat template refuses the conversation: {}", cause(&e)))
                 .help(format!("the template is from {}", self.origin))
         })
@@ -159,13 +171,18 @@ fn environment() -> Result<Environment<'static>> {
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(|e| Error::run(format!("jinja syntax: {e}")))?);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_formatter(|out, _, value| {
+    environment.set_fuel(Some(FUEL));
+    environment.set_formatter(|out, state, value| {
         if let Some(text) = value.as_str() {
             out.write_str(text)?;
         } else if !value.is_undefined() {
-            out.write_str(&repr(&plain(value)?))?;
+            out.write_str(&repr(&plain(state, value)?))?;
         }
         Ok(())
+    });
+    environment.add_filter("string", |state: &State<'_, '_>, value: &Jinja| match value.as_str() {
+        Some(text) => Ok(text.to_owned()),
+        None => plain(state, value).map(|value| repr(&value)),
     });
     environment.add_filter("tojson", to_json);
     environment.add_function("raise_exception", |message: String| -> std::result::Result<Jinja, minijinja::Error> {
@@ -176,8 +193,9 @@ fn environment() -> Result<Environment<'static>> {
 }
 
 /// transformers' `tojson`: `json.dumps` that keeps `<`, `&` and letters beyond ASCII.
-fn to_json(value: &Jinja, args: Kwargs) -> std::result::Result<String, minijinja::Error> {
-    let mut dumps = Dumps::new(args.get("indent")?);
+fn to_json(state: &State<'_, '_>, value: &Jinja, args: Kwargs) -> std::result::Result<String, minijinja::Error> {
+    let indent = args.get::<Option<usize>>("indent")?;
+    let mut dumps = Dumps::new(indent.map(|i| i.min(MOST_INDENT)));
     if let Some((item, key)) =
         args.get::<Option<Vec<String>>>("separators")?.and_then(|s| Some((s.first()?.clone(), s.get(1)?.clone())))
     {
@@ -186,11 +204,33 @@ fn to_json(value: &Jinja, args: Kwargs) -> std::result::Result<String, minijinja
     dumps.sort_keys = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     dumps.ensure_ascii = args.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     args.assert_all_used()?;
-    Ok(dumps.text(&plain(value)?))
+    Ok(dumps.text(&plain(state, value)?))
 }
 
-fn plain(value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
-    serde_json::to_value(value).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
+/// A value as JSON.
+fn plain(state: &State<'_, '_>, value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
+    let failed = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut text = Capped(Vec::new());
+    serde_json::to_writer(&mut text, value).map_err(failed)?;
+    state.consume_fuel(text.0.len() as u64 / 64)?;
+    serde_json::from_slice(&text.0).map_err(failed)
+}
+
+/// Bytes that do not grow beyond [`MOST_JSON`].
+struct Capped(Vec<u8>);
+
+impl std::io::Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > MOST_JSON {
+            return Err(std::io::Error::other("the value is too large"));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// `{% generation %}` marks the assistant's text for transformers and prints nothing. minijinja does not know the tag; a

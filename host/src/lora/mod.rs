@@ -61,7 +61,8 @@ impl Adapter {
     pub fn load(graph: &ModelGraph, folder: &Path) -> Result<Adapter> {
         let config = read_config(folder)?;
         let sites = sites(graph, &config).map_err(|e| e.at(folder.join("adapter_config.json").display()))?;
-        let mut adapter = Adapter { params: vec![0.0; size(&sites, config.rank)], sites, config };
+        // Nothing is allocated on the word of a config: parameters come as the file's tensors turn out to be those.
+        let mut adapter = Adapter { params: Vec::new(), sites, config };
         peft::read_params(&mut adapter, folder)?;
         Ok(adapter)
     }

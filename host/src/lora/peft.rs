@@ -15,6 +15,9 @@ use crate::weights::read_f32;
 const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
 
+/// No linear is as wide; products of a rank and a width stay far from the end of the numbers.
+const MOST_RANK: u64 = 1 << 20;
+
 /// What an adapter is made of.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
@@ -80,9 +83,9 @@ fn parse_config(text: &str) -> Result<AdapterConfig> {
     if let Some(bias) = keys.get("bias").filter(|b| b.as_str() != Some("none")) {
         return refuse("bias", bias);
     }
-    let rank = keys.get("r").and_then(Value::as_u64).filter(|r| *r > 0);
+    let rank = keys.get("r").and_then(Value::as_u64).filter(|r| (1..=MOST_RANK).contains(r));
     let (Some(rank), Some(alpha)) = (rank, keys.get("lora_alpha").and_then(Value::as_f64)) else {
-        return Err(Error::input("'r' and 'lora_alpha' should be numbers above 0"));
+        return Err(Error::input(format!("'r' and 'lora_alpha' should be numbers above 0, 'r' up to {MOST_RANK}")));
     };
     let rslora = keys.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
     let targets = Targets::from_json(keys.get("target_modules").unwrap_or(&Value::Null))?;
@@ -99,7 +102,7 @@ pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
     let rank = adapter.config.rank;
     for site in adapter.sites.clone() {
         let shapes = [[rank, site.inputs], [site.outputs, rank]];
-        for ((name, range), shape) in names(&site.module).into_iter().zip(adapter.ranges(&site)).zip(shapes) {
+        for (name, shape) in names(&site.module).into_iter().zip(shapes) {
             let Some((is, values)) = tensors.remove(&name) else {
                 return Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing")).at(path.display()));
             };
@@ -107,7 +110,7 @@ pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
                 let what = format!("tensor '{name}' has shape {is:?}, the model needs {shape:?}");
                 return Err(Error::input(what).at(path.display()));
             }
-            adapter.params[range].copy_from_slice(&values);
+            adapter.params.extend(values);
         }
     }
     match tensors.keys().next() {
@@ -147,6 +150,6 @@ pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Resul
     let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(failed)?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let params = safetensors::serialize(views, Some(metadata)).map_err(failed)?;
-    files::write(&folder.join(PARAMS), &params)?;
-    files::write(&folder.join(CONFIG), text.as_bytes())
+    files::write_into(&folder.join(PARAMS), &params)?;
+    files::write_into(&folder.join(CONFIG), text.as_bytes())
 }

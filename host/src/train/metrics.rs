@@ -70,17 +70,18 @@ impl Window {
 
     /// Means, under the names TRL and ms-swift give them, with `prefix` before each.
     pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
-        let pairs = self.pairs.max(1.0);
+        // Where every step was skipped there is nothing to tell, which JSON writes as null.
+        let pairs = self.pairs;
         let [chosen, rejected] = self.rewards.map(|r| r / pairs);
         let values = [
-            ("loss", self.loss / self.steps.max(1) as f64),
+            ("loss", self.loss / self.steps as f64),
             ("rewards/chosen", chosen),
             ("rewards/rejected", rejected),
             ("rewards/accuracies", self.correct / pairs),
             ("rewards/margins", chosen - rejected),
             ("logps/chosen", self.logps[0] / pairs),
             ("logps/rejected", self.logps[1] / pairs),
-            ("nll_loss", -self.chosen_sum / self.chosen_tokens.max(1.0)),
+            ("nll_loss", -self.chosen_sum / self.chosen_tokens),
         ];
         values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), json!(value))).collect()
     }

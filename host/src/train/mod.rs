@@ -2,7 +2,9 @@
 
 mod checkpoint;
 mod doctor;
+mod interrupt;
 mod log;
+mod manifest;
 mod metrics;
 pub mod objective;
 pub mod optimizer;
@@ -11,8 +13,10 @@ mod reference;
 mod report;
 mod run;
 pub mod schedule;
+mod settings;
 mod step;
 mod tensorboard;
+mod unsound;
 
 pub use metrics::PairMetrics;
 pub(crate) use metrics::peak_memory_gib;

@@ -139,6 +139,11 @@ impl<'r> Objective<'r> {
         let mut all = Evaluated { loss: 0.0, slopes: vec![0.0; logps.policy.len()], pairs: Vec::new() };
         let importance: Vec<f64> =
             spans.iter().map(|s| if self.weighting { weighting(logps, s) } else { 1.0 }).collect();
+        all.pairs = spans.iter().map(|s| PairMetrics::of(s, logps.policy, reference, &weights, self.beta)).collect();
+        if logps.policy.iter().chain(reference).any(|l| !l.is_finite()) {
+            // No loss is asked about numbers that are none; the step is the caller's to skip.
+            return Ok(Evaluated { loss: f64::NAN, ..all });
+        }
         for term in &mut self.terms {
             // The one statistic on offer; the registry has refused any other name.
             let wants = term.loss.needs.statistics.len();
@@ -171,7 +176,6 @@ impl<'r> Objective<'r> {
                 term.state = result.state;
             }
         }
-        all.pairs = spans.iter().map(|s| PairMetrics::of(s, logps.policy, reference, &weights, self.beta)).collect();
         Ok(all)
     }
 }

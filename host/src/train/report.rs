@@ -40,7 +40,7 @@ pub(super) fn write(output: &Path, args: &Value) -> Result<()> {
          <h1>{}</h1>{charts}<h2>Arguments</h2><table>{rows}</table>\n",
         escaped(&output.display().to_string())
     );
-    files::write(&output.join("report.html"), html.as_bytes())
+    files::write_into(&output.join("report.html"), html.as_bytes())
 }
 
 fn chart(title: &str, names: &[&str], lines: &[Map<String, Value>]) -> String {

@@ -8,15 +8,15 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
-use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, State};
 use super::doctor::Doctor;
+use super::interrupt::Interrupt;
 use super::log::Log;
 use super::metrics::Window;
 use super::optimizer::{AdamW, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
-use super::{Objective, ObjectiveOptions, Reference, Step, report, step};
+use super::{Objective, ObjectiveOptions, Reference, Step, report, settings, step, unsound};
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
@@ -37,7 +37,7 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let folder = model::locate(&given)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let resumed = match &options.resume_from_checkpoint {
-        Some(value) => Some(checkpoint::find(options.output_dir.as_deref(), value)?),
+        Some(value) => checkpoint::find(options.output_dir.as_deref(), value)?,
         None => None,
     };
     let output = output_folder(&options, &folder, resumed.as_deref())?;
@@ -77,7 +77,8 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
     let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
-    let fingerprint = fingerprint(&options, &identity, device.as_ref(), &pairs, total);
+    let content = format!("{}{}", checkpoint.content()?, model.config);
+    let settings = settings::decisive(&options, &content, device.as_ref(), &pairs);
     let mut run = Run {
         optimizer: AdamW {
             beta1: options.adam_beta1,
@@ -93,9 +94,10 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         per_epoch,
         total,
         warmup,
-        fingerprint,
+        settings,
         window: Window::default(),
         done: 0,
+        skipped: 0,
         objective,
         device,
         output,
@@ -126,10 +128,12 @@ struct Run<'r> {
     per_epoch: u64,
     total: u64,
     warmup: u64,
-    fingerprint: String,
+    settings: Map<String, Value>,
     window: Window,
     /// Steps taken.
     done: u64,
+    /// The last of them that were skipped, one after the other.
+    skipped: u64,
 }
 
 impl Run<'_> {
@@ -139,47 +143,43 @@ impl Run<'_> {
     }
 
     fn resume(&mut self, folder: &Path) -> Result<()> {
+        let state = checkpoint::load_state(folder)?;
+        settings::refuse_other(&state.settings, &self.settings, folder)?;
         let adapter = Adapter::load(self.device.graph(), folder)?;
-        if adapter.sites != self.device.adapter().sites {
-            return Err(Error::input("has an adapter of another rank or of other modules").at(folder.display()));
-        }
-        let (moments, state) = checkpoint::load(folder, adapter.params.len())?;
-        if state.fingerprint != self.fingerprint {
-            return Err(Error::input("was written by a run with other data, model or settings")
-                .at(folder.display())
-                .help("resume with the flags in args.json, or start a new run from it with --init-adapter"));
-        }
+        let moments = checkpoint::load_moments(folder, adapter.params.len(), state.updates)?;
         self.device.restore(&adapter.params, moments)?;
-        (self.done, self.window) = (state.global_step, state.window);
+        (self.done, self.skipped, self.window) = (state.global_step, state.skipped, state.window);
         self.objective.restore(state.losses);
         Ok(())
     }
 
     fn train(&mut self) -> Result<()> {
+        checkpoint::remove_leftovers(&self.output);
         let mut log = Log::open(&self.output, self.done)?;
         let mut doctor = Doctor::default();
+        let interrupt = Interrupt::listen()?;
         let bar = bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
+        let warn = |what: &str| bar.suspend(|| eprintln!("warning: {what}"));
         bar.set_position(self.done);
         let start = Instant::now();
         let mut line_start = Instant::now();
         let eval_steps = self.options.eval_steps.unwrap_or(self.options.save_steps);
         while self.done < self.total {
             let learning_rate = self.learning_rate();
+            let losses = self.objective.states();
             let (step, tokens) = self.gradient()?;
             let norm = self.device.gradient_norm()?;
-            if !(step.loss.is_finite() && norm.is_finite()) {
-                bar.finish_and_clear();
-                return Err(Error::run(format!(
-                    "loss {} with a gradient of norm {norm} at step {}",
-                    step.loss,
-                    self.done + 1
-                ))
-                .help("lower --learning-rate; checkpoints before this step are whole"));
+            let sound = step.loss.is_finite() && norm.is_finite();
+            if sound {
+                let clip = clip(norm, self.options.max_grad_norm);
+                self.device.update(&self.optimizer, clip, learning_rate)?;
+                self.window.add(step.loss, &step.pairs, tokens);
+                self.skipped = 0;
+            } else {
+                self.objective.restore(losses);
+                warn(&self.skip(&step, norm).inspect_err(|_| bar.finish_and_clear())?);
             }
-            let clip = clip(norm, self.options.max_grad_norm);
-            self.device.update(&self.optimizer, clip, learning_rate)?;
             self.done += 1;
-            self.window.add(step.loss, &step.pairs, tokens);
             bar.inc(1);
             let last = self.done == self.total;
             if self.done == 1 || self.done.is_multiple_of(self.options.logging_steps.max(1)) || last {
@@ -188,24 +188,49 @@ impl Run<'_> {
                 line.insert("tokens_per_second".into(), json!(self.window.tokens / seconds));
                 line.insert("memory_gib".into(), json!(self.device.memory_gib()));
                 line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
-                log.write(&line)?;
+                log.write(&line, warn);
                 show(&bar, &line);
-                doctor.look(&line).iter().for_each(|w| bar.suspend(|| eprintln!("warning: {w}")));
+                if sound {
+                    doctor.look(&line).iter().for_each(|w| warn(w));
+                }
                 self.window = Window::default();
                 line_start = Instant::now();
             }
             if !self.validation.is_empty() && (self.done.is_multiple_of(eval_steps.max(1)) || last) {
                 let line = self.evaluate()?;
-                log.write(&line)?;
+                log.write(&line, warn);
                 show(&bar, &line);
             }
-            if self.done.is_multiple_of(self.options.save_steps.max(1)) || last {
-                self.save()?;
+            let signal = interrupt.signal().filter(|_| !last);
+            if self.done.is_multiple_of(self.options.save_steps.max(1)) || last || signal.is_some() {
+                match log.flush().and_then(|()| self.save()) {
+                    Err(e) if !last && signal.is_none() => {
+                        warn(&format!("{e}\n  the run goes on and tries again at the next checkpoint"))
+                    }
+                    saved => saved?,
+                }
+            }
+            if let Some(signal) = signal {
+                bar.finish_and_clear();
+                return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
+                    .at(self.output.display())
+                    .help("the same command with --resume-from-checkpoint latest goes on from there"));
             }
         }
         bar.finish_and_clear();
         self.device.fetch()?;
         self.device.adapter().save(&self.output, &self.base_model)
+    }
+
+    /// What to say of a step that is skipped; too many in a row are an error.
+    fn skip(&mut self, step: &Step, norm: f64) -> Result<String> {
+        self.skipped += 1;
+        let place = unsound::culprit(step, self.next_pairs().into_iter().map(|i| &self.pairs[i]));
+        let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
+        match self.skipped {
+            unsound::LIMIT.. => Err(unsound::end(&what, &place)),
+            _ => Ok(format!("{place}: {what}: the step is skipped")),
+        }
     }
 
     fn learning_rate(&self) -> f64 {
@@ -214,14 +239,19 @@ impl Run<'_> {
 
     /// Leaves the gradient of the next step on the device; returns its loss and its unique tokens.
     fn gradient(&mut self) -> Result<(Step, usize)> {
-        let (epoch, at) = (self.done / self.per_epoch, (self.done % self.per_epoch) as usize);
-        let order = order(self.pairs.len(), self.options.data.shuffle, self.options.data.seed, epoch);
-        let first = at * self.options.batch_size;
-        let chosen = &order[first..(first + self.options.batch_size).min(order.len())];
+        let chosen = self.next_pairs();
         let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
         let reference = self.reference.gather(chosen.iter().copied());
         let step = step::gradient(self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
+    }
+
+    /// The pairs of the next step.
+    fn next_pairs(&self) -> Vec<usize> {
+        let (epoch, at) = (self.done / self.per_epoch, (self.done % self.per_epoch) as usize);
+        let order = order(self.pairs.len(), self.options.data.shuffle, self.options.data.seed, epoch);
+        let first = at * self.options.batch_size;
+        order[first..(first + self.options.batch_size).min(order.len())].to_vec()
     }
 
     fn line(&self, norm: f64, learning_rate: f64) -> Map<String, Value> {
@@ -253,7 +283,9 @@ impl Run<'_> {
         let state = State {
             global_step: self.done,
             epoch: self.done as f64 / self.per_epoch as f64,
-            fingerprint: self.fingerprint.clone(),
+            updates: self.device.moments().steps,
+            skipped: self.skipped,
+            settings: self.settings.clone(),
             losses: self.objective.states(),
             window: self.window.clone(),
         };
@@ -376,8 +408,11 @@ fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
 fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -> Result<PathBuf> {
     let holds_run =
         |p: &Path| ["args.json", "logging.jsonl", "adapter_model.safetensors"].iter().any(|f| p.join(f).exists());
+    // With `latest`, a run that was killed before its first checkpoint; one that has an adapter came to its end.
+    let begins_again =
+        |p: &Path| options.resume_from_checkpoint.is_some() && !p.join("adapter_model.safetensors").exists();
     match (&options.output_dir, resumed) {
-        (Some(folder), None) if holds_run(folder) => Err(Error::input("holds a run already")
+        (Some(folder), None) if holds_run(folder) && !begins_again(folder) => Err(Error::input("holds a run already")
             .at(folder.display())
             .help("name another folder, or go on with --resume-from-checkpoint latest")),
         (Some(folder), _) => Ok(folder.clone()),
@@ -389,21 +424,6 @@ fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -
             free.ok_or_else(|| Error::run("no free folder under output"))
         }
     }
-}
-
-/// A hash of what decides every step of a run.
-fn fingerprint(options: &TrainOptions, identity: &str, device: &dyn Device, pairs: &[TokenPair], total: u64) -> String {
-    let mut hash = Sha256::new();
-    hash.update(identity);
-    hash.update(format!("{:?} {total}", options.decisive()));
-    device.adapter().params.iter().for_each(|p| hash.update(p.to_le_bytes()));
-    for pair in pairs {
-        [&pair.prompt, &pair.chosen, &pair.rejected].into_iter().for_each(|ids| {
-            hash.update((ids.len() as u64).to_le_bytes());
-            ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-        });
-    }
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// A bar on a terminal; nothing elsewhere.
@@ -468,19 +488,6 @@ impl TrainOptions {
         };
         let memory = self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
         Ok(Wishes { memory, micro_batch_tokens: tokens, recompute })
-    }
-
-    /// The options that decide what a step computes, for telling runs apart.
-    fn decisive(&self) -> Value {
-        let mut all = json!(self);
-        let free =
-            ["output_dir", "resume_from_checkpoint", "logging_steps", "eval_steps", "save_steps", "save_total_limit"];
-        let elsewhere =
-            ["model", "dataset", "val_dataset", "gpu_memory", "micro_batch_tokens", "recompute", "init_adapter"];
-        if let Some(map) = all.as_object_mut() {
-            free.iter().chain(&elsewhere).for_each(|k| drop(map.remove(*k)));
-        }
-        all
     }
 
     /// Settings under which the small random model of the demo learns within a minute.

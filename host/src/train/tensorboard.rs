@@ -16,20 +16,30 @@ use crate::error::{IoContext, Result};
 pub(super) struct TensorBoard {
     file: File,
     path: PathBuf,
+    /// Bytes of whole records.
+    length: u64,
 }
 
 impl TensorBoard {
-    /// A new event file in `runs/`; TensorBoard joins the files of a folder.
-    pub(super) fn create(output: &Path) -> Result<TensorBoard> {
+    /// A new event file in `runs/` with the lines of the log so far. It takes the place of those that earlier parts of the
+    /// run left: their last steps may be ones that are taken again, and the format has no way to take them back.
+    pub(super) fn create(output: &Path, lines: &[Map<String, Value>]) -> Result<TensorBoard> {
         let folder = output.join("runs");
         std::fs::create_dir_all(&folder).writing(&folder)?;
-        let seconds = now() as u64;
-        let path = folder.join(format!("events.out.tfevents.{seconds}.{}.dpo-host", std::process::id()));
+        let name = format!("events.out.tfevents.{}.{}.dpo-host", now() as u64, std::process::id());
+        let path = folder.join(&name);
         let file = OpenOptions::new().create(true).append(true).open(&path).writing(&path)?;
-        let mut board = TensorBoard { file, path };
+        let mut board = TensorBoard { file, path, length: 0 };
         let mut event = field_double(1, now());
         event.extend(field_bytes(3, b"brain.Event:2"));
         board.record(&event)?;
+        lines.iter().try_for_each(|line| board.write(line))?;
+        let ours = |n: &str| n.starts_with("events.out.tfevents.") && n.ends_with(".dpo-host") && n != name;
+        for other in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            if other.file_name().to_str().is_some_and(ours) {
+                let _ = std::fs::remove_file(other.path());
+            }
+        }
         Ok(board)
     }
 
@@ -54,7 +64,14 @@ impl TensorBoard {
     fn record(&mut self, data: &[u8]) -> Result<()> {
         let length = (data.len() as u64).to_le_bytes();
         let parts = [&length[..], &masked(&length).to_le_bytes(), data, &masked(data).to_le_bytes()];
-        self.file.write_all(&parts.concat()).writing(&self.path)
+        let record = parts.concat();
+        if let Err(e) = self.file.write_all(&record) {
+            // Behind half a record nothing of the file could be read.
+            let _ = self.file.set_len(self.length);
+            return Err(e).writing(&self.path);
+        }
+        self.length += record.len() as u64;
+        Ok(())
     }
 }
 
