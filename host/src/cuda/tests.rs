@@ -38,6 +38,14 @@ struct Emulator {
     slopes: Vec<Vec<f32>>,
 }
 
+/// Of a row and a head: the weights of the keys it sees, and the logarithm of their sum.
+struct Attended {
+    row: usize,
+    head: usize,
+    weights: Vec<(usize, f32)>,
+    log_sum: f32,
+}
+
 /// Where a program runs.
 struct Pass<'a> {
     program: &'a Program,
@@ -305,7 +313,7 @@ impl Emulator {
         }
         match op {
             Op::Attend { a, q, k, v, out, lse } => {
-                for (row, head, weights, sum) in self.attention(pass, a, q, k) {
+                for Attended { row, head, weights, log_sum: sum } in self.attention(pass, a, q, k) {
                     let mut values = vec![0.0; a.dim];
                     for (key, weight) in weights {
                         let v = self.row(pass, &of_head(v, head / (a.heads / a.kv_heads), a.dim), key);
@@ -317,7 +325,7 @@ impl Emulator {
             }
             Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d, parts } => {
                 let mut sums = [q.width, k.width, v.width].map(|width| vec![0.0_f32; width * pass.rows]);
-                for (row, head, weights, sum) in self.attention(pass, a, q, k) {
+                for Attended { row, head, weights, log_sum: sum } in self.attention(pass, a, q, k) {
                     assert!((self.memory[pass.number(*lse, head, row)] - sum).abs() < 1e-4, "the log-sum was lost");
                     let kv = head / (a.heads / a.kv_heads);
                     let dy = self.row(pass, &of_head(dout, head, a.dim), row);
@@ -353,14 +361,7 @@ impl Emulator {
         }
     }
 
-    /// Of every row and head: weights of the keys it sees, and the logarithm of their sum.
-    fn attention(
-        &self,
-        pass: &Pass<'_>,
-        a: &Attention,
-        q: &Slice,
-        k: &Slice,
-    ) -> Vec<(usize, usize, Vec<(usize, f32)>, f32)> {
+    fn attention(&self, pass: &Pass<'_>, a: &Attention, q: &Slice, k: &Slice) -> Vec<Attended> {
         let mut all = Vec::new();
         for (row, head) in (0..pass.rows).flat_map(|row| (0..a.heads).map(move |head| (row, head))) {
             let own = self.row(pass, &of_head(q, head, a.dim), row);
@@ -373,7 +374,8 @@ impl Emulator {
             };
             let scores: Vec<(usize, f32)> = keys.map(|key| (key, score(key))).collect();
             let sum = scores.iter().map(|(_, s)| s.exp()).sum::<f32>().ln();
-            all.push((row, head, scores.into_iter().map(|(key, s)| (key, (s - sum).exp())).collect(), sum));
+            let weights = scores.into_iter().map(|(key, s)| (key, (s - sum).exp())).collect();
+            all.push(Attended { row, head, weights, log_sum: sum });
         }
         all
     }
