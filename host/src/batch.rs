@@ -134,6 +134,22 @@ pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     batches
 }
 
+/// Splits pairs of these lengths over ranks so that each has about as many tokens: longest pair first to the rank with the
+/// least (Graham 1969). Every rank finds the same split. Each holds the places of its pairs, in order.
+pub fn shares(lengths: &[usize], ranks: usize) -> Vec<Vec<usize>> {
+    let mut longest: Vec<usize> = (0..lengths.len()).collect();
+    longest.sort_by_key(|p| Reverse(lengths[*p]));
+    let mut loads: BinaryHeap<Reverse<(usize, usize)>> = (0..ranks).map(|rank| Reverse((0, rank))).collect();
+    let mut shares = vec![Vec::new(); ranks];
+    for pair in longest {
+        let Some(Reverse((load, rank))) = loads.pop() else { break };
+        shares[rank].push(pair);
+        loads.push(Reverse((load + lengths[pair], rank)));
+    }
+    shares.iter_mut().for_each(|share| share.sort_unstable());
+    shares
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -171,5 +187,15 @@ mod tests {
         let mut all = batches.concat();
         all.sort_unstable();
         assert!(all.into_iter().eq(0..500));
+    }
+
+    #[test]
+    fn shares_have_equal_tokens() {
+        assert_eq!(shares(&[5, 9, 4, 1], 2), [vec![1, 3], vec![0, 2]]);
+        assert_eq!(shares(&[7], 3), [vec![0], vec![], vec![]]);
+        assert!(shares(&[], 2).iter().all(Vec::is_empty));
+        let lengths: Vec<usize> = (0..64).map(|i| 100 + i * 7919 % 700).collect();
+        let loads = shares(&lengths, 4).iter().map(|s| s.iter().map(|p| lengths[*p]).sum()).collect::<Vec<usize>>();
+        assert!(loads.iter().max().unwrap_or(&0) - loads.iter().min().unwrap_or(&0) < 100, "{loads:?}");
     }
 }

@@ -3,12 +3,14 @@
 use dpo_plugin_api::graph::ModelGraph;
 
 use crate::batch::{Batch, laid_out};
+use crate::console;
 use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
 use crate::data::TokenPair;
 use crate::engine::{Engine, Forward};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::plan::{Plan, Wishes};
+use crate::ranks::Ranks;
 use crate::train::{AdamW, Moments, peak_memory_gib};
 use crate::weights::Checkpoint;
 
@@ -46,6 +48,9 @@ pub trait Device {
     /// Sets the gradient to zero.
     fn clear_gradient(&mut self) -> Result<()>;
 
+    /// Adds up the gradients of all ranks.
+    fn sum_gradient(&mut self, ranks: &mut Ranks) -> Result<()>;
+
     /// The gradient's norm.
     fn gradient_norm(&mut self) -> Result<f64>;
 
@@ -62,6 +67,37 @@ pub trait Device {
     fn memory_gib(&self) -> f64;
 }
 
+/// The GPU that `--device` means, or `None` for the CPU. With several ranks on a host each has its own: `cuda` counts
+/// them by local rank, `cuda:2,3` names them.
+pub fn choose(device: &str, local_rank: Option<usize>) -> Result<Option<usize>> {
+    let list: Option<Vec<&str>> = device.strip_prefix("cuda:").map(|list| list.split(',').collect());
+    let wrong = |text: String, help: &str| Err(Error::input(text).at("--device").help(help));
+    match (list, local_rank) {
+        (Some(list), None) if list.len() > 1 => {
+            wrong(format!("'{device}' names {} GPUs", list.len()), "say --gpus, with their number")
+        }
+        (Some(list), Some(rank)) => match list.get(rank) {
+            Some(index) => cuda::choose(&format!("cuda:{index}")),
+            None => wrong(
+                format!("'{device}' names no GPU for rank {rank} of this host"),
+                "name one for each rank, or say cuda",
+            ),
+        },
+        (None, Some(rank)) => {
+            let Some(first) = cuda::choose(device)? else { return Ok(None) };
+            // A launcher may let each rank see its own GPU only.
+            let visible = std::env::var("CUDA_VISIBLE_DEVICES").is_ok_and(|v| !v.is_empty() && !v.contains(','));
+            let count = cuda::count()?;
+            match rank {
+                _ if visible => Ok(Some(first)),
+                rank if rank < count => Ok(Some(rank)),
+                rank => wrong(format!("rank {rank} of this host has no GPU: there are {count}"), "lower --gpus"),
+            }
+        }
+        (_, None) => cuda::choose(device),
+    }
+}
+
 /// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints.
 pub fn open<'a>(
     gpu: Option<usize>,
@@ -74,7 +110,7 @@ pub fn open<'a>(
     let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
     let Some(index) = gpu else {
         let plan = Plan::new(&graph, adapter.params.len(), longest, wishes)?;
-        eprintln!("{plan}");
+        console::line(&plan);
         let mut engine = Engine::load(graph, checkpoint, adapter)?;
         engine.recompute(plan.recomputed);
         return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)));
@@ -84,9 +120,8 @@ pub fn open<'a>(
     let answers = pairs.map(share).fold(0.0, f64::max);
     let available = cuda::available(&gpu, wishes.memory)?;
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, available, wishes)?;
-    eprintln!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability);
-    let bar =
-        crate::train::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+    console::line(format!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability));
+    let bar = console::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
     let mut device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
     bar.finish_and_clear();
     device.warm_up()?;
@@ -158,6 +193,10 @@ impl Device for CpuDevice {
     fn clear_gradient(&mut self) -> Result<()> {
         self.gradient.fill(0.0);
         Ok(())
+    }
+
+    fn sum_gradient(&mut self, ranks: &mut Ranks) -> Result<()> {
+        ranks.sum(&mut self.gradient)
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {

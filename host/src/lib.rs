@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod cli;
+pub mod console;
 pub mod cuda;
 pub mod data;
 pub mod demo;
@@ -15,6 +16,7 @@ pub mod model;
 pub mod ops;
 pub mod plan;
 pub mod plugins;
+pub mod ranks;
 pub mod train;
 pub mod weights;
 

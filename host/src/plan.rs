@@ -104,7 +104,7 @@ fn inner(graph: &ModelGraph, block: usize) -> usize {
 }
 
 /// Memory that the system can give without swapping.
-fn free_memory() -> Option<usize> {
+pub fn free_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<usize>().ok()? * 1024)

@@ -29,7 +29,8 @@ pub trait AlignmentLoss: Send + Sync + 'static {
 
     /// Loss and derivatives of the pairs given. Most losses are one call of [`LossBatch::each_pair`].
     ///
-    /// `state` starts empty, is whatever the loss left in it at its last call, and is saved with checkpoints.
+    /// `state` starts empty and is saved with checkpoints. All calls of a step see the one that the step before left; what is
+    /// kept is what the loss leaves when it is given all pairs of the step.
     fn eval(&self, batch: &LossBatch<'_>, options: &Options, state: &mut Vec<f64>) -> Result<LossGrad>;
 }
 

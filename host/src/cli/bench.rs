@@ -20,6 +20,7 @@ use crate::files;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, parse_size, size};
 use crate::plugins::Registry;
+use crate::ranks::Ranks;
 use crate::train::{self, AdamW, Moments, Objective, ObjectiveOptions, optimizer};
 
 #[derive(Args)]
@@ -147,9 +148,10 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&TokenPair> = pairs.iter().collect();
-    train::score(&mut device, &scored[..options.batch_size], |_| {})?;
+    let ranks = &mut Ranks::alone();
+    train::score(ranks, &mut device, &scored[..options.batch_size], |_| {})?;
     let start = Instant::now();
-    let reference = train::score(&mut device, &scored, |_| {})?.logps;
+    let reference = train::score(ranks, &mut device, &scored, |_| {})?.logps;
     let reference_seconds = start.elapsed().as_secs_f64();
     let mut reference = reference.as_slice();
     let steps = scored.chunks(options.batch_size).map(|pairs| {
@@ -159,7 +161,7 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     });
     let steps: Vec<(&[&TokenPair], &[f32])> = steps.collect();
     let mut step = |device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
-        train::gradient(device, &mut objective, pairs, reference)?;
+        train::gradient(ranks, device, &mut objective, pairs, reference)?;
         let norm = device.gradient_norm()?;
         device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
         device.gpu().finish()
@@ -210,7 +212,7 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
         let start = device.adapter().params.clone();
         device.restore(&start, Moments::new(start.len()))?;
         device.gpu().start_trace()?;
-        train::score(&mut device, steps[1].0, |_| {})?;
+        train::score(&mut Ranks::alone(), &mut device, steps[1].0, |_| {})?;
         step(&mut device, steps[1])?;
         report(&device.gpu().end_trace()?, options)?;
     }

@@ -11,6 +11,7 @@ use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::model::{self, Model};
 use crate::plan::Wishes;
 use crate::plugins::Registry;
+use crate::ranks::Ranks;
 use crate::train::{DataArgs, score};
 use crate::weights::Checkpoint;
 use crate::{cuda, device, files};
@@ -54,7 +55,7 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     checkpoint.refuse_extra(&model.graph)?;
     let mut device = device::open(gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
     let all: Vec<&TokenPair> = pairs.iter().collect();
-    let scores = score(device.as_mut(), &all, |_| {})?;
+    let scores = score(&mut Ranks::alone(), device.as_mut(), &all, |_| {})?;
     let mut rest = scores.logps.as_slice();
     let mut sum = |tokens: usize| {
         let (own, after) = rest.split_at(tokens);

@@ -19,8 +19,10 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::console;
 use crate::error::{Kind, Result};
 use crate::plugins::Registry;
+use crate::ranks::Place;
 use crate::train::{self, TrainOptions};
 
 /// Trains language models on preference data with LoRA: one binary, plugins for model families, dataset formats and
@@ -92,8 +94,14 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
 fn run(args: Vec<OsString>) -> Result<()> {
     let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
     let args = swift::translate(config::expand(args)?)?;
-    for note in &args.notes {
-        eprintln!("note: {note}");
+    let place = if args.args.get(1).is_some_and(|a| a == "train") { Place::from_environment()? } else { None };
+    if place.as_ref().is_some_and(|p| p.rank > 0) {
+        console::silence();
+    }
+    // Our own launcher has said these before it started its ranks.
+    let said = place.is_some_and(|p| p.launched);
+    if !said {
+        args.notes.iter().for_each(|note| console::line(format!("note: {note}")));
     }
     let cli = match Cli::try_parse_from(&args.args) {
         Ok(cli) => cli,
@@ -104,17 +112,13 @@ fn run(args: Vec<OsString>) -> Result<()> {
         }
     };
     let registry = Registry::discover(&cli.plugin_dir);
-    if !matches!(cli.command, Command::List(_)) {
+    if !matches!(cli.command, Command::List(_)) && !said {
         for refusal in &registry.refusals {
-            eprintln!("warning: plugin {} is left out: {}", refusal.place, refusal.cause);
+            console::line(format!("warning: plugin {} is left out: {}", refusal.place, refusal.cause));
         }
     }
     match cli.command {
-        Command::Train(options) => {
-            let folder = train::run(&registry, *options)?;
-            eprintln!("adapter     {}", folder.join("adapter_model.safetensors").display());
-            Ok(())
-        }
+        Command::Train(options) => train::run(&registry, *options).map(|_| ()),
         Command::List(options) => list::list(&registry, &options),
         Command::Describe(options) => describe::describe(&registry, &options),
         Command::New(options) => {

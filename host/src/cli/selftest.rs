@@ -20,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::Wishes;
 use crate::plugins::Registry;
+use crate::ranks::Ranks;
 use crate::train::{self, AdamW, Objective, ObjectiveOptions};
 use crate::weights::blocks;
 
@@ -303,12 +304,12 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
         [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let mut losses = [Vec::new(), Vec::new()];
+    let (mut losses, ranks) = ([Vec::new(), Vec::new()], &mut Ranks::alone());
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
-        let reference = train::score(device.as_mut(), &all, |_| {})?.logps;
+        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?.logps;
         for _ in 0..steps {
-            let step = train::gradient(device.as_mut(), &mut objective, &all, &reference)?;
+            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, &reference)?;
             device.update(&optimizer, 1.0, 1e-3)?;
             losses.push(step.loss);
         }

@@ -21,6 +21,7 @@ use crate::data::TokenPair;
 use crate::device::{Device, LogProbs};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
+use crate::ranks::Ranks;
 use crate::train::{AdamW, Moments};
 
 /// A model with its adapter on one GPU, in bf16.
@@ -391,6 +392,15 @@ impl Device for CudaDevice {
     fn clear_gradient(&mut self) -> Result<()> {
         self.collected = false;
         self.gpu.zero(self.weights.gradients.address, self.weights.gradients.bytes)
+    }
+
+    fn sum_gradient(&mut self, ranks: &mut Ranks) -> Result<()> {
+        if ranks.size() == 1 {
+            return Ok(());
+        }
+        let mut gradient = self.gradient()?;
+        ranks.sum(&mut gradient)?;
+        self.gpu.upload(&gradient, self.optimizer.gradient.address)
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {

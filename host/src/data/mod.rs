@@ -8,10 +8,9 @@ pub mod source;
 pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
-use std::io::IsTerminal;
 
 use dpo_plugin_api::dataset::{Record, Row, Text};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
@@ -21,6 +20,7 @@ pub use report::Report;
 pub use source::parse_columns;
 pub use tokens::{ChatTokenizer, TokenPair, Truncation};
 
+use crate::console;
 use crate::error::{Error, Result};
 use crate::plugins::{Format, Registry};
 use report::{FileReport, Joined};
@@ -222,11 +222,7 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
 }
 
 fn progress(rows: usize) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("tokenising {bar:30} {pos}/{len} rows, {per_sec}, {eta} left");
-    ProgressBar::new(rows as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    console::bar(rows as u64, "tokenising {bar:30} {pos}/{len} rows, {per_sec}, {eta} left")
 }
 
 /// The pairs that can be learned, cut to length; the rest is counted.

@@ -17,7 +17,7 @@ use super::metrics::Window;
 use super::optimizer::Moments;
 use crate::error::{Error, IoContext, Result};
 use crate::lora::Adapter;
-use crate::{files, weights};
+use crate::{console, files, weights};
 
 /// What a run needs to go on, besides the adapter and the moments.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -109,10 +109,10 @@ pub(super) fn find(output: Option<&Path>, value: &str) -> Result<Option<PathBuf>
     for folder in first.into_iter().chain(rest) {
         match manifest::verify(&folder) {
             Ok(()) => {
-                eprintln!("resuming    {}", folder.display());
+                console::line(format!("resuming    {}", folder.display()));
                 return Ok(Some(folder));
             }
-            Err(cause) => eprintln!("warning: {} is torn and left out: {cause}", folder.display()),
+            Err(cause) => console::line(format!("warning: {} is torn and left out: {cause}", folder.display())),
         }
         torn += 1;
     }
@@ -121,7 +121,7 @@ pub(super) fn find(output: Option<&Path>, value: &str) -> Result<Option<PathBuf>
             .at(output.display())
             .help("remove the checkpoint folders to begin anew, or name another --output-dir"));
     }
-    eprintln!("resuming    no checkpoint in {}: the run starts from the beginning", output.display());
+    console::line(format!("resuming    no checkpoint in {}: the run starts from the beginning", output.display()));
     Ok(None)
 }
 

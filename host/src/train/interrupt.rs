@@ -1,4 +1,6 @@
 //! SIGINT and SIGTERM: the first asks the run to save and end at the next step, the second ends it at once.
+//!
+//! Ranks that our launcher has started are asked by it alone, and ended by it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,22 +9,26 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::error::{Error, Result};
+use crate::ranks::{Place, Ranks};
 
 const SIGNALS: [(i32, &str); 2] = [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM")];
 
 /// Which of the signals have come.
-pub(super) struct Interrupt(Vec<(Arc<AtomicBool>, &'static str)>);
+pub(crate) struct Interrupt(Vec<(Arc<AtomicBool>, &'static str)>);
 
 impl Interrupt {
     /// Listens from here on.
-    pub(super) fn listen() -> Result<Interrupt> {
+    pub(crate) fn listen() -> Result<Interrupt> {
+        let launched = Place::from_environment()?.is_some_and(|p| p.launched);
         let failed = |e: std::io::Error| Error::run(format!("cannot listen for signals: {e}"));
         let any = Arc::new(AtomicBool::new(false));
         let mut seen = Vec::new();
         for (signal, name) in SIGNALS {
             let own = Arc::new(AtomicBool::new(false));
             // In the order in which they are called: ending at once is for a signal that finds an earlier one.
-            flag::register_conditional_shutdown(signal, 1, any.clone()).map_err(failed)?;
+            if !launched {
+                flag::register_conditional_shutdown(signal, 1, any.clone()).map_err(failed)?;
+            }
             flag::register(signal, any.clone()).map_err(failed)?;
             flag::register(signal, own.clone()).map_err(failed)?;
             seen.push((own, name));
@@ -31,7 +37,14 @@ impl Interrupt {
     }
 
     /// The name of the signal that came.
-    pub(super) fn signal(&self) -> Option<&'static str> {
+    pub(crate) fn signal(&self) -> Option<&'static str> {
         self.0.iter().find(|(seen, _)| seen.load(Ordering::Relaxed)).map(|(_, name)| *name)
+    }
+
+    /// The name of a signal that came to any rank, the same on all of them.
+    pub(super) fn on_any(&self, ranks: &mut Ranks) -> Result<Option<&'static str>> {
+        let own = self.0.iter().position(|(seen, _)| seen.load(Ordering::Relaxed));
+        let any = ranks.most(own.map_or(0, |at| at as u64 + 1))?;
+        Ok(any.checked_sub(1).and_then(|at| self.0.get(at as usize)).map(|(_, name)| *name))
     }
 }

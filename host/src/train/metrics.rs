@@ -36,52 +36,82 @@ impl PairMetrics {
     }
 }
 
-/// Sums over the steps since the last line of the log; all a resumed run needs to go on with it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(super) struct Window {
-    steps: u64,
+/// Sums over pairs, by name, in a vector of fixed size, so that ranks can add theirs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sums {
     pairs: f64,
-    loss: f64,
     logps: [f64; 2],
     rewards: [f64; 2],
     correct: f64,
     chosen_sum: f64,
     chosen_tokens: f64,
+}
+
+impl Sums {
+    /// Numbers of [`Sums`].
+    pub(super) const SIZE: usize = 8;
+
+    pub(super) fn of(pairs: &[PairMetrics]) -> Sums {
+        let mut sums = Sums::default();
+        for pair in pairs {
+            sums.pairs += 1.0;
+            for side in 0..2 {
+                sums.logps[side] += pair.logps[side];
+                sums.rewards[side] += pair.rewards[side];
+            }
+            sums.correct += f64::from(u8::from(pair.rewards[0] > pair.rewards[1]));
+            sums.chosen_sum += pair.chosen_sum;
+            sums.chosen_tokens += pair.chosen_tokens as f64;
+        }
+        sums
+    }
+
+    pub(super) fn to_array(self) -> [f64; Sums::SIZE] {
+        let Sums { pairs, logps: [lc, lr], rewards: [rc, rr], correct, chosen_sum, chosen_tokens } = self;
+        [pairs, lc, lr, rc, rr, correct, chosen_sum, chosen_tokens]
+    }
+
+    pub(super) fn from_array(values: [f64; Sums::SIZE]) -> Sums {
+        let [pairs, lc, lr, rc, rr, correct, chosen_sum, chosen_tokens] = values;
+        Sums { pairs, logps: [lc, lr], rewards: [rc, rr], correct, chosen_sum, chosen_tokens }
+    }
+}
+
+/// Sums over the steps since the last line of the log; all a resumed run needs to go on with it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Window {
+    steps: u64,
+    loss: f64,
+    sums: Sums,
     /// Unique tokens: a pair counts as prompt once + chosen + rejected.
     pub(super) tokens: f64,
 }
 
 impl Window {
-    pub(super) fn add(&mut self, loss: f64, pairs: &[PairMetrics], tokens: usize) {
+    pub(super) fn add(&mut self, loss: f64, sums: Sums, tokens: usize) {
         self.steps += 1;
         self.loss += loss;
         self.tokens += tokens as f64;
-        for pair in pairs {
-            self.pairs += 1.0;
-            for side in 0..2 {
-                self.logps[side] += pair.logps[side];
-                self.rewards[side] += pair.rewards[side];
-            }
-            self.correct += f64::from(u8::from(pair.rewards[0] > pair.rewards[1]));
-            self.chosen_sum += pair.chosen_sum;
-            self.chosen_tokens += pair.chosen_tokens as f64;
-        }
+        let (mut all, step) = (self.sums.to_array(), sums.to_array());
+        all.iter_mut().zip(step).for_each(|(all, step)| *all += step);
+        self.sums = Sums::from_array(all);
     }
 
     /// Means, under the names TRL and ms-swift give them, with `prefix` before each.
     pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
+        let sums = &self.sums;
         // Where every step was skipped there is nothing to tell, which JSON writes as null.
-        let pairs = self.pairs;
-        let [chosen, rejected] = self.rewards.map(|r| r / pairs);
+        let pairs = sums.pairs;
+        let [chosen, rejected] = sums.rewards.map(|r| r / pairs);
         let values = [
             ("loss", self.loss / self.steps as f64),
             ("rewards/chosen", chosen),
             ("rewards/rejected", rejected),
-            ("rewards/accuracies", self.correct / pairs),
+            ("rewards/accuracies", sums.correct / pairs),
             ("rewards/margins", chosen - rejected),
-            ("logps/chosen", self.logps[0] / pairs),
-            ("logps/rejected", self.logps[1] / pairs),
-            ("nll_loss", -self.chosen_sum / self.chosen_tokens),
+            ("logps/chosen", sums.logps[0] / pairs),
+            ("logps/rejected", sums.logps[1] / pairs),
+            ("nll_loss", -sums.chosen_sum / sums.chosen_tokens),
         ];
         values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), json!(value))).collect()
     }

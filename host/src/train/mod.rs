@@ -18,12 +18,12 @@ mod step;
 mod tensorboard;
 mod unsound;
 
-pub use metrics::PairMetrics;
+pub(crate) use interrupt::Interrupt;
 pub(crate) use metrics::peak_memory_gib;
+pub use metrics::{PairMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};
 pub use optimizer::{AdamW, Moments};
 pub use options::{DataArgs, TrainOptions};
 pub use reference::Reference;
-pub(crate) use run::bar;
 pub use run::run;
 pub use step::{Scores, Step, gradient, score};

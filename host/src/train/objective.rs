@@ -73,6 +73,8 @@ pub struct Evaluated {
     pub slopes: Vec<f32>,
     /// For the log.
     pub pairs: Vec<PairMetrics>,
+    /// Whether a loss leaves a state to its next call.
+    pub remembers: bool,
 }
 
 impl<'r> Objective<'r> {
@@ -136,7 +138,8 @@ impl<'r> Objective<'r> {
         let reference = if logps.reference.is_empty() { &zeros } else { logps.reference };
         let weights = token_weights(logps.answers, self.ld_alpha);
         let spans = spans(logps.answers);
-        let mut all = Evaluated { loss: 0.0, slopes: vec![0.0; logps.policy.len()], pairs: Vec::new() };
+        let slopes = vec![0.0; logps.policy.len()];
+        let mut all = Evaluated { loss: 0.0, slopes, pairs: Vec::new(), remembers: false };
         let importance: Vec<f64> =
             spans.iter().map(|s| if self.weighting { weighting(logps, s) } else { 1.0 }).collect();
         all.pairs = spans.iter().map(|s| PairMetrics::of(s, logps.policy, reference, &weights, self.beta)).collect();
@@ -172,6 +175,7 @@ impl<'r> Objective<'r> {
                 let own = all.slopes[whole.clone()].iter_mut().zip(&result.slopes[whole]);
                 own.for_each(|(to, slope)| *to += slope * (scale * importance) as f32);
             }
+            all.remembers |= !result.state.is_empty();
             if learn {
                 term.state = result.state;
             }

@@ -65,9 +65,9 @@ pub struct TrainOptions {
     pub loss_option: Vec<String>,
 
     /// Where to compute
-    #[arg(long, value_name = "auto|cpu|cuda[:N]", default_value = "auto", help_heading = "Device")]
+    #[arg(long, value_name = "auto|cpu|cuda[:N,...]", default_value = "auto", help_heading = "Device")]
     pub device: String,
-    /// Number of GPUs
+    /// Number of GPUs, each with a process of its own; leave it out under torchrun, srun or mpirun
     #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Device")]
     pub gpus: usize,
     /// Type of weights and products
@@ -91,6 +91,16 @@ pub struct TrainOptions {
         help_heading = "Device"
     )]
     pub recompute: String,
+
+    /// Times to start all processes again, from the last checkpoint, when one is lost
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Ranks")]
+    pub max_restarts: usize,
+    /// Seconds without a sign of life after which a process counts as lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 8.0, help_heading = "Ranks")]
+    pub watchdog: f64,
+    /// Seconds that processes wait for each other at the start
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0, help_heading = "Ranks")]
+    pub rendezvous: f64,
 
     /// Pairs per optimizer step, over all devices
     #[arg(long, value_name = "PAIRS", default_value_t = 16, help_heading = "Optimizer")]

@@ -10,7 +10,8 @@ use crate::batch::answer_tokens;
 use crate::data::TokenPair;
 use crate::device::Device;
 use crate::error::Result;
-use crate::files;
+use crate::ranks::Ranks;
+use crate::{console, files};
 
 /// Changed whenever the same inputs would give other numbers or another file.
 const FORMAT: &str = "reference log-probs 1";
@@ -27,17 +28,20 @@ impl Reference {
         Reference { pairs: Vec::new() }
     }
 
-    /// Reads or computes. `model` identifies weights and config; `done` is told how many further pairs are ready.
+    /// Reads or computes, each rank its share. `model` identifies weights and config; `done` is told how many further
+    /// pairs are ready here. Rank 0 has the cache, whose bytes do not depend on the number of ranks.
     pub fn of(
+        ranks: &mut Ranks,
         device: &mut dyn Device,
         model: &str,
         pairs: &[TokenPair],
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
-        let path = cache_file(device, model, pairs);
         let lengths: Vec<usize> = pairs.iter().map(answer_tokens).collect();
         let expected: usize = lengths.iter().sum();
-        let cached = std::fs::read(&path).ok().filter(|bytes| bytes.len() == expected * 4);
+        let path = ranks.is_first().then(|| cache_file(device, model, pairs));
+        let cached = path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
+        let cached = Some(ranks.broadcast(cached)?).filter(|bytes| bytes.len() == expected * 4);
         let flat: Vec<f32> = match cached {
             Some(bytes) => {
                 done(pairs.len());
@@ -45,11 +49,10 @@ impl Reference {
             }
             None => {
                 let all: Vec<&TokenPair> = pairs.iter().collect();
-                let scores = score(device, &all, done)?;
-                let bytes: Vec<u8> = scores.logps.iter().flat_map(|l| l.to_le_bytes()).collect();
+                let scores = score(ranks, device, &all, done)?;
                 // A cache that cannot be written costs time in the next run, not this run.
-                if let Err(e) = files::write(&path, &bytes) {
-                    eprintln!("warning: reference log-probs are not cached: {e}");
+                if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&scores.logps))) {
+                    console::line(format!("warning: reference log-probs are not cached: {e}"));
                 }
                 scores.logps
             }
@@ -67,6 +70,10 @@ impl Reference {
     pub fn gather(&self, pairs: impl Iterator<Item = usize>) -> Vec<f32> {
         if self.pairs.is_empty() { Vec::new() } else { pairs.flat_map(|p| self.pairs[p].iter().copied()).collect() }
     }
+}
+
+fn bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf {

@@ -1,20 +1,22 @@
 //! The run: everything from options to a trained adapter.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, State};
 use super::doctor::Doctor;
 use super::interrupt::Interrupt;
 use super::log::Log;
 use super::metrics::Window;
-use super::optimizer::{AdamW, clip};
+use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
 use super::{Objective, ObjectiveOptions, Reference, Step, report, settings, step, unsound};
 use crate::data::{self, ChatTokenizer, TokenPair};
@@ -22,33 +24,79 @@ use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
-use crate::plan::{Wishes, parse_size};
+use crate::plan::{Wishes, free_memory, parse_size};
 use crate::plugins::Registry;
+use crate::ranks::{self, Patience, Place, Ranks};
 use crate::weights::Checkpoint;
-use crate::{cuda, demo, files};
+use crate::{console, demo, files};
 
-/// Trains, and returns the folder with the result.
+/// Trains, as one of the ranks that the environment names, or alone, or by starting ranks; returns the folder with the
+/// result.
 pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
-    let given = demo_or_given(registry, &mut options)?;
     refuse_unsupported(&options)?;
-    let gpu = choose_device(&options)?;
+    let Some(place) = Place::from_environment()? else {
+        note_ignored(&options);
+        return if options.gpus > 1 {
+            launch(registry, &mut options)
+        } else {
+            train(registry, options, &mut Ranks::alone(), None)
+        };
+    };
+    if place.launched {
+        ranks::end_with_launcher();
+    } else {
+        note_ignored(&options);
+        if options.gpus != 1 && ![Some(place.size), place.local_size].contains(&Some(options.gpus)) {
+            let (gpus, size) = (options.gpus, place.size);
+            return Err(Error::input(format!("{gpus} devices, but a launcher has started {size} ranks"))
+                .at("--gpus")
+                .help("leave it out: each rank has one device"));
+        }
+    }
+    let mut ranks = Ranks::join(&place, options.patience()?)?;
+    console::line(format!("ranks       {}{}", place.size, if place.exposed() { GUESSABLE } else { "" }));
+    let result = train(registry, options, &mut ranks, Some(&place));
+    ranks.end(result)
+}
+
+const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to the same random text for every rank";
+
+/// Starts ranks on this machine. What can be checked beforehand is, so that it is said once.
+fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
+    let given = demo_or_given(registry, options)?;
+    for rank in 0..options.gpus {
+        choose_device(options, Some(rank))?;
+    }
+    Objective::new(registry, &options.objective()?)?;
+    let folder = model::locate(&given)?;
+    Model::open(registry, &folder, options.plugin.as_deref())?;
+    let output = match &options.output_dir {
+        // Rank 0 looks for the checkpoint and says what it finds.
+        Some(output) if options.resume_from_checkpoint.is_some() => output.clone(),
+        _ => folders(options, &folder, 0)?.output,
+    };
+    ranks::launch(options.gpus, &output, options.max_restarts)?;
+    Ok(output)
+}
+
+/// Trains as one of some ranks.
+fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, place: Option<&Place>) -> Result<PathBuf> {
+    let given = demo_or_given(registry, &mut options)?;
+    let gpu = choose_device(&options, place.map(|p| p.local_rank))?;
     let objective_options = options.objective()?;
     let objective = Objective::new(registry, &objective_options)?;
     let folder = model::locate(&given)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
-    let resumed = match &options.resume_from_checkpoint {
-        Some(value) => checkpoint::find(options.output_dir.as_deref(), value)?,
-        None => None,
-    };
-    let output = output_folder(&options, &folder, resumed.as_deref())?;
+    let attempt = ranks.most(place.map_or(0, |p| p.attempt))?;
+    let Folders { output, resumed } = ranks.first(|| folders(&options, &folder, attempt))?;
     let adapter = starting_adapter(&model, &options)?;
 
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let rows = |paths: &[String]| options.data.options(paths, model.graph.max_positions);
     let dataset = data::load(&rows(&options.data.dataset)?, registry, &tokenizer)?;
     refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
-    eprintln!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary);
-    eprintln!("data        {}", dataset.report.line());
+    console::line(format!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary));
+    console::line(format!("data        {}", dataset.report.line()));
     let (pairs, validation) = match options.val_dataset.as_slice() {
         [] => data::split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
         paths => (dataset.pairs, data::load(&rows(paths)?, registry, &tokenizer)?.pairs),
@@ -60,15 +108,16 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
-    eprintln!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len());
+    console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
     let all = pairs.iter().chain(&validation);
-    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes()?)?;
+    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes(gpu, place)?)?;
 
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
         for (reference, pairs) in references.iter_mut().zip([&pairs, &validation]) {
-            let bar = bar(pairs.len() as u64, "reference   {bar:30} {pos}/{len} pairs {eta} left");
-            *reference = Reference::of(device.as_mut(), &identity, pairs, |n| bar.inc(n as u64))?;
+            let own = pairs.len().div_ceil(ranks.size()) as u64;
+            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} pairs {eta} left");
+            *reference = Reference::of(ranks, device.as_mut(), &identity, pairs, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
@@ -79,7 +128,10 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
     let content = format!("{}{}", checkpoint.content()?, model.config);
     let settings = settings::decisive(&options, &content, device.as_ref(), &pairs);
+    let all_settings = serde_json::to_vec(&settings).map_err(|e| Error::run(e.to_string()))?;
+    ranks.same("model, data or set of flags", &all_settings)?;
     let mut run = Run {
+        ranks,
         optimizer: AdamW {
             beta1: options.adam_beta1,
             beta2: options.adam_beta2,
@@ -108,11 +160,13 @@ pub fn run(registry: &Registry, mut options: TrainOptions) -> Result<PathBuf> {
         None => run.begin()?,
     }
     run.train()?;
+    console::line(format!("adapter     {}", run.output.join("adapter_model.safetensors").display()));
     Ok(run.output)
 }
 
 /// A run in progress.
 struct Run<'r> {
+    ranks: &'r mut Ranks,
     options: TrainOptions,
     output: PathBuf,
     base_model: String,
@@ -123,7 +177,6 @@ struct Run<'r> {
     validation: Vec<TokenPair>,
     reference: Reference,
     validation_reference: Reference,
-    /// Tokens of a micro-batch.
     /// Steps an epoch, in all, and of warm-up.
     per_epoch: u64,
     total: u64,
@@ -138,6 +191,9 @@ struct Run<'r> {
 
 impl Run<'_> {
     fn begin(&self) -> Result<()> {
+        if !self.ranks.is_first() {
+            return Ok(());
+        }
         let args = serde_json::to_string_pretty(&self.options).map_err(|e| Error::run(e.to_string()))?;
         files::write(&self.output.join("args.json"), args.as_bytes())
     }
@@ -147,6 +203,7 @@ impl Run<'_> {
         settings::refuse_other(&state.settings, &self.settings, folder)?;
         let adapter = Adapter::load(self.device.graph(), folder)?;
         let moments = checkpoint::load_moments(folder, adapter.params.len(), state.updates)?;
+        self.ranks.same("checkpoint", &digest(&adapter.params, &moments))?;
         self.device.restore(&adapter.params, moments)?;
         (self.done, self.skipped, self.window) = (state.global_step, state.skipped, state.window);
         self.objective.restore(state.losses);
@@ -154,12 +211,18 @@ impl Run<'_> {
     }
 
     fn train(&mut self) -> Result<()> {
-        checkpoint::remove_leftovers(&self.output);
-        let mut log = Log::open(&self.output, self.done)?;
+        // Rank 0 alone writes; the others wait for it where they next need it.
+        let mut log = match self.ranks.is_first() {
+            true => {
+                checkpoint::remove_leftovers(&self.output);
+                Some(Log::open(&self.output, self.done)?)
+            }
+            false => None,
+        };
         let mut doctor = Doctor::default();
         let interrupt = Interrupt::listen()?;
-        let bar = bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
-        let warn = |what: &str| bar.suspend(|| eprintln!("warning: {what}"));
+        let bar = console::bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
+        let warn = |what: &str| bar.suspend(|| console::line(format!("warning: {what}")));
         bar.set_position(self.done);
         let start = Instant::now();
         let mut line_start = Instant::now();
@@ -173,7 +236,7 @@ impl Run<'_> {
             if sound {
                 let clip = clip(norm, self.options.max_grad_norm);
                 self.device.update(&self.optimizer, clip, learning_rate)?;
-                self.window.add(step.loss, &step.pairs, tokens);
+                self.window.add(step.loss, step.sums, tokens);
                 self.skipped = 0;
             } else {
                 self.objective.restore(losses);
@@ -183,27 +246,32 @@ impl Run<'_> {
             bar.inc(1);
             let last = self.done == self.total;
             if self.done == 1 || self.done.is_multiple_of(self.options.logging_steps.max(1)) || last {
-                let mut line = self.line(norm, learning_rate);
-                let seconds = line_start.elapsed().as_secs_f64().max(1e-9);
-                line.insert("tokens_per_second".into(), json!(self.window.tokens / seconds));
-                line.insert("memory_gib".into(), json!(self.device.memory_gib()));
-                line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
-                log.write(&line, warn);
-                show(&bar, &line);
-                if sound {
-                    doctor.look(&line).iter().for_each(|w| warn(w));
+                if let Some(log) = &mut log {
+                    let mut line = self.line(norm, learning_rate);
+                    let seconds = line_start.elapsed().as_secs_f64().max(1e-9);
+                    line.insert("tokens_per_second".into(), json!(self.window.tokens / seconds));
+                    line.insert("memory_gib".into(), json!(self.device.memory_gib()));
+                    line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
+                    log.write(&line, warn);
+                    show(&bar, &line);
+                    if sound {
+                        doctor.look(&line).iter().for_each(|w| warn(w));
+                    }
                 }
                 self.window = Window::default();
                 line_start = Instant::now();
             }
             if !self.validation.is_empty() && (self.done.is_multiple_of(eval_steps.max(1)) || last) {
                 let line = self.evaluate()?;
-                log.write(&line, warn);
-                show(&bar, &line);
+                if let Some(log) = &mut log {
+                    log.write(&line, warn);
+                    show(&bar, &line);
+                }
             }
-            let signal = interrupt.signal().filter(|_| !last);
+            let signal = interrupt.on_any(self.ranks)?.filter(|_| !last);
             if self.done.is_multiple_of(self.options.save_steps.max(1)) || last || signal.is_some() {
-                match log.flush().and_then(|()| self.save()) {
+                self.agree()?;
+                match log.as_mut().map_or(Ok(()), |log| log.flush().and_then(|()| self.save())) {
                     Err(e) if !last && signal.is_none() => {
                         warn(&format!("{e}\n  the run goes on and tries again at the next checkpoint"))
                     }
@@ -212,6 +280,7 @@ impl Run<'_> {
             }
             if let Some(signal) = signal {
                 bar.finish_and_clear();
+                self.ranks.wait()?;
                 return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
                     .at(self.output.display())
                     .help("the same command with --resume-from-checkpoint latest goes on from there"));
@@ -219,13 +288,17 @@ impl Run<'_> {
         }
         bar.finish_and_clear();
         self.device.fetch()?;
-        self.device.adapter().save(&self.output, &self.base_model)
+        match log {
+            Some(_) => self.device.adapter().save(&self.output, &self.base_model),
+            None => Ok(()),
+        }
     }
 
     /// What to say of a step that is skipped; too many in a row are an error.
     fn skip(&mut self, step: &Step, norm: f64) -> Result<String> {
         self.skipped += 1;
-        let place = unsound::culprit(step, self.next_pairs().into_iter().map(|i| &self.pairs[i]));
+        let worst = unsound::culprit(self.ranks, step)?;
+        let place = self.next_pairs().get(worst).map(|pair| self.pairs[*pair].place.clone()).unwrap_or_default();
         let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
         match self.skipped {
             unsound::LIMIT.. => Err(unsound::end(&what, &place)),
@@ -242,7 +315,7 @@ impl Run<'_> {
         let chosen = self.next_pairs();
         let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
         let reference = self.reference.gather(chosen.iter().copied());
-        let step = step::gradient(self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
+        let step = step::gradient(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
     }
 
@@ -270,16 +343,24 @@ impl Run<'_> {
     fn evaluate(&mut self) -> Result<Map<String, Value>> {
         let pairs: Vec<&TokenPair> = self.validation.iter().collect();
         let reference = self.validation_reference.gather(0..pairs.len());
-        let step = step::evaluate(self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
+        let step = step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         let mut window = Window::default();
-        window.add(step.loss, &step.pairs, 0);
+        window.add(step.loss, step.sums, 0);
         let mut line = self.place();
         line.extend(window.means("eval_"));
         Ok(line)
     }
 
-    fn save(&mut self) -> Result<()> {
+    /// Every rank has what rank 0 is about to save.
+    fn agree(&mut self) -> Result<()> {
         self.device.fetch()?;
+        let digest = digest(&self.device.adapter().params, self.device.moments());
+        self.ranks.same("adapter", &digest).map_err(|e| {
+            Error::run(e.message()).help("a device or its memory may be faulty; earlier checkpoints are whole")
+        })
+    }
+
+    fn save(&mut self) -> Result<()> {
         let state = State {
             global_step: self.done,
             epoch: self.done as f64 / self.per_epoch as f64,
@@ -325,16 +406,11 @@ fn demo_or_given(registry: &Registry, options: &mut TrainOptions) -> Result<Stri
 }
 
 fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
-    if options.gpus > 1 {
-        return Err(Error::input(format!("{} devices: this version computes on one", options.gpus)).at("--gpus"));
+    if options.gpus == 0 {
+        return Err(Error::input("should be above 0").at("--gpus").help("say --device cpu to compute without one"));
     }
     if options.quantization != Quantization::None {
         return Err(Error::input("quantised weights: this version computes in bf16 or f32").at("--quantization"));
-    }
-    if options.lora_dropout != 0.0 {
-        eprintln!(
-            "note: --lora-dropout is ignored: dropout is off while aligning, as in TRL, LLaMA-Factory and ms-swift"
-        );
     }
     if options.batch_size == 0 {
         return Err(Error::input("a step needs pairs").at("--batch-size"));
@@ -345,21 +421,27 @@ fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
     Ok(())
 }
 
+fn note_ignored(options: &TrainOptions) {
+    if options.lora_dropout != 0.0 {
+        console::line(
+            "note: --lora-dropout is ignored: dropout is off while aligning, as in TRL, LLaMA-Factory and ms-swift",
+        );
+    }
+    if options.dtype == Dtype::Bfloat16 && options.device == "cpu" {
+        console::line("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
+    }
+}
+
 /// The GPU of `--device`, or `None` for the CPU. GPUs compute in bf16, the CPU in f32.
-fn choose_device(options: &TrainOptions) -> Result<Option<usize>> {
+fn choose_device(options: &TrainOptions, local_rank: Option<usize>) -> Result<Option<usize>> {
     let exact = options.dtype == Dtype::Float32;
     if exact && options.device == "auto" {
         return Ok(None);
     }
-    let gpu = cuda::choose(&options.device)?;
-    match gpu {
+    match device::choose(&options.device, local_rank)? {
         Some(_) if exact => Err(Error::input("GPUs compute in bfloat16")
             .at("--dtype")
             .help("leave it out, or add --device cpu for float32")),
-        None if options.dtype == Dtype::Bfloat16 => {
-            eprintln!("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
-            Ok(None)
-        }
         gpu => Ok(gpu),
     }
 }
@@ -404,6 +486,27 @@ fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
     }
 }
 
+/// Where a run is written, and the checkpoint it goes on from.
+#[derive(Serialize, Deserialize)]
+struct Folders {
+    output: PathBuf,
+    resumed: Option<PathBuf>,
+}
+
+/// A run that is started again finds its own folder, and goes on from the last checkpoint there if there is one.
+fn folders(options: &TrainOptions, model: &Path, attempt: u64) -> Result<Folders> {
+    let again = options.output_dir.clone().filter(|_| attempt > 0);
+    let latest = again.as_ref().map_or(Ok(None), |output| checkpoint::find(Some(output), "latest"))?;
+    let resumed = match &options.resume_from_checkpoint {
+        Some(value) if latest.is_none() && !(again.is_some() && value == "latest") => {
+            checkpoint::find(options.output_dir.as_deref(), value)?
+        }
+        _ => latest,
+    };
+    let output = again.map_or_else(|| output_folder(options, model, resumed.as_deref()), Ok)?;
+    Ok(Folders { output, resumed })
+}
+
 /// Where the run goes: what was named, unless it holds a run; else the next free folder.
 fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -> Result<PathBuf> {
     let holds_run =
@@ -426,10 +529,14 @@ fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -
     }
 }
 
-/// A bar on a terminal; nothing elsewhere.
-pub(crate) fn bar(length: u64, template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(length).with_style(style.progress_chars("━╸ "))
+/// A hash of what ranks must agree on after every step.
+fn digest(params: &[f32], moments: &Moments) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update(moments.steps.to_le_bytes());
+    for values in [params, &moments.first, &moments.second] {
+        values.iter().for_each(|v| hash.update(v.to_le_bytes()));
+    }
+    hash.finalize().into()
 }
 
 /// Puts a line of the log beside the bar, or prints it where there is none.
@@ -442,7 +549,7 @@ fn show(bar: &ProgressBar, line: &Map<String, Value>) {
     let kind = if line.contains_key("eval_loss") { "evaluation" } else { "step" };
     let text = format!("{kind} {step} loss {loss:.4} margin {margin:.3} accuracy {accuracy:.2}{speed}");
     if bar.is_hidden() {
-        eprintln!("{text}");
+        console::line(text);
     } else if kind == "step" {
         bar.set_message(text);
     } else {
@@ -472,7 +579,19 @@ impl TrainOptions {
         })
     }
 
-    fn wishes(&self) -> Result<Wishes> {
+    /// How ranks wait for each other.
+    fn patience(&self) -> Result<Patience> {
+        let seconds = |flag: &str, value: f64| match Duration::try_from_secs_f64(value) {
+            Ok(time) if !time.is_zero() => Ok(time),
+            _ => Err(Error::input(format!("{value} should be a number of seconds above 0")).at(flag)),
+        };
+        Ok(Patience {
+            rendezvous: seconds("--rendezvous", self.rendezvous)?,
+            watchdog: seconds("--watchdog", self.watchdog)?,
+        })
+    }
+
+    fn wishes(&self, gpu: Option<usize>, place: Option<&Place>) -> Result<Wishes> {
         let auto = |value: &str| value == "auto";
         let tokens = match self.micro_batch_tokens.as_str() {
             value if auto(value) => None,
@@ -487,6 +606,9 @@ impl TrainOptions {
             value => return Err(Error::input(format!("'{value}' should be auto, true or false")).at("--recompute")),
         };
         let memory = self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
+        // Ranks that compute on the same host's CPU share its memory.
+        let sharing = if gpu.is_none() { place.and_then(|p| p.local_size) } else { None };
+        let memory = memory.or_else(|| free_memory().zip(sharing).map(|(free, ranks)| free / ranks.max(1)));
         Ok(Wishes { memory, micro_batch_tokens: tokens, recompute })
     }
 

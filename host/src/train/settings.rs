@@ -27,11 +27,13 @@ const FREE: &[&str] = &[
     "lora_alpha",
     "lora_dropout",
     "lora_rank",
+    "max_restarts",
     "micro_batch_tokens",
     "model",
     "output_dir",
     "plugin",
     "recompute",
+    "rendezvous",
     "resume_from_checkpoint",
     "save_steps",
     "save_total_limit",
@@ -39,6 +41,7 @@ const FREE: &[&str] = &[
     "target_modules",
     "use_rslora",
     "val_dataset",
+    "watchdog",
 ];
 
 /// The decisive settings of a run, under the names that a message gives them. `model` identifies the weights by content.

@@ -1,20 +1,26 @@
-//! One optimizer step's gradient, over as many micro-batches as its pairs need.
+//! One optimizer step's gradient, over as many ranks as there are and as many micro-batches as each needs.
+//!
+//! Every rank knows all pairs of a step and computes its share of them. What a loss sees and how its state moves on does
+//! not depend on how pairs are shared.
 
 use std::ops::Range;
 
-use super::metrics::PairMetrics;
+use super::metrics::{PairMetrics, Sums};
 use super::objective::{Evaluated, Logps, Objective, Totals};
-use crate::batch::{Batch, answer_tokens, laid_out, micro_batches};
+use crate::batch::{Batch, answer_tokens, laid_out, micro_batches, shares};
 use crate::data::TokenPair;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::ranks::Ranks;
 
-/// Loss and metrics of a step, or of an evaluation.
+/// Loss and metrics of a step, or of an evaluation, over all ranks.
 pub struct Step {
     /// Loss.
     pub loss: f64,
-    /// Of every pair.
-    pub pairs: Vec<PairMetrics>,
+    /// Over its pairs.
+    pub sums: Sums,
+    /// Of pairs that this rank knows, with their places in the step.
+    pub pairs: Vec<(usize, PairMetrics)>,
 }
 
 /// Log-probs of pairs' answer tokens.
@@ -34,10 +40,14 @@ struct Packed {
     pairs: Vec<usize>,
 }
 
-fn pack(pairs: &[&TokenPair], budget: usize) -> impl Iterator<Item = Packed> {
-    let lengths: Vec<usize> = pairs.iter().map(|p| laid_out(p)).collect();
-    let packed = micro_batches(&lengths, budget).into_iter();
-    packed.map(|own| Packed { batch: Batch::of(own.iter().map(|p| pairs[*p])), pairs: own })
+/// Micro-batches of some of a step's pairs.
+fn pack(pairs: &[&TokenPair], own: &[usize], budget: usize) -> Vec<Packed> {
+    let lengths: Vec<usize> = own.iter().map(|p| laid_out(pairs[*p])).collect();
+    let packed = micro_batches(&lengths, budget).into_iter().map(|batch| {
+        let places: Vec<usize> = batch.into_iter().map(|p| own[p]).collect();
+        Packed { batch: Batch::of(places.iter().map(|p| pairs[*p])), pairs: places }
+    });
+    packed.collect()
 }
 
 /// Where every pair's answer tokens lie in a flat array over pairs.
@@ -76,17 +86,64 @@ impl Places {
     }
 }
 
-/// Log-probs of pairs under a device's present adapter. `done` is told after every micro-batch how many pairs it had.
-pub fn score(device: &mut dyn Device, pairs: &[&TokenPair], mut done: impl FnMut(usize)) -> Result<Scores> {
-    let places = Places::of(pairs);
-    let flat = || vec![0.0; places.tokens()];
-    let mut scores = Scores { answers: answers(pairs), logps: flat(), log_sum_sq: flat() };
-    for Packed { batch, pairs } in pack(pairs, device.micro_batch_tokens(false)) {
+/// Which pairs each rank computes.
+fn split(ranks: &Ranks, pairs: &[&TokenPair]) -> Vec<Vec<usize>> {
+    shares(&pairs.iter().map(|p| laid_out(p)).collect::<Vec<_>>(), ranks.size())
+}
+
+impl Scores {
+    fn zero(pairs: &[&TokenPair], places: &Places) -> Scores {
+        let flat = || vec![0.0; places.tokens()];
+        Scores { answers: answers(pairs), logps: flat(), log_sum_sq: flat() }
+    }
+
+    fn put(&mut self, places: &Places, pairs: &[usize], logps: &[f32], log_sum_sq: &[f32]) {
+        places.scatter(logps, pairs, &mut self.logps);
+        places.scatter(log_sum_sq, pairs, &mut self.log_sum_sq);
+    }
+
+    /// Fills in what other ranks have computed.
+    fn gather(&mut self, ranks: &mut Ranks, places: &Places, split: &[Vec<usize>]) -> Result<()> {
+        if ranks.size() == 1 {
+            return Ok(());
+        }
+        let own = &split[ranks.rank()];
+        let values = [places.gather(&self.logps, own), places.gather(&self.log_sum_sq, own)].concat();
+        let all = ranks.gather(values.iter().flat_map(|v| v.to_le_bytes()).collect())?;
+        for (rank, (pairs, bytes)) in split.iter().zip(all).enumerate() {
+            let values: Vec<f32> =
+                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let tokens: usize = pairs.iter().map(|p| places.0[*p].len()).sum();
+            if values.len() != 2 * tokens {
+                let got = values.len();
+                return Err(Error::run(format!("rank {rank} sent {got} values for {tokens} tokens")));
+            }
+            self.put(places, pairs, &values[..tokens], &values[tokens..]);
+        }
+        Ok(())
+    }
+
+    fn logps<'a>(&'a self, reference: &'a [f32]) -> Logps<'a> {
+        Logps { answers: &self.answers, policy: &self.logps, reference, log_sum_sq: &self.log_sum_sq }
+    }
+}
+
+/// Log-probs of pairs under the present adapter, each rank computing its share. `done` is told after every micro-batch of
+/// this rank how many pairs it had.
+pub fn score(
+    ranks: &mut Ranks,
+    device: &mut dyn Device,
+    pairs: &[&TokenPair],
+    mut done: impl FnMut(usize),
+) -> Result<Scores> {
+    let (places, split) = (Places::of(pairs), split(ranks, pairs));
+    let mut scores = Scores::zero(pairs, &places);
+    for Packed { batch, pairs } in pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(false)) {
         let forward = device.forward(&batch, false)?;
-        places.scatter(&forward.logps, &pairs, &mut scores.logps);
-        places.scatter(&forward.log_sum_sq, &pairs, &mut scores.log_sum_sq);
+        scores.put(&places, &pairs, &forward.logps, &forward.log_sum_sq);
         done(pairs.len());
     }
+    scores.gather(ranks, &places, &split)?;
     Ok(scores)
 }
 
@@ -101,15 +158,15 @@ fn answers(pairs: &[&TokenPair]) -> Vec<[usize; 2]> {
 
 /// Loss and metrics without a gradient: all pairs as one step.
 pub(super) fn evaluate(
+    ranks: &mut Ranks,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
 ) -> Result<Step> {
-    let scores = score(device, pairs, |_| {})?;
-    let logps = Logps { answers: &scores.answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
-    let Evaluated { loss, pairs, .. } = objective.eval(logps, totals(&scores.answers), false)?;
-    Ok(Step { loss, pairs })
+    let scores = score(ranks, device, pairs, |_| {})?;
+    let Evaluated { loss, pairs, .. } = objective.eval(scores.logps(reference), totals(&scores.answers), false)?;
+    Ok(Step { loss, sums: Sums::of(&pairs), pairs: pairs.into_iter().enumerate().collect() })
 }
 
 fn totals(answers: &[[usize; 2]]) -> Totals {
@@ -117,45 +174,97 @@ fn totals(answers: &[[usize; 2]]) -> Totals {
     Totals { pairs: answers.len(), tokens }
 }
 
-/// A step's loss, with its gradient left on the device. `reference` is flat over the step's answer
+/// A step's loss, with its gradient, summed over ranks, left on the device. `reference` is flat over the step's answer
 /// tokens, or empty.
 pub fn gradient(
+    ranks: &mut Ranks,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
 ) -> Result<Step> {
     device.clear_gradient()?;
-    let (places, answers) = (Places::of(pairs), answers(pairs));
-    let totals = totals(&answers);
-    let micro_batches: Vec<Packed> = pack(pairs, device.micro_batch_tokens(true)).collect();
-    if objective.whole_batch() && micro_batches.len() > 1 {
-        // The loss needs every pair's log-probs before it can give a derivative for one.
-        let scores = score(device, pairs, |_| {})?;
-        let logps = Logps { answers: &answers, policy: &scores.logps, reference, log_sum_sq: &scores.log_sum_sq };
-        let evaluated = objective.eval(logps, totals, true)?;
-        for Packed { batch, pairs } in &micro_batches {
-            device.forward(batch, true)?;
-            device.backward(batch, &places.gather(&evaluated.slopes, pairs))?;
+    let own = if objective.whole_batch() { whole_batch } else { pair_by_pair };
+    let step = own(ranks, device, objective, pairs, reference)?;
+    device.sum_gradient(ranks)?;
+    Ok(step)
+}
+
+/// The loss needs every pair's log-probs before it can give a derivative for one. All ranks evaluate all of it, and take
+/// the derivatives of their share.
+fn whole_batch(
+    ranks: &mut Ranks,
+    device: &mut dyn Device,
+    objective: &mut Objective<'_>,
+    pairs: &[&TokenPair],
+    reference: &[f32],
+) -> Result<Step> {
+    let (places, split) = (Places::of(pairs), split(ranks, pairs));
+    let micro_batches = pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(true));
+    let scores = match micro_batches.as_slice() {
+        [Packed { batch, pairs: own }] => {
+            let forward = device.forward(batch, true)?;
+            let mut scores = Scores::zero(pairs, &places);
+            scores.put(&places, own, &forward.logps, &forward.log_sum_sq);
+            scores.gather(ranks, &places, &split)?;
+            scores
         }
-        return Ok(Step { loss: evaluated.loss, pairs: evaluated.pairs });
-    }
-    let mut loss = 0.0;
-    let mut metrics = Vec::new();
+        _ => score(ranks, device, pairs, |_| {})?,
+    };
+    let Evaluated { loss, slopes, pairs, .. } =
+        objective.eval(scores.logps(reference), totals(&scores.answers), true)?;
     for Packed { batch, pairs } in &micro_batches {
-        let forward = device.forward(batch, true)?;
-        let reference = places.gather(reference, pairs);
+        if micro_batches.len() > 1 {
+            device.forward(batch, true)?;
+        }
+        device.backward(batch, &places.gather(&slopes, pairs))?;
+    }
+    Ok(Step { loss, sums: Sums::of(&pairs), pairs: pairs.into_iter().enumerate().collect() })
+}
+
+/// Each micro-batch by itself. A loss with a state sees the same one throughout the step, and moves it on once, by all of
+/// the step's pairs.
+fn pair_by_pair(
+    ranks: &mut Ranks,
+    device: &mut dyn Device,
+    objective: &mut Objective<'_>,
+    pairs: &[&TokenPair],
+    reference: &[f32],
+) -> Result<Step> {
+    let (places, split) = (Places::of(pairs), split(ranks, pairs));
+    let mut scores = Scores::zero(pairs, &places);
+    let totals = totals(&scores.answers);
+    let (mut loss, mut remembers) = (0.0, false);
+    let mut metrics: Vec<(usize, PairMetrics)> = Vec::new();
+    for Packed { batch, pairs } in pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(true)) {
+        let forward = device.forward(&batch, true)?;
+        scores.put(&places, &pairs, &forward.logps, &forward.log_sum_sq);
+        let reference = places.gather(reference, &pairs);
         let logps = Logps {
             answers: &batch.answers,
             policy: &forward.logps,
             reference: &reference,
             log_sum_sq: &forward.log_sum_sq,
         };
-        let evaluated = objective.eval(logps, totals, true)?;
+        let evaluated = objective.eval(logps, totals, false)?;
         loss += evaluated.loss;
+        remembers |= evaluated.remembers;
         metrics.extend(pairs.iter().copied().zip(evaluated.pairs));
-        device.backward(batch, &evaluated.slopes)?;
+        device.backward(&batch, &evaluated.slopes)?;
     }
+    // In the order of pairs, so that sums do not depend on micro-batches.
     metrics.sort_by_key(|(pair, _)| *pair);
-    Ok(Step { loss, pairs: metrics.into_iter().map(|(_, m)| m).collect() })
+    let known: Vec<PairMetrics> = metrics.iter().map(|(_, m)| *m).collect();
+    let mut own = [0.0; Sums::SIZE + 2];
+    own[..Sums::SIZE].copy_from_slice(&Sums::of(&known).to_array());
+    own[Sums::SIZE..].copy_from_slice(&[loss, f64::from(u8::from(remembers))]);
+    let all = ranks.sum_f64(own)?;
+    let [.., loss, remember] = all;
+    if remember > 0.0 {
+        scores.gather(ranks, &places, &split)?;
+        objective.eval(scores.logps(reference), totals, true)?;
+    }
+    let mut sums = [0.0; Sums::SIZE];
+    sums.copy_from_slice(&all[..Sums::SIZE]);
+    Ok(Step { loss, sums: Sums::from_array(sums), pairs: metrics })
 }
