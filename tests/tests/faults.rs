@@ -351,6 +351,10 @@ fn a_pair_whose_loss_is_no_number_is_named_and_its_step_is_skipped() {
     let told: Vec<&str> = ended.stderr.lines().filter(|l| l.contains("the step is skipped")).collect();
     assert_eq!(told.len(), 2, "once an epoch:\n{}", ended.stderr);
     assert!(told.iter().all(|l| l.contains(&place)), "{place} is not named: {told:?}");
+    // One rank of three has the pair; all skip the step and the first names the pair.
+    let ranks =
+        ok(&sandbox, &train_on(&model, &rows, &sandbox.path("ranks"), &[&["--num-epochs", "2", "--gpus", "3"]]));
+    assert_eq!(told, ranks.stderr.lines().filter(|l| l.contains("the step is skipped")).collect::<Vec<_>>());
     let adapter = dpo_host::weights::read_f32(&Path::new(&output).join("adapter_model.safetensors")).unwrap();
     assert!(adapter.values().all(|(_, values)| values.iter().all(|v| v.is_finite())));
     assert!(adapter.iter().any(|(n, (_, values))| n.contains("lora_B") && values.iter().any(|v| *v != 0.0)));
