@@ -4,7 +4,7 @@ use dpo_plugin_api::graph::ModelGraph;
 
 use crate::batch::{Batch, laid_out};
 use crate::console;
-use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use crate::data::TokenPair;
 use crate::engine::{Engine, Forward};
 use crate::error::{Error, Result};
@@ -100,6 +100,7 @@ pub fn choose(device: &str, local_rank: Option<usize>) -> Result<Option<usize>> 
 
 /// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints.
 pub fn open<'a>(
+    ranks: &mut Ranks,
     gpu: Option<usize>,
     graph: ModelGraph,
     checkpoint: &Checkpoint,
@@ -116,6 +117,7 @@ pub fn open<'a>(
         return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)));
     };
     let gpu = Gpu::open(index)?;
+    let nccl = Nccl::join(&gpu, ranks)?;
     let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
     let answers = pairs.map(share).fold(0.0, f64::max);
     let available = cuda::available(&gpu, wishes.memory)?;
@@ -125,7 +127,7 @@ pub fn open<'a>(
     let mut device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
     bar.finish_and_clear();
     device.warm_up()?;
-    Ok(Box::new(device))
+    Ok(Box::new(device.sum_by(nccl)))
 }
 
 /// The CPU.

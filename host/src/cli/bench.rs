@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
@@ -12,15 +12,15 @@ use serde_json::json;
 
 use super::shape::Shape;
 use crate::batch::{answer_tokens, laid_out};
-use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use crate::data::TokenPair;
-use crate::device::Device;
+use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, parse_size, size};
 use crate::plugins::Registry;
-use crate::ranks::Ranks;
+use crate::ranks::{self, Patience, Place, Ranks};
 use crate::train::{self, AdamW, Moments, Objective, ObjectiveOptions, optimizer};
 
 #[derive(Args)]
@@ -34,9 +34,12 @@ pub(super) struct BenchOptions {
     /// Steps that are measured, after one of warm-up
     #[arg(long, default_value_t = 3)]
     steps: usize,
-    /// Pairs a step
+    /// Pairs a step, for each GPU
     #[arg(long, default_value_t = 16)]
     batch_size: usize,
+    /// Numbers of GPUs, each measured by itself
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
+    gpus: Vec<usize>,
     /// Most tokens of prompt and one answer
     #[arg(long, default_value_t = 2048)]
     max_length: usize,
@@ -49,7 +52,7 @@ pub(super) struct BenchOptions {
     /// Tokens computed at once
     #[arg(long, value_name = "N")]
     micro_batch_tokens: Option<usize>,
-    /// The GPU: cuda or cuda:N
+    /// The GPUs: cuda or cuda:N,M
     #[arg(long, value_name = "DEVICE", default_value = "cuda")]
     device: String,
     /// Print the time of every op in a further step
@@ -72,6 +75,8 @@ enum Profile {
     Instruct,
     /// A long document, short answers
     Long,
+    /// A document of some 7,000 tokens (give --max-length 8192)
+    Document,
 }
 
 impl Profile {
@@ -81,6 +86,7 @@ impl Profile {
             Profile::Chat => ([450.0, 131.0, 111.0], 0.55),
             Profile::Instruct => ([140.0, 321.0, 281.0], 0.5),
             Profile::Long => ([1520.0, 161.0, 141.0], 0.25),
+            Profile::Document => ([7000.0, 161.0, 141.0], 0.25),
         }
     }
 
@@ -116,29 +122,52 @@ const PEAKS: &[(&str, f64)] = &[
 ];
 
 pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
-    let Some(index) = cuda::choose(&options.device)? else {
+    if let Some(place) = Place::from_environment()? {
+        if place.launched {
+            ranks::end_with_launcher();
+        }
+        let patience = Patience { rendezvous: Duration::from_secs(60), watchdog: Duration::from_secs(8) };
+        let mut ranks = Ranks::join(&place, patience)?;
+        let result = measure(registry, options, &mut ranks, Some(place.local_rank));
+        return ranks.end(result);
+    }
+    if options.gpus == [1] {
+        return measure(registry, options, &mut Ranks::alone(), None);
+    }
+    for gpus in &options.gpus {
+        ranks::launch(*gpus, &["--gpus".into(), gpus.to_string().into()], 0)?;
+    }
+    Ok(())
+}
+
+/// Measures as one of some ranks.
+fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local_rank: Option<usize>) -> Result<()> {
+    let Some(index) = device::choose(&options.device, local_rank)? else {
         return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
     };
+    let batch_size = options.batch_size * ranks.size();
     let graph = options.shape.graph(registry)?;
     let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
     let adapter = Adapter::new(&graph, lora, 0)?;
-    let pairs = options.profile.pairs(options.batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
+    let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
     let longest = pairs.iter().map(laid_out).max().unwrap_or(1);
     let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p) as f64;
     let answers = pairs.iter().map(share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;
+    let nccl = Nccl::join(&gpu, ranks)?;
     let memory = options.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
     let wishes = Wishes { memory, micro_batch_tokens: options.micro_batch_tokens, recompute: None };
     let (free, all) = gpu.memory()?;
     let before = all - free;
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, cuda::available(&gpu, memory)?, wishes)?;
+    let many = if ranks.size() > 1 { format!("{} times ", ranks.size()) } else { String::new() };
     if !options.json {
-        println!("device      {}\n{plan}", gpu.name);
+        println!("device      {many}{}\n{plan}", gpu.name);
     }
     let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
-    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?;
+    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?.sum_by(nccl);
     let loading = start.elapsed().as_secs_f64();
     let start = Instant::now();
     device.warm_up()?;
@@ -148,29 +177,30 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&TokenPair> = pairs.iter().collect();
-    let ranks = &mut Ranks::alone();
-    train::score(ranks, &mut device, &scored[..options.batch_size], |_| {})?;
+    train::score(ranks, &mut device, &scored[..batch_size], |_| {})?;
     let start = Instant::now();
     let reference = train::score(ranks, &mut device, &scored, |_| {})?.logps;
     let reference_seconds = start.elapsed().as_secs_f64();
     let mut reference = reference.as_slice();
-    let steps = scored.chunks(options.batch_size).map(|pairs| {
+    let steps = scored.chunks(batch_size).map(|pairs| {
         let (own, rest) = reference.split_at(pairs.iter().map(|p| answer_tokens(p)).sum());
         reference = rest;
         (pairs, own)
     });
     let steps: Vec<(&[&TokenPair], &[f32])> = steps.collect();
-    let mut step = |device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
-        train::gradient(ranks, device, &mut objective, pairs, reference)?;
-        let norm = device.gradient_norm()?;
-        device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
-        device.gpu().finish()
-    };
-    step(&mut device, steps[0])?;
+    let mut step =
+        |ranks: &mut Ranks, device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
+            train::gradient(ranks, device, &mut objective, pairs, reference)?;
+            let norm = device.gradient_norm()?;
+            device.update(&optimizer, optimizer::clip(norm, 1.0), 1e-4)?;
+            device.gpu().finish()
+        };
+    step(ranks, &mut device, steps[0])?;
+    ranks.wait()?;
     let start = Instant::now();
-    steps[1..].iter().try_for_each(|own| step(&mut device, *own))?;
+    steps[1..].iter().try_for_each(|own| step(ranks, &mut device, *own))?;
     let training = start.elapsed().as_secs_f64();
-    let measured = &scored[options.batch_size..];
+    let measured = &scored[batch_size..];
     let count = |of: &[&TokenPair], one: fn(&TokenPair) -> usize| of.iter().map(|p| one(p)).sum::<usize>();
     let unique = |p: &TokenPair| p.prompt.len() + p.chosen.len() + p.rejected.len();
     let (tokens, answer_tokens) = (count(measured, unique), count(measured, answer_tokens));
@@ -185,8 +215,8 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     if options.json {
         println!(
             "{}",
-            json!({"shape": options.shape.name(), "gpu": device.gpu().name, "tokens_per_second": speed,
-                "pairs_per_second": (options.steps * options.batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
+            json!({"shape": options.shape.name(), "gpus": ranks.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
+                "pairs_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
                 "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
                 "answers": answer_tokens as f64 / tokens as f64})
@@ -195,10 +225,11 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
         println!("loading     {loading:.1} s, warming up {warming:.1} s");
         println!(
             "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s",
-            (options.steps * options.batch_size) as f64 / seconds
+            (options.steps * batch_size) as f64 / seconds
         );
         let peak = PEAKS.iter().find(|(name, _)| device.gpu().name.contains(name));
-        let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", flops / seconds / peak / 1e10));
+        let share = |peak: f64| flops / seconds / peak / 1e10 / ranks.size() as f64;
+        let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", share(*peak)));
         println!("            {:.0} TFLOP/s of the model{}", flops / seconds / 1e12, share.unwrap_or_default());
         println!(
             "            {:.0} unique tokens/s with the reference cached; answers are {:.0}% of the tokens",
@@ -212,8 +243,8 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
         let start = device.adapter().params.clone();
         device.restore(&start, Moments::new(start.len()))?;
         device.gpu().start_trace()?;
-        train::score(&mut Ranks::alone(), &mut device, steps[1].0, |_| {})?;
-        step(&mut device, steps[1])?;
+        train::score(ranks, &mut device, steps[1].0, |_| {})?;
+        step(ranks, &mut device, steps[1])?;
         report(&device.gpu().end_trace()?, options)?;
     }
     Ok(())

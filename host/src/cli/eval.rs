@@ -53,7 +53,8 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let gpu = cuda::choose(&options.device)?;
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
-    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
+    let mut device =
+        device::open(&mut Ranks::alone(), gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
     let all: Vec<&TokenPair> = pairs.iter().collect();
     let scores = score(&mut Ranks::alone(), device.as_mut(), &all, |_| {})?;
     let mut rest = scores.logps.as_slice();

@@ -20,6 +20,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, such as 90.
     pub capability: u32,
+    /// The same for a card wherever it is seen from.
+    pub uuid: [u8; 16],
     stream: sys::CUstream,
     /// Times of labelled work, where somebody asked for them.
     trace: RefCell<Option<Trace>>,
@@ -130,6 +132,8 @@ impl Gpu {
             // SAFETY: the device was opened above.
             unsafe { result::device::get_attribute(device, which) }.map_err(failed("asking what the GPU can do"))
         };
+        let uuid = result::device::get_uuid(device).map_err(failed("asking for the GPU's id"))?;
+        let uuid = uuid.bytes.map(|b| b as u8);
         use sys::CUdevice_attribute_enum as Ask;
         let major = attribute(Ask::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Ask::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
@@ -139,7 +143,7 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
         let stream =
             result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("opening a stream"))?;
-        Ok(Gpu { name, capability: (major * 10 + minor) as u32, stream, trace: RefCell::new(None) })
+        Ok(Gpu { name, capability: (major * 10 + minor) as u32, uuid, stream, trace: RefCell::new(None) })
     }
 
     pub(super) fn stream(&self) -> sys::CUstream {

@@ -14,6 +14,7 @@ use super::kernels::{AttentionKernels, Heads, Kernels};
 use super::launch::{Run, rope_numbers};
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
+use super::nccl::Nccl;
 use super::plan::GpuPlan;
 use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
 use crate::batch::{Batch, Span};
@@ -26,6 +27,7 @@ use crate::train::{AdamW, Moments};
 
 /// A model with its adapter on one GPU, in bf16.
 pub struct CudaDevice {
+    nccl: Option<Nccl>,
     pub(super) gpu: Gpu,
     pub(super) blas: Blas,
     pub(super) kernels: Kernels,
@@ -143,6 +145,7 @@ impl CudaDevice {
         let ropes = rope_tables(&gpu, &graph)?;
         let moments = Moments::new(count);
         let mut device = CudaDevice {
+            nccl: None,
             gpu,
             blas,
             kernels,
@@ -167,6 +170,11 @@ impl CudaDevice {
         device.clear_gradient()?;
         device.gpu.finish()?;
         Ok(device)
+    }
+
+    /// Sums gradients over ranks by NCCL.
+    pub fn sum_by(self, nccl: Option<Nccl>) -> CudaDevice {
+        CudaDevice { nccl, ..self }
     }
 
     /// The gradient, laid out as the adapter's parameters.
@@ -397,6 +405,11 @@ impl Device for CudaDevice {
     fn sum_gradient(&mut self, ranks: &mut Ranks) -> Result<()> {
         if ranks.size() == 1 {
             return Ok(());
+        }
+        self.collect()?;
+        if let Some(nccl) = &self.nccl {
+            nccl.sum(&self.gpu, self.optimizer.gradient.address, self.optimizer.count)?;
+            return self.gpu.mark("all-reduce");
         }
         let mut gradient = self.gradient()?;
         ranks.sum(&mut gradient)?;

@@ -1,7 +1,8 @@
 //! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
 //!
 //! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
-//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `launch` and `engine` run.
+//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `launch` and `engine` run;
+//! `nccl` sums over GPUs.
 
 mod blas;
 mod device;
@@ -12,6 +13,7 @@ pub mod libraries;
 mod lowering;
 mod memory;
 mod model;
+mod nccl;
 mod plan;
 mod program;
 #[cfg(test)]
@@ -20,6 +22,7 @@ mod tests;
 pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
 pub use model::{Given, Source};
+pub use nccl::Nccl;
 pub use plan::GpuPlan;
 
 use crate::error::{Error, Result};

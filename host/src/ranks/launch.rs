@@ -5,10 +5,10 @@
 //! process does.
 
 use std::collections::HashSet;
+use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -28,16 +28,16 @@ const MERCY: Duration = Duration::from_millis(300);
 /// Variables of other launchers that a rank of ours must not see.
 const FOREIGN: &[&str] = &["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"];
 
-/// Runs this command line as `size` ranks that write into `output`; when one is lost, starts all again up to `restarts`
+/// Runs this command line with some `more` arguments as `size` ranks; when one is lost, starts all again up to `restarts`
 /// times.
 ///
 /// # Errors
 /// The rank that was lost, and how it ended.
-pub fn launch(size: usize, output: &Path, restarts: usize) -> Result<()> {
+pub fn launch(size: usize, more: &[OsString], restarts: usize) -> Result<()> {
     let interrupt = Interrupt::listen()?;
     let mut attempt = 0;
     loop {
-        let Err(error) = Group::start(size, output, attempt)?.wait(&interrupt) else { return Ok(()) };
+        let Err(error) = Group::start(size, more, attempt)?.wait(&interrupt) else { return Ok(()) };
         if let Some(signal) = interrupt.signal() {
             return Err(Error::run(format!("ended by {signal}")));
         }
@@ -74,7 +74,7 @@ struct Group {
 }
 
 impl Group {
-    fn start(size: usize, output: &Path, attempt: usize) -> Result<Group> {
+    fn start(size: usize, more: &[OsString], attempt: usize) -> Result<Group> {
         let failed = |e: io::Error| Error::run(format!("cannot start ranks: {e}"));
         let secret: String = handshake::random().map_err(failed)?.iter().map(|b| format!("{b:02x}")).collect();
         // The port is free again when rank 0 takes it.
@@ -84,7 +84,7 @@ impl Group {
         let mut group = Group { ranks: Vec::new(), ended: Vec::new(), voices: Vec::new() };
         for rank in 0..size {
             let mut command = Command::new(std::env::current_exe().map_err(failed)?);
-            command.args(std::env::args_os().skip(1)).arg("--output-dir").arg(output);
+            command.args(std::env::args_os().skip(1)).args(more);
             let numbers = [("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size)];
             command.envs(numbers.map(|(name, value)| (name, value.to_string())));
             command.env(LAUNCHED, "1").env(ATTEMPT, attempt.to_string()).env(SECRET, &secret);

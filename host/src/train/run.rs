@@ -75,7 +75,7 @@ fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
         Some(output) if options.resume_from_checkpoint.is_some() => output.clone(),
         _ => folders(options, &folder, 0)?.output,
     };
-    ranks::launch(options.gpus, &output, options.max_restarts)?;
+    ranks::launch(options.gpus, &["--output-dir".into(), output.clone().into()], options.max_restarts)?;
     Ok(output)
 }
 
@@ -110,7 +110,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
     let all = pairs.iter().chain(&validation);
-    let mut device = device::open(gpu, model.graph, &checkpoint, adapter, all, options.wishes(gpu, place)?)?;
+    let mut device = device::open(ranks, gpu, model.graph, &checkpoint, adapter, all, options.wishes(gpu, place)?)?;
 
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
