@@ -131,13 +131,11 @@ pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
         let result = measure(registry, options, &mut ranks, Some(place.local_rank));
         return ranks.end(result);
     }
-    if options.gpus == [1] {
-        return measure(registry, options, &mut Ranks::alone(), None);
-    }
-    for gpus in &options.gpus {
-        ranks::launch(*gpus, &["--gpus".into(), gpus.to_string().into()], 0)?;
-    }
-    Ok(())
+    options.gpus.iter().try_for_each(|gpus| match gpus {
+        1 => measure(registry, options, &mut Ranks::alone(), None),
+        // Ranks find their places in the environment and do not come here.
+        gpus => ranks::launch(*gpus, &[], 0),
+    })
 }
 
 /// Measures as one of some ranks.

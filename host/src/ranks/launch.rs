@@ -34,6 +34,10 @@ const FOREIGN: &[&str] = &["TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"];
 /// # Errors
 /// The rank that was lost, and how it ended.
 pub fn launch(size: usize, more: &[OsString], restarts: usize) -> Result<()> {
+    // A rank that launched ranks would do so without end.
+    if std::env::var_os(LAUNCHED).is_some() {
+        return Err(Error::run(format!("a process with {LAUNCHED} in its environment is a rank and starts none")));
+    }
     let interrupt = Interrupt::listen()?;
     let mut attempt = 0;
     loop {
