@@ -1,10 +1,10 @@
 //! Files that are there whole or not at all, and the user's cache folder.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use crate::error::{IoContext, Result};
+use crate::error::{Error, IoContext, Result};
 
 /// As [`write_into`], in a folder that is made if it is not there.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -28,6 +28,45 @@ pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     placed?;
     path.parent().map_or(Ok(()), sync_folder)
+}
+
+/// Writes a folder beside its place and renames it, so that what is there under its name is whole. The place is new or an empty
+/// folder.
+pub fn write_folder(place: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let made = !place.exists();
+    fs::create_dir_all(place).writing(place)?;
+    let written = fill(place, write);
+    if written.is_err() && made {
+        // Only an empty folder is removed.
+        let _ = fs::remove_dir(place);
+    }
+    written
+}
+
+fn fill(place: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    // The lock goes with the handle, however this process ends. Where folders cannot be locked, nothing is.
+    let handle = File::open(place).ok();
+    if let Some(Err(TryLockError::WouldBlock)) = handle.as_ref().map(File::try_lock) {
+        return Err(Error::input("another process is writing this folder").at(place.display()));
+    }
+    if fs::read_dir(place).writing(place)?.next().is_some() {
+        return Err(Error::input("the folder is not empty").at(place.display()).help("name a new or an empty folder"));
+    }
+    let place = fs::canonicalize(place).writing(place)?;
+    let mut name = std::ffi::OsString::from(".");
+    name.push(place.file_name().unwrap_or_default());
+    name.push(".tmp");
+    let temporary = place.with_file_name(name);
+    // Of a process that was killed.
+    let _ = fs::remove_dir_all(&temporary);
+    let written = fs::create_dir(&temporary).writing(&temporary).and_then(|()| write(&temporary));
+    let flushed = written.and_then(|()| sync_folder(&temporary));
+    let placed = flushed.and_then(|()| fs::rename(&temporary, &place).writing(&place));
+    if placed.is_err() {
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    placed?;
+    place.parent().map_or(Ok(()), sync_folder)
 }
 
 /// Flushes a folder's names to disk: without it a renamed file may have its old name after the power failed.

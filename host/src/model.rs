@@ -9,6 +9,21 @@ use crate::error::{Error, IoContext, Result};
 use crate::graph;
 use crate::plugins::{Family, Registry};
 
+/// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
+pub const FILES: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
 /// A model before its weights are read.
 pub struct Model<'r> {
     /// Its folder.

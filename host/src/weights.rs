@@ -17,6 +17,11 @@ use crate::error::{Error, IoContext, Result};
 const SAMPLE: usize = 4096;
 const SAMPLES: usize = 1024;
 
+/// The one file of a checkpoint that is not in shards.
+pub const SINGLE: &str = "model.safetensors";
+/// What names the shards of one that is.
+pub const INDEX: &str = "model.safetensors.index.json";
+
 /// The safetensors of a model folder: one file, or shards with an index.
 pub struct Checkpoint {
     shards: Vec<Shard>,
@@ -30,6 +35,16 @@ struct Shard {
     map: Mmap,
 }
 
+/// A file as it stands.
+pub struct Part<'a> {
+    /// Its path.
+    pub path: &'a Path,
+    /// Its first bytes: the header, and before it the header's length.
+    pub header: &'a [u8],
+    /// Names and bytes of its tensors, which fill the rest in this order.
+    pub tensors: Vec<(String, &'a [u8])>,
+}
+
 /// Where a tensor's bytes lie in its file.
 struct Entry<'a> {
     dtype: Dtype,
@@ -40,8 +55,8 @@ struct Entry<'a> {
 impl Checkpoint {
     /// Opens `model.safetensors`, or the shards of `model.safetensors.index.json`.
     pub fn open(folder: &Path) -> Result<Checkpoint> {
-        let index = folder.join("model.safetensors.index.json");
-        let single = folder.join("model.safetensors");
+        let index = folder.join(INDEX);
+        let single = folder.join(SINGLE);
         let files = if single.is_file() {
             vec![single]
         } else if index.is_file() {
@@ -135,6 +150,11 @@ impl Checkpoint {
         Ok(text)
     }
 
+    /// Every file, for one that is to be like it.
+    pub fn parts(&self) -> impl Iterator<Item = Result<Part<'_>>> {
+        self.shards.iter().map(Shard::part)
+    }
+
     /// Bytes of all files.
     pub fn bytes(&self) -> usize {
         self.shards.iter().map(|s| s.map.len()).sum()
@@ -186,6 +206,19 @@ impl Shard {
         })
     }
 
+    fn part(&self) -> Result<Part<'_>> {
+        let (length, header) = SafeTensors::read_metadata(&self.map)
+            .map_err(|e| Error::input(format!("is not a safetensors file: {e}")).at(self.path.display()))?;
+        // The length is eight bytes itself.
+        let (first, data) = self.map.split_at(8 + length);
+        let bytes = |name: &str| header.info(name).and_then(|t| data.get(t.data_offsets.0..t.data_offsets.1));
+        let tensors = header.offset_keys().into_iter().map(|name| {
+            let bytes = bytes(&name).unwrap_or_default();
+            (name, bytes)
+        });
+        Ok(Part { path: &self.path, header: first, tensors: tensors.collect() })
+    }
+
     fn entry(&self, name: &str) -> Result<Entry<'_>> {
         let tensors = self.parse()?;
         let view =
@@ -212,6 +245,17 @@ fn cut_tensor(file: &[u8]) -> Option<String> {
 }
 
 fn shard_files(index: &Path) -> Result<Vec<PathBuf>> {
+    let files: Vec<PathBuf> = shard_names(index)?.into_iter().map(|name| index.with_file_name(name)).collect();
+    match files.iter().find(|f| !f.is_file()) {
+        Some(missing) => {
+            Err(Error::input(format!("names {}, which is missing", missing.display())).at(index.display()))
+        }
+        None => Ok(files),
+    }
+}
+
+/// The files that an index names, all of which belong into its folder.
+pub(crate) fn shard_names(index: &Path) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(index).reading(index)?;
     let wrong = |what: String| Error::input(what).at(index.display());
     let value: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
@@ -225,12 +269,7 @@ fn shard_files(index: &Path) -> Result<Vec<PathBuf>> {
     }
     names.sort_unstable();
     names.dedup();
-    let folder = index.parent().unwrap_or(Path::new(""));
-    let files: Vec<PathBuf> = names.iter().map(|n| folder.join(n)).collect();
-    match files.iter().find(|f| !f.is_file()) {
-        Some(missing) => Err(wrong(format!("names {}, which is missing", missing.display()))),
-        None => Ok(files),
-    }
+    Ok(names.into_iter().map(str::to_owned).collect())
 }
 
 /// Whether a name is of a pattern in which `*` stands for any text.

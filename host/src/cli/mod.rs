@@ -7,6 +7,7 @@ mod describe;
 mod doctor;
 mod eval;
 mod list;
+mod merge;
 pub mod new;
 mod plan;
 pub(crate) mod selftest;
@@ -63,6 +64,11 @@ enum Command {
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
     Eval(eval::EvalOptions),
+    /// Fold an adapter into its model: a checkpoint that needs no adapter
+    ///
+    /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
+    /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
+    Merge(merge::MergeOptions),
 }
 
 #[derive(clap::Args)]
@@ -128,6 +134,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Data(options) => data::data(&registry, &options),
         Command::Plan(options) => plan::plan(&registry, &options),
         Command::Eval(options) => eval::eval(&registry, &options),
+        Command::Merge(options) => merge::merge(&registry, &options),
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),

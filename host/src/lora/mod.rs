@@ -1,5 +1,6 @@
 //! The adapter: which linears get a low-rank update, its parameters in one flat f32 buffer, and PEFT's files.
 
+mod merge;
 mod peft;
 mod target;
 
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::ops::Lora;
 use crate::weights::blocks;
 
+pub use merge::merge;
 pub use peft::{AdapterConfig, read_config};
 pub use target::Targets;
 

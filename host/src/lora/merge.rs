@@ -1,0 +1,109 @@
+//! The adapter folded into the weights: files like the checkpoint's, in which every adapted W is W + scale · B · A.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::Adapter;
+use crate::error::{Error, IoContext, Result};
+use crate::ops::Lora;
+use crate::weights::{Checkpoint, blocks};
+
+/// Bytes of a weight that are computed at once; a merge takes some ten times as much memory.
+const PIECE: usize = 8 << 20;
+
+/// A weight that is written anew.
+struct Adapted {
+    dtype: DType,
+    lora: Lora,
+}
+
+/// Writes the checkpoint's files into a folder, with the adapter in them; `done` hears of bytes. They are flushed.
+///
+/// # Errors
+/// A tensor of the graph that the checkpoint lacks, a sum that the checkpoint's type cannot hold, a full disk.
+pub fn merge(
+    graph: &ModelGraph,
+    checkpoint: &Checkpoint,
+    adapter: &Adapter,
+    folder: &Path,
+    done: impl Fn(usize),
+) -> Result<()> {
+    let adapted = adapted(graph, checkpoint, adapter)?;
+    for part in checkpoint.parts() {
+        let part = part?;
+        let path = folder.join(part.path.file_name().unwrap_or_default());
+        let mut file = BufWriter::new(File::create(&path).writing(&path)?);
+        file.write_all(part.header).writing(&path)?;
+        for (name, bytes) in part.tensors {
+            match adapted.get(&name) {
+                None => file.write_all(bytes).writing(&path)?,
+                Some(weight) => {
+                    let piece = |piece: &[u8]| file.write_all(piece).writing(&path);
+                    weight.sum(bytes, piece).map_err(|e| e.at(format!("tensor '{name}'")))?;
+                }
+            }
+            done(bytes.len());
+        }
+        file.into_inner().map_err(std::io::IntoInnerError::into_error).and_then(|f| f.sync_all()).writing(&path)?;
+    }
+    Ok(())
+}
+
+/// The adapted weights by the names of their tensors.
+fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Result<HashMap<String, Adapted>> {
+    let mut adapted = HashMap::new();
+    for (at, (block, prefix)) in blocks(graph).enumerate() {
+        for (index, node) in block.nodes.iter().enumerate() {
+            let site = adapter.sites.iter().find(|s| s.node == (at, index));
+            for weight in &node.weights {
+                // Also of those that are copied: a checkpoint that lacks one is not to look merged.
+                let (dtype, _) = checkpoint.raw(prefix, weight)?;
+                let Some(site) = site.filter(|_| weight.role == "weight") else { continue };
+                let name = format!("{prefix}{}", weight.tensor);
+                let what = format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
+                if adapted.insert(name, Adapted { dtype, lora: adapter.lora(site)? }).is_some() {
+                    return Err(Error::input(what));
+                }
+            }
+        }
+    }
+    Ok(adapted)
+}
+
+impl Adapted {
+    /// W + scale · B · A, rows of it at a time, as bytes of W's own type.
+    fn sum(&self, bytes: &[u8], mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let Lora { a, b, scale } = &self.lora;
+        let (_, inputs) = a.dims2()?;
+        let row = inputs * self.dtype.size_in_bytes();
+        let rows = (PIECE / row.max(1)).max(1);
+        let mut summed = Vec::new();
+        for (at, piece) in bytes.chunks(rows * row).enumerate() {
+            let count = piece.len() / row;
+            let w = Tensor::from_raw_buffer(piece, self.dtype, &[count, inputs], &Device::Cpu)?;
+            let update = b.narrow(0, at * rows, count)?.matmul(a)?.affine(*scale, 0.0)?;
+            // candle rounds to nearest, ties to even.
+            let sum = (w.to_dtype(DType::F32)? + update)?.to_dtype(self.dtype)?;
+            refuse_infinite(&sum)?;
+            summed.clear();
+            sum.write_bytes(&mut summed)?;
+            write(&summed)?;
+        }
+        Ok(())
+    }
+}
+
+/// Only what is no number stays so when multiplied by zero.
+fn refuse_infinite(values: &Tensor) -> Result<()> {
+    let zero: f32 = values.to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar()?;
+    if zero == 0.0 {
+        return Ok(());
+    }
+    let what = format!("with the update it has values that are no finite {:?}", values.dtype());
+    Err(Error::run(what).help("keep the adapter apart, or convert the model to bf16 or f32 before merging"))
+}
