@@ -11,6 +11,7 @@ pub mod engine;
 pub mod error;
 pub mod files;
 pub mod graph;
+pub mod hub;
 pub mod lora;
 pub mod model;
 pub mod ops;

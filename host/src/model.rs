@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
 use crate::graph;
+use crate::hub::{self, Name, Need};
 use crate::plugins::{Family, Registry};
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
@@ -66,23 +67,16 @@ impl<'r> Model<'r> {
     }
 }
 
-/// The folder that `--model` means: a folder, or a snapshot in the local Hugging Face cache.
-pub fn locate(model: &str) -> Result<PathBuf> {
+/// The folder that `--model` means, with what is needed of it: a folder, or a model of a hub, which is fetched.
+pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     let folder = PathBuf::from(model);
     if folder.is_dir() {
         return Ok(folder);
     }
-    let variable = |name: &str| std::env::var_os(name).map(PathBuf::from);
-    let home = || variable("HF_HOME").or_else(|| Some(variable("HOME")?.join(".cache/huggingface")));
-    let hub = variable("HF_HUB_CACHE").or_else(|| Some(home()?.join("hub")));
-    let snapshots = hub.map(|h| h.join(format!("models--{}", model.replace('/', "--"))).join("snapshots"));
-    let newest = snapshots.and_then(|s| {
-        let entries = std::fs::read_dir(s).ok()?.filter_map(|e| Some(e.ok()?.path()));
-        entries.filter(|p| p.join("config.json").exists()).max_by_key(|p| p.metadata().and_then(|m| m.modified()).ok())
-    });
-    newest.ok_or_else(|| {
-        Error::input(format!("'{model}' is no folder and not in the local Hugging Face cache"))
+    match Name::parse(model) {
+        Some(name) if !name.is_inside() => hub::model(&name, need),
+        _ => Err(Error::input(format!("'{model}' is no folder, and cannot be the name of a model on a hub"))
             .at("--model")
-            .help(format!("download it first: huggingface-cli download {model}"))
-    })
+            .help("name a folder, owner/name[@revision] of Hugging Face, or ms::owner/name of ModelScope")),
+    }
 }

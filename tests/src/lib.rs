@@ -1,5 +1,6 @@
 //! Shared helpers of the end-to-end tests: small random models in memory, and engines over them.
 
+pub mod hub;
 pub mod nested;
 
 use std::collections::HashMap;

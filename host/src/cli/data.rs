@@ -4,6 +4,7 @@ use clap::Args;
 
 use crate::data::{self, ChatTokenizer};
 use crate::error::{Error, Result};
+use crate::hub::Need;
 use crate::model::{self, Model};
 use crate::plugins::Registry;
 use crate::train::DataArgs;
@@ -13,7 +14,7 @@ pub(super) struct DataCommand {
     /// Rows: files or folders
     #[arg(value_name = "PATH[#N]")]
     paths: Vec<String>,
-    /// Checkpoint whose tokenizer and chat template are used: a folder, or an id in the local Hugging Face cache
+    /// Checkpoint whose tokenizer and chat template are used: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
     #[arg(long, value_name = "DIR|ID")]
     model: String,
     /// Model family, for a folder without config.json
@@ -27,7 +28,7 @@ pub(super) struct DataCommand {
 }
 
 pub(super) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
-    let folder = model::locate(&command.model)?;
+    let folder = model::locate(&command.model, Need::Tokenizer)?;
     let paths: Vec<String> = command.paths.iter().chain(&command.args.dataset).cloned().collect();
     // A tokenizer alone is enough to look at data; a config adds the family's template and limits.
     let has_config = folder.join("config.json").is_file();

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::error::Result;
+use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::model::{self, Model};
 use crate::plan::Wishes;
@@ -18,7 +19,7 @@ use crate::{cuda, device, files};
 
 #[derive(Args)]
 pub(super) struct EvalOptions {
-    /// Checkpoint: a folder, or an id in the local Hugging Face cache
+    /// Checkpoint: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
     #[arg(long, value_name = "DIR|ID")]
     model: String,
     /// Model family; by default the one that claims the architecture
@@ -38,7 +39,7 @@ pub(super) struct EvalOptions {
 }
 
 pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
-    let folder = model::locate(&options.model)?;
+    let folder = model::locate(&options.model, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let rows = options.data.options(&options.data.dataset, model.graph.max_positions)?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::error::{IoContext, Result};
+use crate::hub::Need;
 use crate::lora::{self, Adapter};
 use crate::model::{self, Model};
 use crate::plugins::Registry;
@@ -29,7 +30,7 @@ pub(super) struct MergeOptions {
 }
 
 pub(super) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
-    let folder = model::locate(&options.model)?;
+    let folder = model::locate(&options.model, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
     let checkpoint = Checkpoint::open(&folder)?;

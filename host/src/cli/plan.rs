@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::shape::Shape;
 use crate::cuda::{self, Gpu, GpuPlan};
 use crate::error::{Error, Result};
+use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::model::{self, Model};
 use crate::plan::{Plan, Wishes, parse_size, size};
@@ -14,7 +15,7 @@ use crate::plugins::Registry;
 
 #[derive(Args)]
 pub(super) struct PlanOptions {
-    /// Checkpoint: a folder, an id in the local Hugging Face cache, or a published shape such as qwen2.5-7b
+    /// Checkpoint: a folder, a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope, or a published shape such as qwen2.5-7b
     #[arg(long, value_name = "DIR|ID|SHAPE", required_unless_present = "table")]
     model: Option<String>,
     /// Model family; by default the one that claims the architecture
@@ -50,7 +51,7 @@ pub(super) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
     let name = options.model.as_deref().unwrap_or_default();
     let graph = match Shape::from_str(name, true) {
         Ok(shape) => shape.graph(registry)?,
-        Err(_) => Model::open(registry, &model::locate(name)?, options.plugin.as_deref())?.graph,
+        Err(_) => Model::open(registry, &model::locate(name, Need::Config)?, options.plugin.as_deref())?.graph,
     };
     let adapter = adapter(&graph, options)?;
     let memory = options.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;

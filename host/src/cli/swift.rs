@@ -57,7 +57,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("model_name", "it names nothing that is written"),
     ("model_type", "the family follows from config.json, or --plugin"),
     ("template", "the chat template is the checkpoint's own"),
-    ("use_hf", "a model is a local folder"),
+    ("use_hf", "a name without a hub is one of Hugging Face; ms::owner/name is one of ModelScope"),
     ("check_model", "the checkpoint is always checked"),
     ("add_version", "a run never overwrites another"),
     ("loss_scale", "answers are learned whole"),

@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, IoContext, Result};
+use crate::hub::{self, Name};
 
 /// What can be read, by extension.
 const READERS: [(&str, Reader); 5] = [
@@ -97,8 +98,17 @@ fn times_taken(total: usize, wanted: usize, shuffle: bool, seed: u64) -> Vec<usi
     times
 }
 
-/// The file itself, or a folder's data files by name.
+/// The file itself, a folder's data files by name, or those of a hub's dataset.
 fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let named = path.to_str().filter(|p| p.contains("::") && !path.exists());
+    if let Some(text) = named {
+        let name = Name::parse(text).ok_or_else(|| {
+            Error::input("is no file, and cannot be the name of a dataset").at(text).help("name it hf::owner/name")
+        })?;
+        // Parquet first: a repository that has its rows twice has them so without loss.
+        let kinds: Vec<&str> = READERS.iter().rev().map(|(kind, _)| *kind).collect();
+        return hub::dataset(&name, &kinds);
+    }
     if !path.is_dir() {
         return Ok(vec![path.to_owned()]);
     }

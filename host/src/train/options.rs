@@ -16,7 +16,8 @@ pub struct TrainOptions {
     /// Model family (see `dpo-host list`); by default the one that claims the checkpoint's architecture
     #[arg(long, value_name = "NAME")]
     pub plugin: Option<String>,
-    /// Checkpoint: a folder, or a Hugging Face id that is in the local cache. Without it and without --dataset: the demo
+    /// Checkpoint: a folder, or a model of a hub: owner/name[@revision] of Hugging Face, ms::owner/name of ModelScope.
+    /// Without it and without --dataset: the demo
     #[arg(long, value_name = "DIR|ID")]
     pub model: Option<String>,
     /// How rows become pairs
@@ -176,7 +177,7 @@ pub struct TrainOptions {
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub struct DataArgs {
-    /// Rows: files or folders of jsonl, json, csv, parquet; #N takes N of them
+    /// Rows: files or folders of jsonl, json, csv, parquet, or hf::owner/name of Hugging Face; #N takes N of them
     #[arg(long, value_name = "PATH[#N]", num_args = 1..)]
     pub dataset: Vec<String>,
     /// Format of the rows (see `dpo-host list datasets`); by default it is found out

@@ -22,6 +22,7 @@ use super::{Objective, ObjectiveOptions, Reference, Step, report, settings, step
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
+use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
 use crate::plan::{Wishes, free_memory, parse_size};
@@ -68,7 +69,7 @@ fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
         choose_device(options, Some(rank))?;
     }
     Objective::new(registry, &options.objective()?)?;
-    let folder = model::locate(&given)?;
+    let folder = model::locate(&given, Need::Weights)?;
     Model::open(registry, &folder, options.plugin.as_deref())?;
     let output = match &options.output_dir {
         // Rank 0 looks for the checkpoint and says what it finds.
@@ -85,7 +86,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let gpu = choose_device(&options, place.map(|p| p.local_rank))?;
     let objective_options = options.objective()?;
     let objective = Objective::new(registry, &objective_options)?;
-    let folder = model::locate(&given)?;
+    let folder = model::locate(&given, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let attempt = ranks.most(place.map_or(0, |p| p.attempt))?;
     let Folders { output, resumed } = ranks.first(|| folders(&options, &folder, attempt))?;

@@ -1,0 +1,145 @@
+//! A hub on the loopback: one server that speaks as Hugging Face and as ModelScope do, and misbehaves when told to.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+/// How the next request for a file ends, instead of well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The connection breaks in the middle of what was asked for.
+    Breaks,
+    /// This status, and 0 seconds of `Retry-After`.
+    Status(u16),
+}
+
+/// What the server has and does.
+#[derive(Default)]
+pub struct State {
+    /// Files by their path.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// What goes wrong with a file, one after the other.
+    pub troubles: HashMap<String, Vec<Trouble>>,
+    /// Files of which another hash is told.
+    pub lies: Vec<String>,
+    /// Paths that are listed and are not there.
+    pub listed: Vec<String>,
+    /// What has to be shown to be let in.
+    pub token: Option<String>,
+    /// Requests for files: path, and from which byte on.
+    pub asked: Vec<(String, u64)>,
+}
+
+/// A running server.
+pub struct Hub {
+    /// Its address.
+    pub address: String,
+    /// What it has; may be changed while it runs.
+    pub state: Arc<Mutex<State>>,
+}
+
+/// The commit of which everything is.
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+impl Hub {
+    /// A server with files, under the name `owner/name` whatever that is, but for `owner/missing`.
+    pub fn start(files: Vec<(String, Vec<u8>)>) -> Hub {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let address = format!("http://{}", listener.local_addr().expect("an address"));
+        let state = Arc::new(Mutex::new(State { files, ..State::default() }));
+        let shared = state.clone();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let state = shared.clone();
+                std::thread::spawn(move || answer(stream, &state));
+            }
+        });
+        Hub { address, state }
+    }
+
+    /// What was asked for since the last time.
+    pub fn asked(&self) -> Vec<(String, u64)> {
+        std::mem::take(&mut self.state.lock().expect("no thread has panicked").asked)
+    }
+}
+
+fn answer(mut stream: TcpStream, state: &Mutex<State>) -> Option<()> {
+    let mut lines = BufReader::new(stream.try_clone().ok()?).lines();
+    let target = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
+    let headers = lines.map_while(|l| l.ok().filter(|l| !l.is_empty()));
+    let headers =
+        headers.filter_map(|l| l.split_once(": ").map(|(name, value)| (name.to_lowercase(), value.to_owned())));
+    let headers: HashMap<String, String> = headers.collect();
+    let mut state = state.lock().ok()?;
+    let shown = headers.get("authorization").and_then(|v| v.strip_prefix("Bearer "));
+    if state.token.is_some() && shown != state.token.as_deref() {
+        return send(&mut stream, 401, &[], b"{}");
+    }
+    if target.contains("/missing") {
+        return send(&mut stream, 404, &[], b"{}");
+    }
+    let (path, query) = target.split_once('?').unwrap_or((&target, ""));
+    let file = match (path.split_once("/resolve/"), query.split_once("FilePath=")) {
+        (Some((_, rest)), _) => rest.split_once('/')?.1.to_owned(),
+        (None, Some((_, path))) => path.replace("%2F", "/"),
+        (None, None) if path.starts_with("/api/v1/") => return json(&mut stream, &modelscope(&state)),
+        (None, None) => return json(&mut stream, &hugging_face(&state)),
+    };
+    let from = headers.get("range").and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
+    state.asked.push((file.clone(), from.unwrap_or(0)));
+    let trouble = state.troubles.get_mut(&file).filter(|t| !t.is_empty()).map(|t| t.remove(0));
+    let (_, bytes) = state.files.iter().find(|(path, _)| *path == file)?;
+    let rest = &bytes[from.unwrap_or(0) as usize..];
+    let range = format!("bytes {}-{}/{}", from.unwrap_or(0), bytes.len() - 1, bytes.len());
+    let (status, more) = if from.is_some() { (206, vec![("content-range", range)]) } else { (200, vec![]) };
+    match trouble {
+        Some(Trouble::Status(status)) => send(&mut stream, status, &[("retry-after", "0".into())], b""),
+        Some(Trouble::Breaks) => {
+            head(&mut stream, status, &more, rest.len())?;
+            stream.write_all(&rest[..rest.len() / 2]).ok()
+        }
+        None => send(&mut stream, status, &more, rest),
+    }
+}
+
+fn head(stream: &mut TcpStream, status: u16, headers: &[(&str, String)], length: usize) -> Option<()> {
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    write!(stream, "HTTP/1.1 {status} X\r\ncontent-length: {length}\r\nconnection: close\r\n{headers}\r\n").ok()
+}
+
+fn send(stream: &mut TcpStream, status: u16, headers: &[(&str, String)], body: &[u8]) -> Option<()> {
+    head(stream, status, headers, body.len())?;
+    stream.write_all(body).ok()
+}
+
+fn json(stream: &mut TcpStream, value: &Value) -> Option<()> {
+    send(stream, 200, &[], value.to_string().as_bytes())
+}
+
+fn hash(state: &State, path: &str, bytes: &[u8]) -> String {
+    let hash = format!("{:x}", Sha256::digest(bytes));
+    if state.lies.iter().any(|l| l == path) { hash.chars().rev().collect() } else { hash }
+}
+
+fn hugging_face(state: &State) -> Value {
+    let file = |(path, bytes): &(String, Vec<u8>)| {
+        let hash = hash(state, path, bytes);
+        let mut file = json!({"rfilename": path, "size": bytes.len(), "blobId": &hash[..40]});
+        if path.ends_with(".safetensors") {
+            file["lfs"] = json!({"sha256": hash, "size": bytes.len(), "pointerSize": 135});
+        }
+        file
+    };
+    let listed = state.listed.iter().map(|path| json!({"rfilename": path, "size": 1, "blobId": "0"}));
+    json!({"sha": COMMIT, "siblings": state.files.iter().map(file).chain(listed).collect::<Vec<_>>()})
+}
+
+fn modelscope(state: &State) -> Value {
+    let file = |(path, bytes): &(String, Vec<u8>)| json!({"Path": path, "Type": "blob", "Size": bytes.len(), "Sha256": hash(state, path, bytes)});
+    let files: Vec<Value> = state.files.iter().map(file).collect();
+    json!({"Code": 200, "Success": true, "Data": {"Files": files}})
+}
