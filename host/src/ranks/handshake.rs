@@ -74,8 +74,29 @@ pub(super) struct Hello {
 pub(super) enum Purpose {
     /// To take part in the run; to rank 0.
     Join,
-    /// To carry data; to the next rank.
-    Ring,
+    /// To carry data on the ring of a number; to the next rank.
+    Ring(usize),
+}
+
+/// Rings between the same ranks: one for what the run exchanges step by step, one for [`Parts`](super::Parts).
+pub(super) const RINGS: usize = 2;
+
+impl Hello {
+    /// What is wrong with a caller who knows the secret, for the rank that says this of itself.
+    pub fn judge(&self, caller: &Hello) -> Result<(), String> {
+        let Hello { rank, size, .. } = *self;
+        let before = (rank + size - 1) % size;
+        let rings = matches!(caller.purpose, Purpose::Ring(at) if at >= RINGS || caller.rank != before);
+        let rules = [
+            (caller.version != self.version, format!("it runs dpo-host {}, this is {}", caller.version, self.version)),
+            (caller.size != size, format!("it counts {} ranks, here are {size}", caller.size)),
+            (caller.attempt != self.attempt, format!("it is of attempt {}, this is attempt {}", caller.attempt, self.attempt)),
+            (caller.rank >= size || caller.rank == rank, format!("it says it is rank {}", caller.rank)),
+            (caller.purpose == Purpose::Join && rank != 0, format!("ranks join at rank 0, this is rank {rank}")),
+            (rings, format!("rank {before} comes before {rank}, on {RINGS} rings")),
+        ];
+        rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, text)| Err(text))
+    }
 }
 
 /// Why a conversation led to nothing.
