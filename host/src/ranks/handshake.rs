@@ -83,14 +83,17 @@ pub(super) const RINGS: usize = 2;
 
 impl Hello {
     /// What is wrong with a caller who knows the secret, for the rank that says this of itself.
-    pub fn judge(&self, caller: &Hello) -> Result<(), String> {
+    pub(super) fn judge(&self, caller: &Hello) -> Result<(), String> {
         let Hello { rank, size, .. } = *self;
         let before = (rank + size - 1) % size;
         let rings = matches!(caller.purpose, Purpose::Ring(at) if at >= RINGS || caller.rank != before);
         let rules = [
             (caller.version != self.version, format!("it runs dpo-host {}, this is {}", caller.version, self.version)),
             (caller.size != size, format!("it counts {} ranks, here are {size}", caller.size)),
-            (caller.attempt != self.attempt, format!("it is of attempt {}, this is attempt {}", caller.attempt, self.attempt)),
+            (
+                caller.attempt != self.attempt,
+                format!("it is of attempt {}, this is attempt {}", caller.attempt, self.attempt),
+            ),
             (caller.rank >= size || caller.rank == rank, format!("it says it is rank {}", caller.rank)),
             (caller.purpose == Purpose::Join && rank != 0, format!("ranks join at rank 0, this is rank {rank}")),
             (rings, format!("rank {before} comes before {rank}, on {RINGS} rings")),
