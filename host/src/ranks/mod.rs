@@ -5,7 +5,7 @@
 //! run on one device is a run of one rank.
 
 mod environment;
-mod handshake;
+pub mod handshake;
 mod launch;
 mod rendezvous;
 mod ring;
