@@ -158,10 +158,12 @@ fn agree(ranks: &mut Ranks, wish: Option<bool>, plan: impl Fn(usize) -> Result<P
     let shared = plan(many);
     if !shares {
         return whole.map_err(|e| match shared {
-            Ok(plan) => e.help(format!(
-                "shared by {many} ranks, weights take {} on each, which fits: leave --shard-base out",
-                size(plan.weights)
-            )),
+            Ok(plan) => {
+                let shared = size(plan.weights);
+                Error::input(format!("{}; shared by {many} ranks, weights take {shared} on each", e.message()))
+                    .at("--shard-base")
+                    .help("leave it out: what is shared fits")
+            }
             Err(_) => e,
         });
     }
