@@ -17,6 +17,9 @@ use crate::error::{Error, Result};
 use crate::ranks::Parts;
 use crate::weights::Checkpoint;
 
+/// Of every block, of every node, the places of its weights among all.
+type Places = Vec<Vec<Vec<usize>>>;
+
 /// The weights of every node of a block.
 pub type BlockWeights = Vec<Vec<Tensor>>;
 
@@ -81,11 +84,8 @@ impl Base {
     }
 }
 
-/// Every weight of a graph, tied ones once; and of every block, of every node, which of them it has.
-fn every<T>(
-    graph: &ModelGraph,
-    mut load: impl FnMut(&str, &Weight) -> Result<T>,
-) -> Result<(Vec<T>, Vec<Vec<Vec<usize>>>)> {
+/// Every weight of a graph, tied ones once, and where blocks find theirs.
+fn every<T>(graph: &ModelGraph, mut load: impl FnMut(&str, &Weight) -> Result<T>) -> Result<(Vec<T>, Places)> {
     let (mut weights, mut known) = (Vec::new(), HashMap::new());
     let mut place = |prefix: &str, weight: &Weight| {
         let name = format!("{prefix}{}", weight.tensor);
@@ -167,7 +167,7 @@ enum Kept {
 struct Gatherer {
     parts: Parts,
     weights: Vec<Kept>,
-    blocks: Vec<Vec<Vec<usize>>>,
+    blocks: Places,
 }
 
 impl Gatherer {
