@@ -2,6 +2,7 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
+use crate::base::Base;
 use crate::batch::{Batch, laid_out};
 use crate::console;
 use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
@@ -9,7 +10,7 @@ use crate::data::TokenPair;
 use crate::engine::{Engine, Forward};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
-use crate::plan::{Plan, Wishes};
+use crate::plan::{Plan, Wishes, size};
 use crate::ranks::Ranks;
 use crate::train::{AdamW, Moments, peak_memory_gib};
 use crate::weights::Checkpoint;
@@ -44,6 +45,12 @@ pub trait Device {
 
     /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
+
+    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without pairs left runs them
+    /// over empty batches.
+    fn shares_base(&self) -> bool {
+        false
+    }
 
     /// Sets the gradient to zero.
     fn clear_gradient(&mut self) -> Result<()>;
@@ -110,9 +117,14 @@ pub fn open<'a>(
 ) -> Result<Box<dyn Device>> {
     let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
     let Some(index) = gpu else {
-        let plan = Plan::new(&graph, adapter.params.len(), longest, wishes)?;
+        let plan = |parts| Plan::new(&graph, adapter.params.len(), longest, parts, wishes);
+        let plan = agree(ranks, wishes.shard_base, plan)?;
         console::line(&plan);
-        let mut engine = Engine::load(graph, checkpoint, adapter)?;
+        let base = match ranks.parts().filter(|_| plan.parts > 1) {
+            Some(parts) => Base::load_part(&graph, checkpoint, parts)?,
+            None => Base::load(&graph, checkpoint)?,
+        };
+        let mut engine = Engine::new(graph, base, adapter)?;
         engine.recompute(plan.recomputed);
         return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)));
     };
@@ -128,6 +140,40 @@ pub fn open<'a>(
     bar.finish_and_clear();
     device.warm_up()?;
     Ok(Box::new(device.sum_by(nccl)))
+}
+
+/// A plan in which ranks share the frozen weights, or have all of them, where that is wished; else all of them, if that
+/// fits on every rank.
+fn agree(ranks: &mut Ranks, wish: Option<bool>, plan: impl Fn(usize) -> Result<Plan>) -> Result<Plan> {
+    let (whole, many) = (plan(1), ranks.size());
+    if many == 1 {
+        if wish == Some(true) {
+            console::line("note: --shard-base is ignored: one rank has all weights");
+        }
+        return whole;
+    }
+    let any = ranks.most(u64::from(whole.is_err()))? > 0;
+    let shares = wish.unwrap_or(any);
+    ranks.same("--shard-base", &[u8::from(shares)])?;
+    let shared = plan(many);
+    if !shares {
+        return whole.map_err(|e| match shared {
+            Ok(plan) => {
+                let shared = size(plan.weights);
+                Error::input(format!("{}; shared by {many} ranks, weights take {shared} on each", e.message()))
+                    .at("--shard-base")
+                    .help("leave it out: what is shared fits")
+            }
+            Err(_) => e,
+        });
+    }
+    if wish.is_none()
+        && let Ok(plan) = &shared
+    {
+        let all = size(plan.whole);
+        console::line(format!("base        shared by {many} ranks: all weights, {all}, do not fit on each"));
+    }
+    shared
 }
 
 /// The CPU.
@@ -190,6 +236,10 @@ impl Device for CpuDevice {
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
         let forward = self.forward.take().ok_or_else(|| Error::run("a backward pass without its forward pass"))?;
         self.engine.backward(batch, forward, dlogps, &mut self.gradient)
+    }
+
+    fn shares_base(&self) -> bool {
+        self.engine.shares_base()
     }
 
     fn clear_gradient(&mut self) -> Result<()> {

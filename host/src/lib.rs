@@ -1,5 +1,6 @@
 //! dpo-host: LoRA preference training with plugins for model families, dataset formats and losses.
 
+pub mod base;
 pub mod batch;
 pub mod cli;
 pub mod console;

@@ -1,12 +1,13 @@
 //! Memory before the first step: what everything takes, how many tokens fit at once, what is recomputed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
+use crate::base::{blocks, is_shared};
 use crate::error::{Error, Result};
-use crate::weights::blocks;
 
 /// Bytes of an f32.
 const WORD: usize = 4;
@@ -22,8 +23,12 @@ const WORKSPACE: usize = 512 << 20;
 pub struct Plan {
     /// Memory to plan with.
     pub available: usize,
-    /// Frozen weights in f32.
+    /// Ranks that share the frozen weights; 1 where each has all.
+    pub parts: usize,
+    /// Frozen weights in f32 on this rank.
     pub weights: usize,
+    /// All of them.
+    pub whole: usize,
     /// Adapter, gradient and moments.
     pub adapter: usize,
     /// Logits, attention scores and what else an op holds while it runs.
@@ -45,19 +50,16 @@ pub struct Wishes {
     pub micro_batch_tokens: Option<usize>,
     /// Whether layers are recomputed.
     pub recompute: Option<bool>,
+    /// Whether ranks share the frozen weights.
+    pub shard_base: Option<bool>,
 }
 
 impl Plan {
-    /// Plans for pairs of up to `longest` tokens and an adapter of `parameters`; refuses what does not fit.
-    pub fn new(graph: &ModelGraph, parameters: usize, longest: usize, wishes: Wishes) -> Result<Plan> {
+    /// Plans for pairs of up to `longest` tokens and an adapter of `parameters`, with the frozen weights shared by so many
+    /// `parts`; refuses what does not fit.
+    pub fn new(graph: &ModelGraph, parameters: usize, longest: usize, parts: usize, wishes: Wishes) -> Result<Plan> {
         let available = wishes.memory.or_else(free_memory).unwrap_or(usize::MAX);
-        let mut names: Vec<(String, usize)> = blocks(graph)
-            .flat_map(|(b, prefix)| b.nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
-            .map(|(prefix, w)| (format!("{prefix}{}", w.tensor), w.shape.iter().product::<usize>() * WORD))
-            .collect();
-        names.sort();
-        names.dedup();
-        let weights = names.iter().map(|(_, bytes)| bytes).sum();
+        let [weights, whole] = [parts, 1].map(|parts| weights(graph, parts));
         let adapter = parameters * WORD * 4;
         let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
         // A layer in work holds its values, and gradients of about as many.
@@ -76,7 +78,7 @@ impl Plan {
                  {} a token",
                 size(need),
                 size(available),
-                size(weights),
+                share(weights, whole, parts),
                 size(adapter),
                 size(WORKSPACE),
                 size(per_token)
@@ -88,13 +90,41 @@ impl Plan {
         let recomputed = if recompute { graph.layers.len() } else { 0 };
         Ok(Plan {
             available,
+            parts,
             weights,
+            whole,
             adapter,
             workspace: WORKSPACE,
             per_token,
             recomputed,
             micro_batch_tokens: tokens,
         })
+    }
+}
+
+/// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.
+fn weights(graph: &ModelGraph, parts: usize) -> usize {
+    let (mut kept, mut whole) = (BTreeMap::new(), Vec::new());
+    for (prefix, nodes) in blocks(graph) {
+        let mut gathered = 0;
+        for weight in nodes.iter().flat_map(|n| &n.weights) {
+            let values: usize = weight.shape.iter().product();
+            let shared = parts > 1 && is_shared(weight);
+            gathered += if shared { values * WORD } else { 0 };
+            // A tied projection is the embedding's tensor.
+            let own = if shared { values.div_ceil(parts) } else { values };
+            kept.insert(format!("{prefix}{}", weight.tensor), own * WORD);
+        }
+        whole.push(gathered);
+    }
+    kept.values().sum::<usize>() + whole.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0)
+}
+
+/// `58.0 MiB`, or `58.0 MiB of 132.0 MiB, shared by 4 ranks`.
+fn share(weights: usize, whole: usize, parts: usize) -> String {
+    match parts {
+        1 => size(weights),
+        _ => format!("{} of {}, shared by {parts} ranks", size(weights), size(whole)),
     }
 }
 
@@ -151,7 +181,7 @@ impl fmt::Display for Plan {
         writeln!(
             f,
             "            weights {}, adapter {}, workspace {}",
-            size(self.weights),
+            share(self.weights, self.whole, self.parts),
             size(self.adapter),
             size(self.workspace)
         )?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -124,6 +125,15 @@ impl Checkpoint {
     pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
         let (dtype, bytes) = self.raw(prefix, weight)?;
         Ok(Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?)
+    }
+
+    /// A range of a weight's values, without touching the others, in f32.
+    pub fn load_range(&self, prefix: &str, weight: &Weight, range: &Range<usize>) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.raw(prefix, weight)?;
+        let size = dtype.size_in_bytes();
+        let own = &bytes[range.start * size..range.end * size];
+        let tensor = Tensor::from_raw_buffer(own, dtype, &[range.len()], &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
     }
 
     /// A text that changes when the weights do: path, size and time of change of every file.

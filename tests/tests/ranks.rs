@@ -10,7 +10,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dpo_tests::{Sandbox, golden, log};
+use dpo_host::plan::{Plan, Wishes, size};
+use dpo_plugin_api::graph::ModelGraph;
+use dpo_tests::{Sandbox, golden, graph, log, weights};
 
 const BATCH: &[&str] = &["--batch-size", "4", "--num-epochs", "2", "--split-dataset-ratio", "0.2"];
 const SECRET: &str = "of this test";
@@ -443,4 +445,101 @@ fn ranks_that_do_not_come_are_named() {
     let (code, text) = ended(half.env_remove("MASTER_ADDR").spawn().unwrap());
     assert_eq!(code, 2, "{text}");
     assert!(text.contains("MASTER_ADDR: is not set, but RANK is"), "{text}");
+}
+
+#[test]
+fn a_base_that_ranks_share_gives_the_same_bits() {
+    let sandbox = sandbox();
+    // The last step of an epoch has one pair, so that ranks attend without one; `aot` sees all pairs of a step at once.
+    let cases: [(&str, &str, &[&str]); 4] = [
+        ("qwen2", "2", &[]),
+        ("qwen3", "3", &["--recompute", "true"]),
+        ("llama3", "4", &["--micro-batch-tokens", "8192"]),
+        ("qwen2", "3", &["--loss", "aot"]),
+    ];
+    for (at, (family, ranks, more)) in cases.into_iter().enumerate() {
+        let run = |shared: &str| {
+            // Reference log-probs, too, are computed by each run.
+            let _ = std::fs::remove_dir_all(sandbox.path("cache"));
+            let output = sandbox.path(&format!("{at}-{shared}"));
+            let base: &[&str] = &["--gpus", ranks, "--shard-base", shared];
+            let printed = ok(&sandbox, &train(family, &output, &[BATCH, base, more]));
+            assert_eq!(printed.contains(&format!("shared by {ranks} ranks")), shared == "true", "{printed}");
+            output
+        };
+        let (whole, shared) = (run("false"), run("true"));
+        assert_eq!(adapter(&whole), adapter(&shared), "{family} on {ranks} ranks, {more:?}");
+        let numbers = |folder: &str| {
+            let mut lines = log(folder);
+            for line in lines.iter_mut().filter_map(|l| l.as_object_mut()) {
+                ["tokens_per_second", "memory_gib", "elapsed_s"].iter().for_each(|n| drop(line.remove(*n)));
+            }
+            lines
+        };
+        assert_eq!(numbers(&whole), numbers(&shared), "{family} on {ranks} ranks, {more:?}");
+    }
+}
+
+/// A checkpoint with random weights of a small family's shape, but for some of its sizes; the graph comes with it.
+fn enlarged(sandbox: &Sandbox, sizes: &[(&str, usize)]) -> (String, ModelGraph) {
+    let small = golden("trajectories/qwen2/model");
+    let mut config: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(small.join("config.json")).unwrap()).unwrap();
+    let map = config.as_object_mut().unwrap();
+    map.remove("layer_types");
+    sizes.iter().for_each(|(name, value)| drop(map.insert((*name).into(), (*value).into())));
+    let graph = graph("qwen2", &config.to_string());
+    let folder = Path::new(&sandbox.write("large/config.json", &config.to_string())).parent().unwrap().to_owned();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(small.join(name), folder.join(name)).unwrap();
+    }
+    candle_core::safetensors::save(&weights(&graph, 1), folder.join("model.safetensors")).unwrap();
+    (folder.display().to_string(), graph)
+}
+
+#[test]
+fn weights_that_do_not_fit_are_shared() {
+    let sandbox = sandbox();
+    let sizes = [("hidden_size", 128), ("intermediate_size", 512), ("num_hidden_layers", 16), ("vocab_size", 8000)];
+    let (model, graph) = enlarged(&sandbox, &sizes);
+    // Between what ranks need with all weights and with shared ones.
+    let plan = |parts| Plan::new(&graph, 0, 1, parts, Wishes { memory: Some(1 << 40), ..Wishes::default() }).unwrap();
+    let (whole, shared) = (plan(1), plan(3));
+    let memory = (whole.workspace + (whole.weights + shared.weights) / 2).to_string();
+    let rows = golden("trajectories/qwen2/prefs.jsonl").display().to_string();
+    let args = |output: &str, more: &[&str]| {
+        let model = ["train", "--device", "cpu", "--model", &model, "--dataset", &rows, "--output-dir", output];
+        let settings = ["--max-steps", "2", "--batch-size", "4", "--lora-rank", "1", "--micro-batch-tokens", "64"];
+        let fixed = model.iter().chain(&settings).chain(&["--max-length", "48", "--recompute", "true", "--gpus", "3"]);
+        fixed.chain(more).map(|a| (*a).to_owned()).collect::<Vec<String>>()
+    };
+    let tight: &[&str] = &["--gpu-memory", &memory];
+    let printed = ok(&sandbox, &args(&sandbox.path("shared"), tight));
+    assert!(printed.contains("base        shared by 3 ranks: all weights, "), "{printed}");
+    ok(&sandbox, &args(&sandbox.path("whole"), &["--gpu-memory", "64GiB"]));
+    let adapters = ["shared", "whole"].map(|f| adapter(&sandbox.path(f)));
+    assert!(adapters[0] == adapters[1], "a shared base gives another adapter");
+    let refused = args(&sandbox.path("no"), &[tight, &["--shard-base", "false"]].concat());
+    let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
+    sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "--shard-base: "]);
+    let refused = args(&sandbox.path("no"), &["--gpu-memory", "513MiB"]);
+    let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
+    sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "shared by 3 ranks"]);
+}
+
+#[test]
+fn a_rank_that_is_killed_while_the_base_is_shared_is_named() {
+    let sandbox = sandbox();
+    let mut ranks = under_way(&sandbox, &sandbox.path("run"), 3, &["--shard-base", "true"]);
+    ranks[1].kill().unwrap();
+    assert_named(ranks, 1, "died");
+}
+
+#[test]
+fn a_link_between_hosts_that_is_cut() {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("hosts/two_hosts.sh");
+    let output = Command::new(script).arg(env!("CARGO_BIN_EXE_dpo-host-test")).output().unwrap();
+    let text = [output.stdout, output.stderr].map(|o| String::from_utf8_lossy(&o).into_owned()).concat();
+    println!("{text}");
+    assert!(output.status.success(), "{text}");
 }

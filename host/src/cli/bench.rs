@@ -154,7 +154,7 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let gpu = Gpu::open(index)?;
     let nccl = Nccl::join(&gpu, ranks)?;
     let memory = options.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
-    let wishes = Wishes { memory, micro_batch_tokens: options.micro_batch_tokens, recompute: None };
+    let wishes = Wishes { memory, micro_batch_tokens: options.micro_batch_tokens, ..Wishes::default() };
     let (free, all) = gpu.memory()?;
     let before = all - free;
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, cuda::available(&gpu, memory)?, wishes)?;

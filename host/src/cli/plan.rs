@@ -67,7 +67,7 @@ pub(super) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
     }
     let wishes = Wishes { memory, ..Wishes::default() };
-    print(&Plan::new(&graph, adapter.params.len(), longest(options), wishes)?, options.json)
+    print(&Plan::new(&graph, adapter.params.len(), longest(options), 1, wishes)?, options.json)
 }
 
 fn print(plan: &(impl Serialize + std::fmt::Display), json: bool) -> Result<()> {

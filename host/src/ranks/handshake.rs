@@ -2,7 +2,7 @@
 //!
 //! Both sides send an opening with a random number; the caller proves that it knows the secret (HMAC-SHA256, RFC 2104)
 //! over both numbers and what it says of itself; the other side answers with a proof of its own and a verdict. The secret
-//! never crosses, nothing can be replayed, and before a proof no more than [`MOST`] bytes are read from anyone.
+//! never crosses, nothing can be replayed, and before a proof no more than 4 KiB are read from anyone.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
@@ -20,9 +20,21 @@ const MOST: usize = 4096;
 /// A caller that has not introduced itself by then is no rank.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 
+/// What a handshake goes over: a connection, or memory in a test.
+pub trait Line: Read + Write {
+    /// How long a read may take from now on.
+    fn wait_at_most(&mut self, time: Duration) -> io::Result<()>;
+}
+
+impl Line for TcpStream {
+    fn wait_at_most(&mut self, time: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(time))
+    }
+}
+
 /// What the ranks of a run know and strangers do not.
 #[derive(Clone, PartialEq)]
-pub(super) struct Secret([u8; 32]);
+pub struct Secret([u8; 32]);
 
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -31,11 +43,13 @@ impl std::fmt::Debug for Secret {
 }
 
 impl Secret {
-    pub(super) fn new(text: &[u8]) -> Secret {
+    /// From a text of any length.
+    pub fn new(text: &[u8]) -> Secret {
         Secret(Sha256::digest(text).into())
     }
 
-    fn proof(&self, parts: &[&[u8]]) -> [u8; 32] {
+    /// Shows that one knows the secret: its HMAC over some parts.
+    pub fn proof(&self, parts: &[&[u8]]) -> [u8; 32] {
         let pad = |with: u8| {
             let mut block = [with; 64];
             block.iter_mut().zip(self.0).for_each(|(b, s)| *b ^= s);
@@ -56,30 +70,58 @@ pub(super) fn random() -> io::Result<[u8; 32]> {
 
 /// What a rank says of itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct Hello {
+pub struct Hello {
     /// Of dpo-host: ranks that compute other numbers do not mix.
-    pub(super) version: String,
-    pub(super) rank: usize,
-    pub(super) size: usize,
-    pub(super) attempt: u64,
+    pub version: String,
+    /// Its place.
+    pub rank: usize,
+    /// Ranks of the run.
+    pub size: usize,
+    /// Which start of the run it is of.
+    pub attempt: u64,
     /// `host:pid`, for people.
-    pub(super) process: String,
+    pub process: String,
     /// What the connection is for.
-    pub(super) purpose: Purpose,
+    pub purpose: Purpose,
     /// Where it takes connections from the rank before it.
-    pub(super) port: u16,
+    pub port: u16,
 }
 
+/// What a rank calls another one for.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-pub(super) enum Purpose {
+pub enum Purpose {
     /// To take part in the run; to rank 0.
     Join,
-    /// To carry data; to the next rank.
-    Ring,
+    /// To carry data on the ring of a number; to the next rank.
+    Ring(usize),
+}
+
+/// Rings between the same ranks: one for what the run exchanges step by step, one for [`Parts`](super::Parts).
+pub(super) const RINGS: usize = 2;
+
+impl Hello {
+    /// What is wrong with a caller who knows the secret, for the rank that says this of itself.
+    pub fn judge(&self, caller: &Hello) -> Result<(), String> {
+        let Hello { rank, size, .. } = *self;
+        let before = (rank + size - 1) % size;
+        let rings = matches!(caller.purpose, Purpose::Ring(at) if at >= RINGS || caller.rank != before);
+        let rules = [
+            (caller.version != self.version, format!("it runs dpo-host {}, this is {}", caller.version, self.version)),
+            (caller.size != size, format!("it counts {} ranks, here are {size}", caller.size)),
+            (
+                caller.attempt != self.attempt,
+                format!("it is of attempt {}, this is attempt {}", caller.attempt, self.attempt),
+            ),
+            (caller.rank >= size || caller.rank == rank, format!("it says it is rank {}", caller.rank)),
+            (caller.purpose == Purpose::Join && rank != 0, format!("ranks join at rank 0, this is rank {rank}")),
+            (rings, format!("rank {before} comes before {rank}, on {RINGS} rings")),
+        ];
+        rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, text)| Err(text))
+    }
 }
 
 /// Why a conversation led to nothing.
-pub(super) enum Refused {
+pub enum Refused {
     /// The other side knows the secret and says no.
     ByRank(String),
     /// It is another run or another program.
@@ -98,7 +140,7 @@ impl From<io::Error> for Refused {
 }
 
 /// The caller's side.
-pub(super) fn call(stream: &mut TcpStream, secret: &Secret, hello: &Hello) -> Result<(), Refused> {
+pub fn call(stream: &mut impl Line, secret: &Secret, hello: &Hello) -> Result<(), Refused> {
     let deadline = Instant::now() + PATIENCE;
     let own = random()?;
     stream.write_all(&[&MAGIC[..], &own].concat())?;
@@ -116,8 +158,8 @@ pub(super) fn call(stream: &mut TcpStream, secret: &Secret, hello: &Hello) -> Re
 }
 
 /// The other side: `judge` says what is wrong with a caller who knows the secret, if anything is.
-pub(super) fn answer(
-    stream: &mut TcpStream,
+pub fn answer(
+    stream: &mut impl Line,
     secret: &Secret,
     judge: impl FnOnce(&Hello) -> Result<(), String>,
 ) -> Result<Hello, String> {
@@ -145,7 +187,7 @@ pub(super) fn answer(
 }
 
 /// The random number of the other side's opening.
-fn opening(stream: &mut TcpStream, deadline: Instant) -> io::Result<[u8; 32]> {
+fn opening(stream: &mut impl Line, deadline: Instant) -> io::Result<[u8; 32]> {
     let mut bytes = [0; 48];
     read_exact(stream, &mut bytes[..16], Some(deadline))?;
     if bytes[..16] != MAGIC[..] {
@@ -165,12 +207,12 @@ fn same(a: &[u8], b: &[u8]) -> bool {
 }
 
 /// Sends a message: its length, itself.
-pub(super) fn write_frame(stream: &mut TcpStream, bytes: &[u8]) -> io::Result<()> {
+pub fn write_frame(stream: &mut impl Line, bytes: &[u8]) -> io::Result<()> {
     stream.write_all(&[&(bytes.len() as u32).to_le_bytes()[..], bytes].concat())
 }
 
 /// Receives a message of at most `most` bytes.
-pub(super) fn read_frame(stream: &mut TcpStream, most: usize, deadline: Option<Instant>) -> io::Result<Vec<u8>> {
+pub fn read_frame(stream: &mut impl Line, most: usize, deadline: Option<Instant>) -> io::Result<Vec<u8>> {
     let mut length = [0; 4];
     read_exact(stream, &mut length, deadline)?;
     let length = u32::from_le_bytes(length) as usize;
@@ -183,14 +225,14 @@ pub(super) fn read_frame(stream: &mut TcpStream, most: usize, deadline: Option<I
 }
 
 /// Fills a buffer by a deadline, however slowly bytes drip; without one, by the stream's own timeout.
-fn read_exact(stream: &mut TcpStream, mut buffer: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
+fn read_exact(stream: &mut impl Line, mut buffer: &mut [u8], deadline: Option<Instant>) -> io::Result<()> {
     let Some(deadline) = deadline else { return stream.read_exact(buffer) };
     while !buffer.is_empty() {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
-        stream.set_read_timeout(Some(left))?;
+        stream.wait_at_most(left)?;
         match stream.read(buffer) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(n) => buffer = &mut buffer[n..],

@@ -5,13 +5,14 @@
 //! run on one device is a run of one rank.
 
 mod environment;
-mod handshake;
+pub mod handshake;
 mod launch;
 mod rendezvous;
 mod ring;
 mod watchdog;
 
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
 pub use environment::Place;
@@ -34,13 +35,52 @@ pub struct Patience {
 pub struct Ranks {
     rank: usize,
     processes: Vec<String>,
-    wire: Option<(Ring, Watchdog)>,
+    wire: Option<Wire>,
+    /// Until a thread of its own takes it.
+    parts: Option<Parts>,
+}
+
+/// A ring between ranks, and what knows why it broke.
+struct Wire {
+    rank: usize,
+    ring: Ring,
+    watchdog: Watchdog,
+}
+
+/// Values of which every rank keeps a part, filled in from the others when they are needed. It has a ring of its own, so
+/// that it does so beside whatever else ranks exchange; what it fills in, and in which order, is the same on all of them.
+pub struct Parts(Wire);
+
+impl Wire {
+    fn round<T>(&mut self, work: impl FnOnce(&mut Ring) -> io::Result<T>) -> Result<T> {
+        work(&mut self.ring).map_err(|e| {
+            // Only a connection that broke has a rank to blame.
+            let verdict = if e.kind() == io::ErrorKind::InvalidData { None } else { self.watchdog.verdict() };
+            verdict
+                .unwrap_or_else(|| Error::run(format!("the rank before rank {} {}", self.rank, handshake::plain(&e))))
+        })
+    }
+}
+
+impl Parts {
+    /// This rank's part of so many values.
+    pub fn own(&self, length: usize) -> Range<usize> {
+        self.0.ring.own(length)
+    }
+
+    /// Fills in the other ranks' parts.
+    ///
+    /// # Errors
+    /// A rank that is lost.
+    pub fn fill(&mut self, values: &mut [f32]) -> Result<()> {
+        self.0.round(|ring| ring.fill(values))
+    }
 }
 
 impl Ranks {
     /// A run of one rank.
     pub fn alone() -> Ranks {
-        Ranks { rank: 0, processes: vec![String::new()], wire: None }
+        Ranks { rank: 0, processes: vec![String::new()], wire: None, parts: None }
     }
 
     /// Meets the other ranks of a run.
@@ -49,9 +89,11 @@ impl Ranks {
     /// Ranks that do not come, or that are of another run.
     pub fn join(place: &Place, patience: Patience) -> Result<Ranks> {
         let met = rendezvous::meet(place, patience.rendezvous)?;
-        let handles = met.ring.handles().map_err(|e| Error::run(e.to_string()))?;
+        let handles = met.rings.iter().map(Ring::handles).collect::<io::Result<Vec<_>>>();
+        let handles = handles.map_err(|e| Error::run(e.to_string()))?.into_iter().flatten().collect();
         let watchdog = Watchdog::start(place.rank, &met.processes, met.sides, handles, patience.watchdog)?;
-        Ok(Ranks { rank: place.rank, processes: met.processes, wire: Some((met.ring, watchdog)) })
+        let [wire, parts] = met.rings.map(|ring| Wire { rank: place.rank, ring, watchdog: watchdog.clone() });
+        Ok(Ranks { rank: place.rank, processes: met.processes, wire: Some(wire), parts: Some(Parts(parts)) })
     }
 
     /// From 0.
@@ -67,6 +109,11 @@ impl Ranks {
     /// Whether this is rank 0, which alone writes and prints.
     pub fn is_first(&self) -> bool {
         self.rank == 0
+    }
+
+    /// For values of which every rank keeps a part; one user can have it, and there is none on one rank.
+    pub fn parts(&mut self) -> Option<Parts> {
+        self.parts.take()
     }
 
     /// Puts the sum over ranks into every rank's values, with the same bits everywhere.
@@ -149,7 +196,7 @@ impl Ranks {
             Ok(value) => self.wait().map(|()| value),
             failed => failed,
         };
-        if let Some((_, watchdog)) = &self.wire {
+        if let Some(Wire { watchdog, .. }) = &self.wire {
             match &result {
                 Ok(_) => watchdog.finish(),
                 Err(e) => watchdog.fail(&if self.is_first() { self.named(e) } else { e.to_string() }),
@@ -163,12 +210,6 @@ impl Ranks {
     }
 
     fn round<T>(&mut self, work: impl FnOnce(&mut Ring) -> io::Result<T>) -> Result<Option<T>> {
-        let Some((ring, watchdog)) = &mut self.wire else { return Ok(None) };
-        work(ring).map(Some).map_err(|e| {
-            // Only a connection that broke has a rank to blame.
-            let verdict = if e.kind() == io::ErrorKind::InvalidData { None } else { watchdog.verdict() };
-            verdict
-                .unwrap_or_else(|| Error::run(format!("the rank before rank {} {}", self.rank, handshake::plain(&e))))
-        })
+        self.wire.as_mut().map(|wire| wire.round(work)).transpose()
     }
 }

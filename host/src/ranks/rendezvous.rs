@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::environment::Place;
-use super::handshake::{self, Hello, PATIENCE, Purpose, Refused, Secret, plain, read_frame, write_frame};
+use super::handshake::{self, Hello, PATIENCE, Purpose, RINGS, Refused, Secret, plain, read_frame, write_frame};
 use super::ring::Ring;
 use crate::console;
 use crate::error::{Error, Result};
@@ -24,7 +24,7 @@ const MOST: usize = 1 << 24;
 
 /// Ranks that have met.
 pub(super) struct Met {
-    pub(super) ring: Ring,
+    pub(super) rings: [Ring; RINGS],
     /// At rank 0 a connection to every other rank, elsewhere one to rank 0.
     pub(super) sides: Vec<(usize, TcpStream)>,
     /// `host:pid` of every rank.
@@ -55,7 +55,7 @@ pub(super) fn meet(place: &Place, patience: Duration) -> Result<Met> {
         }
         let sides = guests.into_iter().map(|(stream, hello)| (hello.rank, stream)).collect::<Vec<_>>();
         tell(&sides, &Ok(list.clone()))?;
-        return close_ring(place, &door, list, sides, Instant::now() + patience);
+        return close_rings(place, &door, list, sides, Instant::now() + patience);
     }
     let mut stream = Door::call_rank_0(place, &process, deadline)?;
     let at = stream.0.peer_addr().map_err(|e| gone(0, &place.host, &e))?;
@@ -75,11 +75,11 @@ pub(super) fn meet(place: &Place, patience: Duration) -> Result<Met> {
         }
     }
     list[0].address = at;
-    close_ring(place, &stream.1, list, vec![(0, stream.0)], Instant::now() + patience)
+    close_rings(place, &stream.1, list, vec![(0, stream.0)], Instant::now() + patience)
 }
 
-/// Calls the next rank and waits for the one before.
-fn close_ring(
+/// Calls the next rank and waits for the one before, once for each ring.
+fn close_rings(
     place: &Place,
     door: &Door,
     list: Vec<Member>,
@@ -87,27 +87,34 @@ fn close_ring(
     deadline: Instant,
 ) -> Result<Met> {
     let next = (place.rank + 1) % place.size;
-    let hello = door.hello(place, Purpose::Ring);
-    let right = loop {
-        match call(list[next].address, &place.secret, &hello) {
-            Ok(stream) => break stream,
+    let before = (place.rank + place.size - 1) % place.size;
+    let ring = |at: usize| {
+        let right = call_next(next, &list[next], &place.secret, &door.hello(place, Purpose::Ring(at)), deadline)?;
+        let left = door.wait(deadline, |seats| seats.left[at].take()).ok_or_else(|| {
+            Error::run(format!("rank {before} ({}) never called", list[before].process)).help("look at what it printed")
+        })?;
+        Ring::new(place.rank, place.size, left, right)
+    };
+    let rings = [ring(0)?, ring(1)?];
+    Ok(Met { rings, sides, processes: list.into_iter().map(|m| m.process).collect() })
+}
+
+/// Calls the next rank until it answers.
+fn call_next(next: usize, member: &Member, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<TcpStream> {
+    loop {
+        match call(member.address, secret, hello) {
+            Ok(stream) => return Ok(stream),
             Err(Refused::ByRank(text) | Refused::ByStranger(text)) => {
-                return Err(Error::run(format!("rank {next} refuses this rank: {text}")).at(list[next].address));
+                return Err(Error::run(format!("rank {next} refuses this rank: {text}")).at(member.address));
             }
             Err(Refused::Absent(text)) if Instant::now() >= deadline => {
-                return Err(Error::run(format!("rank {next} ({}) {text}", list[next].process))
-                    .at(list[next].address)
+                return Err(Error::run(format!("rank {next} ({}) {text}", member.process))
+                    .at(member.address)
                     .help("ranks reach each other on ports that the system chooses: a firewall between them must let these pass"));
             }
             Err(Refused::Absent(_)) => thread::sleep(Duration::from_millis(50)),
         }
-    };
-    let before = (place.rank + place.size - 1) % place.size;
-    let left = door.wait(deadline, |seats| seats.left.take()).ok_or_else(|| {
-        Error::run(format!("rank {before} ({}) never called", list[before].process)).help("look at what it printed")
-    })?;
-    let ring = Ring::new(place.rank, place.size, left, right)?;
-    Ok(Met { ring, sides, processes: list.into_iter().map(|m| m.process).collect() })
+    }
 }
 
 fn tell(sides: &[(usize, TcpStream)], list: &List) -> Result<()> {
@@ -183,8 +190,9 @@ struct Taken {
     /// `host:pid` of the ranks that have come.
     joined: Vec<Option<String>>,
     guests: Vec<(TcpStream, Hello)>,
-    before: Option<String>,
-    left: Option<TcpStream>,
+    /// `host:pid` of the rank before, and its connections, by ring.
+    before: [Option<String>; RINGS],
+    left: [Option<TcpStream>; RINGS],
 }
 
 impl Seats {
@@ -197,7 +205,7 @@ impl Taken {
     fn seat(&mut self, hello: &Hello) -> &mut Option<String> {
         match hello.purpose {
             Purpose::Join => &mut self.joined[hello.rank],
-            Purpose::Ring => &mut self.before,
+            Purpose::Ring(at) => &mut self.before[at],
         }
     }
 }
@@ -322,7 +330,7 @@ impl Door {
 fn hear(mut stream: TcpStream, seats: &Seats, me: &Hello, secret: &Secret) {
     let mut seated = None;
     let judge = |hello: &Hello| {
-        judge(me, hello)?;
+        me.judge(hello)?;
         let mut taken = seats.lock();
         let seat = taken.seat(hello);
         match seat {
@@ -342,7 +350,7 @@ fn hear(mut stream: TcpStream, seats: &Seats, me: &Hello, secret: &Secret) {
             let _ = stream.set_read_timeout(None);
             match hello.purpose {
                 Purpose::Join => taken.guests.push((stream, hello)),
-                Purpose::Ring => taken.left = Some(stream),
+                Purpose::Ring(at) => taken.left[at] = Some(stream),
             }
             seats.changed.notify_all();
         }
@@ -354,18 +362,4 @@ fn hear(mut stream: TcpStream, seats: &Seats, me: &Hello, secret: &Secret) {
             console::line(format!("note: {from} was refused as a rank: {text}"));
         }
     }
-}
-
-/// What is wrong with a rank that knows the secret.
-fn judge(me: &Hello, hello: &Hello) -> std::result::Result<(), String> {
-    let before = (me.rank + me.size - 1) % me.size;
-    let rules = [
-        (hello.version != me.version, format!("it runs dpo-host {}, this is {}", hello.version, me.version)),
-        (hello.size != me.size, format!("it counts {} ranks, here are {}", hello.size, me.size)),
-        (hello.attempt != me.attempt, format!("it is of attempt {}, this is attempt {}", hello.attempt, me.attempt)),
-        (hello.rank >= me.size || hello.rank == me.rank, format!("it says it is rank {}", hello.rank)),
-        (hello.purpose == Purpose::Join && me.rank != 0, format!("ranks join at rank 0, this is rank {}", me.rank)),
-        (hello.purpose == Purpose::Ring && hello.rank != before, format!("rank {before} comes before {}", me.rank)),
-    ];
-    rules.into_iter().find(|(broken, _)| *broken).map_or(Ok(()), |(_, text)| Err(text))
 }

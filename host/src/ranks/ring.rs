@@ -30,7 +30,7 @@ pub(super) struct Ring {
 /// What goes round; ranks that are not at the same point of the program find out instead of adding apples to pears.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Round {
-    Sum = 1,
+    Values = 1,
     Gather = 2,
     Broadcast = 3,
 }
@@ -50,35 +50,56 @@ impl Ring {
 
     /// Puts the sum over ranks into every rank's values.
     pub(super) fn sum(&mut self, values: &mut [f32]) -> io::Result<()> {
-        let (rank, size) = (self.rank, self.size);
-        let part = |at: usize| part(values.len(), size, at % size);
-        let parts: Vec<Range<usize>> = (0..size).map(part).collect();
-        let mut out = Vec::new();
-        for turn in 0..2 * (size - 1) {
-            // The second time round begins with the part that the first one has completed here.
-            let adds = turn < size - 1;
-            let sent = &parts[(rank + 2 * size - turn) % size];
-            let received = parts[(rank + 2 * size - turn - 1) % size].clone();
-            out.clear();
-            out.extend(values[sent.clone()].iter().flat_map(|v| v.to_le_bytes()));
-            let into = &mut values[received];
-            self.round(Round::Sum, &out, |length, stream| {
-                if length != 4 * into.len() as u64 {
-                    return Err(wrong(format!("{} values instead of {}", length / 4, into.len())));
-                }
-                let mut buffer = [0; 4 * BLOCK];
-                for block in into.chunks_mut(BLOCK) {
-                    let bytes = &mut buffer[..4 * block.len()];
-                    stream.read_exact(bytes)?;
-                    for (value, b) in block.iter_mut().zip(bytes.chunks_exact(4)) {
-                        let other = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                        *value = if adds { *value + other } else { other };
-                    }
-                }
-                Ok(())
-            })?;
+        for turn in 0..self.size - 1 {
+            self.turn(values, self.rank + self.size - turn, true)?;
         }
-        Ok(())
+        // The first time round has completed the next rank's part here.
+        self.hand_out(values, self.rank + 1)
+    }
+
+    /// The part of so many values that this rank gives to [`fill`](Self::fill).
+    pub(super) fn own(&self, length: usize) -> Range<usize> {
+        part(length, self.size, self.rank)
+    }
+
+    /// Fills in the other ranks' parts of values of which each rank has its own.
+    pub(super) fn fill(&mut self, values: &mut [f32]) -> io::Result<()> {
+        self.hand_out(values, self.rank)
+    }
+
+    /// Hands the parts round, beginning with the one that this rank has.
+    fn hand_out(&mut self, values: &mut [f32], own: usize) -> io::Result<()> {
+        (0..self.size - 1).try_for_each(|turn| self.turn(values, own + self.size - turn, false))
+    }
+
+    /// Sends a part and receives the one before it, which is added to what is there or replaces it.
+    fn turn(&mut self, values: &mut [f32], sent: usize, adds: bool) -> io::Result<()> {
+        let parts = [sent, sent - 1].map(|at| part(values.len(), self.size, at % self.size));
+        let [out, into] = values.get_disjoint_mut(parts).map_err(io::Error::other)?;
+        let send = |stream: &mut TcpStream| {
+            announce(stream, Round::Values, 4 * out.len())?;
+            let mut bytes = Vec::with_capacity(4 * BLOCK);
+            out.chunks(BLOCK).try_for_each(|block| {
+                bytes.clear();
+                bytes.extend(block.iter().flat_map(|v| v.to_le_bytes()));
+                stream.write_all(&bytes)
+            })
+        };
+        self.round(Round::Values, 4 * out.len(), send, |length, stream| {
+            if length != 4 * into.len() as u64 {
+                return Err(wrong(format!("{} values instead of {}", length / 4, into.len())));
+            }
+            let mut buffer = [0; 4 * BLOCK];
+            for block in into.chunks_mut(BLOCK) {
+                let bytes = &mut buffer[..4 * block.len()];
+                stream.read_exact(bytes)?;
+                for (value, b) in block.iter_mut().zip(bytes.chunks_exact(4)) {
+                    let other = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+                    *value = if adds { *value + other } else { other };
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Every rank's bytes, in the order of ranks.
@@ -89,7 +110,8 @@ impl Ring {
             let sent = (self.rank + self.size - turn) % self.size;
             let received = (sent + self.size - 1) % self.size;
             let out = std::mem::take(&mut all[sent]);
-            self.round(Round::Gather, &out, |length, stream| {
+            let send = |stream: &mut TcpStream| send(stream, Round::Gather, &out);
+            self.round(Round::Gather, out.len(), send, |length, stream| {
                 all[received] = read(stream, length)?;
                 Ok(())
             })?;
@@ -110,22 +132,23 @@ impl Ring {
         Ok(())
     }
 
-    /// Sends and receives at once.
+    /// Sends so many bytes and receives at once.
     fn round(
         &mut self,
         round: Round,
-        out: &[u8],
+        bytes: usize,
+        send: impl FnOnce(&mut TcpStream) -> io::Result<()> + Send,
         take: impl FnOnce(u64, &mut TcpStream) -> io::Result<()>,
     ) -> io::Result<()> {
         let (left, right) = (&mut self.left, &mut self.right);
         let receive = || header(left, round).and_then(|length| take(length, left));
-        if out.len() <= SMALL {
-            send(right, round, out)?;
+        if bytes <= SMALL {
+            send(right)?;
             return receive();
         }
         let handle = right.try_clone()?;
         thread::scope(|scope| {
-            let sender = scope.spawn(|| send(right, round, out));
+            let sender = scope.spawn(|| send(right));
             let received = receive();
             if received.is_err() {
                 // Nobody may be left to take what is being sent.
@@ -143,10 +166,14 @@ fn part(length: usize, parts: usize, at: usize) -> Range<usize> {
 }
 
 fn send(stream: &mut TcpStream, round: Round, bytes: &[u8]) -> io::Result<()> {
-    let mut header = [round as u8; 9];
-    header[1..].copy_from_slice(&(bytes.len() as u64).to_le_bytes());
-    stream.write_all(&header)?;
+    announce(stream, round, bytes.len())?;
     stream.write_all(bytes)
+}
+
+fn announce(stream: &mut TcpStream, round: Round, bytes: usize) -> io::Result<()> {
+    let mut header = [round as u8; 9];
+    header[1..].copy_from_slice(&(bytes as u64).to_le_bytes());
+    stream.write_all(&header)
 }
 
 /// The length of what comes next, which has to be of this round.
@@ -219,6 +246,22 @@ mod tests {
                 }
                 let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                 assert!(sums.iter().all(|s| bits(s) == bits(&sums[0])), "{size} ranks, {length} values");
+            }
+        }
+    }
+
+    #[test]
+    fn parts_become_wholes() {
+        for size in 1..=4 {
+            for length in [0, 1, 2 * size + 1, 300_007] {
+                let whole: Vec<f32> = (0..length).map(|at| value(0, at)).collect();
+                let filled = ranks(size, |_, mut ring| {
+                    let (own, mut values) = (ring.own(length), vec![f32::NAN; length]);
+                    values[own.clone()].copy_from_slice(&whole[own]);
+                    ring.fill(&mut values).unwrap();
+                    values
+                });
+                assert!(filled.iter().all(|v| *v == whole), "{size} ranks, {length} values");
             }
         }
     }

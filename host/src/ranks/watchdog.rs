@@ -48,6 +48,7 @@ impl Verdict {
     }
 }
 
+#[derive(Clone)]
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
     limit: Duration,
@@ -60,7 +61,7 @@ struct Shared {
     /// Whether the run is at its end, so that nobody is missed any more.
     over: AtomicBool,
     sides: Mutex<Vec<TcpStream>>,
-    ring: [TcpStream; 2],
+    rings: Vec<TcpStream>,
 }
 
 impl Watchdog {
@@ -70,7 +71,7 @@ impl Watchdog {
         rank: usize,
         processes: &[String],
         sides: Vec<(usize, TcpStream)>,
-        ring: [TcpStream; 2],
+        rings: Vec<TcpStream>,
         limit: Duration,
     ) -> Result<Watchdog> {
         let failed = |e: io::Error| Error::run(format!("the watchdog cannot start: {e}"));
@@ -81,7 +82,7 @@ impl Watchdog {
             told: Condvar::new(),
             over: AtomicBool::new(false),
             sides: Mutex::new(writers),
-            ring,
+            rings,
         });
         for (other, stream) in sides {
             stream.set_read_timeout(Some(limit)).map_err(failed)?;
@@ -174,7 +175,7 @@ impl Shared {
         // Once it is known here, this rank may be gone at any moment.
         *first = Some(verdict.clone());
         drop(first);
-        for stream in &self.ring {
+        for stream in &self.rings {
             let _ = stream.shutdown(Shutdown::Both);
         }
         self.told.notify_all();

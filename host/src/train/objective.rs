@@ -147,6 +147,9 @@ impl<'r> Objective<'r> {
             // No loss is asked about numbers that are none; the step is the caller's to skip.
             return Ok(Evaluated { loss: f64::NAN, ..all });
         }
+        if logps.answers.is_empty() {
+            return Ok(all);
+        }
         for term in &mut self.terms {
             // The one statistic on offer; the registry has refused any other name.
             let wants = term.loss.needs.statistics.len();

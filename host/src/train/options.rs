@@ -93,6 +93,10 @@ pub struct TrainOptions {
     )]
     pub recompute: String,
 
+    /// Share the frozen weights: each process keeps a part and gathers the rest as it computes (CPU); auto where they do
+    /// not fit otherwise
+    #[arg(long, value_name = "auto|true|false", default_value = "auto", help_heading = "Ranks")]
+    pub shard_base: String,
     /// Times to start all processes again, from the last checkpoint, when one is lost
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Ranks")]
     pub max_restarts: usize,

@@ -443,6 +443,9 @@ fn choose_device(options: &TrainOptions, local_rank: Option<usize>) -> Result<Op
         Some(_) if exact => Err(Error::input("GPUs compute in bfloat16")
             .at("--dtype")
             .help("leave it out, or add --device cpu for float32")),
+        Some(_) if options.shard_base == "true" => Err(Error::input("every GPU keeps all frozen weights")
+            .at("--shard-base")
+            .help("leave it out, or add --device cpu")),
         gpu => Ok(gpu),
     }
 }
@@ -600,17 +603,19 @@ impl TrainOptions {
                 Error::input(format!("'{value}' should be auto or a number of tokens")).at("--micro-batch-tokens")
             })?),
         };
-        let recompute = match self.recompute.as_str() {
-            value if auto(value) => None,
-            "true" => Some(true),
-            "false" => Some(false),
-            value => return Err(Error::input(format!("'{value}' should be auto, true or false")).at("--recompute")),
+        let choice = |flag: &str, value: &str| match value {
+            value if auto(value) => Ok(None),
+            "true" => Ok(Some(true)),
+            "false" => Ok(Some(false)),
+            _ => Err(Error::input(format!("'{value}' should be auto, true or false")).at(flag)),
         };
+        let recompute = choice("--recompute", &self.recompute)?;
+        let shard_base = choice("--shard-base", &self.shard_base)?;
         let memory = self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
         // Ranks that compute on the same host's CPU share its memory.
         let sharing = if gpu.is_none() { place.and_then(|p| p.local_size) } else { None };
         let memory = memory.or_else(|| free_memory().zip(sharing).map(|(free, ranks)| free / ranks.max(1)));
-        Ok(Wishes { memory, micro_batch_tokens: tokens, recompute })
+        Ok(Wishes { memory, micro_batch_tokens: tokens, recompute, shard_base })
     }
 
     /// Settings under which the small random model of the demo learns within a minute.

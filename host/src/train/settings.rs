@@ -37,6 +37,7 @@ const FREE: &[&str] = &[
     "resume_from_checkpoint",
     "save_steps",
     "save_total_limit",
+    "shard_base",
     "strict",
     "target_modules",
     "use_rslora",

@@ -35,19 +35,33 @@ pub struct Scores {
 }
 
 /// A micro-batch and the places of its pairs among the step's.
+#[derive(Default)]
 struct Packed {
     batch: Batch,
     pairs: Vec<usize>,
 }
 
-/// Micro-batches of some of a step's pairs.
-fn pack(pairs: &[&TokenPair], own: &[usize], budget: usize) -> Vec<Packed> {
+/// Micro-batches of this rank's share of a step's pairs. Where ranks share a base, as many as the rank with most needs:
+/// empty ones are what a rank takes part in without computing.
+fn pack(
+    ranks: &mut Ranks,
+    device: &dyn Device,
+    pairs: &[&TokenPair],
+    own: &[usize],
+    keep: bool,
+) -> Result<Vec<Packed>> {
+    let budget = device.micro_batch_tokens(keep);
     let lengths: Vec<usize> = own.iter().map(|p| laid_out(pairs[*p])).collect();
     let packed = micro_batches(&lengths, budget).into_iter().map(|batch| {
         let places: Vec<usize> = batch.into_iter().map(|p| own[p]).collect();
         Packed { batch: Batch::of(places.iter().map(|p| pairs[*p])), pairs: places }
     });
-    packed.collect()
+    let mut packed: Vec<Packed> = packed.collect();
+    if device.shares_base() {
+        let most = ranks.most(packed.len() as u64)? as usize;
+        packed.resize_with(most, Packed::default);
+    }
+    Ok(packed)
 }
 
 /// Where every pair's answer tokens lie in a flat array over pairs.
@@ -138,7 +152,7 @@ pub fn score(
 ) -> Result<Scores> {
     let (places, split) = (Places::of(pairs), split(ranks, pairs));
     let mut scores = Scores::zero(pairs, &places);
-    for Packed { batch, pairs } in pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(false)) {
+    for Packed { batch, pairs } in pack(ranks, device, pairs, &split[ranks.rank()], false)? {
         let forward = device.forward(&batch, false)?;
         scores.put(&places, &pairs, &forward.logps, &forward.log_sum_sq);
         done(pairs.len());
@@ -200,7 +214,7 @@ fn whole_batch(
     reference: &[f32],
 ) -> Result<Step> {
     let (places, split) = (Places::of(pairs), split(ranks, pairs));
-    let micro_batches = pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(true));
+    let micro_batches = pack(ranks, device, pairs, &split[ranks.rank()], true)?;
     let scores = match micro_batches.as_slice() {
         [Packed { batch, pairs: own }] => {
             let forward = device.forward(batch, true)?;
@@ -236,7 +250,7 @@ fn pair_by_pair(
     let totals = totals(&scores.answers);
     let (mut loss, mut remembers) = (0.0, false);
     let mut metrics: Vec<(usize, PairMetrics)> = Vec::new();
-    for Packed { batch, pairs } in pack(pairs, &split[ranks.rank()], device.micro_batch_tokens(true)) {
+    for Packed { batch, pairs } in pack(ranks, device, pairs, &split[ranks.rank()], true)? {
         let forward = device.forward(&batch, true)?;
         scores.put(&places, &pairs, &forward.logps, &forward.log_sum_sq);
         let reference = places.gather(reference, &pairs);
