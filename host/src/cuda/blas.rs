@@ -315,9 +315,6 @@ impl Blas {
         }
         let first = times[0].0;
         times.sort_by(|a, b| a.0.total_cmp(&b.0));
-        if std::env::var_os("DPO_TUNE_LOG").is_some() {
-            eprintln!("tune {} {:.4} -> {:.4} ms (rank {})", product.class(), first, times[0].0, times[0].1);
-        }
         // Within its spread a time says nothing: then cuBLASLt's ranking stays.
         if times[0].0 < first * 0.98 {
             candidates.swap(0, times[0].1);
