@@ -543,3 +543,14 @@ fn a_link_between_hosts_that_is_cut() {
     println!("{text}");
     assert!(output.status.success(), "{text}");
 }
+
+/// Else a rank whose place is that of a run on one device would start ranks without end.
+#[test]
+fn a_rank_starts_no_ranks() {
+    let sandbox = sandbox();
+    let output = sandbox.path("run");
+    let mut command = command(&sandbox, &train("qwen2", &output, &[&["--gpus", "2"]]));
+    let child = command.env("DPO_HOST_LAUNCHED", "1").stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let (code, text) = ended(child);
+    assert!(code == 1 && text.contains("is a rank and starts none"), "{code}: {text}");
+}
