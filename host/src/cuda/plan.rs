@@ -17,7 +17,7 @@ const ENOUGH_TOKENS: usize = 8192;
 
 /// Tokens whose time a micro-batch loses, about: the last pair that did not fit, products that are too small to fill the
 /// card, the wait for the loss. Fitted to an H100 (docs/performance.md).
-const LOST_TOKENS: f64 = 300.0;
+pub(super) const LOST_TOKENS: f64 = 300.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;

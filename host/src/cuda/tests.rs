@@ -7,7 +7,7 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::launch::rope_numbers;
 use super::memory::{Arrangement, Footprint, Lowered};
-use super::plan::GpuPlan;
+use super::plan::{GpuPlan, LOST_TOKENS};
 use super::program::{Attention, GRADIENT, Group, INPUT, Keep, OUTPUT, Op, Program, Slice};
 use crate::batch::{Batch, Span};
 use crate::cli::selftest::{FAMILIES, adapter, cpu, distance, given, op_cases, pairs};
@@ -520,7 +520,7 @@ fn plans_use_what_there_is() {
     let least = (1..4096).map(|n| n << 20).find(|m| plan(*m).is_ok()).unwrap();
     let error = plan(least - (1 << 20)).unwrap_err().to_string();
     assert!(error.contains("3000 tokens") && error.contains("help: lower --max-length"), "{error}");
-    let cost = |p: &GpuPlan| (1.0 + p.again) * (1.0 + 300.0 / p.micro_batch_tokens as f64);
+    let cost = |p: &GpuPlan| (1.0 + p.again) * (1.0 + LOST_TOKENS / p.micro_batch_tokens as f64);
     let mut before = f64::INFINITY;
     for memory in (0..40).map(|n| least + n * (16 << 20)) {
         let plan = plan(memory).unwrap();
