@@ -118,7 +118,7 @@ pub fn open<'a>(
     let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
     let Some(index) = gpu else {
         let plan = |parts| Plan::new(&graph, adapter.params.len(), longest, parts, wishes);
-        let plan = agree(ranks, wishes.shard_base, plan)?;
+        let plan = agree(ranks, wishes.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         console::line(&plan);
         let base = match ranks.parts().filter(|_| plan.parts > 1) {
             Some(parts) => Base::load_part(&graph, checkpoint, parts)?,
@@ -132,19 +132,34 @@ pub fn open<'a>(
     let nccl = Nccl::join(&gpu, ranks)?;
     let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
     let answers = pairs.map(share).fold(0.0, f64::max);
-    let available = cuda::available(&gpu, wishes.memory)?;
-    let plan = GpuPlan::new(&graph, &adapter, longest, answers, available, wishes)?;
+    let room = cuda::room(&gpu, wishes.memory, nccl.as_ref())?;
+    let whole_or_shared = |parts| GpuPlan::new(&graph, &adapter, longest, answers, room, parts, wishes);
+    let plan = |parts: usize| match &nccl {
+        None if parts > 1 => Err(whole_or_shared(1).err().unwrap_or_else(|| {
+            Error::input("GPUs share frozen weights through NCCL, which these ranks do not have")
+                .at("--shard-base")
+                .help("leave it out: the weights fit on each")
+        })),
+        _ => whole_or_shared(parts),
+    };
+    let plan = agree(ranks, wishes.shard_base, plan, |plan| [plan.weights, plan.whole])?;
     console::line(format!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability));
     let bar = console::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
-    let mut device = CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, plan, &bar)?;
+    let mut device =
+        CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, (plan, ranks.rank()), &bar)?;
     bar.finish_and_clear();
     device.warm_up()?;
-    Ok(Box::new(device.sum_by(nccl)))
+    Ok(Box::new(device.join(nccl)))
 }
 
 /// A plan in which ranks share the frozen weights, or have all of them, where that is wished; else all of them, if that
-/// fits on every rank.
-fn agree(ranks: &mut Ranks, wish: Option<bool>, plan: impl Fn(usize) -> Result<Plan>) -> Result<Plan> {
+/// fits on every rank. `weights` are a plan's, and those of all ranks together.
+fn agree<P>(
+    ranks: &mut Ranks,
+    wish: Option<bool>,
+    plan: impl Fn(usize) -> Result<P>,
+    weights: fn(&P) -> [usize; 2],
+) -> Result<P> {
     let (whole, many) = (plan(1), ranks.size());
     if many == 1 {
         if wish == Some(true) {
@@ -159,7 +174,7 @@ fn agree(ranks: &mut Ranks, wish: Option<bool>, plan: impl Fn(usize) -> Result<P
     if !shares {
         return whole.map_err(|e| match shared {
             Ok(plan) => {
-                let shared = size(plan.weights);
+                let shared = size(weights(&plan)[0]);
                 Error::input(format!("{}; shared by {many} ranks, weights take {shared} on each", e.message()))
                     .at("--shard-base")
                     .help("leave it out: what is shared fits")
@@ -170,7 +185,7 @@ fn agree(ranks: &mut Ranks, wish: Option<bool>, plan: impl Fn(usize) -> Result<P
     if wish.is_none()
         && let Ok(plan) = &shared
     {
-        let all = size(plan.whole);
+        let all = size(weights(plan)[1]);
         console::line(format!("base        shared by {many} ranks: all weights, {all}, do not fit on each"));
     }
     shared

@@ -121,7 +121,7 @@ fn weights(graph: &ModelGraph, parts: usize) -> usize {
 }
 
 /// `58.0 MiB`, or `58.0 MiB of 132.0 MiB, shared by 4 ranks`.
-fn share(weights: usize, whole: usize, parts: usize) -> String {
+pub(crate) fn share(weights: usize, whole: usize, parts: usize) -> String {
     match parts {
         1 => size(weights),
         _ => format!("{} of {}, shared by {parts} ranks", size(weights), size(whole)),

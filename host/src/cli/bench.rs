@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
@@ -20,7 +20,7 @@ use crate::files;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, parse_size, size};
 use crate::plugins::Registry;
-use crate::ranks::{self, Patience, Place, Ranks};
+use crate::ranks::{self, Place, Ranks};
 use crate::train::{self, AdamW, Moments, Objective, ObjectiveOptions, optimizer};
 
 #[derive(Args)]
@@ -40,6 +40,9 @@ pub(super) struct BenchOptions {
     /// Numbers of GPUs, each measured by itself
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
     gpus: Vec<usize>,
+    /// Have GPUs share the layers' frozen weights
+    #[arg(long)]
+    shard_base: bool,
     /// Most tokens of prompt and one answer
     #[arg(long, default_value_t = 2048)]
     max_length: usize,
@@ -123,13 +126,7 @@ const PEAKS: &[(&str, f64)] = &[
 
 pub(super) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     if let Some(place) = Place::from_environment()? {
-        if place.launched {
-            ranks::end_with_launcher();
-        }
-        let patience = Patience { rendezvous: Duration::from_secs(60), watchdog: Duration::from_secs(8) };
-        let mut ranks = Ranks::join(&place, patience)?;
-        let result = measure(registry, options, &mut ranks, Some(place.local_rank));
-        return ranks.end(result);
+        return ranks::work(&place, |ranks| measure(registry, options, ranks, Some(place.local_rank)));
     }
     options.gpus.iter().try_for_each(|gpus| match gpus {
         1 => measure(registry, options, &mut Ranks::alone(), None),
@@ -157,7 +154,12 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let wishes = Wishes { memory, micro_batch_tokens: options.micro_batch_tokens, ..Wishes::default() };
     let (free, all) = gpu.memory()?;
     let before = all - free;
-    let plan = GpuPlan::new(&graph, &adapter, longest, answers, cuda::available(&gpu, memory)?, wishes)?;
+    let room = cuda::room(&gpu, memory, nccl.as_ref())?;
+    let parts = if options.shard_base { ranks.size() } else { 1 };
+    if parts > 1 && nccl.is_none() {
+        return Err(Error::input("GPUs share frozen weights through NCCL").at("--shard-base"));
+    }
+    let plan = GpuPlan::new(&graph, &adapter, longest, answers, room, parts, wishes)?;
     let many = if ranks.size() > 1 { format!("{} times ", ranks.size()) } else { String::new() };
     if !options.json {
         println!("device      {many}{}\n{plan}", gpu.name);
@@ -165,7 +167,8 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
-    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?.sum_by(nccl);
+    let plan = (plan, ranks.rank());
+    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?.join(nccl);
     let loading = start.elapsed().as_secs_f64();
     let start = Instant::now();
     device.warm_up()?;

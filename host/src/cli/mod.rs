@@ -11,7 +11,7 @@ mod merge;
 pub mod new;
 mod plan;
 pub(crate) mod selftest;
-mod shape;
+pub(crate) mod shape;
 mod swift;
 
 use std::ffi::OsString;
@@ -97,10 +97,14 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
+/// Commands that may run as ranks.
+const RANKED: &[&str] = &["train", "bench", "selftest"];
+
 fn run(args: Vec<OsString>) -> Result<()> {
     let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
     let args = swift::translate(config::expand(args)?)?;
-    let place = if args.args.get(1).is_some_and(|a| a == "train") { Place::from_environment()? } else { None };
+    let ranked = args.args.get(1).is_some_and(|command| RANKED.contains(&command.as_str()));
+    let place = if ranked { Place::from_environment()? } else { None };
     if place.as_ref().is_some_and(|p| p.rank > 0) {
         console::silence();
     }

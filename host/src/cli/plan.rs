@@ -5,7 +5,7 @@ use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
 use super::shape::Shape;
-use crate::cuda::{self, Gpu, GpuPlan};
+use crate::cuda::{self, Gpu, GpuPlan, Room};
 use crate::error::{Error, Result};
 use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets};
@@ -60,7 +60,7 @@ pub(super) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         (_, Some(memory)) => (true, Some(memory)),
         (device, None) => match cuda::choose(device)? {
             None => (false, None),
-            Some(index) => (true, Some(cuda::available(&Gpu::open(index)?, None)?)),
+            Some(index) => (true, Some(cuda::room(&Gpu::open(index)?, None, None)?.available)),
         },
     };
     if gpu {
@@ -91,7 +91,7 @@ fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
 
 /// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
 fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
-    GpuPlan::new(graph, adapter, longest(options), 1.0, memory, Wishes::default())
+    GpuPlan::new(graph, adapter, longest(options), 1.0, Room::of(memory), 1, Wishes::default())
 }
 
 fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {

@@ -1,4 +1,5 @@
-//! `dpo-host selftest`: every op of the GPU, forward and backward, and ten steps of training against the CPU.
+//! `dpo-host selftest`: every op of the GPU, forward and backward, and ten steps of training against the CPU; with `--gpus`, what
+//! several GPUs sum and gather against the same through the hosts.
 
 use candle_core::{DType, Tensor};
 use clap::Args;
@@ -12,15 +13,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::batch::{Batch, laid_out};
-use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Source};
+use crate::console;
+use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use crate::data::TokenPair;
-use crate::device::{CpuDevice, Device};
+use crate::device::{self, CpuDevice, Device};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, AdapterConfig, Targets};
-use crate::plan::Wishes;
+use crate::plan::{Wishes, size};
 use crate::plugins::Registry;
-use crate::ranks::Ranks;
+use crate::ranks::{self, Place, Ranks};
 use crate::train::{self, AdamW, Objective, ObjectiveOptions};
 use crate::weights::blocks;
 
@@ -29,6 +31,9 @@ pub(super) struct SelftestOptions {
     /// The GPU to test: cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cuda")]
     device: String,
+    /// Test what so many GPUs exchange instead
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: usize,
     /// Small batches only, for tools that make every access slow
     #[arg(long)]
     quick: bool,
@@ -43,7 +48,19 @@ const TOLERANCE: f64 = 0.03;
 /// Most that a loss of a training run may differ.
 const LOSS_TOLERANCE: f64 = 0.01;
 
+/// Numbers of values that GPUs sum and gather, the last as many as a 7B model's adapter has.
+const COUNTS: &[usize] = &[1, 1_001, 20_185_088];
+
+/// Most that sums of GPUs may differ from those of the hosts, which add in another order.
+const SUM_TOLERANCE: f64 = 1e-6;
+
 pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result<()> {
+    if let Some(place) = Place::from_environment()? {
+        return ranks::work(&place, |ranks| exchange(options, ranks, place.local_rank));
+    }
+    if options.gpus > 1 {
+        return ranks::launch(options.gpus, &[], 0);
+    }
     let Some(index) = cuda::choose(&options.device)? else {
         return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
     };
@@ -64,6 +81,32 @@ pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     }
     println!("all within {TOLERANCE} (losses {LOSS_TOLERANCE})");
     Ok(())
+}
+
+/// Sums and gathers of this rank's GPU and the others.
+fn exchange(options: &SelftestOptions, ranks: &mut Ranks, local_rank: usize) -> Result<()> {
+    let Some(index) = device::choose(&options.device, Some(local_rank))? else {
+        return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
+    };
+    let gpu = Gpu::open(index)?;
+    let Some(nccl) = Nccl::join(&gpu, ranks)? else {
+        return Err(Error::run("there is nothing to test without NCCL"));
+    };
+    console::line(format!("{:<44} {:>10} {:>8}", format!("values on {} GPUs", ranks.size()), "apart", "repeats"));
+    let mut failures = 0;
+    for count in COUNTS {
+        let (apart, same) = nccl.compare(&gpu, ranks, *count)?;
+        let good = same && apart <= SUM_TOLERANCE;
+        failures += ranks.most(u64::from(!good))?;
+        console::line(format!("{count:<44} {apart:>10.1e} {:>8}", if same { "equal" } else { "DIFFER" }));
+    }
+    match failures {
+        0 => {
+            console::line(format!("all within {SUM_TOLERANCE:e}; NCCL takes {}", size(nccl.memory)));
+            Ok(())
+        }
+        _ => Err(Error::run(format!("{failures} of the comparisons failed"))),
+    }
 }
 
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
@@ -215,8 +258,8 @@ fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute:
     let gpu = Gpu::open(index)?;
     let adapter = adapter(graph, zero_b)?;
     let wishes = Wishes { micro_batch_tokens: Some(tokens), recompute, ..Wishes::default() };
-    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::available(&gpu, None)?, wishes)?;
-    CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, plan, &ProgressBar::hidden())
+    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::room(&gpu, None, None)?, 1, wishes)?;
+    CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.

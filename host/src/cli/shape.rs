@@ -8,7 +8,7 @@ use crate::plugins::Registry;
 
 /// A published shape.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum Shape {
+pub(crate) enum Shape {
     #[value(name = "qwen2.5-0.5b")]
     Qwen25_05b,
     #[value(name = "qwen2.5-1.5b")]
@@ -55,7 +55,7 @@ impl Shape {
     }
 
     /// Its graph.
-    pub(super) fn graph(self, registry: &Registry) -> Result<ModelGraph> {
+    pub(crate) fn graph(self, registry: &Registry) -> Result<ModelGraph> {
         let (family, hidden, inner, layers, heads, kv_heads, dim, vocab, tied) = self.row();
         let mut config = serde_json::json!({"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab, "rms_norm_eps": 1e-6,

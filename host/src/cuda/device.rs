@@ -52,6 +52,12 @@ pub struct Pinned {
     bytes: usize,
 }
 
+/// A second stream, for work beside that of the GPU's own.
+pub(super) struct Lane {
+    pub(super) stream: sys::CUstream,
+    event: sys::CUevent,
+}
+
 /// Arguments of a kernel, laid out one after the other.
 #[derive(Default)]
 pub struct Args {
@@ -148,6 +154,31 @@ impl Gpu {
 
     pub(super) fn stream(&self) -> sys::CUstream {
         self.stream
+    }
+
+    /// A further stream.
+    pub(super) fn lane(&self) -> Result<Lane> {
+        let stream =
+            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("opening a stream"))?;
+        let event =
+            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("making an event"))?;
+        Ok(Lane { stream, event })
+    }
+
+    /// Lets what is started from now on in a lane wait for everything that was started outside of it.
+    pub(super) fn hold(&self, lane: &Lane) -> Result<()> {
+        order(self.stream, lane.stream, lane.event)
+    }
+
+    /// Lets what is started from now on wait for everything in a lane.
+    pub(super) fn join(&self, lane: &Lane) -> Result<()> {
+        order(lane.stream, self.stream, lane.event)
+    }
+
+    /// Copies bytes on the device.
+    pub(super) fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        // SAFETY: two addresses of the device.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(failed("copying on the GPU"))
     }
 
     /// Free and all bytes of the GPU.
@@ -321,6 +352,16 @@ impl Gpu {
             unsafe { result::event::destroy(event) }.map_err(failed("freeing an event"))?;
         }
         Ok(times)
+    }
+}
+
+/// The event may serve again at once: a wait is for what it was recorded after when the wait was asked for.
+fn order(before: sys::CUstream, after: sys::CUstream, event: sys::CUevent) -> Result<()> {
+    // SAFETY: streams and event are alive for as long as the context.
+    unsafe {
+        result::event::record(event, before).map_err(failed("recording an event"))?;
+        result::stream::wait_event(after, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)
+            .map_err(failed("waiting for an event"))
     }
 }
 

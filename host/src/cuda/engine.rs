@@ -4,6 +4,7 @@
 //! log-probs that a loss is computed from, and the gradient's norm.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
@@ -63,6 +64,8 @@ struct OptimizerMemory {
     partial: Memory,
     count: usize,
     parts_count: usize,
+    /// Of every layer, its parts.
+    layers: Vec<Range<usize>>,
 }
 
 /// What a batch brings, staged in pinned memory and sent in one copy.
@@ -100,13 +103,13 @@ pub(super) struct RopeTable {
 }
 
 impl CudaDevice {
-    /// Opens a GPU with a plan that was made for it.
+    /// Opens a GPU with a plan that was made for it, on a rank of those that the plan is for.
     pub fn load(
         gpu: Gpu,
         graph: ModelGraph,
         source: &Source<'_>,
         adapter: Adapter,
-        plan: GpuPlan,
+        (plan, rank): (GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<CudaDevice> {
         let kernels = Kernels::load(&gpu)?;
@@ -118,7 +121,7 @@ impl CudaDevice {
                 new.insert(Kernels::attention(&gpu, heads)?);
             }
         }
-        let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, plan.host_embedding > 0, progress)?;
+        let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, (&plan, rank), progress)?;
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let count = adapter.params.len();
         let optimizer = OptimizerMemory {
@@ -126,10 +129,11 @@ impl CudaDevice {
             gradient: gpu.allocate(count * 4)?,
             first: gpu.allocate(count * 4)?,
             second: gpu.allocate(count * 4)?,
-            parts: gpu.allocate(parts.len() * 64)?,
+            parts: gpu.allocate(parts.len() * PART)?,
             partial: gpu.allocate(PARTIAL * 8)?,
             count,
             parts_count: parts.len(),
+            layers: parts_of_layers(&graph, &adapter),
         };
         gpu.upload(&parts.concat(), optimizer.parts.address)?;
         let footprint = Footprint::new(&graph, &lowered);
@@ -172,8 +176,8 @@ impl CudaDevice {
         Ok(device)
     }
 
-    /// Sums gradients over ranks by NCCL.
-    pub fn sum_by(self, nccl: Option<Nccl>) -> CudaDevice {
+    /// Sums gradients over ranks, and gathers what they share of a base, by NCCL.
+    pub fn join(self, nccl: Option<Nccl>) -> CudaDevice {
         CudaDevice { nccl, ..self }
     }
 
@@ -224,13 +228,35 @@ impl CudaDevice {
         ops.iter().try_for_each(|op| self.run(&run, op))
     }
 
-    /// The forward pass of all layers.
-    fn layers(&self, keep: bool) -> Result<()> {
-        let adapted = keep || !self.plain;
-        (0..self.graph.layers.len()).try_for_each(|layer| {
-            let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
-            self.layer(layer, ops, &self.places(layer, keep, false), adapted)
+    /// Makes a layer's weights whole where ranks share them, and has the next one's follow.
+    fn take(&self, layer: usize, next: Option<usize>) -> Result<()> {
+        let (Some(shard), Some(nccl)) = (&self.weights.shard, &self.nccl) else { return Ok(()) };
+        shard.take(&self.gpu, nccl, layer, next)?;
+        self.spread(self.optimizer.layers[layer].clone())?;
+        self.gpu.mark("gather")
+    }
+
+    /// Takes all layers, of a forward pass or in reverse, and runs `work` on each.
+    fn walk(&self, reverse: bool, work: impl Fn(usize) -> Result<()>) -> Result<()> {
+        let count = self.graph.layers.len();
+        let at = |step: usize| if reverse { count - 1 - step } else { step };
+        (0..count).try_for_each(|step| {
+            self.take(at(step), (step + 1 < count).then(|| at(step + 1)))?;
+            work(at(step))
         })
+    }
+
+    /// The forward pass of a layer.
+    fn layer_forward(&self, layer: usize, keep: bool) -> Result<()> {
+        let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
+        self.layer(layer, ops, &self.places(layer, keep, false), keep || !self.plain)
+    }
+
+    /// The backward pass of a layer.
+    fn layer_backward(&self, layer: usize) -> Result<()> {
+        let kind = self.graph.layers[layer].block;
+        let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
+        self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)
     }
 
     fn head_run<'a>(&'a self, places: &'a [Address]) -> Run<'a> {
@@ -353,12 +379,16 @@ impl Device for CudaDevice {
     }
 
     fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+        if batch.tokens() == 0 {
+            self.walk(false, |_| Ok(()))?;
+            return Ok(LogProbs { logps: Vec::new(), log_sum_sq: Vec::new() });
+        }
         self.send(batch, keep)?;
         let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
         let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
         self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
         self.gpu.mark("embedding")?;
-        self.layers(keep)?;
+        self.walk(false, |layer| self.layer_forward(layer, keep))?;
         let places = self.head_places();
         let head = self.head_run(&places);
         let input = self.view(&head, Slice { buffer: INPUT, column: 0, width: hidden });
@@ -372,7 +402,10 @@ impl Device for CudaDevice {
         Ok(LogProbs { logps: results, log_sum_sq })
     }
 
-    fn backward(&mut self, _batch: &Batch, dlogps: &[f32]) -> Result<()> {
+    fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
+        if batch.tokens() == 0 {
+            return self.walk(true, |_| Ok(()));
+        }
         let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
         if dlogps.len() != at.answers {
             return Err(Error::run("the backward pass needs the batch of the forward pass before it"));
@@ -389,12 +422,11 @@ impl Device for CudaDevice {
         let args = Args::default().with(gradient).with(at.taken).with(to).with(at.tokens as i32).with(hidden as i32);
         self.wide("scatter_rows", at.tokens, hidden, args)?;
         self.gpu.mark("head vjp")?;
-        for layer in (0..self.graph.layers.len()).rev() {
-            let kind = self.graph.layers[layer].block;
-            let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-            self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)?;
-        }
-        Ok(())
+        self.walk(true, |layer| self.layer_backward(layer))
+    }
+
+    fn shares_base(&self) -> bool {
+        self.weights.shard.is_some()
     }
 
     fn clear_gradient(&mut self) -> Result<()> {
@@ -437,7 +469,7 @@ impl Device for CudaDevice {
         let args = args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps);
         self.plain = false;
         self.gpu.launch(self.kernels.get("adamw")?, [o.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args)?;
-        self.spread()
+        self.spread_all()
     }
 
     fn fetch(&mut self) -> Result<()> {
@@ -453,7 +485,7 @@ impl Device for CudaDevice {
         self.gpu.upload(&self.adapter.params, self.optimizer.params.address)?;
         self.gpu.upload(&self.moments.first, self.optimizer.first.address)?;
         self.gpu.upload(&self.moments.second, self.optimizer.second.address)?;
-        self.spread()?;
+        self.spread_all()?;
         self.gpu.finish()
     }
 
@@ -474,11 +506,11 @@ impl CudaDevice {
         let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
         for tokens in (CLASS..=most).step_by(CLASS) {
             self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens)), true)?;
-            self.blas.tune(|| self.once())?;
+            self.blas.tune(|| self.once(true))?;
         }
         // Scoring fills its micro-batches, so that one class is enough.
         self.send(&self.filler(self.plan.scoring_tokens), false)?;
-        self.blas.tune(|| self.layers(false))?;
+        self.blas.tune(|| self.once(false))?;
         self.clear_gradient()?;
         self.gpu.finish()
     }
@@ -491,13 +523,17 @@ impl CudaDevice {
         Batch::of(&[TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() }])
     }
 
-    /// Both passes of the first layer of every kind of block, and of the head.
-    fn once(&self) -> Result<()> {
+    /// The first layer of every kind of block, and the head; with `keep`, both passes. Whatever lies in a layer's place will do.
+    fn once(&self, keep: bool) -> Result<()> {
         for kind in 0..self.graph.blocks.len() {
             let Some(layer) = self.graph.layers.iter().position(|l| l.block == kind) else { continue };
-            self.layer(layer, &self.lowered.programs[kind].forward, &self.places(layer, true, false), true)?;
-            let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-            self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)?;
+            self.layer_forward(layer, keep)?;
+            if keep {
+                self.layer_backward(layer)?;
+            }
+        }
+        if !keep {
+            return Ok(());
         }
         let places = self.head_places();
         let head = self.head_run(&places);
@@ -517,14 +553,31 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Parameters to the stacked weights.
-    fn spread(&self) -> Result<()> {
-        let o = &self.optimizer;
-        let args = Args::default().with(o.parts.address).with(o.params.address);
-        self.gpu.launch(self.kernels.get("spread")?, [32, o.parts_count, 1], [256, 1, 1], 0, args)?;
+    /// Parameters to the stacked weights of all layers; to those that ranks share, whenever one is taken.
+    fn spread_all(&self) -> Result<()> {
+        if self.weights.shard.is_none() {
+            self.spread(0..self.optimizer.parts_count)?;
+        }
         self.gpu.mark("optimizer")
     }
+
+    /// Parameters of some parts of the adapter to the stacked weights.
+    fn spread(&self, parts: Range<usize>) -> Result<()> {
+        let o = &self.optimizer;
+        let first = o.parts.address + (parts.start * PART) as u64;
+        let args = Args::default().with(first).with(o.params.address);
+        self.gpu.launch(self.kernels.get("spread")?, [32, parts.len(), 1], [256, 1, 1], 0, args)
+    }
 }
+
+/// Two parts a site; sites come in the order of layers.
+fn parts_of_layers(graph: &ModelGraph, adapter: &Adapter) -> Vec<Range<usize>> {
+    let before = |layer: usize| 2 * adapter.sites.partition_point(|s| s.node.0 <= layer);
+    (0..graph.layers.len()).map(|layer| before(layer)..before(layer + 1)).collect()
+}
+
+/// Bytes of `struct Part` of `adamw.cu`.
+const PART: usize = 64;
 
 /// Partial sums of the gradient's norm.
 const PARTIAL: usize = 1024;

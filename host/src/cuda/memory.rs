@@ -1,12 +1,12 @@
 //! Where everything lies on the GPU: buffers of a layer, what is kept of every layer, what a batch takes. Needs no GPU.
 
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{ModelGraph, Node};
 
 use super::kernels::{HEAD_DIMS, Heads};
 use super::program::{Buffer, GRADIENT, INPUT, Keep, OUTPUT, Op, Program, padded};
+use super::shard;
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
-use crate::weights::blocks;
 
 /// A model lowered for CUDA.
 pub(super) struct Lowered {
@@ -92,21 +92,29 @@ impl Lowered {
         head == graph.embed.nodes[0].weights.first().map(|w| &w.tensor)
     }
 
-    /// Bytes of frozen weights: of the layers and the head, and of the embedding table where it is not the head's.
-    pub(super) fn weights(&self, graph: &ModelGraph) -> (usize, usize) {
-        let mut bytes = 0;
-        for layer in &graph.layers {
-            let program = &self.programs[layer.block];
-            bytes += (0..program.groups.len()).map(|g| self.stack(program, g).0).sum::<usize>();
-        }
-        for (block, _) in blocks(graph) {
-            let vectors = block.nodes.iter().filter(|n| n.op != "embedding").flat_map(|n| &n.weights);
-            bytes +=
-                vectors.filter(|w| w.shape.len() == 1).map(|w| (w.shape[0] * 2).next_multiple_of(256)).sum::<usize>();
-        }
-        let table = graph.vocab_size * graph.hidden_size * 2;
-        let embedding = graph.embed.nodes[0].weights[0].shape.iter().product::<usize>() * 2;
-        (bytes + table, if Lowered::tied(graph) { 0 } else { embedding })
+    /// Bytes of frozen weights on a rank, where so many ranks share the layers: of the layers, the head and the projection;
+    /// and of the embedding table where it is not the projection.
+    pub(super) fn weights(&self, graph: &ModelGraph, ranks: usize) -> (usize, usize) {
+        let (rest, table) = self.rest(graph);
+        let layers: Vec<usize> = (0..graph.layers.len()).map(|layer| self.layer(graph, layer)).collect();
+        (rest + if ranks == 1 { layers.iter().sum() } else { shard::bytes(&layers, ranks) }, table)
+    }
+
+    /// Bytes of a layer's frozen weights, every one at an aligned place.
+    pub(super) fn layer(&self, graph: &ModelGraph, layer: usize) -> usize {
+        let kind = graph.layers[layer].block;
+        let (program, nodes) = (&self.programs[kind], &graph.blocks[kind].nodes);
+        let stacks = (0..program.groups.len()).map(|g| aligned(self.stack(program, g).0));
+        let biases = program.groups.iter().filter(|g| g.bias).map(|g| aligned(g.outputs * 2));
+        stacks.chain(biases).chain(nodes.iter().filter_map(norm)).sum()
+    }
+
+    /// Bytes of what every rank has: of the head with the projection, and of the embedding table where it is not the same.
+    pub(super) fn rest(&self, graph: &ModelGraph) -> (usize, usize) {
+        let norms: usize = graph.head.nodes.iter().filter_map(norm).sum();
+        let table = aligned(graph.vocab_size * graph.hidden_size * 2);
+        let embedding = aligned(graph.embed.nodes[0].weights[0].shape.iter().product::<usize>() * 2);
+        (norms + table, if Lowered::tied(graph) { 0 } else { embedding })
     }
 
     /// Bytes of the adapter's parameters and gradient, flat and in stacks.
@@ -116,6 +124,16 @@ impl Lowered {
         };
         parameters * 8 + graph.layers.iter().map(|l| stacked(&self.programs[l.block])).sum::<usize>()
     }
+}
+
+/// Bytes up to the next place that anything may begin at.
+pub(super) fn aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(256)
+}
+
+/// Bytes of a norm's vector.
+fn norm(node: &Node) -> Option<usize> {
+    (node.op == "rms_norm").then(|| aligned(node.weights[0].shape[0] * 2))
 }
 
 /// A block's passes when this much of it is kept.

@@ -2,7 +2,7 @@
 //!
 //! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
 //! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `launch` and `engine` run;
-//! `nccl` sums over GPUs.
+//! `nccl` sums over GPUs, `shard` is how they share a base.
 
 mod blas;
 mod device;
@@ -16,6 +16,7 @@ mod model;
 mod nccl;
 mod plan;
 mod program;
+mod shard;
 #[cfg(test)]
 mod tests;
 
@@ -23,7 +24,7 @@ pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
 pub use model::{Given, Source};
 pub use nccl::Nccl;
-pub use plan::GpuPlan;
+pub use plan::{GpuPlan, Room};
 
 use crate::error::{Error, Result};
 
@@ -59,12 +60,13 @@ pub fn choose(device: &str) -> Result<Option<usize>> {
     }
 }
 
-/// Memory that this process may use on a GPU: what is free, or less if the user says so.
-pub fn available(gpu: &Gpu, limit: Option<usize>) -> Result<usize> {
+/// Room for this process on a GPU: what is free, or less if the user says so.
+pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room> {
     let (free, all) = gpu.memory()?;
+    let context = plan::CONTEXT + nccl.map_or(0, |n| n.memory);
     // The context and what else is loaded by now is part of a plan.
-    let own = plan::CONTEXT.min(all - free);
+    let own = context.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
-    Ok(limit.unwrap_or(usize::MAX).min(most))
+    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context })
 }

@@ -8,8 +8,10 @@ use rayon::prelude::*;
 
 use super::device::{Address, Args, Gpu, Memory, Pinned, View};
 use super::kernels::Kernels;
-use super::memory::Lowered;
+use super::memory::{Lowered, aligned};
+use super::plan::GpuPlan;
 use super::program::Program;
+use super::shard::Shard;
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::weights::{Checkpoint, blocks};
@@ -53,6 +55,8 @@ pub(super) struct Weights {
     /// `[vocab, hidden]` bf16, on the GPU or in pinned host memory.
     pub embedding: Address,
     pub projection: Address,
+    /// Where ranks share the layers.
+    pub shard: Option<Shard>,
     /// The f32 gradients of all stacks, one after the other.
     pub gradients: Memory,
     _memory: Memory,
@@ -72,7 +76,7 @@ impl Arena {
 
     fn take(&mut self, bytes: usize) -> Result<Address> {
         let at = self.next;
-        self.next += bytes.next_multiple_of(256) as u64;
+        self.next += aligned(bytes) as u64;
         if self.next > self.end {
             return Err(Error::run("weights take more memory than was planned"));
         }
@@ -169,19 +173,22 @@ fn convert<const N: usize>(to: &mut [u8], from: &[u8], one: impl Fn([u8; N]) -> 
 }
 
 impl Weights {
-    /// Loads everything; `host_embedding` leaves the embedding table in pinned host memory.
+    /// Loads everything as planned, on a rank of those that share the layers.
     pub(super) fn load(
         gpu: &Gpu,
         kernels: &Kernels,
         graph: &ModelGraph,
         lowered: &Lowered,
         source: &Source<'_>,
-        host_embedding: bool,
+        (plan, rank): (&GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<Weights> {
-        let (bytes, table) = lowered.weights(graph);
-        let slack = 1 << 20;
-        let memory = gpu.allocate(bytes + if host_embedding { 0 } else { table } + slack)?;
+        let layers: Vec<usize> = (0..graph.layers.len()).map(|layer| lowered.layer(graph, layer)).collect();
+        let (rest, table) = lowered.rest(graph);
+        let host_embedding = plan.host_embedding > 0;
+        let shard = if plan.ranks > 1 { Some(Shard::new(gpu, &layers, rank, plan.ranks)?) } else { None };
+        let here: usize = if shard.is_some() { 0 } else { layers.iter().sum() };
+        let memory = gpu.allocate(here + rest + if host_embedding { 0 } else { table })?;
         let gradients = graph.layers.iter().map(|l| &lowered.programs[l.block]);
         let gradients: usize =
             gradients.map(|p| (0..p.groups.len()).flat_map(|g| lowered.stacked_gradients(p, g)).sum::<usize>()).sum();
@@ -199,7 +206,20 @@ impl Weights {
                 Some(layer) => &lowered.programs[layer.block],
                 None => &lowered.head,
             };
-            of_blocks.push(load_block(&mut loader, &mut arena, &mut next_gradient, lowered, program, block, prefix)?);
+            let shared = shard.as_ref().filter(|_| at <= graph.layers.len()).map(|shard| (shard, at - 1));
+            let mut place = match shared {
+                Some((shard, layer)) => {
+                    let place = shard.place(layer);
+                    gpu.zero(place.address, place.bytes)?;
+                    Some(Arena::of(place))
+                }
+                None => None,
+            };
+            let arena = place.as_mut().unwrap_or(&mut arena);
+            of_blocks.push(load_block(&mut loader, arena, &mut next_gradient, lowered, program, block, prefix)?);
+            if let Some((shard, layer)) = shared {
+                shard.keep(gpu, layer)?;
+            }
         }
         let row = graph.hidden_size * 2;
         let embedding_weight = &graph.embed.nodes[0].weights[0];
@@ -239,7 +259,7 @@ impl Weights {
         };
         gpu.finish()?;
         let head = of_blocks.pop().unwrap_or_default();
-        Ok(Weights { layers: of_blocks, head, embedding, projection, gradients, _memory: memory, _table: table })
+        Ok(Weights { layers: of_blocks, head, embedding, projection, shard, gradients, _memory: memory, _table: table })
     }
 
     /// The adapter's matrices with their places in the stacks.

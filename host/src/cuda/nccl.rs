@@ -5,7 +5,7 @@ use std::ptr;
 
 use cudarc::nccl::{result, sys};
 
-use super::device::{Address, Gpu};
+use super::device::{Address, Gpu, Lane};
 use super::libraries;
 use crate::console;
 use crate::error::{Error, Result};
@@ -14,7 +14,12 @@ use crate::ranks::Ranks;
 /// This GPU among those of a run.
 pub struct Nccl {
     communicator: sys::ncclComm_t,
+    /// Bytes that it took on the GPU.
+    pub memory: usize,
 }
+
+/// Values of the first sum, which takes the memory that all later ones use.
+const FIRST: usize = 16 << 20;
 
 fn failed(what: &str) -> impl FnOnce(result::NcclError) -> Error + '_ {
     move |e| Error::run(format!("NCCL: {what}: {:?}", e.0)).help("NCCL_DEBUG=INFO makes it say more")
@@ -42,20 +47,76 @@ impl Nccl {
             let id = result::get_uniqueid().map_err(failed("starting"))?;
             Ok(id.internal.iter().map(|c| *c as u8).collect::<Vec<u8>>())
         })?;
+        let (free, _) = gpu.memory()?;
         let mut unique = sys::ncclUniqueId { internal: [0; 128] };
         unique.internal.iter_mut().zip(&id).for_each(|(to, byte)| *to = *byte as c_char);
         let mut communicator = ptr::null_mut();
         let (size, rank) = (ranks.size() as i32, ranks.rank() as i32);
         // SAFETY: writes one handle; the id is rank 0's, and every rank calls this with its own number.
         unsafe { result::comm_init_rank(&mut communicator, size, unique, rank) }.map_err(failed("joining"))?;
-        let nccl = Nccl { communicator };
-        // The first sum takes the memory that all later ones use.
-        let memory = gpu.allocate(4)?;
-        gpu.zero(memory.address, 4)?;
-        nccl.sum(gpu, memory.address, 1)?;
-        gpu.finish()?;
+        let mut nccl = Nccl { communicator, memory: 0 };
+        nccl.first_rounds(gpu, ranks.size())?;
+        nccl.memory = free.saturating_sub(gpu.memory()?.0);
         console::line(format!("gradients   are summed by NCCL over {size} GPUs"));
         Ok(Some(nccl))
+    }
+
+    /// Small and large ones: NCCL takes memory for a way of doing it when it first goes that way.
+    fn first_rounds(&self, gpu: &Gpu, ranks: usize) -> Result<()> {
+        let lane = gpu.lane()?;
+        let memory = gpu.allocate(FIRST * 4)?;
+        gpu.zero(memory.address, memory.bytes)?;
+        for count in [1, FIRST] {
+            self.sum(gpu, memory.address, count)?;
+        }
+        gpu.hold(&lane)?;
+        let part = memory.bytes / ranks;
+        self.gather(&lane, memory.address, memory.address, part)?;
+        gpu.join(&lane)?;
+        gpu.finish()
+    }
+
+    /// Puts every rank's `part` bytes, in the order of ranks, at `to`, in a lane.
+    pub(super) fn gather(&self, lane: &Lane, own: Address, to: Address, part: usize) -> Result<()> {
+        let (own, to) = (own as *const std::ffi::c_void, to as *mut std::ffi::c_void);
+        let bytes = sys::ncclDataType_t::ncclUint8;
+        // SAFETY: addresses of the device, `to` with room for every rank's part.
+        let status = unsafe { result::all_gather(own, to, part, bytes, self.communicator, lane.stream.cast()) };
+        status.map(|_| ()).map_err(failed("gathering weights"))
+    }
+
+    /// Sums and gathers `count` values of every rank both here and through the hosts; returns how far the sums are apart,
+    /// as a share of the largest, and whether a second sum and the gathered bytes are the same bit for bit.
+    pub fn compare(&self, gpu: &Gpu, ranks: &mut Ranks, count: usize) -> Result<(f64, bool)> {
+        let mut state = ranks.rank() as u32 + 1;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        let own: Vec<f32> = (0..count).map(|_| random()).collect();
+        let memory = gpu.allocate(count * 4 * ranks.size())?;
+        let mut sums = [vec![0.0_f32; count], vec![0.0_f32; count]];
+        for sum in &mut sums {
+            gpu.upload(&own, memory.address)?;
+            self.sum(gpu, memory.address, count)?;
+            gpu.download(memory.address, sum)?;
+        }
+        let mut expected = own.clone();
+        ranks.sum(&mut expected)?;
+        let largest = expected.iter().fold(f32::MIN_POSITIVE, |most, v| most.max(v.abs()));
+        let apart = sums[0].iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / largest;
+
+        let part = gpu.allocate(count * 4)?;
+        let lane = gpu.lane()?;
+        gpu.upload(&own, part.address)?;
+        gpu.hold(&lane)?;
+        self.gather(&lane, part.address, memory.address, count * 4)?;
+        gpu.join(&lane)?;
+        let mut gathered = vec![0.0_f32; count * ranks.size()];
+        gpu.download(memory.address, &mut gathered)?;
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        let same = sums[0] == sums[1] && ranks.gather(bytes(&own))?.concat() == bytes(&gathered);
+        Ok((f64::from(apart), same))
     }
 
     /// Puts the sum over ranks into every rank's f32 values.

@@ -10,7 +10,7 @@ use super::memory::{Footprint, Lowered, input_bytes};
 use super::program::Keep;
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
-use crate::plan::{Wishes, size};
+use crate::plan::{Wishes, share, size};
 
 /// Tokens at once that fill an H100; more gain nothing.
 const ENOUGH_TOKENS: usize = 8192;
@@ -25,6 +25,22 @@ const HOST_EMBEDDING_COST: f64 = 0.005;
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
 pub(super) const CONTEXT: usize = 640 << 20;
 
+/// What a GPU gives to a run, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Memory to plan with.
+    pub available: usize,
+    /// What of it context, kernels and libraries take.
+    pub context: usize,
+}
+
+impl Room {
+    /// So much on a GPU that need not be there.
+    pub fn of(available: usize) -> Room {
+        Room { available, context: CONTEXT }
+    }
+}
+
 /// The plan of a run on one GPU; sizes in bytes.
 #[derive(Clone, Debug, Serialize)]
 pub struct GpuPlan {
@@ -32,8 +48,12 @@ pub struct GpuPlan {
     pub available: usize,
     /// Context, kernels, libraries.
     pub context: usize,
+    /// Ranks that share the layers' frozen weights; 1 where each has all.
+    pub ranks: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
     pub weights: usize,
+    /// The same where they are not shared.
+    pub whole: usize,
     /// The embedding table, where it stays in host memory.
     pub host_embedding: usize,
     /// Parameters and gradient of the adapter in f32.
@@ -67,18 +87,21 @@ pub struct GpuPlan {
 }
 
 impl GpuPlan {
-    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's; refuses what does not fit.
+    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers shared by so many
+    /// `ranks`; refuses what does not fit.
     pub fn new(
         graph: &ModelGraph,
         adapter: &Adapter,
         longest: usize,
         answers: f64,
-        available: usize,
+        room: Room,
+        ranks: usize,
         wishes: Wishes,
     ) -> Result<GpuPlan> {
+        let Room { available, context } = room;
         let lowered = Lowered::new(graph, adapter)?;
         let footprint = Footprint::new(graph, &lowered);
-        let (weights, table) = lowered.weights(graph);
+        let [(weights, table), (whole, _)] = [ranks, 1].map(|ranks| lowered.weights(graph, ranks));
         let optimizer = adapter.params.len() * 8;
         let adapter = lowered.adapter(graph, adapter.params.len());
         let allowed = match wishes.recompute {
@@ -98,8 +121,10 @@ impl GpuPlan {
                 let most = longest.max(*tokens).max(scoring);
                 let mut plan = GpuPlan {
                     available,
-                    context: CONTEXT,
+                    context,
+                    ranks,
                     weights: weights + if *on_host { 0 } else { table },
+                    whole: whole + if *on_host { 0 } else { table },
                     host_embedding: if *on_host { table } else { 0 },
                     adapter,
                     optimizer,
@@ -117,8 +142,8 @@ impl GpuPlan {
                     again: 0.0,
                 };
                 let longest = longest.max(*tokens);
-                let whole = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep);
-                let (least, most_useful) = (whole(allowed[allowed.len() - 1]), whole(allowed[0]));
+                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep);
+                let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
                 let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed);
@@ -148,7 +173,7 @@ impl GpuPlan {
                 "the longest pair has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
                 size(need),
                 size(available),
-                size(weights),
+                share(weights, whole, ranks),
                 size(adapter + optimizer)
             ))
             .help("lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory")
@@ -191,6 +216,10 @@ impl fmt::Display for GpuPlan {
             0 => String::new(),
             bytes => format!("; the embedding table, {}, stays in host memory", size(bytes)),
         };
+        let shared = match self.ranks {
+            1 => String::new(),
+            ranks => format!(", of {}: layers are shared by {ranks} ranks", size(self.whole)),
+        };
         let per_token = format!(
             "{} a token, {} for the head; {} tokens at once",
             size(self.per_token),
@@ -198,7 +227,7 @@ impl fmt::Display for GpuPlan {
             self.micro_batch_tokens
         );
         for (name, bytes, note) in [
-            ("weights", self.weights, format!("bf16, with the adapter's copy{table}")),
+            ("weights", self.weights, format!("bf16, with the adapter's copy{shared}{table}")),
             ("adapter", self.adapter, "parameters and gradient".into()),
             ("optimizer", self.optimizer, "moments".into()),
             ("values", self.values, per_token),

@@ -7,10 +7,11 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::launch::rope_numbers;
 use super::memory::{Arrangement, Footprint, Lowered};
-use super::plan::{GpuPlan, LOST_TOKENS};
+use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{Attention, GRADIENT, Group, INPUT, Keep, OUTPUT, Op, Program, Slice};
 use crate::batch::{Batch, Span};
 use crate::cli::selftest::{FAMILIES, adapter, cpu, distance, given, op_cases, pairs};
+use crate::cli::shape::Shape;
 use crate::device::Device;
 use crate::lora::Adapter;
 use crate::plan::Wishes;
@@ -516,7 +517,7 @@ fn plans_use_what_there_is() {
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family).unwrap().graph(config).unwrap();
     let adapter = adapter(&graph, true).unwrap();
-    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, memory, Wishes::default());
+    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, Room::of(memory), 1, Wishes::default());
     let least = (1..4096).map(|n| n << 20).find(|m| plan(*m).is_ok()).unwrap();
     let error = plan(least - (1 << 20)).unwrap_err().to_string();
     assert!(error.contains("3000 tokens") && error.contains("help: lower --max-length"), "{error}");
@@ -528,4 +529,20 @@ fn plans_use_what_there_is() {
         assert!(cost(&plan) <= before * 1.006, "more memory makes it slower: {plan}");
         before = cost(&plan);
     }
+}
+
+/// Layers that ranks share take a part of their bytes on each, and the places of two layers.
+#[test]
+fn a_shared_base_fits_where_a_whole_one_does_not() {
+    let graph = Shape::Qwen25_7b.graph(&Registry::discover(&[])).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |ranks: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30), ranks, Wishes::default());
+    let error = plan(1).unwrap_err().to_string();
+    assert!(error.contains("weights 13.2 GiB"), "{error}");
+    let shared = plan(4).unwrap();
+    assert!(shared.total() <= 12 << 30);
+    let rest = Lowered::new(&graph, &adapter).unwrap().rest(&graph).0;
+    let layers = shared.whole - rest;
+    let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
+    assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
 }

@@ -31,6 +31,25 @@ pub struct Patience {
     pub watchdog: Duration,
 }
 
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { rendezvous: Duration::from_secs(60), watchdog: Duration::from_secs(8) }
+    }
+}
+
+/// Does some work as one of the ranks that a launcher has started.
+///
+/// # Errors
+/// Those of the work; ranks that do not come.
+pub fn work(place: &Place, work: impl FnOnce(&mut Ranks) -> Result<()>) -> Result<()> {
+    if place.launched {
+        end_with_launcher();
+    }
+    let mut ranks = Ranks::join(place, Patience::default())?;
+    let result = work(&mut ranks);
+    ranks.end(result)
+}
+
 /// The ranks of a run, seen from one of them.
 pub struct Ranks {
     rank: usize,

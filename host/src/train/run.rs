@@ -443,9 +443,6 @@ fn choose_device(options: &TrainOptions, local_rank: Option<usize>) -> Result<Op
         Some(_) if exact => Err(Error::input("GPUs compute in bfloat16")
             .at("--dtype")
             .help("leave it out, or add --device cpu for float32")),
-        Some(_) if options.shard_base == "true" => Err(Error::input("every GPU keeps all frozen weights")
-            .at("--shard-base")
-            .help("leave it out, or add --device cpu")),
         gpu => Ok(gpu),
     }
 }
