@@ -103,60 +103,50 @@ __device__ __forceinline__ Left as_left(const float p[TILE / 8][4]) {
     return left;
 }
 
-// Scores of the next tile of keys are in work while this one's softmax is.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+// Three blocks fit into a multiprocessor, so that one multiplies while another has its softmax: values have one place, and are
+// on their way while scores are computed.
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
     attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
-    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + 2 * TILE_BYTES;
+    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + TILE_BYTES;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
-    auto scores = [&](float p[TILE / 8][4], int stage) {
-        begin();
-#pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
-        end();
-    };
 
-    int key = next_keys(t, 0, last, s.window), after = next_keys(t, key + TILE, last, s.window), stage = 0;
+    int key = next_keys(t, 0, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
     load_swizzled(ks, keys, t, key);
     commit();
-    load_swizzled(vs, values, t, key);
-    if (after < last) load_swizzled(ks + TILE_BYTES, keys, t, after);
-    commit();
-    wait<1>();
-    publish();
-    __syncthreads();
-    float p[TILE / 8][4], upcoming[TILE / 8][4], o[DIM / 8][4] = {};
-    scores(p, 0);
-    done<0, TILE>(p);
-    __syncthreads();
+    float o[DIM / 8][4] = {};
     Softmax softmax;
     while (key < last) {
-        int third = after < last ? next_keys(t, after + TILE, last, s.window) : last;
-        if (third < last) load_swizzled(ks + stage * TILE_BYTES, keys, t, third);
-        if (after < last) load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
+        load_swizzled(vs, values, t, key);
         commit();
+        int after = next_keys(t, key + TILE, last, s.window);
+        if (after < last) load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
+        commit();
+        wait<2>();
+        publish();
+        __syncthreads();
+        float p[TILE / 8][4];
+        begin();
+#pragma unroll
+        for (int step = 0; step < KSTEPS; step++)
+            multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
+        end();
+        done<0, TILE>(p);
+        softmax.step(p, o, t, mine, key, s);
+        Left left = as_left(p);
         wait<1>();
         publish();
         __syncthreads();
-        if (after < last) scores(upcoming, stage ^ 1);
-        softmax.step(p, o, t, mine, key, s);
-        Left left = as_left(p);
         begin();
 #pragma unroll
-        for (int step = 0; step < TILE / 16; step++) multiply_add(o, left.a[step], across(vs + stage * TILE_BYTES, step));
+        for (int step = 0; step < TILE / 16; step++) multiply_add(o, left.a[step], across(vs, step));
         end();
         done<0, DIM>(o);
-        done<0, TILE>(upcoming);
         __syncthreads();
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) p[n][i] = upcoming[n][i];
         key = after;
-        after = third;
         stage ^= 1;
     }
     softmax.finish(o, out, lse, t, mine, h, s);

@@ -98,7 +98,7 @@ impl Heads {
         let (dim, tile) = (self.dim, self.tile());
         if self.hopper(capability) {
             // Whole tiles, from an aligned address on.
-            return [5, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
         }
         let (row, queries) = ((dim + 8) * 2, tile / 2);
         // Rows that a warp does not hold in registers.
