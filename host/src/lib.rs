@@ -16,6 +16,7 @@ pub mod hub;
 pub mod lora;
 pub mod model;
 pub mod ops;
+pub mod page;
 pub mod plan;
 pub mod plugins;
 pub mod ranks;

@@ -13,6 +13,7 @@ mod plan;
 pub(crate) mod selftest;
 pub(crate) mod shape;
 mod swift;
+mod ui;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -69,6 +70,8 @@ enum Command {
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
     Merge(merge::MergeOptions),
+    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
+    Ui(ui::UiOptions),
 }
 
 #[derive(clap::Args)]
@@ -142,5 +145,6 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),
+        Command::Ui(options) => ui::ui(&options),
     }
 }

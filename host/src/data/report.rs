@@ -351,7 +351,7 @@ fn n(count: usize, what: &str) -> String {
 }
 
 /// The beginning and the end of a text.
-fn shortened(text: &str) -> String {
+pub(crate) fn shortened(text: &str) -> String {
     let letters = text.chars().count();
     if letters <= 2 * SHOWN {
         return text.to_owned();

@@ -50,8 +50,14 @@ const RULES: &[Rule] = &[
 ];
 
 impl Doctor {
-    /// Warnings about a line of the log that were not given before.
+    /// Warnings about a line of the log that were not given before. A resumed run shows it the lines before, so that it goes
+    /// on as if there had been no break.
     pub(super) fn look(&mut self, line: &Map<String, Value>) -> Vec<String> {
+        let known = |name: &str| line.get(name).is_some_and(Value::is_number);
+        // Lines of evaluations have no gradient, and a step that was skipped has none that is a number.
+        if !known("loss") || !known("grad_norm") {
+            return Vec::new();
+        }
         let number = |name: &str| line.get(name).and_then(Value::as_f64).unwrap_or(0.0);
         self.lines += 1;
         let logps = [number("logps/chosen"), number("logps/rejected")];

@@ -172,6 +172,9 @@ pub struct TrainOptions {
     /// Checkpoints to keep, the newest ones
     #[arg(long, value_name = "N", help_heading = "Output")]
     pub save_total_limit: Option<usize>,
+    /// Serve a page with the run's curves while it goes on; by default on 127.0.0.1, see `dpo-host ui`
+    #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, default_missing_value = "true", help_heading = "Output")]
+    pub dashboard: Option<String>,
     /// Go on from a checkpoint folder, or from the latest one in --output-dir
     #[arg(long, value_name = "DIR|latest", help_heading = "Output")]
     pub resume_from_checkpoint: Option<String>,

@@ -18,13 +18,15 @@ use super::log::Log;
 use super::metrics::Window;
 use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
-use super::{Objective, ObjectiveOptions, Reference, Step, report, settings, step, unsound};
+use super::samples::Samples;
+use super::{Objective, ObjectiveOptions, Reference, Scores, Step, settings, step, unsound};
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
+use crate::page::{self, Runs, Server};
 use crate::plan::{Wishes, free_memory, parse_size};
 use crate::plugins::Registry;
 use crate::ranks::{self, Patience, Place, Ranks};
@@ -89,7 +91,15 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let folder = model::locate(&given, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let attempt = ranks.most(place.map_or(0, |p| p.attempt))?;
-    let Folders { output, resumed } = ranks.first(|| folders(&options, &folder, attempt))?;
+    let mut server = None;
+    let Folders { output, resumed } = ranks.first(|| {
+        server = dashboard(&options, attempt)?;
+        folders(&options, &folder, attempt)
+    })?;
+    if let Some(server) = server {
+        console::line(format!("dashboard   {}", server.url()));
+        server.serve_beside(Runs::one(&output));
+    }
     let adapter = starting_adapter(&model, &options)?;
 
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
@@ -123,12 +133,28 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         }
     }
     let [reference, validation_reference] = references;
+    let (seen, seen_reference) =
+        if validation.is_empty() { (&pairs, &reference) } else { (&validation, &validation_reference) };
+    let samples = Samples::take(ranks, device.as_mut(), &tokenizer, seen, seen_reference)?;
 
     let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
     let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
     let content = format!("{}{}", checkpoint.content()?, model.config);
     let settings = settings::decisive(&options, &content, device.as_ref(), &pairs);
+    let facts = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "model": folder.display().to_string(),
+        "family": model.family.name,
+        "parameters": device.adapter().params.len(),
+        "device": device.name(),
+        "ranks": ranks.size(),
+        "pairs": pairs.len(),
+        "validation_pairs": validation.len(),
+        "total_steps": total,
+        "data": dataset.report,
+        "data_line": dataset.report.line(),
+    });
     let all_settings = serde_json::to_vec(&settings).map_err(|e| Error::run(e.to_string()))?;
     ranks.same("model, data or set of flags", &all_settings)?;
     let mut run = Run {
@@ -148,6 +174,8 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         total,
         warmup,
         settings,
+        facts,
+        samples,
         window: Window::default(),
         done: 0,
         skipped: 0,
@@ -183,6 +211,9 @@ struct Run<'r> {
     total: u64,
     warmup: u64,
     settings: Map<String, Value>,
+    /// What is known before the first step, for those who look at the run.
+    facts: Value,
+    samples: Samples,
     window: Window,
     /// Steps taken.
     done: u64,
@@ -213,14 +244,17 @@ impl Run<'_> {
 
     fn train(&mut self) -> Result<()> {
         // Rank 0 alone writes; the others wait for it where they next need it.
+        let mut doctor = Doctor::default();
         let mut log = match self.ranks.is_first() {
             true => {
                 checkpoint::remove_leftovers(&self.output);
-                Some(Log::open(&self.output, self.done)?)
+                files::write(&self.output.join(page::FACTS), self.facts.to_string().as_bytes())?;
+                let (log, before) = Log::open(&self.output, self.done, self.samples.start())?;
+                before.iter().for_each(|line| drop(doctor.look(line)));
+                Some(log)
             }
             false => None,
         };
-        let mut doctor = Doctor::default();
         let interrupt = Interrupt::listen()?;
         let bar = console::bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
         let warn = |what: &str| bar.suspend(|| console::line(format!("warning: {what}")));
@@ -241,7 +275,9 @@ impl Run<'_> {
                 self.skipped = 0;
             } else {
                 self.objective.restore(losses);
-                warn(&self.skip(&step, norm).inspect_err(|_| bar.finish_and_clear())?);
+                let what = self.skip(&step, norm).inspect_err(|_| bar.finish_and_clear())?;
+                warn(&what);
+                log.iter_mut().for_each(|log| log.remark(self.done + 1, "warning", &what));
             }
             self.done += 1;
             bar.inc(1);
@@ -255,18 +291,22 @@ impl Run<'_> {
                     line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
                     log.write(&line, warn);
                     show(&bar, &line);
-                    if sound {
-                        doctor.look(&line).iter().for_each(|w| warn(w));
+                    for what in doctor.look(&line) {
+                        warn(&what);
+                        log.remark(self.done, "doctor", &what);
                     }
                 }
                 self.window = Window::default();
                 line_start = Instant::now();
             }
-            if !self.validation.is_empty() && (self.done.is_multiple_of(eval_steps.max(1)) || last) {
-                let line = self.evaluate()?;
+            if self.done.is_multiple_of(eval_steps.max(1)) || last {
+                let (line, scores) = self.evaluate()?;
                 if let Some(log) = &mut log {
-                    log.write(&line, warn);
-                    show(&bar, &line);
+                    if let Some(line) = line {
+                        log.write(&line, warn);
+                        show(&bar, &line);
+                    }
+                    log.samples(&self.samples.line(self.done, &scores), warn);
                 }
             }
             let signal = interrupt.on_any(self.ranks)?.filter(|_| !last);
@@ -274,7 +314,9 @@ impl Run<'_> {
                 self.agree()?;
                 match log.as_mut().map_or(Ok(()), |log| log.flush().and_then(|()| self.save())) {
                     Err(e) if !last && signal.is_none() => {
-                        warn(&format!("{e}\n  the run goes on and tries again at the next checkpoint"))
+                        let what = format!("{e}\n  the run goes on and tries again at the next checkpoint");
+                        warn(&what);
+                        log.iter_mut().for_each(|log| log.remark(self.done, "warning", &what));
                     }
                     saved => saved?,
                 }
@@ -341,15 +383,19 @@ impl Run<'_> {
         Map::from_iter([("global_step".to_owned(), json!(self.done)), ("epoch".to_owned(), json!(epoch))])
     }
 
-    fn evaluate(&mut self) -> Result<Map<String, Value>> {
+    /// A line about the validation pairs, where there are any, and log-probs that begin with those of the samples.
+    fn evaluate(&mut self) -> Result<(Option<Map<String, Value>>, Scores)> {
+        if self.validation.is_empty() {
+            return Ok((None, self.samples.score(self.ranks, self.device.as_mut(), &self.pairs)?));
+        }
         let pairs: Vec<&TokenPair> = self.validation.iter().collect();
         let reference = self.validation_reference.gather(0..pairs.len());
-        let step = step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
+        let (step, scores) = step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
         let mut window = Window::default();
         window.add(step.loss, step.sums, 0);
         let mut line = self.place();
         line.extend(window.means("eval_"));
-        Ok(line)
+        Ok((Some(line), scores))
     }
 
     /// Every rank has what rank 0 is about to save.
@@ -374,7 +420,7 @@ impl Run<'_> {
         let (adapter, moments) = (self.device.adapter(), self.device.moments());
         let keep = self.options.save_total_limit;
         checkpoint::save(&self.output, adapter, &self.base_model, moments, &state, keep)?;
-        report::write(&self.output, &json!(self.options))
+        page::write_report(&self.output)
     }
 }
 
@@ -387,6 +433,18 @@ fn order(pairs: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
         order.shuffle(&mut rng);
     }
     order
+}
+
+/// The page that `--dashboard` asks for. Where a run is started again, whether there is one is not worth the run.
+fn dashboard(options: &TrainOptions, attempt: u64) -> Result<Option<Server>> {
+    let Some(address) = options.dashboard.as_deref().filter(|a| *a != "false") else { return Ok(None) };
+    match Server::bind(Some(address).filter(|a| *a != "true"), "--dashboard") {
+        Err(e) if attempt > 0 => {
+            console::line(format!("warning: no dashboard: {e}"));
+            Ok(None)
+        }
+        server => server.map(Some),
+    }
 }
 
 /// The model that was named; without model and data, the demo with settings that suit it.

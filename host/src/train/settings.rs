@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 /// `adapter` by content.
 const FREE: &[&str] = &[
     "columns",
+    "dashboard",
     "dataset",
     "dataset_format",
     "device",

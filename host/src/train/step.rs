@@ -106,6 +106,11 @@ fn split(ranks: &Ranks, pairs: &[&TokenPair]) -> Vec<Vec<usize>> {
 }
 
 impl Scores {
+    /// Log-probs that are known, flat over the pairs' answer tokens.
+    pub(super) fn of(pairs: &[&TokenPair], logps: Vec<f32>) -> Scores {
+        Scores { answers: answers(pairs), logps, log_sum_sq: Vec::new() }
+    }
+
     fn zero(pairs: &[&TokenPair], places: &Places) -> Scores {
         let flat = || vec![0.0; places.tokens()];
         Scores { answers: answers(pairs), logps: flat(), log_sum_sq: flat() }
@@ -170,17 +175,17 @@ fn answers(pairs: &[&TokenPair]) -> Vec<[usize; 2]> {
     pairs.iter().map(of).collect()
 }
 
-/// Loss and metrics without a gradient: all pairs as one step.
+/// Loss and metrics without a gradient, and the log-probs they are of: all pairs as one step.
 pub(super) fn evaluate(
     ranks: &mut Ranks,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     pairs: &[&TokenPair],
     reference: &[f32],
-) -> Result<Step> {
+) -> Result<(Step, Scores)> {
     let scores = score(ranks, device, pairs, |_| {})?;
     let Evaluated { loss, pairs, .. } = objective.eval(scores.logps(reference), totals(&scores.answers), false)?;
-    Ok(Step { loss, sums: Sums::of(&pairs), pairs: pairs.into_iter().enumerate().collect() })
+    Ok((Step { loss, sums: Sums::of(&pairs), pairs: pairs.into_iter().enumerate().collect() }, scores))
 }
 
 fn totals(answers: &[[usize; 2]]) -> Totals {
