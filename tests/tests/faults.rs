@@ -118,6 +118,14 @@ fn same_end(whole: &str, other: &str) {
     assert!(!fs::read_dir(other).unwrap().any(|e| hidden(&e.unwrap())), "leftovers stay");
 }
 
+/// What was said, and of the sample pairs; returned is what was said.
+fn same_tale(whole: &str, other: &str) -> String {
+    let text = |folder: &str, file: &str| fs::read_to_string(Path::new(folder).join(file)).unwrap();
+    assert_eq!(text(whole, "samples.jsonl"), text(other, "samples.jsonl"), "the samples differ");
+    assert_eq!(text(whole, "remarks.jsonl"), text(other, "remarks.jsonl"), "the remarks differ");
+    text(whole, "remarks.jsonl")
+}
+
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
@@ -180,6 +188,7 @@ fn a_run_killed_at_any_moment_comes_to_the_same_end() {
             killed += 1;
         }
         same_end(&whole, &output);
+        same_tale(&whole, &output);
         ends += 1;
     }
     println!("{killed} kills, {ends} runs compared");
@@ -220,6 +229,26 @@ fn a_torn_checkpoint_is_told_and_the_one_before_is_taken() {
         fs::write(&path, bytes).unwrap();
     }
     says(&sandbox, &train(&output, &[&SHORT, &LATEST]), 2, &["SHA-256 differs", "every checkpoint is torn"]);
+}
+
+#[test]
+fn the_doctor_says_once_what_it_says_wherever_a_run_was_cut() {
+    let sandbox = sandbox();
+    let whole = sandbox.path("whole");
+    // So little is learned that the tenth line is remarked on.
+    let settings =
+        ["--max-steps", "15", "--save-steps", "4", "--learning-rate", "1e-7", "--split-dataset-ratio", "0.2"];
+    ok(&sandbox, &train(&whole, &[&settings]));
+    for step in [4, 8, 12] {
+        let output = sandbox.path(&format!("from-{step}"));
+        copy(Path::new(&whole), Path::new(&output));
+        fs::remove_file(Path::new(&output).join("adapter_model.safetensors")).unwrap();
+        let args = ["--resume-from-checkpoint", &format!("{output}/checkpoint-{step}")];
+        ok(&sandbox, &train(&output, &[&settings, &args]));
+        same_end(&whole, &output);
+        let said = same_tale(&whole, &output);
+        assert!(said.lines().count() == 1 && said.contains("\"global_step\":10,\"kind\":\"doctor\""), "{said}");
+    }
 }
 
 #[test]

@@ -75,10 +75,11 @@ impl Chart {
         let y = |value: f64| HEIGHT - BOTTOM - (value - values.0) / (values.1 - values.0) * (HEIGHT - BOTTOM - TOP);
         let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=img aria-label=\"{}\">", self.title);
         let end = WIDTH - RIGHT;
-        for value in ticks(values, 4) {
-            let at = y(value);
+        let marks = ticks(values, 4);
+        for value in &marks {
+            let at = y(*value);
             let _ = write!(svg, "<path class=grid d=\"M{LEFT} {at:.1}H{end}\"/>");
-            let text = (LEFT - 6.0, at + 4.0, short(value));
+            let text = (LEFT - 6.0, at + 4.0, tick(*value, &marks));
             let _ = write!(svg, "<text class=tick x={} y={:.1} text-anchor=end>{}</text>", text.0, text.1, text.2);
         }
         for step in ticks(steps, 4).into_iter().filter(|s| s.fract() == 0.0) {
@@ -110,24 +111,19 @@ impl Chart {
         svg + "</svg>"
     }
 
-    /// A figure: the chart with its title and the last numbers.
+    /// A figure: the chart with its title and the last numbers of evaluations.
     pub(super) fn figure(&self, lines: &[Map<String, Value>]) -> String {
         let drawn = self.draw(lines);
         if drawn.is_empty() {
             return drawn;
         }
-        let last = |name: &str| lines.iter().rev().find_map(|l| l.get(name)?.as_f64()).map(short);
-        let mut now = Vec::new();
-        for series in self.series {
-            let text = |value: String| format!("{} {value}", series.label).trim().to_owned();
-            now.extend(last(series.name).map(text));
-            now.extend(last(&format!("eval_{}", series.name)).map(|value| format!("eval {}", text(value))));
-        }
-        let now = now.join(" · ");
-        format!(
-            "<figure class=chart><figcaption><b>{}</b><span class=now>{now}</span></figcaption>{drawn}</figure>",
-            self.title
-        )
+        let last = |name: String| lines.iter().rev().find_map(|l| l.get(&name)?.as_f64()).map(short);
+        let held: Vec<String> = self.series.iter().filter_map(|s| last(format!("eval_{}", s.name))).collect();
+        let held = match held.is_empty() {
+            true => String::new(),
+            false => format!("<span class=now>eval <span class=key>○ {}</span></span>", held.join(" / ")),
+        };
+        format!("<figure class=chart><figcaption><b>{}</b>{held}</figcaption>{drawn}</figure>", self.title)
     }
 }
 
@@ -144,6 +140,16 @@ fn ticks((low, high): (f64, f64), about: usize) -> Vec<f64> {
     let step = [1.0, 2.0, 5.0, 10.0].into_iter().map(|m| m * power).find(|s| *s >= rough).unwrap_or(rough);
     let first = (low / step).ceil() as i64;
     (first..).map(|n| n as f64 * step).take_while(|v| *v <= high + step * 1e-9).take(2 * about + 2).collect()
+}
+
+/// A tick with the digits that set it apart from the next.
+fn tick(value: f64, all: &[f64]) -> String {
+    let step = if let [a, b, ..] = all { b - a } else { value };
+    match value.abs() {
+        size if size < step.abs() / 2.0 => "0".into(),
+        size if !(1e-3..1e5).contains(&size) => format!("{value:.1e}"),
+        _ => format!("{value:.*}", (-step.abs().log10() + 1e-9).ceil().clamp(0.0, 7.0) as usize),
+    }
 }
 
 /// A number in the few digits that can be told apart in a chart.
@@ -171,6 +177,15 @@ mod tests {
         assert!(close(&ticks((0.1, 0.72), 4), &[0.2, 0.4, 0.6]), "{:?}", ticks((0.1, 0.72), 4));
         assert!(close(&ticks((-3.0, 3.0), 4), &[-2.0, 0.0, 2.0]));
         assert_eq!(widened((2.0, 2.0)), (1.8, 2.2));
+    }
+
+    #[test]
+    fn ticks_differ() {
+        let texts = |all: &[f64]| all.iter().map(|v| tick(*v, all)).collect::<Vec<_>>();
+        assert_eq!(texts(&[0.6925, 0.693, 0.6935]), ["0.6925", "0.6930", "0.6935"]);
+        assert_eq!(texts(&[-0.5, 0.0, 0.5]), ["-0.5", "0", "0.5"]);
+        assert_eq!(texts(&[1000.0, 2000.0]), ["1000", "2000"]);
+        assert_eq!(texts(&[0.0, 5e-7, 1e-6]), ["0", "5.0e-7", "1.0e-6"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ mod server;
 
 pub(crate) use report::write as write_report;
 pub use runs::Runs;
-pub use server::Server;
+pub use server::{Server, Watchers};
 
 /// The flags of a run, every one of them.
 pub(crate) const ARGS: &str = "args.json";

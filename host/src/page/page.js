@@ -4,7 +4,7 @@
 const COLOURS = 8, POLL_MS = 2000, REST_MS = 10000;
 const MARGIN = { left: 46, right: 56, top: 8, bottom: 22 }, HEIGHT = 180, LABEL = 13;
 const LINES = ["logging.jsonl", "remarks.jsonl", "samples.jsonl", "answers.jsonl"];
-const page = { charts: [], runs: new Map(), step: null, lost: false, whose: null, when: null };
+const page = { charts: [], runs: new Map(), step: null, lost: "", whose: null, when: null };
 
 const $ = (id) => document.getElementById(id);
 const shown = () => [...page.runs.values()].filter((run) => !run.hidden);
@@ -30,9 +30,17 @@ function short(value) {
   const size = Math.abs(value);
   if (!Number.isFinite(value)) return "–";
   if (size === 0) return "0";
-  if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replace("-", "−").replace("-", "−");
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replaceAll("-", "−");
   const text = value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 3);
   return (text.includes(".") ? text.replace(/\.?0+$/, "") : text).replace("-", "−");
+}
+
+/** A tick with the digits that set it apart from the next. */
+function tick(value, all) {
+  const step = Math.abs(all.length > 1 ? all[1] - all[0] : value), size = Math.abs(value);
+  if (size < step / 2) return "0";
+  if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replaceAll("-", "−");
+  return value.toFixed(Math.min(7, Math.max(0, Math.ceil(-Math.log10(step) + 1e-9)))).replace("-", "−");
 }
 
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
@@ -56,13 +64,13 @@ async function poll() {
       const changed = await Promise.all(runs.map(refresh));
       const again = page.lost || page.charts.length === 0;
       page.charts = charts;
-      page.lost = false;
+      page.lost = "";
       if (again || changed.some(Boolean)) draw();
       else head();
       if (runs.every((run) => run.done || run.silent_s > 600)) wait = REST_MS;
     } catch (error) {
-      if (error.status) throw error;
-      if (!page.lost) { page.lost = true; head(); }
+      page.lost = error.status ? error.message : "The server has ended; this is what it said last.";
+      head();
     }
   }
   setTimeout(poll, wait);
@@ -123,13 +131,13 @@ function state(run) {
 
 function head() {
   const runs = [...page.runs.values()], one = runs.length === 1 ? runs[0] : null;
-  $("title").textContent = one ? one.name : `${runs.length} runs`;
+  if (runs.length) $("title").textContent = one ? one.name : `${runs.length} runs`;
   document.title = `${one ? `${state(one).text} · ${one.name}` : `${runs.length} runs`} – dpo-host`;
   $("about").textContent = one ? about(one) : "";
   $("about").hidden = !one || about(one) === "";
-  const lost = "The server has ended; this is what it said last.";
-  $("state").textContent = page.lost ? lost : one ? summary(state(one)) : "";
-  $("progress").hidden = $("figures").hidden = !one;
+  $("state").textContent = page.lost || (one ? summary(state(one)) : "");
+  $("figures").hidden = !one;
+  $("progress").hidden = !one || one.done;
   $("runs").hidden = Boolean(one) || runs.length === 0;
   if (one) figures(one); else table(runs);
 }
@@ -139,7 +147,7 @@ const summary = ({ step, total, text }) => [text, total ? `step ${step} of ${tot
 function about(run) {
   const f = facts(run);
   if (!f.model) return "";
-  const parts = [`${f.family} ${f.model.split("/").at(-1)}`, f.device];
+  const parts = [f.family, f.model.split("/").slice(-2).join("/"), f.device];
   if (f.ranks > 1) parts.push(`${f.ranks} ranks`);
   parts.push(`${f.pairs} pairs`);
   if (f.validation_pairs) parts.push(`${f.validation_pairs} to evaluate on`);
@@ -206,8 +214,9 @@ function draw() {
   page.charts.forEach((chart, i) => figures[i] && chartOf(figures[i], chart, runs));
   mark();
   drawSamples(runs);
-  const data = runs.filter((run) => facts(run).data_line);
-  fill("data", ...data.map((run) => make("p", { class: "pre" }, several ? `${run.name}: ` : "", facts(run).data_line.replace(/\n\s+/g, "\n"))));
+  const data = runs.filter((run) => facts(run).data_line), alike = new Set(data.map((run) => facts(run).data_line)).size === 1;
+  fill("data", ...(alike ? data.slice(0, 1) : data).map((run) => make("p", { class: "pre" },
+    alike ? "" : `${run.name}: `, facts(run).data_line.replace(/\n\s+/g, "\n"))));
   drawSettings(runs);
 }
 
@@ -254,30 +263,25 @@ function chartOf(box, chart, runs) {
   const [s0, s1] = widened(extent(all, 0)), [v0, v1] = widened(extent(all, 1));
   const x = (step) => MARGIN.left + ((step - s0) / (s1 - s0)) * (right - MARGIN.left);
   const y = (value) => HEIGHT - MARGIN.bottom - ((value - v0) / (v1 - v0)) * (HEIGHT - MARGIN.bottom - MARGIN.top);
-  const parts = ticks(v0, v1, 4).flatMap((value) => [
+  const parts = ticks(v0, v1, 4).flatMap((value, _, all) => [
     make("path", { class: "grid", d: `M${MARGIN.left} ${y(value)}H${right}` }),
-    make("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, short(value))]);
+    make("text", { x: MARGIN.left - 7, y: y(value) + 4, "text-anchor": "end" }, tick(value, all))]);
   for (const step of ticks(s0, s1, 4).filter(Number.isInteger)) {
     parts.push(make("text", { x: x(step), y: HEIGHT - 6, "text-anchor": "middle", class: "tick" }, String(step)));
   }
   if (chart.guide !== null && chart.guide > v0 && chart.guide < v1) {
     parts.push(make("path", { class: "guide", d: `M${MARGIN.left} ${y(chart.guide)}H${right}` }));
   }
-  const labels = [];
-  for (const { run, label, dashed, curve, held } of curves) {
+  for (const { run, dashed, curve, held } of curves) {
     const path = curve.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
     parts.push(make("polyline", { class: `curve ${run.colour} ${dashed ? "dashed" : ""}`, points: path }));
     if (curve.length === 1) parts.push(make("circle", { class: `mark ${run.colour}`, cx: x(curve[0][0]), cy: y(curve[0][1]), r: 3 }));
     for (const [step, value] of held) parts.push(make("circle", { class: `dot ${run.colour}`, cx: x(step), cy: y(value), r: 2.5 }));
-    if (curve.length) labels.push({ at: y(curve.at(-1)[1]), text: label || short(curve.at(-1)[1]), colour: run.colour });
   }
-  // Beside many runs the table says more.
-  if (labels.length <= 6) parts.push(...spread(labels).map(({ at, text, colour }) => make("text", { class: `label ${colour}`, x: right + 7, y: at + 4 }, text)));
-  const cursor = [make("line", { class: "cursor", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom })];
-  svg.replaceChildren(...parts, ...cursor);
+  svg.replaceChildren(...parts);
   svg.setAttribute("aria-label", `${chart.title}: ${curves.map(({ run, label, curve }) =>
     `${run.name} ${label} ${curve.length ? short(curve.at(-1)[1]) : ""}`).join(", ")}`);
-  box.drawn = { x, y, curves, steps: [...new Set(all.map(([step]) => step))].sort((a, b) => a - b) };
+  box.drawn = { x, y, right, curves, steps: [...new Set(all.map(([step]) => step))].sort((a, b) => a - b) };
 }
 
 /** Labels moved apart, where they would lie on each other. */
@@ -288,28 +292,35 @@ function spread(labels) {
   return labels.map((label) => ({ ...label, at: label.at - over }));
 }
 
-/** The cursor in every chart, and the numbers there; without one the last numbers. */
+/** The cursor in every chart. Labels at the curves' ends are the last values; with a cursor they are those at it. */
 function mark() {
-  const several = shown().length > 1;
+  const there = page.step !== null;
   for (const box of $("curves").children) {
     if (!box.drawn) continue;
-    const { x, y, curves } = box.drawn, svg = box.querySelector("svg"), now = box.querySelector(".now");
+    const { x, y, right, curves } = box.drawn, svg = box.querySelector("svg");
     svg.querySelectorAll(".at").forEach((element) => element.remove());
-    const cursor = svg.querySelector(".cursor");
-    cursor.setAttribute("visibility", page.step === null ? "hidden" : "visible");
-    const texts = [];
-    if (page.step !== null) {
-      cursor.setAttribute("x1", x(page.step));
-      cursor.setAttribute("x2", x(page.step));
-      texts.push(make("span", {}, `step ${page.step}`));
+    if (there) {
+      svg.append(make("line", { class: "cursor at", x1: x(page.step), x2: x(page.step), y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom }),
+        make("text", { class: "here at", x: x(page.step), y: HEIGHT - 6, "text-anchor": "middle" }, `step ${page.step}`));
     }
-    for (const { run, label, curve, held } of curves) {
-      const [here, there] = [at(curve), at(held, true)];
-      if (here && page.step !== null) svg.append(make("circle", { class: `mark at ${run.colour}`, cx: x(here[0]), cy: y(here[1]), r: 3.5 }));
-      const words = [here && `${label} ${short(here[1])}`, there && `eval ${label} ${short(there[1])}`].filter(Boolean);
-      if (words.length) texts.push(make("span", { class: several ? `key ${run.colour}` : "" }, words.join(" · ").replace(/ +/g, " ").trim()));
+    svg.querySelectorAll(".tick").forEach((tick) => {
+      tick.setAttribute("visibility", there && Math.abs(tick.getAttribute("x") - x(page.step)) < 44 ? "hidden" : "visible");
+    });
+    const labels = [], held = new Map();
+    for (const curve of curves) {
+      const [now, evaluated] = [at(curve.curve), at(curve.held, there)];
+      if (evaluated) held.set(curve.run, [...(held.get(curve.run) ?? []), short(evaluated[1])]);
+      if (!now) continue;
+      if (there) svg.append(make("circle", { class: `mark at ${curve.run.colour}`, cx: x(now[0]), cy: y(now[1]), r: 3.5 }));
+      labels.push({ at: y(now[1]), text: (!there && curve.label) || short(now[1]), colour: curve.run.colour });
     }
-    now.replaceChildren(...texts.flatMap((text, i) => (i ? ["  ", text] : [text])));
+    // Beside many runs the table says more.
+    const told = labels.length <= 6 || (there && labels.length <= 11) ? spread(labels) : [];
+    svg.append(...told.map(({ at, text, colour }) => make("text", { class: `label at ${colour}`, x: right + 7, y: at + 4 }, text)));
+    // Many numbers in a row are no longer read.
+    const few = [...held.values()].flat().length <= 4;
+    const words = (few ? [...held] : []).map(([run, values]) => make("span", { class: `key ${run.colour}` }, ` ○ ${values.join(" / ")}`));
+    box.querySelector(".now").replaceChildren(...(words.length ? ["eval", ...words] : []));
   }
 }
 
@@ -402,10 +413,11 @@ function drawSettings(runs) {
   const list = (some) => make("dl", {}, ...some.filter((name) => row(name)[0]).map((name) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, row(name)[0]))));
   if (told.length < 2) return fill("settings", ...(told.length ? [list(names)] : []));
-  const differing = names.filter((name) => new Set(row(name)).size > 1);
+  // Where a run is written is what it is named after.
+  const differing = names.filter((name) => name !== "output_dir" && new Set(row(name)).size > 1);
   const top = make("tr", {}, make("th", {}, ""), ...told.map((run) => make("th", { class: `n ${run.colour}` }, run.name)));
   const rows = differing.map((name) => make("tr", {}, make("td", { class: "muted" }, name), ...row(name).map((v) => make("td", { class: "n" }, v || "–"))));
-  const rest = names.filter((name) => !differing.includes(name));
+  const rest = names.filter((name) => name !== "output_dir" && !differing.includes(name));
   const open = $("settings").querySelector("details")?.open;
   const same = make("details", {}, make("summary", {}, "settings that are the same"), list(rest));
   same.open = Boolean(open);

@@ -48,9 +48,9 @@ pub(crate) fn write(output: &Path) -> Result<()> {
 fn about(facts: &Value) -> String {
     let text = |name: &str| facts[name].as_str().unwrap_or_default();
     let number = |name: &str| facts[name].as_u64().unwrap_or(0);
-    let model = Path::new(text("model"));
-    let model = model.file_name().map_or_else(|| text("model").into(), |n| n.to_string_lossy().into_owned());
-    let mut parts = vec![format!("{} {model}", text("family")), text("device").to_owned()];
+    let model: Vec<&str> = text("model").rsplitn(3, '/').take(2).collect();
+    let model = model.into_iter().rev().collect::<Vec<_>>().join("/");
+    let mut parts = vec![text("family").to_owned(), model, text("device").to_owned()];
     if number("ranks") > 1 {
         parts.push(format!("{} ranks", number("ranks")));
     }

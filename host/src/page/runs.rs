@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn names_set_runs_apart() {
-        let all = ["a/x/run".into(), "b/x/run".into(), "b/other".into()];
+        let all = ["a/x/run", "b/x/run", "b/other"].map(PathBuf::from);
         assert_eq!(all.each_ref().map(|p| short(p, &all)), ["a/x/run", "b/x/run", "other"]);
     }
 }

@@ -5,8 +5,8 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +23,8 @@ const ADDRESS: &str = "127.0.0.1:6868";
 const CONNECTIONS: usize = 32;
 const HEAD: usize = 8 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the end of a run waits for a page that is open; it asks every two seconds.
+const FAREWELL: Duration = Duration::from_millis(2500);
 
 /// What is there beside the files of runs: path, type, text.
 const ASSETS: &[(&str, &str, &str)] = &[
@@ -45,6 +47,7 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     door: Door,
+    watchers: Watchers,
 }
 
 /// Who is let in.
@@ -55,6 +58,29 @@ struct Door {
     cookie: String,
     /// The name that the server was told to listen at.
     name: String,
+}
+
+/// Whether somebody looks at the page.
+#[derive(Clone, Default)]
+pub struct Watchers(Arc<Mutex<Option<Instant>>>);
+
+impl Watchers {
+    /// A page that is open asks once more for what a run left at its end; not for long, whether it does or not.
+    pub fn farewell(&self) {
+        let asked = || *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = Instant::now();
+        while asked().is_some_and(|last| last + PATIENCE > end && last < end) && end.elapsed() < FAREWELL {
+            thread::sleep(Duration::from_millis(20));
+        }
+        if asked().is_some_and(|last| last >= end) {
+            // For the files that it now asks for.
+            thread::sleep(Duration::from_millis(300));
+        }
+    }
+
+    fn asked(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
 }
 
 /// An answer: status, type, further headers, body.
@@ -92,7 +118,8 @@ impl Server {
         let address = listener.local_addr().map_err(failed)?;
         let token = if address.ip().is_loopback() { None } else { Some(token().map_err(failed)?) };
         let name = named.rsplit_once(':').map_or("", |(name, _)| name).to_owned();
-        Ok(Server { door: Door { token, cookie: format!("dpo-host-{}", address.port()), name }, listener, address })
+        let door = Door { token, cookie: format!("dpo-host-{}", address.port()), name };
+        Ok(Server { listener, address, door, watchers: Watchers::default() })
     }
 
     /// What to open in a browser.
@@ -104,15 +131,17 @@ impl Server {
     }
 
     /// Serves runs from a thread of its own for as long as the process lives.
-    pub fn serve_beside(self, runs: Runs) {
+    pub fn serve_beside(self, runs: Runs) -> Watchers {
+        let watchers = self.watchers.clone();
         if let Err(e) = thread::Builder::new().name("page".into()).spawn(move || self.serve(runs)) {
             console::line(format!("warning: no dashboard: {e}"));
         }
+        watchers
     }
 
     /// Serves runs, for good.
     pub fn serve(self, runs: Runs) {
-        let shared = Arc::new((runs, self.door, AtomicUsize::new(0)));
+        let shared = Arc::new((runs, self.door, AtomicUsize::new(0), self.watchers));
         for stream in self.listener.incoming() {
             let Ok(stream) = stream else {
                 // No more files may be opened just now.
@@ -125,7 +154,7 @@ impl Server {
             shared.2.fetch_add(1, Ordering::Relaxed);
             let own = shared.clone();
             let begun = thread::Builder::new().name("page".into()).spawn(move || {
-                let _ = converse(stream, &own.0, &own.1);
+                let _ = converse(stream, &own.0, &own.1, &own.3);
                 own.2.fetch_sub(1, Ordering::Relaxed);
             });
             if begun.is_err() {
@@ -149,7 +178,7 @@ fn token() -> std::io::Result<String> {
 }
 
 /// Reads the head of a request and answers it.
-fn converse(mut stream: TcpStream, runs: &Runs, door: &Door) -> std::io::Result<()> {
+fn converse(mut stream: TcpStream, runs: &Runs, door: &Door, watchers: &Watchers) -> std::io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let (start, mut head, mut part) = (Instant::now(), Vec::new(), [0; 2048]);
@@ -163,7 +192,7 @@ fn converse(mut stream: TcpStream, runs: &Runs, door: &Door) -> std::io::Result<
             break;
         }
     }
-    let Answer(status, kind, more, body) = answer(&head, runs, door);
+    let Answer(status, kind, more, body) = answer(&head, runs, door, watchers);
     let length = body.len();
     let head = format!(
         "HTTP/1.1 {status} {}\r\ncontent-type: {kind}; charset=utf-8\r\ncontent-length: {length}\r\n{HEADERS}{more}\r\n",
@@ -174,7 +203,7 @@ fn converse(mut stream: TcpStream, runs: &Runs, door: &Door) -> std::io::Result<
     stream.flush()
 }
 
-fn answer(head: &[u8], runs: &Runs, door: &Door) -> Answer {
+fn answer(head: &[u8], runs: &Runs, door: &Door, watchers: &Watchers) -> Answer {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let mut request = httparse::Request::new(&mut headers);
     let whole = request.parse(head).is_ok_and(|s| s.is_complete());
@@ -208,6 +237,7 @@ fn answer(head: &[u8], runs: &Runs, door: &Door) -> Answer {
         return Answer(200, kind, String::new(), text.as_bytes().to_vec());
     }
     if path == "/runs" {
+        watchers.asked();
         return Answer(200, "application/json", String::new(), runs.list().to_string().into());
     }
     let file = path.strip_prefix("/runs/").and_then(|rest| rest.split_once('/'));

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
-use crate::page::{self, Runs, Server};
+use crate::page::{self, Runs, Server, Watchers};
 use crate::plan::{Wishes, free_memory, parse_size};
 use crate::plugins::Registry;
 use crate::ranks::{self, Patience, Place, Ranks};
@@ -96,10 +96,10 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         server = dashboard(&options, attempt)?;
         folders(&options, &folder, attempt)
     })?;
-    if let Some(server) = server {
+    let watchers = server.map(|server| {
         console::line(format!("dashboard   {}", server.url()));
-        server.serve_beside(Runs::one(&output));
-    }
+        server.serve_beside(Runs::one(&output))
+    });
     let adapter = starting_adapter(&model, &options)?;
 
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
@@ -190,6 +190,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     }
     run.train()?;
     console::line(format!("adapter     {}", run.output.join("adapter_model.safetensors").display()));
+    watchers.iter().for_each(Watchers::farewell);
     Ok(run.output)
 }
 

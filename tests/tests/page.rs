@@ -1,0 +1,218 @@
+//! The page of runs: who is let in, what is served, that training does not notice it, and that texts of data stay texts.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use dpo_tests::{Sandbox, golden};
+use serde_json::{Value, json};
+
+fn sandbox() -> Sandbox {
+    Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
+}
+
+/// A command that serves a page; it is ended with the test.
+struct Page {
+    child: Child,
+    /// `http://ADDRESS/QUERY`.
+    address: String,
+    query: String,
+}
+
+impl Page {
+    /// Starts a command and waits for the address that it prints behind `name`.
+    fn start(sandbox: &Sandbox, args: &[&str], name: &str) -> Page {
+        let mut child = sandbox.command(args).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let line = lines.find(|l| l.starts_with(name)).unwrap();
+        // Nobody else reads the rest, and a full pipe would stop the command.
+        std::thread::spawn(move || lines.count());
+        let url = line.split_whitespace().nth(1).unwrap().strip_prefix("http://").unwrap();
+        let (address, query) = url.split_once('/').unwrap();
+        let port = address.rsplit_once(':').unwrap().1;
+        Page { child, address: format!("127.0.0.1:{port}"), query: query.into() }
+    }
+
+    /// Sends a request; answers status and everything that came.
+    fn send(&self, request: &str) -> (u16, String) {
+        let mut stream = TcpStream::connect(&self.address).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        (text.split(' ').nth(1).unwrap_or("0").parse().unwrap(), text)
+    }
+
+    fn get(&self, path: &str, headers: &str) -> (u16, String) {
+        self.send(&format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", self.address))
+    }
+
+    fn json(&self, path: &str) -> Value {
+        let (status, text) = self.get(path, "");
+        assert_eq!(status, 200, "{path}: {text}");
+        serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap()
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A folder that looks like a run's.
+fn write_run(sandbox: &Sandbox, name: &str) -> String {
+    sandbox.write(&format!("{name}/logging.jsonl"), "{\"global_step\":1,\"loss\":0.5}\n");
+    sandbox.write(&format!("{name}/secret.txt"), "secret");
+    sandbox.write(&format!("{name}/args.json"), "{\"learning_rate\":0.125}");
+    sandbox.path(name)
+}
+
+fn train<'a>(model: &'a str, rows: &'a str, output: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let fixed = ["train", "--model", model, "--dataset", rows, "--output-dir", output, "--batch-size", "4"];
+    [&fixed, &["--logging-steps", "1", "--device", "cpu"][..], more].concat()
+}
+
+fn case(name: &str) -> String {
+    golden("trajectories").join("qwen3").join(name).display().to_string()
+}
+
+#[test]
+fn known_names_are_served_to_known_hosts() {
+    let sandbox = sandbox();
+    write_run(&sandbox, "output/a");
+    write_run(&sandbox, "output/b");
+    let page = Page::start(&sandbox, &["ui", &sandbox.path("output"), "--listen", "0"], "page");
+    let (status, text) = page.get("/", "");
+    assert_eq!(status, 200);
+    assert!(text.contains("content-security-policy: default-src 'none'") && text.contains("<!doctype html>"), "{text}");
+    ["/page.css", "/page.js"].iter().for_each(|p| assert_eq!(page.get(p, "").0, 200, "{p}"));
+    let list = page.json("/runs");
+    let names: Vec<_> = list["runs"].as_array().unwrap().iter().map(|r| r["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert_eq!(page.json("/runs/1/args.json"), json!({"learning_rate": 0.125}));
+    assert!(page.get("/runs/0/logging.jsonl", "").1.ends_with("{\"global_step\":1,\"loss\":0.5}\n"));
+    // A run that begins later comes to the list.
+    write_run(&sandbox, "output/c");
+    assert_eq!(page.json("/runs")["runs"][2]["name"], "c");
+
+    let foreign =
+        ["/runs/0/secret.txt", "/runs/0/../a/secret.txt", "/runs/7/args.json", "/runs/x/args.json", "/etc/passwd"];
+    for path in foreign.iter().chain(&["/runs/0/%2e%2e/secret.txt", "//", "/runs/0/", "/page.html"]) {
+        let (status, text) = page.get(path, "");
+        assert!(status == 404 && !text.contains("secret\n"), "{path}: {text}");
+    }
+    assert_eq!(page.send("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n").0, 405);
+    for host in
+        ["Host: evil.example\r\n", "Host: localhost.evil.example:80\r\n", "", "Host: localhost\r\nHost: evil\r\n"]
+    {
+        assert_eq!(page.send(&format!("GET /runs HTTP/1.1\r\n{host}\r\n")).0, 421, "{host}");
+    }
+    assert_eq!(page.send("GET /runs HTTP/1.1\r\nHost: localhost:1234\r\n\r\n").0, 200);
+    let long = "x".repeat(8_600);
+    for nonsense in ["\r\n\r\n", "GET\r\n\r\n", "GET / HTTP/9.9\r\n\r\n", &format!("GET /{long}\r\n\r\n")] {
+        assert_eq!(page.send(nonsense).0, 400, "{nonsense:.40}");
+    }
+}
+
+#[test]
+fn over_the_network_a_token_is_needed() {
+    let sandbox = sandbox();
+    let page = Page::start(&sandbox, &["ui", &write_run(&sandbox, "run"), "--listen", "0.0.0.0:0"], "page");
+    let token = page.query.strip_prefix("?token=").unwrap();
+    assert_eq!(token.len(), 32);
+    let cut = &token[..31];
+    for path in ["/", "/runs", "/page.js", "/?token=", &format!("/?token={cut}"), &format!("/runs?token={token}")] {
+        let (status, text) = page.get(path, "");
+        assert!(status == 403 && !text.contains(token), "{path}: {text}");
+    }
+    let (status, text) = page.get(&format!("/{}", page.query), "");
+    assert_eq!(status, 303, "{text}");
+    let cookie = text.lines().find_map(|l| l.strip_prefix("set-cookie: ")).unwrap();
+    assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict"), "{cookie}");
+    let cookie = cookie.split(';').next().unwrap();
+    assert_eq!(page.get("/runs", &format!("Cookie: other=1; {cookie}\r\n")).0, 200);
+    assert_eq!(page.get("/runs", &format!("Cookie: {}\r\n", cookie.replace(token, cut))).0, 403);
+}
+
+#[test]
+fn what_cannot_be_served_is_one_clear_line() {
+    let sandbox = sandbox();
+    let run = write_run(&sandbox, "run");
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    sandbox
+        .refuses(&["ui", &run, "--listen", &address], &["--listen: cannot listen at", "already", "help: name another"]);
+    sandbox.refuses(&["ui", &run, "--listen", "nowhere"], &["'nowhere' is no address with a port", "help: such as"]);
+    fs::create_dir(sandbox.path("empty")).unwrap();
+    sandbox.refuses(&["ui", &sandbox.path("empty")], &["empty: holds no run", "help: "]);
+    sandbox.refuses(&["ui", &sandbox.path("missing")], &["missing: is no folder", "help: "]);
+    let (model, rows) = (case("model"), case("prefs.jsonl"));
+    sandbox.refuses(&train(&model, &rows, "other", &["--dashboard", &address]), &["--dashboard: cannot listen at"]);
+    assert!(!Path::new(&sandbox.path("other")).exists(), "a run was begun");
+}
+
+#[test]
+fn training_does_not_notice_the_page() {
+    let sandbox = sandbox();
+    let (model, rows) = (case("model"), case("prefs.jsonl"));
+    let (with, without) = (sandbox.path("with"), sandbox.path("without"));
+    let more = ["--num-epochs", "30"];
+    sandbox.ok(&train(&model, &rows, &without, &more));
+    let args = train(&model, &rows, &with, &[&more[..], &["--dashboard", "127.0.0.1:0"]].concat());
+    let mut page = Page::start(&sandbox, &args, "dashboard");
+    // Connections that say nothing and stay.
+    let idle: Vec<_> = (0..20).map(|_| TcpStream::connect(&page.address).unwrap()).collect();
+    let start = Instant::now();
+    let mut seen = 0;
+    while seen == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60), "the page shows no step");
+        seen = page.get("/runs/0/logging.jsonl", "").1.matches("grad_norm").count();
+    }
+    assert!(page.json("/runs")["runs"][0]["folder"].as_str().unwrap().ends_with("with"));
+    let (answered, facts) = page.get("/runs/0/run.json", "");
+    assert!(answered == 200 && facts.contains("\"total_steps\":"), "{facts}");
+    assert!(page.child.wait().unwrap().success());
+    drop(idle);
+    let adapter = |folder: &str| fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap();
+    assert!(adapter(&with) == adapter(&without), "the adapters differ");
+    // A resumed run may have a page or none.
+    sandbox.ok(&[&args[..], &["--resume-from-checkpoint", "latest", "--dashboard", "false"]].concat());
+}
+
+#[test]
+fn texts_of_data_stay_texts() {
+    let sandbox = sandbox();
+    let evil = "</script><script>alert('1')</script><img src=x onerror=\"alert(2)\">";
+    let turn = |role: &str, text: &str| json!({"role": role, "content": text});
+    let row = json!({"messages": [turn("user", evil), turn("assistant", evil)], "rejected_response": "no & <b>"});
+    let rows = sandbox.write("rows.jsonl", &format!("{row}\n{row}\n"));
+    let output = sandbox.path("<i>run");
+    sandbox.write("<i>run/answers.jsonl", &format!("{}\n", json!({"prompt": evil, "before": evil, "after": "kept"})));
+    sandbox.ok(&train(&case("model"), &rows, &output, &["--num-epochs", "3", "--eval-steps", "1"]));
+    let report = fs::read_to_string(Path::new(&output).join("report.html")).unwrap();
+    ["<script", "<img", "<i>run", "<b>\"", "& <"]
+        .iter()
+        .for_each(|t| assert!(!report.contains(t), "{t} in the report"));
+    ["Sample pairs", "Settings", "class=curve", "&lt;i&gt;run", "kept"]
+        .iter()
+        .for_each(|t| assert!(report.contains(t), "no {t} in the report"));
+    let lines = fs::read_to_string(Path::new(&output).join("samples.jsonl")).unwrap();
+    let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let steps: Vec<_> = lines.iter().map(|l| l["global_step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [0, 1, 2, 3]);
+    let tokens = lines[0]["pairs"][0]["chosen"]["tokens"].as_array().unwrap();
+    let text: String = tokens.iter().map(|t| t.as_str().unwrap()).collect();
+    assert!(text.contains(evil), "{text}");
+    for line in &lines {
+        let score = &line["scores"][0]["chosen"];
+        let logps: Vec<f64> = score["logps"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
+        assert_eq!(logps.len(), tokens.len());
+        assert!((logps.iter().sum::<f64>() - score["sum"].as_f64().unwrap()).abs() < 0.1, "{line}");
+    }
+    assert_ne!(lines[0]["scores"], lines[2]["scores"]);
+}
