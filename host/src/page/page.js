@@ -125,7 +125,9 @@ function state(run) {
   const pace = b && a !== b ? (b.elapsed_s - a.elapsed_s) / (b.global_step - a.global_step) : undefined;
   const interval = pace ? pace * (b.global_step - all.at(-2).global_step) : 60;
   if (silent > Math.max(60, 5 * interval)) return { step, total, text: `silent for ${duration(silent)}` };
-  const left = pace && total ? `, about ${duration(pace * (total - step) - Math.min(silent, interval))} left` : "";
+  const seconds = pace * (total - step) - Math.min(silent, interval);
+  const rough = seconds > 120 && seconds < 3600 ? `${Math.round(seconds / 60)} min` : duration(seconds);
+  const left = pace && total ? `, about ${rough} left` : "";
   return { step, total, text: `running${left}` };
 }
 

@@ -49,7 +49,9 @@ impl Runs {
                     .help("name the output folder of a `dpo-host train`, or a folder above some"));
             }
         }
-        let runs = Runs { roots: roots.to_vec(), found: Mutex::default() };
+        // `.` has no name.
+        let roots = roots.iter().map(|root| root.canonicalize().unwrap_or_else(|_| root.clone())).collect();
+        let runs = Runs { roots, found: Mutex::default() };
         runs.folders();
         Ok(runs)
     }

@@ -89,6 +89,8 @@ struct Lines {
     path: PathBuf,
     /// What a full disk did not take yet: a line is neither lost nor cut.
     unwritten: Vec<u8>,
+    /// Whether anything was written since the last flush, which takes a disk its time.
+    unflushed: bool,
 }
 
 impl Lines {
@@ -96,17 +98,22 @@ impl Lines {
     fn open(path: PathBuf, lines: &[Map<String, Value>]) -> Result<Lines> {
         files::write_into(&path, &lines.iter().flat_map(bytes).collect::<Vec<u8>>())?;
         let file = OpenOptions::new().append(true).open(&path).writing(&path)?;
-        Ok(Lines { file, path, unwritten: Vec::new() })
+        Ok(Lines { file, path, unwritten: Vec::new(), unflushed: false })
     }
 
     fn write(&mut self, line: &Map<String, Value>) -> Result<()> {
         self.unwritten.extend(bytes(line));
+        self.unflushed = true;
         self.drain()
     }
 
     fn flush(&mut self) -> Result<()> {
-        self.drain()?;
-        self.file.sync_data().writing(&self.path)
+        if self.unflushed {
+            self.drain()?;
+            self.file.sync_data().writing(&self.path)?;
+            self.unflushed = false;
+        }
+        Ok(())
     }
 
     fn drain(&mut self) -> Result<()> {
