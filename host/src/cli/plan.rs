@@ -33,6 +33,9 @@ pub(super) struct PlanOptions {
     /// Memory to plan with; by default what is free
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<String>,
+    /// Ranks that share the frozen weights where a device cannot hold all of them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: usize,
     /// A markdown table over published shapes and sizes of GPUs
     #[arg(long)]
     table: bool,
@@ -67,7 +70,13 @@ pub(super) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
     }
     let wishes = Wishes { memory, ..Wishes::default() };
-    print(&Plan::new(&graph, adapter.params.len(), longest(options), 1, wishes)?, options.json)
+    let plan = |ranks| Plan::new(&graph, adapter.params.len(), longest(options), ranks, wishes);
+    print(&whole_or_shared(options.gpus, plan)?, options.json)
+}
+
+/// As a run does without `--shard-base`: frozen weights are shared if they do not fit otherwise.
+fn whole_or_shared<P>(ranks: usize, plan: impl Fn(usize) -> Result<P>) -> Result<P> {
+    plan(1).or_else(|e| if ranks > 1 { plan(ranks) } else { Err(e) })
 }
 
 fn print(plan: &(impl Serialize + std::fmt::Display), json: bool) -> Result<()> {
@@ -91,7 +100,9 @@ fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
 
 /// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
 fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
-    GpuPlan::new(graph, adapter, longest(options), 1.0, Room::of(memory), 1, Wishes::default())
+    let room = Room::of(memory, options.gpus);
+    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, Wishes::default());
+    whole_or_shared(options.gpus, plan)
 }
 
 fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {

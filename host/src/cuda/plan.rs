@@ -35,11 +35,14 @@ pub struct Room {
 }
 
 impl Room {
-    /// So much on a GPU that need not be there.
-    pub fn of(available: usize) -> Room {
-        Room { available, context: CONTEXT }
+    /// So much on each of some GPUs that need not be there.
+    pub fn of(available: usize, gpus: usize) -> Room {
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 } }
     }
 }
+
+/// What NCCL was seen to take of each of two H200 (docs/performance.md); where it is there, it is measured.
+const NCCL: usize = 864 << 20;
 
 /// The plan of a run on one GPU; sizes in bytes.
 #[derive(Clone, Debug, Serialize)]

@@ -517,7 +517,7 @@ fn plans_use_what_there_is() {
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family).unwrap().graph(config).unwrap();
     let adapter = adapter(&graph, true).unwrap();
-    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, Room::of(memory), 1, Wishes::default());
+    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, Room::of(memory, 1), 1, Wishes::default());
     let least = (1..4096).map(|n| n << 20).find(|m| plan(*m).is_ok()).unwrap();
     let error = plan(least - (1 << 20)).unwrap_err().to_string();
     assert!(error.contains("3000 tokens") && error.contains("help: lower --max-length"), "{error}");
@@ -536,7 +536,8 @@ fn plans_use_what_there_is() {
 fn a_shared_base_fits_where_a_whole_one_does_not() {
     let graph = Shape::Qwen25_7b.graph(&Registry::discover(&[])).unwrap();
     let adapter = adapter(&graph, true).unwrap();
-    let plan = |ranks: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30), ranks, Wishes::default());
+    let plan =
+        |ranks: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, Wishes::default());
     let error = plan(1).unwrap_err().to_string();
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
