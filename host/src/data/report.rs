@@ -34,6 +34,13 @@ pub struct Report {
     pub truncation: Truncation,
     /// Pairs that occur before, token by token. They are kept.
     pub duplicates: usize,
+    /// Pairs that prefer what a pair before rejects, with the same prompt: what one teaches the other undoes.
+    pub opposed: usize,
+    /// The first of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_opposed: Option<String>,
+    /// Pairs whose chosen answer has more tokens than the rejected one.
+    pub chosen_longer: usize,
     /// Judged answers, and the pairs that were made of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub joined: Option<Joined>,
@@ -203,15 +210,21 @@ impl Report {
         }
     }
 
+    fn pairs(&self) -> usize {
+        self.files.iter().map(|f| f.pairs).sum()
+    }
+
     /// What became of the rows, in few words: pairs and tokens, then why rows were dropped.
     pub fn line(&self) -> String {
-        let pairs: usize = self.files.iter().map(|f| f.pairs).sum();
-        let mut text = format!("{}, {} tokens an epoch", n(pairs, "pair"), self.unique_tokens);
+        let mut text = format!("{}, {} tokens an epoch", n(self.pairs(), "pair"), self.unique_tokens);
         if self.truncated > 0 {
             text += &format!(", {} truncated", self.truncated);
         }
         if self.cut_alike > 0 {
             text += &format!(", {} with the same answers up to {} tokens", self.cut_alike, self.max_length);
+        }
+        if self.opposed > 0 {
+            text += &format!(", {} contradict others", self.opposed);
         }
         for dropped in &self.dropped {
             let first = dropped.places.first().map_or("", String::as_str);
@@ -232,7 +245,14 @@ impl Report {
         self.rejected = Lengths::new(pairs.iter().map(|p| p.rejected.len()));
         self.unique_tokens = pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum();
         let mut seen = HashSet::new();
-        self.duplicates = pairs.iter().filter(|p| !seen.insert((&p.prompt, &p.chosen, &p.rejected))).count();
+        for pair in pairs {
+            if seen.contains(&(&pair.prompt, &pair.rejected, &pair.chosen)) {
+                self.opposed += 1;
+                self.first_opposed.get_or_insert_with(|| pair.place.clone());
+            }
+            self.duplicates += usize::from(!seen.insert((&pair.prompt, &pair.chosen, &pair.rejected)));
+            self.chosen_longer += usize::from(pair.chosen.len() > pair.rejected.len());
+        }
         self.dropped.sort_by_key(|d| std::cmp::Reverse(d.count));
         if let Some(bos) = tokenizer.bos_id() {
             let begins = |p: &&TokenPair, n: usize| p.prompt.len() >= n && p.prompt[..n].iter().all(|id| *id == bos);
@@ -289,6 +309,12 @@ impl fmt::Display for Report {
         if self.duplicates > 0 {
             writeln!(f, "  duplicates: {} occur before", n(self.duplicates, "pair"))?;
         }
+        if let Some(place) = &self.first_opposed {
+            let pairs = n(self.opposed, "pair");
+            writeln!(f, "  contradictions: {pairs} prefer what a pair before rejects, first {place}")?;
+        }
+        let longer = 100.0 * self.chosen_longer as f64 / self.pairs().max(1) as f64;
+        writeln!(f, "  chosen is the longer answer in {longer:.0}% of the pairs")?;
         match (&self.template, self.plain_pairs) {
             (Some(origin), 0) => writeln!(f, "  chat template: {origin}")?,
             (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, "pair"))?,

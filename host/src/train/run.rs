@@ -251,7 +251,7 @@ impl Run<'_> {
                 checkpoint::remove_leftovers(&self.output);
                 files::write(&self.output.join(page::FACTS), self.facts.to_string().as_bytes())?;
                 let (log, before) = Log::open(&self.output, self.done, self.samples.start())?;
-                before.iter().for_each(|line| drop(doctor.look(line)));
+                before.iter().for_each(|line| drop(doctor.look(line, false)));
                 Some(log)
             }
             false => None,
@@ -292,7 +292,7 @@ impl Run<'_> {
                     line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
                     log.write(&line, warn);
                     show(&bar, &line);
-                    for what in doctor.look(&line) {
+                    for what in doctor.look(&line, last) {
                         warn(&what);
                         log.remark(self.done, "doctor", &what);
                     }
@@ -306,6 +306,10 @@ impl Run<'_> {
                     if let Some(line) = line {
                         log.write(&line, warn);
                         show(&bar, &line);
+                        for what in doctor.look(&line, false) {
+                            warn(&what);
+                            log.remark(self.done, "doctor", &what);
+                        }
                     }
                     log.samples(&self.samples.line(self.done, &scores), warn);
                 }
