@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
 use crate::data::TokenPair;
 
@@ -15,6 +16,17 @@ pub struct Layout {
     pub positions: Vec<u32>,
     /// Pairs, in order and without gaps.
     pub spans: Vec<Span>,
+    /// Tokens before the row's first one, at positions from 0: of these, ops are given what they
+    /// [remember](crate::ops::Op::remembers). Above 0 only where one text is continued.
+    pub past: usize,
+}
+
+impl Layout {
+    /// Tokens that continue a text of `past` tokens.
+    pub fn after(past: usize, tokens: usize) -> Layout {
+        let positions = (past..past + tokens).map(|p| p as u32).collect();
+        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, chosen: 0, rejected: 0 }], past }
+    }
 }
 
 /// One pair's place in the row.
@@ -35,6 +47,11 @@ impl Span {
     #[allow(clippy::len_without_is_empty)] // A pair is never empty.
     pub fn len(&self) -> usize {
         self.prompt + self.chosen + self.rejected
+    }
+
+    /// Its rows.
+    pub fn rows(&self) -> Range<usize> {
+        self.start..self.start + self.len()
     }
 }
 

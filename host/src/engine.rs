@@ -14,7 +14,7 @@ use crate::base::{Base, BlockWeights};
 use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, Site};
-use crate::ops::{self, Call, Gradients, Kernel, Lora, lm_head};
+use crate::ops::{self, Call, Gradients, Kernel, Lora, Past, lm_head};
 
 /// A model with its adapter, on the CPU in f32.
 pub struct Engine {
@@ -52,6 +52,8 @@ struct Work<'a> {
     nodes: &'a [Node],
     weights: Cow<'a, [Vec<Tensor>]>,
     layout: &'a Layout,
+    /// Whether with the adapter.
+    adapted: bool,
 }
 
 impl Engine {
@@ -119,7 +121,7 @@ impl Engine {
             base.attend()?;
             return Ok(Forward { logps: Vec::new(), log_sum_sq: Vec::new(), kept: None });
         }
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted: true });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = self.run(&work(0, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
@@ -153,7 +155,7 @@ impl Engine {
         let Some(Kept { mut layers, head, slopes }) = forward.kept else {
             return Err(Error::run("the backward pass needs a forward pass that kept its values"));
         };
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted: true });
         let [nodes @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let mut dvalues = vec![None; nodes.len() + 1];
         dvalues[projection.inputs[0]] = Some(lm_head::vjp(&slopes, dlogps)?);
@@ -176,13 +178,49 @@ impl Engine {
         Ok(())
     }
 
+    /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of `past` and are added to them; with the adapter
+    /// or without. All tokens of one past have to be computed alike.
+    pub fn logits(&self, ids: &[u32], past: &mut Past, adapted: bool) -> Result<Vec<f32>> {
+        let Some(last) = ids.len().checked_sub(1) else { return Err(Error::run("no token to go on from")) };
+        let (graph, layout) = (&self.graph, &Layout::after(past.tokens(), ids.len()));
+        let mut base = self.base.walk(self.forwards())?;
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted });
+        let mut x = Tensor::new(ids, &Device::Cpu)?;
+        x = self.go_on(&work(0, &graph.embed.nodes)?, x, past)?.swap_remove(graph.embed.output);
+        for (at, layer) in graph.layers.iter().enumerate() {
+            let block = &graph.blocks[layer.block];
+            x = self.go_on(&work(at + 1, &block.nodes)?, x, past)?.swap_remove(block.output);
+        }
+        let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
+        let head = self.run(&work(graph.layers.len() + 1, head)?, x.narrow(0, last, 1)?)?;
+        let logits = ops::product(&head[projection.inputs[0]], &base.take()?[0][0])?;
+        past.advance(ids.len());
+        Ok(logits.flatten_all()?.to_vec1()?)
+    }
+
+    /// As [`run`](Self::run), for tokens that follow others.
+    fn go_on(&self, work: &Work<'_>, input: Tensor, past: &mut Past) -> Result<Vec<Tensor>> {
+        let mut values = vec![input];
+        for (index, node) in work.nodes.iter().enumerate() {
+            let op = ops::find(&node.op)?;
+            let Kernel::Value { forward, .. } = op.kernel else { return Err(misplaced_head()) };
+            let mut call = self.call(work, index, &values);
+            let all = op.remembers.iter().map(|input| past.extend((work.at, index, *input), call.inputs[*input]));
+            let all = all.collect::<Result<Vec<Tensor>>>()?;
+            op.remembers.iter().zip(&all).for_each(|(input, rows)| call.inputs[*input] = rows);
+            let value = forward(&call)?;
+            values.push(value);
+        }
+        Ok(values)
+    }
+
     /// All values of a block, its input first.
     fn run(&self, work: &Work<'_>, input: Tensor) -> Result<Vec<Tensor>> {
         let mut values = vec![input];
         for (index, node) in work.nodes.iter().enumerate() {
             let value = match ops::find(&node.op)?.kernel {
                 Kernel::Value { forward, .. } => forward(&self.call(work, index, &values))?,
-                Kernel::LogProb => return Err(Error::run("lm_head runs outside of the head")),
+                Kernel::LogProb => return Err(misplaced_head()),
             };
             values.push(value);
         }
@@ -195,7 +233,7 @@ impl Engine {
             node,
             inputs: node.inputs.iter().map(|v| &values[*v]).collect(),
             weights: &work.weights[index],
-            lora: self.loras.get(&(work.at, index)),
+            lora: self.loras.get(&(work.at, index)).filter(|_| work.adapted),
             layout: work.layout,
         }
     }
@@ -237,6 +275,10 @@ impl Engine {
         }
         Ok(())
     }
+}
+
+fn misplaced_head() -> Error {
+    Error::run("lm_head runs outside of the head")
 }
 
 fn no_head() -> Error {

@@ -11,6 +11,7 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod files;
+pub mod generate;
 pub mod graph;
 pub mod hub;
 pub mod lora;

@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::error::Result;
 use crate::hub::Need;
-use crate::lora::{Adapter, AdapterConfig, Targets};
+use crate::lora::Adapter;
 use crate::model::{self, Model};
 use crate::plan::Wishes;
 use crate::plugins::Registry;
@@ -46,10 +46,7 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let pairs = data::load(&rows, registry, &tokenizer)?.pairs;
     let adapter = match &options.adapter {
         Some(folder) => Adapter::load(&model.graph, folder)?,
-        None => {
-            let config = AdapterConfig { rank: 1, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
-            Adapter::new(&model.graph, config, 0)?
-        }
+        None => Adapter::idle(&model.graph)?,
     };
     let gpu = cuda::choose(&options.device)?;
     let checkpoint = Checkpoint::open(&folder)?;

@@ -274,7 +274,7 @@ pub(super) fn special_tokens(config: &Value) -> Map<String, Value> {
 }
 
 /// A JSON file; `null` where there is none.
-pub(super) fn read_json(path: &Path) -> Result<Value> {
+pub(crate) fn read_json(path: &Path) -> Result<Value> {
     if !path.is_file() {
         return Ok(Value::Null);
     }

@@ -15,6 +15,7 @@ use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 
+pub(crate) use chat::read_json;
 pub use chat::{ChatTemplate, Rendering};
 pub use report::Report;
 pub use source::parse_columns;

@@ -176,10 +176,17 @@ impl ChatTokenizer {
         self.need_template()?.render(messages, with)
     }
 
+    /// The token with which the template ends the assistant's turn.
+    pub fn turn_end(&self) -> Option<u32> {
+        let turns = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let text = self.template.as_ref()?.render(&turns, Rendering::default()).ok()?;
+        self.ending(&self.encode(&text, false).ok()?)
+    }
+
     /// The chat template, or what to do without one.
     pub(super) fn need_template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().ok_or_else(|| {
-            Error::input("the checkpoint has no chat template, and the data holds conversations")
+            Error::input("the checkpoint has no chat template, which conversations need")
                 .help("put a chat_template.jinja into the checkpoint's folder")
         })
     }

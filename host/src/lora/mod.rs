@@ -16,7 +16,7 @@ use crate::ops::Lora;
 use crate::weights::blocks;
 
 pub use merge::merge;
-pub use peft::{AdapterConfig, read_config};
+pub use peft::{AdapterConfig, base_model, read_config};
 pub use target::Targets;
 
 /// A linear that is adapted.
@@ -57,6 +57,11 @@ impl Adapter {
             adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
         }
         Ok(adapter)
+    }
+
+    /// An adapter that changes nothing, for a device that needs one.
+    pub fn idle(graph: &ModelGraph) -> Result<Adapter> {
+        Adapter::new(graph, AdapterConfig { rank: 1, alpha: 1.0, rslora: false, targets: Targets::AllLinear }, 0)
     }
 
     /// The adapter in a folder of PEFT's.

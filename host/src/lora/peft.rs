@@ -59,8 +59,22 @@ const PLAIN: &[(&str, Value)] = &[
 /// Reads the config in an adapter folder, refusing kinds of adapter that are not plain LoRA.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let path = folder.join(CONFIG);
-    let text = std::fs::read_to_string(&path).reading(&path)?;
-    parse_config(&text).map_err(|e| e.at(path.display()))
+    parse_config(&read(&path)?).map_err(|e| e.at(path.display()))
+}
+
+/// The model that an adapter says it was trained on: a folder, or a name on a hub.
+pub fn base_model(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(CONFIG);
+    let config: Value =
+        serde_json::from_str(&read(&path)?).map_err(|e| Error::input(e.to_string()).at(path.display()))?;
+    let name = config.get("base_model_name_or_path").and_then(Value::as_str);
+    Ok(name.filter(|n| !n.is_empty()).map(str::to_owned))
+}
+
+fn read(config: &Path) -> Result<String> {
+    std::fs::read_to_string(config).reading(config).map_err(|e| {
+        e.help("an adapter is a folder with adapter_config.json and adapter_model.safetensors: that of a run, or a checkpoint in it")
+    })
 }
 
 fn parse_config(text: &str) -> Result<AdapterConfig> {

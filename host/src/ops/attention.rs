@@ -3,6 +3,10 @@
 //! A pair lies as prompt | chosen | rejected. A token sees those of its own pair that come before it, and a rejected one
 //! sees nothing of the chosen answer, so that both answers continue the same prompt. With a window, distances are those
 //! of positions, not of places in the row.
+//!
+//! Where a text is continued, keys and values begin with those of the tokens before: there are more of them than queries.
+
+use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
 
@@ -36,6 +40,7 @@ pub(super) const OP: Op = Op {
         same("v", widths[2], kv * dim)?;
         same("the value", node.width, heads * dim)
     },
+    remembers: &[1, 2],
     kernel: Kernel::Value { forward, vjp },
 };
 
@@ -46,10 +51,10 @@ const SCORES: usize = 1 << 25;
 struct Group {
     /// `[kv heads, queries per key head · tokens, head_dim]`.
     q: Tensor,
-    /// `[kv heads, tokens, head_dim]`.
+    /// `[kv heads, keys, head_dim]`.
     k: Tensor,
     v: Tensor,
-    /// Softmax of the scores, shaped `[kv heads, queries per key head · tokens, tokens]`.
+    /// Softmax of the scores, shaped `[kv heads, queries per key head · tokens, keys]`.
     p: Tensor,
     /// With a soft cap, the derivative of capped scores by plain ones, shaped as `p`.
     slopes: Option<Tensor>,
@@ -71,15 +76,15 @@ impl Shape {
         Shape { share: heads / kv_heads, kv_heads, dim, scale, softcap: number(call.node, "softcap") }
     }
 
-    /// Key heads to take at a time for pairs of this length, so that scores stay bounded.
-    fn step(&self, tokens: usize) -> usize {
-        (SCORES / (self.share * tokens * tokens).max(1)).clamp(1, self.kv_heads)
+    /// Key heads to take at a time for so many queries and keys, so that scores stay bounded.
+    fn step(&self, tokens: usize, keys: usize) -> usize {
+        (SCORES / (self.share * tokens * keys).max(1)).clamp(1, self.kv_heads)
     }
 
-    /// Rows of a span and columns of some key heads, head by head: `[kv heads, share · tokens, dim]`.
-    fn split(&self, x: &Tensor, span: &Span, first: usize, heads: usize, share: usize) -> Result<Tensor> {
-        let (n, dim) = (span.len(), self.dim);
-        let x = x.narrow(0, span.start, n)?.narrow(1, first * share * dim, heads * share * dim)?;
+    /// Some rows and the columns of some key heads, head by head: `[kv heads, share · rows, dim]`.
+    fn split(&self, x: &Tensor, rows: Range<usize>, first: usize, heads: usize, share: usize) -> Result<Tensor> {
+        let (n, dim) = (rows.len(), self.dim);
+        let x = x.narrow(0, rows.start, n)?.narrow(1, first * share * dim, heads * share * dim)?;
         let x = x.contiguous()?.reshape((n, heads * share, dim))?.transpose(0, 1)?.contiguous()?;
         Ok(x.reshape((heads, share * n, dim))?)
     }
@@ -92,10 +97,10 @@ impl Shape {
 }
 
 fn group(call: &Call<'_>, shape: &Shape, span: &Span, mask: &Tensor, first: usize, heads: usize) -> Result<Group> {
-    let n = span.len();
-    let q = shape.split(call.inputs[0], span, first, heads, shape.share)?;
-    let k = shape.split(call.inputs[1], span, first, heads, 1)?;
-    let v = shape.split(call.inputs[2], span, first, heads, 1)?;
+    let (n, keys) = (span.len(), keys(call, span));
+    let q = shape.split(call.inputs[0], span.rows(), first, heads, shape.share)?;
+    let k = shape.split(call.inputs[1], keys.clone(), first, heads, 1)?;
+    let v = shape.split(call.inputs[2], keys.clone(), first, heads, 1)?;
     let mut scores = (q.matmul(&k.t()?)? * shape.scale)?;
     let mut slopes = None;
     if shape.softcap > 0.0 {
@@ -103,26 +108,33 @@ fn group(call: &Call<'_>, shape: &Shape, span: &Span, mask: &Tensor, first: usiz
         slopes = Some((1.0 - bent.sqr()?)?);
         scores = (bent * shape.softcap)?;
     }
-    let scores = scores.reshape((heads * shape.share, n, n))?.broadcast_add(mask)?;
+    let scores = scores.reshape((heads * shape.share, n, keys.len()))?.broadcast_add(mask)?;
     let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    let p = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.reshape((heads, shape.share * n, n))?;
+    let p = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.reshape((heads, shape.share * n, keys.len()))?;
     Ok(Group { q, k, v, p, slopes })
 }
 
-/// 0 where a token sees another, minus infinity elsewhere: `[tokens, tokens]`.
+/// The rows of keys and values that a span reads.
+fn keys(call: &Call<'_>, span: &Span) -> Range<usize> {
+    span.start..span.start + call.layout.past + span.len()
+}
+
+/// 0 where a token sees another, minus infinity elsewhere: `[tokens, keys]`.
 fn mask(call: &Call<'_>, span: &Span, dtype: DType) -> Result<Tensor> {
     let window = match count(call.node, "window") {
         0 => u32::MAX,
         window => window as u32,
     };
-    let position = &call.layout.positions[span.start..span.start + span.len()];
-    let rejected = span.prompt + span.chosen;
+    let past = call.layout.past;
+    let position: Vec<u32> = (0..past as u32).chain(call.layout.positions[span.rows()].iter().copied()).collect();
+    let (prompt, rejected) = (past + span.prompt, past + span.prompt + span.chosen);
     let sees = |q: usize, k: usize| {
-        k <= q && !(q >= rejected && (span.prompt..rejected).contains(&k)) && position[q] - position[k] < window
+        k <= q && !(q >= rejected && (prompt..rejected).contains(&k)) && position[q] - position[k] < window
     };
-    let n = span.len();
-    let values: Vec<f32> = (0..n * n).map(|i| if sees(i / n, i % n) { 0.0 } else { f32::NEG_INFINITY }).collect();
-    Ok(Tensor::from_vec(values, (n, n), &Device::Cpu)?.to_dtype(dtype)?)
+    let (n, keys) = (span.len(), position.len());
+    let value = |i: usize| if sees(past + i / keys, i % keys) { 0.0 } else { f32::NEG_INFINITY };
+    let values: Vec<f32> = (0..n * keys).map(value).collect();
+    Ok(Tensor::from_vec(values, (n, keys), &Device::Cpu)?.to_dtype(dtype)?)
 }
 
 /// Runs over all pairs and groups of key heads, and puts what each returns side by side: `count` values `[tokens, …]`.
@@ -135,7 +147,7 @@ fn over_groups(
     let mut pairs: Vec<Vec<Tensor>> = vec![Vec::new(); count];
     for span in &call.layout.spans {
         let mask = mask(call, span, call.inputs[0].dtype())?;
-        let step = shape.step(span.len());
+        let step = shape.step(span.len(), keys(call, span).len());
         let mut groups: Vec<Vec<Tensor>> = vec![Vec::new(); count];
         for first in (0..shape.kv_heads).step_by(step) {
             let heads = step.min(shape.kv_heads - first);
@@ -161,7 +173,7 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 /// `1 - tanh²(s / softcap)`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let values = over_groups(call, 3, |shape, span, g, first, heads| {
-        let dy = shape.split(dy, span, first, heads, shape.share)?;
+        let dy = shape.split(dy, span.rows(), first, heads, shape.share)?;
         let dv = g.p.t()?.matmul(&dy)?;
         let dp = dy.matmul(&g.v.t()?)?;
         let mean = (&g.p * &dp)?.sum_keepdim(D::Minus1)?;

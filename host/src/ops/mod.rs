@@ -10,6 +10,7 @@ mod embedding;
 mod glu;
 mod linear;
 pub mod lm_head;
+mod past;
 mod rms_norm;
 mod rope;
 
@@ -19,6 +20,8 @@ use serde_json::Value;
 
 use crate::batch::Layout;
 use crate::error::{Error, Result};
+
+pub use past::Past;
 
 /// An op: its contract with plugins, and its arithmetic.
 pub struct Op {
@@ -34,6 +37,8 @@ pub struct Op {
     pub attrs: &'static [Attr],
     /// Checks widths and weight shapes of a node; `widths` are those of its inputs. The error says what does not fit.
     pub check: fn(&Node, &[usize]) -> std::result::Result<(), String>,
+    /// Inputs of which it also reads the rows of the tokens before, where a text is continued.
+    pub remembers: &'static [usize],
     /// How it runs.
     pub kernel: Kernel,
 }
@@ -194,6 +199,11 @@ pub(crate) fn count(node: &Node, name: &str) -> usize {
 /// A number attribute of a checked node.
 pub(crate) fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
+}
+
+/// `x · weightᵀ`.
+pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    Ok(x.matmul(&weight.t()?)?)
 }
 
 /// The weight of a role, of a call whose node was checked.

@@ -1,0 +1,52 @@
+//! The CPU as a decoder: the engine that trains, with a memory for each voice.
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::{Decoder, Voice};
+use crate::base::Base;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::ops::Past;
+use crate::plan::{self, size};
+use crate::weights::Checkpoint;
+
+/// The CPU, in f32.
+pub struct CpuDecoder {
+    engine: Engine,
+    pasts: [Past; 2],
+}
+
+impl CpuDecoder {
+    /// Loads the frozen weights, unless they do not fit.
+    pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: Option<Adapter>) -> Result<CpuDecoder> {
+        let (needs, free) = (plan::weights(graph, 1), plan::free_memory().unwrap_or(usize::MAX));
+        if needs > free {
+            let (needs, free) = (size(needs), size(free));
+            return Err(Error::input(format!("the weights take {needs} in f32, there are {free}"))
+                .at("--model")
+                .help("take a machine with more memory, or a smaller model"));
+        }
+        let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
+        Ok(CpuDecoder::of(Engine::new(graph.clone(), Base::load(graph, checkpoint)?, adapter)?))
+    }
+
+    /// An engine that has its weights already.
+    pub fn of(engine: Engine) -> CpuDecoder {
+        CpuDecoder { engine, pasts: Default::default() }
+    }
+}
+
+impl Decoder for CpuDecoder {
+    fn name(&self) -> String {
+        "cpu float32".into()
+    }
+
+    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
+        self.engine.logits(ids, &mut self.pasts[voice as usize], voice == Voice::Tuned)
+    }
+
+    fn keep(&mut self, voice: Voice, tokens: usize) {
+        self.pasts[voice as usize].keep(tokens);
+    }
+}

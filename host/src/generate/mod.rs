@@ -1,0 +1,292 @@
+//! Answers, token by token: what a device does for it, and the loop around it, which serves every device.
+//!
+//! A model speaks with two voices: as it was published, and as the adapter has made it. Both are of one model that is loaded
+//! once, and each remembers its own text.
+
+mod cpu;
+mod sampling;
+mod text;
+
+use dpo_plugin_api::dataset::Message;
+use serde_json::Value;
+
+use crate::data::{ChatTokenizer, Rendering};
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::model::Model;
+use crate::weights::Checkpoint;
+
+pub use cpu::CpuDecoder;
+pub use sampling::{Sampler, Sampling, SamplingArgs};
+pub use text::TextStream;
+
+/// Tokens of a prompt that are taken in at once: more gain nothing, and between them an answer can be stopped.
+const CHUNK: usize = 256;
+
+/// Who answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Voice {
+    /// The model without adapter.
+    Base,
+    /// The model with it.
+    Tuned,
+}
+
+impl Voice {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Voice::Base => "base",
+            Voice::Tuned => "tuned",
+        }
+    }
+}
+
+/// A device with a model, its adapter, and a text for each voice.
+pub trait Decoder {
+    /// What it is and how it computes, such as `cpu float32`.
+    fn name(&self) -> String;
+
+    /// Logits of the token after `ids`, `[vocab]`, which go on from the voice's text and are added to it.
+    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>>;
+
+    /// Forgets all but the first tokens of a voice's text.
+    fn keep(&mut self, voice: Voice, tokens: usize);
+}
+
+/// The device that `--device` means.
+fn decoder(device: &str, model: &Model<'_>, adapter: Option<Adapter>) -> Result<Box<dyn Decoder>> {
+    match device {
+        "auto" | "cpu" => {
+            let checkpoint = Checkpoint::open(&model.folder)?;
+            checkpoint.refuse_extra(&model.graph)?;
+            Ok(Box::new(CpuDecoder::load(&model.graph, &checkpoint, adapter)?))
+        }
+        gpu if gpu.starts_with("cuda") => Err(Error::input("this version answers on the CPU")
+            .at("--device")
+            .help("leave it out; training on a GPU and answering on the CPU use the same adapter")),
+        other => Err(Error::input(format!("'{other}' should be auto or cpu")).at("--device")),
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The model ended its turn.
+    Turn,
+    /// It has as many tokens as were allowed.
+    Limit,
+    /// The text is as long as the model was made for.
+    Length,
+    /// It was stopped from outside.
+    Interrupt,
+}
+
+impl Stop {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Stop::Turn => "turn",
+            Stop::Limit => "limit",
+            Stop::Length => "length",
+            Stop::Interrupt => "interrupt",
+        }
+    }
+}
+
+/// A model that answers.
+pub struct Generator {
+    decoder: Box<dyn Decoder>,
+    tokenizer: ChatTokenizer,
+    /// Tokens at which a turn ends.
+    ends: Vec<u32>,
+    /// Tokens that the model was made for.
+    length: usize,
+    vocabulary: usize,
+    /// What each voice has taken in.
+    heard: [Vec<u32>; 2],
+}
+
+/// An answer that grows.
+pub struct Answer {
+    voice: Voice,
+    /// The prompt, then the answer.
+    ids: Vec<u32>,
+    prompt: usize,
+    limit: usize,
+    sampler: Sampler,
+    stream: TextStream,
+    text: String,
+    stop: Option<Stop>,
+}
+
+impl Answer {
+    /// Who answers.
+    pub fn voice(&self) -> Voice {
+        self.voice
+    }
+
+    /// Its text so far.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Its tokens so far, and the one that ended it.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids[self.prompt..]
+    }
+
+    /// Why it ended, if it has.
+    pub fn stop(&self) -> Option<Stop> {
+        self.stop
+    }
+
+    fn end(&mut self, stop: Stop, tokenizer: &ChatTokenizer) -> Option<String> {
+        self.stop = Some(stop);
+        let rest = self.stream.end(tokenizer);
+        self.text.push_str(&rest);
+        Some(rest).filter(|rest| !rest.is_empty())
+    }
+}
+
+impl Generator {
+    /// Loads a model, with an adapter or without, on the device that `--device` means.
+    ///
+    /// # Errors
+    /// A checkpoint or an adapter that cannot be used, a device that does not answer, a model that does not fit.
+    pub fn open(model: &Model<'_>, adapter: Option<Adapter>, device: &str) -> Result<Generator> {
+        let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
+        let decoder = decoder(device, model, adapter)?;
+        Ok(Generator::of(model, tokenizer, decoder))
+    }
+
+    /// A model that a device has already.
+    pub fn of(model: &Model<'_>, tokenizer: ChatTokenizer, decoder: Box<dyn Decoder>) -> Generator {
+        let config: Value = serde_json::from_str(&model.config).unwrap_or_default();
+        let made_for = config.get("max_position_embeddings").and_then(Value::as_u64).map(|n| n as usize);
+        let length = [model.graph.max_positions, made_for].into_iter().flatten().min().unwrap_or(usize::MAX);
+        let mut ends = tokenizer.eos_ids().to_vec();
+        // A base model's EOS ends a document; the template says what ends a turn, and answers are trained to end with it.
+        ends.extend(tokenizer.turn_end().filter(|end| !ends.contains(end)));
+        Generator { decoder, ends, tokenizer, length, vocabulary: model.graph.vocab_size, heard: Default::default() }
+    }
+
+    /// What computes.
+    pub fn device(&self) -> String {
+        self.decoder.name()
+    }
+
+    /// Begins the answer that follows a conversation.
+    ///
+    /// # Errors
+    /// A conversation that the template refuses, or that fills the model's length.
+    pub fn answer(&mut self, voice: Voice, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
+        let text = self.tokenizer.render(turns, Rendering { generation_prompt: true, ..Rendering::default() })?;
+        let ids = self.tokenizer.encode(&text, false)?;
+        self.go_on(voice, ids, sampling)
+    }
+
+    /// Begins what follows some tokens.
+    ///
+    /// # Errors
+    /// None of them, so many that they fill the model's length, or one that the model does not have.
+    pub fn go_on(&mut self, voice: Voice, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
+        let (prompt, length) = (ids.len(), self.length);
+        if prompt == 0 {
+            return Err(Error::input("there is nothing to answer"));
+        }
+        if prompt >= length {
+            return Err(Error::input(format!("the conversation has {prompt} tokens, the model is made for {length}")));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) {
+            let vocabulary = self.vocabulary;
+            return Err(Error::input(format!("token id {id} is beyond the model's vocabulary of {vocabulary}"))
+                .help("the tokenizer is not this model's"));
+        }
+        // What is the same as last time is not computed again, but for one token, after which logits are needed.
+        let heard = &mut self.heard[voice as usize];
+        let same = heard.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1);
+        heard.truncate(same);
+        self.decoder.keep(voice, same);
+        Ok(Answer {
+            voice,
+            ids,
+            prompt,
+            limit: sampling.max_new_tokens,
+            sampler: Sampler::new(sampling),
+            stream: TextStream::default(),
+            text: String::new(),
+            stop: None,
+        })
+    }
+
+    /// Goes on with an answer, by a token or by a part of its prompt; returns what it adds to the text, or `None` at the end.
+    ///
+    /// # Errors
+    /// What the device reports; logits that are no numbers.
+    pub fn step(&mut self, answer: &mut Answer) -> Result<Option<String>> {
+        if answer.stop.is_some() {
+            return Ok(None);
+        }
+        let count = answer.ids().len();
+        let full = (answer.ids.len() >= self.length).then_some(Stop::Length);
+        if let Some(stop) = (count >= answer.limit).then_some(Stop::Limit).or(full) {
+            return Ok(answer.end(stop, &self.tokenizer));
+        }
+        let heard = &mut self.heard[answer.voice as usize];
+        let new = &answer.ids[heard.len()..];
+        let new = &new[..new.len().min(CHUNK)];
+        let logits = self.decoder.feed(answer.voice, new)?;
+        heard.extend(new);
+        if heard.len() < answer.ids.len() {
+            return Ok(Some(String::new()));
+        }
+        let id = answer.sampler.draw(logits, &answer.ids)?;
+        answer.ids.push(id);
+        if self.ends.contains(&id) {
+            return Ok(answer.end(Stop::Turn, &self.tokenizer));
+        }
+        let text = answer.stream.push(&self.tokenizer, id);
+        answer.text.push_str(&text);
+        Ok(Some(text))
+    }
+
+    /// Ends an answer where it is; returns what its text lacked.
+    pub fn interrupt(&mut self, answer: &mut Answer) -> Option<String> {
+        if answer.stop.is_some() { None } else { answer.end(Stop::Interrupt, &self.tokenizer) }
+    }
+
+    /// The whole answer.
+    ///
+    /// # Errors
+    /// As [`answer`](Self::answer) and [`step`](Self::step).
+    pub fn whole(&mut self, voice: Voice, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
+        let mut answer = self.answer(voice, turns, sampling)?;
+        while self.step(&mut answer)?.is_some() {}
+        Ok(answer)
+    }
+}
+
+/// A prompt with what both voices answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Comparison {
+    /// The user's turn.
+    pub prompt: String,
+    /// The model without adapter.
+    pub base: String,
+    /// The model with it.
+    pub tuned: String,
+}
+
+/// What both voices answer to some prompts, each a conversation of its own.
+///
+/// # Errors
+/// As [`Generator::whole`].
+pub fn compare(generator: &mut Generator, prompts: &[String], sampling: &Sampling) -> Result<Vec<Comparison>> {
+    let compare = |prompt: &String| {
+        let turns = [Message::new("user", prompt.as_str())];
+        let mut answer = |voice| Ok::<_, Error>(generator.whole(voice, &turns, sampling)?.text);
+        Ok(Comparison { prompt: prompt.clone(), base: answer(Voice::Base)?, tuned: answer(Voice::Tuned)? })
+    };
+    prompts.iter().map(compare).collect()
+}

@@ -1,0 +1,54 @@
+//! What ops remember of the tokens before, so that a text grows by a token without computing the others again: keys and
+//! values of attention.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+
+use crate::error::Result;
+
+/// Where a remembered value is read: block, node, input.
+pub(crate) type Reader = (usize, usize, usize);
+
+/// Rows of earlier tokens.
+#[derive(Default)]
+pub struct Past {
+    tokens: usize,
+    /// By reader, `[room, width]`, of which as many rows are filled as there are tokens.
+    rows: HashMap<Reader, Tensor>,
+}
+
+impl Past {
+    /// Tokens that are remembered.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Forgets all but the first tokens.
+    pub fn keep(&mut self, tokens: usize) {
+        self.tokens = self.tokens.min(tokens);
+    }
+
+    /// Tokens have been computed, and every reader was given their rows.
+    pub(crate) fn advance(&mut self, tokens: usize) {
+        self.tokens += tokens;
+    }
+
+    /// Adds rows of new tokens; returns those of all, old ones first.
+    pub(crate) fn extend(&mut self, reader: Reader, new: &Tensor) -> Result<Tensor> {
+        let (count, width) = new.dims2()?;
+        let end = self.tokens + count;
+        let old = self.rows.get(&reader);
+        let room = old.map_or(Ok(0), |rows| rows.dim(0))?;
+        if end > room {
+            let grown = Tensor::zeros((end.next_power_of_two(), width), new.dtype(), &Device::Cpu)?;
+            if let Some(old) = old.filter(|_| self.tokens > 0) {
+                grown.slice_set(&old.narrow(0, 0, self.tokens)?, 0, 0)?;
+            }
+            self.rows.insert(reader, grown);
+        }
+        let rows = &self.rows[&reader];
+        rows.slice_set(&new.contiguous()?, 0, self.tokens)?;
+        Ok(rows.narrow(0, 0, end)?)
+    }
+}
