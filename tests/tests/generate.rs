@@ -5,8 +5,9 @@
 use candle_core::{D, Tensor};
 use dpo_host::base::Base;
 use dpo_host::batch::Batch;
-use dpo_host::data::TokenPair;
+use dpo_host::data::{ChatTokenizer, TokenPair};
 use dpo_host::engine::Engine;
+use dpo_host::generate::{Decoder, Generator, Sampling, Stop, TextStream, Voice};
 use dpo_host::lora::Adapter;
 use dpo_host::model::Model;
 use dpo_host::ops::Past;
@@ -140,5 +141,149 @@ fn a_soft_cap_and_a_forgotten_end() {
     for at in 20..TOKENS - 1 {
         let is = logp(engine.logits(&ids[at..=at], &mut past, true).unwrap(), ids[at + 1]);
         assert!((is - expected[at]).abs() < 2e-5 * expected[at].abs().max(1.0), "{at}: {is}, not {}", expected[at]);
+    }
+}
+
+const MIXED: &str = "Rice 🍚, 👩‍🍳 and café: 先把米淘到水清，再小火慢煮！ naïve — ok\n\n\tend 🇨🇳";
+
+/// What a stream makes of tokens, piece by piece.
+fn pieces(tokenizer: &ChatTokenizer, ids: &[u32]) -> Vec<String> {
+    let mut stream = TextStream::default();
+    let mut pieces: Vec<String> = ids.iter().map(|id| stream.push(tokenizer, *id)).collect();
+    pieces.push(stream.end(tokenizer));
+    pieces
+}
+
+fn check_stream(tokenizer: &ChatTokenizer, vocab: usize) {
+    let ids = tokenizer.encode(MIXED, false).unwrap();
+    assert!(ids.len() > MIXED.chars().count() / 2, "the text is not cut within characters");
+    let pieces_of_text = pieces(tokenizer, &ids);
+    assert!(!pieces_of_text.iter().any(|p| p.contains('\u{FFFD}')), "{pieces_of_text:?}");
+    assert_eq!(pieces_of_text.concat(), tokenizer.decode(&ids, false));
+    assert_eq!(pieces_of_text.last().map(String::as_str), Some(""), "a text that is whole was held back");
+    // Characters come as soon as they are whole.
+    let shown = pieces_of_text[..ids.len() / 2].concat();
+    assert_eq!(shown, tokenizer.decode(&ids[..ids.len() / 2], false).trim_end_matches('\u{FFFD}'));
+    // Tokens in no order: broken bytes among whole characters.
+    let mut numbers = Numbers::new(4);
+    for _ in 0..20 {
+        let ids: Vec<u32> = (0..40).map(|_| numbers.below(vocab) as u32).collect();
+        assert_eq!(pieces(tokenizer, &ids).concat(), tokenizer.decode(&ids, false));
+    }
+}
+
+#[test]
+fn text_comes_in_whole_characters() {
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../datasets/demo/model");
+    let tokenizer = ChatTokenizer::open(&demo, None).unwrap();
+    check_stream(&tokenizer, 2048);
+    let special = tokenizer.eos_ids()[0];
+    let hi = tokenizer.encode("hi", false).unwrap();
+    assert_eq!(pieces(&tokenizer, &[&[special], &hi[..], &[special]].concat()).concat(), "hi");
+}
+
+/// Sentencepiece's way: bytes by name, spaces as letters, and a text that loses the first one.
+#[test]
+fn words_of_sentencepiece_keep_their_spaces() {
+    let mut vocab: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+    vocab.extend(["▁", "▁Hello", "▁world", "<unk>"].map(str::to_owned));
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        vocab.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
+    let text = serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer":
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false, "vocab": vocab,
+            "merges": []},
+    });
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), text.to_string()).unwrap();
+    let tokenizer = ChatTokenizer::open(folder.path(), None).unwrap();
+    assert_eq!(pieces(&tokenizer, &[257, 258, 258]), ["Hello", " world", " world", ""]);
+    check_stream(&tokenizer, 259);
+}
+
+/// A generator over a golden model.
+fn generator(case: &str) -> Generator {
+    let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
+    let model = Model::open(&registry, &folder.join("model"), None).unwrap();
+    let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
+    Generator::open(&model, Some(adapter), "cpu").unwrap()
+}
+
+fn go_on(generator: &mut Generator, voice: Voice, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {
+    let sampling = Sampling { max_new_tokens: limit, ..Sampling::default() };
+    let mut answer = generator.go_on(voice, ids.to_vec(), &sampling).unwrap();
+    while generator.step(&mut answer).unwrap().is_some() {}
+    (answer.ids().to_vec(), answer.stop())
+}
+
+/// A text that shares its head with the one before is not begun again, and gives what it gives alone; long prompts are taken
+/// in parts; voices do not mix.
+#[test]
+fn conversations_go_on_from_what_was_heard() {
+    let case = "qwen2-window";
+    let mut long = text(320, 8);
+    while long.len() < 400 {
+        long.extend(text(320, long.len() as u64));
+    }
+    let mut one = generator(case);
+    for (voice, end) in
+        [(Voice::Base, 30), (Voice::Tuned, 30), (Voice::Tuned, 44), (Voice::Base, 400), (Voice::Base, 37)]
+    {
+        let (ids, stop) = go_on(&mut one, voice, &long[..end], 20);
+        assert_eq!((&ids, stop), (&go_on(&mut generator(case), voice, &long[..end], 20).0, stop), "{voice:?} {end}");
+        let adapted = voice == Voice::Tuned;
+        let first = engine(case).logits(&long[..end], &mut Past::default(), adapted).unwrap();
+        assert_eq!(ids[0], likeliest(&first), "{voice:?} {end}");
+    }
+}
+
+#[test]
+fn answers_end() {
+    let mut generator = generator("qwen2-window");
+    let ids = text(320, 8);
+    let (short, stop) = go_on(&mut generator, Voice::Base, &ids, 5);
+    assert!(stop == Some(Stop::Limit) && short.len() == 5 || stop == Some(Stop::Turn), "{short:?} {stop:?}");
+    // The model is made for 512 tokens.
+    let long: Vec<u32> = (0..508).map(|i| ids[i % ids.len()]).collect();
+    let (rest, stop) = go_on(&mut generator, Voice::Base, &long, 50);
+    assert!(stop == Some(Stop::Length) && rest.len() == 4 || stop == Some(Stop::Turn), "{rest:?} {stop:?}");
+    let full: Vec<u32> = (0..512).map(|i| ids[i % ids.len()]).collect();
+    let refused = generator.go_on(Voice::Base, full, &Sampling::default()).err().unwrap().to_string();
+    assert!(refused.contains("512 tokens"), "{refused}");
+    assert!(
+        generator.go_on(Voice::Base, vec![320], &Sampling::default()).is_err(),
+        "a token that the model does not have"
+    );
+}
+
+/// A device that always says the same.
+struct Parrot(u32);
+
+impl Decoder for Parrot {
+    fn name(&self) -> String {
+        "parrot".into()
+    }
+
+    fn feed(&mut self, _: Voice, _: &[u32]) -> dpo_host::error::Result<Vec<f32>> {
+        Ok((0..320).map(|id| f32::from(u8::from(id == self.0))).collect())
+    }
+
+    fn keep(&mut self, _: Voice, _: usize) {}
+}
+
+/// Also at an end that only the template names.
+#[test]
+fn a_turn_ends_where_the_model_ends_it() {
+    let (registry, folder) = (Registry::discover(&[]), golden("trajectories/qwen2/model"));
+    let model = Model::open(&registry, &folder, None).unwrap();
+    let tokenizer = || ChatTokenizer::open(&folder, None).unwrap();
+    for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {
+        let mut generator = Generator::of(&model, tokenizer(), Box::new(Parrot(end)));
+        assert_eq!(go_on(&mut generator, Voice::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
     }
 }

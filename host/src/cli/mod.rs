@@ -1,6 +1,7 @@
 //! The command line: one subcommand a file. Options are parsed here; what they mean is decided where they are used.
 
 mod bench;
+mod chat;
 mod config;
 mod data;
 mod describe;
@@ -65,6 +66,8 @@ enum Command {
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
     Eval(eval::EvalOptions),
+    /// Talk to a model, to what an adapter made of it, or to both side by side. Without both: the demo's model
+    Chat(chat::ChatOptions),
     /// Fold an adapter into its model: a checkpoint that needs no adapter
     ///
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
@@ -141,6 +144,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Data(options) => data::data(&registry, &options),
         Command::Plan(options) => plan::plan(&registry, &options),
         Command::Eval(options) => eval::eval(&registry, &options),
+        Command::Chat(options) => chat::chat(&registry, &options),
         Command::Merge(options) => merge::merge(&registry, &options),
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),

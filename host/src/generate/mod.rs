@@ -7,6 +7,8 @@ mod cpu;
 mod sampling;
 mod text;
 
+use std::time::Instant;
+
 use dpo_plugin_api::dataset::Message;
 use serde_json::Value;
 
@@ -117,6 +119,8 @@ pub struct Answer {
     sampler: Sampler,
     stream: TextStream,
     text: String,
+    /// When it had its first token.
+    first: Option<Instant>,
     stop: Option<Stop>,
 }
 
@@ -134,6 +138,11 @@ impl Answer {
     /// Its tokens so far, and the one that ended it.
     pub fn ids(&self) -> &[u32] {
         &self.ids[self.prompt..]
+    }
+
+    /// When its first token came: what came before was spent on the prompt.
+    pub fn first(&self) -> Option<Instant> {
+        self.first
     }
 
     /// Why it ended, if it has.
@@ -216,6 +225,7 @@ impl Generator {
             sampler: Sampler::new(sampling),
             stream: TextStream::default(),
             text: String::new(),
+            first: None,
             stop: None,
         })
     }
@@ -243,6 +253,7 @@ impl Generator {
         }
         let id = answer.sampler.draw(logits, &answer.ids)?;
         answer.ids.push(id);
+        answer.first.get_or_insert_with(Instant::now);
         if self.ends.contains(&id) {
             return Ok(answer.end(Stop::Turn, &self.tokenizer));
         }
