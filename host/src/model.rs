@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::error::{Error, IoContext, Result};
 use crate::graph;
 use crate::hub::{self, Name, Need};
+use crate::lora;
 use crate::plugins::{Family, Registry};
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
@@ -64,6 +65,19 @@ impl<'r> Model<'r> {
         }
         let graph = graph::of_checkpoint(family, &config).map_err(|e| e.at(&place))?;
         Ok(Model { folder: folder.to_owned(), family, graph, config })
+    }
+}
+
+/// What `--model` means: what it says, or the model that the adapter names as its own.
+pub fn named(model: Option<&str>, adapter: Option<&Path>) -> Result<String> {
+    match (model, adapter) {
+        (Some(model), _) => Ok(model.to_owned()),
+        (None, Some(adapter)) => lora::base_model(adapter)?.ok_or_else(|| {
+            Error::input("the adapter does not name the model it was trained on")
+                .at(adapter.display())
+                .help("name it with --model")
+        }),
+        (None, None) => Err(Error::input("no model").help("name it with --model, or an adapter with --adapter")),
     }
 }
 

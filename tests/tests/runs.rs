@@ -157,3 +157,52 @@ fn the_demo_learns_its_preference() {
         last("eval_rewards/accuracies")
     );
 }
+
+/// The commands a run ends with, taken as they are; `eval` gives the numbers of the run's own evaluation.
+#[test]
+fn what_a_run_says_next_works() {
+    let sandbox = sandbox();
+    let (output, rows) = (sandbox.path("a run"), golden("trajectories/qwen2/prefs.jsonl").display().to_string());
+    let args = train("qwen2", &output, &["--num-epochs", "3", "--val-dataset", &rows]);
+    let said = sandbox.ok(&args.iter().map(String::as_str).collect::<Vec<_>>()).stderr;
+    let next: Vec<Vec<&str>> = said[said.find("next ").unwrap()..]
+        .lines()
+        .map(|l| l.split_once("dpo-host ").unwrap().1)
+        .map(|l| l.split('\'').enumerate().flat_map(|(at, part)| words(at % 2 == 1, part)).collect())
+        .collect();
+    let [chat, eval, merge] = next.as_slice() else { panic!("{next:?}") };
+    assert_eq!((chat[0], eval[0], merge[0]), ("chat", "eval", "merge"));
+    let answers = sandbox.ok(&[&chat[..], &["--prompt", "hi", "--json", "--max-new-tokens", "4"]].concat()).stdout;
+    let answers: Value = serde_json::from_str(&answers).unwrap();
+    assert!(answers["base"]["tokens"].is_u64() && answers["tuned"]["tokens"].is_u64(), "{answers}");
+    sandbox.ok(merge);
+    assert!(Path::new(&format!("{output}-merged")).join("model.safetensors").exists());
+
+    let lines = timeless(&output);
+    let last = lines.iter().rev().find(|l| l.get("eval_loss").is_some()).unwrap();
+    let means = |args: &[&str]| -> Vec<Value> { serde_json::from_str(&sandbox.ok(args).stdout).unwrap() };
+    let all = means(&[&eval[..], &["--json"]].concat());
+    assert_eq!((&all[0]["dataset"], &all[1]["dataset"]), (&Value::from(rows.as_str()), &Value::from("all")));
+    for name in ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/rejected", "nll_loss"] {
+        let (is, expected) = (all[0][name].as_f64().unwrap(), last[format!("eval_{name}")].as_f64().unwrap());
+        assert!((is - expected).abs() < 1e-5 * expected.abs().max(1.0), "{name} is {is}, in the run {expected}");
+        assert_eq!(all[0][name], all[1][name], "{name}");
+    }
+    let table = sandbox.ok(eval).stdout;
+    assert!(table.lines().count() == 2 && table.contains("ACCURACY") && table.contains("prefs.jsonl"), "{table}");
+    // Of several, a line each and one of all; without an adapter there are no rewards.
+    let half = format!("{rows}#5");
+    let two = means(&[&eval[..], &[&half, "--beta", "0.5", "--json"]].concat());
+    let pairs: Vec<u64> = two.iter().map(|m| m["pairs"].as_u64().unwrap()).collect();
+    assert_eq!(pairs, [all[0]["pairs"].as_u64().unwrap(), 5, pairs[0] + 5]);
+    let margin = |mean: &Value| mean["rewards/margins"].as_f64().unwrap();
+    assert!((margin(&two[0]) - 5.0 * margin(&all[0])).abs() < 1e-4, "{two:?}");
+    let model = golden("trajectories/qwen2/model").display().to_string();
+    let base = means(&["eval", "--model", &model, "--dataset", &rows, "--json"]);
+    assert!(base[0].get("rewards/margins").is_none() && base[0]["logps/chosen"].is_f64(), "{base:?}");
+}
+
+/// Words of a part of a command that is quoted, or not.
+fn words(quoted: bool, part: &str) -> Vec<&str> {
+    if quoted { vec![part] } else { part.split_whitespace().collect() }
+}

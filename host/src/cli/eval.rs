@@ -1,77 +1,167 @@
-//! `dpo-host eval`: log-probs of pairs under a model and an adapter.
+//! `dpo-host eval`: what a model and an adapter make of pairs, file by file.
 
 use std::path::PathBuf;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
+use super::list::print_table;
 use crate::data::{self, ChatTokenizer, TokenPair};
-use crate::error::Result;
+use crate::device::{self, Device};
+use crate::error::{Error, Result};
 use crate::hub::Need;
 use crate::lora::Adapter;
 use crate::model::{self, Model};
 use crate::plan::Wishes;
 use crate::plugins::Registry;
 use crate::ranks::Ranks;
-use crate::train::{DataArgs, score};
+use crate::train::{DataArgs, Moments, Objective, ObjectiveOptions, Scores, appraise, score};
 use crate::weights::Checkpoint;
-use crate::{cuda, device, files};
+use crate::{cuda, files};
 
 #[derive(Args)]
 pub(super) struct EvalOptions {
-    /// Checkpoint: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
+    /// Checkpoint: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope; by default the one
+    /// that the adapter names
     #[arg(long, value_name = "DIR|ID")]
-    model: String,
+    model: Option<String>,
     /// Model family; by default the one that claims the architecture
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
-    /// PEFT adapter; without it the base model is scored
+    /// PEFT adapter; rewards are against the model without it. Without an adapter the model itself is scored
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
+    /// Loss (see `dpo-host list losses`)
+    #[arg(long, value_name = "NAME", default_value = "sigmoid")]
+    loss: String,
+    /// Strength of the reference; the loss's own default if not given
+    #[arg(long)]
+    beta: Option<f64>,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
-    /// Write a line of JSON for every pair
+    /// Print JSON instead of a table: means under the names of the log, for every --dataset and for all
+    #[arg(long)]
+    json: bool,
+    /// Write a line of JSON for every pair: log-probs of both answers
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
     data: DataArgs,
 }
 
+/// Columns of the table, and the means they show. Rewards are there with an adapter only.
+const COLUMNS: [(&str, &str); 6] = [
+    ("ACCURACY", "rewards/accuracies"),
+    ("MARGIN", "rewards/margins"),
+    ("LOSS", "loss"),
+    ("CHOSEN LIKELIER", "chosen_more_likely"),
+    ("LOGP CHOSEN", "logps/chosen"),
+    ("LOGP REJECTED", "logps/rejected"),
+];
+
+/// Means that say something without an adapter.
+const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejected", "nll_loss"];
+
 pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
-    let folder = model::locate(&options.model, Need::Weights)?;
+    let name = model::named(options.model.as_deref(), options.adapter.as_deref())?;
+    let folder = model::locate(&name, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let rows = options.data.options(&options.data.dataset, model.graph.max_positions)?;
-    let pairs = data::load(&rows, registry, &tokenizer)?.pairs;
-    let adapter = match &options.adapter {
-        Some(folder) => Adapter::load(&model.graph, folder)?,
-        None => Adapter::idle(&model.graph)?,
+    let losses = options.beta.map(|beta| ("beta".to_owned(), json!(beta))).into_iter().collect();
+    let losses =
+        ObjectiveOptions { losses: vec![options.loss.clone()], options: losses, ..ObjectiveOptions::default() };
+    let mut objective = Objective::new(registry, &losses)?;
+    // Without a path, too, loading says what is missing.
+    let paths: Vec<&[String]> = match options.data.dataset.as_slice() {
+        [] => vec![&[]],
+        paths => paths.chunks(1).collect(),
     };
+    let load = |path: &&[String]| {
+        let rows = options.data.options(path, model.graph.max_positions)?;
+        Ok(data::load(&rows, registry, &tokenizer)?.pairs)
+    };
+    let files = paths.iter().map(load).collect::<Result<Vec<Vec<TokenPair>>>>()?;
+    let adapter =
+        options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
+    let params = adapter.params.len();
     let gpu = cuda::choose(&options.device)?;
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
-    let mut device =
-        device::open(&mut Ranks::alone(), gpu, model.graph, &checkpoint, adapter, pairs.iter(), Wishes::default())?;
-    let all: Vec<&TokenPair> = pairs.iter().collect();
-    let scores = score(&mut Ranks::alone(), device.as_mut(), &all, |_| {})?;
+    let all = files.iter().flatten();
+    let mut device = device::open(&mut Ranks::alone(), gpu, model.graph, &checkpoint, adapter, all, Wishes::default())?;
+    let policy = scores(device.as_mut(), &files)?;
+    let reference = match options.adapter {
+        Some(_) => {
+            device.restore(&vec![0.0; params], Moments::new(params))?;
+            scores(device.as_mut(), &files)?
+        }
+        None => policy.clone(),
+    };
+    let mut rows: Vec<(String, usize, Map<String, Value>)> = Vec::new();
+    let mut row = |name: &str, policy: &Scores, reference: &Scores| {
+        let mut means = appraise(&mut objective, policy, &reference.logps)?;
+        means.retain(|name, _| options.adapter.is_some() || OF_MODEL.contains(&name.as_str()));
+        rows.push((name.to_owned(), policy.answers.len(), means));
+        Ok::<(), Error>(())
+    };
+    for ((path, policy), reference) in options.data.dataset.iter().zip(&policy).zip(&reference) {
+        row(path, policy, reference)?;
+    }
+    row("all", &joined(&policy), &joined(&reference))?;
+    show(&rows, options.json);
+    match &options.output {
+        Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
+        None => Ok(()),
+    }
+}
+
+fn scores(device: &mut dyn Device, files: &[Vec<TokenPair>]) -> Result<Vec<Scores>> {
+    let of = |pairs: &Vec<TokenPair>| score(&mut Ranks::alone(), device, &pairs.iter().collect::<Vec<_>>(), |_| {});
+    files.iter().map(of).collect()
+}
+
+fn show(rows: &[(String, usize, Map<String, Value>)], as_json: bool) {
+    if as_json {
+        let object = |(name, pairs, means): &(String, usize, Map<String, Value>)| {
+            let mut object = Map::from_iter([("dataset".to_owned(), json!(name)), ("pairs".to_owned(), json!(pairs))]);
+            object.extend(means.clone());
+            object
+        };
+        let rows: Vec<_> = rows.iter().map(object).collect();
+        println!("{:#}", json!(rows));
+        return;
+    }
+    // One file is all there is.
+    let rows = if rows.len() == 2 { &rows[..1] } else { rows };
+    let cell = |means: &Map<String, Value>, name: &str| {
+        means.get(name).and_then(Value::as_f64).map_or("-".into(), |value| format!("{value:.4}"))
+    };
+    let cells = rows.iter().map(|(name, pairs, means)| {
+        let [a, m, l, k, c, r] = COLUMNS.map(|(_, mean)| cell(means, mean));
+        [name.clone(), pairs.to_string(), a, m, l, k, c, r]
+    });
+    let [a, m, l, k, c, r] = COLUMNS.map(|(head, _)| head);
+    print_table(["DATASET", "PAIRS", a, m, l, k, c, r], cells.collect());
+}
+
+/// Scores of all files as of one.
+fn joined(scores: &[Scores]) -> Scores {
+    scores.iter().fold(Scores::default(), |mut all, scores| {
+        all.answers.extend(&scores.answers);
+        all.logps.extend(&scores.logps);
+        all.log_sum_sq.extend(&scores.log_sum_sq);
+        all
+    })
+}
+
+/// A line of JSON for every pair.
+fn lines(scores: &Scores) -> String {
     let mut rest = scores.logps.as_slice();
     let mut sum = |tokens: usize| {
         let (own, after) = rest.split_at(tokens);
         rest = after;
         own.iter().map(|l| f64::from(*l)).sum::<f64>()
     };
-    let sums: Vec<[f64; 2]> = scores.answers.iter().map(|[c, r]| [sum(*c), sum(*r)]).collect();
-    let mean = |side: usize| sums.iter().map(|s| s[side]).sum::<f64>() / sums.len().max(1) as f64;
-    let preferred = sums.iter().filter(|s| s[0] > s[1]).count();
-    let share = preferred as f64 / sums.len().max(1) as f64;
-    println!(
-        "{:#}",
-        json!({"pairs": sums.len(), "logps/chosen": mean(0), "logps/rejected": mean(1), "chosen_more_likely": share})
-    );
-    if let Some(path) = &options.output {
-        let line = |s: &[f64; 2]| format!("{}\n", json!({"chosen": s[0], "rejected": s[1]}));
-        files::write(path, sums.iter().map(line).collect::<String>().as_bytes())?;
-    }
-    Ok(())
+    scores.answers.iter().map(|[c, r]| format!("{}\n", json!({"chosen": sum(*c), "rejected": sum(*r)}))).collect()
 }

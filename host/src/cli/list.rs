@@ -72,7 +72,7 @@ fn ops(as_json: bool) -> Result<()> {
 }
 
 /// Columns as wide as their widest cell, two spaces apart.
-fn print_table<const N: usize>(head: [&str; N], rows: Vec<[String; N]>) {
+pub(super) fn print_table<const N: usize>(head: [&str; N], rows: Vec<[String; N]>) {
     let width = |c: usize| rows.iter().map(|r| r[c].chars().count()).chain([head[c].len()]).max().unwrap_or(0);
     let widths: [usize; N] = std::array::from_fn(width);
     let print = |row: &[String; N]| {

@@ -15,9 +15,10 @@ use crate::{console, files};
 
 #[derive(Args)]
 pub(super) struct MergeOptions {
-    /// Checkpoint that the adapter was trained on: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
+    /// Checkpoint that the adapter was trained on: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of
+    /// ModelScope; by default the one that the adapter names
     #[arg(long, value_name = "DIR|ID")]
-    model: String,
+    model: Option<String>,
     /// Model family; by default the one that claims the architecture
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
@@ -30,7 +31,7 @@ pub(super) struct MergeOptions {
 }
 
 pub(super) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
-    let folder = model::locate(&options.model, Need::Weights)?;
+    let folder = model::locate(&model::named(options.model.as_deref(), Some(&options.adapter))?, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
     let checkpoint = Checkpoint::open(&folder)?;

@@ -19,7 +19,7 @@ use super::metrics::Window;
 use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
 use super::samples::Samples;
-use super::{Objective, ObjectiveOptions, Reference, Scores, Step, settings, step, unsound};
+use super::{Objective, ObjectiveOptions, Reference, Scores, Step, next, settings, step, unsound};
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
@@ -190,6 +190,9 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     }
     run.train()?;
     console::line(format!("adapter     {}", run.output.join("adapter_model.safetensors").display()));
+    let Run { options, output, .. } = &run;
+    let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
+    console::line(next::commands(output, rows));
     watchers.iter().for_each(Watchers::farewell);
     Ok(run.output)
 }

@@ -5,7 +5,9 @@
 
 use std::ops::Range;
 
-use super::metrics::{PairMetrics, Sums};
+use serde_json::{Map, Value, json};
+
+use super::metrics::{PairMetrics, Sums, Window};
 use super::objective::{Evaluated, Logps, Objective, Totals};
 use crate::batch::{Batch, answer_tokens, laid_out, micro_batches, shares};
 use crate::data::TokenPair;
@@ -186,6 +188,18 @@ pub(super) fn evaluate(
     let scores = score(ranks, device, pairs, |_| {})?;
     let Evaluated { loss, pairs, .. } = objective.eval(scores.logps(reference), totals(&scores.answers), false)?;
     Ok((Step { loss, sums: Sums::of(&pairs), pairs: pairs.into_iter().enumerate().collect() }, scores))
+}
+
+/// Means over scored pairs under the names of the log, given the reference's log-probs of their answer tokens, and
+/// `chosen_more_likely`: the share of pairs whose chosen answer the policy finds the likelier one.
+pub fn appraise(objective: &mut Objective<'_>, scores: &Scores, reference: &[f32]) -> Result<Map<String, Value>> {
+    let Evaluated { loss, pairs, .. } = objective.eval(scores.logps(reference), totals(&scores.answers), false)?;
+    let mut window = Window::default();
+    window.add(loss, Sums::of(&pairs), 0);
+    let mut means = window.means("");
+    let likelier = pairs.iter().filter(|p| p.logps[0] > p.logps[1]).count();
+    means.insert("chosen_more_likely".into(), json!(likelier as f64 / pairs.len() as f64));
+    Ok(means)
 }
 
 fn totals(answers: &[[usize; 2]]) -> Totals {

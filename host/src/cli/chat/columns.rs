@@ -28,9 +28,12 @@ impl Columns {
         (width >= 34).then_some(columns)
     }
 
-    /// Adds to a text.
+    /// Adds to a text; empty lines at its head are left out.
     pub(super) fn push(&mut self, side: usize, text: &str) {
         self.texts[side].push_str(text);
+        if self.texts[side].trim_start().is_empty() {
+            self.texts[side].clear();
+        }
     }
 
     /// A text is whole.

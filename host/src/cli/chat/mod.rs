@@ -15,7 +15,7 @@ use self::screen::{Interrupt, Lines, Screen};
 use crate::error::{Error, Result};
 use crate::generate::{Answer, Generator, Sampling, SamplingArgs, Stop, Voice};
 use crate::hub::Need;
-use crate::lora::{self, Adapter};
+use crate::lora::Adapter;
 use crate::model::{self, Model};
 use crate::plugins::Registry;
 use crate::{console, demo};
@@ -52,7 +52,11 @@ pub(super) struct ChatOptions {
 }
 
 pub(super) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
-    let folder = model::locate(&model_name(registry, options)?, Need::Weights)?;
+    let name = match (&options.model, &options.adapter) {
+        (None, None) => demo::write(registry)?.model.display().to_string(),
+        (model, adapter) => model::named(model.as_deref(), adapter.as_deref())?,
+    };
+    let folder = model::locate(&name, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = options.adapter.as_ref().map(|folder| Adapter::load(&model.graph, folder)).transpose()?;
     let sampling = Sampling::of(&options.sampling, &folder)?;
@@ -91,19 +95,6 @@ pub(super) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
         chat.ask(prompt)?;
     }
     Ok(())
-}
-
-/// The model that was named, or is meant.
-fn model_name(registry: &Registry, options: &ChatOptions) -> Result<String> {
-    match (&options.model, &options.adapter) {
-        (Some(model), _) => Ok(model.clone()),
-        (None, Some(adapter)) => lora::base_model(adapter)?.ok_or_else(|| {
-            Error::input("the adapter does not name the model it was trained on")
-                .at(adapter.display())
-                .help("name it with --model")
-        }),
-        (None, None) => Ok(demo::write(registry)?.model.display().to_string()),
-    }
 }
 
 /// A conversation with one voice, or with both.

@@ -1,0 +1,40 @@
+//! What can be done with the adapter of a run: the commands, ready to be copied.
+
+use std::path::Path;
+
+/// Commands that go on from a run's folder; `rows` are those that it was evaluated on, or trained on.
+pub(super) fn commands(output: &Path, rows: &[String]) -> String {
+    let adapter = quoted(&output.display().to_string());
+    let merged = quoted(&format!("{}-merged", output.display()));
+    let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
+    format!(
+        "next        dpo-host chat --compare --adapter {adapter}\n            \
+         dpo-host eval --adapter {adapter} --dataset {}\n            \
+         dpo-host merge --adapter {adapter} --output-dir {merged}",
+        rows.join(" ")
+    )
+}
+
+/// A text as a shell takes it for one word.
+fn quoted(text: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "/._-:@%+=,#".contains(c);
+    match !text.is_empty() && !text.starts_with('#') && text.chars().all(plain) {
+        true => text.to_owned(),
+        false => format!("'{}'", text.replace('\'', "'\\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_with_spaces_are_words() {
+        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()]);
+        assert!(
+            text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
+    }
+}
