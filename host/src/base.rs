@@ -45,9 +45,18 @@ pub fn is_shared(weight: &Weight) -> bool {
 }
 
 impl Base {
-    /// Loads every weight that the graph names.
+    /// Loads every weight that the graph names, in f32.
     pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint) -> Result<Base> {
-        let (weights, blocks) = every(graph, |prefix, weight| checkpoint.load(prefix, weight))?;
+        Base::whole(graph, |prefix, weight| checkpoint.load(prefix, weight))
+    }
+
+    /// As [`load`](Self::load), but matrices in bf16 stay what they are: enough for forward passes.
+    pub fn load_kept(graph: &ModelGraph, checkpoint: &Checkpoint) -> Result<Base> {
+        Base::whole(graph, |prefix, weight| checkpoint.load_kept(prefix, weight))
+    }
+
+    fn whole(graph: &ModelGraph, load: impl FnMut(&str, &Weight) -> Result<Tensor>) -> Result<Base> {
+        let (weights, blocks) = every(graph, load)?;
         let whole = blocks.iter().map(|b| b.iter().map(|n| n.iter().map(|w| weights[*w].clone()).collect()).collect());
         Ok(Base::Whole(whole.collect()))
     }

@@ -103,7 +103,7 @@ impl Plan {
 }
 
 /// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.
-pub fn weights(graph: &ModelGraph, parts: usize) -> usize {
+fn weights(graph: &ModelGraph, parts: usize) -> usize {
     let (mut kept, mut whole) = (BTreeMap::new(), Vec::new());
     for (prefix, nodes) in blocks(graph) {
         let mut gathered = 0;

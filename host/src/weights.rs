@@ -127,6 +127,16 @@ impl Checkpoint {
         Ok(Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?)
     }
 
+    /// As [`load`](Self::load), but a matrix in bf16 stays what it is.
+    pub fn load_kept(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
+        match self.raw(prefix, weight)? {
+            (DType::BF16, bytes) if weight.shape.len() > 1 => {
+                Ok(Tensor::from_raw_buffer(bytes, DType::BF16, &weight.shape, &Device::Cpu)?)
+            }
+            _ => self.load(prefix, weight),
+        }
+    }
+
     /// A range of a weight's values, without touching the others, in f32.
     pub fn load_range(&self, prefix: &str, weight: &Weight, range: &Range<usize>) -> Result<Vec<f32>> {
         let (dtype, bytes) = self.raw(prefix, weight)?;

@@ -70,12 +70,14 @@ fn the_demo_answers_before_and_after() {
 #[test]
 fn lines_are_turns() {
     let (s, model) = (sandbox(), of_golden("qwen3", "model"));
-    let args = ["--model", &model, "--json", "--max-new-tokens", "8", "--system", "be brief"];
+    // Draws show small changes of the logits; the likeliest tokens of such a small model are often the same.
+    let args = ["--model", &model, "--json", "--max-new-tokens", "8", "--temperature", "2", "--system", "be brief"];
     let (text, _) = piped(&s, &args, "one\n\none\n/reset\none\n/quit\none\n");
     let answers = objects(&text);
     assert_eq!(answers.len(), 3, "{text}");
     assert_eq!(answers[0], answers[2], "a new conversation is not new");
-    let (other, _) = piped(&s, &args[..5], "one\n");
+    assert_ne!(answers[0], answers[1], "the first turn is forgotten");
+    let (other, _) = piped(&s, &args[..7], "one\n");
     let (plain, notes) = piped(&s, &args[..2], "one\n");
     assert_ne!(objects(&other)[0], answers[0], "the system's turn is not seen");
     assert!(!plain.is_empty() || !notes.is_empty());

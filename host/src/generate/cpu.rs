@@ -8,10 +8,10 @@ use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::ops::Past;
-use crate::plan::{self, size};
+use crate::plan::{free_memory, size};
 use crate::weights::Checkpoint;
 
-/// The CPU, in f32.
+/// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers.
 pub struct CpuDecoder {
     engine: Engine,
     pasts: [Past; 2],
@@ -19,16 +19,19 @@ pub struct CpuDecoder {
 
 impl CpuDecoder {
     /// Loads the frozen weights, unless they do not fit.
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be read, or takes more memory than there is.
     pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: Option<Adapter>) -> Result<CpuDecoder> {
-        let (needs, free) = (plan::weights(graph, 1), plan::free_memory().unwrap_or(usize::MAX));
+        let (needs, free) = (checkpoint.bytes(), free_memory().unwrap_or(usize::MAX));
         if needs > free {
             let (needs, free) = (size(needs), size(free));
-            return Err(Error::input(format!("the weights take {needs} in f32, there are {free}"))
+            return Err(Error::input(format!("the weights take {needs}, there are {free}"))
                 .at("--model")
                 .help("take a machine with more memory, or a smaller model"));
         }
         let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
-        Ok(CpuDecoder::of(Engine::new(graph.clone(), Base::load(graph, checkpoint)?, adapter)?))
+        Ok(CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint)?, adapter)?))
     }
 
     /// An engine that has its weights already.

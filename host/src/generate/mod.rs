@@ -267,12 +267,9 @@ impl Generator {
         if answer.stop.is_some() { None } else { answer.end(Stop::Interrupt, &self.tokenizer) }
     }
 
-    /// The whole answer.
-    ///
-    /// # Errors
-    /// As [`answer`](Self::answer) and [`step`](Self::step).
-    pub fn whole(&mut self, voice: Voice, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
-        let mut answer = self.answer(voice, turns, sampling)?;
+    /// The whole of what follows some tokens.
+    fn say(&mut self, voice: Voice, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
+        let mut answer = self.go_on(voice, ids.to_vec(), sampling)?;
         while self.step(&mut answer)?.is_some() {}
         Ok(answer)
     }
@@ -281,23 +278,23 @@ impl Generator {
 /// A prompt with what both voices answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Comparison {
-    /// The user's turn.
+    /// The conversation so far.
     pub prompt: String,
-    /// The model without adapter.
+    /// What the model without adapter says.
     pub base: String,
-    /// The model with it.
+    /// What the model with it says.
     pub tuned: String,
 }
 
-/// What both voices answer to some prompts, each a conversation of its own.
+/// What both voices answer to some prompts, as pairs have them: rendered, in tokens.
 ///
 /// # Errors
-/// As [`Generator::whole`].
-pub fn compare(generator: &mut Generator, prompts: &[String], sampling: &Sampling) -> Result<Vec<Comparison>> {
-    let compare = |prompt: &String| {
-        let turns = [Message::new("user", prompt.as_str())];
-        let mut answer = |voice| Ok::<_, Error>(generator.whole(voice, &turns, sampling)?.text);
-        Ok(Comparison { prompt: prompt.clone(), base: answer(Voice::Base)?, tuned: answer(Voice::Tuned)? })
+/// As [`Generator::go_on`] and [`Generator::step`].
+pub fn compare(generator: &mut Generator, prompts: &[&[u32]], sampling: &Sampling) -> Result<Vec<Comparison>> {
+    let compare = |prompt: &&[u32]| {
+        let mut say = |voice| Ok::<_, Error>(generator.say(voice, prompt, sampling)?.text);
+        let (base, tuned) = (say(Voice::Base)?, say(Voice::Tuned)?);
+        Ok(Comparison { prompt: generator.tokenizer.decode(prompt, false).trim().to_owned(), base, tuned })
     };
     prompts.iter().map(compare).collect()
 }

@@ -1,6 +1,6 @@
 //! Rows of a table, one for each token id. Its input is the token ids, which take no gradient; its table is frozen.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{Call, Gradients, Kernel, Op, Presence, main_weight, same, weight_shape};
 use crate::error::Result;
@@ -20,7 +20,9 @@ pub(super) const OP: Op = Op {
 };
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
-    Ok(main_weight(call)?.index_select(call.inputs[0], 0)?)
+    let rows = main_weight(call)?.index_select(call.inputs[0], 0)?;
+    // A table that is kept in bf16.
+    Ok(if rows.dtype() == DType::BF16 { rows.to_dtype(DType::F32)? } else { rows })
 }
 
 fn vjp(_: &Call<'_>, _: &Tensor) -> Result<Gradients> {

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Call, Gradients, Kernel, Op, Presence, main_weight, weight, weight_shape};
+use super::{Call, Gradients, Kernel, Op, Presence, main_weight, product, weight, weight_shape};
 use crate::error::Result;
 
 pub(super) const OP: Op = Op {
@@ -20,7 +20,7 @@ pub(super) const OP: Op = Op {
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let x = call.inputs[0];
-    let mut y = x.matmul(&main_weight(call)?.t()?)?;
+    let mut y = product(x, main_weight(call)?)?;
     if let Some(bias) = weight(call, "bias") {
         y = y.broadcast_add(bias)?;
     }

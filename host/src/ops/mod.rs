@@ -11,6 +11,7 @@ mod glu;
 mod linear;
 pub mod lm_head;
 mod past;
+mod product;
 mod rms_norm;
 mod rope;
 
@@ -22,6 +23,7 @@ use crate::batch::Layout;
 use crate::error::{Error, Result};
 
 pub use past::Past;
+pub(crate) use product::product;
 
 /// An op: its contract with plugins, and its arithmetic.
 pub struct Op {
@@ -199,11 +201,6 @@ pub(crate) fn count(node: &Node, name: &str) -> usize {
 /// A number attribute of a checked node.
 pub(crate) fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
-}
-
-/// `x · weightᵀ`.
-pub(crate) fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    Ok(x.matmul(&weight.t()?)?)
 }
 
 /// The weight of a role, of a call whose node was checked.

@@ -192,6 +192,7 @@ impl Chat {
 
     /// Shows what is answered; both remember it.
     fn ask(&mut self, prompt: &str) -> Result<()> {
+        self.interrupt.iter().for_each(Interrupt::clear);
         for voice in &self.voices {
             let turns = &mut self.turns[*voice as usize];
             if turns.is_empty() {
@@ -204,7 +205,6 @@ impl Chat {
             Some(columns) => self.side_by_side(columns),
             None => self.one_by_one(),
         };
-        self.interrupt.iter().for_each(Interrupt::clear);
         let answers = answers.inspect_err(|_| {
             self.voices.iter().for_each(|voice| drop(self.turns[*voice as usize].pop()));
         })?;
