@@ -66,7 +66,7 @@ enum Command {
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
     Eval(eval::EvalOptions),
-    /// Talk to a model, to what an adapter made of it, or to both side by side. Without both: the demo's model
+    /// Talk to a model, to what an adapter made of it, or to both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
     /// Fold an adapter into its model: a checkpoint that needs no adapter
     ///
