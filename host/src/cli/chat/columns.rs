@@ -43,7 +43,7 @@ impl Columns {
 
     /// Names above the columns.
     pub(super) fn heading(&self, names: [&str; 2]) -> String {
-        format!("{}\n", self.row(names))
+        self.row(names)
     }
 
     /// What to print for what was added: rows that are whole, then the one that is not.

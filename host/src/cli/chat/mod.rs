@@ -253,7 +253,8 @@ impl Chat {
 
     fn side_by_side(&mut self, mut columns: Columns) -> Result<Vec<Answer>> {
         let mut answers = [self.begin(Voice::Base)?, self.begin(Voice::Tuned)?];
-        self.screen.show(&self.screen.dim(&columns.heading([Voice::Base, Voice::Tuned].map(Voice::name))))?;
+        let heading = columns.heading([Voice::Base, Voice::Tuned].map(Voice::name));
+        self.screen.show(&format!("{}\n", self.screen.dim(&heading)))?;
         while answers.iter().any(|a| a.stop().is_none()) {
             for (side, answer) in answers.iter_mut().enumerate() {
                 match self.step(answer)? {
