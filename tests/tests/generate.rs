@@ -7,7 +7,7 @@ use dpo_host::base::Base;
 use dpo_host::batch::Batch;
 use dpo_host::data::{ChatTokenizer, TokenPair};
 use dpo_host::engine::Engine;
-use dpo_host::generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice};
+use dpo_host::generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice, compare};
 use dpo_host::lora::Adapter;
 use dpo_host::model::Model;
 use dpo_host::ops::Past;
@@ -314,5 +314,27 @@ fn a_turn_ends_where_the_model_ends_it() {
     for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {
         let mut generator = Generator::of(&model, tokenizer(), Box::new(Parrot(end)));
         assert_eq!(go_on(&mut generator, Voice::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
+    }
+}
+
+/// Before and after, as a report shows it.
+#[test]
+fn both_voices_answer_the_same_prompts() {
+    let case = "qwen3";
+    let tokenizer = ChatTokenizer::open(&golden("trajectories").join(case).join("model"), None).unwrap();
+    let prompts: Vec<Vec<u32>> = ["hello", "rice?"].iter().map(|p| tokenizer.encode(p, false).unwrap()).collect();
+    let sampling = Sampling { max_new_tokens: 12, temperature: 1.0, ..Sampling::default() };
+    let mut one = generator(case);
+    let prompts: Vec<&[u32]> = prompts.iter().map(Vec::as_slice).collect();
+    let both = compare(&mut one, &prompts, &sampling).unwrap();
+    assert_eq!(both.iter().map(|c| c.prompt.as_str()).collect::<Vec<_>>(), ["hello", "rice?"]);
+    for (comparison, prompt) in both.iter().zip(&prompts) {
+        for (voice, text) in [(Voice::Base, &comparison.base), (Voice::Tuned, &comparison.tuned)] {
+            let mut alone = generator(case);
+            let mut answer = alone.go_on(voice, prompt.to_vec(), &sampling).unwrap();
+            while alone.step(&mut answer).unwrap().is_some() {}
+            assert_eq!(answer.text(), text, "{voice:?}");
+        }
+        assert_ne!(comparison.base, comparison.tuned);
     }
 }
