@@ -192,13 +192,12 @@ fn texts_of_data_stay_texts() {
     let row = json!({"messages": [turn("user", evil), turn("assistant", evil)], "rejected_response": "no & <b>"});
     let rows = sandbox.write("rows.jsonl", &format!("{row}\n{row}\n"));
     let output = sandbox.path("<i>run");
-    sandbox.write("<i>run/answers.jsonl", &format!("{}\n", json!({"prompt": evil, "before": evil, "after": "kept"})));
     sandbox.ok(&train(&case("model"), &rows, &output, &["--num-epochs", "3", "--eval-steps", "1"]));
     let report = fs::read_to_string(Path::new(&output).join("report.html")).unwrap();
     ["<script", "<img", "<i>run", "<b>\"", "& <"]
         .iter()
         .for_each(|t| assert!(!report.contains(t), "{t} in the report"));
-    ["Sample pairs", "Settings", "class=curve", "&lt;i&gt;run", "kept"]
+    ["Sample pairs", "Settings", "class=curve", "&lt;i&gt;run", "<h4>after</h4>"]
         .iter()
         .for_each(|t| assert!(report.contains(t), "no {t} in the report"));
     let lines = fs::read_to_string(Path::new(&output).join("samples.jsonl")).unwrap();

@@ -176,6 +176,11 @@ fn what_a_run_says_next_works() {
     let answers: Value = serde_json::from_str(&answers).unwrap();
     assert!(answers["base"]["tokens"].is_u64() && answers["tuned"]["tokens"].is_u64(), "{answers}");
     sandbox.ok(merge);
+    let told = std::fs::read_to_string(Path::new(&output).join("answers.jsonl")).unwrap();
+    let told: Vec<Value> = told.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert!(told.len() == 3 && told.iter().all(|t| t["before"].is_string() && t["after"].is_string()), "{told:?}");
+    let report = std::fs::read_to_string(Path::new(&output).join("report.html")).unwrap();
+    assert!(report.contains("<h4>before</h4>"), "the report lacks answers");
     assert!(Path::new(&format!("{output}-merged")).join("model.safetensors").exists());
 
     let lines = timeless(&output);

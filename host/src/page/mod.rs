@@ -23,6 +23,6 @@ pub(crate) const REMARKS: &str = "remarks.jsonl";
 /// A few pairs, token by token.
 pub(crate) const SAMPLES: &str = "samples.jsonl";
 /// Answers to held prompts before and after: `prompt`, `before`, `after`.
-const ANSWERS: &str = "answers.jsonl";
+pub(crate) const ANSWERS: &str = "answers.jsonl";
 
 const STYLE: &str = include_str!("page.css");

@@ -1,5 +1,6 @@
 //! Training: the objective, the reference, the optimizer, the loop, and what it leaves on disk.
 
+mod answers;
 mod checkpoint;
 mod doctor;
 mod interrupt;

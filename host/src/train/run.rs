@@ -19,7 +19,7 @@ use super::metrics::Window;
 use super::optimizer::{AdamW, Moments, clip};
 use super::options::{Dtype, Quantization, TrainOptions};
 use super::samples::Samples;
-use super::{Objective, ObjectiveOptions, Reference, Scores, Step, next, settings, step, unsound};
+use super::{Objective, ObjectiveOptions, Reference, Scores, Step, answers, next, settings, step, unsound};
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
@@ -191,6 +191,14 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     run.train()?;
     console::line(format!("adapter     {}", run.output.join("adapter_model.safetensors").display()));
     let Run { options, output, .. } = &run;
+    // The base is what a continued adapter was before it was an adapter, not before this run.
+    let alone = gpu.is_none() && run.ranks.size() == 1 && options.init_adapter.is_none();
+    if alone && answers::are_cheap(checkpoint.bytes()) {
+        let pairs = if run.validation.is_empty() { &run.pairs } else { &run.validation };
+        let written = Model::open(registry, &folder, options.plugin.as_deref())
+            .and_then(|model| answers::write(&model, run.device.adapter().clone(), pairs, output));
+        written.unwrap_or_else(|e| console::line(format!("warning: the report has no answers: {e}")));
+    }
     let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
     console::line(next::commands(output, rows));
     watchers.iter().for_each(Watchers::farewell);
