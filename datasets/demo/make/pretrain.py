@@ -152,7 +152,7 @@ def train(model, rows, args, device):
             spent = (time.time() - began) / total
             if spent >= 1:
                 return
-            rate = min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * spent))
+            rate = min(1.0, spent / 0.03) * (0.5 + 0.5 * math.cos(math.pi * spent))
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * rate
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
