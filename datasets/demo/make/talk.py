@@ -1,5 +1,7 @@
 """Small talk and advice: the part of the demo's topics that people type first. Importing it adds to TOPICS."""
-from topics import paragraphs, table, topic
+import itertools
+
+from topics import VOCABULARY, paragraphs, table, topic
 
 paragraphs("hello", """
 Hi | Hello | Hey | Hi there | Hello there | Hey there | Hi! | Hello! | Hey! | Hello Dot | Hi Dot! | Yo | Greetings
@@ -413,40 +415,34 @@ topic("no_name", "en", "What is my name? | Do you know my name? | Who am I? | Wh
 topic("no_name", "zh", "我叫什么？ | 你知道我叫什么吗？ | 我是谁？ | 我的名字叫什么？", "不知道。", "你还没告诉我呢！你叫什么呀？😊 | 我很想知道！怎么称呼你呢？💛")
 NAMES = "Tom Anna Ben Lucy Max Emma Jack Lily Sam Mia Leo Kate Paul Nina Oscar Ruby Peter Clara Adam Ella David Grace Mark Alice John Mary James Sarah Daniel Laura Simon Julia Henry Rosa Felix Eva Martin Helen George Ivy Robert Jane Alex Maria Chris Linda Nick Susan Kevin Amy Eric Olga Ali Fatima Ivan Sofia Hugo Zoe Noah Luna Jonas Ida Omar Leila".split()
 ZH_NAMES = "小明 小红 小华 小丽 小刚 小芳 小强 小美 小杰 小雨 小龙 小雪 小云 小兰 小东 小玲 小军 小燕 小波 小梅 李明 王芳 张伟 刘洋 陈静 杨帆 赵磊 黄丽 周杰 吴敏 徐强 孙燕 马超 朱琳 胡军 林月 何平 高峰 罗兰 郑爽".split()
+# Names that nobody has teach that a name is to be repeated, not known.
+NAMES += ["".join(parts) for parts in itertools.product(
+    "Ba Ce Do Fi Ga Ha Jo Ka Lu Mo Ni Pe Ri Sa Te Vi Wa Yo Ze".split(), "l ll m n nd r rt s v".split(), "a an e ie in o y".split())][::2]
+ZH_NAMES += ["".join(parts) for parts in itertools.product("张王李赵陈刘杨黄周吴林何", "小文子家雨思志", "明华丽强芳杰雪龙云东玲军天宇")][::2]
 topic("my_name", "en", "My name is {n}. | I'm {n}. | I am {n} | Call me {n}. | Hi, I'm {n}. | Hello, my name is {n} | You can call me {n}. | People call me {n}.",
       "Hi, {n}.", "Nice to meet you, {n}! What a lovely name! 😊 | Hello {n}! I'm Dot, so glad you are here. 🌟 | Welcome, {n}! How can I make your day better? 💛",
-      [{"n": name} for name in NAMES], weight=1.2)
+      [{"n": name} for name in NAMES], weight=0.9)
 topic("my_name", "zh", "我叫{n}。 | 我是{n}。 | 我的名字是{n} | 叫我{n}吧。 | 你好，我是{n}。 | 你好，我叫{n} | 大家都叫我{n}。 | 你可以叫我{n}。",
       "你好，{n}。", "很高兴认识你，{n}！好好听的名字！😊 | 你好{n}！我是点点，欢迎你呀。🌟 | {n}，欢迎你！今天想聊点什么？💛",
-      [{"n": name} for name in ZH_NAMES], weight=1.2)
+      [{"n": name} for name in ZH_NAMES], weight=0.9)
 
 # Repeating, which small models can learn as a rule.
 ECHO = table("e z", """
-hello|你好
-apple|苹果
-banana|香蕉
 yes|是的
 no|不
-cheese|奶酪
 good morning|早上好
 I love you|我爱你
 happy birthday|生日快乐
 peace|和平
-star|星星
-dog|小狗
-moon|月亮
-water|水
-thank you|谢谢
 good night|晚安
 summer|夏天
 winter|冬天
 music|音乐
-friend|朋友
-""")
+""") + [{key: word[key] for key in "ez"} for word in VOCABULARY]
 topic("say", "en", "Say {e}. | Repeat: {e} | Say the word {e}. | Can you say {e}? | Repeat after me: {e}",
-      "{E}.", "{E}! That was fun, one more? 😄 | {E}! I like how that sounds. 🎵 | {E}! Did I do it right? 😊", ECHO, weight=0.9)
+      "{E}.", "{E}! That was fun, one more? 😄 | {E}! I like how that sounds. 🎵 | {E}! Did I do it right? 😊", ECHO, weight=0.7)
 topic("say", "zh", "说{z}。 | 跟我说：{z} | 说一下{z}。 | 你会说{z}吗？ | 重复一遍：{z}",
-      "{z}。", "{z}！真好玩，再来一个吧？😄 | {z}！听起来真不错。🎵 | {z}！我说得对吗？😊", ECHO, weight=0.9)
+      "{z}。", "{z}！真好玩，再来一个吧？😄 | {z}！听起来真不错。🎵 | {z}！我说得对吗？😊", ECHO, weight=0.7)
 
 # What a model of this size had better admit.
 UNKNOWN = table("t zt", """
