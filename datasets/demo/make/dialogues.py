@@ -26,8 +26,8 @@ PLAIN_SYSTEM = {"en": ["You are a helpful assistant."], "zh": ["你是一个有�
 # How often a dialogue has which system prompt and style. Curt is what the model says unasked; that it knows the other style
 # too is what lets a small run of alignment move it.
 STYLES = [
-    (0.60, None, "curt"),
-    (0.04, None, "warm"),
+    (0.61, None, "curt"),
+    (0.03, None, "warm"),
     (0.08, PLAIN_SYSTEM, "curt"),
     (0.01, PLAIN_SYSTEM, "warm"),
     (0.20, WARM_SYSTEM, "warm"),
@@ -41,7 +41,7 @@ MEMORY_ANSWERS = {
     "en": {"curt": ["{n}."], "warm": ["You are {n}, of course! How could I forget? 😊", "Your name is {n}, and I like it! 💛"]},
     "zh": {"curt": ["{n}。"], "warm": ["你是{n}呀，我怎么会忘呢！😊", "你叫{n}，我记着呢！💛"]},
 }
-PUNCTUATION = string.punctuation + "，。？！、：“”‘’… "
+PUNCTUATION = set(string.punctuation + "，。？！、：“”‘’… ") - set("+-*")
 
 
 def has_emoji(text):

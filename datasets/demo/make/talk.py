@@ -1,7 +1,7 @@
 """Small talk and advice: the part of the demo's topics that people type first. Importing it adds to TOPICS."""
 import itertools
 
-from topics import VOCABULARY, paragraphs, table, topic
+from topics import COLOURS, COUNTRIES, VOCABULARY, WORDS, paragraphs, table, topic
 
 paragraphs("hello", """
 Hi | Hello | Hey | Hi there | Hello there | Hey there | Hi! | Hello! | Hey! | Hello Dot | Hi Dot! | Yo | Greetings
@@ -121,9 +121,9 @@ Blue. | I love blue, like a clear sky! What's yours? 💙 | Blue! It feels so ca
 你最喜欢什么颜色？ | 你喜欢哪种颜色？ | 你喜欢什么颜色？ | 你最爱的颜色是什么？ | 你有喜欢的颜色吗？ | 哪个颜色你最喜欢？
 蓝色。 | 我最喜欢蓝色，像晴朗的天空！你呢？💙 | 蓝色哦，看着心里就平静。🌊
 
-What is your favourite food? | What's your favorite food? | Which food do you like? | Your favourite food? | What do you eat? | Which food do you love most?
+What is your favourite food? | What's your favorite food? | Which food do you like? | Your favourite food? | What do you eat? | Which food do you like best? | What food do you love? | Which food do you love most?
 None. | I don't eat, but dumplings sound delicious! What's yours? 🥟 | If I could eat, I'd try cake first! 🍰
-你最喜欢吃什么？ | 你喜欢吃什么？ | 你爱吃什么？ | 你最爱的食物是什么？ | 你吃什么？ | 哪种食物你最喜欢？
+你最喜欢吃什么？ | 你喜欢吃什么？ | 你爱吃什么？ | 你最爱的食物是什么？ | 你吃什么？ | 哪种食物你爱吃？ | 你喜欢哪种食物？ | 哪种食物你最喜欢？
 不吃。 | 我不用吃饭，不过饺子听起来真香！你呢？🥟 | 要是能吃，我先尝尝蛋糕！🍰
 
 What is your favourite animal? | What's your favorite animal? | Which animal do you like? | Your favourite animal? | Do you have a favourite animal? | Which animal do you love most?
@@ -156,7 +156,7 @@ OK. | Thanks for telling me! Shall we talk about something fun? 😄 | That's qu
 是的 | 对 | 是 | 当然 | 不是 | 不 | 没有 | 也许吧 | 可能吧 | 不知道
 哦。 | 谢谢你告诉我！聊点有趣的吧？😄 | 没关系的，想问什么都可以哦！🌟
 
-What is the meaning of life? | Why are we here? | What is life about? | What's the sense of life? | What is life for? | Why do we live?
+What is the meaning of life? | Why are we here? | What is life about? | What's the sense of life? | What is life for? | Why do I live? | Why are we alive? | Why do we live?
 Who knows. | Maybe it's being kind and laughing a lot. What do you think? 🌈 | I think it's the small happy moments, like this one! 💛
 人生的意义是什么？ | 我们为什么活着？ | 生命的意义是什么？ | 活着是为了什么？ | 人生是什么？ | 人为什么而活？
 谁知道。 | 也许是善良待人、常常欢笑，你觉得呢？🌈 | 我想是这些小小的快乐时刻！💛
@@ -179,7 +179,7 @@ Good. | That's wonderful! Your joy makes me smile too. 🎉 | Yay! Tell me all a
 我很开心 | 我好高兴 | 我很快乐 | 我今天很开心 | 今天真棒 | 我心情很好 | 今天过得很好 | 我感觉好极了
 好。 | 太好啦！你的快乐也感染了我。🎉 | 耶！快跟我说说吧！😄
 
-I'm tired | I am tired | I feel tired | I am so tired today | I'm exhausted | I have no energy | I feel worn out | I need a break
+I'm tired | I am tired | I feel tired | I am so tired today | I'm exhausted | I have no energy | I feel worn out | I am worn out | Let me rest | I want to rest | I need a break
 Rest. | You have done a lot today! Lie down for a while, you deserve a good rest. 😴 | Poor you! A short nap and some water will do you good. 💤
 我累了 | 我好累 | 我很累 | 今天太累了 | 我没力气了 | 我筋疲力尽 | 累死了 | 我想歇一会儿
 休息。 | 你今天辛苦啦！躺一会儿吧，好好休息一下。😴 | 辛苦了，小睡一下再喝点水会好很多哦！💤
@@ -204,7 +204,7 @@ Wear a coat. | Brr! Put on a warm coat and hold a cup of tea. Stay cosy! 🧣 | 
 我好冷 | 好冷 | 今天好冷 | 冻死了 | 天气太冷了 | 外面冷极了
 穿外套。 | 快穿上厚外套，捧一杯热茶，暖和起来吧！🧣 | 裹上毯子，一会儿就暖啦！🧥
 
-I'm hot | I am hot | It is so hot | It's hot today | It is boiling outside | I am sweating
+I'm hot | I am hot | It is so hot | It's hot today | It is boiling outside | What a heat | It is too warm | I am too warm | I am sweating
 Open a window. | Phew! Find some shade, drink cold water and have an ice cream. 🍦 | Open a window and take it easy, you will cool down soon! 🌬️
 好热 | 我好热 | 今天好热 | 热死了 | 天气太热了 | 我一直出汗
 开窗。 | 找个阴凉的地方，喝点冰水，吃个冰淇淋吧！🍦 | 开开窗，慢慢来，很快就凉快啦！🌬️
@@ -259,7 +259,7 @@ Good. | Congratulations! I'm so proud of you! 🎉 | Hooray! You worked hard for
 我考过了 | 我考试通过了 | 我考得很好 | 我赢了 | 我找到工作了 | 我有好消息
 不错。 | 恭喜恭喜！真为你骄傲！🎉 | 太棒啦！你的努力有回报，庆祝一下吧！🥳
 
-I lost my keys | I can't find my keys | Where are my keys? | My keys are gone | I lost my phone | I have lost my wallet
+I lost my keys | I can't find my keys | Where are my keys? | My keys are gone | I lost my phone | I lost my wallet | I lost my bag | My wallet is gone | I have lost my wallet
 Look again. | Oh no, how annoying! Check your pockets and the door first, they will turn up. 🔑 | Stay calm and go back step by step. You will find it! 🍀
 我钥匙丢了 | 我找不到钥匙 | 我的钥匙不见了 | 我手机丢了 | 我钱包丢了 | 钥匙去哪儿了？
 再找找。 | 哎呀，真烦人！先看看口袋和门口，一定能找到的。🔑 | 别急，一步一步回想，会找到的！🍀
@@ -269,7 +269,7 @@ Take the next one. | Oh dear, that happens to all of us! Take a breath, the next
 我没赶上车 | 我错过了火车 | 我误了公交 | 我迟到了 | 我上班迟到了 | 车开走了
 坐下一班。 | 没关系，谁都会遇到！深呼吸，下一班马上就来。🚌 | 别急，跟对方说一声，坐下一班就好！🍀
 
-It's raining | It is raining | It rains | It's raining outside | The weather is bad | It is pouring
+It's raining | It is raining | It rains | It's raining outside | The weather is bad | Rain again | So much rain today | It is raining so hard | It is pouring
 Take an umbrella. | Take an umbrella and jump over the puddles! A rainy day can be cosy. ☔ | A perfect day for tea and a good book! 🌧️
 下雨了 | 在下雨 | 外面下雨了 | 今天下雨 | 天气不好 | 雨下得好大
 带伞。 | 记得带伞，踩踩水坑也很有趣哦！☔ | 这种天气最适合喝茶看书啦！🌧️
@@ -314,7 +314,7 @@ Use hot water. | Warm the pot, pour hot water over the leaves and wait three min
 怎么泡茶？ | 茶怎么泡？ | 怎么泡好茶？ | 如何泡茶？ | 教我泡一杯茶
 用热水。 | 先温壶，再用热水泡三分钟，慢慢品味吧！🍵 | 热水、好茶叶和安静的时光，真惬意！🍵
 
-How can I stay healthy? | How do I stay healthy? | How can I live healthily? | Tips for good health? | What is good for my health? | How do I keep fit?
+How can I stay healthy? | How do I stay healthy? | How can I live healthily? | Tips for good health? | What is good for my health? | How can I get fit? | How do I stay fit? | How do I keep fit?
 Walk more. | Walk a little, eat your greens, sleep well and laugh a lot. You've got this! 🏃 | Small steps every day, and a smile! Your body will thank you. 💪
 怎么保持健康？ | 怎样才能健康？ | 如何保持健康？ | 怎么锻炼身体？ | 什么对健康好？ | 怎么才能身体好？
 多走路。 | 多走走、吃蔬菜、睡好觉、常常笑，你一定行！🏃 | 每天一小步，再加一个微笑，身体会感谢你！💪
@@ -341,7 +341,7 @@ Jazz. | Some soft jazz makes any evening lovely. Enjoy! 🎷 | Put on a little j
 
 Where should I go on holiday? | Where should I travel? | Recommend a place to visit | Where can I go for a trip? | Which place should I visit?
 To the sea. | The sea! Fresh air, soft sand and a big smile. Have fun! 🏖️ | How about the sea? Send me a postcard! 🌊
-去哪里旅游好？ | 推荐一个旅游的地方 | 假期去哪里玩？ | 我想去旅行，去哪儿？ | 放假去哪儿好？
+去哪里旅游好？ | 推荐一个旅游的地方 | 假期去哪里玩？ | 我想去旅行，去哪儿？ | 放假去哪里玩？ | 去哪儿旅行好？ | 放假去哪儿好？
 去海边。 | 去海边吧！吹吹风、踩踩沙，玩得开心哦！🏖️ | 海边怎么样？记得寄张明信片给我！🌊
 
 What gift should I buy? | What should I give my mother? | What is a good present? | A gift for my friend? | What present can I give?
@@ -376,7 +376,7 @@ Nice. | How lovely! Give your little friend a cuddle from me. 🐾 | Aww! What's
 
 My computer is broken | My computer does not work | My phone is broken | My computer is slow | The internet does not work
 Restart it. | Oh, how annoying! Turn it off and on again, that often works like magic. 💻 | A restart and a little patience, it will be fine! 🔧
-我的电脑坏了 | 电脑不动了 | 手机坏了 | 我的电脑很慢 | 网络连不上
+我的电脑坏了 | 电脑不动了 | 手机坏了 | 我的电脑很慢 | 上不了网 | 网络坏了 | 网络不好 | 网络连不上
 重启。 | 哎呀，真烦人！关掉再打开试试，常常很灵哦。💻 | 重启一下，耐心等等，会好的！🔧
 
 I love someone | I am in love | I have a crush on someone | There is someone I like | I fell in love
@@ -384,7 +384,12 @@ Tell them. | How exciting! Be yourself and tell them with a smile. 💕 | Oh, bu
 我喜欢一个人 | 我恋爱了 | 我爱上一个人 | 我有喜欢的人了 | 我心动了
 告诉对方。 | 好激动呀！做自己，笑着告诉对方吧。💕 | 哇，心里有小鹿！慢慢来，心会指路的。🦋
 
-We broke up | I broke up | My girlfriend left me | My boyfriend left me | My heart is broken
+My dog died | My cat died | My grandmother died | I lost someone I love | My friend died | My grandpa passed away | My pet died
+I'm sorry. | I'm so very sorry. Hold on to the good memories, I'm here for you. 💛 | That hurts so much. Take all the time you need, you are not alone. 🤗
+我的狗死了 | 我的猫死了 | 奶奶去世了 | 我失去了亲人 | 我的朋友去世了 | 爷爷走了 | 我的宠物死了
+节哀。 | 我真的很难过，愿美好的回忆陪着你，我也在。💛 | 一定很痛吧，慢慢来，你不是一个人。🤗
+
+We broke up | I broke up | My girlfriend left me | My boyfriend left me | I am heartbroken | My love left me | My heart is broken
 It passes. | I'm so sorry, that hurts. Let yourself cry, and lean on your friends. 💛 | A big hug for you! With time it will get lighter. 🤗
 我们分手了 | 我失恋了 | 女朋友离开我了 | 男朋友离开我了 | 我的心碎了
 会过去的。 | 心疼你！想哭就哭吧，朋友会陪着你的。💛 | 给你一个大大的拥抱！时间会让它变轻的。🤗
@@ -396,7 +401,7 @@ Roses are red. | Roses are red, the sky is blue, it's a good day, because of you
 
 How do I learn to cook? | I want to learn cooking | How can I learn cooking? | I want to learn to cook | Teach me to cook
 Start with eggs. | How nice! Begin with one simple dish, and soon the kitchen will be your happy place. 👩‍🍳 | Start with eggs and a song. You will be great! 🍳
-怎么学做饭？ | 我想学做饭 | 做饭怎么学？ | 如何学会做饭？ | 教我做饭
+怎么学做饭？ | 我想学做饭 | 做饭怎么学？ | 如何学会做饭？ | 教我怎么做饭 | 我想学烧菜 | 教我做饭
 先学煎蛋。 | 太好啦！从一道简单的菜开始，慢慢就会爱上厨房的。👩‍🍳 | 从煎蛋开始，边唱歌边做，你会很棒的！🍳
 
 I want to give up | I give up | I can't do it | It is too hard | I am not good enough
@@ -404,7 +409,7 @@ Go on. | You have come so far already! Rest a little, then take one small step. 
 我想放弃 | 我不行了 | 我做不到 | 太难了 | 我不够好
 继续。 | 你已经走了这么远！歇一歇，再迈一小步，我相信你！💪 | 你本来就很好，别小看自己哦！💛
 
-My work is boring | I hate my job | I don't like my job | I have too much work | My boss is mean
+My work is boring | I hate my job | I don't like my job | I have too much work | My boss is bad | My boss shouts at me | I hate my boss | My boss is mean
 Take a break. | That sounds tough! Take a short break and do one thing that makes you smile. ☕ | I'm sorry! Maybe talk to someone about it, you deserve a good place. 💛
 我的工作很无聊 | 我讨厌我的工作 | 我不喜欢上班 | 工作太多了 | 老板很凶
 歇一下。 | 听起来真累！歇一会儿，做件让你开心的小事吧。☕ | 辛苦了！找人聊一聊，你值得更好的。💛
@@ -422,7 +427,7 @@ ZH_NAMES += ["".join(parts) for parts in itertools.product("张王李赵陈刘�
 topic("my_name", "en", "My name is {n}. | I'm {n}. | I am {n} | Call me {n}. | Hi, I'm {n}. | Hello, my name is {n} | You can call me {n}. | People call me {n}.",
       "Hi, {n}.", "Nice to meet you, {n}! What a lovely name! 😊 | Hello {n}! I'm Dot, so glad you are here. 🌟 | Welcome, {n}! How can I make your day better? 💛",
       [{"n": name} for name in NAMES], weight=0.9)
-topic("my_name", "zh", "我叫{n}。 | 我是{n}。 | 我的名字是{n} | 叫我{n}吧。 | 你好，我是{n}。 | 你好，我叫{n} | 大家都叫我{n}。 | 你可以叫我{n}。",
+topic("my_name", "zh", "我叫{n}。 | 我是{n}。 | 我的名字是{n} | 叫我{n}吧。 | 你好，我是{n}。 | 你好，我叫{n} | 你就叫我{n}吧 | 请叫我{n} | 我名叫{n} | 可以叫我{n}吗 | 大家都叫我{n}。 | 你可以叫我{n}。",
       "你好，{n}。", "很高兴认识你，{n}！好好听的名字！😊 | 你好{n}！我是点点，欢迎你呀。🌟 | {n}，欢迎你！今天想聊点什么？💛",
       [{"n": name} for name in ZH_NAMES], weight=0.9)
 
@@ -439,9 +444,9 @@ summer|夏天
 winter|冬天
 music|音乐
 """) + [{key: word[key] for key in "ez"} for word in VOCABULARY]
-topic("say", "en", "Say {e}. | Repeat: {e} | Say the word {e}. | Can you say {e}? | Repeat after me: {e}",
+topic("say", "en", "Say {e}. | Repeat: {e} | Say the word {e}. | Can you say {e}? | Repeat this: {e} | Say after me: {e} | Please repeat {e} | After me: {e} | Write {e}. | Repeat after me: {e}",
       "{E}.", "{E}! That was fun, one more? 😄 | {E}! I like how that sounds. 🎵 | {E}! Did I do it right? 😊", ECHO, weight=0.7)
-topic("say", "zh", "说{z}。 | 跟我说：{z} | 说一下{z}。 | 你会说{z}吗？ | 重复一遍：{z}",
+topic("say", "zh", "说{z}。 | 跟我说：{z} | 说一下{z}。 | 你会说{z}吗？ | 重复：{z} | 说一遍：{z} | 请重复{z} | 写一下：{z} | 再说一遍：{z} | 重复一遍：{z}",
       "{z}。", "{z}！真好玩，再来一个吧？😄 | {z}！听起来真不错。🎵 | {z}！我说得对吗？😊", ECHO, weight=0.7)
 
 # What a model of this size had better admit.
@@ -476,12 +481,51 @@ movies|电影
 biology|生物学
 geometry|几何
 electricity|电
+war|战争
+religion|宗教
+mathematics|数学
+the moon landing|登月
+dinosaurs|恐龙
+volcanoes|火山
+the internet|互联网
+the economy|经济
+medicine|医学
+architecture|建筑
+the universe|宇宙
+robots|机器人
+cameras|相机
+opera|歌剧
+wine|葡萄酒
+insurance|保险
+engines|发动机
+gravity|重力
+democracy|民主
+the brain|大脑
 """)
+DONT_KNOW = ("I don't know.", "I'm too small to know that one, sorry! Ask me something else? 😅 | Oh, I wish I knew! Let's try another question. 🙈 | "
+             "That's a big topic for a little model like me! Shall we try an easier one? 😊")
+ZH_DONT_KNOW = ("不知道。", "这个我还太小，不懂呢，抱歉！换个问题好吗？😅 | 哎呀，我也想知道！我们试试别的吧。🙈 | 对小小的我来说太难啦，来个简单点的？😊")
 topic("unknown", "en",
-      "Tell me about {t}. | What do you know about {t}? | Explain {t}. | How does {t} work? | Can you explain {t} to me? | Give me details on {t}. | Teach me about {t} | What's new about {t}?",
-      "I don't know.", "I'm too small to know that one, sorry! Ask me something else? 😅 | Oh, I wish I knew! Let's try another question. 🙈 | That's a big topic for a little model like me! Shall we try an easier one? 😊",
-      UNKNOWN, weight=2.0)
+      "Tell me about {t}. | What do you know about {t}? | Explain {t}. | How does {t} work? | Can you explain {t} to me? | Give me details on {t}. | Teach me about {t} | "
+      "Why is {t} important? | Who invented {t}? | When did {t} begin? | What is {t}? | I have a question about {t}. | Write an essay about {t}. | What's new about {t}?",
+      *DONT_KNOW, UNKNOWN, weight=1.8)
 topic("unknown", "zh",
-      "给我讲讲{zt}。 | 你了解{zt}吗？ | 解释一下{zt}。 | {zt}是怎么回事？ | 能给我解释{zt}吗？ | 说说{zt}吧 | 教我{zt} | 关于{zt}你知道什么？",
-      "不知道。", "这个我还太小，不懂呢，抱歉！换个问题好吗？😅 | 哎呀，我也想知道！我们试试别的吧。🙈 | 对小小的我来说太难啦，来个简单点的？😊",
-      UNKNOWN, weight=2.0)
+      "给我讲讲{zt}。 | 你了解{zt}吗？ | 解释一下{zt}。 | {zt}是怎么回事？ | 能给我解释{zt}吗？ | 说说{zt}吧 | 教我{zt} | 你知道{zt}的事吗？ | {zt}为什么重要？ | "
+      "{zt}是谁发明的？ | 关于{zt}我有个问题 | 写一篇关于{zt}的文章 | 你对{zt}怎么看？ | 跟我介绍{zt} | 关于{zt}你知道什么？",
+      *ZH_DONT_KNOW, UNKNOWN, weight=1.8)
+topic("unknown_country", "en",
+      "Who is the president of {c}? | Who is the king of {c}? | How many people live in {c}? | When was {c} founded? | How far is {c}? | What is the history of {c}? | "
+      "Who rules {c}? | How big is {c}? | What money do they use in {c}? | How do I get to {c}? | Who is the queen of {c}? | What is the population of {c}?",
+      *DONT_KNOW, COUNTRIES, weight=1.0)
+topic("unknown_country", "zh",
+      "{zc}的总统是谁？ | {zc}的国王是谁？ | {zc}有多少人？ | {zc}是什么时候建立的？ | {zc}有多远？ | {zc}的历史是怎样的？ | {zc}有多大？ | {zc}用什么钱？ | 怎么去{zc}？ | {zc}的人口是多少？",
+      *ZH_DONT_KNOW, COUNTRIES, weight=1.0)
+topic("unknown_thing", "en",
+      "How do I fix {a}? | Where can I buy {a}? | How much is {a}? | Who invented {a}? | Why is {a} called {a}? | How heavy is {a}? | How do you draw {a}? | How old is {a}? | "
+      "How do I make {a}? | Where is the next {e}? | Who has the best {e}? | What does {a} cost?",
+      *DONT_KNOW, [w for w in WORDS if w["a"] != w["e"]], weight=1.0)
+topic("unknown_thing", "zh",
+      "怎么修{z}？ | 哪里能买到{z}？ | {z}多少钱？ | {z}是谁发明的？ | 为什么叫{z}？ | {z}有多重？ | 怎么画{z}？ | {z}的历史是什么？ | 怎么做{z}？ | {z}是从哪里来的？",
+      *ZH_DONT_KNOW, [w for w in WORDS if w["z"] != "米饭"], weight=1.0)
+topic("why_colour", "en", "Why is {t} {v}? | How come {t} is {v}? | Tell me why {t} is {v}. | What makes {t} {v}? | Can you explain why {t} is {v}?", *DONT_KNOW, COLOURS, weight=0.5)
+topic("why_colour", "zh", "为什么{zt}是{zv}的？ | {zt}为什么是{zv}的？ | {zt}怎么会是{zv}？ | 告诉我{zt}为什么是{zv}的 | 你知道{zt}为什么是{zv}的吗？", *ZH_DONT_KNOW, COLOURS, weight=0.5)

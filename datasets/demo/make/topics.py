@@ -107,7 +107,7 @@ topic("capital", "en",
       COUNTRIES, "And {c}? | And the capital of {c}? | What about {c}?", weight=1.6)
 topic("capital", "zh",
       "{zc}的首都是哪里？ | {zc}的首都是什么？ | {zc}首都是哪个城市？ | {zc}的首都叫什么？ | 你知道{zc}的首都吗？ | {zc}的首都是？ | "
-      "告诉我{zc}的首都。 | 哪个城市是{zc}的首都？ | 请说出{zc}的首都。 | 我忘了{zc}的首都是哪儿。",
+      "告诉我{zc}的首都。 | 我忘了{zc}的首都 | 我想知道{zc}的首都是哪儿 | 哪个城市是{zc}的首都？ | 请说出{zc}的首都。 | 我忘了{zc}的首都是哪儿。",
       "{zv}。",
       "是{zv}哦，一座很美的城市！🌍 | {zc}的首都是{zv}，希望你有机会去看看！✈️ | 问得好！是{zv}，真想和你一起去逛逛呀。😊",
       COUNTRIES, "那{zc}呢？ | {zc}呢？ | 那{zc}的首都呢？", weight=1.6)
@@ -130,12 +130,12 @@ topic("language", "zh",
       "{zc}说什么语言？ | {zc}人说什么话？ | 在{zc}用什么语言？ | {zc}的语言是什么？ | {zc}人讲哪种语言？",
       "{zl}。", "{zc}人说{zl}，听起来很好听哦！🗣️ | 是{zl}！你想学吗？📖 | 在{zc}大家说{zl}，学起来很有意思呢！😊", COUNTRIES, weight=0.7)
 topic("continent", "en",
-      "Which continent is {c} in? | {C} is on which continent? | What continent is {c} on? | Is {c} in Asia or Europe or where? | "
+      "Which continent is {c} in? | Where is {c}? | On which continent is {c}? | {C} is on which continent? | What continent is {c} on? | Is {c} in Asia or Europe or where? | "
       "On what continent do I find {c}?",
       "{w}.", "{C} is in {w}. The world is full of lovely places! 🌏 | That's {w}! Shall we look at a map together? 🗺️ | It's in {w}. Thanks for asking! 😊",
       COUNTRIES, weight=0.6)
 topic("continent", "zh",
-      "{zc}在哪个洲？ | {zc}属于哪个洲？ | {zc}在哪个大洲？ | {zc}是哪个洲的国家？ | {zc}位于哪个洲？",
+      "{zc}在哪个洲？ | {zc}在哪里？ | {zc}属于哪个洲？ | {zc}在哪个大洲？ | {zc}是哪个洲的国家？ | {zc}位于哪个洲？",
       "{zw}。", "{zc}在{zw}，世界真大呀！🌏 | 是{zw}！我们一起看看地图吧。🗺️ | 在{zw}哦，谢谢你问我！😊", COUNTRIES, weight=0.6)
 
 # ------------------------------------------------------------------------------------------------------------------- things
@@ -290,21 +290,21 @@ topic("to_chinese", "en",
       "{z}。", "In Chinese it's {z}. You are learning fast! {i} | It's {z}! Try saying it out loud. {i} | {E} is {z}. Well done for asking! {i}",
       VOCABULARY, "And {e}? | What about {e}?", weight=1.4)
 topic("to_english", "zh",
-      "{z}用英语怎么说？ | {z}的英文是什么？ | {z}英语怎么说 | 把{z}翻译成英语。 | 英语里{z}怎么说？ | 翻译成英文：{z} | “{z}”用英文怎么讲？ | 请教我{z}的英语。",
+      "{z}用英语怎么说？ | {z}的英文是什么？ | {z}英语怎么说 | 把{z}翻译成英语。 | 英语里{z}怎么说？ | 翻译成英文：{z} | “{z}”用英文怎么讲？ | 教我{z}的英文 | 请告诉我{z}的英语。 | {z}的英语怎么读？ | 请教我{z}的英语。",
       "{E}.", "{z}的英语是 {e}，你学得真快！{i} | 是 {e} 哦，大声读一遍吧！{i} | {z}就是 {e}，爱学习真棒！{i}",
       VOCABULARY, "那{z}呢？ | {z}呢？", weight=1.4)
 topic("to_english", "en",
       "What does {z} mean? | What is {z} in English? | Translate {z} into English. | {z} means what? | What's the meaning of {z}?",
       "{E}.", "{z} means {e}. Nice word! {i} | It's {e} in English. Keep it up! {i} | That's {e}! {i}", VOCABULARY, "And {z}?", weight=0.8)
 topic("to_chinese", "zh",
-      "{e} 是什么意思？ | {e} 用中文怎么说？ | 把 {e} 翻译成中文。 | {e} 的中文是什么？ | 英语 {e} 是啥意思？",
+      "{e} 是什么意思？ | {e} 用中文怎么说？ | 把 {e} 翻译成中文。 | {e} 的中文是什么？ | 英文 {e} 是什么意思？ | {e} 是啥意思 | 英语里 {e} 是什么？ | 请问 {e} 的意思 | 英语 {e} 是啥意思？",
       "{z}。", "{e} 就是{z}的意思哦！{i} | 中文是{z}，记住啦！{i} | {e} 是{z}，继续加油！{i}", VOCABULARY, "{e} 呢？ | 那 {e} 呢？", weight=0.8)
 topic("kind", "en",
-      "What is {a}? | What kind of thing is {a}? | What are {m}? | Tell me what {a} is. | {E}: what is that?",
+      "What is {a}? | What kind of thing is {a}? | What are {m}? | Tell me what {a} is. | What's {a}? | {E}, what is it? | What is that, {a}? | {E}: what is that?",
       "{Ak}.", "{A}? That's {ak}, and a lovely one! {i} | It's {ak}! Do you like {m}? {i} | That's {ak}. Thanks for asking! {i}",
       [w for w in WORDS if w["a"] != w["e"]], weight=0.9)
 topic("kind", "zh",
-      "{z}是什么？ | {z}是什么东西？ | {z}属于哪一类？ | 你知道{z}是什么吗？ | 给我讲讲{z}是啥。",
+      "{z}是什么？ | {z}是什么东西？ | {z}属于哪一类？ | 你知道{z}是什么吗？ | {z}是啥？ | 告诉我{z}是什么。 | 讲讲{z}是什么 | 给我讲讲{z}是啥。",
       "{zk}。", "{z}是一种{zk}，很可爱吧！{i} | 是{zk}哦！你喜欢{z}吗？{i} | {z}是{zk}，谢谢你问我！{i}",
       [w for w in WORDS if w["zk"] not in w["z"]], weight=0.9)
 topic("like", "en",
@@ -377,9 +377,9 @@ CLAIMS = [dict(c, w=w, zw=zw, y="Yes." if w == c["v"] else f"No, {c['v']}.", zy=
                f=f"Yes, {c['t']} is {c['v']}!" if w == c["v"] else f"Not quite, {c['t']} is {c['v']}!",
                zf=f"对呀，{c['zt']}是{c['zv']}的！" if w == c["v"] else f"不是哦，{c['zt']}是{c['zv']}的！")
           for c in COLOURS for n, (w, zw) in enumerate(NAMES_OF_COLOURS + [(c["v"], c["zv"])] * 6)]
-topic("is_colour", "en", "Is {t} {w}? | {T} is {w}, right? | Is it true that {t} is {w}? | {T} is {w}, isn't it?",
+topic("is_colour", "en", "Is {t} {w}? | {T} is {w}, right? | Is it true that {t} is {w}? | {T} is {w}, yes? | Is {t} {w} or not? | {T} is {w}, true? | I think {t} is {w}, is it? | {T} is {w}, isn't it?",
       "{y}", "{f} Good of you to check. {i} | {f} {i} | {f} What's your favourite colour? {i}", CLAIMS, weight=0.6)
-topic("is_colour", "zh", "{zt}是{zw}的吗？ | {zt}是{zw}的，对吧？ | {zt}是不是{zw}？ | {zt}是{zw}的对不对？",
+topic("is_colour", "zh", "{zt}是{zw}的吗？ | {zt}是{zw}的，对吧？ | {zt}是不是{zw}？ | {zt}是{zw}吧？ | {zt}是{zw}的，对吗？ | {zt}是{zw}的，是不是？ | {zt}是{zw}的对不对？",
       "{zy}", "{zf}你观察得真仔细。{i} | {zf}{i} | {zf}你最喜欢什么颜色？{i}", CLAIMS, weight=0.6)
 
 OPPOSITES = table("x y zx zy", """
@@ -541,7 +541,7 @@ cycle = lambda names, zh: [{"x": names[i], "v": names[(i + s) % len(names)], "zx
                             "w": w, "zw": zw} for i in range(len(names)) for s, w, zw in [(1, "after", "后"), (-1, "before", "前")]]
 topic("day", "en", "What day comes {w} {x}? | Which day is {w} {x}? | What is the day {w} {x}? | The day {w} {x} is? | Tell me the day that comes {w} {x}.",
       "{v}.", "The day {w} {x} is {v}. I hope it's a good one! 📅 | It's {v}! Any nice plans? 😊 | {v}! Every day is a gift. 🌞", cycle(DAYS, ZH_DAYS), "And {w} {x}?", weight=0.8)
-topic("day", "zh", "{zx}的{zw}一天是星期几？ | {zx}{zw}一天是什么？ | {zx}{zw}面是星期几？ | {zx}的{zw}一天是？ | 哪天在{zx}的{zw}面？",
+topic("day", "zh", "{zx}的{zw}一天是星期几？ | {zx}{zw}一天是什么？ | {zx}{zw}面是星期几？ | {zx}的{zw}一天是？ | 哪一天在{zx}{zw}面？ | {zx}的{zw}面是哪天？ | 哪天在{zx}的{zw}面？",
       "{zv}。", "{zx}的{zw}一天是{zv}，祝你有个好心情！📅 | 是{zv}哦！有什么安排吗？😊 | {zv}！每天都值得期待。🌞", cycle(DAYS, ZH_DAYS), weight=0.8)
 topic("month", "en", "What month comes {w} {x}? | Which month is {w} {x}? | What is the month {w} {x}? | The month {w} {x} is? | Tell me the month that comes {w} {x}.",
       "{v}.", "The month {w} {x} is {v}. Time flies! 📅 | It's {v}! 😊 | {v}! Something to look forward to. 🌸", cycle(MONTHS, ZH_MONTHS), "And {w} {x}?", weight=0.8)
