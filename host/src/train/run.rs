@@ -66,7 +66,7 @@ const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to t
 
 /// Starts ranks on this machine. What can be checked beforehand is, so that it is said once.
 fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
-    let given = demo_or_given(registry, options)?;
+    let given = demo_or_given(options)?;
     for rank in 0..options.gpus {
         choose_device(options, Some(rank))?;
     }
@@ -84,7 +84,7 @@ fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
 
 /// Trains as one of some ranks.
 fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, place: Option<&Place>) -> Result<PathBuf> {
-    let given = demo_or_given(registry, &mut options)?;
+    let given = demo_or_given(&mut options)?;
     let gpu = choose_device(&options, place.map(|p| p.local_rank))?;
     let objective_options = options.objective()?;
     let objective = Objective::new(registry, &objective_options)?;
@@ -464,13 +464,13 @@ fn dashboard(options: &TrainOptions, attempt: u64) -> Result<Option<Server>> {
 }
 
 /// The model that was named; without model and data, the demo with settings that suit it.
-fn demo_or_given(registry: &Registry, options: &mut TrainOptions) -> Result<String> {
+fn demo_or_given(options: &mut TrainOptions) -> Result<String> {
     match (&options.model, options.data.dataset.is_empty()) {
         (Some(model), false) => Ok(model.clone()),
         (Some(_), true) => Err(Error::input("no data").help("name rows with --dataset FILE")),
         (None, false) => Err(Error::input("no model").help("name a checkpoint folder with --model DIR")),
         (None, true) => {
-            let demo = demo::write(registry)?;
+            let demo = demo::write()?;
             let text = |p: &Path| p.display().to_string();
             options.data.dataset = vec![text(&demo.dataset)];
             options.val_dataset = vec![text(&demo.val_dataset)];
@@ -689,9 +689,14 @@ impl TrainOptions {
         Ok(Wishes { memory, micro_batch_tokens: tokens, recompute, shard_base })
     }
 
-    /// Settings under which the small random model of the demo learns within a minute.
+    /// Settings under which the demo's model changes its tone within a minute and keeps what it knows. A strong reference and
+    /// the likelihood of the chosen answers are what keeps a model of this size from stammering.
     fn suit_demo(&mut self) {
-        self.learning_rate = 5e-3;
-        self.num_epochs = 4.0;
+        self.learning_rate = 2e-3;
+        self.num_epochs = 2.0;
+        if self.loss == ["sigmoid"] {
+            self.beta.get_or_insert(0.5);
+            self.rpo_alpha.get_or_insert(1.0);
+        }
     }
 }
