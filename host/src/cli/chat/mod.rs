@@ -53,7 +53,7 @@ pub(super) struct ChatOptions {
 
 pub(super) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
     let name = match (&options.model, &options.adapter) {
-        (None, None) => demo::write(registry)?.model.display().to_string(),
+        (None, None) => demo::write()?.model.display().to_string(),
         (model, adapter) => model::named(model.as_deref(), adapter.as_deref())?,
     };
     let folder = model::locate(&name, Need::Weights)?;
