@@ -2,15 +2,17 @@
 
 use std::path::Path;
 
-/// Commands that go on from a run's folder; `rows` are those that it was evaluated on, or trained on.
+/// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was evaluated on, or trained on.
 pub(super) fn commands(output: &Path, rows: &[String]) -> String {
+    let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| quoted(&name));
+    let program = program.as_deref().unwrap_or("dpo-host");
     let adapter = quoted(&output.display().to_string());
     let merged = quoted(&format!("{}-merged", output.display()));
     let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
     format!(
-        "next        dpo-host chat --compare --adapter {adapter}\n            \
-         dpo-host eval --adapter {adapter} --dataset {}\n            \
-         dpo-host merge --adapter {adapter} --output-dir {merged}",
+        "next        {program} chat --compare --adapter {adapter}\n            \
+         {program} eval --adapter {adapter} --dataset {}\n            \
+         {program} merge --adapter {adapter} --output-dir {merged}",
         rows.join(" ")
     )
 }
