@@ -171,7 +171,7 @@ fn what_a_run_says_next_works() {
     let said = sandbox.ok(&args.iter().map(String::as_str).collect::<Vec<_>>()).stderr;
     let next: Vec<Vec<&str>> = said[said.find("next ").unwrap()..]
         .lines()
-        .map(|l| l.split_once("dpo-host ").unwrap().1)
+        .map(|l| l.split_once("dpo-host-test ").unwrap().1)
         .map(|l| l.split('\'').enumerate().flat_map(|(at, part)| words(at % 2 == 1, part)).collect())
         .collect();
     let [chat, eval, merge] = next.as_slice() else { panic!("{next:?}") };
