@@ -163,7 +163,7 @@ fn agree<P>(
     let (whole, many) = (plan(1), ranks.size());
     if many == 1 {
         if wish == Some(true) {
-            console::line("note: --shard-base is ignored: one rank has all weights");
+            console::note("--shard-base is ignored: one rank has all weights");
         }
         return whole;
     }

@@ -50,18 +50,33 @@ impl Error {
         self
     }
 
+    /// Where, if it is known.
+    pub fn place(&self) -> Option<&str> {
+        self.place.as_deref()
+    }
+
+    /// What to do about it, if that is known.
+    pub fn advice(&self) -> Option<&str> {
+        self.help.as_deref()
+    }
+
     /// The message without place and help.
     pub fn message(&self) -> &str {
         &self.message
     }
 
+    /// The known name that is most like this one, if any is.
+    pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+        let likeness = |n: &str| strsim::jaro_winkler(n, name);
+        // The first of those that are as near.
+        let near = known.map(|n| (likeness(n), n)).reduce(|best, n| if n.0 > best.0 { n } else { best });
+        near.filter(|(likeness, _)| *likeness > 0.7).map(|(_, n)| n)
+    }
+
     /// An input error for a name that is not among those known, with the nearest one as help.
     pub fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Error {
         let known: Vec<&str> = known.into_iter().collect();
-        let likeness = |n: &str| strsim::jaro_winkler(n, name);
-        let nearest = known.iter().rev().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-        let near = nearest.filter(|n| likeness(n) > 0.7);
-        let help = match near {
+        let help = match Error::nearest(name, known.iter().copied()) {
             Some(near) => format!("did you mean '{near}'? known: {}", known.join(", ")),
             None => format!("known: {}", known.join(", ")),
         };
@@ -108,13 +123,19 @@ pub trait IoContext<T> {
 
 impl<T> IoContext<T> for std::io::Result<T> {
     fn reading(self, path: &std::path::Path) -> Result<T> {
-        self.map_err(|e| Error::input(format!("cannot read: {}", plain(&e))).at(path.display()))
+        self.map_err(|e| {
+            let error = Error::input(format!("cannot read: {}", plain(&e))).at(path.display());
+            match READING.iter().find(|(kind, _)| *kind == e.kind()) {
+                Some((_, help)) => error.help(*help),
+                None => error,
+            }
+        })
     }
 
     fn writing(self, path: &std::path::Path) -> Result<T> {
         self.map_err(|e| {
             let error = Error::run(format!("cannot write: {}", plain(&e))).at(path.display());
-            match HELP.iter().find(|(kind, _)| *kind == e.kind()) {
+            match WRITING.iter().find(|(kind, _)| *kind == e.kind()) {
                 Some((_, help)) => error.help(*help),
                 None => error,
             }
@@ -122,8 +143,15 @@ impl<T> IoContext<T> for std::io::Result<T> {
     }
 }
 
+/// What to do about a file that cannot be read.
+const READING: &[(ErrorKind, &str)] = &[
+    (ErrorKind::NotFound, "check the spelling; a path that begins without '/' begins at the folder you are in"),
+    (ErrorKind::PermissionDenied, "this user may not read it"),
+    (ErrorKind::IsADirectory, "this is a folder: name a file in it"),
+];
+
 /// What to do about a file that cannot be written.
-const HELP: &[(ErrorKind, &str)] = &[
+const WRITING: &[(ErrorKind, &str)] = &[
     (ErrorKind::StorageFull, "make room on this disk; what was written before is whole"),
     (ErrorKind::QuotaExceeded, "make room within the quota of this disk; what was written before is whole"),
     (ErrorKind::ReadOnlyFilesystem, "the disk is mounted read-only, as after a fault of the disk; see dmesg"),

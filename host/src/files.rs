@@ -47,7 +47,9 @@ fn fill(place: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     // The lock goes with the handle, however this process ends. Where folders cannot be locked, nothing is.
     let handle = File::open(place).ok();
     if let Some(Err(TryLockError::WouldBlock)) = handle.as_ref().map(File::try_lock) {
-        return Err(Error::input("another process is writing this folder").at(place.display()));
+        return Err(Error::input("another process is writing this folder")
+            .at(place.display())
+            .help("wait for it, or name another folder"));
     }
     if fs::read_dir(place).writing(place)?.next().is_some() {
         return Err(Error::input("the folder is not empty").at(place.display()).help("name a new or an empty folder"));

@@ -102,12 +102,13 @@ impl Checkpoint {
         let name = format!("{prefix}{}", weight.tensor);
         let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
             return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
-                .at(self.folder.display()));
+                .at(self.folder.display())
+                .help(OTHER_MODEL));
         };
         let entry = shard.entry(&name)?;
         if entry.shape != weight.shape {
             let what = format!("tensor '{name}' has shape {:?}, the model needs {:?}", entry.shape, weight.shape);
-            return Err(Error::input(what).at(shard.path.display()));
+            return Err(Error::input(what).at(shard.path.display()).help(OTHER_MODEL));
         }
         let dtype = match entry.dtype {
             Dtype::F32 => DType::F32,
@@ -227,8 +228,10 @@ impl Shard {
     }
 
     fn part(&self) -> Result<Part<'_>> {
-        let (length, header) = SafeTensors::read_metadata(&self.map)
-            .map_err(|e| Error::input(format!("is not a safetensors file: {e}")).at(self.path.display()))?;
+        let (length, header) = SafeTensors::read_metadata(&self.map).map_err(|e| {
+            let help = "fetch it again: it may be cut short, or a pointer of Git LFS in the place of the file";
+            Error::input(format!("is not a safetensors file: {e}")).at(self.path.display()).help(help)
+        })?;
         // The length is eight bytes itself.
         let (first, data) = self.map.split_at(8 + length);
         let bytes = |name: &str| header.info(name).and_then(|t| data.get(t.data_offsets.0..t.data_offsets.1));
@@ -264,12 +267,14 @@ fn cut_tensor(file: &[u8]) -> Option<String> {
     Some(format!("is cut short at tensor '{name}' of shape {shape}: needs {end} bytes of data, has {there}"))
 }
 
+const OTHER_MODEL: &str = "config.json and the weights are of different models";
+
 fn shard_files(index: &Path) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> = shard_names(index)?.into_iter().map(|name| index.with_file_name(name)).collect();
     match files.iter().find(|f| !f.is_file()) {
-        Some(missing) => {
-            Err(Error::input(format!("names {}, which is missing", missing.display())).at(index.display()))
-        }
+        Some(missing) => Err(Error::input(format!("names {}, which is missing", missing.display()))
+            .at(index.display())
+            .help("copy or fetch all files of the model")),
         None => Ok(files),
     }
 }

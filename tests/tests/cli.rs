@@ -140,18 +140,192 @@ fn ms_swifts_script_means_the_same() {
     s.refuses(&["train", "--tuner_type", "full"], &["--tuner_type full", "lora"]);
 }
 
+/// The args.json of a run.
+fn resolved(output: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(Path::new(output).join("args.json")).unwrap()).unwrap()
+}
+
 #[test]
 fn a_file_of_flags_is_overruled_by_the_command_line() {
     let (s, model, rows) = (sandbox(), model(), rows());
-    let config =
-        s.write("run.toml", &format!("model = {model:?}\ndataset = [{rows:?}]\nbatch_size = 3\nmax-steps = 1\n"));
+    let text = format!(
+        "# Names of ms-swift, too.\nmodel = {model:?}\ndataset = ['missing.jsonl', 'too.jsonl']\nnum_train_epochs = 2\n\
+         per_device_train_batch_size = 1\ngradient_accumulation_steps = 3\nmax-steps = 1\nshuffle = false\n\
+         use_rslora = true\ntorch_dtype = 'fp32'\ndevice = 'cpu'\nlora_rank = 2\nlearning-rate = 1e-3\nquiet = false\n"
+    );
+    let config = s.write("run.toml", &text);
     let output = s.path("run");
-    s.ok(&["train", "--config", &config, "--batch-size", "2", "--output-dir", &output]);
-    let args: Value =
-        serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
-    assert_eq!((&args["batch_size"], &args["max_steps"]), (&2.into(), &1.into()));
-    let wrong = s.write("wrong.toml", "model = 'x'\nbatch_size = = 3\n");
-    s.refuses(&["train", "--config", &wrong], &["wrong.toml:2"]);
+    s.ok(&["train", "--lora_rank", "4", "--config", &config, "--dataset", &rows, "--output-dir", &output]);
+    let expected = serde_json::json!({
+        "dataset": [rows], "num_epochs": 2.0, "batch_size": 3, "max_steps": 1, "shuffle": false, "use_rslora": true,
+        "dtype": "float32", "lora_rank": 4, "learning_rate": 1e-3,
+    });
+    let args = resolved(&output);
+    expected.as_object().unwrap().iter().for_each(|(name, value)| assert_eq!(&args[name], value, "{name}"));
+    // The batch that the file puts together gives way to one that the command line names.
+    let output = s.path("other");
+    let given = ["--quiet", "train", "--config", &config, "--dataset", &rows, "--output-dir", &output];
+    s.ok(&[&given[..], &["--batch-size", "2"]].concat());
+    assert_eq!(resolved(&output)["batch_size"], 2);
+}
+
+#[test]
+fn a_wrong_file_of_flags_is_told_with_its_line() {
+    let s = sandbox();
+    let refuses = |name: &str, text: &str, texts: &[&str]| {
+        let file = s.write(name, text);
+        s.refuses(&["train", "--config", &file], texts);
+    };
+    refuses("a.toml", "model = 'x'\nbatch_size = = 3\n", &["a.toml:2"]);
+    refuses("b.toml", "model = 'x'\n\nlerning_rate = 1e-4\n", &["b.toml:3", "lerning_rate", "mean 'learning_rate'"]);
+    refuses("c.toml", "num_train_epoch = 1\n", &["c.toml:1", "did you mean 'num_train_epochs'"]);
+    refuses(
+        "d.toml",
+        "beta = 1\nlearning-rate = 'fast'\n",
+        &["d.toml:2: 'learning_rate' should be a number, not 'fast'"],
+    );
+    refuses("e.toml", "lr_scheduler = 'cosinus'\n", &["e.toml:1: 'lr_scheduler' should be ", "cosine", "'cosinus'"]);
+    refuses("f.toml", "batch_size = [1, 2]\n", &["f.toml:1: 'batch_size' should be one value, a whole number"]);
+    refuses("g.toml", "loss_weights = [1, 'two']\n", &["g.toml:1: 'two' in 'loss_weights' should be a number"]);
+    refuses("h.toml", "[optimizer]\nbeta = 1\n", &["h.toml:1: 'optimizer'", "without [sections]"]);
+    refuses("i.toml", "shuffle = 'maybe'\n", &["i.toml:1: 'shuffle' should be true or false"]);
+    refuses("j.toml", "tuner_type = 'full'\n", &["j.toml:1: --tuner_type full: only lora"]);
+    refuses("k.toml", "save_steps = 1.5\n", &["k.toml:1: 'save_steps' should be a whole number, not '1.5'"]);
+    refuses("l.json", "{\n  \"beta\": 0.1,\n  \"seed\": \"x\"\n}", &["l.json:3: 'seed' should be a whole number"]);
+    refuses("m.json", "{\n  \"beta\": 0.1,\n}", &["m.json:3"]);
+    s.refuses(
+        &["train", "--config", "none.toml"],
+        &["none.toml: cannot read: no such file", "help: check the spelling"],
+    );
+    s.refuses(&["train", "--config"], &["--config: needs a file"]);
+}
+
+/// Lines of a log without what depends on the clock and the machine.
+fn timeless(folder: &str) -> Vec<Value> {
+    let mut lines = dpo_tests::log(folder);
+    for line in lines.iter_mut().filter_map(Value::as_object_mut) {
+        ["tokens_per_second", "memory_gib", "elapsed_s"].iter().for_each(|name| drop(line.remove(*name)));
+    }
+    lines
+}
+
+#[test]
+fn a_runs_arguments_given_back_take_the_same_steps() {
+    let (s, model, rows) = (sandbox(), model(), rows());
+    let (first, second) = (s.path("first"), s.path("second"));
+    let flags = "--batch-size 3 --num-epochs 1 --learning-rate 2e-3 --loss sigmoid sft --loss-weights 1 0.2 --use-rslora \
+        --target-modules q_proj v_proj --split-dataset-ratio 0.2 --logging-steps 1 --loss-option beta=0.3 --seed 3";
+    let given = ["train", "--model", &model, "--dataset", &rows, "--output-dir", &first];
+    s.ok(&given.into_iter().chain(flags.split_whitespace()).collect::<Vec<_>>());
+    let args = Path::new(&first).join("args.json").display().to_string();
+    s.ok(&["train", "--config", &args, "--output-dir", &second]);
+    assert!(timeless(&first).len() > 2);
+    assert_eq!(timeless(&first), timeless(&second));
+    // As it is, it would write where the run is.
+    s.refuses(&["train", "--config", &args], &["holds a run already"]);
+}
+
+#[test]
+fn the_demo_leaves_alone_what_is_said() {
+    let s = sandbox();
+    let output = s.path("demo");
+    // What the flags say is their default.
+    s.ok(&["train", "--learning-rate", "1e-4", "--num-epochs", "1", "--max-steps", "1", "--output-dir", &output]);
+    let args = resolved(&output);
+    assert_eq!((&args["learning_rate"], &args["num_epochs"]), (&1e-4.into(), &1.0.into()));
+    // Its files have names in args.json, which can be given back.
+    let (args, again) = (Path::new(&output).join("args.json").display().to_string(), s.path("again"));
+    s.ok(&["train", "--config", &args, "--output-dir", &again]);
+    assert_eq!(timeless(&output), timeless(&again));
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    let (s, model, rows) = (sandbox(), model(), rows());
+    for (flag, value, text) in [
+        ("--learning-rate", "-1e-4", "0 or more, not -0.0001"),
+        ("--learning-rate", "nan", "0 or more"),
+        ("--beta", "-0.1", "above 0"),
+        ("--num-epochs", "0", "above 0"),
+        ("--max-steps", "0", "above 0"),
+        ("--label-smoothing", "1.5", "from 0 to below 1"),
+        ("--warmup-ratio", "5", "from 0 to 1"),
+        ("--adam-beta2", "1", "from 0 to below 1"),
+        ("--split-dataset-ratio", "1", "from 0 to below 1"),
+    ] {
+        s.refuses(&["train", "--model", &model, "--dataset", &rows, flag, value], &[flag, text, "help: "]);
+    }
+}
+
+fn small<'a>(model: &'a str, rows: &'a str, output: &'a str) -> Vec<&'a str> {
+    let steps = ["--batch-size", "4", "--max-steps", "3", "--logging-steps", "2", "--split-dataset-ratio", "0.2"];
+    [&["train", "--model", model, "--dataset", rows, "--output-dir", output, "--device", "cpu"][..], &steps].concat()
+}
+
+#[test]
+fn a_quiet_run_says_where_its_adapter_is() {
+    let (s, model, rows) = (sandbox(), model(), rows());
+    let output = s.path("run");
+    // A note is not worth a word, a warning is.
+    let more = ["--quiet", "--lora-dropout", "0.1", "--val-dataset", &rows];
+    let ended = s.ok(&[&small(&model, &rows, &output)[..], &more].concat());
+    let lines: Vec<&str> = ended.stderr.lines().collect();
+    let (warning, help, adapter) = (lines[0], lines[1], lines[2]);
+    assert!(warning.starts_with("warning: ") && warning.contains("are trained on as well"), "{warning}");
+    assert!(help.starts_with("  help: "), "{help}");
+    assert_eq!(adapter, format!("adapter     {output}/adapter_model.safetensors"));
+    assert_eq!((lines.len(), ended.stdout.as_str()), (3, ""), "{}", ended.stderr);
+    s.refuses(&["train", "--quiet", "--beta", "-1"], &["error: --beta"]);
+}
+
+#[test]
+fn a_run_tells_programs_in_lines_of_json() {
+    let (s, model, rows) = (sandbox(), model(), rows());
+    let output = s.path("run");
+    let ended = s.ok(&[&small(&model, &rows, &output)[..], &["--json", "--lora-dropout", "0.1"]].concat());
+    let events = |text: &str| -> Vec<Value> { text.lines().map(|l| serde_json::from_str(l).unwrap()).collect() };
+    let of = |ended: &dpo_tests::Ended, kind: &str| -> Vec<Value> {
+        events(&ended.stdout).into_iter().filter(|e| e["event"] == kind).collect()
+    };
+    // What is logged, with the kind before it.
+    let mut logged = [of(&ended, "step"), of(&ended, "evaluation")].concat();
+    logged.iter_mut().for_each(|line| drop(line.as_object_mut().unwrap().remove("event")));
+    assert_eq!(logged, dpo_tests::log(&output));
+    assert_eq!(of(&ended, "step").iter().map(|e| e["global_step"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3]);
+    assert!(of(&ended, "note")[0]["text"].as_str().unwrap().contains("--lora-dropout"));
+    let end = events(&ended.stdout).pop().unwrap();
+    assert_eq!((&end["event"], &end["global_step"]), (&"end".into(), &3.into()));
+    assert!(Path::new(end["adapter"].as_str().unwrap()).is_file());
+    assert!(!ended.stderr.lines().any(|l| l.starts_with("step ")), "{}", ended.stderr);
+    let refused = s.run(&["train", "--json", "--model", "nowhere/", "--dataset", &rows]);
+    let error = of(&refused, "error").pop().unwrap();
+    assert_eq!((refused.code, error["place"].as_str()), (2, Some("nowhere/")), "{}", refused.stdout);
+}
+
+#[test]
+fn colours_are_for_terminals_and_those_who_ask() {
+    let s = sandbox();
+    let coloured = |variable: Option<(&str, &str)>| {
+        let mut command = s.command(&["train", "--beta", "-1"]);
+        ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"].iter().for_each(|name| drop(command.env_remove(name)));
+        command.envs(variable);
+        String::from_utf8(command.output().unwrap().stderr).unwrap().contains('\x1b')
+    };
+    assert!(!coloured(None), "a pipe is no terminal");
+    assert!(coloured(Some(("CLICOLOR_FORCE", "1"))));
+    assert!(!coloured(Some(("NO_COLOR", "1"))));
+}
+
+#[test]
+fn shells_and_man_are_told_of_every_command() {
+    let s = sandbox();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = s.ok(&["completions", shell]).stdout;
+        ["train", "merge", "learning-rate"].iter().for_each(|w| assert!(script.contains(w), "{w} for {shell}"));
+    }
+    assert!(s.ok(&["man"]).stdout.contains("dpo\\-host\\-train"));
+    assert!(s.ok(&["man", "train"]).stdout.contains("\\-\\-learning\\-rate"));
+    s.refuses(&["man", "trian"], &["did you mean 'train'"]);
 }
 
 #[test]

@@ -1,45 +1,70 @@
-//! `--config run.toml`: keys of the file are flags, put before those of the command line, which therefore win.
+//! A file of flags, as `--config` names it: TOML, or the `args.json` of a run. Keys are the flags' names.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use toml::Value;
+use serde_json::{Map, Value, json};
+use toml::Spanned;
 
+use super::flags::Flag;
 use crate::error::{Error, IoContext, Result};
 
-/// Replaces `--config FILE` by the flags in the file.
-pub(super) fn expand(mut args: Vec<String>) -> Result<Vec<String>> {
-    let Some(at) = args.iter().position(|a| a == "--config" || a.starts_with("--config=")) else { return Ok(args) };
-    let flag = args.remove(at);
-    let file = match flag.strip_prefix("--config=") {
-        Some(file) => file.to_owned(),
-        None if at < args.len() => args.remove(at),
-        None => return Err(Error::input("needs a file").at("--config")),
-    };
-    let path = Path::new(&file);
+/// The flags of a file, in its order, each with its line.
+pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
+    let path = Path::new(file);
     let text = std::fs::read_to_string(path).reading(path)?;
-    let table: toml::Table = toml::from_str(&text).map_err(|e| {
-        let line = e.span().map_or(1, |s| text[..s.start.min(text.len())].lines().count().max(1));
-        Error::input(e.message().to_owned()).at(format!("{file}:{line}"))
+    let keys = if path.extension().is_some_and(|e| e == "json") { json_keys(&text) } else { toml_keys(&text) };
+    let at = |line: usize| format!("{file}:{line}");
+    let keys = keys.map_err(|(line, cause)| {
+        Error::input(cause).at(at(line)).help("a file of flags is TOML, or the args.json of a run")
     })?;
     let mut flags = Vec::new();
-    for (key, value) in &table {
-        let flag = format!("--{}", key.replace('_', "-"));
-        match value {
-            Value::Array(list) => {
-                flags.push(flag);
-                flags.extend(list.iter().map(plain));
-            }
-            Value::Table(_) | Value::Datetime(_) => {
-                return Err(Error::input(format!("'{key}' should be a number, a text or a list")).at(&file));
-            }
-            value => flags.extend([flag, plain(value)]),
-        }
+    for (line, key, value) in keys {
+        let values = match value {
+            // args.json says so of what was not given.
+            Value::Null => continue,
+            Value::Array(list) if list.is_empty() => continue,
+            Value::Array(list) => list.into_iter().map(plain).collect(),
+            value => plain(value).map(|v| vec![v]),
+        };
+        let values = values.ok_or_else(|| {
+            Error::input(format!("'{key}' should be a number, a text, true, false or a list of them"))
+                .at(at(line))
+                .help("keys stand alone, without [sections]")
+        })?;
+        flags.push(Flag { name: format!("--{key}"), values, place: Some(at(line)) });
     }
-    // After the program's and the subcommand's name.
-    args.splice(2..2, flags);
-    Ok(args)
+    Ok(flags)
 }
 
-fn plain(value: &Value) -> String {
-    value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+/// Line, key and value; or a line and what is wrong with it.
+type Keys = std::result::Result<Vec<(usize, String, Value)>, (usize, String)>;
+
+fn toml_keys(text: &str) -> Keys {
+    let line = |at: usize| 1 + text.bytes().take(at).filter(|b| *b == b'\n').count();
+    let table: BTreeMap<String, Spanned<toml::Value>> =
+        toml::from_str(text).map_err(|e| (line(e.span().map_or(0, |s| s.start)), e.message().to_owned()))?;
+    let mut keys: Vec<_> =
+        table.into_iter().map(|(key, value)| (line(value.span().start), key, json!(value.into_inner()))).collect();
+    keys.sort_by_key(|(line, ..)| *line);
+    Ok(keys)
+}
+
+fn json_keys(text: &str) -> Keys {
+    let table: Map<String, Value> = serde_json::from_str(text).map_err(|e| (e.line().max(1), e.to_string()))?;
+    let line = |key: &str| {
+        let quoted = json!(key).to_string();
+        let is_key = |at: &usize| text[at + quoted.len()..].trim_start().starts_with(':');
+        let at = text.match_indices(&quoted).map(|(at, _)| at).find(is_key).unwrap_or(0);
+        text[..at].matches('\n').count() + 1
+    };
+    Ok(table.into_iter().map(|(key, value)| (line(&key), key, value)).collect())
+}
+
+fn plain(value: Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text),
+        Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
+        _ => None,
+    }
 }

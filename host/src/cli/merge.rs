@@ -45,7 +45,7 @@ pub(super) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
         Ok(())
     })?;
     bar.finish_and_clear();
-    console::line(format!("merged      {} linears, in {}", adapter.sites.len(), options.output_dir.display()));
+    console::result(format!("merged      {} linears, in {}", adapter.sites.len(), options.output_dir.display()));
     Ok(())
 }
 

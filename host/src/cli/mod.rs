@@ -7,7 +7,9 @@ mod data;
 mod describe;
 mod doctor;
 mod eval;
+mod flags;
 mod list;
+mod manual;
 mod merge;
 pub mod new;
 mod plan;
@@ -20,7 +22,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::console;
 use crate::error::{Kind, Result};
@@ -38,6 +41,9 @@ struct Cli {
     /// Folder with plugin libraries, looked through before $DPO_PLUGIN_PATH and the user's folder; may be repeated
     #[arg(long, global = true, value_name = "DIR")]
     plugin_dir: Vec<PathBuf>,
+    /// Print warnings, errors and results only
+    #[arg(long, global = true)]
+    quiet: bool,
 }
 
 #[derive(Subcommand)]
@@ -75,6 +81,10 @@ enum Command {
     Merge(merge::MergeOptions),
     /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
     Ui(ui::UiOptions),
+    /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
+    Completions(manual::CompletionsOptions),
+    /// Write a manual page: dpo-host man train | man -l -
+    Man(manual::ManOptions),
 }
 
 #[derive(clap::Args)]
@@ -94,7 +104,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            console::error(&error);
             ExitCode::from(match error.kind {
                 Kind::Run => 1,
                 Kind::Input => 2,
@@ -108,29 +118,40 @@ const RANKED: &[&str] = &["train", "bench", "selftest"];
 
 fn run(args: Vec<OsString>) -> Result<()> {
     let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
-    let args = swift::translate(config::expand(args)?)?;
-    let ranked = args.args.get(1).is_some_and(|command| RANKED.contains(&command.as_str()));
+    let mut command = Cli::command();
+    let flags = flags::resolve(args, &mut command)?;
+    let ranked = flags::command_at(&flags.args).is_some_and(|at| RANKED.contains(&flags.args[at].as_str()));
     let place = if ranked { Place::from_environment()? } else { None };
     if place.as_ref().is_some_and(|p| p.rank > 0) {
         console::silence();
     }
-    // Our own launcher has said these before it started its ranks.
-    let said = place.is_some_and(|p| p.launched);
-    if !said {
-        args.notes.iter().for_each(|note| console::line(format!("note: {note}")));
-    }
-    let cli = match Cli::try_parse_from(&args.args) {
-        Ok(cli) => cli,
+    let parsed = command.try_get_matches_from(&flags.args).and_then(|m| Ok((Cli::from_arg_matches(&m)?, m)));
+    let (mut cli, matches) = match parsed {
+        Ok(parsed) => parsed,
         // clap prints its own errors with usage, to the right stream; they are the user's to mend.
         Err(e) => {
             let _ = e.print();
             std::process::exit(if e.use_stderr() { 2 } else { 0 });
         }
     };
+    if cli.quiet {
+        console::quiet();
+    }
+    if let (Command::Train(options), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
+        options.said = said(matches);
+        if options.json {
+            console::json();
+        }
+    }
+    // Our own launcher has said these before it started its ranks.
+    let launched = place.is_some_and(|p| p.launched);
+    if !launched {
+        flags.notes.iter().for_each(console::note);
+    }
     let registry = Registry::discover(&cli.plugin_dir);
-    if !matches!(cli.command, Command::List(_)) && !said {
+    if !matches!(cli.command, Command::List(_)) && !launched {
         for refusal in &registry.refusals {
-            console::line(format!("warning: plugin {} is left out: {}", refusal.place, refusal.cause));
+            console::warning(format!("plugin {} is left out: {}", refusal.place, refusal.cause));
         }
     }
     match cli.command {
@@ -150,5 +171,13 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),
         Command::Ui(options) => ui::ui(&options),
+        Command::Completions(options) => manual::completions(&options, Cli::command()),
+        Command::Man(options) => manual::man(&options, Cli::command()),
     }
+}
+
+/// The fields of flags that were given.
+fn said(matches: &ArgMatches) -> Vec<String> {
+    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    matches.ids().map(|id| id.as_str()).filter(given).map(str::to_owned).collect()
 }

@@ -1,12 +1,7 @@
 //! Flags of ms-swift's `swift rlhf` (and of Hugging Face's trainer, whose names it uses) as ours.
 
+use super::flags::Flag;
 use crate::error::{Error, Result};
-
-/// Arguments in our spelling, and what the user should know about them.
-pub(super) struct Translated {
-    pub(super) args: Vec<String>,
-    pub(super) notes: Vec<String>,
-}
 
 /// Theirs and ours, where more than the spelling differs. `swift rlhf` writes snake_case.
 const RENAMED: &[(&str, &str)] = &[
@@ -84,76 +79,61 @@ const FIXED: &[(&str, &[&str], &str)] = &[
     ("reference_free", &["false"], "choose a loss without a reference, such as simpo"),
 ];
 
-/// Rewrites the arguments of `train`; other commands are left alone.
-pub(super) fn translate(args: Vec<String>) -> Result<Translated> {
-    if args.get(1).map(String::as_str) != Some("train") {
-        return Ok(Translated { args, notes: Vec::new() });
-    }
-    let mut out = Translated { args: args[..2].to_vec(), notes: Vec::new() };
+/// Their names that are not ours.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    let renamed = RENAMED.iter().map(|(name, _)| *name);
+    renamed
+        .chain(IGNORED.iter().map(|(name, _)| *name))
+        .chain(FIXED.iter().map(|(name, ..)| *name))
+        .chain([PER_DEVICE, ACCUMULATION])
+}
+
+const PER_DEVICE: &str = "per_device_train_batch_size";
+const ACCUMULATION: &str = "gradient_accumulation_steps";
+
+/// Rewrites flags of `train`; returns what the user should know about them as well.
+pub(super) fn translate(flags: Vec<Flag>) -> Result<(Vec<Flag>, Vec<String>)> {
+    let (mut ours, mut notes) = (Vec::new(), Vec::new());
     let (mut per_device, mut accumulation) = (None, None);
-    for (flag, values) in groups(&args[2..]) {
-        let Some(theirs) = flag.strip_prefix("--").map(|f| f.replace('-', "_")) else {
-            out.args.push(flag);
+    for flag in flags {
+        let Some(theirs) = flag.name.strip_prefix("--").map(|f| f.replace('-', "_")) else {
+            ours.push(flag);
             continue;
         };
-        let spelled = || if values.is_empty() { flag.clone() } else { format!("{flag} {}", values.join(" ")) };
-        match theirs.as_str() {
-            "per_device_train_batch_size" => per_device = Some(number(&flag, &values)?),
-            "gradient_accumulation_steps" => accumulation = Some(number(&flag, &values)?),
-            name => {
-                if let Some((_, reason)) = IGNORED.iter().find(|(n, _)| *n == name) {
-                    out.notes.push(format!("{} is ignored: {reason}", spelled()));
-                    continue;
-                }
-                if let Some((_, accepted, reason)) = FIXED.iter().find(|(n, ..)| *n == name) {
-                    if values.iter().any(|v| !accepted.contains(&v.to_lowercase().as_str())) {
-                        return Err(Error::input(format!("only {} is done here", accepted.join(", ")))
-                            .at(spelled())
-                            .help(*reason));
-                    }
-                    continue;
-                }
-                let ours = RENAMED
-                    .iter()
-                    .find(|(n, _)| *n == name)
-                    .map_or_else(|| name.replace('_', "-"), |(_, o)| (*o).to_owned());
-                let value = |v: &String| {
-                    VALUES
-                        .iter()
-                        .find(|(f, t, _)| *f == ours && t == v)
-                        .map_or_else(|| v.clone(), |(.., o)| (*o).to_owned())
-                };
-                out.args.push(format!("--{ours}"));
-                out.args.extend(values.iter().map(value));
+        if let Some((_, reason)) = IGNORED.iter().find(|(n, _)| *n == theirs) {
+            notes.push(format!("{} is ignored: {reason}", flag.spelled()));
+            continue;
+        }
+        if let Some((_, accepted, reason)) = FIXED.iter().find(|(n, ..)| *n == theirs) {
+            if flag.values.iter().any(|v| !accepted.contains(&v.to_lowercase().as_str())) {
+                return Err(Error::input(format!("only {} is done here", accepted.join(", ")))
+                    .at(flag.spelled())
+                    .help(*reason));
             }
+            continue;
         }
+        if theirs == PER_DEVICE || theirs == ACCUMULATION {
+            let number = number(&flag)?;
+            *(if theirs == PER_DEVICE { &mut per_device } else { &mut accumulation }) = Some(number);
+            // ms-swift accumulates up to 16 pairs where it is not told otherwise.
+            let each = per_device.unwrap_or(1).max(1);
+            let pairs = each * accumulation.unwrap_or_else(|| 16_usize.div_ceil(each));
+            ours.push(Flag { name: "--batch-size".to_owned(), values: vec![pairs.to_string()], place: flag.place });
+            continue;
+        }
+        let renamed = RENAMED.iter().find(|(n, _)| *n == theirs);
+        let name = renamed.map_or_else(|| theirs.replace('_', "-"), |(_, o)| (*o).to_owned());
+        let value = |v: String| {
+            let spelled = VALUES.iter().find(|(f, t, _)| *f == name && *t == v);
+            spelled.map_or(v, |(.., o)| (*o).to_owned())
+        };
+        let values = flag.values.into_iter().map(value).collect();
+        ours.push(Flag { name: format!("--{name}"), values, place: flag.place });
     }
-    if per_device.is_some() || accumulation.is_some() {
-        // ms-swift accumulates up to 16 pairs where it is not told otherwise.
-        let per_device = per_device.unwrap_or(1).max(1);
-        let pairs = per_device * accumulation.unwrap_or_else(|| 16_usize.div_ceil(per_device));
-        out.args.extend(["--batch-size".to_owned(), pairs.to_string()]);
-    }
-    Ok(out)
+    Ok((ours, notes))
 }
 
-/// Flags with their values.
-fn groups(args: &[String]) -> Vec<(String, Vec<String>)> {
-    let mut groups: Vec<(String, Vec<String>)> = Vec::new();
-    for arg in args {
-        match (arg.starts_with("--"), groups.last_mut()) {
-            (true, _) => match arg.split_once('=') {
-                Some((flag, value)) => groups.push((flag.into(), vec![value.into()])),
-                None => groups.push((arg.clone(), Vec::new())),
-            },
-            (false, Some((_, values))) => values.push(arg.clone()),
-            (false, None) => groups.push((arg.clone(), Vec::new())),
-        }
-    }
-    groups
-}
-
-fn number(flag: &str, values: &[String]) -> Result<usize> {
-    let value = values.first().and_then(|v| v.parse().ok()).filter(|n| *n > 0);
-    value.ok_or_else(|| Error::input(format!("'{}' should be a number above 0", values.join(" "))).at(flag))
+fn number(flag: &Flag) -> Result<usize> {
+    let value = flag.values.first().and_then(|v| v.parse().ok()).filter(|n| *n > 0);
+    value.ok_or_else(|| Error::input("should be a whole number above 0").at(flag.spelled()))
 }

@@ -23,7 +23,7 @@ pub(super) fn ui(options: &UiOptions) -> Result<()> {
     let runs = Runs::below(&options.folders)?;
     let server = Server::bind(options.listen.as_deref(), "--listen")?;
     let count = runs.folders().len();
-    console::line(format!("page        {} ({count} run{})", server.url(), if count == 1 { "" } else { "s" }));
+    console::result(format!("page        {} ({count} run{})", server.url(), if count == 1 { "" } else { "s" }));
     server.serve(runs);
     Ok(())
 }

@@ -26,6 +26,7 @@ pub use model::{Given, Source};
 pub use nccl::Nccl;
 pub use plan::{GpuPlan, Room};
 
+use crate::console;
 use crate::error::{Error, Result};
 
 /// The GPU that `--device` means: `None` for the CPU. `auto` takes the first GPU if one can be used.
@@ -40,7 +41,7 @@ pub fn choose(device: &str) -> Result<Option<usize>> {
             match libraries::require() {
                 Ok(()) => Ok(Some(0)),
                 Err(e) => {
-                    eprintln!("warning: there is a GPU, but the CPU is used: {e}");
+                    console::warning(format!("there is a GPU, but the CPU is used: {e}"));
                     Ok(None)
                 }
             }

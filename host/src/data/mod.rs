@@ -75,7 +75,7 @@ struct Item {
 /// fault, and data without any pair.
 pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenizer) -> Result<Dataset> {
     if options.paths.is_empty() {
-        return Err(Error::input("no data is named").at("--dataset"));
+        return Err(Error::input("no data is named").at("--dataset").help("name rows with --dataset FILE"));
     }
     let mut files = Vec::new();
     for argument in &options.paths {

@@ -55,7 +55,9 @@ impl Source {
     pub fn parse(argument: &str) -> Result<Source> {
         let cut = argument.rsplit_once('#').and_then(|(path, rows)| Some((path, rows.parse().ok()?)));
         match cut.filter(|_| !Path::new(argument).exists()) {
-            Some((_, 0)) => Err(Error::input("'#0' asks for no row").at(argument)),
+            Some((_, 0)) => {
+                Err(Error::input("'#0' asks for no row").at(argument).help("name how many rows to take, as in #500"))
+            }
             Some((path, rows)) => Ok(Source { path: path.into(), rows: Some(rows) }),
             None => Ok(Source { path: argument.into(), rows: None }),
         }
@@ -142,7 +144,9 @@ pub fn read_file(path: &Path) -> Result<Vec<SourceRow>> {
     })?;
     let rows = read(path)?;
     if rows.is_empty() {
-        return Err(Error::input("the file holds no row").at(path.display()));
+        return Err(Error::input("the file holds no row")
+            .at(path.display())
+            .help("the samples of `dpo-host describe FORMAT` show what rows look like; `dpo-host list datasets` names the formats"));
     }
     Ok(rows)
 }
@@ -160,7 +164,9 @@ fn read_json_lines(path: &Path) -> Result<Vec<SourceRow>> {
     let bytes = std::fs::read(path).reading(path)?;
     let text = std::str::from_utf8(&bytes).map_err(|e| {
         let line = bytes[..e.valid_up_to()].iter().filter(|b| **b == b'\n').count() + 1;
-        Error::input("is not UTF-8 text").at(format!("{}:{line}", path.display()))
+        Error::input("is not UTF-8 text")
+            .at(format!("{}:{line}", path.display()))
+            .help("convert it, for instance with iconv -t UTF-8")
     })?;
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let pieces = if text.trim_start().starts_with('[') { elements(text, path)? } else { lines(text) };

@@ -100,7 +100,9 @@ impl ChatTokenizer {
                 .at(dir.display())
                 .help("save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"));
         }
-        let broken = |e: tokenizers::Error| Error::input(format!("broken tokenizer: {e}")).at(path.display());
+        let broken = |e: tokenizers::Error| {
+            Error::input(format!("broken tokenizer: {e}")).at(path.display()).help("fetch tokenizer.json again")
+        };
         let mut tokenizer = Tokenizer::from_file(&path).map_err(broken)?;
         // transformers ignores what the file says about cutting and filling unless it is asked for.
         tokenizer.with_truncation(None).map_err(broken)?.with_padding(None);

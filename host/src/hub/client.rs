@@ -96,7 +96,7 @@ impl Client {
             fs::create_dir_all(folder).writing(folder)?;
         }
         let bar =
-            console::bar(file.size.unwrap_or(0), "{msg} {bar:30} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left");
+            console::bar(file.size.unwrap_or(0), "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left");
         bar.set_message(file.path.clone());
         let result = patiently(|| {
             self.append(address, file, part, |at| bar.set_position(at))?;

@@ -167,8 +167,8 @@ fn local_or_fetched<M: std::fmt::Display>(
     match (fetched(), whole) {
         // The hub has no answer, which is not the same as an answer that says no.
         (Err(error), Some(folder)) if error.kind == Kind::Run => {
-            console::line(format!("warning: {error}"));
-            console::line(format!("warning: what the cache has is used: {}", folder.display()));
+            console::warning(&error);
+            console::warning(format!("what the cache has is used: {}", folder.display()));
             Ok(folder)
         }
         (result, _) => result,

@@ -79,7 +79,9 @@ fn read(config: &Path) -> Result<String> {
 
 fn parse_config(text: &str) -> Result<AdapterConfig> {
     let keys: Map<String, Value> = serde_json::from_str(text).map_err(|e| Error::input(e.to_string()))?;
-    let refuse = |key: &str, value: &Value| Err(Error::input(format!("'{key}': {value} is not supported")));
+    let refuse = |key: &str, value: &Value| {
+        Err(Error::input(format!("'{key}': {value} is not supported")).help("only plain LoRA adapters are read"))
+    };
     match keys.get("peft_type").and_then(Value::as_str) {
         Some("LORA") => {}
         other => return Err(Error::input(format!("peft_type is {other:?}, only LORA is supported"))),
@@ -110,6 +112,8 @@ fn names(module: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|part| format!("base_model.model.{module}.{part}.weight"))
 }
 
+const OTHER_MODEL: &str = "the adapter is of another model, whose name is in its adapter_config.json";
+
 pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
     let path = folder.join(PARAMS);
     let mut tensors = read_f32(&path)?;
@@ -118,19 +122,21 @@ pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
         let shapes = [[rank, site.inputs], [site.outputs, rank]];
         for (name, shape) in names(&site.module).into_iter().zip(shapes) {
             let Some((is, values)) = tensors.remove(&name) else {
-                return Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing")).at(path.display()));
+                return Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing"))
+                    .at(path.display())
+                    .help(OTHER_MODEL));
             };
             if is != shape {
                 let what = format!("tensor '{name}' has shape {is:?}, the model needs {shape:?}");
-                return Err(Error::input(what).at(path.display()));
+                return Err(Error::input(what).at(path.display()).help(OTHER_MODEL));
             }
             adapter.params.extend(values);
         }
     }
     match tensors.keys().next() {
-        Some(name) => {
-            Err(Error::input(format!("tensor '{name}' belongs to no linear of this model")).at(path.display()))
-        }
+        Some(name) => Err(Error::input(format!("tensor '{name}' belongs to no linear of this model"))
+            .at(path.display())
+            .help(OTHER_MODEL)),
         None => Ok(()),
     }
 }

@@ -134,7 +134,7 @@ impl Server {
     pub fn serve_beside(self, runs: Runs) -> Watchers {
         let watchers = self.watchers.clone();
         if let Err(e) = thread::Builder::new().name("page".into()).spawn(move || self.serve(runs)) {
-            console::line(format!("warning: no dashboard: {e}"));
+            console::warning(format!("no dashboard: {e}"));
         }
         watchers
     }

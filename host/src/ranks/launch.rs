@@ -43,16 +43,16 @@ pub fn launch(size: usize, more: &[OsString], restarts: usize) -> Result<()> {
     loop {
         let Err(error) = Group::start(size, more, attempt)?.wait(&interrupt) else { return Ok(()) };
         if let Some(signal) = interrupt.signal() {
-            return Err(Error::run(format!("ended by {signal}")));
+            return Err(Error::run(format!("ended by {signal}"))
+                .help("the same command with --resume-from-checkpoint latest goes on from the last checkpoint"));
         }
         // Input that is wrong does not mend itself.
         if attempt == restarts || error.kind == Kind::Input {
             return Err(error);
         }
         attempt += 1;
-        console::line(format!(
-            "note: {error}\nnote: restart {attempt} of {restarts}, from the last checkpoint if there is one"
-        ));
+        console::warning(&error);
+        console::note(format!("restart {attempt} of {restarts}, from the last checkpoint if there is one"));
     }
 }
 
@@ -134,7 +134,7 @@ impl Group {
         let Some((rank, status)) = self.lost() else { return Ok(()) };
         let what = format!("rank {rank} ended with {status}");
         Err(match status.code() {
-            Some(2) => Error::input(what),
+            Some(2) => Error::input(what).help("it says why above"),
             _ => Error::run(what)
                 .help("the run goes on with --resume-from-checkpoint latest, or by itself with --max-restarts"),
         })

@@ -359,7 +359,7 @@ fn hear(mut stream: TcpStream, seats: &Seats, me: &Hello, secret: &Secret) {
                 *taken.seat(&hello) = None;
             }
             let from = stream.peer_addr().map_or_else(|_| "a caller".into(), |a| a.to_string());
-            console::line(format!("note: {from} was refused as a rank: {text}"));
+            console::note(format!("{from} was refused as a rank: {text}"));
         }
     }
 }

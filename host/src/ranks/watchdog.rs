@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::handshake::{read_frame, write_frame};
+use crate::console;
 use crate::error::{Error, Result};
 
 /// Bytes of a message on a side connection.
@@ -180,7 +181,7 @@ impl Shared {
         }
         self.told.notify_all();
         thread::sleep(GRACE);
-        eprintln!("error: {}", verdict.error());
+        console::error(&verdict.error());
         std::process::exit(1);
     }
 }

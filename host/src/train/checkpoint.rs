@@ -100,7 +100,9 @@ pub(super) fn find(output: Option<&Path>, value: &str) -> Result<Option<PathBuf>
         return Ok(Some(folder));
     }
     let Some(output) = output else {
-        return Err(Error::input("'latest' needs --output-dir").at(FLAG));
+        return Err(Error::input("'latest' needs --output-dir")
+            .at(FLAG)
+            .help("name the run's folder with it, or a checkpoint's folder in the place of 'latest'"));
     };
     let marked = fs::read_to_string(output.join(LATEST)).unwrap_or_default();
     let (first, rest): (Vec<_>, Vec<_>) =
@@ -112,7 +114,7 @@ pub(super) fn find(output: Option<&Path>, value: &str) -> Result<Option<PathBuf>
                 console::line(format!("resuming    {}", folder.display()));
                 return Ok(Some(folder));
             }
-            Err(cause) => console::line(format!("warning: {} is torn and left out: {cause}", folder.display())),
+            Err(cause) => console::warning(format!("{} is torn and left out: {cause}", folder.display())),
         }
         torn += 1;
     }

@@ -10,8 +10,8 @@ use serde_json::{Map, Value, json};
 
 use super::tensorboard::TensorBoard;
 use crate::error::{IoContext, Result};
-use crate::files;
 use crate::page::{LOG, REMARKS, SAMPLES};
+use crate::{console, files};
 
 pub(super) struct Log {
     numbers: Lines,
@@ -54,9 +54,9 @@ impl Log {
     /// Writes what was said at a step: a `warning`, or a remark of the loss `doctor`. It has been printed; a disk that does not
     /// take it is told of by the numbers.
     pub(super) fn remark(&mut self, step: u64, kind: &str, what: &str) {
-        let (text, help) = what.split_once("\n  help: ").unwrap_or((what, ""));
-        let line = json!({"global_step": step, "kind": kind, "text": text, "help": help});
-        let _ = line.as_object().map(|line| self.remarks.write(line));
+        let mut line = Map::from_iter([("global_step".to_owned(), json!(step)), ("kind".to_owned(), json!(kind))]);
+        line.extend(console::said(what));
+        let _ = self.remarks.write(&line);
     }
 
     /// Writes a line about the sample pairs.

@@ -82,7 +82,9 @@ impl<'r> Objective<'r> {
     pub fn new(registry: &'r Registry, options: &ObjectiveOptions) -> Result<Objective<'r>> {
         if !options.weights.is_empty() && options.weights.len() != options.losses.len() {
             let (w, l) = (options.weights.len(), options.losses.len());
-            return Err(Error::input(format!("{w} weights for {l} losses")).at("--loss-weights"));
+            return Err(Error::input(format!("{w} weights for {l} losses"))
+                .at("--loss-weights")
+                .help("name one weight for each loss, in the order of --loss"));
         }
         let weight = |i: usize| options.weights.get(i).copied().unwrap_or(1.0);
         let mut named: Vec<(&str, f64)> =
@@ -102,9 +104,9 @@ impl<'r> Objective<'r> {
             return Err(Error::unknown(&format!("option of {losses}:"), unknown, known()));
         }
         if options.weighting && terms.iter().any(|t| t.loss.needs.whole_batch) {
-            return Err(
-                Error::input("weights of pairs have no meaning for a loss over the whole batch").at("--use-weighting")
-            );
+            return Err(Error::input("weights of pairs have no meaning for a loss over the whole batch")
+                .at("--use-weighting")
+                .help("leave it out, or choose a loss over pairs such as sigmoid"));
         }
         let default_beta = || terms[0].loss.options.iter().find(|o| o.name == "beta")?.default.as_f64();
         let stated = options.options.get("beta").and_then(Value::as_f64);

@@ -13,6 +13,18 @@ use crate::error::Result;
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub struct TrainOptions {
+    /// Flags from a file, TOML or the args.json of a run; those of the command line win
+    #[arg(long, value_name = "FILE", help_heading = "Options")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Print steps, evaluations, remarks and the end as lines of JSON, to stdout
+    #[arg(long, help_heading = "Options")]
+    #[serde(skip)]
+    pub json: bool,
+    /// Fields whose flags were given, here or in a file, which defaults for a purpose leave alone
+    #[arg(skip)]
+    #[serde(skip)]
+    pub said: Vec<String>,
     /// Model family (see `dpo-host list`); by default the one that claims the checkpoint's architecture
     #[arg(long, value_name = "NAME")]
     pub plugin: Option<String>,

@@ -52,7 +52,7 @@ impl Reference {
                 let scores = score(ranks, device, &all, done)?;
                 // A cache that cannot be written costs time in the next run, not this run.
                 if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&scores.logps))) {
-                    console::line(format!("warning: reference log-probs are not cached: {e}"));
+                    console::warning(format!("reference log-probs are not cached: {e}"));
                 }
                 scores.logps
             }

@@ -1,5 +1,6 @@
 //! The run: everything from options to a trained adapter.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -112,8 +113,11 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         [] => data::split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
         paths => (dataset.pairs, data::load(&rows(paths)?, registry, &tokenizer)?.pairs),
     };
+    warn_of_shared(&pairs, &validation);
     if pairs.is_empty() {
-        return Err(Error::input("the split leaves no pair to train on").at("--split-dataset-ratio"));
+        return Err(Error::input("the split leaves no pair to train on")
+            .at("--split-dataset-ratio")
+            .help("lower it, or add rows"));
     }
 
     let checkpoint = Checkpoint::open(&folder)?;
@@ -189,7 +193,8 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         None => run.begin()?,
     }
     run.train()?;
-    console::line(format!("adapter     {}", run.output.join("adapter_model.safetensors").display()));
+    let adapter = run.output.join("adapter_model.safetensors").display().to_string();
+    console::result(format!("adapter     {adapter}"));
     let Run { options, output, .. } = &run;
     // The base is what a continued adapter was before it was an adapter, not before this run.
     let alone = gpu.is_none() && run.ranks.size() == 1 && options.init_adapter.is_none();
@@ -197,10 +202,12 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         let pairs = if run.validation.is_empty() { &run.pairs } else { &run.validation };
         let written = Model::open(registry, &folder, options.plugin.as_deref())
             .and_then(|model| answers::write(&model, run.device.adapter().clone(), pairs, output));
-        written.unwrap_or_else(|e| console::line(format!("warning: the report has no answers: {e}")));
+        written.unwrap_or_else(|e| console::warning(format!("the report has no answers: {e}")));
     }
     let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
     console::line(next::commands(output, rows));
+    let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(run.done))];
+    console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
     watchers.iter().for_each(Watchers::farewell);
     Ok(run.output)
 }
@@ -268,8 +275,8 @@ impl Run<'_> {
             false => None,
         };
         let interrupt = Interrupt::listen()?;
-        let bar = console::bar(self.total, "{msg} {bar:20} {pos}/{len} {eta} left");
-        let warn = |what: &str| bar.suspend(|| console::line(format!("warning: {what}")));
+        let bar = console::bar(self.total, "{pos}/{len} {bar:10} {eta} left  {wide_msg}");
+        let warn = |what: &str| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
         let start = Instant::now();
         let mut line_start = Instant::now();
@@ -456,7 +463,7 @@ fn dashboard(options: &TrainOptions, attempt: u64) -> Result<Option<Server>> {
     let Some(address) = options.dashboard.as_deref().filter(|a| *a != "false") else { return Ok(None) };
     match Server::bind(Some(address).filter(|a| *a != "true"), "--dashboard") {
         Err(e) if attempt > 0 => {
-            console::line(format!("warning: no dashboard: {e}"));
+            console::warning(format!("no dashboard: {e}"));
             Ok(None)
         }
         server => server.map(Some),
@@ -472,10 +479,12 @@ fn demo_or_given(options: &mut TrainOptions) -> Result<String> {
         (None, true) => {
             let demo = demo::write()?;
             let text = |p: &Path| p.display().to_string();
+            let model = text(&demo.model);
+            options.model = Some(model.clone());
             options.data.dataset = vec![text(&demo.dataset)];
             options.val_dataset = vec![text(&demo.val_dataset)];
             options.suit_demo();
-            Ok(text(&demo.model))
+            Ok(model)
         }
     }
 }
@@ -485,25 +494,24 @@ fn refuse_unsupported(options: &TrainOptions) -> Result<()> {
         return Err(Error::input("should be above 0").at("--gpus").help("say --device cpu to compute without one"));
     }
     if options.quantization != Quantization::None {
-        return Err(Error::input("quantised weights: this version computes in bf16 or f32").at("--quantization"));
+        return Err(Error::input("quantised weights: this version computes in bf16 or f32")
+            .at("--quantization")
+            .help("leave it out; `dpo-host plan` says what fits, and what --recompute and --shard-base save"));
     }
     if options.batch_size == 0 {
-        return Err(Error::input("a step needs pairs").at("--batch-size"));
+        return Err(Error::input("a step needs pairs").at("--batch-size").help("16 is usual"));
     }
-    if !(0.0..1.0).contains(&options.split_dataset_ratio) {
-        return Err(Error::input("should be from 0 to below 1").at("--split-dataset-ratio"));
-    }
-    Ok(())
+    options.refuse_out_of_range()
 }
 
 fn note_ignored(options: &TrainOptions) {
     if options.lora_dropout != 0.0 {
-        console::line(
-            "note: --lora-dropout is ignored: dropout is off while aligning, as in TRL, LLaMA-Factory and ms-swift",
+        console::note(
+            "--lora-dropout is ignored: dropout is off while aligning, as in TRL, LLaMA-Factory and ms-swift",
         );
     }
     if options.dtype == Dtype::Bfloat16 && options.device == "cpu" {
-        console::line("note: --dtype bfloat16 is for GPUs; the CPU computes in float32");
+        console::note("--dtype bfloat16 is for GPUs; the CPU computes in float32");
     }
 }
 
@@ -529,7 +537,7 @@ fn starting_adapter(model: &Model<'_>, options: &TrainOptions) -> Result<Adapter
         };
         let (rank, alpha) = (options.lora_rank.unwrap_or(8), options.lora_alpha.unwrap_or(32.0));
         if rank == 0 {
-            return Err(Error::input("should be above 0").at("--lora-rank"));
+            return Err(Error::input("should be above 0").at("--lora-rank").help("8 to 64 is usual"));
         }
         let config = AdapterConfig { rank, alpha, rslora: options.use_rslora, targets };
         return Adapter::new(&model.graph, config, options.data.seed).map_err(|e| e.at("--target-modules"));
@@ -547,6 +555,19 @@ fn starting_adapter(model: &Model<'_>, options: &TrainOptions) -> Result<Adapter
             Err(Error::input(what).at(flag).help("leave it out: a run from an adapter keeps its shape"))
         }
         None => Adapter::load(&model.graph, folder),
+    }
+}
+
+/// An evaluation of pairs that are trained on says that a model learns, not what it learned.
+fn warn_of_shared(pairs: &[TokenPair], validation: &[TokenPair]) {
+    let trained: HashSet<_> = pairs.iter().map(|p| (&p.prompt, &p.chosen, &p.rejected)).collect();
+    let shared = validation.iter().filter(|p| trained.contains(&(&p.prompt, &p.chosen, &p.rejected))).count();
+    if shared > 0 {
+        console::warning(format!(
+            "{shared} of {} validation pairs are trained on as well\n  help: evaluate on other rows, or keep some from training \
+             with --split-dataset-ratio 0.1",
+            validation.len()
+        ));
     }
 }
 
@@ -622,17 +643,53 @@ fn show(bar: &ProgressBar, line: &Map<String, Value>) {
     let step = number("global_step").unwrap_or(0.0);
     let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
     let kind = if line.contains_key("eval_loss") { "evaluation" } else { "step" };
-    let text = format!("{kind} {step} loss {loss:.4} margin {margin:.3} accuracy {accuracy:.2}{speed}");
-    if bar.is_hidden() {
-        console::line(text);
-    } else if kind == "step" {
+    let text = format!("loss {loss:.4} margin {margin:.3} accuracy {accuracy:.2}{speed}");
+    console::event(kind, line);
+    if kind == "step" && !bar.is_hidden() {
         bar.set_message(text);
     } else {
-        bar.println(text);
+        bar.suspend(|| console::step(format!("{kind} {step} {text}")));
     }
 }
 
 impl TrainOptions {
+    /// Numbers of which no run could make sense.
+    fn refuse_out_of_range(&self) -> Result<()> {
+        type Range = (fn(f64) -> bool, &'static str);
+        const FROM_0: Range = (|x| x >= 0.0, "0 or more");
+        const ABOVE_0: Range = (|x| x > 0.0, "above 0");
+        const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");
+        const BELOW_1: Range = (|x| (0.0..1.0).contains(&x), "from 0 to below 1");
+        let numbers: &[(&str, Option<f64>, Range, &str)] = &[
+            ("--learning-rate", Some(self.learning_rate), FROM_0, "LoRA wants 1e-5 to 2e-4"),
+            ("--num-epochs", Some(self.num_epochs), ABOVE_0, "part of an epoch is a number such as 0.5"),
+            ("--max-steps", self.max_steps.map(|n| n as f64), ABOVE_0, "leave it out to take --num-epochs"),
+            ("--beta", self.beta, ABOVE_0, "0.01 to 0.5 is usual; the lower, the further from the reference"),
+            ("--label-smoothing", self.label_smoothing, BELOW_1, "the part of preferences that are wrong, such as 0.1"),
+            ("--rpo-alpha", self.rpo_alpha, FROM_0, "0.1 to 1 is usual"),
+            ("--ld-alpha", self.ld_alpha, SHARE, "1 is plain DPO"),
+            ("--warmup-ratio", Some(self.warmup_ratio), SHARE, "0.05 is usual"),
+            ("--weight-decay", Some(self.weight_decay), FROM_0, "0 is none"),
+            ("--adam-beta1", Some(self.adam_beta1), BELOW_1, "0.9 is usual"),
+            ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
+            ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
+            ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
+            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            ("--lora-dropout", Some(self.lora_dropout), SHARE, "it has no effect here"),
+            ("--split-dataset-ratio", Some(self.split_dataset_ratio), BELOW_1, "0.01 keeps every hundredth pair"),
+        ];
+        let wrong = |x: f64, (within, _): &Range| !x.is_finite() || !within(x);
+        let first = numbers
+            .iter()
+            .find_map(|(flag, x, range, help)| x.filter(|x| wrong(*x, range)).map(|x| (flag, x, range.1, help)));
+        match first {
+            Some((flag, x, range, help)) => {
+                Err(Error::input(format!("should be {range}, not {x}")).at(flag).help(*help))
+            }
+            None => Ok(()),
+        }
+    }
+
     fn objective(&self) -> Result<ObjectiveOptions> {
         let mut options = Map::new();
         let numbers = [("beta", self.beta), ("label_smoothing", self.label_smoothing)];
@@ -640,7 +697,9 @@ impl TrainOptions {
         options.extend(self.f_divergence.iter().map(|f| ("f_divergence".to_owned(), json!(f))));
         for option in &self.loss_option {
             let Some((name, value)) = option.split_once('=') else {
-                return Err(Error::input(format!("'{option}' should be NAME=VALUE")).at("--loss-option"));
+                return Err(Error::input(format!("'{option}' should be NAME=VALUE"))
+                    .at("--loss-option")
+                    .help("`dpo-host describe LOSS` names a loss's options"));
             };
             options.insert(name.into(), value.parse::<f64>().map_or_else(|_| json!(value), |n| json!(n)));
         }
@@ -658,7 +717,9 @@ impl TrainOptions {
     fn patience(&self) -> Result<Patience> {
         let seconds = |flag: &str, value: f64| match Duration::try_from_secs_f64(value) {
             Ok(time) if !time.is_zero() => Ok(time),
-            _ => Err(Error::input(format!("{value} should be a number of seconds above 0")).at(flag)),
+            _ => Err(Error::input(format!("{value} should be a number of seconds above 0"))
+                .at(flag)
+                .help("10 is ten seconds")),
         };
         Ok(Patience {
             rendezvous: seconds("--rendezvous", self.rendezvous)?,
@@ -692,8 +753,14 @@ impl TrainOptions {
     /// Settings under which the demo's model changes its tone within a minute and keeps what it knows. A strong reference and
     /// the likelihood of the chosen answers are what keeps a model of this size from stammering.
     fn suit_demo(&mut self) {
-        self.learning_rate = 2e-3;
-        self.num_epochs = 2.0;
+        let said = |name: &str| self.said.iter().any(|said| said == name);
+        let (rate, epochs) = (said("learning_rate"), said("num_epochs"));
+        if !rate {
+            self.learning_rate = 2e-3;
+        }
+        if !epochs {
+            self.num_epochs = 2.0;
+        }
         if self.loss == ["sigmoid"] {
             self.beta.get_or_insert(0.5);
             self.rpo_alpha.get_or_insert(1.0);
