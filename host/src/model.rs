@@ -42,11 +42,12 @@ impl<'r> Model<'r> {
     /// Reads `config.json` and asks the family: the one named, or the one that claims the architecture.
     pub fn open(registry: &'r Registry, folder: &Path, plugin: Option<&str>) -> Result<Model<'r>> {
         let path = folder.join("config.json");
-        let config = std::fs::read_to_string(&path).reading(&path).map_err(|e| {
-            e.help(
+        if !path.is_file() {
+            return Err(Error::input("the folder has no config.json").at(folder.display()).help(
                 "a model folder holds config.json, tokenizer.json and safetensors files, as published checkpoints do",
-            )
-        })?;
+            ));
+        }
+        let config = std::fs::read_to_string(&path).reading(&path)?;
         let place = path.display();
         let value: Value = serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
         let architecture = value.pointer("/architectures/0").and_then(Value::as_str);

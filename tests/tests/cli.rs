@@ -297,9 +297,9 @@ fn a_run_tells_programs_in_lines_of_json() {
     assert_eq!((&end["event"], &end["global_step"]), (&"end".into(), &3.into()));
     assert!(Path::new(end["adapter"].as_str().unwrap()).is_file());
     assert!(!ended.stderr.lines().any(|l| l.starts_with("step ")), "{}", ended.stderr);
-    let refused = s.run(&["train", "--json", "--model", "nowhere/", "--dataset", &rows]);
+    let refused = s.run(&["train", "--json", "--model", "./nowhere", "--dataset", &rows]);
     let error = of(&refused, "error").pop().unwrap();
-    assert_eq!((refused.code, error["place"].as_str()), (2, Some("nowhere/")), "{}", refused.stdout);
+    assert_eq!((refused.code, error["place"].as_str()), (2, Some("--model")), "{}", refused.stdout);
 }
 
 #[test]
@@ -307,13 +307,25 @@ fn colours_are_for_terminals_and_those_who_ask() {
     let s = sandbox();
     let coloured = |variable: Option<(&str, &str)>| {
         let mut command = s.command(&["train", "--beta", "-1"]);
-        ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"].iter().for_each(|name| drop(command.env_remove(name)));
+        for name in ["NO_COLOR", "CLICOLOR", "CLICOLOR_FORCE"] {
+            command.env_remove(name);
+        }
         command.envs(variable);
         String::from_utf8(command.output().unwrap().stderr).unwrap().contains('\x1b')
     };
     assert!(!coloured(None), "a pipe is no terminal");
     assert!(coloured(Some(("CLICOLOR_FORCE", "1"))));
     assert!(!coloured(Some(("NO_COLOR", "1"))));
+}
+
+#[test]
+fn a_reader_that_leaves_early_ends_a_command_without_a_panic() {
+    let s = sandbox();
+    let mut command = s.command(&["describe", "qwen2"]);
+    let mut child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let stderr = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+    assert_eq!(stderr, "");
 }
 
 #[test]

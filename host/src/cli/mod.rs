@@ -21,6 +21,8 @@ mod ui;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -122,6 +124,11 @@ fn run(args: Vec<OsString>) -> Result<()> {
     let flags = flags::resolve(args, &mut command)?;
     let ranked = flags::command_at(&flags.args).is_some_and(|at| RANKED.contains(&flags.args[at].as_str()));
     let place = if ranked { Place::from_environment()? } else { None };
+    if !ranked {
+        // Who does not read on, such as `head`, ends a command that prints. A run goes on.
+        let always = Arc::new(AtomicBool::new(true));
+        let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
+    }
     if place.as_ref().is_some_and(|p| p.rank > 0) {
         console::silence();
     }

@@ -94,6 +94,11 @@ fn place(temporary: &Path, place: &Path) -> Result<()> {
 pub(super) fn find(output: Option<&Path>, value: &str) -> Result<Option<PathBuf>> {
     if value != "latest" {
         let folder = PathBuf::from(value);
+        if !folder.is_dir() {
+            return Err(Error::input(format!("'{value}' is no folder"))
+                .at(FLAG)
+                .help("name a folder checkpoint-N of a run, or say 'latest' together with --output-dir"));
+        }
         let torn = |cause: String| Error::input(format!("the checkpoint is torn: {cause}")).at(folder.display());
         manifest::verify(&folder)
             .map_err(|e| torn(e).help(format!("name another one, or let {FLAG} latest find a whole one")))?;

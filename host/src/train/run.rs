@@ -68,8 +68,10 @@ const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to t
 /// Starts ranks on this machine. What can be checked beforehand is, so that it is said once.
 fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
     let given = demo_or_given(options)?;
-    for rank in 0..options.gpus {
-        choose_device(options, Some(rank))?;
+    let gpus = (0..options.gpus).map(|rank| choose_device(options, Some(rank))).collect::<Result<Vec<_>>>()?;
+    if gpus.iter().all(Option::is_none) {
+        let count = options.gpus;
+        console::note(format!("--gpus {count} on the CPU: {count} processes, which share its cores and memory"));
     }
     Objective::new(registry, &options.objective()?)?;
     let folder = model::locate(&given, Need::Weights)?;
@@ -278,6 +280,12 @@ impl Run<'_> {
         let bar = console::bar(self.total, "{pos}/{len} {bar:10} {eta} left  {wide_msg}");
         let warn = |what: &str| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
+        if self.done >= self.total {
+            console::note(format!(
+                "all {} steps are taken already; a run that begins anew has a folder of its own",
+                self.total
+            ));
+        }
         let start = Instant::now();
         let mut line_start = Instant::now();
         let eval_steps = self.options.eval_steps.unwrap_or(self.options.save_steps);
@@ -474,8 +482,12 @@ fn dashboard(options: &TrainOptions, attempt: u64) -> Result<Option<Server>> {
 fn demo_or_given(options: &mut TrainOptions) -> Result<String> {
     match (&options.model, options.data.dataset.is_empty()) {
         (Some(model), false) => Ok(model.clone()),
-        (Some(_), true) => Err(Error::input("no data").help("name rows with --dataset FILE")),
-        (None, false) => Err(Error::input("no model").help("name a checkpoint folder with --model DIR")),
+        (Some(_), true) => {
+            Err(Error::input("no data").at("--dataset").help("name rows: --dataset FILE, or --dataset hf::owner/name"))
+        }
+        (None, false) => Err(Error::input("no model")
+            .at("--model")
+            .help("name a checkpoint folder, or a model of a hub: --model owner/name")),
         (None, true) => {
             let demo = demo::write()?;
             let text = |p: &Path| p.display().to_string();
@@ -521,7 +533,8 @@ fn choose_device(options: &TrainOptions, local_rank: Option<usize>) -> Result<Op
     if exact && options.device == "auto" {
         return Ok(None);
     }
-    match device::choose(&options.device, local_rank)? {
+    let chosen = device::choose(&options.device, local_rank);
+    match chosen.map_err(|e| e.help("leave it out to compute on what there is"))? {
         Some(_) if exact => Err(Error::input("GPUs compute in bfloat16")
             .at("--dtype")
             .help("leave it out, or add --device cpu for float32")),
