@@ -109,7 +109,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let rows = |paths: &[String]| options.data.options(paths, model.graph.max_positions);
     let dataset = data::load(&rows(&options.data.dataset)?, registry, &tokenizer)?;
     refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
-    console::line(format!("model       {} ({}, {})", folder.display(), model.family.name, model.family.summary));
+    console::line(format!("model       {} ({})", folder.display(), model.family.name));
     console::line(format!("data        {}", dataset.report.line()));
     let (pairs, validation) = match options.val_dataset.as_slice() {
         [] => data::split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
@@ -277,9 +277,11 @@ impl Run<'_> {
             false => None,
         };
         let interrupt = Interrupt::listen()?;
-        let bar = console::bar(self.total, "{pos}/{len} {bar:10} {eta} left  {wide_msg}");
+        let bar = console::bar(self.total, "{pos}/{len} {bar:8} {eta} left  {wide_msg}");
         let warn = |what: &str| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
+        // What was taken before says nothing of the time that is left.
+        bar.reset_eta();
         if self.done >= self.total {
             console::note(format!(
                 "all {} steps are taken already; a run that begins anew has a folder of its own",
