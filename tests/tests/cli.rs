@@ -269,12 +269,12 @@ fn a_quiet_run_says_where_its_adapter_is() {
     // A note is not worth a word, a warning is.
     let more = ["--quiet", "--lora-dropout", "0.1", "--val-dataset", &rows];
     let ended = s.ok(&[&small(&model, &rows, &output)[..], &more].concat());
-    let lines: Vec<&str> = ended.stderr.lines().collect();
-    let (warning, help, adapter) = (lines[0], lines[1], lines[2]);
-    assert!(warning.starts_with("warning: ") && warning.contains("are trained on as well"), "{warning}");
-    assert!(help.starts_with("  help: "), "{help}");
-    assert_eq!(adapter, format!("adapter     {output}/adapter_model.safetensors"));
-    assert_eq!((lines.len(), ended.stdout.as_str()), (3, ""), "{}", ended.stderr);
+    let mut lines: Vec<&str> = ended.stderr.lines().collect();
+    assert_eq!(lines.pop(), Some(format!("adapter     {output}/adapter_model.safetensors").as_str()));
+    assert!(lines[0].starts_with("warning: ") && lines[0].ends_with("are trained on as well"), "{}", ended.stderr);
+    // The loss doctor may say more.
+    assert!(lines.iter().all(|l| l.starts_with("warning: ") || l.starts_with("  help: ")), "{}", ended.stderr);
+    assert_eq!(ended.stdout, "");
     s.refuses(&["train", "--quiet", "--beta", "-1"], &["error: --beta"]);
 }
 

@@ -290,7 +290,7 @@ impl Chat {
             reasons.insert(0, format!("{tokens} tokens, {:.1} tokens/s", tokens as f64 / seconds.max(1e-9)));
             return self.screen.show(&format!("{}\n\n", self.screen.dim(&reasons.join("; "))));
         }
-        reasons.iter().for_each(|reason| console::note(reason));
+        reasons.iter().for_each(console::note);
         Ok(())
     }
 }
