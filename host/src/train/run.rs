@@ -277,7 +277,7 @@ impl Run<'_> {
             false => None,
         };
         let interrupt = Interrupt::listen()?;
-        let bar = console::bar(self.total, "{pos}/{len} {bar:8} {eta} left  {wide_msg}");
+        let bar = console::bar(self.total, "{pos}/{len} {bar:6} {eta} left  {wide_msg}");
         let warn = |what: &str| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
         // What was taken before says nothing of the time that is left.
