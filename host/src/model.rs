@@ -43,7 +43,7 @@ impl<'r> Model<'r> {
     pub fn open(registry: &'r Registry, folder: &Path, plugin: Option<&str>) -> Result<Model<'r>> {
         let path = folder.join("config.json");
         if !path.is_file() {
-            return Err(Error::input("the folder has no config.json").at(folder.display()).help(
+            return Err(Error::input("no such file").at(path.display()).help(
                 "a model folder holds config.json, tokenizer.json and safetensors files, as published checkpoints do",
             ));
         }

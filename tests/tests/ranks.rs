@@ -310,7 +310,7 @@ fn a_run_that_lost_a_rank_starts_again_by_itself() {
     signal("KILL", process_of(launcher.id(), 1).unwrap());
     let (code, text) = ended(launcher);
     assert_eq!(code, 0, "{text}");
-    assert!(text.contains("note: rank 1 ended with signal: 9") && text.contains("restart 1 of 1"), "{text}");
+    assert!(text.contains("warning: rank 1 ended with signal: 9") && text.contains("restart 1 of 1"), "{text}");
     assert_eq!(adapter(&whole), adapter(&cut));
     assert_equal_logs(&whole, &cut, "a run with a restart");
 }

@@ -51,7 +51,7 @@ pub fn launch(size: usize, more: &[OsString], restarts: usize) -> Result<()> {
             return Err(error);
         }
         attempt += 1;
-        console::warning(&error);
+        console::warning(error.message());
         console::note(format!("restart {attempt} of {restarts}, from the last checkpoint if there is one"));
     }
 }
