@@ -1,0 +1,52 @@
+//! Where a run is written, and where one that goes on has been.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::checkpoint;
+use super::options::TrainOptions;
+use crate::error::{Error, Result};
+
+/// Where a run is written, and the checkpoint it goes on from.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Folders {
+    pub(super) output: PathBuf,
+    pub(super) resumed: Option<PathBuf>,
+}
+
+/// A run that is started again finds its own folder, and goes on from the last checkpoint there if there is one.
+pub(super) fn folders(options: &TrainOptions, model: &Path, attempt: u64) -> Result<Folders> {
+    let again = options.output_dir.clone().filter(|_| attempt > 0);
+    let latest = again.as_ref().map_or(Ok(None), |output| checkpoint::find(Some(output), "latest"))?;
+    let resumed = match &options.resume_from_checkpoint {
+        Some(value) if latest.is_none() && !(again.is_some() && value == "latest") => {
+            checkpoint::find(options.output_dir.as_deref(), value)?
+        }
+        _ => latest,
+    };
+    let output = again.map_or_else(|| output_folder(options, model, resumed.as_deref()), Ok)?;
+    Ok(Folders { output, resumed })
+}
+
+/// Where the run goes: what was named, unless it holds a run; else the next free folder.
+fn output_folder(options: &TrainOptions, model: &Path, resumed: Option<&Path>) -> Result<PathBuf> {
+    let holds_run =
+        |p: &Path| ["args.json", "logging.jsonl", "adapter_model.safetensors"].iter().any(|f| p.join(f).exists());
+    // With `latest`, a run that was killed before its first checkpoint; one that has an adapter came to its end.
+    let begins_again =
+        |p: &Path| options.resume_from_checkpoint.is_some() && !p.join("adapter_model.safetensors").exists();
+    match (&options.output_dir, resumed) {
+        (Some(folder), None) if holds_run(folder) && !begins_again(folder) => Err(Error::input("holds a run already")
+            .at(folder.display())
+            .help("name another folder, or go on with --resume-from-checkpoint latest")),
+        (Some(folder), _) => Ok(folder.clone()),
+        (None, Some(checkpoint)) => Ok(checkpoint.parent().unwrap_or(Path::new(".")).to_owned()),
+        (None, None) => {
+            let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+            let name = name.unwrap_or_else(|| "run".into());
+            let free = (1..).map(|n| PathBuf::from("output").join(format!("{name}-{n}"))).find(|p| !p.exists());
+            free.ok_or_else(|| Error::run("no free folder under output"))
+        }
+    }
+}
