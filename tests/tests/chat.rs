@@ -44,7 +44,7 @@ fn the_demo_answers_before_and_after() {
     assert!(base.iter().all(|o| o["tuned"].is_null() && o["base"]["tokens"].as_u64().unwrap() > 0), "{base:?}");
     assert_eq!(base, ask(&prompts), "the same prompts have other answers");
     let run = s.path("run");
-    s.ok(&["train", "--output-dir", &run, "--max-steps", "12"]);
+    s.ok(&["train", "--output-dir", &run, "--max-steps", "24"]);
     let both = ask(&[&["--adapter", &run, "--compare"], &prompts[..]].concat());
     let tuned = ask(&[&["--adapter", &run], &prompts[..]].concat());
     for at in 0..2 {
