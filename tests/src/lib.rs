@@ -2,6 +2,7 @@
 
 pub mod hub;
 pub mod nested;
+pub mod page;
 
 use std::collections::HashMap;
 

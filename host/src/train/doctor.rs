@@ -5,8 +5,11 @@ use std::collections::VecDeque;
 
 use serde_json::{Map, Value};
 
-/// Lines over which a loss is taken together before it is compared with the first one.
+/// Lines that are taken together before they are compared with the first one.
 const RECENT: usize = 10;
+/// Norms below this are rounding: answers that are the same to the model leave about 1e-5 in f32, pairs that teach something 0.01
+/// and more.
+const NO_GRADIENT: f64 = 1e-4;
 
 /// Remembers what it has said and what it has seen.
 #[derive(Default)]
@@ -24,7 +27,6 @@ struct Line {
     learning_rate: f64,
     /// Of chosen and rejected.
     rewards: [f64; 2],
-    logps: [f64; 2],
 }
 
 /// What the doctor looks at.
@@ -35,8 +37,10 @@ struct Seen {
     now: Line,
     /// How far the margin has been from where it began.
     moved: f64,
-    /// The last losses, up to [`RECENT`].
-    losses: VecDeque<f64>,
+    /// The last lines, up to [`RECENT`].
+    recent: VecDeque<Line>,
+    /// Whether the learning rate is higher than a line before: in a warm-up little moves, and that is no sign.
+    warms_up: bool,
     /// Whether this is the run's last step.
     last: bool,
     /// The loss of the last evaluation, and the least of all.
@@ -44,16 +48,36 @@ struct Seen {
 }
 
 impl Seen {
+    /// A run has to have three lines before its end says anything: the first one's margin is 0 whatever follows.
     fn flat(&self) -> bool {
-        self.now.gradient > 0.0 && (self.lines >= RECENT && self.moved < 1e-3 || self.last && self.moved < 1e-2)
+        let little = self.lines >= RECENT && self.moved < 1e-3 || self.last && self.lines >= 3 && self.moved < 1e-2;
+        little && !self.still() && !self.warms_up
+    }
+
+    fn still(&self) -> bool {
+        self.now.gradient < NO_GRADIENT && !self.done()
     }
 
     fn done(&self) -> bool {
         self.lines >= 2 && self.now.loss.abs() < 0.01 * self.first.loss.abs() && self.now.margin > self.first.margin
     }
 
-    fn recent_loss(&self) -> f64 {
-        self.losses.iter().sum::<f64>() / self.losses.len().max(1) as f64
+    /// The mean of the last lines.
+    fn recent(&self, number: fn(&Line) -> f64) -> f64 {
+        self.recent.iter().map(number).sum::<f64>() / self.recent.len().max(1) as f64
+    }
+
+    /// Losses close to the first one, some of the last ones above it and some below. A run that learns slowly stays below.
+    fn wavers(&self) -> bool {
+        let beyond = |side: f64| self.recent.iter().filter(|l| side * (l.loss - self.first.loss) > 0.0).count();
+        let close = (self.recent(|l| l.loss) / self.first.loss - 1.0).abs() < 0.03;
+        self.lines >= 2 * RECENT && close && beyond(1.0) >= 3 && beyond(-1.0) >= 3
+    }
+
+    /// Only told of losses with a reference, where rewards begin at 0: without one, batches differ by more than a run moves.
+    fn both_fall(&self) -> bool {
+        let reference = self.first.rewards.iter().all(|r| r.abs() < 1e-2);
+        self.lines >= RECENT && reference && self.recent(|l| l.rewards[0]) < -1.0 && self.recent(|l| l.margin) > 0.0
     }
 }
 
@@ -62,8 +86,8 @@ type Rule = (&'static str, fn(&Seen) -> bool, &'static str);
 const RULES: &[Rule] = &[
     (
         "the gradient is zero: nothing is being learned",
-        |s| s.now.gradient == 0.0 && !s.done(),
-        "the answers of every pair are the same to the model, or the loss is saturated; look at `dpo-host data`, lower --beta",
+        Seen::still,
+        "the answers of every pair are the same to the model; look at `dpo-host data`, raise --max-length if it cuts them alike",
     ),
     (
         "the margin between chosen and rejected stays flat",
@@ -72,20 +96,17 @@ const RULES: &[Rule] = &[
     ),
     (
         "the loss is rising above where it began",
-        |s| s.lines >= 5 && s.now.margin < s.first.margin - 0.1 && s.recent_loss() > 1.3 * s.first.loss,
+        |s| s.lines >= 5 && s.now.margin < s.first.margin - 0.1 && s.recent(|l| l.loss) > 1.3 * s.first.loss,
         "lower --learning-rate; pairs that contradict each other (see `dpo-host data`) do the same",
     ),
     (
         "the loss goes up and down around where it began",
-        |s| s.lines >= 2 * RECENT && !s.flat() && (s.recent_loss() / s.first.loss - 1.0).abs() < 0.03,
+        |s| s.wavers() && !s.flat() && !s.still(),
         "pairs may contradict each other: look at `dpo-host data`; if not, raise --batch-size, or lower --learning-rate",
     ),
     (
         "both answers become less likely, the chosen one too",
-        |s| {
-            let less = s.now.logps[0] < s.first.logps[0] - 10.0;
-            s.lines >= RECENT && s.now.rewards[0] < 0.0 && less && s.now.margin > 0.0
-        },
+        Seen::both_fall,
         "usual for DPO, which only looks at the difference; add --rpo-alpha 0.1 if answers get worse",
     ),
     (
@@ -118,16 +139,16 @@ impl Doctor {
                 margin: other("rewards/margins"),
                 learning_rate: other("learning_rate"),
                 rewards: [other("rewards/chosen"), other("rewards/rejected")],
-                logps: [other("logps/chosen"), other("logps/rejected")],
             };
+            seen.warms_up = seen.recent.back().is_some_and(|before| before.learning_rate < seen.now.learning_rate);
             if seen.lines == 0 {
                 seen.first = seen.now;
             }
             seen.moved = seen.moved.max((seen.now.margin - seen.first.margin).abs());
             seen.lines += 1;
-            seen.losses.push_back(loss);
-            if seen.losses.len() > RECENT {
-                seen.losses.pop_front();
+            seen.recent.push_back(seen.now);
+            if seen.recent.len() > RECENT {
+                seen.recent.pop_front();
             }
         } else {
             // A step that was skipped has numbers that are none.
@@ -153,40 +174,78 @@ mod tests {
 
     use super::*;
 
-    /// What is said of steps with these losses and margins; each has a gradient of 1 and is followed by an evaluation where
-    /// there is a loss for one.
-    fn said(steps: &[(f64, f64, Option<f64>)]) -> Vec<String> {
+    /// A line of the log, with the loss that DPO makes of a margin.
+    fn line(margin: f64, rate: f64) -> Value {
+        let loss = (-margin).exp().ln_1p();
+        let (chosen, rejected) = (margin / 2.0, -margin / 2.0);
+        json!({"loss": loss, "grad_norm": 1.0, "rewards/margins": margin, "rewards/chosen": chosen,
+            "rewards/rejected": rejected, "learning_rate": rate})
+    }
+
+    /// What is said of these lines, as the whole of a run.
+    fn said(lines: &[Value]) -> Vec<String> {
         let mut doctor = Doctor::default();
-        let mut all = Vec::new();
-        for (at, (loss, margin, evaluation)) in steps.iter().enumerate() {
-            let line = json!({"loss": loss, "grad_norm": 1.0, "rewards/margins": margin, "learning_rate": 1e-4});
-            all.extend(doctor.look(line.as_object().unwrap(), at + 1 == steps.len()));
-            if let Some(loss) = evaluation {
-                all.extend(doctor.look(json!({"eval_loss": loss}).as_object().unwrap(), false));
-            }
-        }
+        let look = |(at, line): (usize, &Value)| doctor.look(line.as_object().unwrap(), at + 1 == lines.len());
+        let all: Vec<String> = lines.iter().enumerate().flat_map(look).collect();
         all.iter().map(|what| what.lines().next().unwrap().to_owned()).collect()
     }
 
+    fn of_margins(margins: impl IntoIterator<Item = f64>) -> Vec<Value> {
+        margins.into_iter().map(|margin| line(margin, 1e-4)).collect()
+    }
+
+    const NOTHING: [&str; 0] = [];
+
     #[test]
     fn a_run_that_learns_is_left_alone() {
-        let steps = (0..40).map(|n| (0.693 - 0.012 * n as f64, 0.03 * n as f64, Some(0.7 - 0.01 * n as f64)));
-        assert_eq!(said(&steps.collect::<Vec<_>>()), Vec::<String>::new());
+        let quick = (0..40).map(|n| 0.06 * f64::from(n));
+        assert_eq!(said(&of_margins(quick)), NOTHING);
+        // So slowly that the loss is within 3% of ln 2 all the time, and unevenly.
+        let slow = (0..60).map(|n| 6e-4 * f64::from(n) + if n % 3 == 2 { 2e-3 } else { 0.0 });
+        assert_eq!(said(&of_margins(slow)), NOTHING);
+        // One step, from which nothing follows.
+        assert_eq!(said(&of_margins([0.0])), NOTHING);
+        // A long warm-up, after which it learns.
+        let warm_up = (0..40).map(|n| line(0.02 * f64::from(n - 20).max(0.0), 1e-6 * f64::from(n.min(25))));
+        assert_eq!(said(&warm_up.collect::<Vec<_>>()), NOTHING);
+        // Without a reference, rewards are log-probs, and those of a batch of long answers are low.
+        let bare = (0..20).map(|n| {
+            let mut line = line(0.05 * f64::from(n), 1e-4);
+            line["rewards/chosen"] = json!(if n < 5 { -10.0 } else { -30.0 });
+            line
+        });
+        assert_eq!(said(&bare.collect::<Vec<_>>()), NOTHING);
     }
 
     #[test]
     fn every_sign_is_named_once() {
-        let flat = [(0.693, 0.0, None), (0.692, 0.002, None), (0.69, 0.005, None)];
+        let flat = of_margins([0.0, 0.002, 0.005]);
         assert_eq!(said(&flat), ["the margin between chosen and rejected stays flat"]);
-        let rising: Vec<_> = (0..12).map(|n| (0.693 + 0.2 * n as f64, -0.2 * n as f64, None)).collect();
+        let mut still = of_margins([0.0; 12]);
+        still.iter_mut().for_each(|line| line["grad_norm"] = json!(8e-6));
+        assert_eq!(said(&still), ["the gradient is zero: nothing is being learned"]);
+        let rising = of_margins((0..12).map(|n| -0.2 * f64::from(n)));
         assert_eq!(said(&rising), ["the loss is rising above where it began"]);
-        let noise: Vec<_> = (0..30).map(|n| if n % 2 == 0 { (0.68, 0.1, None) } else { (0.70, -0.05, None) }).collect();
-        assert_eq!(said(&noise), ["the loss goes up and down around where it began"]);
-        let heart: Vec<_> = (0..12)
-            .map(|n| (0.693 - 0.05 * n as f64, 0.1 * n as f64, Some(0.6 + 0.03 * (n as f64 - 3.0).abs())))
-            .collect();
-        assert_eq!(said(&heart), ["validation pairs get worse while training pairs get better"]);
-        let done: Vec<_> = (0..8).map(|n| (0.693 * 0.2_f64.powi(n), 2.0 * f64::from(n), None)).collect();
+        let wavers = of_margins([0.0].into_iter().chain((0..30).map(|n| if n % 2 == 0 { 0.05 } else { -0.05 })));
+        assert_eq!(said(&wavers), ["the loss goes up and down around where it began"]);
+        let mut both = of_margins((0..20).map(|n| 0.05 * f64::from(n)));
+        both.iter_mut().enumerate().for_each(|(n, line)| line["rewards/chosen"] = json!(-0.2 * n as f64));
+        assert_eq!(said(&both), ["both answers become less likely, the chosen one too"]);
+        let heart = (0..12).flat_map(|n: i32| {
+            let evaluation = json!({"eval_loss": 0.6 + 0.03 * f64::from((n - 3).abs())});
+            [line(0.1 * f64::from(n), 1e-4), evaluation]
+        });
+        assert_eq!(said(&heart.collect::<Vec<_>>()), ["validation pairs get worse while training pairs get better"]);
+        let done = of_margins((0..8).map(|n| 2.0 * f64::from(n)));
         assert_eq!(said(&done), ["the loss is close to zero: there is nothing left to learn"]);
+    }
+
+    #[test]
+    fn every_sign_is_explained() {
+        let page = include_str!("../../../docs/loss-does-not-fall.md");
+        for (what, _, help) in RULES {
+            assert!(page.contains(&format!("| `{what}` |")), "no line of the table is about: {what}");
+            assert!(page.contains(&format!("  help: {help}")), "no run shows: {help}");
+        }
     }
 }
