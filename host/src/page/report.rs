@@ -244,3 +244,22 @@ fn escaped(text: &str) -> String {
     }
     safe
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::*;
+
+    #[test]
+    fn answers_are_text() {
+        let folder = tempfile::tempdir().unwrap();
+        let evil = "</div><script>alert(1)</script><img src=x onerror=\"alert(2)\">";
+        let line = serde_json::json!({"prompt": evil, "before": evil, "after": evil});
+        std::fs::write(folder.path().join(ANSWERS), format!("{line}\n")).unwrap();
+        write(folder.path()).unwrap();
+        let html = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
+        assert_eq!(html.matches("&lt;script&gt;").count(), 3, "{html}");
+        assert!(!html.contains("<script") && !html.contains("<img"), "{html}");
+    }
+}
