@@ -157,7 +157,9 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let room = cuda::room(&gpu, memory, nccl.as_ref())?;
     let parts = if options.shard_base { ranks.size() } else { 1 };
     if parts > 1 && nccl.is_none() {
-        return Err(Error::input("GPUs share frozen weights through NCCL").at("--shard-base"));
+        return Err(Error::input("GPUs share frozen weights through NCCL, which these ranks do not have")
+            .at("--shard-base")
+            .help("leave it out, or give each rank a GPU of its own; `dpo-host doctor` looks for NCCL"));
     }
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, room, parts, wishes)?;
     let many = if ranks.size() > 1 { format!("{} times ", ranks.size()) } else { String::new() };

@@ -10,15 +10,16 @@ use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
 use super::blas::{Blas, CLASS, Operands, Product};
-use super::device::{Address, Args, Gpu, Memory, Pinned, View};
+use super::device::{Address, Args, Gpu, Memory, View};
+use super::inputs::{Inputs, RopeTable, rope_tables};
 use super::kernels::{AttentionKernels, Heads, Kernels};
-use super::launch::{Run, rope_numbers};
+use super::launch::Run;
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
 use super::nccl::Nccl;
 use super::plan::GpuPlan;
 use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
-use crate::batch::{Batch, Span};
+use crate::batch::Batch;
 use crate::data::TokenPair;
 use crate::device::{Device, LogProbs};
 use crate::error::{Error, Result};
@@ -68,40 +69,6 @@ struct OptimizerMemory {
     layers: Vec<Range<usize>>,
 }
 
-/// What a batch brings, staged in pinned memory and sent in one copy.
-pub(super) struct Inputs {
-    staged: Pinned,
-    memory: Memory,
-    used: usize,
-    pub(super) at: BatchAddresses,
-}
-
-/// Where a batch's arrays lie on the GPU.
-#[derive(Clone, Copy, Default)]
-pub(super) struct BatchAddresses {
-    ids: Address,
-    positions: Address,
-    predictors: Address,
-    targets: Address,
-    /// Of every token, the answer rows that were taken from it.
-    taken: Address,
-    /// Tiles of 64 and of 32 tokens.
-    pub(super) tiles: [(Address, usize); 2],
-    results: Address,
-    slopes: Address,
-    pub(super) ropes: Address,
-    pub(super) tokens: usize,
-    answers: usize,
-}
-
-pub(super) struct RopeTable {
-    pub(super) inv_freq: Vec<f32>,
-    pub(super) scale: f32,
-    frequencies: Memory,
-    /// Where its table begins after the batch's arrays, in bytes a token.
-    pub(super) offset: usize,
-}
-
 impl CudaDevice {
     /// Opens a GPU with a plan that was made for it, on a rank of those that the plan is for.
     pub fn load(
@@ -140,12 +107,7 @@ impl CudaDevice {
         let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed);
         let arrangement = arrangement.ok_or_else(|| Error::run("the plan has no room for a token"))?;
         let values = gpu.allocate(plan.values)?;
-        let inputs = Inputs {
-            staged: gpu.pinned(plan.inputs)?,
-            memory: gpu.allocate(plan.inputs)?,
-            used: 0,
-            at: BatchAddresses::default(),
-        };
+        let inputs = Inputs::new(&gpu, plan.inputs)?;
         let ropes = rope_tables(&gpu, &graph)?;
         let moments = Moments::new(count);
         let mut device = CudaDevice {
@@ -285,33 +247,8 @@ impl CudaDevice {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))
         })?;
-        let mut taken = vec![u32::MAX; tokens * 2];
-        for (row, predictor) in batch.predictors.iter().enumerate() {
-            let places = &mut taken[*predictor as usize * 2..][..2];
-            let free = places.iter_mut().find(|p| **p == u32::MAX);
-            *free.ok_or_else(|| Error::run("a row predicts more than two tokens"))? = row as u32;
-        }
-        self.inputs.used = 0;
-        let inputs = &mut self.inputs;
-        let mut at = BatchAddresses { tokens, answers, ..BatchAddresses::default() };
-        at.ids = inputs.put(&batch.ids);
-        at.positions = inputs.put(&batch.layout.positions);
-        at.predictors = inputs.put(&batch.predictors);
-        at.targets = inputs.put(&batch.targets);
-        at.taken = inputs.put(&taken);
-        for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
-            let words = tiles(&batch.layout.spans, size);
-            *place = (inputs.put(&words), words.len() / 5);
-        }
-        let sent = inputs.used;
-        at.results = inputs.reserve(answers * 2 * 4);
-        at.slopes = inputs.reserve(answers * 4);
-        at.ropes = inputs.reserve(self.ropes.iter().map(|r| r.inv_freq.len() * 8).sum::<usize>() * tokens);
-        if inputs.used > inputs.memory.bytes {
-            return Err(Error::run("a batch's arrays take more memory than was planned"));
-        }
-        inputs.at = at;
-        self.gpu.upload(&inputs.staged.bytes()[..sent], inputs.memory.address)?;
+        self.inputs.send(&self.gpu, batch, &self.ropes)?;
+        let at = self.inputs.at;
         for table in &self.ropes {
             let half = table.inv_freq.len();
             let to = at.ropes + (table.offset * tokens) as u64;
@@ -581,50 +518,3 @@ const PART: usize = 64;
 
 /// Partial sums of the gradient's norm.
 const PARTIAL: usize = 1024;
-
-impl Inputs {
-    /// Stages words; returns where they will lie.
-    fn put(&mut self, words: &[u32]) -> Address {
-        let at = self.used;
-        let bytes = words.iter().flat_map(|w| w.to_le_bytes());
-        self.staged.bytes_mut()[at..].iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-        self.reserve(words.len() * 4)
-    }
-
-    fn reserve(&mut self, bytes: usize) -> Address {
-        let at = self.memory.address + self.used as u64;
-        self.used += bytes.next_multiple_of(256);
-        at
-    }
-}
-
-/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first.
-fn tiles(spans: &[Span], size: usize) -> Vec<u32> {
-    let mut all: Vec<[u32; 5]> = Vec::new();
-    for span in spans {
-        let firsts = (0..span.len()).step_by(size);
-        let words = [span.start, 0, span.prompt, span.prompt + span.chosen, span.len()].map(|n| n as u32);
-        all.extend(firsts.map(|first| [words[0], first as u32, words[2], words[3], words[4]]));
-    }
-    all.sort_by_key(|t| std::cmp::Reverse(t[1]));
-    all.concat()
-}
-
-/// A table for every kind of rope in the graph.
-fn rope_tables(gpu: &Gpu, graph: &ModelGraph) -> Result<Vec<RopeTable>> {
-    let mut tables: Vec<RopeTable> = Vec::new();
-    let mut offset = 0;
-    for node in graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope") {
-        let (inv_freq, scale) = rope_numbers(node);
-        if tables.iter().any(|t| t.inv_freq == inv_freq && t.scale == scale) {
-            continue;
-        }
-        let frequencies = gpu.allocate(inv_freq.len() * 4)?;
-        gpu.upload(&inv_freq, frequencies.address)?;
-        gpu.finish()?;
-        let bytes = inv_freq.len() * 8;
-        tables.push(RopeTable { inv_freq, scale, frequencies, offset });
-        offset += bytes;
-    }
-    Ok(tables)
-}

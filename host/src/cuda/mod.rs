@@ -1,12 +1,13 @@
 //! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
 //!
 //! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
-//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `launch` and `engine` run;
-//! `nccl` sums over GPUs, `shard` is how they share a base.
+//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `inputs` is what a
+//! batch brings; `launch` and `engine` run; `nccl` sums over GPUs, `shard` is how they share a base.
 
 mod blas;
 mod device;
 mod engine;
+mod inputs;
 pub mod kernels;
 mod launch;
 pub mod libraries;
