@@ -353,3 +353,16 @@ fn plugins_describe_themselves() {
     assert!(s.ok(&["list", "ops"]).stdout.contains("rms_norm"));
     s.refuses(&["describe", "qwen7"], &["unknown plugin 'qwen7'"]);
 }
+
+#[test]
+fn a_plan_shares_what_one_card_cannot_hold() {
+    let s = sandbox();
+    let plan = |gpus: &'static str| ["plan", "--model", "qwen2.5-14b", "--gpu-memory", "24GiB", "--gpus", gpus];
+    s.refuses(&plan("1"), &["needs ", "there are 24.0 GiB", "help: "]);
+    let shared = s.ok(&plan("2")).stdout;
+    assert!(shared.contains("layers are shared by 2 ranks") && shared.contains("micro-batch "), "{shared}");
+    // NCCL takes its part where there are several cards.
+    let context = |text: &str| text.lines().find(|l| l.trim_start().starts_with("CUDA")).unwrap().to_owned();
+    let alone = s.ok(&["plan", "--model", "qwen2.5-7b", "--gpu-memory", "24GiB"]).stdout;
+    assert_ne!(context(&shared), context(&alone));
+}
