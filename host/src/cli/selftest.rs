@@ -14,11 +14,12 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::batch::{Batch, laid_out};
 use crate::console;
-use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
+use crate::cuda::{self, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use crate::data::TokenPair;
 use crate::device::{self, CpuDevice, Device};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::generate::{CpuDecoder, Decoder, Voice};
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, size};
 use crate::plugins::Registry;
@@ -75,6 +76,7 @@ pub(super) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         let graph = registry.family(family)?.graph(config)?;
         failures += usize::from(!compare(index, family, &graph, options.quick)?);
         failures += usize::from(!training(registry, index, family, &graph, steps)?);
+        failures += usize::from(!answers(index, family, &graph)?);
     }
     if failures > 0 {
         return Err(Error::run(format!("{failures} of the comparisons failed")));
@@ -241,6 +243,10 @@ pub(crate) fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
 }
 
 pub(crate) fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
+    Ok(CpuDevice::new(engine(graph, zero_b)?, tokens))
+}
+
+fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
     let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
         Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
@@ -251,7 +257,31 @@ pub(crate) fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<Cpu
         block.nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });
     let weights = of.collect::<Result<Vec<_>>>()?;
-    Ok(CpuDevice::new(Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)?, tokens))
+    Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)
+}
+
+/// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
+fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
+    let gpu = Gpu::open(index)?;
+    let room = cuda::room(&gpu, None, None)?;
+    let adapter = adapter(graph, false)?;
+    let source = Source::Given(&given);
+    let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter), room, &ProgressBar::hidden())?;
+    let mut cpu = CpuDecoder::of(engine(graph, false)?);
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let mut worst = 0.0_f64;
+    for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
+        let ids: Vec<u32> = (0..count).map(|_| rng.random_range(0..graph.vocab_size as u32)).collect();
+        for voice in [Voice::Base, Voice::Tuned] {
+            cpu.keep(voice, kept);
+            gpu.keep(voice, kept);
+            let off = distance(&gpu.feed(voice, &ids)?, &cpu.feed(voice, &ids)?);
+            worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
+        }
+    }
+    let good = worst < TOLERANCE;
+    println!("{:<44} {worst:>10.5} {}", format!("{name}, answers"), if good { "" } else { "FAILED" });
+    Ok(good)
 }
 
 fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute: Option<bool>) -> Result<CudaDevice> {

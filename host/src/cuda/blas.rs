@@ -355,7 +355,8 @@ impl Product {
 
     /// Shapes that differ little in their rows share an algorithm.
     fn class(&self) -> String {
-        let round = |n: usize| n.next_multiple_of(CLASS);
+        // A token at a time is a class of its own: then it is the weights that are read.
+        let round = |n: usize| if n == 1 { 1 } else { n.next_multiple_of(CLASS) };
         let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
         format!(
             "{}x{}x{}{}{}{}{}{}",

@@ -13,13 +13,13 @@ use super::blas::{Blas, CLASS, Operands, Product};
 use super::device::{Address, Args, Gpu, Memory, View};
 use super::inputs::{Inputs, RopeTable, rope_tables};
 use super::kernels::{AttentionKernels, Heads, Kernels};
-use super::launch::Run;
+use super::launch::{Past, Run};
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::model::{Source, Weights};
 use super::nccl::Nccl;
 use super::plan::GpuPlan;
 use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
-use crate::batch::Batch;
+use crate::batch::{Batch, Layout};
 use crate::data::TokenPair;
 use crate::device::{Device, LogProbs};
 use crate::error::{Error, Result};
@@ -177,7 +177,7 @@ impl CudaDevice {
     }
 
     /// Runs operations of a layer.
-    fn layer(&self, layer: usize, ops: &[Op], places: &[Address], adapted: bool) -> Result<()> {
+    fn layer(&self, layer: usize, ops: &[Op], places: &[Address], adapted: bool, past: Option<Past>) -> Result<()> {
         let kind = self.graph.layers[layer].block;
         let run = Run {
             program: &self.lowered.programs[kind],
@@ -186,6 +186,7 @@ impl CudaDevice {
             places,
             rows: self.inputs.at.tokens,
             adapted,
+            past,
         };
         ops.iter().try_for_each(|op| self.run(&run, op))
     }
@@ -211,14 +212,14 @@ impl CudaDevice {
     /// The forward pass of a layer.
     fn layer_forward(&self, layer: usize, keep: bool) -> Result<()> {
         let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
-        self.layer(layer, ops, &self.places(layer, keep, false), keep || !self.plain)
+        self.layer(layer, ops, &self.places(layer, keep, false), keep || !self.plain, None)
     }
 
     /// The backward pass of a layer.
     fn layer_backward(&self, layer: usize) -> Result<()> {
         let kind = self.graph.layers[layer].block;
         let scheduled = &self.lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-        self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true)
+        self.layer(layer, &scheduled.ops, &self.places(layer, true, true), true, None)
     }
 
     fn head_run<'a>(&'a self, places: &'a [Address]) -> Run<'a> {
@@ -229,7 +230,79 @@ impl CudaDevice {
             places,
             rows: self.inputs.at.answers,
             adapted: false,
+            past: None,
         }
+    }
+
+    /// Rows of the embedding's table.
+    fn embed(&self) -> Result<()> {
+        let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
+        let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
+        self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
+        self.gpu.mark("embedding")
+    }
+
+    /// The head up to its projection, for the rows that predict.
+    fn head_forward(&self, places: &[Address]) -> Result<()> {
+        let (hidden, at, head) = (self.graph.hidden_size, self.inputs.at, self.head_run(places));
+        let input = self.view(&head, Slice { buffer: INPUT, column: 0, width: hidden });
+        let args = Args::default().with(self.edge(self.graph.layers.len())).with(at.predictors).with(input);
+        self.wide("gather_rows", at.answers, hidden, args.with(at.answers as i32).with(hidden as i32))?;
+        self.lowered.head.forward.iter().try_for_each(|op| self.run(&head, op))
+    }
+
+    /// Logits of the rows `[first, first + rows)` that predict, in f32 where the arrangement has them.
+    fn logits(&self, places: &[Address], first: usize, rows: usize) -> Result<View> {
+        let (hidden, vocab) = (self.graph.hidden_size, self.graph.vocab_size);
+        let output = self.view(&self.head_run(places), Slice { buffer: OUTPUT, column: 0, width: hidden });
+        let a = View { at: output.at + (first as i64 * output.ld * 2) as u64, ld: output.ld };
+        let b = View { at: self.weights.projection, ld: hidden as i64 };
+        let d = View { at: self.values.address + self.arrangement.logits as u64, ld: vocab as i64 };
+        let mut product = Product::new(rows, vocab, hidden);
+        (product.b_transposed, product.wide) = (true, true);
+        self.blas.run(&self.gpu, product, Operands { a, b, c: d, d, bias: 0 })?;
+        self.gpu.mark("logits")?;
+        Ok(d)
+    }
+
+    /// Logits of the token after `ids`, `[vocab]`, which continue a text of `past` tokens; `remembered` has every layer's
+    /// keys and values.
+    pub(super) fn continue_text(
+        &mut self,
+        ids: &[u32],
+        past: usize,
+        remembered: impl Fn(usize) -> [View; 2],
+        adapted: bool,
+    ) -> Result<Vec<f32>> {
+        let last = ids.len().saturating_sub(1) as u32;
+        let layout = Layout::after(past, ids.len());
+        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], answers: Vec::new() };
+        self.send(&batch, false)?;
+        self.embed()?;
+        for layer in 0..self.graph.layers.len() {
+            let ops = &self.lowered.programs[self.graph.layers[layer].block].forward;
+            let [keys, values] = remembered(layer);
+            let past = Some(Past { tokens: past, keys, values });
+            self.layer(layer, ops, &self.places(layer, false, false), adapted, past)?;
+        }
+        let places = self.head_places();
+        self.head_forward(&places)?;
+        let view = self.logits(&places, 0, 1)?;
+        let mut logits = vec![0.0; self.graph.vocab_size];
+        self.gpu.download(view.at, &mut logits)?;
+        Ok(logits)
+    }
+
+    /// Tunes products for continuing texts by so many tokens.
+    pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
+        self.send(&self.filler(tokens), false)?;
+        self.blas.tune(|| {
+            self.once(false)?;
+            let places = self.head_places();
+            self.head_forward(&places)?;
+            self.logits(&places, 0, 1).map(|_| ())
+        })?;
+        self.gpu.finish()
     }
 
     fn edge(&self, layer: usize) -> View {
@@ -270,12 +343,7 @@ impl CudaDevice {
         let table = View { at: self.weights.projection, ld: hidden as i64 };
         for first in (0..at.answers).step_by(self.arrangement.logits_rows) {
             let rows = self.arrangement.logits_rows.min(at.answers - first);
-            let logits = View { at: self.values.address + self.arrangement.logits as u64, ld: vocab as i64 };
-            let mut product = Product::new(rows, vocab, hidden);
-            (product.b_transposed, product.wide) = (true, true);
-            let a = row(whole(OUTPUT), first);
-            self.blas.run(&self.gpu, product, Operands { a, b: table, c: logits, d: logits, bias: 0 })?;
-            self.gpu.mark("logits")?;
+            let logits = self.logits(places, first, rows)?;
             let after = |base: Address| base + (first * 4) as u64;
             let args = Args::default().with(logits.at).with(after(at.targets)).with(after(at.results));
             let args =
@@ -321,17 +389,10 @@ impl Device for CudaDevice {
             return Ok(LogProbs { logps: Vec::new(), log_sum_sq: Vec::new() });
         }
         self.send(batch, keep)?;
-        let (hidden, at) = (self.graph.hidden_size, self.inputs.at);
-        let args = Args::default().with(self.weights.embedding).with(at.ids).with(self.edge(0));
-        self.wide("gather", at.tokens, hidden, args.with(at.tokens as i32).with(hidden as i32))?;
-        self.gpu.mark("embedding")?;
+        self.embed()?;
         self.walk(false, |layer| self.layer_forward(layer, keep))?;
-        let places = self.head_places();
-        let head = self.head_run(&places);
-        let input = self.view(&head, Slice { buffer: INPUT, column: 0, width: hidden });
-        let args = Args::default().with(self.edge(self.graph.layers.len())).with(at.predictors).with(input);
-        self.wide("gather_rows", at.answers, hidden, args.with(at.answers as i32).with(hidden as i32))?;
-        self.lowered.head.forward.iter().try_for_each(|op| self.run(&head, op))?;
+        let (places, at) = (self.head_places(), self.inputs.at);
+        self.head_forward(&places)?;
         self.log_probs(&places, keep)?;
         let mut results = vec![0.0_f32; at.answers * 2];
         self.gpu.download(at.results, &mut results)?;

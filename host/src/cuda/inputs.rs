@@ -4,7 +4,7 @@ use dpo_plugin_api::graph::ModelGraph;
 
 use super::device::{Address, Gpu, Memory, Pinned};
 use super::launch::rope_numbers;
-use crate::batch::{Batch, Span};
+use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
 
 /// What a batch brings, staged in pinned memory and sent in one copy.
@@ -66,7 +66,7 @@ impl Inputs {
         at.targets = self.put(&batch.targets);
         at.taken = self.put(&taken);
         for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
-            let words = tiles(&batch.layout.spans, size);
+            let words = tiles(&batch.layout, size);
             *place = (self.put(&words), words.len() / 5);
         }
         let sent = self.used;
@@ -95,12 +95,15 @@ impl Inputs {
     }
 }
 
-/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first.
-fn tiles(spans: &[Span], size: usize) -> Vec<u32> {
+/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a text is
+/// continued, they are counted from its first token.
+fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
     let mut all: Vec<[u32; 5]> = Vec::new();
-    for span in spans {
-        let firsts = (0..span.len()).step_by(size);
-        let words = [span.start, 0, span.prompt, span.prompt + span.chosen, span.len()].map(|n| n as u32);
+    let past = layout.past;
+    for span in &layout.spans {
+        let firsts = (past..past + span.len()).step_by(size);
+        let ends = [span.prompt, span.prompt + span.chosen, span.len()].map(|n| past + n);
+        let words = [span.start, 0, ends[0], ends[1], ends[2]].map(|n| n as u32);
         all.extend(firsts.map(|first| [words[0], first as u32, words[2], words[3], words[4]]));
     }
     all.sort_by_key(|t| std::cmp::Reverse(t[1]));

@@ -21,6 +21,23 @@ pub(super) struct Run<'a> {
     pub rows: usize,
     /// Whether the adapter takes part: without it a linear is its frozen weights alone.
     pub adapted: bool,
+    /// Where a text is continued: what attention remembers of it.
+    pub past: Option<Past>,
+}
+
+/// Keys and values of the tokens before, in rows of a text's memory, with room for the new ones behind them.
+#[derive(Clone, Copy)]
+pub(super) struct Past {
+    pub tokens: usize,
+    pub keys: View,
+    pub values: View,
+}
+
+impl Past {
+    /// The view whose row of a text's token is that token's: it begins as many rows before the new ones as there are old ones.
+    fn of_text(&self, new: View) -> View {
+        View { at: new.at.wrapping_sub(self.tokens as u64 * new.ld as u64 * 2), ld: new.ld }
+    }
 }
 
 /// `struct Shape` of `attention.cu`.
@@ -105,8 +122,24 @@ impl CudaDevice {
             }
             Op::Attend { a, q, k, v, out, lse } => {
                 let (tiles, count, shape) = self.attention_shape(a);
-                let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(out));
-                let args = shape(args.with(run.places[*lse]));
+                let (mut from, mut keys, mut values) = (view(q), view(k), view(v));
+                let (mut to, mut sums) = (view(out), run.places[*lse]);
+                if let Some(past) = &run.past {
+                    for (new, all) in [(keys, past.keys), (values, past.values)] {
+                        let end = View { at: all.at + past.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
+                        self.wide(
+                            "copy",
+                            rows,
+                            k.width,
+                            Args::default().with(new).with(end).with(t).with(k.width as i32),
+                        )?;
+                    }
+                    (keys, values) = (past.keys, past.values);
+                    (from, to) = (past.of_text(from), past.of_text(to));
+                    sums = sums.wrapping_sub(past.tokens as u64 * 4);
+                }
+                let args = Args::default().with(tiles).with(from).with(keys).with(values).with(to);
+                let args = shape(args.with(sums));
                 let (kernels, block) = (self.attention[&a.kernels()], [a.kernels().tile() as u32 * 2, 1, 1]);
                 self.gpu.launch(kernels.forward, [a.heads, count, 1], block, kernels.shared[0], args)?;
             }

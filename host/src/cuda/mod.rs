@@ -5,6 +5,7 @@
 //! batch brings; `launch` and `engine` run; `nccl` sums over GPUs, `shard` is how they share a base.
 
 mod blas;
+mod decoder;
 mod device;
 mod engine;
 mod inputs;
@@ -21,6 +22,7 @@ mod shard;
 #[cfg(test)]
 mod tests;
 
+pub use decoder::CudaDecoder;
 pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
 pub use model::{Given, Source};

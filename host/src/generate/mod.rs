@@ -12,6 +12,8 @@ use std::time::Instant;
 use dpo_plugin_api::dataset::Message;
 use serde_json::Value;
 
+use crate::console;
+use crate::cuda::{self, CudaDecoder, Gpu, Source};
 use crate::data::{ChatTokenizer, Rendering};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
@@ -23,7 +25,7 @@ pub use sampling::{Sampler, Sampling, SamplingArgs};
 pub use text::TextStream;
 
 /// Tokens of a prompt that are taken in at once: more gain nothing, and between them an answer can be stopped.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// Who answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -58,17 +60,17 @@ pub trait Decoder {
 
 /// The device that `--device` means.
 fn decoder(device: &str, model: &Model<'_>, adapter: Option<Adapter>) -> Result<Box<dyn Decoder>> {
-    match device {
-        "auto" | "cpu" => {
-            let checkpoint = Checkpoint::open(&model.folder)?;
-            checkpoint.refuse_extra(&model.graph)?;
-            Ok(Box::new(CpuDecoder::load(&model.graph, &checkpoint, adapter)?))
-        }
-        gpu if gpu.starts_with("cuda") => Err(Error::input("this version answers on the CPU")
-            .at("--device")
-            .help("leave it out; training on a GPU and answering on the CPU use the same adapter")),
-        other => Err(Error::input(format!("'{other}' should be auto or cpu")).at("--device")),
-    }
+    let gpu = cuda::choose(device)?;
+    let checkpoint = Checkpoint::open(&model.folder)?;
+    checkpoint.refuse_extra(&model.graph)?;
+    let Some(index) = gpu else { return Ok(Box::new(CpuDecoder::load(&model.graph, &checkpoint, adapter)?)) };
+    let gpu = Gpu::open(index)?;
+    let room = cuda::room(&gpu, None, None)?;
+    let bar = console::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+    let source = Source::Checkpoint(&checkpoint);
+    let decoder = CudaDecoder::load(gpu, model.graph.clone(), &source, adapter, room, &bar)?;
+    bar.finish_and_clear();
+    Ok(Box::new(decoder))
 }
 
 /// Why an answer ended.
