@@ -90,7 +90,7 @@ fn the_folder_of_a_checkpoint_is_searched_in_order() {
 fn a_hostile_template_is_stopped() {
     let count = "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}";
     let ends = "{% endfor %}".repeat(3);
-    let namespace = "{% set n = namespace(a='x') %}";
+    let namespace = "{% set n = namespace(a='x', b='x') %}";
     let templates = [
         format!("{count}{ends}"),
         format!("{count}{{{{ a }}}}{ends}"),
@@ -103,6 +103,10 @@ fn a_hostile_template_is_stopped() {
         format!(
             "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | string }}}}"
         ),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% set n.b = [n.b, n.b] %}}{{% endfor %}}{{{{ n.a == n.b }}}}"
+        ),
+        format!("{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | join }}}}"),
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
         "{{ 'x' * 10000000000 }}".to_owned(),
         "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}".to_owned(),

@@ -123,7 +123,6 @@ fn what_cannot_be_used_is_named() {
         |args: Vec<String>, texts: &[&str]| s.refuses(&args.iter().map(String::as_str).collect::<Vec<_>>(), texts);
     refuses(with(&["--adapter", &other]), &["final_adapter", "tensor '"]);
     refuses(with(&["--adapter", "nowhere"]), &["nowhere", "no such file", "adapter_config.json"]);
-    refuses(with(&["--device", "cuda"]), &["--device", "leave it out"]);
     refuses(with(&["--device", "tpu"]), &["--device", "tpu"]);
     refuses(with(&["--compare"]), &["--adapter"]);
     refuses(with(&["--top-p", "2"]), &["--top-p", "out of range"]);

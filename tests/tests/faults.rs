@@ -288,7 +288,8 @@ fn a_full_disk_costs_a_warning_and_at_the_end_the_run() {
 fn a_read_only_folder_is_refused_at_once() {
     let sandbox = sandbox();
     let Some(disk) = Disk::new(&sandbox, "ro") else { return };
-    let args = train(&format!("{}/run", disk.0), &[&SHORT]);
+    // Before the rows are looked for, which are not there.
+    let args = train(&format!("{}/run", disk.0), &[&SHORT, &["--val-dataset", "nowhere.jsonl"]]);
     says(&sandbox, &args, 1, &["read-only file system", "help: ", &disk.0]);
 }
 

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::error::Result;
 use crate::ops::OPS;
-use crate::plugins::Registry;
+use crate::plugins::{ListRow as Row, Registry};
 
 #[derive(Args)]
 pub(super) struct ListOptions {
@@ -47,15 +47,33 @@ pub(super) fn list(registry: &Registry, options: &ListOptions) -> Result<()> {
         println!("{:#}", json!({"plugins": rows, "refused": registry.refusals}));
         return Ok(());
     }
+    let (again, rows): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| repeats(&rows, row));
     let table = rows.iter().map(|r| {
         let shadowed = r.shadowed_by.as_ref().map(|by| format!(" (not used: {by} comes first)")).unwrap_or_default();
         [r.kind.to_owned(), r.name.clone(), r.version.clone(), r.claims.clone(), format!("{}{shadowed}", r.origin)]
     });
     print_table(["KIND", "NAME", "VERSION", "CLAIMS", "FROM"], table.collect());
+    if let Some(row) = again.first() {
+        let (count, by) = (again.len(), row.shadowed_by.as_deref().unwrap_or_default());
+        println!(
+            "{count} more are of the same versions and not used, such as {} (the one used: {by}); --json has them",
+            row.origin
+        );
+    }
     for refusal in &registry.refusals {
         println!("refused  {}: {}", refusal.place, refusal.cause);
     }
     Ok(())
+}
+
+/// Whether the plugin that is used in place of this one is of the same package and version.
+fn repeats(rows: &[&Row], row: &Row) -> bool {
+    let same = |other: &&Row| {
+        other.shadowed_by.is_none()
+            && (other.kind, &other.name, &other.package, &other.version)
+                == (row.kind, &row.name, &row.package, &row.version)
+    };
+    row.shadowed_by.is_some() && rows.iter().any(same)
 }
 
 fn ops(as_json: bool) -> Result<()> {

@@ -3,6 +3,10 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use dpo_plugin_api::dataset::Message;
 use minijinja::syntax::SyntaxConfig;
@@ -26,12 +30,18 @@ const FUEL: u64 = 1 << 18;
 const STACK: usize = 1 << 26;
 /// Most bytes of JSON that a value may become. Lists that hold a list twice, level upon level, are small until then.
 const MOST_JSON: usize = 1 << 24;
+/// What fuel does not count: a filter or a comparison that walks lists of lists within a single instruction. A rendering has
+/// so many ticks of this time; a process that was stopped for a while loses one of them.
+const TICK: Duration = Duration::from_millis(100);
+const TICKS: u32 = 30;
 /// Most spaces of indentation.
 const MOST_INDENT: usize = 16;
 
 /// A checkpoint's chat template, ready to render.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
+    /// Whether a rendering was given up: its thread still runs, and one is enough.
+    runs_away: AtomicBool,
     /// Where it was found: a file, or the family's own.
     pub origin: String,
     special_tokens: Map<String, Value>,
@@ -102,7 +112,15 @@ impl ChatTemplate {
         if environment.get_template(DEFAULT).is_err() {
             return Err(Error::input(format!("there is no chat template named '{DEFAULT}'")).at(&origin));
         }
-        Ok(ChatTemplate { environment, origin, special_tokens, takes_call_text, reads_clock })
+        let environment = Arc::new(environment);
+        Ok(ChatTemplate {
+            environment,
+            runs_away: AtomicBool::new(false),
+            origin,
+            special_tokens,
+            takes_call_text,
+            reads_clock,
+        })
     }
 
     /// The text of a conversation.
@@ -121,12 +139,35 @@ impl ChatTemplate {
         }
         let name =
             if with.tools.is_some() && self.environment.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
-        let template = self.environment.get_template(name);
-        let render = || template.and_then(|t| t.render(Jinja::from(Serde(&variables))));
-        stacker::maybe_grow(STACK / 2, STACK, render).map_err(|e| {
-            Error::input(format!("the chat template refuses the conversation: {}", cause(&e)))
+        self.bounded(name, variables).map_err(|cause| {
+            Error::input(format!("the chat template refuses the conversation: {cause}"))
                 .help(format!("the template is from {}", self.origin))
         })
+    }
+
+    /// Renders on a thread of its own, which is left behind if it does not come to an end.
+    fn bounded(&self, name: &'static str, variables: Map<String, Value>) -> std::result::Result<String, String> {
+        let endless = || Err("it does not come to an end".to_owned());
+        if self.runs_away.load(Ordering::Relaxed) {
+            return endless();
+        }
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let environment = Arc::clone(&self.environment);
+        let render = move || {
+            let text = environment.get_template(name).and_then(|t| t.render(Jinja::from(Serde(&variables))));
+            // Nobody listens any more where this took too long.
+            let _ = sender.send(text.map_err(|e| cause(&e)));
+        };
+        thread::Builder::new().stack_size(STACK).spawn(render).map_err(|e| e.to_string())?;
+        for _ in 0..TICKS {
+            match receiver.recv_timeout(TICK) {
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => return Err("the template engine panicked".into()),
+                Ok(text) => return text,
+            }
+        }
+        self.runs_away.store(true, Ordering::Relaxed);
+        endless()
     }
 
     /// A turn as the template sees it.

@@ -58,14 +58,17 @@ pub trait Decoder {
     fn keep(&mut self, voice: Voice, tokens: usize);
 }
 
-/// The device that `--device` means.
-fn decoder(device: &str, model: &Model<'_>, adapter: Option<Adapter>) -> Result<Box<dyn Decoder>> {
-    let gpu = cuda::choose(device)?;
+fn decoder(
+    model: &Model<'_>,
+    adapter: Option<Adapter>,
+    gpu: Option<usize>,
+    memory: Option<usize>,
+) -> Result<Box<dyn Decoder>> {
     let checkpoint = Checkpoint::open(&model.folder)?;
     checkpoint.refuse_extra(&model.graph)?;
     let Some(index) = gpu else { return Ok(Box::new(CpuDecoder::load(&model.graph, &checkpoint, adapter)?)) };
     let gpu = Gpu::open(index)?;
-    let room = cuda::room(&gpu, None, None)?;
+    let room = cuda::room(&gpu, memory, None)?;
     let bar = console::bar(checkpoint.bytes() as u64, "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
     let source = Source::Checkpoint(&checkpoint);
     let decoder = CudaDecoder::load(gpu, model.graph.clone(), &source, adapter, room, &bar)?;
@@ -161,13 +164,18 @@ impl Answer {
 }
 
 impl Generator {
-    /// Loads a model, with an adapter or without, on the device that `--device` means.
+    /// Loads a model, with an adapter or without, on a GPU, with so many bytes of its memory at most, or on the CPU.
     ///
     /// # Errors
     /// A checkpoint or an adapter that cannot be used, a device that does not answer, a model that does not fit.
-    pub fn open(model: &Model<'_>, adapter: Option<Adapter>, device: &str) -> Result<Generator> {
+    pub fn open(
+        model: &Model<'_>,
+        adapter: Option<Adapter>,
+        gpu: Option<usize>,
+        memory: Option<usize>,
+    ) -> Result<Generator> {
         let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
-        let decoder = decoder(device, model, adapter)?;
+        let decoder = decoder(model, adapter, gpu, memory)?;
         Ok(Generator::of(model, tokenizer, decoder))
     }
 

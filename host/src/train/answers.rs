@@ -1,4 +1,4 @@
-//! What a model answers before and after a run, at the end of one whose model is so small that it takes a moment.
+//! What a model answers before and after a run: on a GPU, or where the model is so small that it takes a moment on the CPU.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -9,25 +9,22 @@ use serde_json::json;
 use crate::data::TokenPair;
 use crate::error::Result;
 use crate::generate::{Generator, Sampling, compare};
-use crate::lora::Adapter;
-use crate::model::Model;
 use crate::{files, page};
 
-/// Most bytes of a checkpoint whose model is asked.
+/// Most bytes of a checkpoint whose model is asked on the CPU.
 const SMALL: usize = 64 << 20;
 /// Prompts, tokens of an answer, and the time after which no further prompt is begun.
 const PROMPTS: usize = 3;
 const TOKENS: usize = 40;
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Whether a checkpoint of so many bytes is asked.
-pub(super) fn are_cheap(bytes: usize) -> bool {
-    bytes <= SMALL
+/// Whether a checkpoint of so many bytes is asked there.
+pub(super) fn are_cheap(bytes: usize, gpu: Option<usize>) -> bool {
+    gpu.is_some() || bytes <= SMALL
 }
 
 /// Asks prompts of some pairs, and puts what is answered into the report.
-pub(super) fn write(model: &Model<'_>, adapter: Adapter, pairs: &[TokenPair], output: &Path) -> Result<()> {
-    let mut generator = Generator::open(model, Some(adapter), "cpu")?;
+pub(super) fn write(mut generator: Generator, pairs: &[TokenPair], output: &Path) -> Result<()> {
     let sampling = Sampling { max_new_tokens: TOKENS, ..Sampling::default() };
     let mut seen = HashSet::new();
     let prompts = pairs.iter().map(|pair| pair.prompt.as_slice()).filter(|prompt| seen.insert(*prompt));

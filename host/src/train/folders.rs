@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint;
 use super::options::TrainOptions;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// Where a run is written, and the checkpoint it goes on from.
 #[derive(Serialize, Deserialize)]
@@ -26,6 +27,7 @@ pub(super) fn folders(options: &TrainOptions, model: &Path, attempt: u64) -> Res
         _ => latest,
     };
     let output = again.map_or_else(|| output_folder(options, model, resumed.as_deref()), Ok)?;
+    files::refuse_unwritable(&output)?;
     Ok(Folders { output, resumed })
 }
 

@@ -151,6 +151,11 @@ impl TrainOptions {
         })
     }
 
+    /// Bytes that may be used, where the user says so.
+    pub(super) fn memory(&self) -> Result<Option<usize>> {
+        self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))
+    }
+
     pub(super) fn wishes(&self, gpu: Option<usize>, place: Option<&Place>) -> Result<Wishes> {
         let auto = |value: &str| value == "auto";
         let tokens = match self.micro_batch_tokens.as_str() {
@@ -167,7 +172,7 @@ impl TrainOptions {
         };
         let recompute = choice("--recompute", &self.recompute)?;
         let shard_base = choice("--shard-base", &self.shard_base)?;
-        let memory = self.gpu_memory.as_deref().map(parse_size).transpose().map_err(|e| e.at("--gpu-memory"))?;
+        let memory = self.memory()?;
         // Ranks that compute on the same host's CPU share its memory.
         let sharing = if gpu.is_none() { place.and_then(|p| p.local_size) } else { None };
         let memory = memory.or_else(|| free_memory().zip(sharing).map(|(free, ranks)| free / ranks.max(1)));

@@ -17,6 +17,7 @@ use crate::console;
 use crate::data::{self, ChatTokenizer, TokenPair};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::generate::Generator;
 use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
 use crate::model::{self, Model};
@@ -188,21 +189,24 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     run.train()?;
     let adapter = run.output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
-    let Run { options, output, .. } = &run;
+    let Run { ranks, options, output, device, pairs, validation, done, .. } = run;
     // The base is what a continued adapter was before it was an adapter, not before this run.
-    let alone = gpu.is_none() && run.ranks.size() == 1 && options.init_adapter.is_none();
-    if alone && answers::are_cheap(checkpoint.bytes()) {
-        let pairs = if run.validation.is_empty() { &run.pairs } else { &run.validation };
+    if ranks.is_first() && options.init_adapter.is_none() && answers::are_cheap(checkpoint.bytes(), gpu) {
+        let adapter = device.adapter().clone();
+        // A GPU may not have room for the model twice.
+        drop(device);
+        let pairs = if validation.is_empty() { &pairs } else { &validation };
         let written = Model::open(registry, &folder, options.plugin.as_deref())
-            .and_then(|model| answers::write(&model, run.device.adapter().clone(), pairs, output));
+            .and_then(|model| Generator::open(&model, Some(adapter), gpu, options.memory()?))
+            .and_then(|generator| answers::write(generator, pairs, &output));
         written.unwrap_or_else(|e| console::warning(format!("the report has no answers: {e}")));
     }
     let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
-    console::line(next::commands(output, rows));
-    let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(run.done))];
+    console::line(next::commands(&output, rows));
+    let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(done))];
     console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
     watchers.iter().for_each(Watchers::farewell);
-    Ok(run.output)
+    Ok(output)
 }
 
 /// The page that `--dashboard` asks for. Where a run is started again, whether there is one is not worth the run.

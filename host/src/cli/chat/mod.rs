@@ -18,7 +18,7 @@ use crate::hub::Need;
 use crate::lora::Adapter;
 use crate::model::{self, Model};
 use crate::plugins::Registry;
-use crate::{console, demo};
+use crate::{console, cuda, demo};
 
 #[derive(Args)]
 pub(super) struct ChatOptions {
@@ -44,7 +44,7 @@ pub(super) struct ChatOptions {
     /// Print an object a prompt: {"prompt", "base", "tuned"}, each answer with its text, its tokens and why it ended
     #[arg(long)]
     json: bool,
-    /// Where to compute: auto or cpu
+    /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
     #[command(flatten)]
@@ -65,7 +65,7 @@ pub(super) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
         (Some(_), false) => vec![Voice::Tuned],
         (Some(_), true) => vec![Voice::Base, Voice::Tuned],
     };
-    let generator = Generator::open(&model, adapter, &options.device)?;
+    let generator = Generator::open(&model, adapter, cuda::choose(&options.device)?, None)?;
     let screen = Screen::new();
     let interactive = options.prompt.is_empty() && screen.is_interactive();
     let mut chat = Chat {
