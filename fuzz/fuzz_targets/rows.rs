@@ -17,7 +17,8 @@ fuzz_target!(|data: &[u8]| {
     let recognised = format.recognises(&row).map(drop);
     for result in [recognised, format.records(&row).map(drop)] {
         if let Err(error) = result {
-            assert!(!error.to_string().contains("panicked"), "{}: {error}", format.name);
+            // Elsewhere in an error the word may be the row's own.
+            assert!(!error.to_string().starts_with("it panicked"), "{}: {error}", format.name);
         }
     }
 });

@@ -1,6 +1,7 @@
 //! Where a model runs: forward, backward, update. One training loop serves every device.
 
 use dpo_plugin_api::graph::ModelGraph;
+use rayon::ThreadPool;
 
 use crate::base::Base;
 use crate::batch::{Batch, laid_out};
@@ -126,7 +127,7 @@ pub fn open<'a>(
         };
         let mut engine = Engine::new(graph, base, adapter)?;
         engine.recompute(plan.recomputed);
-        return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)));
+        return Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)?));
     };
     let gpu = Gpu::open(index)?;
     let nccl = Nccl::join(&gpu, ranks)?;
@@ -194,6 +195,7 @@ fn agree<P>(
 /// The CPU.
 pub struct CpuDevice {
     engine: Engine,
+    threads: ThreadPool,
     micro_batch_tokens: usize,
     moments: Moments,
     gradient: Vec<f32>,
@@ -202,15 +204,19 @@ pub struct CpuDevice {
 
 impl CpuDevice {
     /// Runs an engine with so many tokens at once.
-    pub fn new(engine: Engine, micro_batch_tokens: usize) -> CpuDevice {
+    ///
+    /// # Errors
+    /// Threads that the system does not give.
+    pub fn new(engine: Engine, micro_batch_tokens: usize) -> Result<CpuDevice> {
         let count = engine.adapter().params.len();
-        CpuDevice {
+        Ok(CpuDevice {
+            threads: engine.threads()?,
             engine,
             micro_batch_tokens,
             moments: Moments::new(count),
             gradient: vec![0.0; count],
             forward: None,
-        }
+        })
     }
 
     /// The gradient, laid out as the adapter's parameters.
@@ -241,7 +247,8 @@ impl Device for CpuDevice {
     }
 
     fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
-        let mut forward = self.engine.forward(batch, keep)?;
+        let engine = &mut self.engine;
+        let mut forward = self.threads.install(move || engine.forward(batch, keep))?;
         let logps =
             LogProbs { logps: std::mem::take(&mut forward.logps), log_sum_sq: std::mem::take(&mut forward.log_sum_sq) };
         self.forward = keep.then_some(forward);
@@ -250,7 +257,8 @@ impl Device for CpuDevice {
 
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
         let forward = self.forward.take().ok_or_else(|| Error::run("a backward pass without its forward pass"))?;
-        self.engine.backward(batch, forward, dlogps, &mut self.gradient)
+        let (engine, gradient) = (&mut self.engine, &mut self.gradient);
+        self.threads.install(move || engine.backward(batch, forward, dlogps, gradient))
     }
 
     fn shares_base(&self) -> bool {

@@ -101,8 +101,20 @@ struct NewOptions {
     path: Option<PathBuf>,
 }
 
-/// Runs a command line, prints its error, and says how it ended.
+/// Tells candle how many threads there are. Unless this variable does, it reads /proc/cpuinfo anew for every product, which
+/// takes longer than the product where both are small.
+fn name_threads() {
+    const NAME: &str = "RAYON_NUM_THREADS";
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if std::env::var_os(NAME).is_none() {
+        // SAFETY: at the start of the process no other thread reads the environment.
+        unsafe { std::env::set_var(NAME, threads.to_string()) };
+    }
+}
+
+/// Runs a command line, prints its error, and says how it ended. To be called first of all in a process.
 pub fn main(args: Vec<OsString>) -> ExitCode {
+    name_threads();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -243,7 +243,7 @@ pub(crate) fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
 }
 
 pub(crate) fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
-    Ok(CpuDevice::new(engine(graph, zero_b)?, tokens))
+    CpuDevice::new(engine(graph, zero_b)?, tokens)
 }
 
 fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
@@ -267,7 +267,7 @@ fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
     let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter), room, &ProgressBar::hidden())?;
-    let mut cpu = CpuDecoder::of(engine(graph, false)?);
+    let mut cpu = CpuDecoder::of(engine(graph, false)?)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut worst = 0.0_f64;
     for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {

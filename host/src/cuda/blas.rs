@@ -4,8 +4,9 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
+use std::fs::File;
 use std::mem::MaybeUninit;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cudarc::cublaslt::{result, sys};
 
@@ -81,6 +82,11 @@ fn failed(product: &Product) -> impl FnOnce(result::CublasError) -> Error + '_ {
     }
 }
 
+/// Algorithms that were found before. What cannot be read is timed again.
+fn read(cache: &Path) -> BTreeMap<String, [u64; 8]> {
+    std::fs::read(cache).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+}
+
 impl Blas {
     pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
         let handle = result::create_handle().map_err(|e| Error::run(format!("cuBLASLt does not start: {e:?}")))?;
@@ -88,21 +94,24 @@ impl Blas {
         let version = unsafe { sys::cublasLtGetVersion() };
         let name = format!("{}-cublas-{version}.json", gpu.name.replace(' ', "-"));
         let cache = files::cache_folder().join("products").join(name);
-        // What cannot be read is timed again.
-        let tuned = std::fs::read(&cache).ok().and_then(|b| serde_json::from_slice(&b).ok()).unwrap_or_default();
         Ok(Blas {
             handle,
             workspace: gpu.allocate(WORKSPACE)?,
             plans: RefCell::default(),
-            tuned: RefCell::new(tuned),
+            tuned: RefCell::new(read(&cache)),
             tuning: Cell::new(false),
             cache,
         })
     }
 
     /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Products in `body` leave
-    /// anything in their outputs.
+    /// anything in their outputs. One process of a machine does so at a time, so that the others, and the next run, use what it
+    /// found: other algorithms round otherwise.
     pub(super) fn tune(&self, body: impl FnOnce() -> Result<()>) -> Result<()> {
+        let _lock = self.lock();
+        for (class, algorithm) in read(&self.cache) {
+            self.tuned.borrow_mut().entry(class).or_insert(algorithm);
+        }
         let before = self.tuned.borrow().len();
         self.tuning.set(true);
         let outcome = body();
@@ -115,6 +124,14 @@ impl Blas {
             let _ = files::write(&self.cache, &text);
         }
         Ok(())
+    }
+
+    /// Held by the process that tunes. Where files cannot be locked, none.
+    fn lock(&self) -> Option<File> {
+        let path = self.cache.with_extension("lock");
+        std::fs::create_dir_all(path.parent()?).ok()?;
+        let lock = File::options().create(true).truncate(false).write(true).open(path).ok()?;
+        lock.lock().ok().map(|()| lock)
     }
 
     /// Drops plans, which were made for shapes that will not come again.

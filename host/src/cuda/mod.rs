@@ -2,7 +2,7 @@
 //!
 //! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
 //! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `inputs` is what a
-//! batch brings; `launch` and `engine` run; `nccl` sums over GPUs, `shard` is how they share a base.
+//! batch brings; `launch` and `engine` run, `decoder` answers; `nccl` sums over GPUs, `shard` is how they share a base.
 
 mod blas;
 mod decoder;

@@ -1,6 +1,7 @@
 //! The CPU as a decoder: the engine that trains, with a memory for each voice.
 
 use dpo_plugin_api::graph::ModelGraph;
+use rayon::ThreadPool;
 
 use super::{Decoder, Voice};
 use crate::base::Base;
@@ -14,6 +15,7 @@ use crate::weights::Checkpoint;
 /// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers.
 pub struct CpuDecoder {
     engine: Engine,
+    threads: ThreadPool,
     pasts: [Past; 2],
 }
 
@@ -31,12 +33,15 @@ impl CpuDecoder {
                 .help("take a machine with more memory, or a smaller model"));
         }
         let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
-        Ok(CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint)?, adapter)?))
+        CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint)?, adapter)?)
     }
 
     /// An engine that has its weights already.
-    pub fn of(engine: Engine) -> CpuDecoder {
-        CpuDecoder { engine, pasts: Default::default() }
+    ///
+    /// # Errors
+    /// Threads that the system does not give.
+    pub fn of(engine: Engine) -> Result<CpuDecoder> {
+        Ok(CpuDecoder { threads: engine.threads()?, engine, pasts: Default::default() })
     }
 }
 
@@ -46,7 +51,8 @@ impl Decoder for CpuDecoder {
     }
 
     fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
-        self.engine.logits(ids, &mut self.pasts[voice as usize], voice == Voice::Tuned)
+        let (engine, past) = (&mut self.engine, &mut self.pasts[voice as usize]);
+        self.threads.install(move || engine.logits(ids, past, voice == Voice::Tuned))
     }
 
     fn keep(&mut self, voice: Voice, tokens: usize) {

@@ -83,7 +83,7 @@ impl Group {
         let secret: String = handshake::random().map_err(failed)?.iter().map(|b| format!("{b:02x}")).collect();
         // The port is free again when rank 0 takes it.
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(failed)?.port();
-        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let threads = rayon::current_num_threads();
         let said = Arc::default();
         let mut group = Group { ranks: Vec::new(), ended: Vec::new(), voices: Vec::new() };
         for rank in 0..size {
@@ -96,9 +96,7 @@ impl Group {
             FOREIGN.iter().for_each(|name| {
                 command.env_remove(name);
             });
-            if std::env::var_os("RAYON_NUM_THREADS").is_none() {
-                command.env("RAYON_NUM_THREADS", (cores / size).max(1).to_string());
-            }
+            command.env("RAYON_NUM_THREADS", (threads / size).max(1).to_string());
             command.stdin(Stdio::piped());
             // The terminal's Ctrl-C comes to this process, which passes it on.
             command.process_group(0);
