@@ -88,6 +88,12 @@ pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     if folder.is_dir() {
         return Ok(folder);
     }
+    // A file could pass for a name on a hub, which would be asked in vain.
+    if folder.is_file() {
+        return Err(Error::input("is a file, not a folder")
+            .at(format!("--model {model}"))
+            .help("name the folder with config.json, tokenizer.json and safetensors; GGUF files cannot be trained"));
+    }
     match Name::parse(model) {
         Some(name) if !name.is_inside() => hub::model(&name, need),
         _ => Err(Error::input(format!("'{model}' is no folder, and cannot be the name of a model on a hub"))

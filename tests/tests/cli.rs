@@ -24,7 +24,7 @@ const ROW: &str = r#"{"messages":[{"role":"user","content":"hi"},{"role":"assist
 fn bad_rows_are_named() {
     let (s, model) = (sandbox(), model());
     let broken = s.write("broken.jsonl", &format!("{ROW}\n{ROW}\n{{\"messages\": [\n"));
-    s.refuses(&["train", "--model", &model, "--dataset", &broken], &["broken.jsonl:3"]);
+    s.refuses(&["train", "--model", &model, "--dataset", &broken], &["broken.jsonl:3", "help: mend it"]);
     let silent = s.write(
         "silent.jsonl",
         &format!("{ROW}\n{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"rejected_response\":\"no\"}}\n"),
@@ -32,6 +32,10 @@ fn bad_rows_are_named() {
     s.refuses(&["train", "--model", &model, "--dataset", &silent, "--strict"], &["silent.jsonl:2", "assistant"]);
     let same = s.write("same.jsonl", &format!("{ROW}\n{}\n", ROW.replace("\"no\"", "\"ok sure\"")));
     s.refuses(&["train", "--model", &model, "--dataset", &same, "--strict"], &["same.jsonl:2"]);
+    let all_same = s.write("all_same.jsonl", &ROW.replace("\"no\"", "\"ok sure\""));
+    let refused = s.run(&["train", "--model", &model, "--dataset", &all_same]);
+    assert!(refused.stderr.contains("no pair is left of 1 rows"), "{}", refused.stderr);
+    assert_eq!(refused.stderr.matches("help:").count(), 1, "{}", refused.stderr);
     let empty = s.write("empty.jsonl", "");
     s.refuses(&["train", "--model", &model, "--dataset", &empty], &["empty.jsonl"]);
     let missing = s.path("missing.jsonl");
@@ -50,6 +54,15 @@ fn unknown_names_come_with_the_nearest() {
     s.refuses(&with(&["--loss-option", "bta=1"]), &["bta", "did you mean 'beta'"]);
     s.refuses(&with(&["--no-such-flag"]), &["--no-such-flag"]);
     s.refuses(&["train", "--plugin", "qwen9"], &["unknown plugin 'qwen9'"]);
+}
+
+#[test]
+fn a_file_is_no_model_and_asks_no_hub() {
+    let (s, rows) = (sandbox(), rows());
+    for file in ["model.gguf", "owner/model.safetensors"] {
+        s.write(file, "GGUF");
+        s.refuses(&["train", "--model", file, "--dataset", &rows], &[file, "is a file", "help: name the folder"]);
+    }
 }
 
 /// A copy of the small model in which a file has been changed.

@@ -296,7 +296,10 @@ fn no_pairs(report: &Report) -> Error {
     let error = Error::input(format!("no pair is left of {rows} rows: {}", causes.collect::<Vec<_>>().join("; ")));
     let error = error.at(files.join(", "));
     match report.messages.first() {
-        Some(first) => error.help(format!("the first one: {}", first.lines().collect::<Vec<_>>().join(";"))),
+        Some(first) => {
+            let parts: Vec<&str> = first.lines().map(|l| l.trim_start().trim_start_matches("help: ")).collect();
+            error.help(format!("the first one: {}", parts.join("; ")))
+        }
         None => error,
     }
 }

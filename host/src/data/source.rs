@@ -226,7 +226,8 @@ impl Piece<'_> {
                 let column = if e.line() == 1 { e.column() + self.column - 1 } else { e.column() };
                 let line = self.line + e.line().max(1) - 1;
                 Err(Error::input(format!("broken JSON at column {column}: {what}"))
-                    .at(format!("{}:{line}", path.display())))
+                    .at(format!("{}:{line}", path.display()))
+                    .help("mend it: no row is taken of a file with broken JSON"))
             }
         };
         SourceRow { row, place }

@@ -219,8 +219,8 @@ fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) ->
             Err(Failure::Passing { cause, pause, progress }) => {
                 tries = if progress { 1 } else { tries + 1 };
                 if tries >= TRIES {
-                    let help =
-                        "run it again: it goes on where it ended. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy";
+                    let help = "run it again: it goes on where it ended. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy; \
+                                without a network, name a folder";
                     return Err(Error::run(format!("given up after {TRIES} tries: {cause}")).help(help));
                 }
                 std::thread::sleep(pause.unwrap_or(PAUSE * 2_u32.pow(tries - 1)));

@@ -159,7 +159,8 @@ pub(super) fn short(value: f64) -> String {
         size if !(1e-3..1e5).contains(&size) => return format!("{value:.1e}"),
         size if size >= 100.0 => format!("{value:.0}"),
         size if size >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.3}"),
+        size if size >= 0.01 => format!("{value:.3}"),
+        _ => format!("{value:.5}"),
     };
     match text.contains('.') {
         true => text.trim_end_matches('0').trim_end_matches('.').to_owned(),
@@ -190,7 +191,16 @@ mod tests {
 
     #[test]
     fn numbers() {
-        let cases = [(0.0, "0"), (0.6412, "0.641"), (0.5, "0.5"), (12.0, "12"), (1234.5, "1234"), (1e-5, "1.0e-5")];
+        let cases = [
+            (0.0, "0"),
+            (0.00186, "0.00186"),
+            (0.002, "0.002"),
+            (0.6412, "0.641"),
+            (0.5, "0.5"),
+            (12.0, "12"),
+            (1234.5, "1234"),
+            (1e-5, "1.0e-5"),
+        ];
         cases.iter().for_each(|(value, text)| assert_eq!(short(*value), *text));
     }
 

@@ -31,7 +31,7 @@ function short(value) {
   if (!Number.isFinite(value)) return "–";
   if (size === 0) return "0";
   if (size < 1e-3 || size >= 1e5) return value.toExponential(1).replaceAll("-", "−");
-  const text = value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 3);
+  const text = value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.01 ? 3 : 5);
   return (text.includes(".") ? text.replace(/\.?0+$/, "") : text).replace("-", "−");
 }
 

@@ -183,7 +183,7 @@ fn data(facts: &Value) -> String {
     let data = &facts["data"];
     let cell = |value: &Value| escaped(value.as_str().map_or_else(|| value.to_string(), str::to_owned).as_str());
     let Some(files) = data["files"].as_array() else { return String::new() };
-    let mut html = String::from("<table><tr><th>file<th>format<th class=n>rows<th class=n>pairs</tr>");
+    let mut html = String::from("<div class=wide><table><tr><th>file<th>format<th class=n>rows<th class=n>pairs</tr>");
     for file in files {
         let [path, format, rows, pairs] = ["path", "format", "rows", "pairs"].map(|name| cell(&file[name]));
         let _ = write!(html, "<tr><td>{path}<td>{format}<td class=n>{rows}<td class=n>{pairs}</tr>");
@@ -196,7 +196,7 @@ fn data(facts: &Value) -> String {
         let _ = write!(html, "<tr><td>{part}{numbers}<td>{bars}</tr>");
     }
     let line = cell(&facts["data_line"]);
-    let _ = write!(html, "</table><p class=pre>{line}</p>");
+    let _ = write!(html, "</table></div><p class=pre>{line}</p>");
     html
 }
 

@@ -140,6 +140,8 @@ impl Run<'_> {
                 self.window = Window::default();
                 line_start = Instant::now();
             }
+            // What evaluations and checkpoints take does not count as slow steps.
+            let pause = Instant::now();
             if self.done.is_multiple_of(eval_steps.max(1)) || last {
                 let (line, scores) = self.evaluate()?;
                 if let Some(log) = &mut log {
@@ -173,6 +175,7 @@ impl Run<'_> {
                     .at(self.output.display())
                     .help("the same command with --resume-from-checkpoint latest goes on from there"));
             }
+            line_start += pause.elapsed();
         }
         bar.finish_and_clear();
         self.device.fetch()?;

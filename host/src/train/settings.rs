@@ -91,9 +91,11 @@ pub(super) fn refuse_other(was: &Map<String, Value>, is: &Map<String, Value>, fo
     if differences.is_empty() {
         return Ok(());
     }
-    Err(Error::input(format!("is of another run: {}", differences.join("; ")))
-        .at(folder.display())
-        .help("resume with the flags in args.json, or start a new run from it with --init-adapter"))
+    let flags = folder.with_file_name("args.json");
+    Err(Error::input(format!("is of another run: {}", differences.join("; "))).at(folder.display()).help(format!(
+        "resume with the run's own flags, --config {}, or start a new run from it with --init-adapter",
+        flags.display()
+    )))
 }
 
 fn text(value: Option<&Value>) -> String {
