@@ -85,20 +85,6 @@ fn a_killed_run_resumes_to_the_same_end() {
 }
 
 #[test]
-fn an_evaluation_is_no_slow_step() {
-    let (sandbox, rows) = (sandbox(), golden("trajectories").join("qwen2/prefs.jsonl").display().to_string());
-    let output = sandbox.path("out");
-    // Evaluations of 400 pairs between steps of 4.
-    let settings = ["--val-dataset", &format!("{rows}#400"), "--eval-steps", "1", "--max-steps", "6"];
-    ok(&sandbox, &train("qwen2", &output, &settings));
-    let speeds: Vec<f64> = log(&output).iter().filter_map(|l| l.get("tokens_per_second")?.as_f64()).collect();
-    assert_eq!(speeds.len(), 6);
-    // The first step has no evaluation before it. Of the others the fastest counts: a machine may be busy.
-    let later = speeds[1..].iter().copied().fold(0.0, f64::max);
-    assert!(later > speeds[0] / 4.0, "{speeds:?}");
-}
-
-#[test]
 fn micro_batches_and_recomputation_change_nothing() {
     let sandbox = sandbox();
     let runs: Vec<Vec<Value>> = [["8192", "false"], ["1", "false"], ["8192", "true"], ["90", "true"]]

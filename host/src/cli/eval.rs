@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use super::list::print_table;
-use crate::data::{self, ChatTokenizer, TokenPair};
+use crate::data::{self, ChatTokenizer, TokenPair, read_json};
 use crate::device::{self, Device};
 use crate::error::{Error, Result};
 use crate::hub::Need;
@@ -15,9 +15,9 @@ use crate::model::{self, Model};
 use crate::plan::Wishes;
 use crate::plugins::Registry;
 use crate::ranks::Ranks;
-use crate::train::{DataArgs, Moments, Objective, ObjectiveOptions, Scores, appraise, score};
+use crate::train::{DataArgs, LossArgs, Moments, Objective, Scores, appraise, score};
 use crate::weights::Checkpoint;
-use crate::{cuda, files};
+use crate::{console, cuda, files};
 
 #[derive(Args)]
 pub(super) struct EvalOptions {
@@ -31,12 +31,12 @@ pub(super) struct EvalOptions {
     /// PEFT adapter; rewards are against the model without it. Without an adapter the model itself is scored
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Loss (see `dpo-host list losses`)
-    #[arg(long, value_name = "NAME", default_value = "sigmoid")]
-    loss: String,
-    /// Strength of the reference; the loss's own default if not given
-    #[arg(long)]
-    beta: Option<f64>,
+    /// What is computed; what is not said is as in the run of the adapter
+    #[command(flatten)]
+    loss: LossArgs,
+    /// Fields whose flags were given
+    #[arg(skip)]
+    pub(super) said: Vec<String>,
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     device: String,
@@ -68,10 +68,8 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let folder = model::locate(&name, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let losses = options.beta.map(|beta| ("beta".to_owned(), json!(beta))).into_iter().collect();
-    let losses =
-        ObjectiveOptions { losses: vec![options.loss.clone()], options: losses, ..ObjectiveOptions::default() };
-    let mut objective = Objective::new(registry, &losses)?;
+    let loss = as_in_run(options)?;
+    let mut objective = Objective::new(registry, &loss.objective()?)?;
     // Without a path, too, loading says what is missing.
     let paths: Vec<&[String]> = match options.data.dataset.as_slice() {
         [] => vec![&[]],
@@ -114,6 +112,27 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
         None => Ok(()),
     }
+}
+
+/// The loss as the user says it, and else as the run says it that the adapter is of.
+fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
+    let Some(args) = options.adapter.as_ref().map(|folder| folder.join("args.json")) else {
+        return Ok(options.loss.clone());
+    };
+    let (Value::Object(mut loss), Value::Object(run)) = (json!(options.loss), read_json(&args)?) else {
+        return Ok(options.loss.clone());
+    };
+    for (name, value) in &mut loss {
+        if let Some(of_run) = run.get(name).filter(|_| !options.said.contains(name)) {
+            *value = of_run.clone();
+        }
+    }
+    let loss: LossArgs =
+        serde_json::from_value(loss.into()).map_err(|e| Error::input(e.to_string()).at(args.display()))?;
+    let numbers = [("--beta", loss.beta), ("--rpo-alpha", loss.rpo_alpha), ("--ld-alpha", loss.ld_alpha)];
+    let numbers: Vec<String> = numbers.iter().filter_map(|(name, x)| Some(format!(" {name} {}", (*x)?))).collect();
+    console::line(format!("loss        {}{}, as in the run", loss.names.join(" + "), numbers.concat()));
+    Ok(loss)
 }
 
 fn scores(device: &mut dyn Device, files: &[Vec<TokenPair>]) -> Result<Vec<Scores>> {

@@ -162,6 +162,9 @@ fn run(args: Vec<OsString>) -> Result<()> {
             console::json();
         }
     }
+    if let (Command::Eval(options), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
+        options.said = said(matches);
+    }
     // Our own launcher has said these before it started its ranks.
     let launched = place.is_some_and(|p| p.launched);
     if !launched {

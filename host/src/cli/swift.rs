@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 
 /// Theirs and ours, where more than the spelling differs. `swift rlhf` writes snake_case.
 const RENAMED: &[(&str, &str)] = &[
+    ("lr", "learning-rate"),
+    ("epochs", "num-epochs"),
     ("torch_dtype", "dtype"),
     ("num_train_epochs", "num-epochs"),
     ("loss_type", "loss"),

@@ -159,7 +159,8 @@ fn choose<'a>(
             Err(Error::input(format!("rows of no known dataset format; their columns are {columns}"))
                 .at(path.display())
                 .help(format!(
-                    "known formats: {known}; `dpo-host describe NAME` shows rows of each, --columns renames columns"
+                    "a row needs a preferred and a rejected answer; known formats: {known}; `dpo-host describe NAME` shows rows of \
+                     each, --columns renames columns"
                 )))
         }
     }

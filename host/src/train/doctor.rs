@@ -123,6 +123,11 @@ const RULES: &[Rule] = &[
 ];
 
 impl Doctor {
+    /// The loss of the first line and of the last, if there are two.
+    pub(super) fn course(&self) -> Option<[f64; 2]> {
+        (self.seen.lines > 1).then_some([self.seen.first.loss, self.seen.now.loss])
+    }
+
     /// Warnings about a line of the log, the run's `last` one or not, that were not given before. A resumed run shows it the
     /// lines before, so that it goes on as if there had been no break.
     pub(super) fn look(&mut self, line: &Map<String, Value>, last: bool) -> Vec<String> {

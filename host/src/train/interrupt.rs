@@ -4,9 +4,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
+use signal_hook::iterator::{Handle, Signals};
 
 use crate::error::{Error, Result};
 use crate::ranks::{Place, Ranks};
@@ -15,6 +17,31 @@ const SIGNALS: [(i32, &str); 2] = [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM")];
 
 /// Which of the signals have come.
 pub(crate) struct Interrupt(Vec<(Arc<AtomicBool>, &'static str)>);
+
+/// A thread that says at once that a signal has come, while the step that it waits for goes on; it ends with this.
+pub(super) struct Announcement(Handle);
+
+impl Announcement {
+    /// `tell` is called once, at the first signal.
+    pub(super) fn new(tell: impl FnOnce() + Send + 'static) -> Result<Announcement> {
+        let failed = |e: std::io::Error| Error::run(format!("cannot listen for signals: {e}"));
+        let mut signals = Signals::new(SIGNALS.map(|(signal, _)| signal)).map_err(failed)?;
+        let handle = signals.handle();
+        let wait = move || {
+            if signals.forever().next().is_some() {
+                tell();
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(wait).map_err(failed)?;
+        Ok(Announcement(handle))
+    }
+}
+
+impl Drop for Announcement {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
 
 impl Interrupt {
     /// Listens from here on.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Map, json};
 
 use super::ObjectiveOptions;
-use super::options::{Dtype, Quantization, TrainOptions};
+use super::options::{Dtype, LossArgs, Quantization, TrainOptions};
 use crate::error::{Error, Result};
 use crate::plan::{Wishes, free_memory, parse_size};
 use crate::ranks::{Patience, Place};
@@ -76,45 +76,35 @@ pub(super) fn choose_device(options: &TrainOptions, local_rank: Option<usize>) -
     }
 }
 
-impl TrainOptions {
-    /// Numbers of which no run could make sense.
-    fn refuse_out_of_range(&self) -> Result<()> {
-        type Range = (fn(f64) -> bool, &'static str);
-        const FROM_0: Range = (|x| x >= 0.0, "0 or more");
-        const ABOVE_0: Range = (|x| x > 0.0, "above 0");
-        const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");
-        const BELOW_1: Range = (|x| (0.0..1.0).contains(&x), "from 0 to below 1");
-        let numbers: &[(&str, Option<f64>, Range, &str)] = &[
-            ("--learning-rate", Some(self.learning_rate), FROM_0, "LoRA wants 1e-5 to 2e-4"),
-            ("--num-epochs", Some(self.num_epochs), ABOVE_0, "part of an epoch is a number such as 0.5"),
-            ("--max-steps", self.max_steps.map(|n| n as f64), ABOVE_0, "leave it out to take --num-epochs"),
+/// Numbers that make sense, and how to say so.
+type Range = (fn(f64) -> bool, &'static str);
+const FROM_0: Range = (|x| x >= 0.0, "0 or more");
+const ABOVE_0: Range = (|x| x > 0.0, "above 0");
+const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");
+const BELOW_1: Range = (|x| (0.0..1.0).contains(&x), "from 0 to below 1");
+
+/// Flags with their numbers, the range in which these make sense, and what is usual.
+fn refuse_out_of_range(numbers: &[(&str, Option<f64>, Range, &str)]) -> Result<()> {
+    for (flag, number, (within, range), help) in numbers {
+        if let Some(x) = number.filter(|x| !x.is_finite() || !within(*x)) {
+            return Err(Error::input(format!("should be {range}, not {x}")).at(flag).help(*help));
+        }
+    }
+    Ok(())
+}
+
+impl LossArgs {
+    /// The objective that they describe.
+    ///
+    /// # Errors
+    /// Numbers of which no loss could make sense, and options that are no NAME=VALUE.
+    pub fn objective(&self) -> Result<ObjectiveOptions> {
+        refuse_out_of_range(&[
             ("--beta", self.beta, ABOVE_0, "0.01 to 0.5 is usual; the lower, the further from the reference"),
             ("--label-smoothing", self.label_smoothing, BELOW_1, "the part of preferences that are wrong, such as 0.1"),
             ("--rpo-alpha", self.rpo_alpha, FROM_0, "0.1 to 1 is usual"),
             ("--ld-alpha", self.ld_alpha, SHARE, "1 is plain DPO"),
-            ("--warmup-ratio", Some(self.warmup_ratio), SHARE, "0.05 is usual"),
-            ("--weight-decay", Some(self.weight_decay), FROM_0, "0 is none"),
-            ("--adam-beta1", Some(self.adam_beta1), BELOW_1, "0.9 is usual"),
-            ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
-            ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
-            ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
-            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
-            ("--lora-dropout", Some(self.lora_dropout), SHARE, "it has no effect here"),
-            ("--split-dataset-ratio", Some(self.split_dataset_ratio), BELOW_1, "0.01 keeps every hundredth pair"),
-        ];
-        let wrong = |x: f64, (within, _): &Range| !x.is_finite() || !within(x);
-        let first = numbers
-            .iter()
-            .find_map(|(flag, x, range, help)| x.filter(|x| wrong(*x, range)).map(|x| (flag, x, range.1, help)));
-        match first {
-            Some((flag, x, range, help)) => {
-                Err(Error::input(format!("should be {range}, not {x}")).at(flag).help(*help))
-            }
-            None => Ok(()),
-        }
-    }
-
-    pub(super) fn objective(&self) -> Result<ObjectiveOptions> {
+        ])?;
         let mut options = Map::new();
         let numbers = [("beta", self.beta), ("label_smoothing", self.label_smoothing)];
         options.extend(numbers.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))));
@@ -128,13 +118,33 @@ impl TrainOptions {
             options.insert(name.into(), value.parse::<f64>().map_or_else(|_| json!(value), |n| json!(n)));
         }
         Ok(ObjectiveOptions {
-            losses: self.loss.clone(),
+            losses: self.names.clone(),
             weights: self.loss_weights.clone(),
             options,
             rpo_alpha: self.rpo_alpha,
             ld_alpha: self.ld_alpha,
             weighting: self.use_weighting,
         })
+    }
+}
+
+impl TrainOptions {
+    /// Numbers of which no run could make sense.
+    fn refuse_out_of_range(&self) -> Result<()> {
+        refuse_out_of_range(&[
+            ("--learning-rate", Some(self.learning_rate), FROM_0, "LoRA wants 1e-5 to 2e-4"),
+            ("--num-epochs", Some(self.num_epochs), ABOVE_0, "part of an epoch is a number such as 0.5"),
+            ("--max-steps", self.max_steps.map(|n| n as f64), ABOVE_0, "leave it out to take --num-epochs"),
+            ("--warmup-ratio", Some(self.warmup_ratio), SHARE, "0.05 is usual"),
+            ("--weight-decay", Some(self.weight_decay), FROM_0, "0 is none"),
+            ("--adam-beta1", Some(self.adam_beta1), BELOW_1, "0.9 is usual"),
+            ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
+            ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
+            ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
+            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            ("--lora-dropout", Some(self.lora_dropout), SHARE, "it has no effect here"),
+            ("--split-dataset-ratio", Some(self.split_dataset_ratio), BELOW_1, "0.01 keeps every hundredth pair"),
+        ])
     }
 
     /// How ranks wait for each other.
@@ -190,9 +200,9 @@ impl TrainOptions {
         if !epochs {
             self.num_epochs = 2.0;
         }
-        if self.loss == ["sigmoid"] {
-            self.beta.get_or_insert(0.5);
-            self.rpo_alpha.get_or_insert(1.0);
+        if self.loss.names == ["sigmoid"] {
+            self.loss.beta.get_or_insert(0.5);
+            self.loss.rpo_alpha.get_or_insert(1.0);
         }
     }
 }

@@ -28,7 +28,7 @@ pub(crate) use metrics::peak_memory_gib;
 pub use metrics::{PairMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};
 pub use optimizer::{AdamW, Moments};
-pub use options::{DataArgs, TrainOptions};
+pub use options::{DataArgs, LossArgs, TrainOptions};
 pub use reference::Reference;
 pub use start::run;
 pub use step::{Scores, Step, appraise, gradient, score};

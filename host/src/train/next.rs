@@ -3,17 +3,15 @@
 use std::path::Path;
 
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was evaluated on, or trained on.
-/// `beta` is the run's own, without which the margins of `eval` would be those of another scale.
-pub(super) fn commands(output: &Path, rows: &[String], beta: Option<f64>) -> String {
+pub(super) fn commands(output: &Path, rows: &[String]) -> String {
     let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| quoted(&name));
     let program = program.as_deref().unwrap_or("dpo-host");
     let adapter = quoted(&output.display().to_string());
     let merged = quoted(&format!("{}-merged", output.display()));
     let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
-    let beta = beta.map(|beta| format!(" --beta {beta}")).unwrap_or_default();
     format!(
         "next        {program} chat --compare --adapter {adapter}\n            \
-         {program} eval --adapter {adapter} --dataset {}{beta}\n            \
+         {program} eval --adapter {adapter} --dataset {}\n            \
          {program} merge --adapter {adapter} --output-dir {merged}",
         rows.join(" ")
     )
@@ -34,17 +32,11 @@ mod tests {
 
     #[test]
     fn names_with_spaces_are_words() {
-        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], None);
+        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()]);
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
-    }
-
-    #[test]
-    fn beta_is_that_of_the_run() {
-        let eval = |beta| commands(Path::new("run"), &["a.jsonl".into()], beta);
-        assert!(eval(Some(0.5)).contains("--dataset a.jsonl --beta 0.5\n") && !eval(None).contains("--beta"));
     }
 }

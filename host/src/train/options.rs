@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::schedule::Schedule;
 use crate::data::{DataOptions, Truncation, parse_columns};
@@ -49,33 +49,10 @@ pub struct TrainOptions {
     #[arg(long, value_name = "DIR")]
     pub output_dir: Option<PathBuf>,
 
-    /// Losses (see `dpo-host list losses`); several are summed by --loss-weights
-    #[arg(long, value_name = "NAME", num_args = 1.., default_values_t = ["sigmoid".to_owned()], help_heading = "Loss")]
-    pub loss: Vec<String>,
-    /// Weight of each loss; 1 by default
-    #[arg(long, value_name = "W", num_args = 1.., help_heading = "Loss")]
-    pub loss_weights: Vec<f64>,
-    /// Strength of the reference; a loss's own default if not given (0.1 for DPO)
-    #[arg(long, help_heading = "Loss")]
-    pub beta: Option<f64>,
-    /// Probability that a preference is wrong (cDPO with sigmoid)
-    #[arg(long, value_name = "P", help_heading = "Loss")]
-    pub label_smoothing: Option<f64>,
-    /// Weight of an added likelihood term on the chosen answers (RPO)
-    #[arg(long, value_name = "W", help_heading = "Loss")]
-    pub rpo_alpha: Option<f64>,
-    /// LD-DPO: weight of tokens beyond the length of the shorter answer
-    #[arg(long, value_name = "0..1", help_heading = "Loss")]
-    pub ld_alpha: Option<f64>,
-    /// Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence
-    #[arg(long, value_name = "NAME", help_heading = "Loss")]
-    pub f_divergence: Option<String>,
-    /// Weight pairs by how likely the policy finds them (WPO)
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set, help_heading = "Loss")]
-    pub use_weighting: bool,
-    /// Any option of a loss plugin (see `dpo-host describe NAME`)
-    #[arg(long, value_name = "NAME=VALUE", num_args = 1.., help_heading = "Loss")]
-    pub loss_option: Vec<String>,
+    /// What is trained for
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub loss: LossArgs,
 
     /// Where to compute
     #[arg(long, value_name = "auto|cpu|cuda[:N,...]", default_value = "auto", help_heading = "Device")]
@@ -190,6 +167,39 @@ pub struct TrainOptions {
     /// Go on from a checkpoint folder, or from the latest one in --output-dir
     #[arg(long, value_name = "DIR|latest", help_heading = "Output")]
     pub resume_from_checkpoint: Option<String>,
+}
+
+/// What is trained for; shared by `train` and `eval`.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+pub struct LossArgs {
+    /// Losses (see `dpo-host list losses`); several are summed by --loss-weights
+    #[arg(id = "loss", long, value_name = "NAME", num_args = 1.., default_values_t = ["sigmoid".to_owned()], help_heading = "Loss")]
+    #[serde(rename = "loss")]
+    pub names: Vec<String>,
+    /// Weight of each loss; 1 by default
+    #[arg(long, value_name = "W", num_args = 1.., help_heading = "Loss")]
+    pub loss_weights: Vec<f64>,
+    /// Strength of the reference; a loss's own default if not given (0.1 for DPO)
+    #[arg(long, help_heading = "Loss")]
+    pub beta: Option<f64>,
+    /// Probability that a preference is wrong (cDPO with sigmoid)
+    #[arg(long, value_name = "P", help_heading = "Loss")]
+    pub label_smoothing: Option<f64>,
+    /// Weight of an added likelihood term on the chosen answers (RPO)
+    #[arg(long, value_name = "W", help_heading = "Loss")]
+    pub rpo_alpha: Option<f64>,
+    /// LD-DPO: weight of tokens beyond the length of the shorter answer
+    #[arg(long, value_name = "0..1", help_heading = "Loss")]
+    pub ld_alpha: Option<f64>,
+    /// Divergence from the reference: reverse_kl, forward_kl, js_divergence or alpha_divergence
+    #[arg(long, value_name = "NAME", help_heading = "Loss")]
+    pub f_divergence: Option<String>,
+    /// Weight pairs by how likely the policy finds them (WPO)
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set, help_heading = "Loss")]
+    pub use_weighting: bool,
+    /// Any option of a loss plugin (see `dpo-host describe NAME`)
+    #[arg(long, value_name = "NAME=VALUE", num_args = 1.., help_heading = "Loss")]
+    pub loss_option: Vec<String>,
 }
 
 /// How rows become pairs; shared by `train`, `data` and `eval`.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::checkpoint::{self, State};
 use super::doctor::Doctor;
-use super::interrupt::Interrupt;
+use super::interrupt::{Announcement, Interrupt};
 use super::log::Log;
 use super::metrics::Window;
 use super::optimizer::{AdamW, Moments, clip};
@@ -25,6 +25,9 @@ use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::ranks::Ranks;
 use crate::{console, files, page};
+
+/// What is said at the first Ctrl-C.
+const SAVES: &str = "the run is saved after this step, and ends; once more ends it at once";
 
 /// A run in progress.
 pub(super) struct Run<'r> {
@@ -90,6 +93,9 @@ impl Run<'_> {
         };
         let interrupt = Interrupt::listen()?;
         let bar = console::bar(self.total, "{pos}/{len} {bar:6} {eta} left  {wide_msg}");
+        let announced = bar.clone();
+        let announce = move || announced.suspend(|| console::note(SAVES));
+        let _announcement = self.ranks.is_first().then(|| Announcement::new(announce)).transpose()?;
         let warn = |what: &str| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
         // What was taken before says nothing of the time that is left.
@@ -178,6 +184,9 @@ impl Run<'_> {
             line_start += pause.elapsed();
         }
         bar.finish_and_clear();
+        if let Some([first, last]) = doctor.course() {
+            console::line(format!("loss        {first:.4} → {last:.4} in {} steps", self.done));
+        }
         self.device.fetch()?;
         match log {
             Some(_) => self.device.adapter().save(&self.output, &self.base_model),

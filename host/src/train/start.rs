@@ -65,7 +65,7 @@ fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
         let count = options.gpus;
         console::note(format!("--gpus {count} on the CPU: {count} processes, which share its cores and memory"));
     }
-    Objective::new(registry, &options.objective()?)?;
+    Objective::new(registry, &options.loss.objective()?)?;
     let folder = model::locate(&given, Need::Weights)?;
     Model::open(registry, &folder, options.plugin.as_deref())?;
     let output = match &options.output_dir {
@@ -81,8 +81,7 @@ fn launch(registry: &Registry, options: &mut TrainOptions) -> Result<PathBuf> {
 fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, place: Option<&Place>) -> Result<PathBuf> {
     let given = demo_or_given(&mut options)?;
     let gpu = choose_device(&options, place.map(|p| p.local_rank))?;
-    let objective_options = options.objective()?;
-    let objective = Objective::new(registry, &objective_options)?;
+    let objective = Objective::new(registry, &options.loss.objective()?)?;
     let folder = model::locate(&given, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let attempt = ranks.most(place.map_or(0, |p| p.attempt))?;
@@ -202,7 +201,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         written.unwrap_or_else(|e| console::warning(format!("the report has no answers: {e}")));
     }
     let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
-    console::line(next::commands(&output, rows, options.beta));
+    console::line(next::commands(&output, rows));
     let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(done))];
     console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
     watchers.iter().for_each(Watchers::farewell);
