@@ -46,7 +46,9 @@ impl Decoder for CpuDecoder {
     }
 
     fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
-        self.engine.logits(ids, &mut self.pasts[voice as usize], voice == Voice::Tuned)
+        // In one of the pool's threads: to hand it every product from outside costs as much as some of them take.
+        let decoder = self;
+        rayon::scope(move |_| decoder.engine.logits(ids, &mut decoder.pasts[voice as usize], voice == Voice::Tuned))
     }
 
     fn keep(&mut self, voice: Voice, tokens: usize) {
