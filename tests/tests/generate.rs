@@ -240,7 +240,7 @@ fn generator(case: &str) -> Generator {
     let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), None).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-    Generator::open(&model, Some(adapter), "cpu").unwrap()
+    Generator::open(&model, Some(adapter), None, None).unwrap()
 }
 
 fn go_on(generator: &mut Generator, voice: Voice, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {

@@ -51,6 +51,7 @@ impl Decoder for CpuDecoder {
     }
 
     fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
+        // Within its threads: to hand them every product from outside costs as much as some of them take.
         let (engine, past) = (&mut self.engine, &mut self.pasts[voice as usize]);
         self.threads.install(move || engine.logits(ids, past, voice == Voice::Tuned))
     }

@@ -8,11 +8,13 @@
 
 use std::ops::Range;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{CpuStorage, D, DType, Device, Layout, Storage, Tensor};
+use rayon::prelude::*;
 
+use super::product::{WORK, dot};
 use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, count, number, same};
 use crate::batch::Span;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub(super) const OP: Op = Op {
     name: "attention",
@@ -162,7 +164,50 @@ fn over_groups(
     pairs.iter().map(|p| Ok(Tensor::cat(p, 0)?)).collect()
 }
 
+/// A query with all keys that it sees, where they lie: what pays for many queries, copies and candle's products, costs a single
+/// one more than it takes.
+fn of_one_token(call: &Call<'_>) -> Result<Tensor> {
+    let shape = Shape::of(call);
+    let (dim, width) = (shape.dim, shape.kv_heads * shape.dim);
+    let inputs: Vec<Tensor> = call.inputs.iter().map(|input| input.contiguous()).collect::<candle_core::Result<_>>()?;
+    let inputs: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
+    let inputs: Vec<&[f32]> = inputs.iter().map(|(storage, layout)| values(storage, layout)).collect::<Result<_>>()?;
+    let (q, k, v) = (inputs[0], inputs[1], inputs[2]);
+    let keys = call.layout.past + 1;
+    let window = call.node.attrs.get("window").map_or(keys, |_| count(call.node, "window"));
+    let first = keys.saturating_sub(window);
+    let (scale, softcap) = (shape.scale as f32, shape.softcap as f32);
+    let mut y = vec![0.0; q.len()];
+    let heads = y.par_chunks_mut(dim).zip(q.par_chunks(dim)).enumerate().with_min_len(WORK.div_ceil(keys * dim));
+    heads.for_each(|(head, (y, q))| {
+        let at = |key: usize| key * width + head / shape.share * dim;
+        let mut p: Vec<f32> = (first..keys).map(|key| dot(&k[at(key)..][..dim], q) * scale).collect();
+        if softcap > 0.0 {
+            p.iter_mut().for_each(|p| *p = (*p / softcap).tanh() * softcap);
+        }
+        let top = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        p.iter_mut().for_each(|p| *p = (*p - top).exp());
+        let sum: f32 = p.iter().sum();
+        for (p, key) in p.iter().zip(first..keys) {
+            let p = p / sum;
+            y.iter_mut().zip(&v[at(key)..][..dim]).for_each(|(y, v)| *y += p * v);
+        }
+    });
+    Ok(Tensor::from_vec(y, call.inputs[0].shape(), &Device::Cpu)?)
+}
+
+/// The numbers of a contiguous tensor in f32.
+fn values<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(values)), Some((from, to))) => Ok(&values[from..to]),
+        _ => Err(Error::run("the CPU's attention got a tensor that is not its own")),
+    }
+}
+
 fn forward(call: &Call<'_>) -> Result<Tensor> {
+    if call.inputs[0].dim(0)? == 1 && call.inputs[0].dtype() == DType::F32 {
+        return of_one_token(call);
+    }
     let mut values = over_groups(call, 1, |shape, span, g, _, heads| {
         Ok(vec![shape.join(&g.p.matmul(&g.v)?, span.len(), heads, shape.share)?])
     })?;
@@ -186,4 +231,41 @@ fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
         Ok(vec![shape.join(&dq, n, heads, shape.share)?, shape.join(&dk, n, heads, 1)?, shape.join(&dv, n, heads, 1)?])
     })?;
     Ok(Gradients::of(values))
+}
+
+#[cfg(test)]
+mod tests {
+    use dpo_plugin_api::graph::Node;
+    use serde_json::json;
+
+    use super::*;
+
+    /// The last token of a text by itself, and among all others.
+    #[test]
+    fn one_token_gets_what_many_get() {
+        let numbers = |rows: usize, width: usize, step: usize| {
+            let values: Vec<f32> = (0..rows * width).map(|i| ((i * step) % 101) as f32 / 25.0 - 2.0).collect();
+            Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
+        };
+        let (tokens, heads, kv_heads, dim) = (9, 4, 2, 20);
+        for more in [json!({}), json!({"window": 3}), json!({"window": 30}), json!({"softcap": 0.7})] {
+            let mut attrs = json!({"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": 0.3});
+            attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            let node: Node = serde_json::from_value(json!({
+                "op": "attention", "inputs": [0, 1, 2], "weights": [], "attrs": attrs, "width": heads * dim,
+            }))
+            .unwrap();
+            let (q, kv) = (numbers(tokens, heads * dim, 37), kv_heads * dim);
+            let (k, v) = (numbers(tokens, kv, 53), numbers(tokens, kv, 29));
+            let run = |q: &Tensor, past: usize| {
+                let layout = &crate::batch::Layout::after(past, tokens - past);
+                let call = Call { node: &node, inputs: vec![q, &k, &v], weights: &[], lora: None, layout };
+                forward(&call).unwrap()
+            };
+            let all = run(&q, 0).narrow(0, tokens - 1, 1).unwrap();
+            let one = run(&q.narrow(0, tokens - 1, 1).unwrap(), tokens - 1);
+            let error = (all - one).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(error < 1e-5, "{more}: {error}");
+        }
+    }
 }

@@ -25,7 +25,7 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
         y = y.broadcast_add(bias)?;
     }
     if let Some(lora) = call.lora {
-        let update = x.matmul(&lora.a.t()?)?.matmul(&lora.b.t()?)?;
+        let update = product(&product(x, &lora.a)?, &lora.b)?;
         y = (y + (update * lora.scale)?)?;
     }
     Ok(y)
