@@ -24,7 +24,7 @@ const ROW: &str = r#"{"messages":[{"role":"user","content":"hi"},{"role":"assist
 fn bad_rows_are_named() {
     let (s, model) = (sandbox(), model());
     let broken = s.write("broken.jsonl", &format!("{ROW}\n{ROW}\n{{\"messages\": [\n"));
-    s.refuses(&["train", "--model", &model, "--dataset", &broken], &["broken.jsonl:3", "help: mend it"]);
+    s.refuses(&["train", "--model", &model, "--dataset", &broken], &["broken.jsonl:3", "help: mend the row"]);
     let silent = s.write(
         "silent.jsonl",
         &format!("{ROW}\n{{\"messages\":[{{\"role\":\"user\",\"content\":\"hi\"}}],\"rejected_response\":\"no\"}}\n"),

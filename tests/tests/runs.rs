@@ -85,6 +85,28 @@ fn a_killed_run_resumes_to_the_same_end() {
 }
 
 #[test]
+fn an_evaluation_computes_what_the_run_did() {
+    let (sandbox, rows) = (sandbox(), golden("trajectories").join("qwen2/prefs.jsonl").display().to_string());
+    let output = sandbox.path("run");
+    let settings =
+        ["--loss", "hinge", "--beta", "0.3", "--rpo-alpha", "0.5", "--val-dataset", &rows, "--max-steps", "4"];
+    ok(&sandbox, &train("qwen2", &output, &settings));
+    let lines = log(&output);
+    let of_run = lines.iter().rev().find_map(|l| l.get("eval_loss")?.as_f64()).unwrap();
+    let loss = |adapter: &str, more: &[&str]| {
+        let args = [&["eval", "--adapter", adapter, "--dataset", &rows, "--json", "--device", "cpu"], more].concat();
+        let means: Value = serde_json::from_str(&sandbox.ok(&args).stdout).unwrap();
+        means[0]["loss"].as_f64().unwrap()
+    };
+    for folder in [output.clone(), format!("{output}/checkpoint-4")] {
+        let is = loss(&folder, &[]);
+        assert!((is - of_run).abs() < 1e-5, "{folder}: {is}, in the run {of_run}");
+    }
+    // What is said wins over the run.
+    assert!((loss(&output, &["--loss", "sigmoid"]) - of_run).abs() > 1e-2);
+}
+
+#[test]
 fn micro_batches_and_recomputation_change_nothing() {
     let sandbox = sandbox();
     let runs: Vec<Vec<Value>> = [["8192", "false"], ["1", "false"], ["8192", "true"], ["90", "true"]]

@@ -114,14 +114,12 @@ pub(super) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     }
 }
 
-/// The loss as the user says it, and else as the run says it that the adapter is of.
+/// The loss as the user says it, and else as the run says it that the adapter, or the checkpoint, is of.
 fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
-    let Some(args) = options.adapter.as_ref().map(|folder| folder.join("args.json")) else {
-        return Ok(options.loss.clone());
-    };
-    let (Value::Object(mut loss), Value::Object(run)) = (json!(options.loss), read_json(&args)?) else {
-        return Ok(options.loss.clone());
-    };
+    let own = options.loss.clone();
+    let folders = options.adapter.as_deref().into_iter().flat_map(|folder| [Some(folder), folder.parent()]).flatten();
+    let Some(args) = folders.map(|folder| folder.join("args.json")).find(|args| args.is_file()) else { return Ok(own) };
+    let (Value::Object(mut loss), Value::Object(run)) = (json!(own), read_json(&args)?) else { return Ok(own) };
     for (name, value) in &mut loss {
         if let Some(of_run) = run.get(name).filter(|_| !options.said.contains(name)) {
             *value = of_run.clone();
@@ -131,7 +129,12 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
         serde_json::from_value(loss.into()).map_err(|e| Error::input(e.to_string()).at(args.display()))?;
     let numbers = [("--beta", loss.beta), ("--rpo-alpha", loss.rpo_alpha), ("--ld-alpha", loss.ld_alpha)];
     let numbers: Vec<String> = numbers.iter().filter_map(|(name, x)| Some(format!(" {name} {}", (*x)?))).collect();
-    console::line(format!("loss        {}{}, as in the run", loss.names.join(" + "), numbers.concat()));
+    console::line(format!(
+        "loss        {}{}, what was not said as in {}",
+        loss.names.join(" "),
+        numbers.concat(),
+        args.display()
+    ));
     Ok(loss)
 }
 

@@ -227,7 +227,7 @@ impl Piece<'_> {
                 let line = self.line + e.line().max(1) - 1;
                 Err(Error::input(format!("broken JSON at column {column}: {what}"))
                     .at(format!("{}:{line}", path.display()))
-                    .help("mend it: no row is taken of a file with broken JSON"))
+                    .help("mend the row, or remove it"))
             }
         };
         SourceRow { row, place }
