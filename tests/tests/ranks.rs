@@ -130,7 +130,8 @@ fn ranks_of_another_launcher_take_the_same_steps() {
     let sandbox = sandbox();
     let (one, two) = (sandbox.path("one"), sandbox.path("two"));
     ok(&sandbox, &train("llama3", &one, &[BATCH]));
-    let (args, port) = (train("llama3", &two, &[BATCH]), free_port());
+    // As torchrun's own ports, these are not among those that the system chooses from, where a rank's ring may come to lie.
+    let (args, port) = (train("llama3", &two, &[BATCH]), 20_000 + (std::process::id() % 1_000) as u16 * 10);
     // torchrun's own store has the port that it names.
     let _store = TcpListener::bind(("127.0.0.1", port));
     let start = |r| rank(&sandbox, &args, r, 2, port).env("TORCHELASTIC_RUN_ID", "none").spawn().unwrap();
