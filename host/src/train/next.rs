@@ -2,16 +2,18 @@
 
 use std::path::Path;
 
-/// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was evaluated on, or trained on.
-pub(super) fn commands(output: &Path, rows: &[String]) -> String {
+/// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
+/// evaluated on, or `trained` on.
+pub(super) fn commands(output: &Path, rows: &[String], trained: bool) -> String {
     let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| quoted(&name));
     let program = program.as_deref().unwrap_or("dpo-host");
     let adapter = quoted(&output.display().to_string());
     let merged = quoted(&format!("{}-merged", output.display()));
     let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
+    let remark = if trained { "    # on rows that it was trained on" } else { "" };
     format!(
         "next        {program} chat --compare --adapter {adapter}\n            \
-         {program} eval --adapter {adapter} --dataset {}\n            \
+         {program} eval --adapter {adapter} --dataset {}{remark}\n            \
          {program} merge --adapter {adapter} --output-dir {merged}",
         rows.join(" ")
     )
@@ -32,11 +34,13 @@ mod tests {
 
     #[test]
     fn names_with_spaces_are_words() {
-        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()]);
+        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false);
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
+        let trained = commands(Path::new("run"), &["a.jsonl".into()], true);
+        assert!(trained.contains("--dataset a.jsonl    # on rows that it was trained on\n"), "{trained}");
     }
 }

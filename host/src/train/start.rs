@@ -200,8 +200,9 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
             .and_then(|generator| answers::write(generator, pairs, &output));
         written.unwrap_or_else(|e| console::warning(format!("the report has no answers: {e}")));
     }
-    let rows = if options.val_dataset.is_empty() { &options.data.dataset } else { &options.val_dataset };
-    console::line(next::commands(&output, rows));
+    let trained = options.val_dataset.is_empty();
+    let rows = if trained { &options.data.dataset } else { &options.val_dataset };
+    console::line(next::commands(&output, rows, trained));
     let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(done))];
     console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
     watchers.iter().for_each(Watchers::farewell);
