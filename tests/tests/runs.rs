@@ -78,10 +78,10 @@ fn a_killed_run_resumes_to_the_same_end() {
     assert_eq!(timeless(&whole), timeless(&cut));
     // With other settings it is another run.
     let other = [resumed, vec!["--beta".into(), "0.5".into()]].concat();
-    sandbox.refuses(
-        &other.iter().map(String::as_str).collect::<Vec<_>>(),
-        &["is of another run: --beta was not given, is 0.5", "cut/args.json"],
-    );
+    let other: Vec<&str> = other.iter().map(String::as_str).collect();
+    sandbox.refuses(&other, &["is of another run: --beta was not given, is 0.5", "cut/args.json"]);
+    let said = sandbox.run(&other).stderr;
+    assert!(said.contains("adapter  ") && !said.contains("micro-batch"), "refused late:\n{said}");
 }
 
 #[test]

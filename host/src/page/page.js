@@ -44,7 +44,7 @@ function tick(value, all) {
 }
 
 const signed = (value, digits) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
-const plain = (value, digits) => value.toFixed(digits).replace("-", "−");
+const plain = (value, digits) => value.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", "−");
 
 function duration(seconds) {
   const s = Math.max(0, Math.round(seconds));

@@ -133,7 +133,8 @@ fn samples(lines: &[Line]) -> String {
 }
 
 fn answer(side: &str, texts: &Value, before: &Value, after: &Value) -> String {
-    let sum = |score: &Value| score["sum"].as_f64().unwrap_or(f64::NAN);
+    // Sums of log-probs are shown in tenths, and one that rounds to zero without its sign.
+    let sum = |score: &Value| (score["sum"].as_f64().unwrap_or(f64::NAN) * 10.0).round() / 10.0 + 0.0;
     let change = sum(after) - sum(before);
     let mut html = format!(
         "<div class=answer><h4>{side}<span class=now>log-prob {:.1} → {:.1} <b class={}>{change:+.1}</b></span></h4><pre>",

@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 use super::TrainOptions;
 use super::manifest::hex;
 use crate::data::TokenPair;
-use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::lora::Adapter;
 
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
 /// `adapter` by content.
@@ -46,16 +46,19 @@ const FREE: &[&str] = &[
     "watchdog",
 ];
 
-/// The decisive settings of a run, under the names that a message gives them. `model` identifies the weights by content.
+/// How the device computes, which is known last.
+pub(super) const ARITHMETIC: &str = "the arithmetic";
+
+/// The decisive settings of a run, but for the [`ARITHMETIC`], under the names that a message gives them. `model` identifies the
+/// weights by content.
 pub(super) fn decisive(
     options: &TrainOptions,
     model: &str,
-    device: &dyn Device,
+    adapter: &Adapter,
     pairs: &[TokenPair],
 ) -> Map<String, Value> {
     let Value::Object(mut flags) = json!(options) else { return Map::new() };
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
-    let adapter = device.adapter();
     flags.insert("lora_rank".into(), json!(adapter.config.rank));
     flags.insert("lora_alpha".into(), json!(adapter.config.alpha));
     flags.insert("use_rslora".into(), json!(adapter.config.rslora));
@@ -71,7 +74,6 @@ pub(super) fn decisive(
         ("the data", format!("{} pairs, {}", pairs.len(), short(&ids))),
         ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
         ("the adapter at the start", short(&params)),
-        ("the arithmetic", device.name()),
     ];
     let flags = flags.into_iter().map(|(name, value)| (format!("--{}", name.replace('_', "-")), value));
     flags.chain(contents.map(|(name, value)| (name.to_owned(), json!(value)))).collect()
@@ -82,10 +84,11 @@ fn short(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes)[..6])
 }
 
-/// Refuses settings that differ from those of a checkpoint, naming every one of them.
+/// Refuses settings that differ from those of a checkpoint, naming every one of them; the arithmetic as soon as it is known.
 pub(super) fn refuse_other(was: &Map<String, Value>, is: &Map<String, Value>, folder: &Path) -> Result<()> {
     let names = was.keys().chain(is.keys().filter(|k| !was.contains_key(*k)));
-    let differing = names.filter(|k| was.get(*k) != is.get(*k));
+    let known = |k: &&String| *k != ARITHMETIC || is.contains_key(ARITHMETIC);
+    let differing = names.filter(known).filter(|k| was.get(*k) != is.get(*k));
     let differences: Vec<String> =
         differing.map(|k| format!("{k} was {}, is {}", text(was.get(k)), text(is.get(k)))).collect();
     if differences.is_empty() {

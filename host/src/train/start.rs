@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use super::checkpoint::load_state;
 use super::folders::{Folders, folders};
 use super::meaning::{choose_device, demo_or_given, note_ignored, refuse_unsupported};
 use super::metrics::Window;
@@ -118,6 +119,12 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
     let all = pairs.iter().chain(&validation);
+    let content = format!("{}{}", checkpoint.content()?, model.config);
+    let mut settings = settings::decisive(&options, &content, &adapter, &pairs);
+    if let Some(folder) = &resumed {
+        // Before weights are loaded and references computed.
+        settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
+    }
     let mut device = device::open(ranks, gpu, model.graph, &checkpoint, adapter, all, options.wishes(gpu, place)?)?;
 
     let mut references = [Reference::none(), Reference::none()];
@@ -137,8 +144,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
     let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
-    let content = format!("{}{}", checkpoint.content()?, model.config);
-    let settings = settings::decisive(&options, &content, device.as_ref(), &pairs);
+    settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": folder.display().to_string(),
