@@ -2,7 +2,7 @@
 //! on time and memory are the check).
 #![no_main]
 
-use dpo_host::data::{ChatTemplate, Rendering};
+use dpo_data::{ChatTemplate, Rendering};
 use dpo_plugin_api::dataset::Message;
 use libfuzzer_sys::fuzz_target;
 

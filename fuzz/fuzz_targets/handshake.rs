@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 use std::time::Duration;
 
-use dpo_host::ranks::handshake::{Hello, Line, Purpose, Secret, answer, call, read_frame};
+use dpo_ranks::handshake::{Hello, Transport, Purpose, Secret, answer, call, read_frame};
 use libfuzzer_sys::fuzz_target;
 
 const MAGIC: &[u8; 16] = b"dpo-host ranks 1";
@@ -45,7 +45,7 @@ impl Write for Memory<'_> {
     }
 }
 
-impl Line for Memory<'_> {
+impl Transport for Memory<'_> {
     fn wait_at_most(&mut self, _: Duration) -> io::Result<()> {
         Ok(())
     }

@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 
-use dpo_host::plugins::Registry;
+use dpo_plugins::Registry;
 use dpo_plugin_api::dataset::Row;
 use libfuzzer_sys::fuzz_target;
 

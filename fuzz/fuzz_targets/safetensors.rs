@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use dpo_host::weights::{Checkpoint, read_f32};
+use dpo_core::weights::{Checkpoint, read_f32};
 use libfuzzer_sys::fuzz_target;
 
 /// A folder in memory, so that a million files cost no disk.

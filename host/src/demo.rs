@@ -5,8 +5,8 @@
 
 use std::path::PathBuf;
 
-use crate::error::Result;
-use crate::files;
+use dpo_core::error::Result;
+use dpo_core::files;
 
 /// Files by name, and what is in them.
 macro_rules! embed {
@@ -26,17 +26,17 @@ const FILES: &[(&str, &[u8])] = embed![
 ];
 
 /// The demo's files.
-pub struct Demo {
+pub(crate) struct Demo {
     /// Model folder.
-    pub model: PathBuf,
+    pub(crate) model: PathBuf,
     /// Rows to train on.
-    pub dataset: PathBuf,
+    pub(crate) dataset: PathBuf,
     /// Rows to evaluate on.
-    pub val_dataset: PathBuf,
+    pub(crate) val_dataset: PathBuf,
 }
 
 /// Writes the demo into the cache folder.
-pub fn write() -> Result<Demo> {
+pub(crate) fn write() -> Result<Demo> {
     let folder = files::cache_folder().join("demo");
     for (name, bytes) in FILES {
         files::write(&folder.join(name), bytes)?;

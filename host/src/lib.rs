@@ -1,32 +1,193 @@
-//! dpo-host: LoRA preference training with plugins for model families, dataset formats and losses.
+//! The command line of dpo-host: one subcommand a file. Flags are parsed here; what is done is in the crates beside this one.
 
-pub mod base;
-pub mod batch;
-pub mod cli;
-pub mod console;
-pub mod cuda;
-pub mod data;
-pub mod demo;
-pub mod device;
-pub mod engine;
-pub mod error;
-pub mod files;
-pub mod generate;
-pub mod graph;
-pub mod hub;
-pub mod lora;
-pub mod model;
-pub mod ops;
-pub mod page;
-pub mod plan;
-pub mod plugins;
-pub mod ranks;
-pub mod train;
-pub mod weights;
+mod args;
+mod backends;
+pub mod commands;
+mod demo;
 
-// Referred to so that the linker keeps what they submit to `inventory`.
-use {
-    dpo_format_hh_rlhf as _, dpo_format_kto as _, dpo_format_llama_factory as _, dpo_format_ms_swift as _,
-    dpo_format_trl as _, dpo_format_ultrafeedback as _,
-};
-use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use args::resolve;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, train, ui};
+use dpo_core::console;
+use dpo_core::error::{Kind, Result};
+use dpo_plugins::Registry;
+use dpo_ranks::Place;
+
+/// Trains language models on preference data with LoRA: one binary, plugins for model families, dataset formats and
+/// losses.
+#[derive(Parser)]
+#[command(name = "dpo-host", version, max_term_width = 110, args_override_self = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Folder with plugin libraries, looked through before $DPO_PLUGIN_PATH and the user's folder; may be repeated
+    #[arg(long, global = true, value_name = "DIR")]
+    plugin_dir: Vec<PathBuf>,
+    /// Print warnings, errors and results only
+    #[arg(long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter. Without model and data: the built-in demo
+    ///
+    /// Flags of ms-swift's `swift rlhf --rlhf_type dpo` are accepted under their own names; those without a meaning here are
+    /// reported. Flags may also be written as a TOML file: --config run.toml.
+    #[command(args_override_self = true)]
+    Train(Box<train::TrainArgs>),
+    /// List plugins: what was found, and where
+    List(list::ListOptions),
+    /// Describe a plugin: a family's graph, a format's rows, a loss's formula and options
+    Describe(describe::DescribeOptions),
+    /// Write a new plugin crate that builds, passes its tests and loads
+    New(NewOptions),
+    /// Check a dataset: what becomes of its rows, lengths, one pair as the model sees it
+    Data(data::DataCommand),
+    /// Compute the memory of a run before it starts
+    Plan(plan::PlanOptions),
+    /// Compare every op and ten steps of training on a GPU with the CPU
+    Selftest(selftest::SelftestOptions),
+    /// Measure training speed with random weights of a published shape
+    Bench(bench::BenchOptions),
+    /// Say what of CUDA was found, what is missing, and how to get it
+    Doctor(doctor::DoctorOptions),
+    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
+    Eval(eval::EvalOptions),
+    /// Talk to a model, to what an adapter made of it, or to both side by side. Without model and adapter: the demo's model
+    Chat(chat::ChatOptions),
+    /// Fold an adapter into its model: a checkpoint that needs no adapter
+    ///
+    /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
+    /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
+    Merge(merge::MergeOptions),
+    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
+    Ui(ui::UiOptions),
+    /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
+    Completions(manual::CompletionsOptions),
+    /// Write a manual page: dpo-host man train | man -l -
+    Man(manual::ManOptions),
+}
+
+#[derive(clap::Args)]
+struct NewOptions {
+    /// What to write
+    #[arg(value_enum)]
+    kind: new::Kind,
+    /// Its name, in lower case
+    name: String,
+    /// Where; by default a folder of that name here
+    #[arg(long, value_name = "DIR")]
+    path: Option<PathBuf>,
+}
+
+/// Tells candle how many threads there are. Unless this variable does, it reads /proc/cpuinfo anew for every product, which
+/// takes longer than the product where both are small.
+fn name_threads() {
+    const NAME: &str = "RAYON_NUM_THREADS";
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if std::env::var_os(NAME).is_none() {
+        // SAFETY: at the start of the process no other thread reads the environment.
+        unsafe { std::env::set_var(NAME, threads.to_string()) };
+    }
+}
+
+/// Runs a command line, prints its error, and says how it ended. To be called first of all in a process.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    name_threads();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            console::error(&error);
+            ExitCode::from(match error.kind {
+                Kind::Run => 1,
+                Kind::Input => 2,
+            })
+        }
+    }
+}
+
+/// Commands that may run as ranks.
+const RANKED: &[&str] = &["train", "bench", "selftest"];
+
+fn run(args: Vec<OsString>) -> Result<()> {
+    let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    let mut command = Cli::command();
+    let flags = resolve::resolve(args, &mut command)?;
+    let ranked = resolve::command_at(&flags.args).is_some_and(|at| RANKED.contains(&flags.args[at].as_str()));
+    let place = if ranked { Place::from_environment()? } else { None };
+    if !ranked {
+        // Who does not read on, such as `head`, ends a command that prints. A run goes on.
+        let always = Arc::new(AtomicBool::new(true));
+        let _ = signal_hook::flag::register_conditional_default(signal_hook::consts::SIGPIPE, always);
+    }
+    if place.as_ref().is_some_and(|p| p.rank > 0) {
+        console::silence();
+    }
+    let parsed = command.try_get_matches_from(&flags.args).and_then(|m| Ok((Cli::from_arg_matches(&m)?, m)));
+    let (mut cli, matches) = match parsed {
+        Ok(parsed) => parsed,
+        // clap prints its own errors with usage, to the right stream; they are the user's to mend.
+        Err(e) => {
+            let _ = e.print();
+            std::process::exit(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    if cli.quiet {
+        console::quiet();
+    }
+    if let (Command::Train(options), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
+        options.given = given(matches);
+        if options.json {
+            console::json();
+        }
+    }
+    if let (Command::Eval(options), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
+        options.given = given(matches);
+    }
+    // Our own launcher has said these before it started its ranks.
+    let launched = place.is_some_and(|p| p.launched);
+    if !launched {
+        flags.notes.iter().for_each(|note| console::note(note.as_str()));
+    }
+    let registry = Registry::discover(&cli.plugin_dir);
+    if !matches!(cli.command, Command::List(_)) && !launched {
+        for refusal in &registry.refusals {
+            console::warning(format!("plugin {} is left out: {}", refusal.place, refusal.cause));
+        }
+    }
+    match cli.command {
+        Command::Train(options) => train::train(&registry, *options),
+        Command::List(options) => list::list(&registry, &options),
+        Command::Describe(options) => describe::describe(&registry, &options),
+        Command::New(options) => {
+            let folder = options.path.unwrap_or_else(|| PathBuf::from(&options.name));
+            new::new(options.kind, &options.name, &folder)
+        }
+        Command::Data(options) => data::data(&registry, &options),
+        Command::Plan(options) => plan::plan(&registry, &options),
+        Command::Eval(options) => eval::eval(&registry, &options),
+        Command::Chat(options) => chat::chat(&registry, &options),
+        Command::Merge(options) => merge::merge(&registry, &options),
+        Command::Selftest(options) => selftest::selftest(&registry, &options),
+        Command::Bench(options) => bench::bench(&registry, &options),
+        Command::Doctor(options) => doctor::doctor(&options),
+        Command::Ui(options) => ui::ui(&options),
+        Command::Completions(options) => manual::completions(&options, Cli::command()),
+        Command::Man(options) => manual::man(&options, Cli::command()),
+    }
+}
+
+/// The fields of flags that were given.
+fn given(matches: &ArgMatches) -> Vec<String> {
+    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    matches.ids().map(|id| id.as_str()).filter(given).map(str::to_owned).collect()
+}

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    dpo_host::cli::main(std::env::args_os().collect())
+    dpo_host::main(std::env::args_os().collect())
 }

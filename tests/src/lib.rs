@@ -7,12 +7,12 @@ pub mod page;
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use dpo_host::data::TokenPair;
-use dpo_host::engine::Engine;
-use dpo_host::lora::{Adapter, AdapterConfig, Targets};
-use dpo_host::plugins::Registry;
-use dpo_host::weights::blocks;
+use dpo_core::engine::Engine;
+use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::pair::TokenPair;
+use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugins::Registry;
 
 /// A stream of numbers in -1..1 that is the same everywhere.
 pub struct Numbers(u64);
@@ -71,7 +71,7 @@ pub const CONFIGS: &[(&str, &str)] = &[
 pub fn graph(family: &str, config: &str) -> ModelGraph {
     let registry = Registry::discover(&[]);
     let family = registry.family(family).expect("a built-in family");
-    dpo_host::graph::of_checkpoint(family, config).expect("a graph")
+    dpo_hub::model::graph_of(family, config).expect("a graph")
 }
 
 /// Random f32 weights for every tensor of a graph, by name.

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
-use dpo_host::cli::new::{Kind, new};
+use dpo_host::commands::new::{Kind, new};
 use dpo_tests::Sandbox;
 use dpo_tests::nested::{cargo, target_folder};
 use dpo_tests::page::{fenced, page};

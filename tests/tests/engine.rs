@@ -3,9 +3,9 @@
 
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
-use dpo_host::batch::Batch;
-use dpo_host::data::TokenPair;
-use dpo_host::engine::Engine;
+use dpo_core::batch::Batch;
+use dpo_core::engine::Engine;
+use dpo_core::pair::TokenPair;
 use dpo_tests::{CONFIGS, Numbers, engine, graph, pairs, weights};
 
 /// Log-probs and the gradient of `Σ c · logp` with fixed numbers c, over some micro-batches.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dpo_host::data::ChatTokenizer;
+use dpo_data::ChatTokenizer;
 use dpo_tests::{Ended, Numbers, Sandbox, golden, log};
 use serde_json::Value;
 
@@ -385,7 +385,7 @@ fn a_pair_whose_loss_is_no_number_is_named_and_its_step_is_skipped() {
     let ranks =
         ok(&sandbox, &train_on(&model, &rows, &sandbox.path("ranks"), &[&["--num-epochs", "2", "--gpus", "3"]]));
     assert_eq!(told, ranks.stderr.lines().filter(|l| l.contains("the step is skipped")).collect::<Vec<_>>());
-    let adapter = dpo_host::weights::read_f32(&Path::new(&output).join("adapter_model.safetensors")).unwrap();
+    let adapter = dpo_core::weights::read_f32(&Path::new(&output).join("adapter_model.safetensors")).unwrap();
     assert!(adapter.values().all(|(_, values)| values.iter().all(|v| v.is_finite())));
     assert!(adapter.iter().any(|(n, (_, values))| n.contains("lora_B") && values.iter().any(|v| *v != 0.0)));
 

@@ -9,9 +9,9 @@ use abi_stable::StableAbi;
 use abi_stable::std_types::RSlice;
 use abi_stable::std_types::utypeid::UTypeId;
 use abi_stable::type_layout::TypeLayout;
-use dpo_host::plugins::{LossCall, Registry};
 use dpo_plugin_api::abi::{PluginModule_Ref, RawAnswer, RawLossCall, RawLossResult, RawPair};
 use dpo_plugin_api::dataset::Row;
+use dpo_plugins::{LossCall, Registry};
 use dpo_tests::nested::{cargo, target_folder};
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ fn an_old_plugin_works() {
     let family = registry.family_for("FrozenForCausalLM").unwrap();
     assert_eq!(family.name, "frozen-family");
     assert!(family.chat_template.as_ref().unwrap().contains("message.content"));
-    let graph = dpo_host::graph::of_checkpoint(family, &family.example_config).unwrap();
+    let graph = dpo_hub::model::graph_of(family, &family.example_config).unwrap();
     assert_eq!(graph.layers.iter().map(|l| l.block).collect::<Vec<_>>(), [0, 0, 1]);
     let ops: Vec<&str> = graph.blocks[1].nodes.iter().map(|n| n.op.as_str()).collect();
     let layer = "rms_norm linear linear linear rms_norm rope rope attention add linear linear glu linear add";

@@ -3,16 +3,19 @@
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use candle_core::{D, Tensor};
-use dpo_host::base::Base;
-use dpo_host::batch::Batch;
-use dpo_host::data::{ChatTokenizer, TokenPair};
-use dpo_host::engine::Engine;
-use dpo_host::generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice, compare};
-use dpo_host::lora::Adapter;
-use dpo_host::model::Model;
-use dpo_host::ops::Past;
-use dpo_host::plugins::Registry;
-use dpo_host::weights::Checkpoint;
+use dpo_core::base::Base;
+use dpo_core::batch::Batch;
+use dpo_core::cpu_decoder::CpuDecoder;
+use dpo_core::decoder::{Decoder, Voice};
+use dpo_core::engine::Engine;
+use dpo_core::lora::Adapter;
+use dpo_core::ops::Past;
+use dpo_core::pair::TokenPair;
+use dpo_core::weights::Checkpoint;
+use dpo_data::ChatTokenizer;
+use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
+use dpo_hub::model::Model;
+use dpo_plugins::Registry;
 use dpo_tests::{CONFIGS, Numbers, golden};
 
 /// Longer than the goldens' windows and than the lengths where yarn and llama3's rope begin to differ.
@@ -240,7 +243,7 @@ fn generator(case: &str) -> Generator {
     let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), None).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-    Generator::open(&model, Some(adapter), None, None).unwrap()
+    Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, None).unwrap()
 }
 
 fn go_on(generator: &mut Generator, voice: Voice, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {
@@ -298,7 +301,7 @@ impl Decoder for Parrot {
         "parrot".into()
     }
 
-    fn feed(&mut self, _: Voice, _: &[u32]) -> dpo_host::error::Result<Vec<f32>> {
+    fn feed(&mut self, _: Voice, _: &[u32]) -> dpo_core::error::Result<Vec<f32>> {
         Ok((0..320).map(|id| f32::from(u8::from(id == self.0))).collect())
     }
 

@@ -5,8 +5,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use dpo_host::batch::{Batch, Layout};
-use dpo_host::ops::{self, Call, Kernel, Lora, OPS, check_node, lm_head};
+use dpo_core::batch::{Batch, Layout};
+use dpo_core::ops::{self, Call, Kernel, Lora, OPS, check_node, lm_head};
 use dpo_plugin_api::graph::{Node, Weight};
 use dpo_tests::{Numbers, pairs};
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use dpo_host::weights::read_f32;
+use dpo_core::weights::read_f32;
 use dpo_tests::{Sandbox, golden};
 use serde_json::{Value, json};
 

@@ -4,8 +4,8 @@
 
 use std::path::Path;
 
-use dpo_host::cli::new::{Kind, new};
-use dpo_host::plugins::Registry;
+use dpo_host::commands::new::{Kind, new};
+use dpo_plugins::Registry;
 use dpo_tests::nested::{cargo, target_folder};
 
 #[test]

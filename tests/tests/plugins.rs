@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use abi_stable::std_types::RSlice;
-use dpo_host::plugins::{LossCall, Registry};
 use dpo_plugin_api::abi::{RawAnswer, RawPair};
+use dpo_plugins::{LossCall, Registry};
 use serde_json::{Value, json};
 
 /// Set for a process that looks through the folder it names and prints what it found.

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dpo_host::plan::{Plan, Wishes, size};
+use dpo_core::memory::size;
+use dpo_core::plan::{MemoryOptions, Plan};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_tests::{Sandbox, golden, graph, log, weights};
 
@@ -388,7 +389,7 @@ fn strangers_are_refused_and_the_run_goes_on() {
     let (code, text) = ended(first);
     assert_eq!(code, 0, "{text}");
     for cause in
-        ["is no rank of dpo-host", "a message of 4294967295 bytes", "does not know the run's secret", "3 ranks"]
+        ["is not a rank of dpo-host", "a message of 4294967295 bytes", "does not know the run's secret", "3 ranks"]
     {
         let lines = text.lines().filter(|l| l.starts_with("note: 127.0.0.1:") && l.contains(cause)).count();
         assert_eq!(lines, 1, "'{cause}':\n{text}");
@@ -504,7 +505,9 @@ fn weights_that_do_not_fit_are_shared() {
     let sizes = [("hidden_size", 128), ("intermediate_size", 512), ("num_hidden_layers", 16), ("vocab_size", 8000)];
     let (model, graph) = enlarged(&sandbox, &sizes);
     // Between what ranks need with all weights and with shared ones.
-    let plan = |parts| Plan::new(&graph, 0, 1, parts, Wishes { memory: Some(1 << 40), ..Wishes::default() }).unwrap();
+    let plan = |parts| {
+        Plan::new(&graph, 0, 1, parts, MemoryOptions { limit: Some(1 << 40), ..MemoryOptions::default() }).unwrap()
+    };
     let (whole, shared) = (plan(1), plan(3));
     let memory = (whole.workspace + (whole.weights + shared.weights) / 2).to_string();
     let rows = golden("trajectories/qwen2/prefs.jsonl").display().to_string();

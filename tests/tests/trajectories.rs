@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dpo_host::weights::{Values, read_f32};
+use dpo_core::weights::{Values, read_f32};
 use dpo_tests::{Sandbox, golden, log};
 use serde_json::Value;
 

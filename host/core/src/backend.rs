@@ -1,0 +1,150 @@
+//! A kind of device that this program can compute on: it plans, loads a model, and gives what trains or what answers.
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use crate::base::Base;
+use crate::batch::laid_out;
+use crate::collective::ProcessGroup;
+use crate::console;
+use crate::cpu_decoder::CpuDecoder;
+use crate::decoder::Decoder;
+use crate::device::{CpuDevice, Device};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::memory::size;
+use crate::pair::TokenPair;
+use crate::plan::{MemoryOptions, Plan};
+use crate::weights::Checkpoint;
+
+/// What a run will compute, as far as its memory depends on it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Workload {
+    /// Tokens of the longest example, as it is laid out.
+    pub longest: usize,
+    /// The largest share of answer tokens among an example's laid-out tokens.
+    pub answers: f64,
+}
+
+impl Workload {
+    /// Of these examples.
+    pub fn of<'a>(pairs: impl Iterator<Item = &'a TokenPair>) -> Workload {
+        let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
+        let none = Workload { longest: 1, answers: 0.0 };
+        pairs.fold(none, |all, pair| Workload {
+            longest: all.longest.max(laid_out(pair)),
+            answers: all.answers.max(share(pair)),
+        })
+    }
+}
+
+/// A kind of device. There is one for the CPU and one for each GPU.
+pub trait Backend {
+    /// Whether answers cost little whatever the size of the model.
+    fn is_gpu(&self) -> bool;
+
+    /// Plans memory, prints the plan, and loads a model for training.
+    ///
+    /// # Errors
+    /// A model that does not fit, with the numbers; a checkpoint or device that fails; a rank that is lost.
+    fn trainer(
+        &self,
+        group: &mut dyn ProcessGroup,
+        graph: ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Adapter,
+        workload: Workload,
+        options: MemoryOptions,
+    ) -> Result<Box<dyn Device>>;
+
+    /// Loads a model that answers, with so many bytes of memory at most.
+    ///
+    /// # Errors
+    /// As [`trainer`](Self::trainer).
+    fn decoder(
+        &self,
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Option<Adapter>,
+        memory: Option<usize>,
+    ) -> Result<Box<dyn Decoder>>;
+}
+
+/// The CPU, in float32.
+pub struct Cpu;
+
+impl Backend for Cpu {
+    fn is_gpu(&self) -> bool {
+        false
+    }
+
+    fn trainer(
+        &self,
+        group: &mut dyn ProcessGroup,
+        graph: ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Adapter,
+        workload: Workload,
+        options: MemoryOptions,
+    ) -> Result<Box<dyn Device>> {
+        let plan = |parts| Plan::new(&graph, adapter.params.len(), workload.longest, parts, options);
+        let plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        console::line(&plan);
+        let base = match group.shards().filter(|_| plan.parts > 1) {
+            Some(shards) => Base::load_part(&graph, checkpoint, shards)?,
+            None => Base::load(&graph, checkpoint)?,
+        };
+        let mut engine = Engine::new(graph, base, adapter)?;
+        engine.recompute(plan.recomputed);
+        Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)?))
+    }
+
+    fn decoder(
+        &self,
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Option<Adapter>,
+        _: Option<usize>,
+    ) -> Result<Box<dyn Decoder>> {
+        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter)?))
+    }
+}
+
+/// A plan in which ranks share the frozen weights, or have all of them, where that is asked for; else all of them, if that
+/// fits on every rank. `weights` are a plan's, and those of all ranks together.
+pub fn whole_or_sharded<P>(
+    group: &mut dyn ProcessGroup,
+    wish: Option<bool>,
+    plan: impl Fn(usize) -> Result<P>,
+    weights: fn(&P) -> [usize; 2],
+) -> Result<P> {
+    let (whole, many) = (plan(1), group.size());
+    if many == 1 {
+        if wish == Some(true) {
+            console::note("--shard-base is ignored: one rank has all weights");
+        }
+        return whole;
+    }
+    let any = group.all_reduce_max(u64::from(whole.is_err()))? > 0;
+    let shares = wish.unwrap_or(any);
+    group.assert_equal("--shard-base", &[u8::from(shares)])?;
+    let shared = plan(many);
+    if !shares {
+        return whole.map_err(|e| match shared {
+            Ok(plan) => {
+                let shared = size(weights(&plan)[0]);
+                Error::input(format!("{}; shared by {many} ranks, weights take {shared} on each", e.message()))
+                    .at("--shard-base")
+                    .help("leave it out: what is shared fits")
+            }
+            Err(_) => e,
+        });
+    }
+    if wish.is_none()
+        && let Ok(plan) = &shared
+    {
+        let all = size(weights(plan)[1]);
+        console::line(format!("base        shared by {many} ranks: all weights, {all}, do not fit on each"));
+    }
+    shared
+}

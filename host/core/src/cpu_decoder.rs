@@ -1,0 +1,62 @@
+//! The CPU as a decoder: the engine that trains, with a memory for each voice.
+
+use dpo_plugin_api::graph::ModelGraph;
+use rayon::ThreadPool;
+
+use crate::base::Base;
+use crate::decoder::{Decoder, Voice};
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::memory::{free_memory, size};
+use crate::ops::Past;
+use crate::weights::Checkpoint;
+
+/// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers.
+pub struct CpuDecoder {
+    engine: Engine,
+    threads: ThreadPool,
+    pasts: [Past; 2],
+}
+
+impl CpuDecoder {
+    /// Loads the frozen weights, unless they do not fit.
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be read, or takes more memory than there is.
+    pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: Option<Adapter>) -> Result<CpuDecoder> {
+        let (needs, free) = (checkpoint.bytes(), free_memory().unwrap_or(usize::MAX));
+        if needs > free {
+            let (needs, free) = (size(needs), size(free));
+            return Err(Error::input(format!("the weights take {needs}, there are {free}"))
+                .at("--model")
+                .help("take a machine with more memory, or a smaller model"));
+        }
+        let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
+        CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint)?, adapter)?)
+    }
+
+    /// An engine that has its weights already.
+    ///
+    /// # Errors
+    /// Threads that the system does not give.
+    pub fn of(engine: Engine) -> Result<CpuDecoder> {
+        Ok(CpuDecoder { threads: engine.threads()?, engine, pasts: Default::default() })
+    }
+}
+
+impl Decoder for CpuDecoder {
+    fn name(&self) -> String {
+        "cpu float32".into()
+    }
+
+    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
+        // Within its threads: to hand them every product from outside costs as much as some of them take.
+        let (engine, past) = (&mut self.engine, &mut self.pasts[voice as usize]);
+        self.threads.install(move || engine.logits(ids, past, voice == Voice::Tuned))
+    }
+
+    fn keep(&mut self, voice: Voice, tokens: usize) {
+        self.pasts[voice as usize].keep(tokens);
+    }
+}

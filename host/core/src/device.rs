@@ -1,0 +1,187 @@
+//! Where a model runs: forward, backward, update. One training loop serves every device.
+
+use dpo_plugin_api::graph::ModelGraph;
+use rayon::ThreadPool;
+
+use crate::batch::Batch;
+use crate::collective::ProcessGroup;
+use crate::engine::{Engine, Forward};
+use crate::error::{Error, Result};
+use crate::lora::Adapter;
+use crate::memory::peak_memory_gib;
+use crate::optimizer::{AdamW, Moments};
+use crate::plan::Packing;
+
+/// What a forward pass returns, flat over the batch's answer tokens.
+pub struct LogProbs {
+    /// Log-prob of every answer token.
+    pub logps: Vec<f32>,
+    /// `ln Σ_v p[v]²` for every answer token.
+    pub log_sum_sq: Vec<f32>,
+}
+
+/// A device with a model, its adapter, the adapter's gradient and its optimizer state.
+pub trait Device {
+    /// What it is and how it computes, such as `cpu float32`: log-probs of devices with other names are not mixed.
+    fn name(&self) -> String;
+
+    /// How much it computes at once, which is saved with a run.
+    fn packing(&self) -> Packing;
+
+    /// Tokens that a micro-batch is filled up to, with a backward pass or without.
+    fn micro_batch_tokens(&self, keep: bool) -> usize {
+        let Packing { micro_batch_tokens, scoring_tokens, .. } = self.packing();
+        if keep { micro_batch_tokens } else { scoring_tokens }
+    }
+
+    /// The model's graph.
+    fn graph(&self) -> &ModelGraph;
+
+    /// The adapter as of the last [`fetch`](Self::fetch).
+    fn adapter(&self) -> &Adapter;
+
+    /// The optimizer's moments as of the last [`fetch`](Self::fetch).
+    fn moments(&self) -> &Moments;
+
+    /// Log-probs of a batch's answer tokens. With `keep`, [`backward`](Self::backward) may follow for the same batch.
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs>;
+
+    /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
+    fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
+
+    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without pairs left runs them
+    /// over empty batches.
+    fn shares_base(&self) -> bool {
+        false
+    }
+
+    /// Sets the gradient to zero.
+    fn clear_gradient(&mut self) -> Result<()>;
+
+    /// Adds up the gradients of all ranks.
+    fn sum_gradient(&mut self, group: &mut dyn ProcessGroup) -> Result<()>;
+
+    /// The gradient's norm.
+    fn gradient_norm(&mut self) -> Result<f64>;
+
+    /// A step of the optimizer with `clip` times the gradient.
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()>;
+
+    /// Brings adapter and moments up to date.
+    fn fetch(&mut self) -> Result<()>;
+
+    /// Sets parameters and moments.
+    fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()>;
+
+    /// Most memory that was in use on the device, in GiB.
+    fn memory_gib(&self) -> f64;
+}
+
+/// The CPU.
+pub struct CpuDevice {
+    engine: Engine,
+    threads: ThreadPool,
+    micro_batch_tokens: usize,
+    moments: Moments,
+    gradient: Vec<f32>,
+    forward: Option<Forward>,
+}
+
+impl CpuDevice {
+    /// Runs an engine with so many tokens at once.
+    ///
+    /// # Errors
+    /// Threads that the system does not give.
+    pub fn new(engine: Engine, micro_batch_tokens: usize) -> Result<CpuDevice> {
+        let count = engine.adapter().params.len();
+        Ok(CpuDevice {
+            threads: engine.threads()?,
+            engine,
+            micro_batch_tokens,
+            moments: Moments::new(count),
+            gradient: vec![0.0; count],
+            forward: None,
+        })
+    }
+
+    /// The gradient, laid out as the adapter's parameters.
+    pub fn gradient(&self) -> &[f32] {
+        &self.gradient
+    }
+}
+
+impl Device for CpuDevice {
+    fn name(&self) -> String {
+        "cpu float32".into()
+    }
+
+    fn packing(&self) -> Packing {
+        let tokens = self.micro_batch_tokens;
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+    }
+
+    fn graph(&self) -> &ModelGraph {
+        self.engine.graph()
+    }
+
+    fn adapter(&self) -> &Adapter {
+        self.engine.adapter()
+    }
+
+    fn moments(&self) -> &Moments {
+        &self.moments
+    }
+
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+        let engine = &mut self.engine;
+        let mut forward = self.threads.install(move || engine.forward(batch, keep))?;
+        let logps =
+            LogProbs { logps: std::mem::take(&mut forward.logps), log_sum_sq: std::mem::take(&mut forward.log_sum_sq) };
+        self.forward = keep.then_some(forward);
+        Ok(logps)
+    }
+
+    fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
+        let forward = self.forward.take().ok_or_else(|| Error::run("a backward pass without its forward pass"))?;
+        let (engine, gradient) = (&mut self.engine, &mut self.gradient);
+        self.threads.install(move || engine.backward(batch, forward, dlogps, gradient))
+    }
+
+    fn shares_base(&self) -> bool {
+        self.engine.shares_base()
+    }
+
+    fn clear_gradient(&mut self) -> Result<()> {
+        self.gradient.fill(0.0);
+        Ok(())
+    }
+
+    fn sum_gradient(&mut self, group: &mut dyn ProcessGroup) -> Result<()> {
+        group.all_reduce(&mut self.gradient)
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Ok(self.gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt())
+    }
+
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()> {
+        if clip < 1.0 {
+            self.gradient.iter_mut().for_each(|g| *g *= clip as f32);
+        }
+        let (gradient, moments) = (&self.gradient, &mut self.moments);
+        self.engine.update(|params| optimizer.step(params, gradient, moments, learning_rate))
+    }
+
+    fn fetch(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn restore(&mut self, params: &[f32], moments: Moments) -> Result<()> {
+        self.moments = moments;
+        self.engine.update(|own| own.copy_from_slice(params))
+    }
+
+    fn memory_gib(&self) -> f64 {
+        peak_memory_gib()
+    }
+}

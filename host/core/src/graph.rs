@@ -1,0 +1,75 @@
+//! A family's graph: checked against the ops of this host before anything is loaded.
+
+use dpo_plugin_api::graph::{Block, ModelGraph};
+
+use crate::error::{Error, Result};
+use crate::ops;
+
+/// Features of graphs and manifests that this host has, for plugins that name what they require.
+const FEATURES: &[&str] = &[];
+
+/// Statistics of answer tokens that a loss may ask for by name, each `[answer tokens]` under the policy.
+pub const STATISTICS: &[&str] = &["log_sum_sq_probs"];
+
+/// Refuses a statistic that this host does not compute.
+pub fn check_statistics(names: &[String]) -> Result<()> {
+    match names.iter().find(|n| !STATISTICS.contains(&n.as_str())) {
+        Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS.iter().copied())),
+        None => Ok(()),
+    }
+}
+
+/// Refuses what requires a feature this host lacks, with the feature's name.
+pub fn refuse_unknown_features(required: &[String]) -> Result<()> {
+    match required.iter().find(|r| !FEATURES.contains(&r.as_str())) {
+        Some(unknown) => Err(Error::input(format!("requires the feature '{unknown}', which this host lacks"))),
+        None => Ok(()),
+    }
+}
+
+/// Checks a graph: features, ops, attributes, widths, and that blocks keep the residual stream.
+pub fn check(graph: &ModelGraph) -> Result<()> {
+    refuse_unknown_features(&graph.requires)?;
+    if graph.layers.is_empty() {
+        return Err(Error::input("the graph has no layers"));
+    }
+    check_block(&graph.embed, 1, graph.hidden_size)?;
+    for block in &graph.blocks {
+        check_block(block, graph.hidden_size, graph.hidden_size)?;
+    }
+    if let Some(layer) = graph.layers.iter().find(|l| l.block >= graph.blocks.len()) {
+        return Err(Error::input(format!("layer '{}' is of block {}, which is not there", layer.prefix, layer.block)));
+    }
+    check_block(&graph.head, graph.hidden_size, graph.vocab_size)?;
+    let ends =
+        |block: &Block| block.nodes.last().is_some_and(|n| n.op == "lm_head") && block.output == block.nodes.len();
+    let elsewhere = |block: &Block| block.nodes.iter().rev().skip(1).any(|n| n.op == "lm_head");
+    if !ends(&graph.head)
+        || elsewhere(&graph.head)
+        || graph.blocks.iter().any(|b| b.nodes.iter().any(|n| n.op == "lm_head"))
+    {
+        return Err(Error::input("the head, and nothing else, should end in the op 'lm_head'"));
+    }
+    // The host runs the head only at rows that predict an answer token, which is right for ops that work row by row.
+    match graph.head.nodes.iter().find(|n| ["attention", "rope"].contains(&n.op.as_str())) {
+        Some(node) => Err(Error::input(format!("the head has the op '{}', which needs whole rows", node.op))),
+        None => Ok(()),
+    }
+}
+
+fn check_block(block: &Block, input: usize, output: usize) -> Result<()> {
+    let place = || format!("block '{}'", block.name);
+    let mut widths = vec![input];
+    for node in &block.nodes {
+        let read: Option<Vec<usize>> = node.inputs.iter().map(|v| widths.get(*v).copied()).collect();
+        let Some(read) = read else {
+            return Err(Error::input(format!("op '{}' reads a value that is not made yet", node.op)).at(place()));
+        };
+        ops::check_node(node, &read).map_err(|e| e.at(place()))?;
+        widths.push(node.width);
+    }
+    match widths.get(block.output) {
+        Some(width) if *width == output => Ok(()),
+        width => Err(Error::input(format!("returns {width:?} columns, needs {output}")).at(place())),
+    }
+}

@@ -1,0 +1,23 @@
+//! What every other part of the host stands on: errors and files, examples and batches, graphs and their ops, weights and
+//! adapters, the optimizer, and the CPU as a device. Knows the plugin API and nothing else of this workspace.
+
+pub mod backend;
+pub mod base;
+pub mod batch;
+pub mod collective;
+pub mod console;
+pub mod cpu_decoder;
+pub mod decoder;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod files;
+pub mod graph;
+pub mod lora;
+pub mod memory;
+pub mod ops;
+pub mod optimizer;
+pub mod pair;
+pub mod plan;
+pub mod testing;
+pub mod weights;

@@ -1,0 +1,139 @@
+//! `x · Wᵀ`, also of weights that are kept in bf16. A model that only answers keeps them as its checkpoint has them: a token costs
+//! the time in which they are read, and these are half the bytes.
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::error::Result;
+
+/// Numbers that are worth a thread's while.
+pub(super) const WORK: usize = 1 << 16;
+
+/// Numbers that are widened at once, 4 MiB of f32: they are still in the cache when they are multiplied.
+const BLOCK: usize = 1 << 20;
+
+/// Sums that a processor adds to at once.
+const LANES: usize = 16;
+
+/// `[rows, width]` times `[outputs, width]` is `[rows, outputs]`, in x's type.
+pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let (one, single) = (x.dim(0)? == 1, x.dtype() == DType::F32);
+    let (storage, layout) = weight.storage_and_layout();
+    match (&*storage, layout.contiguous_offsets()) {
+        (Storage::Cpu(CpuStorage::F32(w)), Some((from, to))) if single && one => of_one_row(x, &w[from..to]),
+        (Storage::Cpu(CpuStorage::BF16(w)), Some((from, to))) if single && one => of_one_row(x, &w[from..to]),
+        (Storage::Cpu(CpuStorage::BF16(w)), Some((from, to))) if single => of_rows(x, &w[from..to]),
+        _ => Ok(x.matmul(&weight.t()?)?),
+    }
+}
+
+/// A weight's number, in f32.
+pub(super) trait Number: Copy + Sync {
+    fn wide(self) -> f32;
+}
+
+impl Number for f32 {
+    fn wide(self) -> f32 {
+        self
+    }
+}
+
+impl Number for bf16 {
+    /// Without half's care for signalling NaNs, so that the compiler vectorises loops.
+    fn wide(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// A row: every weight is read once, and what candle's product does around that would cost more than small ones take.
+fn of_one_row<T: Number>(x: &Tensor, weight: &[T]) -> Result<Tensor> {
+    let x: Vec<f32> = x.flatten_all()?.to_vec1()?;
+    let width = x.len().max(1);
+    let rows = weight.par_chunks_exact(width).with_min_len(WORK.div_ceil(width));
+    let y: Vec<f32> = rows.map(|row| dot(row, &x)).collect();
+    let outputs = y.len();
+    Ok(Tensor::from_vec(y, (1, outputs), &Device::Cpu)?)
+}
+
+/// Many rows: weights are widened for all of them, a block at a time.
+fn of_rows(x: &Tensor, weight: &[bf16]) -> Result<Tensor> {
+    let width = x.dim(1)?.max(1);
+    let blocks = weight.chunks((BLOCK / width).max(1) * width).map(|block| {
+        let mut wide = vec![0.0; block.len()];
+        let parts = wide.par_chunks_mut(WORK).zip(block.par_chunks(WORK));
+        parts.for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, from)| *to = from.wide()));
+        let wide = Tensor::from_vec(wide, (block.len() / width, width), &Device::Cpu)?;
+        Ok(x.matmul(&wide.t()?)?)
+    });
+    Ok(Tensor::cat(&blocks.collect::<Result<Vec<Tensor>>>()?, 1)?)
+}
+
+/// A row of W times x.
+pub(super) fn dot<T: Number>(row: &[T], x: &[f32]) -> f32 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: this processor has AVX2.
+        return unsafe { dot_avx2(row, x) };
+    }
+    dot_portable(row, x)
+}
+
+/// The same sums in the same order, but eight numbers at once: code for any x86-64 adds four.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn dot_avx2<T: Number>(row: &[T], x: &[f32]) -> f32 {
+    dot_portable(row, x)
+}
+
+#[inline(always)]
+fn dot_portable<T: Number>(row: &[T], x: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let (rows, xs) = (row.chunks_exact(LANES), x.chunks_exact(LANES));
+    let rest: f32 = rows.remainder().iter().zip(xs.remainder()).map(|(w, x)| w.wide() * x).sum();
+    for (row, x) in rows.zip(xs) {
+        for lane in 0..LANES {
+            lanes[lane] += row[lane].wide() * x[lane];
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::DType;
+
+    use super::*;
+
+    fn numbers(shape: (usize, usize), step: usize) -> Tensor {
+        let values: Vec<f32> = (0..shape.0 * shape.1).map(|i| ((i * step) % 101) as f32 / 50.0 - 1.0).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// One row and many; widths that lanes do not divide; more than one block.
+    #[test]
+    fn weights_give_what_candles_product_gives() {
+        for (rows, outputs, width) in [(1, 5, 7), (1, 300, 64), (1, 129, 100), (3, 9, 33), (2, 1100, 1000)] {
+            let (x, both) = (numbers((rows, width), 37), numbers((2 * outputs, width), 53));
+            for dtype in [DType::BF16, DType::F32] {
+                // One that does not begin where its memory does.
+                let weight = both.to_dtype(dtype).unwrap().narrow(0, outputs, outputs).unwrap();
+                let is: Vec<Vec<f32>> = product(&x, &weight).unwrap().to_vec2().unwrap();
+                let wide = weight.to_dtype(DType::F32).unwrap();
+                let expected: Vec<Vec<f32>> = x.matmul(&wide.t().unwrap()).unwrap().to_vec2().unwrap();
+                assert_eq!(is[0].len(), outputs);
+                for (is, expected) in is.concat().iter().zip(expected.concat()) {
+                    let error = (is - expected).abs();
+                    assert!(error < 1e-5 * width as f32, "{rows} {outputs} {width}: {is}, not {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_processor_gives_the_same_bits() {
+        let row: Vec<f32> = numbers((1, 1003), 37).flatten_all().unwrap().to_vec1().unwrap();
+        let x: Vec<f32> = numbers((1, 1003), 53).flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(dot(&row, &x).to_bits(), dot_portable(&row, &x).to_bits());
+    }
+}

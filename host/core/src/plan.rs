@@ -1,0 +1,189 @@
+//! Memory before the first step: what everything takes, how many tokens fit at once, what is recomputed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use dpo_plugin_api::graph::ModelGraph;
+use serde::{Deserialize, Serialize};
+
+use crate::base::{blocks, is_shared};
+use crate::error::{Error, Result};
+use crate::memory::{free_memory, size};
+
+/// Bytes of an f32.
+const WORD: usize = 4;
+
+/// More tokens at once gain nothing on a CPU.
+const MOST_TOKENS: usize = 8192;
+
+/// Logits and scores of the widest op, twice, as the ops bound them.
+const WORKSPACE: usize = 512 << 20;
+
+/// The plan of a run on the CPU. Sizes in bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// Memory to plan with.
+    pub available: usize,
+    /// Ranks that share the frozen weights; 1 where each has all.
+    pub parts: usize,
+    /// Frozen weights in f32 on this rank.
+    pub weights: usize,
+    /// All of them.
+    pub whole: usize,
+    /// Adapter, gradient and moments.
+    pub adapter: usize,
+    /// Logits, attention scores and what else an op holds while it runs.
+    pub workspace: usize,
+    /// Values kept for one token, over all layers.
+    pub per_token: usize,
+    /// Layers whose inner values are computed again.
+    pub recomputed: usize,
+    /// Tokens computed at once.
+    pub micro_batch_tokens: usize,
+}
+
+/// What the user fixes of a plan, and what a run that resumes has fixed before.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryOptions {
+    /// Memory limit in bytes; by default what the system has free.
+    pub limit: Option<usize>,
+    /// Tokens of a micro-batch.
+    pub micro_batch_tokens: Option<usize>,
+    /// Whether activations are recomputed in the backward pass.
+    pub recompute: Option<bool>,
+    /// Whether the frozen base weights are sharded over ranks.
+    pub shard_base: Option<bool>,
+    /// The packing of the run that is resumed: it is used, or the plan is refused with the numbers.
+    pub packing: Option<Packing>,
+}
+
+/// How much is computed at once. It is the part of a plan that decides bits: other micro-batches add the same floating-point
+/// numbers in another order. So it is saved with a run and reused when that resumes, whatever memory is free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Packing {
+    /// Tokens that micro-batches with a backward pass are filled up to.
+    pub micro_batch_tokens: usize,
+    /// Tokens that micro-batches without one, as for the reference, are filled up to.
+    pub scoring_tokens: usize,
+    /// Rows of logits at once, where that follows from memory.
+    #[serde(default)]
+    pub logits_rows: Option<usize>,
+}
+
+impl Packing {
+    /// What fits on every rank that has one of these.
+    pub fn least(self, other: Packing) -> Packing {
+        Packing {
+            micro_batch_tokens: self.micro_batch_tokens.min(other.micro_batch_tokens),
+            scoring_tokens: self.scoring_tokens.min(other.scoring_tokens),
+            logits_rows: self.logits_rows.zip(other.logits_rows).map(|(a, b)| a.min(b)),
+        }
+    }
+}
+
+impl Plan {
+    /// Plans for pairs of up to `longest` tokens and an adapter of `parameters`, with the frozen weights shared by so many
+    /// `parts`; refuses what does not fit.
+    pub fn new(
+        graph: &ModelGraph,
+        parameters: usize,
+        longest: usize,
+        parts: usize,
+        options: MemoryOptions,
+    ) -> Result<Plan> {
+        let available = options.limit.or_else(free_memory).unwrap_or(usize::MAX);
+        let [weights, whole] = [parts, 1].map(|parts| weights(graph, parts));
+        let adapter = parameters * WORD * 4;
+        let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
+        // A layer in work holds its values, and gradients of about as many.
+        let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;
+        let inputs = graph.layers.len() * graph.hidden_size * WORD;
+        let fixed = weights + adapter + WORKSPACE;
+        let rest = available.saturating_sub(fixed);
+        let fits = |per_token: usize| rest / per_token.max(1);
+        let wanted = longest.min(options.micro_batch_tokens.unwrap_or(longest));
+        let recompute = options.recompute.unwrap_or(fits(kept + inputs + widest) < wanted);
+        let per_token = inputs + widest + if recompute { 0 } else { kept };
+        if fits(per_token) < longest {
+            let need = fixed + per_token * longest;
+            return Err(Error::input(format!(
+                "the longest pair has {longest} tokens and needs {}, there are {}: weights {}, adapter {}, workspace {}, \
+                 {} a token",
+                size(need),
+                size(available),
+                share(weights, whole, parts),
+                size(adapter),
+                size(WORKSPACE),
+                size(per_token)
+            ))
+            .help("lower --max-length, or --lora-rank, or take a smaller model"));
+        }
+        let tokens =
+            options.micro_batch_tokens.unwrap_or_else(|| fits(per_token).clamp(longest, MOST_TOKENS.max(longest)));
+        let recomputed = if recompute { graph.layers.len() } else { 0 };
+        Ok(Plan {
+            available,
+            parts,
+            weights,
+            whole,
+            adapter,
+            workspace: WORKSPACE,
+            per_token,
+            recomputed,
+            micro_batch_tokens: tokens,
+        })
+    }
+}
+
+/// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.
+fn weights(graph: &ModelGraph, parts: usize) -> usize {
+    let (mut kept, mut whole) = (BTreeMap::new(), Vec::new());
+    for (prefix, nodes) in blocks(graph) {
+        let mut gathered = 0;
+        for weight in nodes.iter().flat_map(|n| &n.weights) {
+            let values: usize = weight.shape.iter().product();
+            let shared = parts > 1 && is_shared(weight);
+            gathered += if shared { values * WORD } else { 0 };
+            // A tied projection is the embedding's tensor.
+            let own = if shared { values.div_ceil(parts) } else { values };
+            kept.insert(format!("{prefix}{}", weight.tensor), own * WORD);
+        }
+        whole.push(gathered);
+    }
+    kept.values().sum::<usize>() + whole.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0)
+}
+
+/// `58.0 MiB`, or `58.0 MiB of 132.0 MiB, shared by 4 ranks`.
+pub fn share(weights: usize, whole: usize, parts: usize) -> String {
+    match parts {
+        1 => size(weights),
+        _ => format!("{} of {}, shared by {parts} ranks", size(weights), size(whole)),
+    }
+}
+
+/// Bytes a token's values take in one layer.
+fn inner(graph: &ModelGraph, block: usize) -> usize {
+    graph.blocks[block].nodes.iter().map(|n| n.width * WORD).sum()
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let values = self.per_token * self.micro_batch_tokens;
+        writeln!(
+            f,
+            "memory      {} free, {} planned",
+            size(self.available),
+            size(self.weights + self.adapter + self.workspace + values)
+        )?;
+        writeln!(
+            f,
+            "            weights {}, adapter {}, workspace {}",
+            share(self.weights, self.whole, self.parts),
+            size(self.adapter),
+            size(self.workspace)
+        )?;
+        let how = if self.recomputed > 0 { "layers recomputed" } else { "values kept" };
+        write!(f, "micro-batch {} tokens of {}, {how}", self.micro_batch_tokens, size(self.per_token))
+    }
+}

@@ -1,0 +1,189 @@
+//! Fixtures that the self-test on a GPU, the emulator's tests and the end-to-end tests share: graphs around every op, small
+//! configs of the families, weights by name, examples of odd lengths.
+
+use candle_core::{DType, Tensor};
+use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::model::Config;
+use dpo_plugin_api::rope::Rope;
+use half::bf16;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::device::CpuDevice;
+use crate::engine::Engine;
+use crate::error::Result;
+use crate::lora::{Adapter, AdapterConfig, Targets};
+use crate::pair::TokenPair;
+use crate::weights::blocks;
+
+/// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
+pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
+    type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
+    let mut cases: Vec<(String, ModelGraph)> = Vec::new();
+    let config = Config::parse("{}")?;
+    let mut case = |name: String, body: Body<'_>| -> Result<()> {
+        let (hidden, vocab) = (104, 248);
+        let mut graph = GraphBuilder::decoder(hidden, vocab);
+        graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
+        let block = graph.block("case", |b, x| {
+            let inner = body(b, x);
+            let out = b.linear("out", inner, hidden);
+            b.add(x, out)
+        });
+        graph.layer(block, "layers.0.");
+        graph.layer(block, "layers.1.");
+        graph.head(|b, x| {
+            let h = b.rms_norm("norm", x, 1e-6);
+            b.lm_head("head.weight", h, vocab)
+        });
+        cases.push((name, graph.finish(&config)?));
+        Ok(())
+    };
+    case("linear".into(), &|b, x| b.linear("a", x, 72))?;
+    case("linear, biases, one input".into(), &|b, x| {
+        let (p, q) = (b.linear_bias("a", x, 72), b.linear_bias("b", x, 72));
+        b.add(p, q)
+    })?;
+    case("add of values that are read again".into(), &|b, x| {
+        let p = b.linear("a", x, 104);
+        let q = b.add(p, x);
+        let r = b.rms_norm("n", q, 1e-6);
+        let s = b.add(r, q);
+        b.add(s, p)
+    })?;
+    case("rms_norm".into(), &|b, x| {
+        let h = b.linear("a", x, 264);
+        b.rms_norm("n", h, 1e-5)
+    })?;
+    case("rms_norm of heads, rope".into(), &|b, x| {
+        let h = b.linear("a", x, 160);
+        let h = b.head_norm("n", h, 32, 1e-6);
+        b.rope(
+            h,
+            32,
+            &Rope { inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(), attention_scale: 1.1, max_positions: None },
+        )
+    })?;
+    for activation in ["silu", "gelu", "gelu_tanh"] {
+        case(format!("glu {activation}"), &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
+            b.glu(activation, gate, up)
+        })?;
+    }
+    let shapes = [
+        (16, 1, 3, None, None),
+        (32, 2, 4, None, None),
+        (64, 2, 2, Some(40), None),
+        (80, 1, 2, None, None),
+        (96, 1, 4, Some(9), None),
+        (112, 1, 1, None, None),
+        (128, 1, 7, None, None),
+        (128, 2, 4, Some(100), Some(2.0)),
+        (256, 1, 2, None, Some(0.5)),
+        (256, 2, 2, Some(33), None),
+    ];
+    for (dim, kv_heads, share, window, softcap) in shapes {
+        let heads = kv_heads * share;
+        let mut name = format!("attention {heads} of {dim} on {kv_heads}");
+        name.extend(window.map(|w| format!(", window {w}")));
+        name.extend(softcap.map(|c| format!(", cap {c}")));
+        case(name, &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let (q, k) = (b.linear("q", h, heads * dim), b.linear("k", h, kv_heads * dim));
+            let v = b.linear("v", h, kv_heads * dim);
+            b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
+        })?;
+    }
+    Ok(cases)
+}
+
+/// Small configs of the families.
+pub const FAMILIES: &[(&str, &str)] = &[
+    (
+        "qwen2",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":2,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":10000.0,"max_position_embeddings":4096,
+        "tie_word_embeddings":true,"use_sliding_window":true,"sliding_window":50,"max_window_layers":1,"hidden_act":"silu"}"#,
+    ),
+    (
+        "qwen3",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":2,"head_dim":128,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
+        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
+    ),
+    (
+        "llama3",
+        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
+        "num_key_value_heads":1,"vocab_size":1000,"rms_norm_eps":1e-5,"rope_theta":500000.0,
+        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu","rope_scaling":{"rope_type":"llama3",
+        "factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}}"#,
+    ),
+];
+
+/// Weights by name, the same on both devices: values that bf16 holds.
+pub fn given(name: &str, shape: &[usize]) -> Vec<f32> {
+    let seed = name.bytes().fold(7_u64, |h, b| h.wrapping_mul(0x0100_0000_01b3) ^ u64::from(b));
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let norm = shape.len() == 1 && !name.ends_with("bias");
+    let spread = if shape.len() == 1 { 0.2 } else { 1.5 / (*shape.last().unwrap_or(&1) as f32).sqrt() };
+    let shift = if norm { 1.0 } else { 0.0 };
+    let count = shape.iter().product();
+    (0..count).map(|_| bf16::from_f32(shift + spread * rng.random_range(-1.0..1.0_f32)).to_f32()).collect()
+}
+
+/// An adapter on every linear whose A and B are not zero, in values that bf16 holds.
+pub fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
+    let config = AdapterConfig { rank: 8, alpha: 16.0, rslora: false, targets: Targets::AllLinear };
+    let mut adapter = Adapter::new(graph, config, 1)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(2);
+    for site in adapter.sites.clone() {
+        let [a, b] = adapter.ranges(&site);
+        adapter.params[a].iter_mut().for_each(|p| *p = bf16::from_f32(*p).to_f32());
+        let value = |_: &f32| bf16::from_f32(if zero_b { 0.0 } else { 0.1 } * rng.random_range(-1.0..1.0_f32)).to_f32();
+        let values: Vec<f32> = adapter.params[b.clone()].iter().map(value).collect();
+        adapter.params[b].copy_from_slice(&values);
+    }
+    Ok(adapter)
+}
+
+/// The CPU as a device over [`given`] weights, with [`adapter`].
+pub fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
+    CpuDevice::new(engine(graph, zero_b)?, tokens)
+}
+
+/// As [`cpu`], the engine alone.
+pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
+    let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
+        Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
+    };
+    let of = blocks(graph).map(|(block, prefix)| {
+        let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
+            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape)).collect()
+        };
+        block.nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
+    });
+    let weights = of.collect::<Result<Vec<_>>>()?;
+    Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)
+}
+
+/// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.
+pub fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
+    let pair = |[p, c, r]: &[usize; 3]| TokenPair {
+        prompt: ids(*p),
+        chosen: ids(*c),
+        rejected: ids(*r),
+        place: String::new(),
+    };
+    lengths.iter().map(pair).collect()
+}
+
+/// `‖a − b‖ / ‖b‖`; NaN where a value is none.
+pub fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / squares(&mut b.iter().map(|b| f64::from(*b))).max(1e-12)
+}

@@ -1,0 +1,354 @@
+//! A checkpoint's tensors: safetensors files, mapped into memory, read where they are needed.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use dpo_plugin_api::graph::{ModelGraph, Weight};
+use half::bf16;
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, IoContext, Result};
+
+/// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
+const SAMPLE: usize = 4096;
+const SAMPLES: usize = 1024;
+
+/// The one file of a checkpoint that is not in shards.
+pub const SINGLE: &str = "model.safetensors";
+/// What names the shards of one that is.
+pub const INDEX: &str = "model.safetensors.index.json";
+
+/// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
+pub const FILES: &[&str] = &[
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// The safetensors of a model folder: one file, or shards with an index.
+pub struct Checkpoint {
+    shards: Vec<Shard>,
+    /// Which shard holds a tensor.
+    tensors: BTreeMap<String, usize>,
+    folder: PathBuf,
+}
+
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+}
+
+/// A file as it stands.
+pub struct Part<'a> {
+    /// Its path.
+    pub path: &'a Path,
+    /// Its first bytes: the header, and before it the header's length.
+    pub header: &'a [u8],
+    /// Names and bytes of its tensors, which fill the rest in this order.
+    pub tensors: Vec<(String, &'a [u8])>,
+}
+
+/// Where a tensor's bytes lie in its file.
+struct Entry<'a> {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: &'a [u8],
+}
+
+impl Checkpoint {
+    /// Opens `model.safetensors`, or the shards of `model.safetensors.index.json`.
+    pub fn open(folder: &Path) -> Result<Checkpoint> {
+        let index = folder.join(INDEX);
+        let single = folder.join(SINGLE);
+        let files = if single.is_file() {
+            vec![single]
+        } else if index.is_file() {
+            shard_files(&index)?
+        } else {
+            return Err(Error::input("holds neither model.safetensors nor model.safetensors.index.json")
+                .at(folder.display())
+                .help("only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained"));
+        };
+        let shards = files.into_iter().map(Shard::open).collect::<Result<Vec<_>>>()?;
+        let mut tensors = BTreeMap::new();
+        for (at, shard) in shards.iter().enumerate() {
+            for name in shard.parse()?.names() {
+                if let Some(other) = tensors.insert((*name).to_owned(), at) {
+                    let place = shards[other].path.display();
+                    return Err(Error::input(format!("tensor '{name}' is in {place} too")).at(shard.path.display()));
+                }
+            }
+        }
+        Ok(Checkpoint { shards, tensors, folder: folder.to_owned() })
+    }
+
+    /// Refuses tensors that the graph does not read, but for those it names as unused.
+    pub fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
+        let mut needed: Vec<String> = Vec::new();
+        for (block, prefix) in blocks(graph) {
+            needed.extend(block.nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
+        }
+        needed.sort();
+        let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
+        match self.tensors.iter().find(|(n, _)| needed.binary_search(n).is_err() && !unused(n)) {
+            Some((name, shard)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
+                .at(self.shards[*shard].path.display())
+                .help("the checkpoint has a part that the plugin does not know; training without it would be wrong")),
+            None => Ok(()),
+        }
+    }
+
+    /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
+    /// checked.
+    pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
+        let name = format!("{prefix}{}", weight.tensor);
+        let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
+            return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
+                .at(self.folder.display())
+                .help(OTHER_MODEL));
+        };
+        let entry = shard.entry(&name)?;
+        if entry.shape != weight.shape {
+            let what = format!("tensor '{name}' has shape {:?}, the model needs {:?}", entry.shape, weight.shape);
+            return Err(Error::input(what).at(shard.path.display()).help(OTHER_MODEL));
+        }
+        let dtype = match entry.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => {
+                let what = format!("tensor '{name}' is of type {other:?}; bf16, f16 and f32 are read");
+                return Err(Error::input(what).at(shard.path.display()));
+            }
+        };
+        Ok((dtype, entry.bytes))
+    }
+
+    /// A weight of the graph as a CPU tensor in f32.
+    pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
+        let (dtype, bytes) = self.raw(prefix, weight)?;
+        Ok(Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?)
+    }
+
+    /// As [`load`](Self::load), but a matrix in bf16 stays what it is.
+    pub fn load_kept(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
+        match self.raw(prefix, weight)? {
+            (DType::BF16, bytes) if weight.shape.len() > 1 => {
+                let mut values = Vec::with_capacity(bytes.len() / 2);
+                #[cfg(target_os = "linux")]
+                in_huge_pages(&mut values);
+                values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)));
+                Ok(Tensor::from_vec(values, weight.shape.as_slice(), &Device::Cpu)?)
+            }
+            _ => self.load(prefix, weight),
+        }
+    }
+
+    /// A range of a weight's values, without touching the others, in f32.
+    pub fn load_range(&self, prefix: &str, weight: &Weight, range: &Range<usize>) -> Result<Vec<f32>> {
+        let (dtype, bytes) = self.raw(prefix, weight)?;
+        let size = dtype.size_in_bytes();
+        let own = &bytes[range.start * size..range.end * size];
+        let tensor = Tensor::from_raw_buffer(own, dtype, &[range.len()], &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
+    }
+
+    /// A text that changes when the weights do: path, size and time of change of every file.
+    pub fn identity(&self) -> Result<String> {
+        let mut text = String::new();
+        for shard in &self.shards {
+            let meta = std::fs::metadata(&shard.path).reading(&shard.path)?;
+            let path = std::fs::canonicalize(&shard.path).reading(&shard.path)?;
+            let time = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+            text += &format!("{} {} {:?}\n", path.display(), meta.len(), time);
+        }
+        Ok(text)
+    }
+
+    /// A text that other weights do not have, wherever they lie: name and size of every file, and a hash of samples of it.
+    pub fn content(&self) -> Result<String> {
+        let mut text = String::new();
+        for shard in &self.shards {
+            let name = shard.path.file_name().unwrap_or_default().to_string_lossy();
+            let samples = shard.map.chunks(SAMPLE).step_by((shard.map.len() / SAMPLE / SAMPLES).max(1));
+            let hash = samples.fold(Sha256::new(), |hash, sample| hash.chain_update(sample)).finalize();
+            text += &format!("{name} {} {hash:x}\n", shard.map.len());
+        }
+        Ok(text)
+    }
+
+    /// Every file, for one that is to be like it.
+    pub fn parts(&self) -> impl Iterator<Item = Result<Part<'_>>> {
+        self.shards.iter().map(Shard::part)
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> usize {
+        self.shards.iter().map(|s| s.map.len()).sum()
+    }
+}
+
+/// Asks the system to back memory that nothing was written to yet with pages of 2 MiB, as far as they lie in it. Numbers that are
+/// read from end to end for every token otherwise wait for the addresses of many small ones.
+#[cfg(target_os = "linux")]
+fn in_huge_pages<T>(room: &mut Vec<T>) {
+    const HUGE: usize = 1 << 21;
+    let (start, bytes) = (room.as_mut_ptr() as usize, room.capacity() * size_of::<T>());
+    let (first, end) = (start.next_multiple_of(HUGE), (start + bytes) / HUGE * HUGE);
+    if first < end {
+        // SAFETY: these addresses are of `room` alone, and the advice changes no value there. One that is not taken costs nothing.
+        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+    }
+}
+
+/// Every block of a graph in the order it runs, with the prefix of its tensors.
+pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (&dpo_plugin_api::graph::Block, &str)> {
+    let layers = graph.layers.iter().map(|l| (&graph.blocks[l.block], l.prefix.as_str()));
+    std::iter::once((&graph.embed, "")).chain(layers).chain(std::iter::once((&graph.head, "")))
+}
+
+/// A tensor's shape and values.
+pub type Values = (Vec<usize>, Vec<f32>);
+
+/// Tensors of one safetensors file as f32 values with their shapes, by name.
+pub fn read_f32(path: &Path) -> Result<BTreeMap<String, Values>> {
+    let shard = Shard::open(path.to_owned())?;
+    let mut tensors = BTreeMap::new();
+    for name in shard.parse()?.names() {
+        let entry = shard.entry(name)?;
+        let values = match entry.dtype {
+            Dtype::F32 => entry.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::BF16 => entry.bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
+            Dtype::F16 => {
+                let tensor = Tensor::from_raw_buffer(entry.bytes, DType::F16, &entry.shape, &Device::Cpu)?;
+                tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?
+            }
+            other => return Err(Error::input(format!("tensor '{name}' is of type {other:?}")).at(path.display())),
+        };
+        tensors.insert((*name).to_owned(), (entry.shape, values));
+    }
+    Ok(tensors)
+}
+
+impl Shard {
+    fn open(path: PathBuf) -> Result<Shard> {
+        let file = File::open(&path).reading(&path)?;
+        // SAFETY: the mapping is only read. A file that another program cuts short while we read it would end this process;
+        // checkpoints are replaced by renaming, not rewritten in place.
+        let map = unsafe { Mmap::map(&file) }.reading(&path)?;
+        Ok(Shard { path, map })
+    }
+
+    fn parse(&self) -> Result<SafeTensors<'_>> {
+        SafeTensors::deserialize(&self.map).map_err(|e| {
+            let cause = cut_tensor(&self.map).unwrap_or_else(|| format!("is not a safetensors file: {e}"));
+            Error::input(cause).at(self.path.display()).help("download or copy the file again")
+        })
+    }
+
+    fn part(&self) -> Result<Part<'_>> {
+        let (length, header) = SafeTensors::read_metadata(&self.map).map_err(|e| {
+            let help = "fetch it again: it may be cut short, or a pointer of Git LFS in the place of the file";
+            Error::input(format!("is not a safetensors file: {e}")).at(self.path.display()).help(help)
+        })?;
+        // The length is eight bytes itself.
+        let (first, data) = self.map.split_at(8 + length);
+        let bytes = |name: &str| header.info(name).and_then(|t| data.get(t.data_offsets.0..t.data_offsets.1));
+        let tensors = header.offset_keys().into_iter().map(|name| {
+            let bytes = bytes(&name).unwrap_or_default();
+            (name, bytes)
+        });
+        Ok(Part { path: &self.path, header: first, tensors: tensors.collect() })
+    }
+
+    fn entry(&self, name: &str) -> Result<Entry<'_>> {
+        let tensors = self.parse()?;
+        let view =
+            tensors.tensor(name).map_err(|e| Error::input(format!("tensor '{name}': {e}")).at(self.path.display()))?;
+        Ok(Entry { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data() })
+    }
+}
+
+/// The first tensor whose bytes a cut file no longer holds.
+fn cut_tensor(file: &[u8]) -> Option<String> {
+    let length = u64::from_le_bytes(file.get(..8)?.try_into().ok()?) as usize;
+    let Some(header) = file.get(8..8usize.checked_add(length)?) else {
+        return Some(format!("is cut short: its header has {length} bytes, the file {}", file.len()));
+    };
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(header).ok()?;
+    let there = file.len() - 8 - length;
+    let end = |v: &Value| v.get("data_offsets")?.get(1)?.as_u64().map(|e| e as usize);
+    let mut cut: Vec<_> =
+        header.iter().filter_map(|(n, v)| Some((end(v)?, n, v))).filter(|(e, ..)| *e > there).collect();
+    cut.sort_by_key(|(e, ..)| *e);
+    let (end, name, value) = cut.first()?;
+    let shape = value.get("shape").map(Value::to_string).unwrap_or_default();
+    Some(format!("is cut short at tensor '{name}' of shape {shape}: needs {end} bytes of data, has {there}"))
+}
+
+const OTHER_MODEL: &str = "config.json and the weights are of different models";
+
+fn shard_files(index: &Path) -> Result<Vec<PathBuf>> {
+    let files: Vec<PathBuf> = shard_names(index)?.into_iter().map(|name| index.with_file_name(name)).collect();
+    match files.iter().find(|f| !f.is_file()) {
+        Some(missing) => Err(Error::input(format!("names {}, which is missing", missing.display()))
+            .at(index.display())
+            .help("copy or fetch all files of the model")),
+        None => Ok(files),
+    }
+}
+
+/// The files that an index names, all of which belong into its folder.
+pub fn shard_names(index: &Path) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(index).reading(index)?;
+    let wrong = |what: String| Error::input(what).at(index.display());
+    let value: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
+    let Some(map) = value.get("weight_map").and_then(Value::as_object) else {
+        return Err(wrong("has no weight_map".into()));
+    };
+    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
+    let plain = |n: &str| Path::new(n).file_name().is_some_and(|f| f == n);
+    if let Some(name) = names.iter().find(|n| !plain(n)) {
+        return Err(wrong(format!("names '{name}', which is not a file of this folder")));
+    }
+    names.sort_unstable();
+    names.dedup();
+    Ok(names.into_iter().map(str::to_owned).collect())
+}
+
+/// Whether a name is of a pattern in which `*` stands for any text.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => {
+            let Some(rest) = name.strip_prefix(head) else { return false };
+            (0..=rest.len()).any(|at| rest.is_char_boundary(at) && matches(tail, &rest[at..]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::matches;
+
+    #[test]
+    fn patterns() {
+        assert!(matches("model.layers.*.inv_freq", "model.layers.11.self_attn.inv_freq"));
+        assert!(!matches("model.layers.*.inv_freq", "model.layers.11.self_attn.inv_freq.x"));
+        assert!(matches("lm_head.weight", "lm_head.weight") && !matches("lm_head", "lm_head.weight"));
+    }
+}

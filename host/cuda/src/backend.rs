@@ -1,0 +1,73 @@
+//! A GPU as a backend of this program.
+
+use dpo_core::backend::{Backend, Workload, whole_or_sharded};
+use dpo_core::collective::ProcessGroup;
+use dpo_core::console;
+use dpo_core::decoder::Decoder;
+use dpo_core::device::Device;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::plan::MemoryOptions;
+use dpo_core::weights::Checkpoint;
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::{CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source, room};
+
+/// What the progress bar of loading weights looks like.
+const BAR: &str = "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
+
+/// The GPU of an index, in bfloat16.
+pub struct Cuda(pub usize);
+
+impl Backend for Cuda {
+    fn is_gpu(&self) -> bool {
+        true
+    }
+
+    fn trainer(
+        &self,
+        group: &mut dyn ProcessGroup,
+        graph: ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Adapter,
+        workload: Workload,
+        options: MemoryOptions,
+    ) -> Result<Box<dyn Device>> {
+        let gpu = Gpu::open(self.0)?;
+        let nccl = Nccl::join(&gpu, group)?;
+        let room = room(&gpu, options.limit, nccl.as_ref())?;
+        let plan_for = |parts| GpuPlan::new(&graph, &adapter, workload.longest, workload.answers, room, parts, options);
+        let plan = |parts: usize| match &nccl {
+            None if parts > 1 => Err(plan_for(1).err().unwrap_or_else(|| {
+                Error::input("GPUs share frozen weights through NCCL, which these ranks do not have")
+                    .at("--shard-base")
+                    .help("leave it out: the weights fit on each")
+            })),
+            _ => plan_for(parts),
+        };
+        let plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        console::line(format!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability));
+        let bar = console::bar(checkpoint.bytes() as u64, BAR);
+        let mut device =
+            CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, (plan, group.rank()), &bar)?;
+        bar.finish_and_clear();
+        device.warm_up()?;
+        Ok(Box::new(device.join(nccl)))
+    }
+
+    fn decoder(
+        &self,
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Option<Adapter>,
+        memory: Option<usize>,
+    ) -> Result<Box<dyn Decoder>> {
+        let gpu = Gpu::open(self.0)?;
+        let room = room(&gpu, memory, None)?;
+        let bar = console::bar(checkpoint.bytes() as u64, BAR);
+        let source = Source::Checkpoint(checkpoint);
+        let decoder = CudaDecoder::load(gpu, graph.clone(), &source, adapter, room, &bar)?;
+        bar.finish_and_clear();
+        Ok(Box::new(decoder))
+    }
+}

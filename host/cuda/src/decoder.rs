@@ -1,0 +1,114 @@
+//! A GPU that answers: the programs that train, with memory for the keys and values of a text for each voice.
+
+use dpo_plugin_api::graph::ModelGraph;
+use indicatif::ProgressBar;
+
+use super::device::{Gpu, Memory, View};
+use super::engine::CudaDevice;
+use super::model::Source;
+use super::plan::{GpuPlan, Room};
+use dpo_core::decoder::{CHUNK, Decoder, Voice};
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::memory::size;
+use dpo_core::ops::count;
+use dpo_core::plan::MemoryOptions;
+
+/// Tokens of a text that are remembered at most, where memory has room for more.
+const MOST: usize = 32 << 10;
+
+/// One GPU, in bf16.
+pub struct CudaDecoder {
+    device: CudaDevice,
+    texts: Vec<Text>,
+    /// Where a layer's keys lie in a text's memory, in elements a token, and how many there are in a token's row.
+    rows: Vec<(usize, usize)>,
+    /// Tokens that a text has room for.
+    most: usize,
+}
+
+/// What is remembered of a voice's text.
+struct Text {
+    /// Keys `[tokens, columns]` and as many values of every layer, one after the other.
+    memory: Memory,
+    tokens: usize,
+}
+
+impl CudaDecoder {
+    /// Loads the frozen weights and the adapter, and plans the rest of the memory for texts.
+    ///
+    /// # Errors
+    /// A model that does not fit, or whose blocks do not attend exactly once.
+    pub fn load(
+        gpu: Gpu,
+        graph: ModelGraph,
+        source: &Source<'_>,
+        adapter: Option<Adapter>,
+        room: Room,
+        progress: &ProgressBar,
+    ) -> Result<CudaDecoder> {
+        let (mut rows, mut width) = (Vec::new(), 0);
+        for layer in &graph.layers {
+            let attention: Vec<_> = graph.blocks[layer.block].nodes.iter().filter(|n| n.op == "attention").collect();
+            let [node] = attention.as_slice() else {
+                return Err(Error::input("a GPU answers with models whose every block attends once")
+                    .help("--device cpu answers with any"));
+            };
+            let own = count(node, "kv_heads") * count(node, "head_dim");
+            rows.push((width, own));
+            width += 2 * own;
+        }
+        let voices = if adapter.is_some() { 2 } else { 1 };
+        let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
+        let options =
+            MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
+        let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
+        let left = room.available.saturating_sub(plan.total());
+        let most = (left / (voices * width * 2)).min(MOST);
+        if most < CHUNK {
+            let need = size(voices * width * 2 * CHUNK);
+            return Err(Error::input(format!("{} of the GPU are left for texts, {need} are needed", size(left)))
+                .help("take a GPU with more memory, or answer with --device cpu"));
+        }
+        let mut texts = Vec::new();
+        for _ in 0..voices {
+            texts.push(Text { memory: gpu.allocate(most * width * 2)?, tokens: 0 });
+        }
+        let mut device = CudaDevice::load(gpu, graph, source, adapter, (plan, 0), progress)?;
+        for tokens in [1, CHUNK] {
+            device.warm_up_for(tokens)?;
+        }
+        Ok(CudaDecoder { device, texts, rows, most })
+    }
+}
+
+impl Decoder for CudaDecoder {
+    fn name(&self) -> String {
+        format!("{} bfloat16", self.device.gpu().name)
+    }
+
+    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
+        // Without an adapter both voices are one.
+        let at = (voice as usize).min(self.texts.len() - 1);
+        let (text, rows, most) = (&self.texts[at], &self.rows, self.most);
+        if text.tokens + ids.len() > most {
+            return Err(Error::run(format!(
+                "the conversation is longer than the {most} tokens that the GPU has room for"
+            )));
+        }
+        let (address, past) = (text.memory.address, text.tokens);
+        let remembered = |layer: usize| {
+            let (before, width) = rows[layer];
+            let keys = address + (before * most * 2) as u64;
+            [keys, keys + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 })
+        };
+        let logits = self.device.continue_text(ids, past, remembered, voice == Voice::Tuned)?;
+        self.texts[at].tokens += ids.len();
+        Ok(logits)
+    }
+
+    fn keep(&mut self, voice: Voice, tokens: usize) {
+        let at = (voice as usize).min(self.texts.len() - 1);
+        self.texts[at].tokens = self.texts[at].tokens.min(tokens);
+    }
+}

@@ -1,0 +1,130 @@
+//! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for rope's tables and for results.
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::device::{Address, Gpu, Memory, Pinned};
+use super::launch::rope_numbers;
+use dpo_core::batch::{Batch, Layout};
+use dpo_core::error::{Error, Result};
+
+/// What a batch brings, staged in pinned memory and sent in one copy.
+pub(super) struct Inputs {
+    staged: Pinned,
+    memory: Memory,
+    used: usize,
+    pub(super) at: BatchAddresses,
+}
+
+/// Where a batch's arrays lie on the GPU.
+#[derive(Clone, Copy, Default)]
+pub(super) struct BatchAddresses {
+    pub(super) ids: Address,
+    pub(super) positions: Address,
+    pub(super) predictors: Address,
+    pub(super) targets: Address,
+    /// Of every token, the answer rows that were taken from it.
+    pub(super) taken: Address,
+    /// Tiles of 64 and of 32 tokens.
+    pub(super) tiles: [(Address, usize); 2],
+    pub(super) results: Address,
+    pub(super) slopes: Address,
+    pub(super) ropes: Address,
+    pub(super) tokens: usize,
+    pub(super) answers: usize,
+}
+
+/// Frequencies of a kind of rope, from which every batch's table is made.
+pub(super) struct RopeTable {
+    pub(super) inv_freq: Vec<f32>,
+    pub(super) scale: f32,
+    pub(super) frequencies: Memory,
+    /// Where its table begins after the batch's arrays, in bytes a token.
+    pub(super) offset: usize,
+}
+
+impl Inputs {
+    /// Room for as many bytes as were planned.
+    pub(super) fn new(gpu: &Gpu, bytes: usize) -> Result<Inputs> {
+        let (staged, memory) = (gpu.pinned(bytes)?, gpu.allocate(bytes)?);
+        Ok(Inputs { staged, memory, used: 0, at: BatchAddresses::default() })
+    }
+
+    /// Sends a batch's arrays in one copy, with room behind them for what is computed of it.
+    pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, ropes: &[RopeTable]) -> Result<()> {
+        let (tokens, answers) = (batch.tokens(), batch.targets.len());
+        let mut taken = vec![u32::MAX; tokens * 2];
+        for (row, predictor) in batch.predictors.iter().enumerate() {
+            let places = &mut taken[*predictor as usize * 2..][..2];
+            let free = places.iter_mut().find(|p| **p == u32::MAX);
+            *free.ok_or_else(|| Error::run("a row predicts more than two tokens"))? = row as u32;
+        }
+        self.used = 0;
+        let mut at = BatchAddresses { tokens, answers, ..BatchAddresses::default() };
+        at.ids = self.put(&batch.ids);
+        at.positions = self.put(&batch.layout.positions);
+        at.predictors = self.put(&batch.predictors);
+        at.targets = self.put(&batch.targets);
+        at.taken = self.put(&taken);
+        for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
+            let words = tiles(&batch.layout, size);
+            *place = (self.put(&words), words.len() / 5);
+        }
+        let sent = self.used;
+        at.results = self.reserve(answers * 2 * 4);
+        at.slopes = self.reserve(answers * 4);
+        at.ropes = self.reserve(ropes.iter().map(|r| r.inv_freq.len() * 8).sum::<usize>() * tokens);
+        if self.used > self.memory.bytes {
+            return Err(Error::run("a batch's arrays take more memory than was planned"));
+        }
+        self.at = at;
+        gpu.upload(&self.staged.bytes()[..sent], self.memory.address)
+    }
+
+    /// Stages words; returns where they will lie.
+    fn put(&mut self, words: &[u32]) -> Address {
+        let at = self.used;
+        let bytes = words.iter().flat_map(|w| w.to_le_bytes());
+        self.staged.bytes_mut()[at..].iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+        self.reserve(words.len() * 4)
+    }
+
+    fn reserve(&mut self, bytes: usize) -> Address {
+        let at = self.memory.address + self.used as u64;
+        self.used += bytes.next_multiple_of(256);
+        at
+    }
+}
+
+/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a text is
+/// continued, they are counted from its first token.
+fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
+    let mut all: Vec<[u32; 5]> = Vec::new();
+    let past = layout.past;
+    for span in &layout.spans {
+        let firsts = (past..past + span.len()).step_by(size);
+        let ends = [span.prompt, span.prompt + span.chosen, span.len()].map(|n| past + n);
+        let words = [span.start, 0, ends[0], ends[1], ends[2]].map(|n| n as u32);
+        all.extend(firsts.map(|first| [words[0], first as u32, words[2], words[3], words[4]]));
+    }
+    all.sort_by_key(|t| std::cmp::Reverse(t[1]));
+    all.concat()
+}
+
+/// A table for every kind of rope in the graph.
+pub(super) fn rope_tables(gpu: &Gpu, graph: &ModelGraph) -> Result<Vec<RopeTable>> {
+    let mut tables: Vec<RopeTable> = Vec::new();
+    let mut offset = 0;
+    for node in graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope") {
+        let (inv_freq, scale) = rope_numbers(node);
+        if tables.iter().any(|t| t.inv_freq == inv_freq && t.scale == scale) {
+            continue;
+        }
+        let frequencies = gpu.allocate(inv_freq.len() * 4)?;
+        gpu.upload(&inv_freq, frequencies.address)?;
+        gpu.finish()?;
+        let bytes = inv_freq.len() * 8;
+        tables.push(RopeTable { inv_freq, scale, frequencies, offset });
+        offset += bytes;
+    }
+    Ok(tables)
+}

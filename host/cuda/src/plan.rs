@@ -1,0 +1,254 @@
+//! What a run takes on a GPU, known before its first step. Needs no GPU.
+
+use std::fmt;
+
+use dpo_plugin_api::graph::ModelGraph;
+use serde::Serialize;
+
+use super::blas::WORKSPACE;
+use super::memory::{Footprint, Lowered, input_bytes};
+use super::program::Keep;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::memory::size;
+use dpo_core::plan::{MemoryOptions, share};
+
+/// Tokens at once that fill an H100; more gain nothing.
+const ENOUGH_TOKENS: usize = 8192;
+
+/// Tokens whose time a micro-batch loses, about: the last pair that did not fit, products that are too small to fill the
+/// card, the wait for the loss. Fitted to an H100 (docs/performance.md).
+pub(super) const LOST_TOKENS: f64 = 300.0;
+
+/// What rows of the embedding table from host memory cost, as a share of a step.
+const HOST_EMBEDDING_COST: f64 = 0.005;
+
+/// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
+pub(super) const CONTEXT: usize = 640 << 20;
+
+/// What a GPU gives to a run, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Memory to plan with.
+    pub available: usize,
+    /// What of it context, kernels and libraries take.
+    pub context: usize,
+}
+
+impl Room {
+    /// So much on each of some GPUs that need not be there.
+    pub fn of(available: usize, gpus: usize) -> Room {
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 } }
+    }
+}
+
+/// What NCCL was seen to take of each of two H200 (docs/performance.md); where it is there, it is measured.
+const NCCL: usize = 864 << 20;
+
+/// The plan of a run on one GPU; sizes in bytes.
+#[derive(Clone, Debug, Serialize)]
+pub struct GpuPlan {
+    /// Memory to plan with.
+    pub available: usize,
+    /// Context, kernels, libraries.
+    pub context: usize,
+    /// Ranks that share the layers' frozen weights; 1 where each has all.
+    pub ranks: usize,
+    /// Frozen weights on the GPU, with the adapter's bf16 copy.
+    pub weights: usize,
+    /// The same where they are not shared.
+    pub whole: usize,
+    /// The embedding table, where it stays in host memory.
+    pub host_embedding: usize,
+    /// Parameters and gradient of the adapter in f32.
+    pub adapter: usize,
+    /// The optimizer's moments.
+    pub optimizer: usize,
+    /// cuBLASLt's workspace.
+    pub workspace: usize,
+    /// Ids, positions, places and what else a batch brings.
+    pub inputs: usize,
+    /// Values of a micro-batch: between layers, kept for the backward pass, in work; logits.
+    pub values: usize,
+    /// Of those, what a token takes in a full micro-batch, over all layers.
+    pub per_token: usize,
+    /// And the least that the head takes: hidden states of answers and a chunk of logits.
+    pub head: usize,
+    /// Tokens that micro-batches are filled up to.
+    pub micro_batch_tokens: usize,
+    /// Tokens that micro-batches without a backward pass are filled up to.
+    pub scoring_tokens: usize,
+    /// Tokens of the longest micro-batch: a pair that is longer is alone in its own.
+    pub most_tokens: usize,
+    /// Most answer tokens among a batch's tokens, as a share.
+    pub answers: f64,
+    /// What is kept of every layer, of a full micro-batch and of the longest.
+    pub keep: [Vec<Keep>; 2],
+    /// What may be kept of a layer.
+    pub allowed: Vec<Keep>,
+    /// Time that a full micro-batch loses by computing values again, as a share.
+    pub again: f64,
+}
+
+impl GpuPlan {
+    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers shared by so many
+    /// `ranks`; refuses what does not fit.
+    pub fn new(
+        graph: &ModelGraph,
+        adapter: &Adapter,
+        longest: usize,
+        answers: f64,
+        room: Room,
+        ranks: usize,
+        options: MemoryOptions,
+    ) -> Result<GpuPlan> {
+        let Room { available, context } = room;
+        let lowered = Lowered::new(graph, adapter)?;
+        let footprint = Footprint::new(graph, &lowered);
+        let [(weights, table), (whole, _)] = [ranks, 1].map(|ranks| lowered.weights(graph, ranks));
+        let optimizer = adapter.params.len() * 8;
+        let adapter = lowered.adapter(graph, adapter.params.len());
+        let allowed = match options.recompute {
+            Some(true) => &Keep::ALL[3..],
+            Some(false) => &Keep::ALL[..1],
+            None => &Keep::ALL[..],
+        };
+        let sizes = match options.micro_batch_tokens {
+            Some(tokens) => vec![tokens],
+            None => (1..=16).map(|n| n * ENOUGH_TOKENS / 16).collect(),
+        };
+        let mut best: Option<(f64, GpuPlan)> = None;
+        let mut need = 0;
+        for on_host in if table > 0 { &[false, true][..] } else { &[false] } {
+            for tokens in &sizes {
+                let scoring = if options.micro_batch_tokens.is_some() { *tokens } else { ENOUGH_TOKENS };
+                let most = longest.max(*tokens).max(scoring);
+                let mut plan = GpuPlan {
+                    available,
+                    context,
+                    ranks,
+                    weights: weights + if *on_host { 0 } else { table },
+                    whole: whole + if *on_host { 0 } else { table },
+                    host_embedding: if *on_host { table } else { 0 },
+                    adapter,
+                    optimizer,
+                    workspace: WORKSPACE,
+                    inputs: input_bytes(graph, most, answer_tokens(most, answers)),
+                    values: 0,
+                    per_token: 0,
+                    head: footprint.head(answer_tokens(*tokens, answers)),
+                    micro_batch_tokens: *tokens,
+                    scoring_tokens: *tokens,
+                    most_tokens: longest.max(*tokens),
+                    answers,
+                    keep: [Vec::new(), Vec::new()],
+                    allowed: allowed.to_vec(),
+                    again: 0.0,
+                };
+                let longest = longest.max(*tokens);
+                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep);
+                let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
+                let left = available.saturating_sub(plan.total());
+                let bytes = left.min(most_useful);
+                let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed);
+                let (Some(full), Some(largest)) = (arrange(*tokens), arrange(longest)) else {
+                    let all = plan.total() + least;
+                    need = if need == 0 { all } else { need.min(all) };
+                    continue;
+                };
+                let fits = |tokens: &usize| {
+                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[Keep::Input]).is_some()
+                };
+                let scores = (*tokens..=scoring).step_by(256).filter(fits).last();
+                plan.scoring_tokens = scores.unwrap_or(*tokens);
+                plan.values = bytes;
+                plan.again = full.again;
+                plan.per_token = footprint.per_token(&full.keep);
+                plan.keep = [full.keep, largest.keep];
+                let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
+                let cost = (1.0 + full.again) * lost + if *on_host { HOST_EMBEDDING_COST } else { 0.0 };
+                if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                    best = Some((cost, plan));
+                }
+            }
+        }
+        best.map(|(_, plan)| plan).ok_or_else(|| {
+            Error::input(format!(
+                "the longest pair has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
+                size(need),
+                size(available),
+                share(weights, whole, ranks),
+                size(adapter + optimizer)
+            ))
+            .help("lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory")
+        })
+    }
+
+    /// Bytes of the whole process on the GPU.
+    pub fn total(&self) -> usize {
+        self.context + self.weights + self.adapter + self.optimizer + self.workspace + self.inputs + self.values
+    }
+
+    /// Most answer tokens of a micro-batch.
+    pub fn most_answers(&self) -> usize {
+        answer_tokens(self.most_tokens, self.answers)
+    }
+}
+
+fn answer_tokens(tokens: usize, share: f64) -> usize {
+    ((tokens as f64 * share).ceil() as usize).next_multiple_of(8).max(8)
+}
+
+/// Such as `4 layers keep all, 24 keep products`.
+fn kept(keep: &[Keep]) -> String {
+    let names = [
+        (Keep::All, "all their values"),
+        (Keep::Products, "those of products"),
+        (Keep::Narrow, "those of narrow products"),
+        (Keep::Input, "their input"),
+    ];
+    let counts = names.iter().map(|(k, n)| (keep.iter().filter(|o| *o == k).count(), n));
+    let parts: Vec<String> =
+        counts.filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} layers keep {name}")).collect();
+    parts.join(", ")
+}
+
+impl fmt::Display for GpuPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "memory      {} of the GPU, {} planned", size(self.available), size(self.total()))?;
+        let table = match self.host_embedding {
+            0 => String::new(),
+            bytes => format!("; the embedding table, {}, stays in host memory", size(bytes)),
+        };
+        let shared = match self.ranks {
+            1 => String::new(),
+            ranks => format!(", of {}: layers are shared by {ranks} ranks", size(self.whole)),
+        };
+        let per_token = format!(
+            "{} a token, {} for the head; {} tokens at once",
+            size(self.per_token),
+            size(self.head),
+            self.micro_batch_tokens
+        );
+        for (name, bytes, note) in [
+            ("weights", self.weights, format!("bf16, with the adapter's copy{shared}{table}")),
+            ("adapter", self.adapter, "parameters and gradient".into()),
+            ("optimizer", self.optimizer, "moments".into()),
+            ("values", self.values, per_token),
+            ("batch", self.inputs, "ids, positions, places".into()),
+            ("workspace", self.workspace, "of matrix products".into()),
+            ("CUDA", self.context, "context, kernels, libraries".into()),
+        ] {
+            writeln!(f, "  {name:<10}{:>10}  {note}", size(bytes))?;
+        }
+        let again = match self.again {
+            again if again > 0.0005 => format!("; computing again takes {:.1}% of a step", again * 100.0),
+            _ => String::new(),
+        };
+        write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, kept(&self.keep[0]))?;
+        if self.most_tokens > self.micro_batch_tokens && self.keep[1] != self.keep[0] {
+            write!(f, "\n            {} tokens: {}", self.most_tokens, kept(&self.keep[1]))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,414 @@
+//! What became of the data: counts, lengths, causes, and one pair as the model will see it.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use serde::Serialize;
+
+use super::tokens::{ChatTokenizer, Truncation};
+use dpo_core::error::Error;
+use dpo_core::pair::TokenPair;
+
+/// How many messages are kept in full, and how many places for a cause.
+const MESSAGES: usize = 10;
+const PLACES: usize = 3;
+/// Letters of a rendered part that are shown: from its beginning and from its end.
+const SHOWN: usize = 400;
+const BARS: usize = 16;
+
+/// The data report.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// Files as they were read.
+    pub files: Vec<FileReport>,
+    /// Why rows make no pair, most frequent first.
+    pub dropped: Vec<Dropped>,
+    /// The first messages, with their places.
+    pub messages: Vec<String>,
+    /// Pairs that were cut to `max_length`.
+    pub truncated: usize,
+    /// Pairs whose answers are the same up to `max_length`: they stay, and teach nothing.
+    pub cut_alike: usize,
+    /// The length that sequences are kept to.
+    pub max_length: usize,
+    /// How they are kept to it.
+    pub truncation: Truncation,
+    /// Pairs that occur before, token by token. They are kept.
+    pub duplicates: usize,
+    /// Pairs that prefer what a pair before rejects, with the same prompt: what one teaches the other undoes.
+    pub opposed: usize,
+    /// The first of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_opposed: Option<String>,
+    /// Pairs whose chosen answer has more tokens than the rejected one.
+    pub chosen_longer: usize,
+    /// Judged answers, and the pairs that were made of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub joined: Option<Joined>,
+    /// Tokens of the prompts.
+    pub prompt: Lengths,
+    /// Tokens of the chosen answers.
+    pub chosen: Lengths,
+    /// Tokens of the rejected answers.
+    pub rejected: Lengths,
+    /// Tokens that an epoch computes: of every pair the prompt once and both answers.
+    pub unique_tokens: usize,
+    /// How answers end.
+    pub eos: Endings,
+    /// How prompts begin.
+    pub bos: Beginnings,
+    /// Prompts that lost their end.
+    pub prompt_prefix: PromptPrefix,
+    /// Where the chat template is from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// Whether the template writes the date, so that another day gives other tokens.
+    pub template_reads_clock: bool,
+    /// Pairs of plain text, to which no chat template applies.
+    pub plain_pairs: usize,
+    /// The first pair.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample: Option<Sample>,
+}
+
+/// A file.
+#[derive(Clone, Debug, Serialize)]
+pub struct FileReport {
+    /// Its path.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    /// Rows that were taken of it.
+    pub rows: usize,
+    /// Pairs that they make.
+    pub pairs: usize,
+}
+
+/// A cause for which rows make no pair.
+#[derive(Clone, Debug, Serialize)]
+pub struct Dropped {
+    /// The cause.
+    pub cause: String,
+    /// How many.
+    pub count: usize,
+    /// The first places.
+    pub places: Vec<String>,
+}
+
+/// Judged answers that were joined by their prompt.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Joined {
+    /// Judged answers.
+    pub answers: usize,
+    /// Pairs of a liked and a disliked answer to the same prompt.
+    pub pairs: usize,
+}
+
+/// Lengths in tokens.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Lengths {
+    /// Shortest.
+    pub min: usize,
+    /// Half are no longer.
+    pub median: usize,
+    /// 95 of 100 are no longer.
+    pub p95: usize,
+    /// Longest.
+    pub max: usize,
+    /// Counts in equal steps from 0 to the longest.
+    pub histogram: Vec<usize>,
+}
+
+/// How answers end.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Endings {
+    /// The token that ends most answers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Whether generation stops at that token.
+    pub stops: bool,
+    /// Answers of both kinds that a turn's end was looked for in.
+    pub answers: usize,
+    /// Answers without one.
+    pub without: usize,
+    /// The first place of such an answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<String>,
+}
+
+/// How prompts begin.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Beginnings {
+    /// The tokenizer's BOS.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Prompts that begin with it.
+    pub with: usize,
+    /// Prompts that begin with it twice.
+    pub twice: usize,
+}
+
+/// Prompts whose own rendering, with the generation prompt, is not what the conversation begins with. The end that they
+/// lost is what the model reads before it answers, and was not trained on.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PromptPrefix {
+    /// How many.
+    pub rows: usize,
+    /// The first place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first: Option<String>,
+    /// The text that the first one lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+}
+
+/// A pair as the model sees it, special tokens shown.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    /// Its place.
+    pub place: String,
+    /// Text and tokens of prompt, chosen and rejected.
+    pub parts: [(String, usize); 3],
+}
+
+impl Lengths {
+    /// Of some lengths, in any order.
+    pub fn new(lengths: impl Iterator<Item = usize>) -> Lengths {
+        let mut sorted: Vec<usize> = lengths.collect();
+        sorted.sort_unstable();
+        let Some(max) = sorted.last().copied() else { return Lengths::default() };
+        // The nearest rank: the smallest length that this share does not exceed.
+        let rank = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1];
+        let mut histogram = vec![0; BARS];
+        for length in &sorted {
+            histogram[(length * BARS / (max + 1)).min(BARS - 1)] += 1;
+        }
+        Lengths { min: sorted[0], median: rank(50), p95: rank(95), max, histogram }
+    }
+
+    fn bars(&self) -> String {
+        const LEVELS: [char; 9] = [' ', '▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+        let most = self.histogram.iter().max().copied().unwrap_or(0).max(1);
+        self.histogram.iter().map(|count| LEVELS[(count * 8).div_ceil(most)]).collect()
+    }
+}
+
+impl Report {
+    /// Counts what makes no pair.
+    pub(super) fn drop(&mut self, error: &Error, place: &str) {
+        let cause = error.message();
+        match self.dropped.iter_mut().find(|d| d.cause == cause) {
+            Some(dropped) => {
+                dropped.count += 1;
+                if dropped.places.len() < PLACES {
+                    dropped.places.push(place.to_owned());
+                }
+            }
+            None => self.dropped.push(Dropped { cause: cause.into(), count: 1, places: vec![place.to_owned()] }),
+        }
+        if self.messages.len() < MESSAGES {
+            self.messages.push(error.clone().at(place).to_string());
+        }
+    }
+
+    fn pairs(&self) -> usize {
+        self.files.iter().map(|f| f.pairs).sum()
+    }
+
+    /// What became of the rows, in few words: pairs and tokens, then why rows were dropped.
+    pub fn line(&self) -> String {
+        let mut text = format!("{}, {} tokens an epoch", n(self.pairs(), "pair"), self.unique_tokens);
+        if self.truncated > 0 {
+            text += &format!(", {} truncated", self.truncated);
+        }
+        if self.cut_alike > 0 {
+            text += &format!(", {} with the same answers up to {} tokens", self.cut_alike, self.max_length);
+        }
+        if self.opposed > 0 {
+            text += &format!(", {} contradict others", self.opposed);
+        }
+        for dropped in &self.dropped {
+            let first = dropped.places.first().map_or("", String::as_str);
+            text += &format!("\n            dropped {}: {}, first at {first}", dropped.count, dropped.cause);
+        }
+        text
+    }
+
+    /// Rows that make no pair.
+    pub fn dropped_rows(&self) -> usize {
+        self.dropped.iter().map(|d| d.count).sum()
+    }
+
+    /// Counts over the pairs that remain.
+    pub(super) fn measure(&mut self, pairs: &[TokenPair], tokenizer: &ChatTokenizer) {
+        self.prompt = Lengths::new(pairs.iter().map(|p| p.prompt.len()));
+        self.chosen = Lengths::new(pairs.iter().map(|p| p.chosen.len()));
+        self.rejected = Lengths::new(pairs.iter().map(|p| p.rejected.len()));
+        self.unique_tokens = pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum();
+        let mut seen = HashSet::new();
+        for pair in pairs {
+            if seen.contains(&(&pair.prompt, &pair.rejected, &pair.chosen)) {
+                self.opposed += 1;
+                self.first_opposed.get_or_insert_with(|| pair.place.clone());
+            }
+            self.duplicates += usize::from(!seen.insert((&pair.prompt, &pair.chosen, &pair.rejected)));
+            self.chosen_longer += usize::from(pair.chosen.len() > pair.rejected.len());
+        }
+        self.dropped.sort_by_key(|d| std::cmp::Reverse(d.count));
+        if let Some(bos) = tokenizer.bos_id() {
+            let begins = |p: &&TokenPair, n: usize| p.prompt.len() >= n && p.prompt[..n].iter().all(|id| *id == bos);
+            self.bos = Beginnings {
+                token: tokenizer.token(bos),
+                with: pairs.iter().filter(|p| begins(p, 1)).count(),
+                twice: pairs.iter().filter(|p| begins(p, 2)).count(),
+            };
+        }
+        self.sample = pairs.first().map(|p| {
+            let part = |ids: &[u32]| (tokenizer.decode(ids, true), ids.len());
+            Sample { place: p.place.clone(), parts: [part(&p.prompt), part(&p.chosen), part(&p.rejected)] }
+        });
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "data")?;
+        for file in &self.files {
+            writeln!(
+                f,
+                "  {}: {}, {} of format {}",
+                file.path,
+                n(file.pairs, "pair"),
+                n(file.rows, "row"),
+                file.format
+            )?;
+        }
+        if let Some(Joined { answers, pairs }) = self.joined {
+            writeln!(f, "  joined by prompt: {} make {}", n(answers, "judged answer"), n(pairs, "pair"))?;
+        }
+        for dropped in &self.dropped {
+            let more = if dropped.count > dropped.places.len() { ", …" } else { "" };
+            writeln!(f, "  dropped {}: {} ({}{more})", dropped.count, dropped.cause, dropped.places.join(", "))?;
+        }
+        writeln!(f, "  lengths in tokens        min  median     p95     max")?;
+        for (name, l) in [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)] {
+            writeln!(f, "    {name:<18} {:>9} {:>7} {:>7} {:>7}  0 |{}|", l.min, l.median, l.p95, l.max, l.bars())?;
+        }
+        writeln!(f, "  unique tokens: {} an epoch", self.unique_tokens)?;
+        if self.truncated > 0 {
+            let side = if self.truncation == Truncation::Left { "left" } else { "right" };
+            writeln!(f, "  truncated: {} to {} tokens, from the {side}", n(self.truncated, "pair"), self.max_length)?;
+        }
+        if self.cut_alike > 0 {
+            writeln!(
+                f,
+                "  same answers up to {} tokens: {}, which teach nothing",
+                self.max_length,
+                n(self.cut_alike, "pair")
+            )?;
+        }
+        if self.duplicates > 0 {
+            writeln!(f, "  duplicates: {} occur before", n(self.duplicates, "pair"))?;
+        }
+        if let Some(place) = &self.first_opposed {
+            let pairs = n(self.opposed, "pair");
+            writeln!(f, "  contradictions: {pairs} prefer what a pair before rejects, first {place}")?;
+        }
+        let longer = 100.0 * self.chosen_longer as f64 / self.pairs().max(1) as f64;
+        writeln!(f, "  chosen is the longer answer in {longer:.0}% of the pairs")?;
+        match (&self.template, self.plain_pairs) {
+            (Some(origin), 0) => writeln!(f, "  chat template: {origin}")?,
+            (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, "pair"))?,
+        }
+        if self.template_reads_clock {
+            writeln!(f, "    it writes today's date: another day gives other tokens")?;
+        }
+        self.write_ends(f)?;
+        if let Some(sample) = &self.sample {
+            writeln!(f, "  first pair ({}), special tokens shown", sample.place)?;
+            for (name, (text, tokens)) in
+                ["[prompt]", "[chosen: learned]", "[rejected: learned]"].iter().zip(&sample.parts)
+            {
+                writeln!(f, "    {name} {}", n(*tokens, "token"))?;
+                shortened(text).lines().try_for_each(|line| writeln!(f, "      {line}"))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    fn write_ends(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Endings { token, stops, answers, without, first } = &self.eos;
+        match token {
+            Some(token) if *without == 0 => writeln!(f, "  eos: every answer ends with {token}")?,
+            Some(token) => writeln!(f, "  eos: {} of {answers} answers end with {token}", answers - without)?,
+            None => writeln!(f, "  eos: no answer ends with a special token")?,
+        }
+        if let Some(place) = first {
+            writeln!(f, "    {without} without an end, first {place}: the model would not learn to stop")?;
+        }
+        if token.is_some() && !stops {
+            writeln!(f, "    generation does not stop at that token: it is no eos_token of the checkpoint")?;
+        }
+        match &self.bos.token {
+            None => writeln!(f, "  bos: the tokenizer has none")?,
+            Some(token) if self.bos.twice > 0 => {
+                writeln!(f, "  bos: {} begin with {token} twice", n(self.bos.twice, "prompt"))?
+            }
+            Some(token) => writeln!(f, "  bos: {} begin with {token}", n(self.bos.with, "prompt"))?,
+        }
+        match (&self.prompt_prefix.first, &self.prompt_prefix.text) {
+            (Some(place), Some(text)) => {
+                let rows = n(self.prompt_prefix.rows, "prompt");
+                writeln!(f, "  prompt prefix: {rows} lost the end, first {place}: {text:?}")?;
+                writeln!(
+                    f,
+                    "    the template renders it otherwise before an answer: training reads another context than generation"
+                )
+            }
+            _ => writeln!(f, "  prompt prefix: whole in every pair"),
+        }
+    }
+}
+
+/// "1 row", "2 rows".
+fn n(count: usize, what: &str) -> String {
+    format!("{count} {what}{}", if count == 1 { "" } else { "s" })
+}
+
+/// The beginning and the end of a text.
+pub fn shortened(text: &str) -> String {
+    let letters = text.chars().count();
+    if letters <= 2 * SHOWN {
+        return text.to_owned();
+    }
+    let head: String = text.chars().take(SHOWN).collect();
+    let tail: String = text.chars().skip(letters - SHOWN).collect();
+    format!("{head} […] {tail}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths() {
+        let l = Lengths::new((1..=100).rev());
+        assert_eq!((l.min, l.median, l.p95, l.max), (1, 50, 95, 100));
+        assert_eq!(l.histogram.iter().sum::<usize>(), 100);
+        assert_eq!(Lengths::new([7].into_iter()).p95, 7);
+    }
+
+    #[test]
+    fn causes_are_counted_with_their_first_places() {
+        let mut report = Report::default();
+        for line in 1..=12 {
+            report.drop(&Error::input("an answer is empty"), &format!("a.jsonl:{line}"));
+        }
+        assert_eq!(report.dropped[0].count, 12);
+        assert_eq!(report.dropped[0].places, ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]);
+        assert_eq!(report.messages.len(), 10);
+        assert_eq!(report.messages[0], "a.jsonl:1: an answer is empty");
+    }
+}

@@ -1,0 +1,327 @@
+//! From records to token ids, as TRL 1.16 makes them (`trainer/dpo_trainer.py`, `_prepare_dataset`), and their cutting to
+//! a length.
+
+use std::path::Path;
+
+use dpo_core::pair::TokenPair;
+use dpo_plugin_api::dataset::{Message, Record, Text};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tokenizers::Tokenizer;
+
+use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
+use dpo_core::error::{Error, Result};
+
+/// How far before an answer's end its end-of-turn token is looked for: templates write a line break or two behind it.
+const END_WINDOW: usize = 4;
+
+/// What happens to a pair whose prompt and longer answer exceed `max_length`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncation {
+    /// It is dropped.
+    #[default]
+    Delete,
+    /// The prompt loses its head, as much as the longer answer needs. Both answers keep the same prompt.
+    Left,
+    /// Each sequence keeps its first tokens (TRL's `keep_start`).
+    Right,
+}
+
+impl Truncation {
+    /// Cuts a pair to `max_length`; answers whether it was cut, or why it has to be dropped.
+    pub fn apply(self, pair: &mut TokenPair, max_length: usize) -> std::result::Result<bool, &'static str> {
+        let over = pair.longest().saturating_sub(max_length);
+        if over == 0 {
+            return Ok(false);
+        }
+        match self {
+            Truncation::Delete => return Err("longer than max_length"),
+            Truncation::Left if over >= pair.prompt.len() => return Err("an answer alone is longer than max_length"),
+            Truncation::Left => drop(pair.prompt.drain(..over)),
+            Truncation::Right if pair.prompt.len() >= max_length => return Err("the prompt alone fills max_length"),
+            Truncation::Right => {
+                let room = max_length - pair.prompt.len();
+                pair.chosen.truncate(room);
+                pair.rejected.truncate(room);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// A checkpoint's tokenizer with its chat template and the tokens that begin and end a text.
+pub struct ChatTokenizer {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    eos: Option<String>,
+    eos_ids: Vec<u32>,
+    bos_id: Option<u32>,
+    special_ids: Vec<u32>,
+}
+
+/// A pair of ids, and what the prompt lost where its rendering parts from that of the conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Encoded {
+    pub(super) prompt: Vec<u32>,
+    pub(super) chosen: Vec<u32>,
+    pub(super) rejected: Vec<u32>,
+    pub(super) lost: Vec<u32>,
+}
+
+impl ChatTokenizer {
+    /// Reads `tokenizer.json` of a checkpoint's folder, the special tokens of its configs, and its chat template.
+    ///
+    /// # Errors
+    /// A file that is missing or broken.
+    pub fn open(dir: &Path, fallback_template: Option<&str>) -> Result<ChatTokenizer> {
+        let path = dir.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::input("the checkpoint has no tokenizer.json")
+                .at(dir.display())
+                .help("save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"));
+        }
+        let broken = |e: tokenizers::Error| {
+            Error::input(format!("broken tokenizer: {e}")).at(path.display()).help("fetch tokenizer.json again")
+        };
+        let mut tokenizer = Tokenizer::from_file(&path).map_err(broken)?;
+        // transformers ignores what the file says about cutting and filling unless it is asked for.
+        tokenizer.with_truncation(None).map_err(broken)?.with_padding(None);
+        let tokens = special_tokens(&read_json(&dir.join("tokenizer_config.json"))?);
+        let named = |name: &str| tokens.get(name).and_then(Value::as_str).map(str::to_owned);
+        let mut eos_ids: Vec<u32> = named("eos_token").and_then(|t| tokenizer.token_to_id(&t)).into_iter().collect();
+        for file in ["generation_config.json", "config.json"] {
+            let ids = match read_json(&dir.join(file))?.get("eos_token_id") {
+                Some(Value::Array(ids)) => ids.clone(),
+                Some(id) => vec![id.clone()],
+                None => Vec::new(),
+            };
+            eos_ids.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
+        }
+        let mut seen = std::collections::HashSet::new();
+        eos_ids.retain(|id| seen.insert(*id));
+        let added = tokenizer.get_added_tokens_decoder();
+        Ok(ChatTokenizer {
+            template: ChatTemplate::find(dir, fallback_template)?,
+            eos: named("eos_token").or_else(|| tokenizer.id_to_token(*eos_ids.first()?)),
+            bos_id: named("bos_token").and_then(|t| tokenizer.token_to_id(&t)),
+            special_ids: added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect(),
+            eos_ids,
+            tokenizer,
+        })
+    }
+
+    /// The chat template, where there is one.
+    pub fn template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// Tokens at which generation ends.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The token that begins a text, where there is one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos_id
+    }
+
+    /// The text of the token that ends an answer.
+    pub fn eos(&self) -> Option<&str> {
+        self.eos.as_deref()
+    }
+
+    /// Ids of a text. `special` asks for what the tokenizer puts around plain text; renderings of a chat template have it
+    /// already.
+    ///
+    /// # Errors
+    /// A text that the tokenizer cannot take apart.
+    pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, special);
+        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| Error::input(format!("cannot be tokenised: {e}")))
+    }
+
+    /// The text of ids, with special tokens or without.
+    pub fn decode(&self, ids: &[u32], special: bool) -> String {
+        self.tokenizer.decode(ids, !special).unwrap_or_else(|_| format!("{ids:?}"))
+    }
+
+    /// The text of one token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// The text of a conversation.
+    ///
+    /// # Errors
+    /// A checkpoint without chat template, or what the template refuses.
+    pub fn render(&self, messages: &[Message], with: Rendering<'_>) -> Result<String> {
+        self.need_template()?.render(messages, with)
+    }
+
+    /// The token with which the template ends the assistant's turn.
+    pub fn turn_end(&self) -> Option<u32> {
+        let turns = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let text = self.template.as_ref()?.render(&turns, Rendering::default()).ok()?;
+        self.ending(&self.encode(&text, false).ok()?)
+    }
+
+    /// The chat template, or what to do without one.
+    pub(super) fn need_template(&self) -> Result<&ChatTemplate> {
+        self.template.as_ref().ok_or_else(|| {
+            Error::input("the checkpoint has no chat template, which conversations need")
+                .help("put a chat_template.jinja into the checkpoint's folder")
+        })
+    }
+
+    /// The end-of-turn token within an answer's last few tokens.
+    pub(super) fn ending(&self, answer: &[u32]) -> Option<u32> {
+        let ends = |id: &&u32| self.eos_ids.contains(id) || self.special_ids.contains(id);
+        answer.iter().rev().take(END_WINDOW).find(ends).copied()
+    }
+
+    /// Ids of a pair. The prompt is what its own rendering, with the generation prompt, shares with the renderings of both
+    /// whole conversations; the answers are the rest of these.
+    ///
+    /// # Errors
+    /// A record that makes no pair: an empty answer, an answer that holds other turns than the assistant's, a prompt
+    /// without tokens.
+    pub(super) fn encode_pair(&self, record: &Record) -> Result<Encoded> {
+        let (Some(chosen), Some(rejected)) = (&record.chosen, &record.rejected) else {
+            return Err(Error::run("a record of one answer reached the tokenizer"));
+        };
+        let [alone, first, second] = match (&record.prompt, chosen, rejected) {
+            (Text::Messages(prompt), Text::Messages(chosen), Text::Messages(rejected)) => {
+                self.chat_ids(record, prompt, chosen, rejected)?
+            }
+            (Text::Plain(prompt), Text::Plain(chosen), Text::Plain(rejected)) => {
+                [self.plain_ids(prompt.clone())?, self.ended(prompt, chosen)?, self.ended(prompt, rejected)?]
+            }
+            _ => return Err(Error::input("prompt and answers should all be texts, or all be conversations")),
+        };
+        let shared = shared_prefix(&alone, &first).min(shared_prefix(&alone, &second));
+        if shared == 0 {
+            return Err(Error::input("the prompt has no token that both answers follow"));
+        }
+        let encoded = Encoded {
+            lost: alone[shared..].to_vec(),
+            chosen: first[shared..].to_vec(),
+            rejected: second[shared..].to_vec(),
+            prompt: first[..shared].to_vec(),
+        };
+        match [("chosen", &encoded.chosen), ("rejected", &encoded.rejected)].iter().find(|(_, ids)| ids.is_empty()) {
+            Some((side, _)) => Err(empty(side)),
+            None => Ok(encoded),
+        }
+    }
+
+    fn chat_ids(
+        &self,
+        record: &Record,
+        prompt: &[Message],
+        chosen: &[Message],
+        rejected: &[Message],
+    ) -> Result<[Vec<u32>; 3]> {
+        let whole = |answer: &[Message]| [prompt, answer].concat();
+        let (chosen, rejected) = (whole(chosen), whole(rejected));
+        let start = if prompt.is_empty() { shared_turns(&chosen, &rejected) } else { prompt.len() };
+        for (side, turns) in [("chosen", &chosen), ("rejected", &rejected)] {
+            check_answer(side, start, turns)?;
+        }
+        let tools = tool_list(record.tools.as_ref())?;
+        let args = Some(&record.template_args);
+        let ids = |turns: &[Message], generation_prompt: bool| {
+            let text = self.render(turns, Rendering { tools: tools.as_ref(), args, generation_prompt })?;
+            self.encode(&text, false)
+        };
+        Ok([ids(&chosen[..start], true)?, ids(&chosen, false)?, ids(&rejected, false)?])
+    }
+
+    /// Ids of a prompt and an answer as they are, ended with EOS.
+    fn ended(&self, prompt: &str, answer: &str) -> Result<Vec<u32>> {
+        if answer.trim().is_empty() {
+            return Err(empty("an"));
+        }
+        let eos = self.eos.as_deref().ok_or_else(|| {
+            Error::input("the tokenizer names no eos_token, so plain text cannot be ended").at("tokenizer_config.json")
+        })?;
+        let end = if answer.ends_with(eos) { "" } else { eos };
+        self.plain_ids(format!("{prompt}{answer}{end}"))
+    }
+
+    /// Ids of plain text. Where the text brings the BOS that the tokenizer adds, one is enough.
+    fn plain_ids(&self, text: String) -> Result<Vec<u32>> {
+        let mut ids = self.encode(&text, true)?;
+        if self.bos_id.is_some() && ids.first().copied() == self.bos_id && ids.get(1).copied() == self.bos_id {
+            ids.remove(0);
+        }
+        Ok(ids)
+    }
+}
+
+fn empty(side: &str) -> Error {
+    Error::input(format!("{side} answer is empty"))
+}
+
+fn shared_prefix(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+/// Turns that two conversations begin with; the last turn of the shorter one is always an answer (TRL's
+/// `extract_prompt`).
+fn shared_turns(a: &[Message], b: &[Message]) -> usize {
+    let shared = a.iter().zip(b).take_while(|(a, b)| a == b).count();
+    shared.min(a.len().min(b.len()).saturating_sub(1))
+}
+
+/// An answer is the assistant's, though tools may speak within it. Whatever else it holds would be learned as well.
+fn check_answer(side: &str, start: usize, turns: &[Message]) -> Result<()> {
+    let Some(answer) = turns.get(start..).filter(|a| !a.is_empty()) else { return Err(empty(side)) };
+    if !answer.iter().any(|m| m.role == "assistant") {
+        return Err(Error::input(format!("the {side} conversation ends without an assistant's answer")));
+    }
+    let foreign = answer.iter().enumerate().find(|(i, m)| m.role != "assistant" && (*i == 0 || m.role != "tool"));
+    if let Some((i, turn)) = foreign {
+        let what =
+            format!("turn {} of the {side} conversation, of role '{}', would be learned", start + i + 1, turn.role);
+        return Err(Error::input(what).help(
+            "chosen and rejected should part at an answer of the assistant, after the last \
+             turn of the user",
+        ));
+    }
+    if start == 0 {
+        return Err(Error::input("the conversation has nothing before the answer"));
+    }
+    if answer.iter().all(|m| m.content.trim().is_empty() && m.extra.is_empty()) {
+        return Err(empty(side));
+    }
+    Ok(())
+}
+
+/// Tools as a list of JSON schemas: rows also hold it as text, or hold bare functions, which ms-swift and LLaMA-Factory
+/// wrap in the same way.
+fn tool_list(tools: Option<&Value>) -> Result<Option<Value>> {
+    let broken = |e: serde_json::Error| Error::input(format!("tools are not JSON: {e}"));
+    let list = match tools {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(None),
+        Some(Value::String(text)) => serde_json::from_str(text).map_err(broken)?,
+        Some(value) => value.clone(),
+    };
+    let list = match list {
+        Value::Array(list) => list,
+        one => vec![one],
+    };
+    if list.is_empty() {
+        return Ok(None);
+    }
+    let tool = |value: Value| {
+        let value: Value = match value {
+            Value::String(text) => serde_json::from_str(&text).map_err(broken)?,
+            value => value,
+        };
+        let bare = value.get("name").is_some() && value.get("function").is_none() && value.get("type").is_none();
+        Ok(if bare { json!({"type": "function", "function": value}) } else { value })
+    };
+    Ok(Some(Value::Array(list.into_iter().map(tool).collect::<Result<_>>()?)))
+}

@@ -1,0 +1,120 @@
+//! Renderings against transformers' own: `golden/chat.json`, made by `tests/oracle/render_chat.py`.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use dpo_data::{ChatTemplate, Rendering};
+use dpo_plugin_api::dataset::Message;
+use serde_json::{Map, Value, json};
+
+fn golden() -> Value {
+    serde_json::from_str(include_str!("golden/chat.json")).unwrap()
+}
+
+fn template(name: &str) -> ChatTemplate {
+    let template = golden()["templates"][name].clone();
+    ChatTemplate::from_text(template["text"].as_str().unwrap(), template["special_tokens"].as_object().unwrap().clone())
+        .unwrap()
+}
+
+fn render(text: &str, messages: &[Message]) -> Result<String, String> {
+    let template = ChatTemplate::from_text(text, Map::new()).map_err(|e| e.to_string())?;
+    template.render(messages, Rendering::default()).map_err(|e| e.to_string())
+}
+
+#[test]
+fn equal_to_transformers_byte_for_byte() {
+    let cases = golden()["cases"].as_array().unwrap().clone();
+    assert!(cases.len() >= 38);
+    for (i, case) in cases.iter().enumerate() {
+        let messages = Message::parse_list(&case["messages"]).unwrap();
+        let with = Rendering {
+            tools: Some(&case["tools"]).filter(|t| !t.is_null()),
+            args: case["args"].as_object(),
+            generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
+        };
+        let name = case["template"].as_str().unwrap();
+        let text = template(name).render(&messages, with).unwrap_or_else(|e| panic!("case {i}, {name}: {e}"));
+        assert_eq!(text, case["text"].as_str().unwrap(), "case {i}, {name}");
+    }
+}
+
+#[test]
+fn arguments_written_as_text_are_an_object_where_the_template_dumps_them() {
+    let turns = |arguments: Value| {
+        let call = json!([{"type": "function", "function": {"name": "f", "arguments": arguments}}]);
+        Message::parse_list(&json!([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": call}]))
+            .unwrap()
+    };
+    let render = |name: &str, arguments| template(name).render(&turns(arguments), Rendering::default()).unwrap();
+    let (object, text) = (json!({"a": 1, "b": "<"}), json!("{\"a\":1,\"b\":\"<\"}"));
+    assert_eq!(render("qwen2.5", text.clone()), render("qwen2.5", object));
+    // Qwen3 prints such text as it is, and so does transformers.
+    assert!(render("qwen3", text).contains(r#""arguments": {"a":1,"b":"<"}}"#));
+}
+
+#[test]
+fn a_refusal_says_what_the_template_says() {
+    let turns = [Message::new("assistant", "hi")];
+    let error = render("{{ raise_exception('roles must alternate') }}", &turns).unwrap_err();
+    assert!(error.starts_with("the chat template refuses the conversation: roles must alternate"), "{error}");
+}
+
+#[test]
+fn a_broken_template_names_its_line() {
+    let error = render("{% if a %}\n{% endfor %}", &[]).unwrap_err();
+    assert!(error.contains("cannot be read in line 2"), "{error}");
+}
+
+#[test]
+fn the_folder_of_a_checkpoint_is_searched_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+    let said = |tools: Option<&Value>| {
+        let template = ChatTemplate::find(dir.path(), Some("family")).unwrap().unwrap();
+        template.render(&[], Rendering { tools, ..Rendering::default() }).unwrap()
+    };
+    assert!(ChatTemplate::find(dir.path(), None).unwrap().is_none());
+    assert_eq!(said(None), "family");
+    write("chat_template.json", r#"{"chat_template": "file"}"#);
+    assert_eq!(said(None), "file");
+    let list =
+        r#"[{"name": "default", "template": "{{ bos_token }}config"}, {"name": "tool_use", "template": "tools"}]"#;
+    write("tokenizer_config.json", &format!(r#"{{"bos_token": {{"content": "<s>"}}, "chat_template": {list}}}"#));
+    assert_eq!(said(None), "<s>config");
+    assert_eq!(said(Some(&json!([{"name": "f"}]))), "tools");
+    write("chat_template.jinja", "jinja\n");
+    assert_eq!(said(None), "jinja");
+}
+
+/// What such a template would do without limits: run for days, fill the memory, overflow the stack.
+#[test]
+fn a_hostile_template_is_stopped() {
+    let count = "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}";
+    let ends = "{% endfor %}".repeat(3);
+    let namespace = "{% set n = namespace(a='x', b='x') %}";
+    let templates = [
+        format!("{count}{ends}"),
+        format!("{count}{{{{ a }}}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = n.a ~ n.a %}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = [n.a] %}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = [n.a, n.a] %}}{{{{ n.a }}}}{ends}"),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | tojson }}}}"
+        ),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | string }}}}"
+        ),
+        format!(
+            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% set n.b = [n.b, n.b] %}}{{% endfor %}}{{{{ n.a == n.b }}}}"
+        ),
+        format!("{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | join }}}}"),
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
+        "{{ 'x' * 10000000000 }}".to_owned(),
+        "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}".to_owned(),
+    ];
+    for text in templates {
+        let answer = render(&text, &[Message::new("user", "hi")]);
+        assert!(answer.as_ref().is_err_and(|e| e.starts_with("the chat template refuses")), "{text}: {answer:?}");
+    }
+    let indented = render("{{ [[1]] | tojson(indent=1000000000) }}", &[]).unwrap();
+    assert!(indented.len() < 200, "{}", indented.len());
+}

@@ -1,0 +1,263 @@
+//! Files to token pairs: ids against TRL's own, and what becomes of rows that make no pair.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use std::path::{Path, PathBuf};
+
+use dpo_core::error::Kind;
+use dpo_data::{ChatTokenizer, DataOptions, Dataset, Truncation, load, split};
+use dpo_plugins::Registry;
+use serde_json::{Value, json};
+
+fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+}
+
+fn options(path: &Path) -> DataOptions {
+    DataOptions {
+        paths: vec![path.display().to_string()],
+        format: None,
+        columns: Default::default(),
+        max_length: usize::MAX,
+        truncation: Truncation::Delete,
+        strict: false,
+        shuffle: false,
+        seed: 0,
+    }
+}
+
+fn tokenizer() -> ChatTokenizer {
+    ChatTokenizer::open(&golden("trl/model"), None).unwrap()
+}
+
+fn load_with(change: impl Fn(&mut DataOptions), rows: &str) -> Result<Dataset, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.jsonl");
+    std::fs::write(&path, rows).unwrap();
+    let mut options = options(&path);
+    change(&mut options);
+    let folder = format!("{}/", dir.path().display());
+    load(&options, &Registry::discover(&[]), &tokenizer()).map_err(|e| {
+        assert_eq!(e.kind, Kind::Input);
+        e.to_string().replace(&folder, "")
+    })
+}
+
+fn load_rows(rows: &str) -> Result<Dataset, String> {
+    load_with(|_| {}, rows)
+}
+
+fn row(chosen: &str, rejected: &str) -> String {
+    let messages = json!([{"role": "user", "content": "why not?"}, {"role": "assistant", "content": chosen}]);
+    json!({"messages": messages, "rejected_response": rejected}).to_string()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+/// Every row of a trajectory made by TRL: `prefs.jsonl`, `model/` and the ids in `expected.json`.
+fn equals_trajectory(dir: &Path) {
+    let tokenizer = ChatTokenizer::open(&dir.join("model"), None).unwrap();
+    let done = load(&options(&dir.join("prefs.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
+    let expected: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap();
+    let expected = expected["rows"].as_array().unwrap();
+    assert_eq!(done.pairs.len(), expected.len(), "{}", dir.display());
+    for (pair, row) in done.pairs.iter().zip(expected) {
+        assert_eq!(pair.prompt, ids(&row["prompt_ids"]), "{}", pair.place);
+        assert_eq!(pair.chosen, ids(&row["chosen_ids"]), "{}", pair.place);
+        assert_eq!(pair.rejected, ids(&row["rejected_ids"]), "{}", pair.place);
+    }
+    assert_eq!(done.report.eos.without, 0);
+    assert_eq!(done.report.eos.token.as_deref(), Some("<|im_end|>"));
+}
+
+#[test]
+fn ids_are_those_of_trl() {
+    equals_trajectory(&golden("trl"));
+}
+
+/// Further trajectories, where the variable names a folder of them.
+#[test]
+fn ids_are_those_of_further_trajectories() {
+    let Some(folder) = std::env::var_os("DPO_TRAJECTORIES") else { return };
+    let dirs =
+        std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).filter(|p| p.join("expected.json").is_file());
+    let count = dirs.map(|dir| equals_trajectory(&dir)).count();
+    assert!(count > 0);
+}
+
+/// `golden/tokens.json`, made by `tests/oracle/token_rows.py`: prompts that lose their end, BOS, plain text.
+#[test]
+fn ids_are_those_of_trl_for_every_kind_of_row() {
+    let cases: Vec<Value> = serde_json::from_str(include_str!("golden/tokens.json")).unwrap();
+    for case in &cases {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tokenizer: Value =
+            serde_json::from_str(&std::fs::read_to_string(golden("trl/model/tokenizer.json")).unwrap()).unwrap();
+        let mut config = json!({"eos_token": "<|im_end|>", "chat_template": case["template"]});
+        if case["bos"] == json!(true) {
+            let special = json!({"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}});
+            let processor = &mut tokenizer["post_processor"];
+            processor["single"].as_array_mut().unwrap().insert(0, special);
+            processor["special_tokens"] =
+                json!({"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}});
+            config["bos_token"] = "<|endoftext|>".into();
+        }
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        let rows: Vec<String> = case["rows"].as_array().unwrap().iter().map(Value::to_string).collect();
+        std::fs::write(dir.path().join("rows.jsonl"), rows.join("\n")).unwrap();
+        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+        let done = load(&options(&dir.path().join("rows.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
+        let expected = case["expected"].as_array().unwrap();
+        assert_eq!(done.pairs.len(), expected.len(), "{}", case["name"]);
+        for (pair, row) in done.pairs.iter().zip(expected) {
+            let of = |name: &str| ids(&row[name]);
+            let found = (&pair.prompt, &pair.chosen, &pair.rejected);
+            assert_eq!(found, (&of("prompt_ids"), &of("chosen_ids"), &of("rejected_ids")), "{}", case["name"]);
+        }
+        let name = case["name"].as_str().unwrap();
+        let parts = name.contains("does not continue") || name.contains("merge over");
+        assert_eq!(
+            parts,
+            done.report.prompt_prefix.text.is_some(),
+            "{}: {:?}",
+            case["name"],
+            done.report.prompt_prefix
+        );
+    }
+}
+
+#[test]
+fn bad_rows_are_counted_with_their_cause_and_place() {
+    let rows = [
+        row("ok", "not"),
+        row("ok", "ok"),
+        row("ok", "  "),
+        r#"{"messages": [{"role": "user", "content": "hi"}], "rejected_response": "x"}"#.into(),
+        r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "rejected_messages":
+            [{"role": "user", "content": "c"}, {"role": "assistant", "content": "b"}]}"#
+            .replace('\n', ""),
+    ];
+    let done = load_rows(&rows.join("\n")).unwrap();
+    assert_eq!(done.pairs.len(), 1);
+    let causes: Vec<(&str, usize)> = done.report.dropped.iter().map(|d| (d.cause.as_str(), d.count)).collect();
+    let expected = [
+        "'messages' ends without an assistant's answer",
+        "both answers are the same",
+        "rejected answer is empty",
+        "turn 1 of the chosen conversation, of role 'user', would be learned",
+    ];
+    for cause in expected {
+        assert!(causes.contains(&(cause, 1)), "{cause}: {causes:?}");
+    }
+    assert_eq!(causes.len(), expected.len());
+    let named = |m: &String| m.contains("rows.jsonl:4: 'messages' ends");
+    assert!(done.report.messages.iter().any(named), "{:?}", done.report.messages);
+    assert!(done.report.to_string().contains("rows.jsonl: 1 pair, 5 rows of format ms-swift"), "{}", done.report);
+}
+
+#[test]
+fn strict_ends_at_the_first_bad_row() {
+    let strict = |rows: &str| load_with(|o| o.strict = true, rows).unwrap_err();
+    let error = strict(&[row("ok", "not"), row("ok", "ok")].join("\n"));
+    assert!(error.starts_with("rows.jsonl:2: both answers are the same"), "{error}");
+}
+
+#[test]
+fn a_file_with_broken_json_is_refused() {
+    let error = load_rows(&format!("{}\n\n{{\"a\" 1}}", row("ok", "not"))).unwrap_err();
+    assert!(error.starts_with("rows.jsonl:3: broken JSON at column 6: expected `:`"), "{error}");
+    let error = load_rows(&format!("{}\n7", row("ok", "not"))).unwrap_err();
+    assert!(error.starts_with("rows.jsonl:2: a row should be an object, is a number"), "{error}");
+}
+
+#[test]
+fn no_pair_left_says_why() {
+    let error = load_rows(&[row("ok", "ok"), row("not", "not")].join("\n")).unwrap_err();
+    assert!(error.starts_with("rows.jsonl: no pair is left of 2 rows: both answers are the same (2 rows)"), "{error}");
+}
+
+#[test]
+fn unknown_formats_name_their_columns() {
+    let error = load_rows(r#"{"question": "a", "good": "b", "bad": "c"}"#).unwrap_err();
+    assert!(error.contains("their columns are question, good, bad") && error.contains("ms-swift"), "{error}");
+    let columns = [("question", "prompt"), ("good", "chosen"), ("bad", "rejected")];
+    let columns = columns.map(|(a, b)| (a.to_owned(), b.to_owned()));
+    let done =
+        load_with(|o| o.columns = columns.clone().into(), r#"{"question": "a", "good": "b", "bad": "c"}"#).unwrap();
+    assert_eq!(done.report.files[0].format, "trl");
+    assert_eq!(done.report.plain_pairs, 1);
+}
+
+#[test]
+fn judged_answers_are_joined_by_their_prompt() {
+    let judged = |prompt: &str, answer: &str, liked: bool| {
+        json!({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], "label": liked})
+            .to_string()
+    };
+    let rows = [
+        judged("why", "ok", true),
+        judged("then", "a", true),
+        judged("why", "not", false),
+        judged("why", "mat", false),
+    ];
+    let done = load_rows(&rows.join("\n")).unwrap();
+    assert_eq!(done.pairs.len(), 2);
+    assert!(done.pairs[1].place.ends_with("rows.jsonl:4"), "{}", done.pairs[1].place);
+    assert_eq!(done.pairs[0].chosen, done.pairs[1].chosen);
+    let dropped = &done.report.dropped[0];
+    assert_eq!(dropped.cause, "no answer of the other kind to the same prompt");
+    assert!(dropped.places[0].ends_with("rows.jsonl:2"));
+}
+
+#[test]
+fn lengths_are_kept() {
+    let rows = [row("ok", "then it ran away then it ran away"), row("ok", "not")].join("\n");
+    let whole = load_rows(&rows).unwrap().pairs;
+    let (prompt, long) = (whole[0].prompt.len(), whole[0].longest());
+    assert!(whole[1].longest() < long - 2);
+    let cut =
+        |truncation, max_length| load_with(|o| (o.truncation, o.max_length) = (truncation, max_length), &rows).unwrap();
+    let delete = cut(Truncation::Delete, long - 1);
+    assert_eq!((delete.pairs.len(), delete.report.dropped[0].cause.as_str()), (1, "longer than max_length"));
+    let right = cut(Truncation::Right, long - 2);
+    assert_eq!(right.pairs[0].rejected, whole[0].rejected[..whole[0].rejected.len() - 2]);
+    assert_eq!((right.pairs[0].chosen.len(), right.report.truncated), (whole[0].chosen.len(), 1));
+    let left = cut(Truncation::Left, long - 2);
+    assert_eq!(left.pairs[0].prompt, whole[0].prompt[2..]);
+    assert_eq!(left.pairs[0].rejected, whole[0].rejected);
+    let error = load_with(|o| (o.truncation, o.max_length) = (Truncation::Right, prompt), &rows).unwrap_err();
+    assert!(error.contains("the prompt alone fills max_length (2 rows)"), "{error}");
+}
+
+#[test]
+fn the_first_pair_and_its_duplicates_are_reported() {
+    let done = load_rows(&[row("ok", "not"), row("ok", "not")].join("\n")).unwrap();
+    assert_eq!((done.pairs.len(), done.report.duplicates), (2, 1));
+    let text = done.report.to_string();
+    assert!(text.contains("[chosen: learned] 3 tokens\n      ok<|im_end|>"), "{text}");
+    assert!(text.contains("eos: every answer ends with <|im_end|>"), "{text}");
+    let sum: usize = done.pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum();
+    assert_eq!(done.report.unique_tokens, sum);
+}
+
+#[test]
+fn a_checkpoint_without_template_cannot_take_conversations() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("trl/model/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+    let error = load(&options(&golden("trl/prefs.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap_err();
+    assert!(error.message().contains("no chat template"), "{error}");
+}
+
+#[test]
+fn a_split_keeps_every_pair_once() {
+    let rows: Vec<String> = (0..10).map(|i| row(&format!("ok {i}"), "not")).collect();
+    let pairs = load_rows(&rows.join("\n")).unwrap().pairs;
+    let (train, val) = split(pairs.clone(), 0.2, 3);
+    assert_eq!((train.len(), val.len()), (8, 2));
+    assert!(pairs.iter().all(|p| train.contains(p) != val.contains(p)));
+    assert_eq!(split(pairs.clone(), 0.2, 3), (train, val));
+    assert_eq!(split(pairs, 0.0, 3).1.len(), 0);
+}

@@ -1,0 +1,133 @@
+//! Reading files: kinds, samples, places and broken rows.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use std::path::{Path, PathBuf};
+
+use dpo_data::source::{Source, SourceRow, parse_columns, read_file, rename};
+use serde_json::json;
+
+fn file(dir: &Path, name: &str, text: &str) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+fn place(row: &SourceRow) -> &str {
+    row.place.rsplit('/').next().unwrap()
+}
+
+fn numbers(files: &[(PathBuf, Vec<SourceRow>)]) -> Vec<u64> {
+    files.iter().flat_map(|(_, rows)| rows).map(|r| r.row.as_ref().unwrap()["n"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn json_in_lines_and_in_an_array() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = file(dir.path(), "a.jsonl", "\u{feff}{\"n\": 1}\r\n\r\n{\"n\": 2}");
+    let rows = read_file(&lines).unwrap();
+    assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), ["a.jsonl:1", "a.jsonl:3"]);
+    let text = "[\n  {\"n\": 1, \"t\": \"a, ] \\\" } b\"},\n\n  {\"n\":\n   [2]},  {\"n\": 3}\n]\n";
+    let rows = read_file(&file(dir.path(), "b.json", text)).unwrap();
+    assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), ["b.json:2", "b.json:4", "b.json:5"]);
+    assert_eq!(rows[0].row.as_ref().unwrap()["t"], json!("a, ] \" } b"));
+    assert_eq!(rows[1].row.as_ref().unwrap()["n"], json!([2]));
+}
+
+#[test]
+fn a_broken_element_costs_one_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = read_file(&file(dir.path(), "b.json", "[{\"n\": 1},\n {\"n\": 2,}, 3, {\"n\": 4}]")).unwrap();
+    assert_eq!(rows.iter().map(|r| r.row.is_ok()).collect::<Vec<_>>(), [true, false, false, true]);
+    let error = rows[1].row.clone().unwrap_err().to_string();
+    assert!(error.contains("b.json:2: broken JSON at column 10: trailing comma\n  help: "), "{error}");
+    let error = read_file(&file(dir.path(), "c.json", "[{\"n\": 1},\n{\"n\": \"2}]")).unwrap_err().to_string();
+    assert!(error.contains("c.json:2: broken JSON: the array does not end"), "{error}");
+}
+
+#[test]
+fn csv_cells_are_text_or_conversations() {
+    let dir = tempfile::tempdir().unwrap();
+    let text =
+        "prompt,chosen,rejected\n\"two\nlines\",[1],\"{\"\"a\"\": 1}\"\nx,\"[{\"\"role\"\": \"\"user\"\"}]\",\nshort\n";
+    let rows = read_file(&file(dir.path(), "a.csv", text)).unwrap();
+    assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), ["a.csv:2", "a.csv:4", "a.csv:5"]);
+    let row = rows[0].row.as_ref().unwrap();
+    assert_eq!(
+        (&row["prompt"], &row["chosen"], &row["rejected"]),
+        (&json!("two\nlines"), &json!("[1]"), &json!("{\"a\": 1}"))
+    );
+    assert_eq!(rows[1].row.as_ref().unwrap()["chosen"], json!([{"role": "user"}]));
+    let error = rows[2].row.clone().unwrap_err().to_string();
+    assert!(error.contains("a.csv:5: broken csv: found record with 1 fields"), "{error}");
+}
+
+#[test]
+fn parquet_rows_are_those_that_were_written() {
+    // Written with pyarrow 26 from the rows below.
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/rows.parquet");
+    let rows: Vec<_> = read_file(&path).unwrap().into_iter().map(|r| json!(r.row.unwrap())).collect();
+    let turns = |text: &str| json!([{"role": "user", "content": "天气?"}, {"role": "assistant", "content": text}]);
+    assert_eq!(
+        rows,
+        [
+            json!({"prompt": "天气?", "chosen": turns("ok"), "rejected": turns("no"), "score_chosen": 4.5, "n": 1}),
+            json!({"prompt": "天气?", "chosen": turns("sun"), "rejected": turns("rain"), "n": 2}),
+        ]
+    );
+}
+
+#[test]
+fn samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines: Vec<String> = (0..10).map(|n| format!("{{\"n\": {n}}}")).collect();
+    let path = file(dir.path(), "a.jsonl", &lines.join("\n")).display().to_string();
+    let take =
+        |n: usize, shuffle, seed| numbers(&Source::parse(&format!("{path}#{n}")).unwrap().read(shuffle, seed).unwrap());
+    assert_eq!(take(3, false, 0), [0, 1, 2]);
+    assert_eq!(take(12, false, 0), [0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+    let mut sample = take(4, true, 7);
+    assert_eq!(sample, take(4, true, 7));
+    assert!((8..20).any(|seed| take(4, true, seed) != sample));
+    sample.dedup();
+    assert_eq!(sample.len(), 4);
+    let many = take(25, true, 1);
+    assert!((0..10).all(|n| (2..=3).contains(&many.iter().filter(|m| **m == n).count())));
+    assert!(Source::parse("a.jsonl#0").is_err());
+    assert_eq!(Source::parse("a#b.jsonl").unwrap().path, Path::new("a#b.jsonl"));
+}
+
+#[test]
+fn a_folder_is_all_its_data_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Source::parse(&dir.path().display().to_string()).unwrap();
+    assert!(source.read(false, 0).unwrap_err().to_string().contains("holds no data file"));
+    file(dir.path(), "b.jsonl", "{\"n\": 2}");
+    file(dir.path(), "a.json", "[{\"n\": 1}]");
+    file(dir.path(), "README.md", "no data");
+    assert_eq!(numbers(&source.read(false, 0).unwrap()), [1, 2]);
+}
+
+#[test]
+fn what_cannot_be_read_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = |path: &Path| read_file(path).unwrap_err().to_string();
+    assert!(error(&dir.path().join("none.jsonl")).contains("none.jsonl: cannot read: no such file"));
+    assert!(error(&file(dir.path(), "empty.jsonl", "\n\n")).contains("empty.jsonl: the file holds no row"));
+    assert!(error(&file(dir.path(), "a.txt", "x")).contains("unknown kind of data file"));
+    assert!(error(&file(dir.path(), "a.parquet", "x")).contains("a.parquet: broken parquet"));
+    let bytes = dir.path().join("latin.jsonl");
+    std::fs::write(&bytes, b"{\"n\": 1}\n{\"n\": \"\xe9\"}").unwrap();
+    assert!(error(&bytes).contains("latin.jsonl:2: is not UTF-8 text"));
+}
+
+#[test]
+fn columns_may_change_places() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "a.jsonl", "{\"a\": 1, \"b\": 2}");
+    let mut files = vec![(path.clone(), read_file(&path).unwrap())];
+    rename(&mut files, &parse_columns(r#"{"a": "b", "b": "a"}"#).unwrap()).unwrap();
+    assert_eq!(json!(files[0].1[0].row.as_ref().unwrap()), json!({"a": 2, "b": 1}));
+    let error = rename(&mut files, &parse_columns(r#"{"c": "d"}"#).unwrap()).unwrap_err().to_string();
+    assert!(error.contains("unknown column 'c'"), "{error}");
+    assert!(parse_columns("[]").is_err());
+}

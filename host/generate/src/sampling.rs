@@ -1,0 +1,250 @@
+//! Which token comes next: the most likely one, or one drawn as transformers draws it (`generation/logits_process.py`):
+//! repetition penalty, temperature, top-k, top-p, in this order.
+//!
+//! candle-transformers has the like, at the price of building a hundred models.
+
+use std::cmp::Ordering;
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
+
+use dpo_core::error::{Error, Result};
+use dpo_data::read_json;
+
+/// Tokens of an answer, unless something else is said.
+const MAX_NEW_TOKENS: usize = 512;
+
+/// How the user wants tokens drawn; what is left out is as in the model's `generation_config.json`.
+#[derive(Clone, Debug, Default)]
+pub struct SamplingOptions {
+    /// 0 takes the most likely token.
+    pub temperature: Option<f64>,
+    /// Probability of the tokens that are drawn from.
+    pub top_p: Option<f64>,
+    /// Number of tokens that are drawn from.
+    pub top_k: Option<usize>,
+    /// What logits of tokens that were there before are divided by.
+    pub repetition_penalty: Option<f64>,
+    /// Most tokens of an answer.
+    pub max_new_tokens: Option<usize>,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 for the most likely token.
+    pub temperature: f64,
+    /// Probability of the tokens that are drawn from; 1 for all.
+    pub top_p: f64,
+    /// Number of tokens that are drawn from; `usize::MAX` for all.
+    pub top_k: usize,
+    /// What logits of tokens that were there before are divided by.
+    pub repetition_penalty: f64,
+    /// Most tokens of an answer.
+    pub max_new_tokens: usize,
+    /// Seed of the draws.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    /// The most likely tokens.
+    fn default() -> Sampling {
+        Sampling {
+            temperature: 0.0,
+            top_p: 1.0,
+            top_k: usize::MAX,
+            repetition_penalty: 1.0,
+            max_new_tokens: MAX_NEW_TOKENS,
+            seed: 42,
+        }
+    }
+}
+
+impl Sampling {
+    /// What the command line says, then the model's `generation_config.json`.
+    ///
+    /// # Errors
+    /// A number out of range, with its flag or file.
+    pub fn of(args: &SamplingOptions, model: &Path) -> Result<Sampling> {
+        let path = model.join("generation_config.json");
+        let config = read_json(&path)?;
+        let number = |name: &str| config.get(name).and_then(Value::as_f64);
+        let samples = config.get("do_sample").and_then(Value::as_bool).unwrap_or(false);
+        let asked = args.top_p.is_some() || args.top_k.is_some();
+        let temperature = if samples || asked { number("temperature").unwrap_or(1.0) } else { 0.0 };
+        // In transformers, too, 0 stands for none.
+        let some = |k: usize| if k == 0 { usize::MAX } else { k };
+        let plain = Sampling::default();
+        let sampling = Sampling {
+            temperature: args.temperature.unwrap_or(temperature),
+            top_p: args.top_p.or(number("top_p")).unwrap_or(plain.top_p),
+            top_k: some(args.top_k.or(number("top_k").map(|k| k as usize)).unwrap_or(0)),
+            repetition_penalty: args.repetition_penalty.or(number("repetition_penalty")).unwrap_or(1.0),
+            max_new_tokens: args
+                .max_new_tokens
+                .or(number("max_new_tokens").map(|n| n as usize))
+                .unwrap_or(plain.max_new_tokens),
+            seed: args.seed,
+        };
+        let of_file = path.display().to_string();
+        let checks = [
+            ("temperature", sampling.temperature, 0.0..=f64::MAX, args.temperature.is_some()),
+            ("top_p", sampling.top_p, f64::MIN_POSITIVE..=1.0, args.top_p.is_some()),
+            (
+                "repetition_penalty",
+                sampling.repetition_penalty,
+                f64::MIN_POSITIVE..=f64::MAX,
+                args.repetition_penalty.is_some(),
+            ),
+            ("max_new_tokens", sampling.max_new_tokens as f64, 1.0..=f64::MAX, args.max_new_tokens.is_some()),
+        ];
+        match checks.into_iter().find(|(_, value, range, _)| !range.contains(value)) {
+            Some((name, value, _, true)) => {
+                Err(Error::input(format!("{value} is out of range")).at(format!("--{}", name.replace('_', "-"))))
+            }
+            Some((name, value, _, false)) => Err(Error::input(format!("{name} is {value}, out of range")).at(of_file)),
+            None => Ok(sampling),
+        }
+    }
+}
+
+/// Draws the tokens of one answer.
+pub struct Sampler {
+    sampling: Sampling,
+    rng: ChaCha8Rng,
+}
+
+impl Sampler {
+    /// Begins at the seed.
+    pub fn new(sampling: &Sampling) -> Sampler {
+        Sampler { sampling: sampling.clone(), rng: ChaCha8Rng::seed_from_u64(sampling.seed) }
+    }
+
+    /// The token after `before`, from its logits.
+    ///
+    /// # Errors
+    /// Logits that are no numbers.
+    pub fn draw(&mut self, mut logits: Vec<f32>, before: &[u32]) -> Result<u32> {
+        if logits.iter().any(|l| l.is_nan()) {
+            return Err(Error::run("the model's logits are no numbers")
+                .help("a weight of the model or of the adapter is broken"));
+        }
+        let Sampling { temperature, top_p, top_k, repetition_penalty, .. } = self.sampling;
+        if repetition_penalty != 1.0 {
+            for id in before.iter().collect::<BTreeSet<_>>() {
+                let Some(logit) = logits.get_mut(*id as usize) else { continue };
+                let penalty = repetition_penalty as f32;
+                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+            }
+        }
+        // Likely first; of equals the first, as torch's argmax has it.
+        let likelier = |a: &u32, b: &u32| match logits[*b as usize].total_cmp(&logits[*a as usize]) {
+            Ordering::Equal => a.cmp(b),
+            order => order,
+        };
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        if temperature == 0.0 {
+            return ids.into_iter().min_by(likelier).ok_or_else(|| Error::run("the model has no tokens"));
+        }
+        if top_k < ids.len() {
+            ids.select_nth_unstable_by(top_k, likelier);
+            ids.truncate(top_k);
+        }
+        ids.sort_unstable_by(likelier);
+        let most = ids.first().map_or(0.0, |id| logits[*id as usize]);
+        let weight = |id: &u32| (f64::from(logits[*id as usize] - most) / temperature).exp();
+        let weights: Vec<f64> = ids.iter().map(weight).collect();
+        let all: f64 = weights.iter().sum();
+        // As few as reach the probability, and the one that does.
+        let mut sum = 0.0;
+        let enough = |weight: &f64| {
+            sum += weight;
+            sum >= top_p * all
+        };
+        let kept = weights.iter().position(enough).map_or(weights.len(), |at| at + 1);
+        let mut left = self.rng.random::<f64>() * weights[..kept].iter().sum::<f64>();
+        let drawn = weights[..kept].iter().position(|weight| {
+            left -= weight;
+            left < 0.0
+        });
+        ids.get(drawn.unwrap_or(kept.saturating_sub(1))).copied().ok_or_else(|| Error::run("the model has no tokens"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often each token is drawn.
+    fn counts(sampling: Sampling, logits: &[f32], before: &[u32]) -> Vec<usize> {
+        let mut sampler = Sampler::new(&sampling);
+        let mut counts = vec![0; logits.len()];
+        (0..4000).for_each(|_| counts[sampler.draw(logits.to_vec(), before).unwrap() as usize] += 1);
+        counts
+    }
+
+    fn drawn(counts: &[usize]) -> Vec<usize> {
+        (0..counts.len()).filter(|id| counts[*id] > 0).collect()
+    }
+
+    const LOGITS: [f32; 5] = [1.0, 3.0, 2.0, -1.0, 3.0];
+
+    #[test]
+    fn without_temperature_the_first_of_the_likeliest() {
+        assert_eq!(drawn(&counts(Sampling::default(), &LOGITS, &[])), [1]);
+        // A token that was there is less likely, whatever the sign of its logit.
+        let penalty = Sampling { repetition_penalty: 2.0, ..Sampling::default() };
+        assert_eq!(drawn(&counts(penalty.clone(), &LOGITS, &[1, 1])), [4]);
+        assert_eq!(drawn(&counts(penalty, &[-1.0, -1.5], &[0])), [1]);
+        let mut sampler = Sampler::new(&Sampling::default());
+        assert!(sampler.draw(vec![1.0, f32::NAN], &[]).is_err());
+    }
+
+    #[test]
+    fn draws_follow_the_probabilities() {
+        let warm = Sampling { temperature: 2.0, ..Sampling::default() };
+        let weights: Vec<f64> = LOGITS.iter().map(|l| (f64::from(*l) / 2.0).exp()).collect();
+        let all: f64 = weights.iter().sum();
+        let counts = counts(warm, &LOGITS, &[]);
+        for (count, weight) in counts.iter().zip(weights) {
+            assert!((*count as f64 / 4000.0 - weight / all).abs() < 0.03, "{counts:?}");
+        }
+    }
+
+    #[test]
+    fn few_are_drawn_from() {
+        let warm = Sampling { temperature: 5.0, ..Sampling::default() };
+        assert_eq!(drawn(&counts(Sampling { top_k: 3, ..warm.clone() }, &LOGITS, &[])), [1, 2, 4]);
+        assert_eq!(drawn(&counts(Sampling { top_k: 1, ..warm.clone() }, &LOGITS, &[])), [1]);
+        // At temperature 1 the two likeliest have 0.397 each, the third 0.146.
+        let cool = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(drawn(&counts(Sampling { top_p: 0.79, ..cool.clone() }, &LOGITS, &[])), [1, 4]);
+        assert_eq!(drawn(&counts(Sampling { top_p: 0.9, ..cool.clone() }, &LOGITS, &[])), [1, 2, 4]);
+        assert_eq!(drawn(&counts(Sampling { top_p: 1e-9, ..cool }, &LOGITS, &[])), [1]);
+        assert_eq!(counts(warm.clone(), &LOGITS, &[]), counts(warm, &LOGITS, &[]));
+    }
+
+    #[test]
+    fn flags_win_over_the_model() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |args: SamplingOptions| Sampling::of(&args, folder.path());
+        assert_eq!(of(SamplingOptions { seed: 42, ..SamplingOptions::default() }).unwrap(), Sampling::default());
+        let asked = of(SamplingOptions { top_k: Some(7), ..SamplingOptions::default() }).unwrap();
+        assert_eq!((asked.temperature, asked.top_k), (1.0, 7));
+        let config =
+            r#"{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}"#;
+        std::fs::write(folder.path().join("generation_config.json"), config).unwrap();
+        let asked =
+            of(SamplingOptions { top_p: Some(0.5), max_new_tokens: Some(9), ..SamplingOptions::default() }).unwrap();
+        let expected =
+            Sampling { temperature: 0.7, top_p: 0.5, top_k: 20, repetition_penalty: 1.05, max_new_tokens: 9, seed: 0 };
+        assert_eq!(asked, expected);
+        let wrong = of(SamplingOptions { temperature: Some(-1.0), ..SamplingOptions::default() }).unwrap_err();
+        assert!(wrong.to_string().contains("--temperature"), "{wrong}");
+    }
+}

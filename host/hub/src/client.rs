@@ -1,0 +1,246 @@
+//! Requests to a hub: patient with lines that break and hubs that are busy, strict about what a file has to be.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+use ureq::Agent;
+use ureq::Body;
+use ureq::config::RedirectAuthHeaders;
+use ureq::http::Response;
+
+use super::cache;
+use super::protocol::{Hub, Remote, variable};
+use dpo_core::console;
+use dpo_core::error::{Error, IoContext, Result};
+
+/// Tries without a byte of progress before it is given up.
+const TRIES: u32 = 5;
+
+/// The first pause between two tries; each further one is twice as long.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// The longest pause that a hub may ask for.
+const LONGEST_PAUSE: u64 = 300;
+
+/// For a connection to come about, and to be silent.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// Asks one hub.
+pub(super) struct Client {
+    agent: Agent,
+    hub: &'static Hub,
+    secret: Option<String>,
+}
+
+/// How a try failed.
+enum Failure {
+    /// Another try may do: why it failed, for how long the hub wants to be left alone, whether something arrived.
+    Passing {
+        cause: String,
+        pause: Option<Duration>,
+        progress: bool,
+    },
+    Final(Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::Final(error)
+    }
+}
+
+fn passing(cause: impl ToString) -> Failure {
+    Failure::Passing { cause: cause.to_string(), pause: None, progress: false }
+}
+
+/// Whether hubs are not to be asked.
+pub(super) fn offline() -> bool {
+    let on = |name| variable(name).is_some_and(|v| ["1", "true", "yes", "on"].contains(&v.to_lowercase().as_str()));
+    on("HF_HUB_OFFLINE") || on("TRANSFORMERS_OFFLINE")
+}
+
+impl Client {
+    pub(super) fn of(hub: &'static Hub) -> Client {
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            // Files come from other hosts, which the token is none of the business of.
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .timeout_connect(Some(SILENCE))
+            .timeout_recv_response(Some(SILENCE))
+            .timeout_per_read(Some(SILENCE))
+            .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
+        Client { agent: config.build().into(), hub, secret: (hub.secret)() }
+    }
+
+    /// What is at an address, as JSON.
+    pub(super) fn json(&self, address: &str) -> Result<Value> {
+        patiently(|| {
+            let mut response = self.get(address, 0)?;
+            let text = response.body_mut().with_config().limit(64 << 20).read_to_string().map_err(passing)?;
+            serde_json::from_str(&text).map_err(|e| {
+                let help = "is there a proxy or a login page between? HF_ENDPOINT names a mirror";
+                Failure::Final(Error::run(format!("{address} answers no JSON: {e}")).help(help))
+            })
+        })
+    }
+
+    /// Fetches a file to its place, from where the last try ended.
+    pub(super) fn download(&self, address: &str, file: &Remote, place: &Path) -> Result<()> {
+        let mut part = place.as_os_str().to_owned();
+        part.push(".incomplete");
+        let part = Path::new(&part);
+        if let Some(folder) = part.parent() {
+            fs::create_dir_all(folder).writing(folder)?;
+        }
+        let bar =
+            console::bar(file.size.unwrap_or(0), "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left");
+        bar.set_message(file.path.clone());
+        let result = patiently(|| {
+            self.append(address, file, part, |at| bar.set_position(at))?;
+            verify(file, part)?;
+            Ok(())
+        });
+        bar.finish_and_clear();
+        result?;
+        fs::rename(part, place).writing(place)?;
+        place.parent().map_or(Ok(()), dpo_core::files::sync_folder)
+    }
+
+    /// Adds to the part of a file that is there what it lacks.
+    fn append(
+        &self,
+        address: &str,
+        file: &Remote,
+        part: &Path,
+        mut at: impl FnMut(u64),
+    ) -> std::result::Result<(), Failure> {
+        let there = fs::metadata(part).map_or(0, |m| m.len());
+        // Without a size nobody knows whether the part is the whole.
+        let from = file.size.filter(|size| there <= *size).map_or(0, |_| there);
+        if from > 0 && Some(from) == file.size {
+            return Ok(());
+        }
+        let mut response = self.get(address, from)?;
+        let begins = |r: &Response<Body>| {
+            let range = r.headers().get("content-range").and_then(|v| v.to_str().ok());
+            range.is_some_and(|v| v.starts_with(&format!("bytes {from}-")))
+        };
+        let goes_on = from > 0 && response.status() == 206 && begins(&response);
+        let mut have = if goes_on { from } else { 0 };
+        let mut out = File::options().create(true).append(true).open(part).writing(part)?;
+        out.set_len(have).writing(part)?;
+        let mut body = response.body_mut().as_reader();
+        let mut buffer = vec![0; 1 << 18];
+        let started = have;
+        loop {
+            at(have);
+            let read = match body.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(read) => read,
+                Err(e) => {
+                    let cause = format!("the connection broke: {e}");
+                    return Err(Failure::Passing { cause, pause: None, progress: have > started });
+                }
+            };
+            have += read as u64;
+            if file.size.is_some_and(|size| have > size) {
+                let _ = fs::remove_file(part);
+                return Err(Error::run(format!("more bytes arrive than the {} it has", file.size.unwrap_or(0))).into());
+            }
+            out.write_all(&buffer[..read]).writing(part)?;
+        }
+        out.sync_all().writing(part)?;
+        match file.size {
+            Some(size) if have < size => {
+                let cause = format!("the connection ended after {have} of {size} bytes");
+                Err(Failure::Passing { cause, pause: None, progress: have > started })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn get(&self, address: &str, from: u64) -> std::result::Result<Response<Body>, Failure> {
+        let mut request = self.agent.get(address);
+        if let Some(secret) = &self.secret {
+            request = request.header("authorization", format!("Bearer {secret}"));
+        }
+        if from > 0 {
+            request = request.header("range", format!("bytes={from}-"));
+        }
+        let response = request.call().map_err(|e| match e {
+            ureq::Error::BadUri(what) => Failure::Final(Error::input(format!("{address} is no address: {what}"))),
+            e => passing(format!("{} does not answer: {e}", host(address))),
+        })?;
+        let status = response.status().as_u16();
+        match status {
+            200..=299 => Ok(response),
+            401 | 403 => Err(self.closed(status).into()),
+            404 => Err(Error::input("there is no such thing, or it is private (404)")
+                .help(format!("look at its page; {} lets you in where it is private", self.hub.token))
+                .into()),
+            408 | 429 | 500..=599 => {
+                let asked = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
+                let cause = format!("{} is busy ({status})", host(address));
+                match asked {
+                    Some(seconds) if seconds > LONGEST_PAUSE => {
+                        Err(Error::run(format!("{cause} and asks to come back in {seconds} s")).into())
+                    }
+                    _ => Err(Failure::Passing { cause, pause: asked.map(Duration::from_secs), progress: false }),
+                }
+            }
+            _ => Err(Error::run(format!("{} answers {status} to {address}", host(address))).into()),
+        }
+    }
+
+    /// Hugging Face says 401 also of what does not exist.
+    fn closed(&self, status: u16) -> Error {
+        let token = self.hub.token;
+        match self.secret {
+            Some(_) => Error::input(format!("the hub does not let this token in ({status})"))
+                .help(format!("accept the terms on its page with the account of {token}; is the name right?")),
+            None => {
+                Error::input(format!("the hub lets nobody in without a token, or does not know the name ({status})"))
+                    .help(format!("is the name right? if so, accept the terms on its page and set {token}"))
+            }
+        }
+    }
+}
+
+/// Tries again, later and later, as long as something may come of it.
+fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        match attempt() {
+            Ok(value) => return Ok(value),
+            Err(Failure::Final(error)) => return Err(error),
+            Err(Failure::Passing { cause, pause, progress }) => {
+                tries = if progress { 1 } else { tries + 1 };
+                if tries >= TRIES {
+                    let help = "run it again: it goes on where it ended. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy; \
+                                without a network, name a folder";
+                    return Err(Error::run(format!("given up after {TRIES} tries: {cause}")).help(help));
+                }
+                std::thread::sleep(pause.unwrap_or(PAUSE * 2_u32.pow(tries - 1)));
+            }
+        }
+    }
+}
+
+/// Whether what arrived is the file. What is not is removed, so that the next try begins anew.
+fn verify(file: &Remote, part: &Path) -> Result<()> {
+    let Some(sha256) = &file.sha256 else { return Ok(()) };
+    let is = cache::hash(part).reading(part)?;
+    if is.eq_ignore_ascii_case(sha256) {
+        return Ok(());
+    }
+    let _ = fs::remove_file(part);
+    let what = format!("what arrived is another file: its SHA-256 is {is}, the hub says {sha256}");
+    Err(Error::run(what).help("it is removed; run it again, or try another mirror"))
+}
+
+fn host(address: &str) -> &str {
+    address.split('/').nth(2).unwrap_or(address)
+}

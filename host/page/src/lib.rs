@@ -1,0 +1,28 @@
+//! What a person sees of runs: the live page of `train --dashboard` and `ui`, and `report.html`.
+//!
+//! All of it knows a run by the files in its folder and by nothing else, so that a run that goes on, one that ended and one
+//! that was copied from another machine look the same.
+
+mod chart;
+mod report;
+mod runs;
+mod server;
+
+pub use report::write as write_report;
+pub use runs::Runs;
+pub use server::{Server, Watchers};
+
+/// The flags of a run, every one of them.
+pub const ARGS: &str = "args.json";
+/// What was known before the first step: model, device, data, number of steps.
+pub const FACTS: &str = "run.json";
+/// Numbers, a line a logged step.
+pub const LOG: &str = "logging.jsonl";
+/// Warnings, and what the loss doctor said.
+pub const REMARKS: &str = "remarks.jsonl";
+/// A few pairs, token by token.
+pub const SAMPLES: &str = "samples.jsonl";
+/// Answers to held prompts before and after: `prompt`, `before`, `after`.
+pub const ANSWERS: &str = "answers.jsonl";
+
+const STYLE: &str = include_str!("page.css");

@@ -1,0 +1,17 @@
+//! Plugins: where they are found, how a library is opened, and what the registry knows by name.
+//!
+//! Linked-in plugins and shared libraries pass through the same checks and are called through the same two functions.
+
+mod library;
+mod registry;
+pub mod shapes;
+
+pub use library::{Library, Origin, user_folder};
+pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry, Row as ListRow};
+
+// Referred to so that the linker keeps what the built-in plugins submit to `inventory`.
+use {
+    dpo_format_hh_rlhf as _, dpo_format_kto as _, dpo_format_llama_factory as _, dpo_format_ms_swift as _,
+    dpo_format_trl as _, dpo_format_ultrafeedback as _,
+};
+use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};

@@ -1,0 +1,377 @@
+//! What is known by name: families, formats, losses.
+//!
+//! A name belongs to the package that had it first, built-in ones before all. A library of the same package may replace
+//! it; another package that claims it is refused. Of several libraries of one package the first place counts, in this
+//! order: `--plugin-dir`, `$DPO_PLUGIN_PATH`, the user's folder, built-in, `plugins/` beside the executable.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use abi_stable::std_types::RSlice;
+use dpo_plugin_api::abi::{Item, RawAnswer, RawLossCall, RawLossResult, RawPair};
+use dpo_plugin_api::dataset::{Record, Row as DataRow};
+use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::loss::{LossOption, Needs};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::library::{Library, Origin, Shared, user_folder};
+use dpo_core::error::{Error, Result};
+
+/// A model family.
+pub struct Family {
+    handle: Handle,
+    /// Its name.
+    pub name: String,
+    /// Its line in `list`.
+    pub summary: String,
+    /// Architectures it answers for.
+    pub claims: Vec<String>,
+    /// A published `config.json`.
+    pub example_config: String,
+    /// Chat template for checkpoints without one.
+    pub chat_template: Option<String>,
+}
+
+/// A dataset format.
+pub struct Format {
+    handle: Handle,
+    /// Its name.
+    pub name: String,
+    /// Its line in `list`.
+    pub summary: String,
+    /// Rows as jsonl.
+    pub examples: String,
+}
+
+/// An alignment loss.
+pub struct Loss {
+    handle: Handle,
+    /// Its name.
+    pub name: String,
+    /// Its line in `list`.
+    pub summary: String,
+    /// Its formula.
+    pub formula: String,
+    /// What it needs of the host.
+    pub needs: Needs,
+    /// Its options.
+    pub options: Vec<LossOption>,
+}
+
+/// An item of a library.
+#[derive(Clone)]
+struct Handle {
+    library: Shared,
+    item: usize,
+}
+
+impl Family {
+    /// The graph for the text of a `config.json`. Not yet checked against the ops of this host.
+    pub fn graph(&self, config: &str) -> Result<ModelGraph> {
+        self.handle.call("graph", config)
+    }
+}
+
+impl Format {
+    /// How surely a row is of this format.
+    pub fn recognises(&self, row: &DataRow) -> Result<u8> {
+        self.handle.call("recognises", &text(row))
+    }
+
+    /// The records of a row.
+    pub fn records(&self, row: &DataRow) -> Result<Vec<Record>> {
+        self.handle.call("records", &text(row))
+    }
+}
+
+fn text(row: &DataRow) -> String {
+    serde_json::to_string(row).unwrap_or_default()
+}
+
+/// Pairs for a loss, as [`Loss::eval`] takes them.
+pub struct LossCall<'a> {
+    /// Option values as a JSON object.
+    pub options: &'a str,
+    /// Pairs.
+    pub pairs: &'a [RawPair<'a>],
+    /// Pairs in the step, over all micro-batches and ranks.
+    pub step_pairs: usize,
+    /// Chosen and rejected answers' tokens in the step.
+    pub step_tokens: [usize; 2],
+    /// What the loss left in its state at its last call.
+    pub state: &'a [f64],
+}
+
+/// What a loss answers, checked for its sizes.
+pub struct LossResult {
+    /// Loss of each pair; the step's loss is their sum over its pairs, divided by their number.
+    pub losses: Vec<f64>,
+    /// Derivative of a pair's loss by each token's log-prob: of every pair the chosen answer's, then the rejected one's.
+    pub slopes: Vec<f32>,
+    /// State for the next call.
+    pub state: Vec<f64>,
+}
+
+impl Loss {
+    /// Losses and derivatives of some pairs.
+    pub fn eval(&self, call: &LossCall<'_>) -> Result<LossResult> {
+        let raw = RawLossCall {
+            options: call.options.into(),
+            pairs: RSlice::from_slice(call.pairs),
+            step_pairs: call.step_pairs as f64,
+            step_chosen_tokens: call.step_tokens[0] as f64,
+            step_rejected_tokens: call.step_tokens[1] as f64,
+            state: RSlice::from_slice(call.state),
+        };
+        let RawLossResult { losses, slopes, state } =
+            self.handle.library.eval(self.handle.item, raw).map_err(|e| e.at(format!("loss '{}'", self.name)))?;
+        let len = |a: &RawAnswer<'_>| a.policy.len();
+        let tokens: usize = call.pairs.iter().map(|p| len(&p.chosen) + len(&p.rejected)).sum();
+        if losses.len() != call.pairs.len() || slopes.len() != tokens {
+            let (l, s, p) = (losses.len(), slopes.len(), call.pairs.len());
+            let what = format!("answered {l} losses and {s} derivatives for {p} pairs of {tokens} tokens");
+            return Err(Error::run(what).at(format!("loss '{}'", self.name)));
+        }
+        Ok(LossResult { losses: losses.into(), slopes: slopes.into(), state: state.into() })
+    }
+}
+
+impl Handle {
+    fn call<T: serde::de::DeserializeOwned>(&self, what: &str, input: &str) -> Result<T> {
+        self.library.call(what, self.item, input)
+    }
+}
+
+/// A library, or one of its items, that this run goes without.
+#[derive(Debug, Serialize)]
+pub struct Refusal {
+    /// The file, and the item where it is one of several.
+    pub place: String,
+    /// Why.
+    pub cause: String,
+}
+
+/// A line of `dpo-host list`.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    /// `model`, `dataset` or `loss`.
+    pub kind: &'static str,
+    /// Name.
+    pub name: String,
+    /// Version of its package.
+    pub version: String,
+    /// Package.
+    pub package: String,
+    /// Architectures a family answers for; otherwise its summary.
+    pub claims: String,
+    /// `built-in` or a file.
+    pub origin: String,
+    /// Where the plugin that is used in place of this one comes from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shadowed_by: Option<String>,
+}
+
+/// Everything found at start-up.
+#[derive(Default)]
+pub struct Registry {
+    /// Families by name.
+    pub families: Vec<Family>,
+    /// Formats by name.
+    pub formats: Vec<Format>,
+    /// Losses by name.
+    pub losses: Vec<Loss>,
+    /// What was refused.
+    pub refusals: Vec<Refusal>,
+    /// Every accepted item, used or shadowed.
+    pub rows: Vec<Row>,
+}
+
+/// Items come in the order of precedence; `place` says where built-in ones stand in it.
+struct Candidate {
+    library: Shared,
+    item: usize,
+    parsed: Item,
+}
+
+impl Registry {
+    /// Finds plugins: `dirs` are the user's `--plugin-dir`s. Broken ones become [`Refusal`]s.
+    pub fn discover(dirs: &[PathBuf]) -> Registry {
+        let mut registry = Registry::default();
+        let mut first = dirs.to_vec();
+        if let Some(path) = std::env::var_os("DPO_PLUGIN_PATH") {
+            first.extend(std::env::split_paths(&path).filter(|p| !p.as_os_str().is_empty()));
+        }
+        for dir in first.iter().filter(|d| !d.is_dir()) {
+            registry.refuse(dir.display().to_string(), "is not a folder");
+        }
+        first.extend(user_folder());
+        let last = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("plugins")));
+        let mut libraries: Vec<Shared> = Vec::new();
+        registry.open_all(&first, &mut libraries);
+        for library in Library::linked() {
+            match library {
+                Ok(library) => libraries.push(Arc::new(library)),
+                Err(e) => registry.refuse("built-in".into(), &e.to_string()),
+            }
+        }
+        registry.open_all(last.as_slice(), &mut libraries);
+        let candidates = registry.candidates(&libraries);
+        registry.settle(candidates);
+        registry
+    }
+
+    fn refuse(&mut self, place: String, cause: &str) {
+        let cause = cause.lines().map(str::trim).collect::<Vec<_>>().join("; ");
+        self.refusals.push(Refusal { place, cause });
+    }
+
+    fn open_all(&mut self, dirs: &[PathBuf], libraries: &mut Vec<Shared>) {
+        for path in dirs.iter().flat_map(|d| shared_libraries(d)) {
+            match Library::open(&path) {
+                Ok(library) => libraries.push(Arc::new(library)),
+                Err(e) => self.refuse(path.display().to_string(), &e.to_string()),
+            }
+        }
+    }
+
+    /// Items that can be read and, for families, whose example gives a graph that this host can run.
+    fn candidates(&mut self, libraries: &[Shared]) -> Vec<Candidate> {
+        let mut candidates = Vec::new();
+        for library in libraries {
+            for (item, value) in library.manifest.items.iter().enumerate() {
+                match accept(library, item, value) {
+                    Ok(parsed) => candidates.push(Candidate { library: library.clone(), item, parsed }),
+                    Err(e) => {
+                        let name = value.get("name").and_then(Value::as_str).unwrap_or("?");
+                        self.refuse(format!("{}: {name}", library.origin), &e.to_string());
+                    }
+                }
+            }
+        }
+        candidates
+    }
+
+    /// Gives every name to one candidate.
+    fn settle(&mut self, candidates: Vec<Candidate>) {
+        let key = |c: &Candidate| (kind_of(&c.parsed), c.parsed.name().to_owned());
+        let owner_of = |c: &Candidate| {
+            let same = || candidates.iter().filter(|o| key(o) == key(c));
+            let owner = same().find(|o| o.library.origin == Origin::BuiltIn).or_else(|| same().next());
+            owner.map(|o| (o.library.manifest.package.clone(), o.library.origin.to_string()))
+        };
+        let mut refused = Vec::new();
+        let mut used: Vec<(&'static str, String, String)> = Vec::new();
+        for candidate in &candidates {
+            let manifest = &candidate.library.manifest;
+            let (kind, name) = key(candidate);
+            let origin = candidate.library.origin.to_string();
+            let (owner, owner_origin) = owner_of(candidate).unwrap_or_default();
+            if owner != manifest.package {
+                let cause = format!("the {kind} name '{name}' is taken by {owner} ({owner_origin})");
+                refused.push((format!("{origin}: {name}"), cause));
+                continue;
+            }
+            let winner = used.iter().find(|(k, n, _)| *k == kind && *n == name).map(|(_, _, o)| o.clone());
+            if winner.is_none() {
+                used.push((kind, name.clone(), origin.clone()));
+                self.insert(candidate);
+            }
+            let claims = match &candidate.parsed {
+                Item::Model { claims, .. } => claims.join(", "),
+                Item::Dataset { summary, .. } | Item::Loss { summary, .. } => summary.clone(),
+            };
+            let (version, package) = (manifest.version.clone(), manifest.package.clone());
+            self.rows.push(Row { kind, name, version, package, claims, origin, shadowed_by: winner });
+        }
+        for (place, cause) in refused {
+            self.refuse(place, &cause);
+        }
+        self.families.sort_by(|a, b| a.name.cmp(&b.name));
+        self.formats.sort_by(|a, b| a.name.cmp(&b.name));
+        self.losses.sort_by(|a, b| a.name.cmp(&b.name));
+        let order = ["model", "dataset", "loss"];
+        self.rows.sort_by_key(|r| (order.iter().position(|k| *k == r.kind), r.name.clone(), r.shadowed_by.is_some()));
+    }
+
+    fn insert(&mut self, candidate: &Candidate) {
+        let handle = Handle { library: candidate.library.clone(), item: candidate.item };
+        match candidate.parsed.clone() {
+            Item::Model { name, summary, claims, example_config, chat_template } => {
+                self.families.push(Family { handle, name, summary, claims, example_config, chat_template });
+            }
+            Item::Dataset { name, summary, examples } => {
+                self.formats.push(Format { handle, name, summary, examples });
+            }
+            Item::Loss { name, summary, formula, needs, options } => {
+                self.losses.push(Loss { handle, name, summary, formula, needs, options });
+            }
+        }
+    }
+
+    /// The family of a name.
+    pub fn family(&self, name: &str) -> Result<&Family> {
+        let known = || self.families.iter().map(|f| f.name.as_str());
+        self.families.iter().find(|f| f.name == name).ok_or_else(|| Error::unknown("plugin", name, known()))
+    }
+
+    /// The family that answers for an architecture of a `config.json`.
+    pub fn family_for(&self, architecture: &str) -> Result<&Family> {
+        self.families.iter().find(|f| f.claims.iter().any(|c| c == architecture)).ok_or_else(|| {
+            let known = self.families.iter().flat_map(|f| f.claims.iter().map(String::as_str));
+            Error::unknown("architecture", architecture, known)
+        })
+    }
+
+    /// The format of a name.
+    pub fn format(&self, name: &str) -> Result<&Format> {
+        let known = || self.formats.iter().map(|f| f.name.as_str());
+        self.formats.iter().find(|f| f.name == name).ok_or_else(|| Error::unknown("dataset format", name, known()))
+    }
+
+    /// The loss of a name.
+    pub fn loss(&self, name: &str) -> Result<&Loss> {
+        let known = || self.losses.iter().map(|l| l.name.as_str());
+        self.losses.iter().find(|l| l.name == name).ok_or_else(|| Error::unknown("loss", name, known()))
+    }
+}
+
+fn kind_of(item: &Item) -> &'static str {
+    match item {
+        Item::Model { .. } => "model",
+        Item::Dataset { .. } => "dataset",
+        Item::Loss { .. } => "loss",
+    }
+}
+
+/// Reads an item and checks what can be checked before it is used.
+fn accept(library: &Shared, item: usize, value: &Value) -> Result<Item> {
+    let parsed: Item = serde_json::from_value(value.clone())
+        .map_err(|e| Error::input(format!("this host does not know such an item: {e}")))?;
+    let name = parsed.name();
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_.".contains(c);
+    if name.is_empty() || !name.chars().all(plain) {
+        return Err(Error::input(format!(
+            "the name '{name}' should be of lower-case letters, digits, '-', '_' and '.'"
+        )));
+    }
+    match &parsed {
+        Item::Model { example_config, .. } => {
+            let graph: ModelGraph = library.call("graph", item, example_config)?;
+            dpo_core::graph::check(&graph)?;
+        }
+        Item::Loss { needs, .. } => dpo_core::graph::check_statistics(&needs.statistics)?,
+        Item::Dataset { .. } => {}
+    }
+    Ok(parsed)
+}
+
+/// Files in a folder that are shared libraries by name, sorted so that the outcome does not depend on the file system.
+fn shared_libraries(dir: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let paths = entries.filter_map(|e| Some(e.ok()?.path()));
+    let mut files: Vec<PathBuf> =
+        paths.filter(|p| p.extension().is_some_and(|e| e == std::env::consts::DLL_EXTENSION)).collect();
+    files.sort();
+    files
+}

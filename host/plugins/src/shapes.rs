@@ -1,0 +1,70 @@
+//! Published shapes of models, for plans and benchmarks without a checkpoint.
+
+use dpo_core::error::{Error, Result};
+use dpo_plugin_api::graph::ModelGraph;
+
+use crate::Registry;
+
+/// A published shape: numbers of a checkpoint's `config.json`. Those without a say in speed and memory are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// What the command line calls it.
+    pub name: &'static str,
+    family: &'static str,
+    hidden: usize,
+    intermediate: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    vocab: usize,
+    tied: bool,
+}
+
+macro_rules! shapes {
+    ($([$name:literal, $family:literal, $h:literal, $i:literal, $l:literal, $q:literal, $kv:literal, $d:literal, $v:literal, $t:literal]),* $(,)?) => {
+        &[$(Shape {
+            name: $name, family: $family, hidden: $h, intermediate: $i, layers: $l, heads: $q, kv_heads: $kv, head_dim: $d,
+            vocab: $v, tied: $t,
+        }),*]
+    };
+}
+
+/// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection.
+pub const SHAPES: &[Shape] = shapes![
+    ["qwen2.5-0.5b", "qwen2", 896, 4864, 24, 14, 2, 64, 151936, true],
+    ["qwen2.5-1.5b", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936, true],
+    ["qwen2.5-3b", "qwen2", 2048, 11008, 36, 16, 2, 128, 151936, true],
+    ["qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, false],
+    ["qwen3-4b", "qwen3", 2560, 9728, 36, 32, 8, 128, 151936, true],
+    ["qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936, false],
+    ["llama3-8b", "llama3", 4096, 14336, 32, 32, 8, 128, 128256, false],
+    ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false],
+    ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false],
+];
+
+impl Shape {
+    /// The shape of a name.
+    ///
+    /// # Errors
+    /// An unknown name, with those that are known.
+    pub fn named(name: &str) -> Result<Shape> {
+        let found = SHAPES.iter().find(|s| s.name.eq_ignore_ascii_case(name));
+        found.copied().ok_or_else(|| Error::unknown("shape", name, SHAPES.iter().map(|s| s.name)))
+    }
+
+    /// Its graph.
+    ///
+    /// # Errors
+    /// A registry without its family.
+    pub fn graph(self, registry: &Registry) -> Result<ModelGraph> {
+        let mut config = serde_json::json!({"hidden_size": self.hidden, "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocab, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
+            "tie_word_embeddings": self.tied, "hidden_act": "silu"});
+        if self.family != "qwen2" {
+            config["head_dim"] = self.head_dim.into();
+        }
+        registry.family(self.family)?.graph(&config.to_string())
+    }
+}

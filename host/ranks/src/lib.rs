@@ -1,0 +1,257 @@
+//! Many processes, one run: who they are, how they meet, what they exchange, and what happens when one is lost.
+//!
+//! `environment` reads a rank's place, `rendezvous` brings ranks together (after the `handshake`), `ring` sums and
+//! gathers, `watchdog` notices losses, `launch` starts ranks on one machine. The training loop sees only [`Ranks`], and a
+//! run on one device is a run of one rank.
+
+mod environment;
+pub mod handshake;
+mod interrupt;
+mod launch;
+mod rendezvous;
+mod ring;
+mod watchdog;
+
+use std::io;
+use std::ops::Range;
+use std::time::Duration;
+
+pub use environment::Place;
+pub use interrupt::{Announcement, Interrupt};
+pub use launch::{end_with_launcher, launch};
+
+use self::ring::Ring;
+use self::watchdog::Watchdog;
+use dpo_core::collective::{ProcessGroup, Shards};
+use dpo_core::error::{Error, Result};
+
+/// How long ranks wait for each other.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// For all to come at the start.
+    pub rendezvous: Duration,
+    /// Without a heartbeat, after which a rank counts as lost.
+    pub watchdog: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Timeouts {
+        Timeouts { rendezvous: Duration::from_secs(60), watchdog: Duration::from_secs(8) }
+    }
+}
+
+/// Does some work as one of the ranks that a launcher has started.
+///
+/// # Errors
+/// Those of the work; ranks that do not come.
+pub fn work(place: &Place, work: impl FnOnce(&mut Ranks) -> Result<()>) -> Result<()> {
+    if place.launched {
+        end_with_launcher();
+    }
+    let mut ranks = Ranks::join(place, Timeouts::default())?;
+    let result = work(&mut ranks);
+    ranks.end(result)
+}
+
+/// The ranks of a run, seen from one of them.
+pub struct Ranks {
+    rank: usize,
+    processes: Vec<String>,
+    wire: Option<Wire>,
+    /// Until a thread of its own takes it.
+    parts: Option<Parts>,
+}
+
+/// A ring between ranks, and what knows why it broke.
+struct Wire {
+    rank: usize,
+    ring: Ring,
+    watchdog: Watchdog,
+}
+
+/// Values of which every rank keeps a part, filled in from the others when they are needed. It has a ring of its own, so
+/// that it does so beside whatever else ranks exchange; what it fills in, and in which order, is the same on all of them.
+pub struct Parts(Wire);
+
+impl Wire {
+    fn round<T>(&mut self, work: impl FnOnce(&mut Ring) -> io::Result<T>) -> Result<T> {
+        work(&mut self.ring).map_err(|e| {
+            // Only a connection that broke has a rank to blame.
+            let verdict = if e.kind() == io::ErrorKind::InvalidData { None } else { self.watchdog.verdict() };
+            verdict
+                .unwrap_or_else(|| Error::run(format!("the rank before rank {} {}", self.rank, handshake::plain(&e))))
+        })
+    }
+}
+
+impl Shards for Parts {
+    fn own(&self, length: usize) -> Range<usize> {
+        self.0.ring.own(length)
+    }
+
+    fn fill(&mut self, values: &mut [f32]) -> Result<()> {
+        self.0.round(|ring| ring.fill(values))
+    }
+}
+
+impl ProcessGroup for Ranks {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.processes.len()
+    }
+
+    fn all_reduce(&mut self, values: &mut [f32]) -> Result<()> {
+        self.sum(values)
+    }
+
+    fn all_gather(&mut self, own: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        self.gather(own)
+    }
+
+    fn broadcast(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>> {
+        self.broadcast(bytes)
+    }
+
+    fn name(&self, rank: usize) -> &str {
+        self.processes.get(rank).map_or("", String::as_str)
+    }
+
+    fn shards(&mut self) -> Option<Box<dyn Shards>> {
+        self.parts.take().map(|parts| Box::new(parts) as Box<dyn Shards>)
+    }
+}
+
+impl Ranks {
+    /// A run of one rank.
+    pub fn alone() -> Ranks {
+        Ranks { rank: 0, processes: vec![String::new()], wire: None, parts: None }
+    }
+
+    /// Meets the other ranks of a run.
+    ///
+    /// # Errors
+    /// Ranks that do not come, or that are of another run.
+    pub fn join(place: &Place, timeouts: Timeouts) -> Result<Ranks> {
+        let met = rendezvous::meet(place, timeouts.rendezvous)?;
+        let handles = met.rings.iter().map(Ring::handles).collect::<io::Result<Vec<_>>>();
+        let handles = handles.map_err(|e| Error::run(e.to_string()))?.into_iter().flatten().collect();
+        let watchdog = Watchdog::start(place.rank, &met.processes, met.control, handles, timeouts.watchdog)?;
+        let [wire, parts] = met.rings.map(|ring| Wire { rank: place.rank, ring, watchdog: watchdog.clone() });
+        Ok(Ranks { rank: place.rank, processes: met.processes, wire: Some(wire), parts: Some(Parts(parts)) })
+    }
+
+    /// From 0.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// How many.
+    pub fn size(&self) -> usize {
+        self.processes.len()
+    }
+
+    /// Whether this is rank 0, which alone writes and prints.
+    pub fn is_first(&self) -> bool {
+        self.rank == 0
+    }
+
+    /// Puts the sum over ranks into every rank's values, with the same bits everywhere.
+    ///
+    /// # Errors
+    /// A rank that is lost, here and below.
+    pub fn sum(&mut self, values: &mut [f32]) -> Result<()> {
+        self.round(|ring| ring.sum(values)).map(|_| ())
+    }
+
+    /// The same for a few numbers in f64, added in the order of ranks.
+    pub fn sum_f64<const N: usize>(&mut self, values: [f64; N]) -> Result<[f64; N]> {
+        let own: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let Some(all) = self.round(|ring| ring.gather(&own))? else { return Ok(values) };
+        let mut sums = [0.0; N];
+        for bytes in &all {
+            for (sum, b) in sums.iter_mut().zip(bytes.chunks_exact(8)) {
+                *sum += f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
+            }
+        }
+        Ok(sums)
+    }
+
+    /// Waits until all ranks are here.
+    pub fn wait(&mut self) -> Result<()> {
+        self.gather(Vec::new()).map(|_| ())
+    }
+
+    /// The largest of the ranks' numbers.
+    pub fn most(&mut self, value: u64) -> Result<u64> {
+        let all = self.gather(value.to_le_bytes().to_vec())?;
+        let number = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
+        Ok(all.iter().map(number).max().unwrap_or(value))
+    }
+
+    /// Every rank's bytes, in the order of ranks.
+    pub fn gather(&mut self, own: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        Ok(self.round(|ring| ring.gather(&own))?.unwrap_or_else(|| vec![own]))
+    }
+
+    /// Rank 0's bytes, at every rank.
+    pub fn broadcast(&mut self, mut bytes: Vec<u8>) -> Result<Vec<u8>> {
+        self.round(|ring| ring.broadcast(&mut bytes))?;
+        Ok(bytes)
+    }
+
+    /// What rank 0 finds, at every rank; the others do not look.
+    pub fn first<T>(&mut self, find: impl FnOnce() -> Result<T>) -> Result<T>
+    where
+        T: serde::Serialize + serde::de::DeserializeOwned,
+    {
+        let failed = |e: serde_json::Error| Error::run(format!("between ranks: {e}"));
+        let found = if self.is_first() { Some(find()?) } else { None };
+        let bytes = found.as_ref().map(serde_json::to_vec).transpose().map_err(failed)?;
+        let bytes = self.broadcast(bytes.unwrap_or_default())?;
+        match found {
+            Some(found) => Ok(found),
+            None => serde_json::from_slice(&bytes).map_err(failed),
+        }
+    }
+
+    /// Refuses to go on if a rank has something else than rank 0; `value` is small, a hash of what is compared.
+    pub fn same(&mut self, what: &str, value: &[u8]) -> Result<()> {
+        let all = self.gather(value.to_vec())?;
+        let other: Vec<String> =
+            (0..all.len()).filter(|r| all[*r] != all[0]).map(|r| format!("rank {r} ({})", self.processes[r])).collect();
+        if other.is_empty() {
+            return Ok(());
+        }
+        // Nobody leaves before all know.
+        let _ = self.wait();
+        let has = if other.len() == 1 { "has" } else { "have" };
+        Err(Error::input(format!("{} {has} another {what} than rank 0 ({})", other.join(", "), self.processes[0]))
+            .help("every rank needs the same files, the same flags and the same dpo-host"))
+    }
+
+    /// Ends the run on this rank: well, once all ranks are here, or by telling the others why not.
+    pub fn end<T>(&mut self, result: Result<T>) -> Result<T> {
+        let result = match result {
+            Ok(value) => self.wait().map(|()| value),
+            failed => failed,
+        };
+        if let Some(Wire { watchdog, .. }) = &self.wire {
+            match &result {
+                Ok(_) => watchdog.finish(),
+                Err(e) => watchdog.fail(&if self.is_first() { self.named(e) } else { e.to_string() }),
+            }
+        }
+        result
+    }
+
+    fn named(&self, error: &Error) -> String {
+        format!("rank {} ({}) failed: {error}", self.rank, self.processes[self.rank])
+    }
+
+    fn round<T>(&mut self, work: impl FnOnce(&mut Ring) -> io::Result<T>) -> Result<Option<T>> {
+        self.wire.as_mut().map(|wire| wire.round(work)).transpose()
+    }
+}

@@ -1,0 +1,72 @@
+//! How rows become examples; shared by `train`, `data` and `eval`.
+
+use clap::{ArgAction, Args, ValueEnum};
+use dpo_core::error::Result;
+use dpo_data::{DataOptions, Truncation, parse_columns};
+use serde::Serialize;
+
+/// How rows become examples.
+#[derive(Args, Clone, Debug, Serialize)]
+#[command(next_help_heading = "Model and data")]
+pub(crate) struct DataArgs {
+    /// Rows: files or folders of jsonl, json, csv, parquet, or hf::owner/name of Hugging Face; #N takes N of them
+    #[arg(long, value_name = "PATH[#N]", num_args = 1..)]
+    pub(crate) dataset: Vec<String>,
+    /// Format of the rows (see `dpo-host list datasets`) [default: detected from the columns]
+    #[arg(long, value_name = "NAME")]
+    dataset_format: Option<String>,
+    /// Columns to rename before a format reads them, as JSON: '{"old": "new"}' [default: none]
+    #[arg(long, value_name = "JSON")]
+    columns: Option<String>,
+    /// Maximum sequence length: prompt plus one answer, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    max_length: usize,
+    /// What to do with longer examples
+    #[arg(long, value_enum, default_value_t = TruncationArg::Delete)]
+    truncation_strategy: TruncationArg,
+    /// Shuffle the examples in every epoch
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    shuffle: bool,
+    /// Random seed of the shuffling, of the split and of LoRA's A
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    seed: u64,
+    /// End at the first row that cannot be used, instead of skipping it
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
+    strict: bool,
+}
+
+/// What happens to an example that is longer than `--max-length`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum TruncationArg {
+    /// Drop it
+    Delete,
+    /// Cut the beginning of the prompt
+    Left,
+    /// Cut the end of the answers
+    Right,
+}
+
+impl DataArgs {
+    /// What the data side is asked for, with rows from `paths` and a family's limit on their length.
+    ///
+    /// # Errors
+    /// `--columns` that is not a JSON object of names.
+    pub(crate) fn options(&self, paths: &[String], limit: Option<usize>) -> Result<DataOptions> {
+        let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
+        Ok(DataOptions {
+            paths: paths.to_vec(),
+            format: self.dataset_format.clone(),
+            columns,
+            max_length: self.max_length.min(limit.unwrap_or(usize::MAX)),
+            truncation: match self.truncation_strategy {
+                TruncationArg::Delete => Truncation::Delete,
+                TruncationArg::Left => Truncation::Left,
+                TruncationArg::Right => Truncation::Right,
+            },
+            strict: self.strict,
+            shuffle: self.shuffle,
+            seed: self.seed,
+        })
+    }
+}

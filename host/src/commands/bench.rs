@@ -1,0 +1,291 @@
+//! `dpo-host bench`: speed and memory of training, with random weights of a published shape.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use crate::args::{DeviceArg, SizeArg};
+use crate::backends;
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde_json::json;
+
+use dpo_core::batch::{answer_tokens, laid_out};
+use dpo_core::device::Device;
+use dpo_core::error::{Error, Result};
+use dpo_core::files;
+use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::memory::size;
+use dpo_core::optimizer::{AdamW, Moments, clip};
+use dpo_core::pair::TokenPair;
+use dpo_core::plan::MemoryOptions;
+use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
+use dpo_plugins::Registry;
+use dpo_plugins::shapes::{SHAPES, Shape};
+use dpo_ranks::{self as ranks, Place, Ranks};
+use dpo_train::{self as train, Objective, ObjectiveOptions};
+
+#[derive(Args)]
+pub(crate) struct BenchOptions {
+    /// Shape of the model
+    #[arg(long, value_name = "SHAPE", value_parser = shape_names(), default_value = "qwen2.5-7b")]
+    shape: String,
+    /// Lengths of prompts and answers
+    #[arg(long, value_enum, default_value_t = Profile::Chat)]
+    profile: Profile,
+    /// Steps that are measured, after one of warm-up
+    #[arg(long, default_value_t = 3)]
+    steps: usize,
+    /// Examples a step, for each GPU
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    /// Numbers of GPUs, each measured by itself
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
+    gpus: Vec<usize>,
+    /// Shard the frozen base weights over the GPUs (FSDP-like)
+    #[arg(long)]
+    shard_base: bool,
+    /// Maximum sequence length: prompt plus one answer, in tokens
+    #[arg(long, default_value_t = 2048)]
+    max_length: usize,
+    /// LoRA rank r
+    #[arg(long, default_value_t = 8)]
+    lora_rank: usize,
+    /// Memory limit of a GPU [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    gpu_memory: Option<SizeArg>,
+    /// Tokens of a micro-batch [default: as many as fit into memory]
+    #[arg(long, value_name = "N")]
+    micro_batch_tokens: Option<usize>,
+    /// The GPUs: cuda or cuda:N,M
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Cuda(Vec::new()))]
+    device: DeviceArg,
+    /// Print the time of every op in a further step
+    #[arg(long)]
+    profile_ops: bool,
+    /// Write that step as a Chrome trace
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What `--shape` may be.
+fn shape_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(SHAPES.iter().map(|s| s.name))
+}
+
+/// Lengths: medians of prompt, chosen and rejected, and the spread of their logarithms.
+#[derive(Clone, Copy, ValueEnum)]
+enum Profile {
+    /// Many turns, short answers
+    Chat,
+    /// One question, long answers
+    Instruct,
+    /// A long document, short answers
+    Long,
+    /// A document of some 7,000 tokens (give --max-length 8192)
+    Document,
+}
+
+impl Profile {
+    fn lengths(self) -> ([f64; 3], f64) {
+        match self {
+            // About 20 tokens of every prompt are the chat template's.
+            Profile::Chat => ([450.0, 131.0, 111.0], 0.55),
+            Profile::Instruct => ([140.0, 321.0, 281.0], 0.5),
+            Profile::Long => ([1520.0, 161.0, 141.0], 0.25),
+            Profile::Document => ([7000.0, 161.0, 141.0], 0.25),
+        }
+    }
+
+    fn pairs(self, count: usize, vocab: usize, max_length: usize) -> Vec<TokenPair> {
+        let mut rng = ChaCha8Rng::seed_from_u64(0);
+        let (medians, spread) = self.lengths();
+        let mut pair = || {
+            let mut draw = |median: f64| {
+                // The sum of twelve uniform numbers is near enough to a normal one.
+                let normal = (0..12).map(|_| rng.random_range(0.0..1.0_f64)).sum::<f64>() - 6.0;
+                ((median * (spread * normal).exp()) as usize).max(8)
+            };
+            let [p, c, r] = medians.map(&mut draw);
+            let (c, r) = (c.min(max_length / 2), r.min(max_length / 2));
+            let p = p.min(max_length - c.max(r));
+            let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
+            TokenPair { prompt: ids(p), chosen: ids(c), rejected: ids(r), place: String::new() }
+        };
+        (0..count).map(|_| pair()).collect()
+    }
+}
+
+/// TFLOP/s in bf16 with sums in f32, without sparsity, as NVIDIA's data sheets have them.
+const PEAKS: &[(&str, f64)] = &[
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("RTX 4090", 165.2),
+    ("RTX 5090", 209.5),
+    ("RTX 3090", 71.0),
+    ("L40S", 362.0),
+];
+
+pub(crate) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
+    if let Some(place) = Place::from_environment()? {
+        return ranks::work(&place, |ranks| measure(registry, options, ranks, Some(place.local_rank)));
+    }
+    options.gpus.iter().try_for_each(|gpus| match gpus {
+        1 => measure(registry, options, &mut Ranks::alone(), None),
+        // Ranks find their places in the environment and do not come here.
+        gpus => ranks::launch(*gpus, &[], 0),
+    })
+}
+
+/// Measures as one of some ranks.
+fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local_rank: Option<usize>) -> Result<()> {
+    let Some(index) = backends::gpu(&options.device, local_rank)? else {
+        return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
+    };
+    let batch_size = options.batch_size * ranks.size();
+    let graph = Shape::named(&options.shape)?.graph(registry)?;
+    let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
+    let adapter = Adapter::new(&graph, lora, 0)?;
+    let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
+    let longest = pairs.iter().map(laid_out).max().unwrap_or(1);
+    let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p) as f64;
+    let answers = pairs.iter().map(share).fold(0.0, f64::max);
+    let gpu = Gpu::open(index)?;
+    let nccl = Nccl::join(&gpu, ranks)?;
+    let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
+    let memory_options =
+        MemoryOptions { limit: memory, micro_batch_tokens: options.micro_batch_tokens, ..MemoryOptions::default() };
+    let (free, all) = gpu.memory()?;
+    let before = all - free;
+    let room = cuda::room(&gpu, memory, nccl.as_ref())?;
+    let parts = if options.shard_base { ranks.size() } else { 1 };
+    if parts > 1 && nccl.is_none() {
+        return Err(Error::input("GPUs share frozen weights through NCCL, which these ranks do not have")
+            .at("--shard-base")
+            .help("leave it out, or give each rank a GPU of its own; `dpo-host doctor` looks for NCCL"));
+    }
+    let plan = GpuPlan::new(&graph, &adapter, longest, answers, room, parts, memory_options)?;
+    let many = if ranks.size() > 1 { format!("{} times ", ranks.size()) } else { String::new() };
+    if !options.json {
+        println!("device      {many}{}\n{plan}", gpu.name);
+    }
+    let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
+    let start = Instant::now();
+    let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
+    let plan = (plan, ranks.rank());
+    let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?.join(nccl);
+    let loading = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    device.warm_up()?;
+    let warming = start.elapsed().as_secs_f64();
+    let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
+    let mut objective = Objective::new(registry, &objective)?;
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    // As in training: the reference is computed over all pairs before the first step.
+    let scored: Vec<&TokenPair> = pairs.iter().collect();
+    train::score(ranks, &mut device, &scored[..batch_size], |_| {})?;
+    let start = Instant::now();
+    let reference = train::score(ranks, &mut device, &scored, |_| {})?.logps;
+    let reference_seconds = start.elapsed().as_secs_f64();
+    let mut reference = reference.as_slice();
+    let steps = scored.chunks(batch_size).map(|pairs| {
+        let (own, rest) = reference.split_at(pairs.iter().map(|p| answer_tokens(p)).sum());
+        reference = rest;
+        (pairs, own)
+    });
+    let steps: Vec<(&[&TokenPair], &[f32])> = steps.collect();
+    let mut step =
+        |ranks: &mut Ranks, device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
+            train::gradient(ranks, device, &mut objective, pairs, reference)?;
+            let norm = device.gradient_norm()?;
+            device.update(&optimizer, clip(norm, 1.0), 1e-4)?;
+            device.gpu().finish()
+        };
+    step(ranks, &mut device, steps[0])?;
+    ranks.wait()?;
+    let start = Instant::now();
+    steps[1..].iter().try_for_each(|own| step(ranks, &mut device, *own))?;
+    let training = start.elapsed().as_secs_f64();
+    let measured = &scored[batch_size..];
+    let count = |of: &[&TokenPair], one: fn(&TokenPair) -> usize| of.iter().map(|p| one(p)).sum::<usize>();
+    let unique = |p: &TokenPair| p.prompt.len() + p.chosen.len() + p.rejected.len();
+    let (tokens, answer_tokens) = (count(measured, unique), count(measured, answer_tokens));
+    let scoring = reference_seconds * tokens as f64 / count(&scored, unique) as f64;
+    let seconds = scoring + training;
+    let (free, _) = device.gpu().memory()?;
+    // Forward under the reference, forward and backward by inputs under the policy; the same for the head.
+    let head = device.graph().hidden_size * device.graph().vocab_size;
+    let flops = 6.0 * (linear as f64 * tokens as f64 + head as f64 * answer_tokens as f64);
+    let speed = tokens as f64 / seconds;
+    let used = all - free;
+    if options.json {
+        println!(
+            "{}",
+            json!({"shape": options.shape, "gpus": ranks.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
+                "pairs_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
+                "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
+                "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
+                "answers": answer_tokens as f64 / tokens as f64})
+        );
+    } else {
+        println!("loading     {loading:.1} s, warming up {warming:.1} s");
+        println!(
+            "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s",
+            (options.steps * batch_size) as f64 / seconds
+        );
+        let peak = PEAKS.iter().find(|(name, _)| device.gpu().name.contains(name));
+        let share = |peak: f64| flops / seconds / peak / 1e10 / ranks.size() as f64;
+        let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", share(*peak)));
+        println!("            {:.0} TFLOP/s of the model{}", flops / seconds / 1e12, share.unwrap_or_default());
+        println!(
+            "            {:.0} unique tokens/s with the reference cached; answers are {:.0}% of the tokens",
+            tokens as f64 / training,
+            100.0 * answer_tokens as f64 / tokens as f64
+        );
+        println!("memory      {} in use, {} of them before the start", size(used), size(before));
+    }
+    if options.profile_ops || options.trace.is_some() {
+        // The reference pass is that of the adapter as it was at the start.
+        let start = device.adapter().params.clone();
+        device.restore(&start, Moments::new(start.len()))?;
+        device.gpu().start_trace()?;
+        train::score(ranks, &mut device, steps[1].0, |_| {})?;
+        step(ranks, &mut device, steps[1])?;
+        report(&device.gpu().end_trace()?, options)?;
+    }
+    Ok(())
+}
+
+/// Times by op, and the trace.
+fn report(times: &[(&'static str, f32)], options: &BenchOptions) -> Result<()> {
+    let mut sums: BTreeMap<&str, (f32, usize)> = BTreeMap::new();
+    for (label, time) in times {
+        let sum = sums.entry(label).or_default();
+        *sum = (sum.0 + time, sum.1 + 1);
+    }
+    let total: f32 = times.iter().map(|(_, t)| t).sum();
+    let mut sorted: Vec<_> = sums.into_iter().collect();
+    sorted.sort_by(|a, b| b.1.0.total_cmp(&a.1.0));
+    println!("{:<16} {:>10} {:>7} {:>7}", "op", "ms", "%", "calls");
+    for (label, (time, count)) in sorted {
+        println!("{label:<16} {time:>10.2} {:>7.1} {count:>7}", 100.0 * time / total);
+    }
+    println!("{:<16} {total:>10.2}", "all");
+    let Some(path) = &options.trace else { return Ok(()) };
+    let mut at = 0.0_f64;
+    let mut events = Vec::new();
+    for (label, time) in times {
+        let length = f64::from(*time) * 1000.0;
+        events.push(json!({"name": label, "ph": "X", "ts": at, "dur": length, "pid": 0, "tid": 0}));
+        at += length;
+    }
+    files::write(path, json!({"traceEvents": events}).to_string().as_bytes())
+}

@@ -1,0 +1,51 @@
+//! `dpo-host data`: what becomes of the rows of a dataset.
+
+use clap::Args;
+
+use crate::args::data::DataArgs;
+use dpo_core::error::{Error, Result};
+use dpo_data::{self as data, ChatTokenizer};
+use dpo_hub::Need;
+use dpo_hub::model::{self, Model};
+use dpo_plugins::Registry;
+
+#[derive(Args)]
+pub(crate) struct DataCommand {
+    /// Rows: files or folders
+    #[arg(value_name = "PATH[#N]")]
+    paths: Vec<String>,
+    /// Checkpoint whose tokenizer and chat template are used: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
+    #[arg(long, value_name = "DIR|ID")]
+    model: String,
+    /// Model family, for a folder without config.json
+    #[arg(long, value_name = "NAME")]
+    plugin: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    args: DataArgs,
+}
+
+pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
+    let folder = model::locate(&command.model, Need::Tokenizer)?;
+    let paths: Vec<String> = command.paths.iter().chain(&command.args.dataset).cloned().collect();
+    // A tokenizer alone is enough to look at data; a config adds the family's template and limits.
+    let has_config = folder.join("config.json").is_file();
+    let model = if has_config { Some(Model::open(registry, &folder, command.plugin.as_deref())?) } else { None };
+    let family = match (&model, &command.plugin) {
+        (Some(model), _) => Some(model.family),
+        (None, Some(name)) => Some(registry.family(name)?),
+        (None, None) => None,
+    };
+    let tokenizer = ChatTokenizer::open(&folder, family.and_then(|f| f.chat_template.as_deref()))?;
+    let limit = model.as_ref().and_then(|m| m.graph.max_positions);
+    let dataset = data::load(&command.args.options(&paths, limit)?, registry, &tokenizer)?;
+    if command.json {
+        let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
+        println!("{text}");
+    } else {
+        println!("{}", dataset.report);
+    }
+    Ok(())
+}

@@ -1,0 +1,89 @@
+//! `dpo-host doctor`: GPUs, driver and libraries; what is missing, and the command that gets it.
+
+use crate::args::DeviceArg;
+use crate::backends;
+use clap::Args;
+
+use dpo_core::error::{Error, Result};
+use dpo_core::memory::size;
+use dpo_cuda::{self as cuda, kernels, libraries};
+
+#[derive(Args)]
+pub(crate) struct DoctorOptions {
+    /// Fail if this device cannot be used: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// Compile every kernel for the architectures that are supported and print what the assembler says; needs no GPU
+    #[arg(long)]
+    kernels: bool,
+}
+
+pub(crate) fn doctor(options: &DoctorOptions) -> Result<()> {
+    if options.kernels {
+        return check_kernels();
+    }
+    for found in libraries::find() {
+        let library = found.library;
+        let name = format!("lib{}", library.name);
+        match &found.path {
+            Some(path) => println!("{name:<12} {:<32} {}", library.purpose, path.display()),
+            None => println!("{name:<12} {:<32} missing: {}", library.purpose, library.remedy),
+        }
+    }
+    let usable = libraries::require();
+    if usable.is_ok() {
+        let (major, minor) = kernels::version()?;
+        println!("nvrtc        version {major}.{minor}");
+    }
+    let driver = libraries::find().iter().any(|f| f.library.name == "cuda" && f.path.is_some());
+    if driver {
+        let version = cuda::driver_version()?;
+        let (major, minor) = (version / 1000, version % 1000 / 10);
+        println!("driver       for CUDA {major}.{minor}");
+        if version < 12040 {
+            println!("             too old: {}", libraries::LIBRARIES[0].remedy);
+        }
+        let count = cuda::count().unwrap_or(0);
+        for index in 0..count {
+            let gpu = cuda::Gpu::open(index)?;
+            let (free, all) = gpu.memory()?;
+            let (free, all, capability) = (size(free), size(all), gpu.capability);
+            println!("cuda:{index}       {}, compute capability {capability}, {free} of {all} free", gpu.name);
+            if capability < 80 {
+                println!(
+                    "             too old: bf16 on the matrix units needs compute capability 80 (Ampere) or newer"
+                );
+            }
+        }
+        if count == 0 {
+            println!("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES");
+        }
+    }
+    match (&options.device, backends::gpu(&options.device, None)) {
+        (DeviceArg::Auto | DeviceArg::Cpu, Ok(None)) => println!("training runs on the CPU"),
+        (_, Ok(Some(index))) => {
+            cuda::Gpu::open(index).map_err(|e| Error::run(e.to_string()))?;
+            println!("training runs on cuda:{index}");
+        }
+        (_, Ok(None)) => {}
+        (_, Err(e)) => return Err(Error::run(e.to_string())),
+    }
+    Ok(())
+}
+
+fn check_kernels() -> Result<()> {
+    libraries::require_one("nvrtc")?;
+    let mut spilled = 0;
+    for capability in kernels::ARCHITECTURES {
+        for (file, notes) in kernels::check(*capability)? {
+            let spills = notes.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
+            for line in spills {
+                spilled += 1;
+                println!("sm_{capability} {file}: {}", line.trim());
+            }
+        }
+        println!("sm_{capability}: all kernels compile");
+    }
+    println!("{spilled} kernels spill registers");
+    Ok(())
+}

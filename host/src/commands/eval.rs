@@ -1,0 +1,198 @@
+//! `dpo-host eval`: what a model and an adapter make of pairs, file by file.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Map, Value, json};
+
+use super::list::print_table;
+use crate::args::DeviceArg;
+use crate::args::data::DataArgs;
+use crate::args::loss::LossArgs;
+use crate::backends;
+use dpo_core::backend::Workload;
+use dpo_core::collective::Alone;
+use dpo_core::device::Device;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::optimizer::Moments;
+use dpo_core::pair::TokenPair;
+use dpo_core::plan::MemoryOptions;
+use dpo_core::weights::Checkpoint;
+use dpo_core::{console, files};
+use dpo_data::{self as data, ChatTokenizer, read_json};
+use dpo_hub::Need;
+use dpo_hub::model::{self, Model};
+use dpo_plugins::Registry;
+use dpo_ranks::Ranks;
+use dpo_train::{Objective, Scores, appraise, score};
+
+#[derive(Args)]
+pub(crate) struct EvalOptions {
+    /// Checkpoint: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope; by default the one
+    /// that the adapter names
+    #[arg(long, value_name = "DIR|ID")]
+    model: Option<String>,
+    /// Model family; by default the one that claims the architecture
+    #[arg(long, value_name = "NAME")]
+    plugin: Option<String>,
+    /// PEFT adapter; rewards are against the model without it. Without an adapter the model itself is scored
+    #[arg(long, visible_alias = "adapters", value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// What is computed; what is not said is as in the run of the adapter
+    #[command(flatten)]
+    loss: LossArgs,
+    /// Fields whose flags were given
+    #[arg(skip)]
+    pub(crate) given: Vec<String>,
+    /// Where to compute: auto, cpu, cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// Print JSON instead of a table: means under the names of the log, for every --dataset and for all
+    #[arg(long)]
+    json: bool,
+    /// Write a line of JSON for every pair: log-probs of both answers
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
+}
+
+/// Columns of the table, and the means they show. Rewards are there with an adapter only.
+const COLUMNS: [(&str, &str); 6] = [
+    ("ACCURACY", "rewards/accuracies"),
+    ("MARGIN", "rewards/margins"),
+    ("LOSS", "loss"),
+    ("CHOSEN LIKELIER", "chosen_more_likely"),
+    ("LOGP CHOSEN", "logps/chosen"),
+    ("LOGP REJECTED", "logps/rejected"),
+];
+
+/// Means that say something without an adapter.
+const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejected", "nll_loss"];
+
+pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
+    let name = model::named(options.model.as_deref(), options.adapter.as_deref())?;
+    let folder = model::locate(&name, Need::Weights)?;
+    let model = Model::open(registry, &folder, options.plugin.as_deref())?;
+    let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
+    let loss = as_in_run(options)?;
+    let mut objective = Objective::new(registry, &loss.objective()?)?;
+    // Without a path, too, loading says what is missing.
+    let paths: Vec<&[String]> = match options.data.dataset.as_slice() {
+        [] => vec![&[]],
+        paths => paths.chunks(1).collect(),
+    };
+    let load = |path: &&[String]| {
+        let rows = options.data.options(path, model.graph.max_positions)?;
+        Ok(data::load(&rows, registry, &tokenizer)?.pairs)
+    };
+    let files = paths.iter().map(load).collect::<Result<Vec<Vec<TokenPair>>>>()?;
+    let adapter =
+        options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
+    let params = adapter.params.len();
+    let backend = backends::open(&options.device, None)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    checkpoint.refuse_extra(&model.graph)?;
+    let workload = Workload::of(files.iter().flatten());
+    let (graph, memory) = (model.graph, MemoryOptions::default());
+    let mut device = backend.trainer(&mut Alone, graph, &checkpoint, adapter, workload, memory)?;
+    let policy = scores(device.as_mut(), &files)?;
+    let reference = match options.adapter {
+        Some(_) => {
+            device.restore(&vec![0.0; params], Moments::new(params))?;
+            scores(device.as_mut(), &files)?
+        }
+        None => policy.clone(),
+    };
+    let mut rows: Vec<(String, usize, Map<String, Value>)> = Vec::new();
+    let mut row = |name: &str, policy: &Scores, reference: &Scores| {
+        let mut means = appraise(&mut objective, policy, &reference.logps)?;
+        means.retain(|name, _| options.adapter.is_some() || OF_MODEL.contains(&name.as_str()));
+        rows.push((name.to_owned(), policy.answers.len(), means));
+        Ok::<(), Error>(())
+    };
+    for ((path, policy), reference) in options.data.dataset.iter().zip(&policy).zip(&reference) {
+        row(path, policy, reference)?;
+    }
+    row("all", &joined(&policy), &joined(&reference))?;
+    show(&rows, options.json);
+    match &options.output {
+        Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
+        None => Ok(()),
+    }
+}
+
+/// The loss as the user says it, and else as the run says it that the adapter, or the checkpoint, is of.
+fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
+    let own = options.loss.clone();
+    let folders = options.adapter.as_deref().into_iter().flat_map(|folder| [Some(folder), folder.parent()]).flatten();
+    let Some(args) = folders.map(|folder| folder.join("args.json")).find(|args| args.is_file()) else { return Ok(own) };
+    let (Value::Object(mut loss), Value::Object(run)) = (json!(own), read_json(&args)?) else { return Ok(own) };
+    for (name, value) in &mut loss {
+        if let Some(of_run) = run.get(name).filter(|_| !options.given.contains(name)) {
+            *value = of_run.clone();
+        }
+    }
+    let loss: LossArgs =
+        serde_json::from_value(loss.into()).map_err(|e| Error::input(e.to_string()).at(args.display()))?;
+    let numbers = [("--beta", loss.beta), ("--rpo-alpha", loss.rpo_alpha), ("--ld-alpha", loss.ld_alpha)];
+    let numbers: Vec<String> = numbers.iter().filter_map(|(name, x)| Some(format!(" {name} {}", (*x)?))).collect();
+    console::line(format!(
+        "loss        {}{}, what was not said as in {}",
+        loss.names.join(" "),
+        numbers.concat(),
+        args.display()
+    ));
+    Ok(loss)
+}
+
+fn scores(device: &mut dyn Device, files: &[Vec<TokenPair>]) -> Result<Vec<Scores>> {
+    let of = |pairs: &Vec<TokenPair>| score(&mut Ranks::alone(), device, &pairs.iter().collect::<Vec<_>>(), |_| {});
+    files.iter().map(of).collect()
+}
+
+fn show(rows: &[(String, usize, Map<String, Value>)], as_json: bool) {
+    if as_json {
+        let object = |(name, pairs, means): &(String, usize, Map<String, Value>)| {
+            let mut object = Map::from_iter([("dataset".to_owned(), json!(name)), ("pairs".to_owned(), json!(pairs))]);
+            object.extend(means.clone());
+            object
+        };
+        let rows: Vec<_> = rows.iter().map(object).collect();
+        println!("{:#}", json!(rows));
+        return;
+    }
+    // One file is all there is.
+    let rows = if rows.len() == 2 { &rows[..1] } else { rows };
+    let cell = |means: &Map<String, Value>, name: &str| {
+        means.get(name).and_then(Value::as_f64).map_or("-".into(), |value| format!("{value:.4}"))
+    };
+    let cells = rows.iter().map(|(name, pairs, means)| {
+        let [a, m, l, k, c, r] = COLUMNS.map(|(_, mean)| cell(means, mean));
+        [name.clone(), pairs.to_string(), a, m, l, k, c, r]
+    });
+    let [a, m, l, k, c, r] = COLUMNS.map(|(head, _)| head);
+    print_table(["DATASET", "PAIRS", a, m, l, k, c, r], cells.collect());
+}
+
+/// Scores of all files as of one.
+fn joined(scores: &[Scores]) -> Scores {
+    scores.iter().fold(Scores::default(), |mut all, scores| {
+        all.answers.extend(&scores.answers);
+        all.logps.extend(&scores.logps);
+        all.log_sum_sq.extend(&scores.log_sum_sq);
+        all
+    })
+}
+
+/// A line of JSON for every pair.
+fn lines(scores: &Scores) -> String {
+    let mut rest = scores.logps.as_slice();
+    let mut sum = |tokens: usize| {
+        let (own, after) = rest.split_at(tokens);
+        rest = after;
+        own.iter().map(|l| f64::from(*l)).sum::<f64>()
+    };
+    scores.answers.iter().map(|[c, r]| format!("{}\n", json!({"chosen": sum(*c), "rejected": sum(*r)}))).collect()
+}

@@ -1,0 +1,140 @@
+//! `dpo-host plan`: the memory of a run before it starts; for a GPU, also without one at hand.
+
+use crate::args::{DeviceArg, SizeArg};
+use crate::backends;
+use clap::Args;
+use dpo_plugin_api::graph::ModelGraph;
+use serde::Serialize;
+
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::memory::size;
+use dpo_core::plan::{MemoryOptions, Plan};
+use dpo_cuda::{self as cuda, Gpu, GpuPlan, Room};
+use dpo_hub::Need;
+use dpo_hub::model::{self, Model};
+use dpo_plugins::Registry;
+use dpo_plugins::shapes::{SHAPES, Shape};
+
+#[derive(Args)]
+pub(crate) struct PlanOptions {
+    /// Checkpoint: a folder, a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope, or a published shape such as qwen2.5-7b
+    #[arg(long, value_name = "DIR|ID|SHAPE", required_unless_present = "table")]
+    model: Option<String>,
+    /// Model family; by default the one that claims the architecture
+    #[arg(long, value_name = "NAME")]
+    plugin: Option<String>,
+    /// Maximum sequence length: prompt plus one answer, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    max_length: usize,
+    /// LoRA rank r
+    #[arg(long, value_name = "R", default_value_t = 8)]
+    lora_rank: usize,
+    /// What to plan for: auto, cpu, cuda or cuda:N. With --gpu-memory a GPU, which need not be there
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Auto)]
+    device: DeviceArg,
+    /// Memory to plan with, such as 24GiB [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    gpu_memory: Option<SizeArg>,
+    /// Number of GPUs, over which the base weights are sharded where one cannot hold them
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: usize,
+    /// A markdown table over published shapes and sizes of GPUs
+    #[arg(long)]
+    table: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Sizes of GPUs in GiB: RTX 3060, 4080, 3090 and 4090, 5090, L40S, A100 and H100.
+const GPUS: &[usize] = &[8, 12, 16, 24, 32, 48, 80];
+
+pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
+    if options.table {
+        return table(registry, options);
+    }
+    let name = options.model.as_deref().unwrap_or_default();
+    let graph = match Shape::named(name) {
+        Ok(shape) => shape.graph(registry)?,
+        Err(_) => Model::open(registry, &model::locate(name, Need::Config)?, options.plugin.as_deref())?.graph,
+    };
+    let adapter = adapter(&graph, options)?;
+    let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
+    let (gpu, memory) = match (&options.device, memory) {
+        (DeviceArg::Cpu, memory) => (false, memory),
+        (_, Some(memory)) => (true, Some(memory)),
+        (device, None) => match backends::gpu(device, None)? {
+            None => (false, None),
+            Some(index) => (true, Some(cuda::room(&Gpu::open(index)?, None, None)?.available)),
+        },
+    };
+    if gpu {
+        return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
+    }
+    let memory_options = MemoryOptions { limit: memory, ..MemoryOptions::default() };
+    let plan = |ranks| Plan::new(&graph, adapter.params.len(), longest(options), ranks, memory_options);
+    print(&whole_or_shared(options.gpus, plan)?, options.json)
+}
+
+/// As a run does without `--shard-base`: frozen weights are shared if they do not fit otherwise.
+fn whole_or_shared<P>(ranks: usize, plan: impl Fn(usize) -> Result<P>) -> Result<P> {
+    plan(1).or_else(|e| if ranks > 1 { plan(ranks) } else { Err(e) })
+}
+
+fn print(plan: &(impl Serialize + std::fmt::Display), json: bool) -> Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(plan).map_err(|e| Error::run(e.to_string()))?);
+    } else {
+        println!("{plan}");
+    }
+    Ok(())
+}
+
+/// A pair of two answers that share nothing takes at most twice the length of one.
+fn longest(options: &PlanOptions) -> usize {
+    2 * options.max_length
+}
+
+fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
+    let config = AdapterConfig { rank: options.lora_rank, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
+    Adapter::new(graph, config, 0)
+}
+
+/// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
+fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
+    let room = Room::of(memory, options.gpus);
+    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, MemoryOptions::default());
+    whole_or_shared(options.gpus, plan)
+}
+
+fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
+    let rows: Vec<Vec<String>> = SHAPES.iter().map(|s| row(registry, options, *s)).collect::<Result<_>>()?;
+    let header: Vec<String> = GPUS.iter().map(|g| format!("{g} GiB")).collect();
+    let (rank, length) = (options.lora_rank, options.max_length);
+    println!("| bf16, LoRA rank {rank}, --max-length {length} | needs | {} |", header.join(" | "));
+    println!("|---|---|{}", "---|".repeat(GPUS.len()));
+    rows.iter().for_each(|row| println!("| {} |", row.join(" | ")));
+    Ok(())
+}
+
+/// The least that a shape needs, in steps of half a GiB; of every size of GPU the tokens at once, and what computing again
+/// costs.
+fn row(registry: &Registry, options: &PlanOptions, shape: Shape) -> Result<Vec<String>> {
+    let graph = shape.graph(registry)?;
+    let adapter = adapter(&graph, options)?;
+    let least = (1..).map(|half| half << 29).find(|memory| on_gpu(&graph, &adapter, options, *memory).is_ok());
+    let mut cells = vec![shape.name.to_owned(), least.map(size).unwrap_or_default()];
+    for gib in GPUS {
+        // The desktop, other processes and the driver take some of a card.
+        let memory = (gib << 30) - (gib << 30) / 32;
+        cells.push(match on_gpu(&graph, &adapter, options, memory) {
+            Ok(plan) if plan.again > 0.005 => {
+                format!("{} tokens, +{:.0}%", plan.micro_batch_tokens, plan.again * 100.0)
+            }
+            Ok(plan) => format!("{} tokens", plan.micro_batch_tokens),
+            Err(_) => "—".into(),
+        });
+    }
+    Ok(cells)
+}

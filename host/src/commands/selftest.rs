@@ -1,0 +1,227 @@
+//! `dpo-host selftest`: every op of the GPU, forward and backward, and ten steps of training against the CPU; with `--gpus`, what
+//! several GPUs sum and gather against the same through the hosts.
+
+use crate::args::DeviceArg;
+use crate::backends;
+use clap::Args;
+use dpo_plugin_api::graph::ModelGraph;
+use indicatif::ProgressBar;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use dpo_core::batch::{Batch, laid_out};
+use dpo_core::console;
+use dpo_core::cpu_decoder::CpuDecoder;
+use dpo_core::decoder::{Decoder, Voice};
+use dpo_core::device::Device;
+use dpo_core::error::{Error, Result};
+use dpo_core::memory::size;
+use dpo_core::optimizer::AdamW;
+use dpo_core::pair::TokenPair;
+use dpo_core::plan::MemoryOptions;
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, given, op_cases, pairs};
+use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
+use dpo_plugins::Registry;
+use dpo_ranks::{self as ranks, Place, Ranks};
+use dpo_train::{self as train, Objective, ObjectiveOptions};
+
+#[derive(Args)]
+pub(crate) struct SelftestOptions {
+    /// The GPU to test: cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Cuda(Vec::new()))]
+    device: DeviceArg,
+    /// Test what so many GPUs exchange instead
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    gpus: usize,
+    /// Small batches only, for tools that make every access slow
+    #[arg(long)]
+    quick: bool,
+    /// Only the comparisons with this text in their names
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
+}
+
+/// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
+const TOLERANCE: f64 = 0.03;
+
+/// Most that a loss of a training run may differ.
+const LOSS_TOLERANCE: f64 = 0.01;
+
+/// Numbers of values that GPUs sum and gather, the last as many as a 7B model's adapter has.
+const COUNTS: &[usize] = &[1, 1_001, 20_185_088];
+
+/// Most that sums of GPUs may differ from those of the hosts, which add in another order.
+const SUM_TOLERANCE: f64 = 1e-6;
+
+pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result<()> {
+    if let Some(place) = Place::from_environment()? {
+        return ranks::work(&place, |ranks| exchange(options, ranks, place.local_rank));
+    }
+    if options.gpus > 1 {
+        return ranks::launch(options.gpus, &[], 0);
+    }
+    let Some(index) = backends::gpu(&options.device, None)? else {
+        return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
+    };
+    println!("{:<44} {:>10} {:>10} {:>8}", Gpu::open(index)?.name, "log-probs", "gradient", "repeats");
+    let mut failures = 0;
+    let wanted = |name: &str| name.contains(&options.only);
+    for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
+        failures += usize::from(!compare(index, &name, &graph, options.quick)?);
+    }
+    let steps = if options.quick { 2 } else { 10 };
+    for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
+        let graph = registry.family(family)?.graph(config)?;
+        failures += usize::from(!compare(index, family, &graph, options.quick)?);
+        failures += usize::from(!training(registry, index, family, &graph, steps)?);
+        failures += usize::from(!answers(index, family, &graph)?);
+    }
+    if failures > 0 {
+        return Err(Error::run(format!("{failures} of the comparisons failed")));
+    }
+    println!("all within {TOLERANCE} (losses {LOSS_TOLERANCE})");
+    Ok(())
+}
+
+/// Sums and gathers of this rank's GPU and the others.
+fn exchange(options: &SelftestOptions, ranks: &mut Ranks, local_rank: usize) -> Result<()> {
+    let Some(index) = backends::gpu(&options.device, Some(local_rank))? else {
+        return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
+    };
+    let gpu = Gpu::open(index)?;
+    let Some(nccl) = Nccl::join(&gpu, ranks)? else {
+        return Err(Error::run("there is nothing to test without NCCL"));
+    };
+    console::line(format!("{:<44} {:>10} {:>8}", format!("values on {} GPUs", ranks.size()), "apart", "repeats"));
+    let mut failures = 0;
+    for count in COUNTS {
+        let (apart, same) = nccl.compare(&gpu, ranks, *count)?;
+        let good = same && apart <= SUM_TOLERANCE;
+        failures += ranks.most(u64::from(!good))?;
+        console::line(format!("{count:<44} {apart:>10.1e} {:>8}", if same { "equal" } else { "DIFFER" }));
+    }
+    match failures {
+        0 => {
+            console::line(format!("all within {SUM_TOLERANCE:e}; NCCL takes {}", size(nccl.memory)));
+            Ok(())
+        }
+        _ => Err(Error::run(format!("{failures} of the comparisons failed"))),
+    }
+}
+
+/// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
+fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
+    let gpu = Gpu::open(index)?;
+    let room = cuda::room(&gpu, None, None)?;
+    let adapter = adapter(graph, false)?;
+    let source = Source::Given(&given);
+    let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter), room, &ProgressBar::hidden())?;
+    let mut cpu = CpuDecoder::of(engine(graph, false)?)?;
+    let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let mut worst = 0.0_f64;
+    for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
+        let ids: Vec<u32> = (0..count).map(|_| rng.random_range(0..graph.vocab_size as u32)).collect();
+        for voice in [Voice::Base, Voice::Tuned] {
+            cpu.keep(voice, kept);
+            gpu.keep(voice, kept);
+            let off = distance(&gpu.feed(voice, &ids)?, &cpu.feed(voice, &ids)?);
+            worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
+        }
+    }
+    let good = worst < TOLERANCE;
+    println!("{:<44} {worst:>10.5} {}", format!("{name}, answers"), if good { "" } else { "FAILED" });
+    Ok(good)
+}
+
+fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute: Option<bool>) -> Result<CudaDevice> {
+    let gpu = Gpu::open(index)?;
+    let adapter = adapter(graph, zero_b)?;
+    let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
+    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::room(&gpu, None, None)?, 1, options)?;
+    CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
+}
+
+/// Compares log-probs and gradients; a line of the table.
+fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<bool> {
+    let all: &[&[[usize; 3]]] = &[
+        &[[1, 1, 1]],
+        &[[3, 1, 9], [1, 2, 1], [17, 5, 6]],
+        &[[70, 33, 65], [129, 64, 1], [5, 200, 131], [64, 64, 64]],
+        &[[301, 97, 210], [11, 401, 77], [1, 1, 600]],
+    ];
+    // Several tiles of queries and keys, and rows beside them, in as few tokens as that takes.
+    let few: &[&[[usize; 3]]] = &[&[[3, 1, 9], [1, 2, 1], [70, 33, 65]]];
+    let batches = if quick { few } else { all };
+    let make = |lengths: &&[[usize; 3]]| Batch::of(&pairs(graph.vocab_size, lengths, 5));
+    let batches: Vec<Batch> = batches.iter().map(make).collect();
+    let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
+    let mut cpu = cpu(graph, tokens, false)?;
+    let mut worst = [0.0_f64; 2];
+    let mut repeats = true;
+    let mut devices = Vec::new();
+    for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
+        devices.push(gpu(index, graph, tokens, false, *recompute)?);
+    }
+    let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
+    for batch in &batches {
+        let mut rng = ChaCha8Rng::seed_from_u64(9);
+        let slopes: Vec<f32> = batch.targets.iter().map(|_| rng.random_range(-1.0..1.0_f32)).collect();
+        cpu.clear_gradient()?;
+        let exact = cpu.forward(batch, true)?;
+        cpu.backward(batch, &slopes)?;
+        let mut before: Option<(Vec<f32>, Vec<f32>)> = None;
+        for device in &mut devices {
+            for _ in 0..2 {
+                device.clear_gradient()?;
+                let own = device.forward(batch, true)?;
+                device.backward(batch, &slopes)?;
+                let gradient = device.gradient()?;
+                worse(&mut worst[0], distance(&own.logps, &exact.logps));
+                worse(&mut worst[0], distance(&own.log_sum_sq, &exact.log_sum_sq));
+                worse(&mut worst[1], distance(&gradient, cpu.gradient()));
+                let now = (own.logps, gradient);
+                repeats &= before.as_ref().is_none_or(|b| *b == now);
+                before = Some(now);
+            }
+        }
+    }
+    let good = worst.iter().all(|w| *w < TOLERANCE) && repeats;
+    let verdict = if good { "" } else { "  FAILED" };
+    println!(
+        "{name:<44} {:>10.5} {:>10.5} {:>8}{verdict}",
+        worst[0],
+        worst[1],
+        if repeats { "equal" } else { "differ" }
+    );
+    Ok(good)
+}
+
+/// Trains on both devices from the same start; a line of the table.
+fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
+    let lengths = [[20, 9, 14], [7, 30, 22], [41, 5, 3], [2, 17, 40]];
+    let pairs = pairs(graph.vocab_size, &lengths, 11);
+    let all: Vec<&TokenPair> = pairs.iter().collect();
+    let tokens: usize = pairs.iter().map(laid_out).sum();
+    let mut devices: [Box<dyn Device>; 2] =
+        [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
+    let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let (mut losses, ranks) = ([Vec::new(), Vec::new()], &mut Ranks::alone());
+    for (device, losses) in devices.iter_mut().zip(&mut losses) {
+        let mut objective = Objective::new(registry, &options)?;
+        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?.logps;
+        for _ in 0..steps {
+            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, &reference)?;
+            device.update(&optimizer, 1.0, 1e-3)?;
+            losses.push(step.loss);
+        }
+    }
+    let differences = losses[0].iter().zip(&losses[1]).map(|(a, b)| ((a - b) / a).abs());
+    let worst = differences.fold(0.0, |w: f64, d| if d.is_nan() { f64::NAN } else { w.max(d) });
+    let good = worst < LOSS_TOLERANCE;
+    let last = |device: usize| losses[device].last().copied().unwrap_or(f64::NAN);
+    let verdict = if good { "" } else { "  FAILED" };
+    let title = format!("{name}, {steps} steps of training");
+    println!("{title:<44} {worst:>10.5} loss {:.4} on the CPU, {:.4} here{verdict}", last(0), last(1));
+    Ok(good)
+}

@@ -1,0 +1,450 @@
+//! `dpo-host train`: its flags, what they mean, and the processes that a run has.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, ValueEnum};
+use dpo_core::console;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Targets;
+use dpo_core::memory::free_memory;
+use dpo_core::optimizer::AdamW;
+use dpo_core::plan::MemoryOptions;
+use dpo_hub::Need;
+use dpo_hub::model::{self, Model};
+use dpo_plugins::Registry;
+use dpo_ranks::{self as ranks, Place, Ranks, Timeouts};
+use dpo_train::Objective;
+use dpo_train::config::{Dashboard, OptimizerConfig, OutputConfig, Resume, StartAdapter, TrainConfig};
+use dpo_train::schedule::Schedule;
+use serde::Serialize;
+
+use crate::args::data::DataArgs;
+use crate::args::loss::LossArgs;
+use crate::args::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
+use crate::{backends, demo};
+
+/// Flags of `dpo-host train`. The field docs are the manual.
+#[derive(Args, Clone, Debug, Serialize)]
+#[command(next_help_heading = "Model and data")]
+pub(crate) struct TrainArgs {
+    /// Flags from a file, TOML or the args.json of a run; those of the command line win
+    #[arg(long, value_name = "FILE", help_heading = "Options")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Print steps, evaluations, remarks and the end as lines of JSON, to stdout
+    #[arg(long, help_heading = "Options")]
+    #[serde(skip)]
+    pub(crate) json: bool,
+    /// Fields whose flags were given, here or in a file
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) given: Vec<String>,
+    /// Model family (see `dpo-host list`) [default: the one that claims the checkpoint's architecture]
+    #[arg(long, value_name = "NAME")]
+    plugin: Option<String>,
+    /// Checkpoint: a folder, or a model of a hub: owner/name[@revision] of Hugging Face, ms::owner/name of ModelScope
+    /// [default: the demo, where --dataset is not given either]
+    #[arg(long, value_name = "DIR|ID")]
+    model: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    data: DataArgs,
+    /// Rows to evaluate on, as for --dataset [default: none]
+    #[arg(long, value_name = "PATH[#N]", num_args = 1..)]
+    val_dataset: Vec<String>,
+    /// Fraction of examples held out for evaluation
+    #[arg(long, value_name = "0..1", default_value_t = 0.0)]
+    split_dataset_ratio: f64,
+    /// PEFT adapter to continue from; it is also the reference [default: a new adapter]
+    #[arg(long, visible_alias = "adapters", value_name = "DIR")]
+    init_adapter: Option<PathBuf>,
+    /// Where the run is written [default: the next free folder output/<model>-N]
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+
+    #[command(flatten)]
+    #[serde(flatten)]
+    loss: LossArgs,
+
+    /// Where to compute; auto is the first GPU that can be used, else the CPU
+    #[arg(long, value_name = "auto|cpu|cuda[:N,...]", default_value_t = DeviceArg::Auto, help_heading = "Device")]
+    device: DeviceArg,
+    /// Number of processes, each with a GPU of its own, or sharing the CPU; leave it out under torchrun, srun or mpirun
+    #[arg(long, value_name = "N", default_value_t = 1, help_heading = "Device")]
+    gpus: usize,
+    /// Type of weights and matmuls
+    #[arg(long, value_enum, default_value_t = Dtype::Auto, help_heading = "Device")]
+    dtype: Dtype,
+    /// Memory limit, of the GPU or of the CPU's, such as 24GiB [default: what is free]
+    #[arg(long, value_name = "SIZE", help_heading = "Device")]
+    gpu_memory: Option<SizeArg>,
+    /// Tokens of a micro-batch (gradient accumulation follows from it); auto is as many as fit into memory
+    #[arg(long, value_name = "auto|N", default_value_t = Auto(None), help_heading = "Device")]
+    micro_batch_tokens: Auto<usize>,
+    /// Activation checkpointing: recompute a layer's activations in the backward pass instead of saving them; auto saves
+    /// what fits into memory
+    #[arg(
+        long,
+        value_name = "auto|true|false",
+        visible_alias = "gradient-checkpointing",
+        default_value_t = Auto(None),
+        help_heading = "Device"
+    )]
+    recompute: Auto<bool>,
+
+    /// Shard the frozen base weights over the processes (FSDP-like): each keeps a part and gathers a layer before it
+    /// computes it; auto does so where they do not fit otherwise
+    #[arg(long, value_name = "auto|true|false", default_value_t = Auto(None), help_heading = "Ranks")]
+    shard_base: Auto<bool>,
+    /// How often to restart all processes, from the last checkpoint, when one is lost
+    #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Ranks")]
+    max_restarts: usize,
+    /// Seconds without a heartbeat after which a process counts as lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 8.0, help_heading = "Ranks")]
+    watchdog: f64,
+    /// Seconds that processes wait for each other at the start
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0, help_heading = "Ranks")]
+    rendezvous: f64,
+
+    /// Examples per optimizer step, over all devices
+    #[arg(long, value_name = "EXAMPLES", default_value_t = 16, help_heading = "Optimizer")]
+    batch_size: usize,
+    /// Epochs: passes over the data
+    #[arg(long, value_name = "N", default_value_t = 1.0, help_heading = "Optimizer")]
+    num_epochs: f64,
+    /// Optimizer steps, in place of --num-epochs [default: what --num-epochs says]
+    #[arg(long, value_name = "N", help_heading = "Optimizer")]
+    max_steps: Option<u64>,
+    /// Peak learning rate
+    #[arg(long, value_name = "LR", default_value_t = 1e-4, help_heading = "Optimizer")]
+    learning_rate: f64,
+    /// Learning rate schedule after the warmup
+    #[arg(long, value_enum, default_value_t = ScheduleArg::Cosine, help_heading = "Optimizer")]
+    lr_scheduler: ScheduleArg,
+    /// Fraction of the steps over which the learning rate warms up
+    #[arg(long, value_name = "0..1", default_value_t = 0.0, help_heading = "Optimizer")]
+    warmup_ratio: f64,
+    /// Warmup steps, in place of --warmup-ratio [default: what --warmup-ratio says]
+    #[arg(long, value_name = "N", help_heading = "Optimizer")]
+    warmup_steps: Option<u64>,
+    /// AdamW weight decay
+    #[arg(long, value_name = "W", default_value_t = 0.1, help_heading = "Optimizer")]
+    weight_decay: f64,
+    /// Adam beta1
+    #[arg(long, value_name = "B", default_value_t = 0.9, help_heading = "Optimizer")]
+    adam_beta1: f64,
+    /// Adam beta2
+    #[arg(long, value_name = "B", default_value_t = 0.95, help_heading = "Optimizer")]
+    adam_beta2: f64,
+    /// Adam epsilon
+    #[arg(long, value_name = "E", default_value_t = 1e-8, help_heading = "Optimizer")]
+    adam_epsilon: f64,
+    /// Maximum gradient norm; 0 disables clipping
+    #[arg(long, value_name = "N", default_value_t = 1.0, help_heading = "Optimizer")]
+    max_grad_norm: f64,
+
+    /// LoRA rank r [default: 8; with --init-adapter that adapter's]
+    #[arg(long, value_name = "R", help_heading = "LoRA")]
+    lora_rank: Option<usize>,
+    /// LoRA alpha: the update is scaled by alpha / rank [default: 32; with --init-adapter that adapter's]
+    #[arg(long, value_name = "A", help_heading = "LoRA")]
+    lora_alpha: Option<f64>,
+    /// Rank-stabilised LoRA: scale by alpha / sqrt(rank) instead
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set, help_heading = "LoRA")]
+    use_rslora: bool,
+    /// Modules to adapt: all-linear, names of modules, or one regular expression over whole names [default: all-linear]
+    #[arg(long, value_name = "M", num_args = 1.., help_heading = "LoRA")]
+    target_modules: Vec<String>,
+
+    /// Steps between lines of the log
+    #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Output")]
+    logging_steps: u64,
+    /// Steps between evaluations [default: as --save-steps]
+    #[arg(long, value_name = "N", help_heading = "Output")]
+    eval_steps: Option<u64>,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "N", default_value_t = 500, help_heading = "Output")]
+    save_steps: u64,
+    /// Checkpoints to keep, the newest ones [default: all]
+    #[arg(long, value_name = "N", help_heading = "Output")]
+    save_total_limit: Option<usize>,
+    /// Serve a page with the run's curves while it trains; without an address on 127.0.0.1, see `dpo-host ui` [default: no
+    /// page]
+    #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, default_missing_value = "true", help_heading = "Output")]
+    dashboard: Option<String>,
+    /// Resume from a checkpoint folder, or from the latest one in --output-dir [default: start anew]
+    #[arg(long, value_name = "DIR|latest", help_heading = "Output")]
+    resume_from_checkpoint: Option<String>,
+}
+
+/// Type of weights and matmuls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Dtype {
+    /// bfloat16 on a GPU, float32 on the CPU
+    Auto,
+    /// float32: the CPU
+    Float32,
+    /// bfloat16: a GPU
+    Bfloat16,
+}
+
+/// Learning rate schedule after the warmup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum ScheduleArg {
+    /// Linear decay to 0
+    Linear,
+    /// Cosine decay to 0
+    Cosine,
+    /// No decay
+    Constant,
+}
+
+/// What is told where several hosts meet without a secret of the user's.
+const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to the same random text for every rank";
+
+/// Trains: as one of the ranks that the environment names, alone, or by launching ranks.
+pub(crate) fn train(registry: &Registry, mut args: TrainArgs) -> Result<()> {
+    args.refuse_unsupported()?;
+    args.demo_or_given()?;
+    let Some(place) = Place::from_environment()? else {
+        args.note_ignored();
+        if args.gpus > 1 {
+            return launch(registry, &args);
+        }
+        let backend = backends::open(&args.device()?, None)?;
+        let config = args.resolve(None, backend.is_gpu())?;
+        return dpo_train::train(registry, config, &mut Ranks::alone(), backend.as_ref(), 0).map(|_| ());
+    };
+    if place.launched {
+        ranks::end_with_launcher();
+    } else {
+        args.note_ignored();
+        if args.gpus != 1 && ![Some(place.size), place.local_size].contains(&Some(args.gpus)) {
+            let (gpus, size) = (args.gpus, place.size);
+            return Err(Error::input(format!("{gpus} devices, but a launcher has started {size} ranks"))
+                .at("--gpus")
+                .help("leave it out: each rank has one device"));
+        }
+    }
+    let mut ranks = Ranks::join(&place, args.timeouts()?)?;
+    console::line(format!("ranks       {}{}", place.size, if place.exposed() { GUESSABLE } else { "" }));
+    let result = backends::open(&args.device()?, Some(place.local_rank)).and_then(|backend| {
+        let config = args.resolve(Some(&place), backend.is_gpu())?;
+        dpo_train::train(registry, config, &mut ranks, backend.as_ref(), place.attempt)
+    });
+    ranks.end(result).map(|_| ())
+}
+
+/// Launches ranks on this machine. What can be checked beforehand is, so that it is said once.
+fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
+    let device = args.device()?;
+    let backends = (0..args.gpus).map(|rank| backends::open(&device, Some(rank))).collect::<Result<Vec<_>>>()?;
+    if backends.iter().all(|backend| !backend.is_gpu()) {
+        let count = args.gpus;
+        console::note(format!("--gpus {count} on the CPU: {count} processes, which share its cores and memory"));
+    }
+    let config = args.resolve(None, false)?;
+    Objective::new(registry, &config.objective)?;
+    let folder = model::locate(&config.model, Need::Weights)?;
+    Model::open(registry, &folder, config.plugin.as_deref())?;
+    let output = dpo_train::output_of(&config.output, &folder)?;
+    ranks::launch(args.gpus, &["--output-dir".into(), output.into()], args.max_restarts)
+}
+
+impl TrainArgs {
+    /// Without model and data, the demo with settings that suit it.
+    fn demo_or_given(&mut self) -> Result<()> {
+        match (&self.model, self.data.dataset.is_empty()) {
+            (Some(_), false) => Ok(()),
+            (Some(_), true) => Err(Error::input("no data")
+                .at("--dataset")
+                .help("name rows: --dataset FILE, or --dataset hf::owner/name")),
+            (None, false) => Err(Error::input("no model")
+                .at("--model")
+                .help("name a checkpoint folder, or a model of a hub: --model owner/name")),
+            (None, true) => {
+                let demo = demo::write()?;
+                let text = |path: PathBuf| path.display().to_string();
+                self.model = Some(text(demo.model));
+                self.data.dataset = vec![text(demo.dataset)];
+                self.val_dataset = vec![text(demo.val_dataset)];
+                self.apply_demo_defaults();
+                Ok(())
+            }
+        }
+    }
+
+    /// Settings under which the demo's model changes its tone within a minute and keeps what it knows. A strong reference and
+    /// the likelihood of the chosen answers are what keeps a model of this size from stammering.
+    fn apply_demo_defaults(&mut self) {
+        let given = |name: &str| self.given.iter().any(|given| given == name);
+        let (rate, epochs) = (given("learning_rate"), given("num_epochs"));
+        if !rate {
+            self.learning_rate = 2e-3;
+        }
+        if !epochs {
+            self.num_epochs = 2.0;
+        }
+        if self.loss.names == ["sigmoid"] {
+            self.loss.beta.get_or_insert(0.5);
+            self.loss.rpo_alpha.get_or_insert(1.0);
+        }
+    }
+
+    fn refuse_unsupported(&self) -> Result<()> {
+        if self.gpus == 0 {
+            return Err(Error::input("should be above 0").at("--gpus").help("say --device cpu to compute without one"));
+        }
+        if self.batch_size == 0 {
+            return Err(Error::input("a step needs examples").at("--batch-size").help("16 is usual"));
+        }
+        if self.micro_batch_tokens.0 == Some(0) {
+            return Err(Error::input("should be auto or above 0")
+                .at("--micro-batch-tokens")
+                .help("4096 to 8192 is usual"));
+        }
+        refuse_out_of_range(&[
+            ("--learning-rate", Some(self.learning_rate), FROM_0, "LoRA wants 1e-5 to 2e-4"),
+            ("--num-epochs", Some(self.num_epochs), ABOVE_0, "part of an epoch is a number such as 0.5"),
+            ("--max-steps", self.max_steps.map(|n| n as f64), ABOVE_0, "leave it out to take --num-epochs"),
+            ("--warmup-ratio", Some(self.warmup_ratio), SHARE, "0.05 is usual"),
+            ("--weight-decay", Some(self.weight_decay), FROM_0, "0 is none"),
+            ("--adam-beta1", Some(self.adam_beta1), BELOW_1, "0.9 is usual"),
+            ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
+            ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
+            ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
+            ("--lora-rank", self.lora_rank.map(|n| n as f64), ABOVE_0, "8 to 64 is usual"),
+            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            (
+                "--split-dataset-ratio",
+                Some(self.split_dataset_ratio),
+                BELOW_1,
+                "0.01 holds out every hundredth example",
+            ),
+        ])
+    }
+
+    fn note_ignored(&self) {
+        if self.dtype == Dtype::Bfloat16 && self.device == DeviceArg::Cpu {
+            console::note("--dtype bfloat16 is for GPUs; the CPU computes in float32");
+        }
+    }
+
+    /// The device, as `--dtype` allows it: GPUs compute in bfloat16, the CPU in float32.
+    fn device(&self) -> Result<DeviceArg> {
+        match (self.dtype, &self.device) {
+            (Dtype::Float32, DeviceArg::Auto) => Ok(DeviceArg::Cpu),
+            (Dtype::Float32, DeviceArg::Cuda(_)) => Err(Error::input("GPUs compute in bfloat16")
+                .at("--dtype")
+                .help("leave it out, or add --device cpu for float32")),
+            (_, device) => Ok(device.clone()),
+        }
+    }
+
+    /// How ranks wait for each other.
+    fn timeouts(&self) -> Result<Timeouts> {
+        let seconds = |flag: &str, value: f64| match Duration::try_from_secs_f64(value) {
+            Ok(time) if !time.is_zero() => Ok(time),
+            _ => Err(Error::input(format!("{value} should be a number of seconds above 0"))
+                .at(flag)
+                .help("10 is ten seconds")),
+        };
+        Ok(Timeouts {
+            rendezvous: seconds("--rendezvous", self.rendezvous)?,
+            watchdog: seconds("--watchdog", self.watchdog)?,
+        })
+    }
+
+    /// What the flags say, typed, for a rank of some or the only process.
+    fn resolve(&self, place: Option<&Place>, on_gpu: bool) -> Result<TrainConfig> {
+        Ok(TrainConfig {
+            model: self.model.clone().unwrap_or_default(),
+            plugin: self.plugin.clone(),
+            adapter: self.starting_adapter()?,
+            data: self.data.options(&[], None)?,
+            dataset: self.data.dataset.clone(),
+            val_dataset: self.val_dataset.clone(),
+            split_dataset_ratio: self.split_dataset_ratio,
+            objective: self.loss.objective()?,
+            optimizer: self.optimizer(),
+            memory: self.memory(place, on_gpu),
+            output: self.output(),
+            dashboard: match self.dashboard.as_deref() {
+                None | Some("false") => Dashboard::Off,
+                Some("true") => Dashboard::Usual,
+                Some(address) => Dashboard::At(address.to_owned()),
+            },
+            flags: record(self),
+        })
+    }
+
+    fn starting_adapter(&self) -> Result<StartAdapter> {
+        let (rank, alpha) = (self.lora_rank, self.lora_alpha);
+        Ok(match &self.init_adapter {
+            Some(folder) => StartAdapter::From { folder: folder.clone(), rank, alpha },
+            None => StartAdapter::New {
+                rank: rank.unwrap_or(8),
+                alpha: alpha.unwrap_or(32.0),
+                rslora: self.use_rslora,
+                targets: match self.target_modules.as_slice() {
+                    [] => Targets::AllLinear,
+                    names => Targets::parse(names)?,
+                },
+            },
+        })
+    }
+
+    fn optimizer(&self) -> OptimizerConfig {
+        OptimizerConfig {
+            adamw: AdamW {
+                beta1: self.adam_beta1,
+                beta2: self.adam_beta2,
+                eps: self.adam_epsilon,
+                weight_decay: self.weight_decay,
+            },
+            learning_rate: self.learning_rate,
+            schedule: match self.lr_scheduler {
+                ScheduleArg::Linear => Schedule::Linear,
+                ScheduleArg::Cosine => Schedule::Cosine,
+                ScheduleArg::Constant => Schedule::Constant,
+            },
+            warmup_ratio: self.warmup_ratio,
+            warmup_steps: self.warmup_steps,
+            max_grad_norm: self.max_grad_norm,
+            batch_size: self.batch_size,
+            num_epochs: self.num_epochs,
+            max_steps: self.max_steps,
+        }
+    }
+
+    fn memory(&self, place: Option<&Place>, on_gpu: bool) -> MemoryOptions {
+        let limit = self.gpu_memory.as_ref().map(|size| size.bytes);
+        // Ranks that compute on the same host's CPU share its memory.
+        let sharing = if on_gpu { None } else { place.and_then(|p| p.local_size) };
+        let part = || free_memory().zip(sharing).map(|(free, ranks)| free / ranks.max(1));
+        MemoryOptions {
+            limit: limit.or_else(part),
+            micro_batch_tokens: self.micro_batch_tokens.0,
+            recompute: self.recompute.0,
+            shard_base: self.shard_base.0,
+            packing: None,
+        }
+    }
+
+    fn output(&self) -> OutputConfig {
+        OutputConfig {
+            dir: self.output_dir.clone(),
+            logging_steps: self.logging_steps,
+            eval_steps: self.eval_steps.unwrap_or(self.save_steps),
+            save_steps: self.save_steps,
+            save_total_limit: self.save_total_limit,
+            resume: self.resume_from_checkpoint.as_deref().map(|value| match value {
+                "latest" => Resume::Latest,
+                folder => Resume::From(folder.into()),
+            }),
+        }
+    }
+}

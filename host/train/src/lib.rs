@@ -1,0 +1,28 @@
+//! Training: the objective, the reference, the optimizer, the loop, and what it leaves on disk.
+
+mod before_after;
+mod checkpoint;
+pub mod config;
+mod doctor;
+mod log;
+mod manifest;
+mod metrics;
+mod next_steps;
+mod nonfinite;
+pub mod objective;
+mod reference;
+mod run;
+mod run_dir;
+mod samples;
+pub mod schedule;
+mod settings;
+mod setup;
+mod step;
+mod tensorboard;
+
+pub use metrics::{PairMetrics, Sums};
+pub use objective::{Objective, ObjectiveOptions};
+pub use reference::Reference;
+pub use run_dir::output_of;
+pub use setup::train;
+pub use step::{Scores, Step, appraise, gradient, score};

@@ -1,0 +1,108 @@
+//! What decides the steps of a run, by name. It is saved with a checkpoint, and a run that resumes must have the same.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use super::manifest::hex;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::pair::TokenPair;
+
+/// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
+/// `adapter` by content.
+const FREE: &[&str] = &[
+    "columns",
+    "dashboard",
+    "dataset",
+    "dataset_format",
+    "device",
+    "dtype",
+    "eval_steps",
+    "gpu_memory",
+    "gpus",
+    "init_adapter",
+    "logging_steps",
+    "lora_alpha",
+    "lora_rank",
+    "max_restarts",
+    "micro_batch_tokens",
+    "model",
+    "output_dir",
+    "plugin",
+    "recompute",
+    "rendezvous",
+    "resume_from_checkpoint",
+    "save_steps",
+    "save_total_limit",
+    "shard_base",
+    "strict",
+    "target_modules",
+    "use_rslora",
+    "val_dataset",
+    "watchdog",
+];
+
+/// How the device computes, which is known last.
+pub(super) const ARITHMETIC: &str = "the arithmetic";
+
+/// The decisive settings of a run, but for the [`ARITHMETIC`], under the names that a message gives them. `model` identifies the
+/// weights by content.
+pub(super) fn decisive(
+    flags: &Map<String, Value>,
+    model: &str,
+    adapter: &Adapter,
+    pairs: &[TokenPair],
+) -> Map<String, Value> {
+    let mut flags = flags.clone();
+    FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
+    flags.insert("lora_rank".into(), json!(adapter.config.rank));
+    flags.insert("lora_alpha".into(), json!(adapter.config.alpha));
+    flags.insert("use_rslora".into(), json!(adapter.config.rslora));
+    let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
+    let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
+    let mut ids = Vec::new();
+    for part in pairs.iter().flat_map(|p| [&p.prompt, &p.chosen, &p.rejected]) {
+        ids.extend((part.len() as u64).to_le_bytes());
+        ids.extend(part.iter().flat_map(|id| id.to_le_bytes()));
+    }
+    let contents = [
+        ("the model", short(model.as_bytes())),
+        ("the data", format!("{} pairs, {}", pairs.len(), short(&ids))),
+        ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
+        ("the adapter at the start", short(&params)),
+    ];
+    let flags = flags.into_iter().map(|(name, value)| (format!("--{}", name.replace('_', "-")), value));
+    flags.chain(contents.map(|(name, value)| (name.to_owned(), json!(value)))).collect()
+}
+
+/// Enough of a hash to tell things apart.
+fn short(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes)[..6])
+}
+
+/// Refuses settings that differ from those of a checkpoint, naming every one of them; the arithmetic as soon as it is known.
+pub(super) fn refuse_other(was: &Map<String, Value>, is: &Map<String, Value>, folder: &Path) -> Result<()> {
+    let names = was.keys().chain(is.keys().filter(|k| !was.contains_key(*k)));
+    let known = |k: &&String| *k != ARITHMETIC || is.contains_key(ARITHMETIC);
+    let differing = names.filter(known).filter(|k| was.get(*k) != is.get(*k));
+    let differences: Vec<String> =
+        differing.map(|k| format!("{k} was {}, is {}", text(was.get(k)), text(is.get(k)))).collect();
+    if differences.is_empty() {
+        return Ok(());
+    }
+    let flags = folder.with_file_name("args.json");
+    Err(Error::input(format!("is of another run: {}", differences.join("; "))).at(folder.display()).help(format!(
+        "resume with the run's own flags, --config {}, or start a new run from it with --init-adapter",
+        flags.display()
+    )))
+}
+
+fn text(value: Option<&Value>) -> String {
+    match value {
+        None | Some(Value::Null) => "not given".to_owned(),
+        Some(Value::String(text)) => text.clone(),
+        Some(value) => value.to_string(),
+    }
+}

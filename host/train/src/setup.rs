@@ -1,0 +1,286 @@
+//! The start of a run: from settings to everything that the loop works on, step by step, and what follows the last step.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use dpo_core::backend::{Backend, Workload};
+use dpo_core::console::{self, Remark};
+use dpo_core::device::Device;
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::{Adapter, AdapterConfig, read_config};
+use dpo_core::pair::TokenPair;
+use dpo_core::plan::Packing;
+use dpo_core::weights::Checkpoint;
+use dpo_data::{self as data, ChatTokenizer, Report};
+use dpo_generate::Generator;
+use dpo_hub::Need;
+use dpo_hub::model::{self, Model};
+use dpo_page::{ARGS, Runs, Server, Watchers};
+use dpo_plugins::Registry;
+use dpo_ranks::Ranks;
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::load_state;
+use crate::config::{Dashboard, PACKING, StartAdapter, TrainConfig};
+use crate::metrics::Window;
+use crate::objective::Objective;
+use crate::reference::Reference;
+use crate::run::Run;
+use crate::run_dir::RunDir;
+use crate::samples::Samples;
+use crate::{before_after, next_steps, settings};
+
+/// Trains as one of some ranks, on the device of a backend; returns the folder with the result. `attempt` counts how often a
+/// launcher has started these ranks again.
+///
+/// # Errors
+/// Settings, rows, a model or a checkpoint that cannot be used; a run that fails; a rank that is lost.
+pub fn train(
+    registry: &Registry,
+    mut config: TrainConfig,
+    ranks: &mut Ranks,
+    backend: &dyn Backend,
+    attempt: u64,
+) -> Result<PathBuf> {
+    let objective = Objective::new(registry, &config.objective)?;
+    let folder = model::locate(&config.model, Need::Weights)?;
+    let model = Model::open(registry, &folder, config.plugin.as_deref())?;
+    let attempt = ranks.most(attempt)?;
+    let mut server = None;
+    let RunDir { output, resumed } = ranks.first(|| {
+        server = serve(&config.dashboard, attempt)?;
+        RunDir::of(&config.output, &folder, attempt)
+    })?;
+    let watchers = server.map(|server| {
+        console::line(format!("dashboard   {}", server.url()));
+        server.serve_beside(Runs::one(&output))
+    });
+    let adapter = starting_adapter(&model, &config)?;
+    let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
+    let Data { pairs, validation, report } = Data::load(registry, &config, &model, &tokenizer)?;
+    let checkpoint = Checkpoint::open(&folder)?;
+    checkpoint.refuse_extra(&model.graph)?;
+    console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
+    let content = format!("{}{}", checkpoint.content()?, model.config);
+    let mut settings = settings::decisive(&config.flags, &content, &adapter, &pairs);
+    if let Some(folder) = &resumed {
+        // Before weights are loaded and references computed.
+        settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
+    }
+    config.memory.packing = ranks.first(|| packing_before(&output, resumed.as_deref()))?;
+    let (family, graph) = (model.family.name.clone(), model.graph);
+    let workload = Workload::of(pairs.iter().chain(&validation));
+    let mut device = backend.trainer(ranks, graph, &checkpoint, adapter, workload, config.memory)?;
+    settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
+
+    let identity = format!("{}{}", checkpoint.identity()?, model.config);
+    let [reference, validation_reference] =
+        references(ranks, device.as_mut(), &objective, &identity, [&pairs, &validation])?;
+    let (seen, seen_reference) =
+        if validation.is_empty() { (&pairs, &reference) } else { (&validation, &validation_reference) };
+    let samples = Samples::take(ranks, device.as_mut(), &tokenizer, seen, seen_reference)?;
+    let steps = config.optimizer.steps(pairs.len());
+    let facts = json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "model": folder.display().to_string(),
+        "family": family,
+        "parameters": device.adapter().params.len(),
+        "device": device.name(),
+        "ranks": ranks.size(),
+        "pairs": pairs.len(),
+        "validation_pairs": validation.len(),
+        "total_steps": steps.total,
+        "data": report,
+        "data_line": report.line(),
+    });
+    agree_on(ranks, &settings)?;
+    let mut run = Run {
+        ranks,
+        base_model: config.model.clone(),
+        config,
+        output,
+        device,
+        objective,
+        pairs,
+        validation,
+        reference,
+        validation_reference,
+        steps,
+        settings,
+        facts,
+        samples,
+        window: Window::default(),
+        done: 0,
+        skipped: 0,
+    };
+    match resumed {
+        Some(folder) => run.resume(&folder)?,
+        None => run.begin()?,
+    }
+    run.train()?;
+    let output = finish(registry, run, &checkpoint, backend)?;
+    watchers.iter().for_each(Watchers::farewell);
+    Ok(output)
+}
+
+/// The packing of the run that is resumed, or that was ended before its first checkpoint and begins again in its folder.
+fn packing_before(output: &Path, resumed: Option<&Path>) -> Result<Option<Packing>> {
+    match resumed {
+        Some(folder) => Ok(Some(load_state(folder)?.packing)),
+        None => {
+            let args = data::read_json(&output.join(ARGS))?;
+            Ok(args.get(PACKING).and_then(|packing| serde_json::from_value(packing.clone()).ok()))
+        }
+    }
+}
+
+/// The examples of a run.
+struct Data {
+    pairs: Vec<TokenPair>,
+    validation: Vec<TokenPair>,
+    report: Report,
+}
+
+impl Data {
+    fn load(registry: &Registry, config: &TrainConfig, model: &Model<'_>, tokenizer: &ChatTokenizer) -> Result<Data> {
+        let load = |paths: &[String]| {
+            let dataset = data::load(&config.rows(paths, model.graph.max_positions), registry, tokenizer)?;
+            refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
+            Ok::<_, Error>(dataset)
+        };
+        let dataset = load(&config.dataset)?;
+        console::line(format!("model       {} ({})", model.folder.display(), model.family.name));
+        console::line(format!("data        {}", dataset.report.line()));
+        let (pairs, validation) = match config.val_dataset.as_slice() {
+            [] => data::split(dataset.pairs, config.split_dataset_ratio, config.data.seed),
+            paths => (dataset.pairs, load(paths)?.pairs),
+        };
+        warn_of_overlap(&pairs, &validation);
+        if pairs.is_empty() {
+            return Err(Error::input("the split leaves no pair to train on")
+                .at("--split-dataset-ratio")
+                .help("lower it, or add rows"));
+        }
+        Ok(Data { pairs, validation, report: dataset.report })
+    }
+}
+
+/// Log-probs under the reference, of training and validation pairs, where a loss reads them.
+fn references(
+    ranks: &mut Ranks,
+    device: &mut dyn Device,
+    objective: &Objective<'_>,
+    identity: &str,
+    pairs: [&Vec<TokenPair>; 2],
+) -> Result<[Reference; 2]> {
+    let mut references = [Reference::none(), Reference::none()];
+    if objective.needs_reference() {
+        for (reference, pairs) in references.iter_mut().zip(pairs) {
+            let own = pairs.len().div_ceil(ranks.size()) as u64;
+            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} pairs {eta} left");
+            *reference = Reference::of(ranks, device, identity, pairs, |n| bar.inc(n as u64))?;
+            bar.finish_and_clear();
+        }
+    }
+    Ok(references)
+}
+
+fn agree_on(ranks: &mut Ranks, settings: &Map<String, Value>) -> Result<()> {
+    let settings = serde_json::to_vec(settings).map_err(|e| Error::run(e.to_string()))?;
+    ranks.same("model, data or set of flags", &settings)
+}
+
+/// What follows the last step: answers for the report, where they cost little, and what can be done with the adapter.
+fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &dyn Backend) -> Result<PathBuf> {
+    let Run { ranks, config, output, device, pairs, validation, done, .. } = run;
+    let adapter = output.join("adapter_model.safetensors").display().to_string();
+    console::result(format!("adapter     {adapter}"));
+    // The base is what a continued adapter was before it was an adapter, not before this run.
+    let from_base = matches!(config.adapter, StartAdapter::New { .. });
+    if ranks.is_first() && from_base && before_after::are_cheap(checkpoint.bytes(), backend) {
+        let adapter = device.adapter().clone();
+        // A GPU may not have room for the model twice.
+        drop(device);
+        let pairs = if validation.is_empty() { &pairs } else { &validation };
+        let generator = || {
+            let folder = model::locate(&config.model, Need::Weights)?;
+            let model = Model::open(registry, &folder, config.plugin.as_deref())?;
+            Generator::open(&model, Some(adapter), backend, config.memory.limit)
+        };
+        let written = generator().and_then(|generator| before_after::write(generator, pairs, &output));
+        written.unwrap_or_else(|e| console::warning(Remark::because("the report has no answers", &e)));
+    }
+    let trained = config.val_dataset.is_empty();
+    let rows = if trained { &config.dataset } else { &config.val_dataset };
+    console::line(next_steps::commands(&output, rows, trained));
+    let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(done))];
+    console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
+    Ok(output)
+}
+
+/// The page of the run. Where a run is started again, whether there is one is not worth the run.
+fn serve(dashboard: &Dashboard, attempt: u64) -> Result<Option<Server>> {
+    let address = match dashboard {
+        Dashboard::Off => return Ok(None),
+        Dashboard::Usual => None,
+        Dashboard::At(address) => Some(address.as_str()),
+    };
+    match Server::bind(address, "--dashboard") {
+        Err(e) if attempt > 0 => {
+            console::warning(Remark::because("no dashboard", &e));
+            Ok(None)
+        }
+        server => server.map(Some),
+    }
+}
+
+fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> {
+    match &config.adapter {
+        StartAdapter::New { rank, alpha, rslora, targets } => {
+            let lora = AdapterConfig { rank: *rank, alpha: *alpha, rslora: *rslora, targets: targets.clone() };
+            Adapter::new(&model.graph, lora, config.data.seed).map_err(|e| e.at("--target-modules"))
+        }
+        StartAdapter::From { folder, rank, alpha } => {
+            let own = read_config(folder)?;
+            let differs = [
+                ("--lora-rank", rank.is_some_and(|r| r != own.rank)),
+                ("--lora-alpha", alpha.is_some_and(|a| a != own.alpha)),
+            ];
+            match differs.iter().find(|(_, differs)| *differs) {
+                Some((flag, _)) => {
+                    let (rank, alpha) = (own.rank, own.alpha);
+                    let what = format!(
+                        "differs from the adapter in {}, which has rank {rank} and alpha {alpha}",
+                        folder.display()
+                    );
+                    Err(Error::input(what).at(flag).help("leave it out: a run from an adapter keeps its shape"))
+                }
+                None => Adapter::load(&model.graph, folder),
+            }
+        }
+    }
+}
+
+/// An evaluation of pairs that are trained on says that a model learns, not what it learned.
+fn warn_of_overlap(pairs: &[TokenPair], validation: &[TokenPair]) {
+    let trained: HashSet<_> = pairs.iter().map(|p| (&p.prompt, &p.chosen, &p.rejected)).collect();
+    let shared = validation.iter().filter(|p| trained.contains(&(&p.prompt, &p.chosen, &p.rejected))).count();
+    if shared > 0 {
+        let what = format!("{shared} of {} validation pairs are trained on as well", validation.len());
+        console::warning(
+            Remark::from(what)
+                .help("evaluate on other rows, or hold some out from training with --split-dataset-ratio 0.1"),
+        );
+    }
+}
+
+/// A token id beyond the projection would read other memory's row.
+fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
+    let ids = |p: &TokenPair| p.prompt.iter().chain(&p.chosen).chain(&p.rejected).copied().max().unwrap_or(0);
+    match pairs.iter().find(|p| ids(p) as usize >= vocab) {
+        Some(pair) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", ids(pair)))
+            .at(&pair.place)
+            .help("the tokenizer is not this model's")),
+        None => Ok(()),
+    }
+}
