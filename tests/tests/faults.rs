@@ -1,4 +1,4 @@
-//! What goes wrong and what then becomes of a run: kills, torn checkpoints, full disks, signals, numbers that are none, and
+//! What goes wrong and what then becomes of a run: kills, corrupt checkpoints, full disks, signals, NaN and infinite values, and
 //! input that means harm. `DPO_KILLS` says how often a run is killed.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
@@ -195,7 +195,7 @@ fn a_run_killed_at_any_moment_comes_to_the_same_end() {
 }
 
 #[test]
-fn a_torn_checkpoint_is_told_and_the_one_before_is_taken() {
+fn a_corrupt_checkpoint_is_told_and_the_one_before_is_taken() {
     let sandbox = sandbox();
     let whole = sandbox.path("whole");
     ok(&sandbox, &train(&whole, &[&SHORT]));
@@ -210,12 +210,12 @@ fn a_torn_checkpoint_is_told_and_the_one_before_is_taken() {
         let bytes = fs::read(&torn).unwrap();
         fs::write(&torn, &bytes[..bytes.len() / 2]).unwrap();
         let args = train(&output, &[&SHORT, &["--resume-from-checkpoint", &format!("{output}/{newest}")]]);
-        says(&sandbox, &args, 2, &["the checkpoint is torn", file]);
+        says(&sandbox, &args, 2, &["the checkpoint is incomplete or corrupt", file]);
         says(
             &sandbox,
             &train(&output, &[&SHORT, &LATEST]),
             0,
-            &["checkpoint-7 is torn and left out", file, "checkpoint-6\n"],
+            &["checkpoint-7 is incomplete or corrupt and left out", file, "checkpoint-6\n"],
         );
         same_end(&whole, &output);
     }
@@ -228,7 +228,7 @@ fn a_torn_checkpoint_is_told_and_the_one_before_is_taken() {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&path, bytes).unwrap();
     }
-    says(&sandbox, &train(&output, &[&SHORT, &LATEST]), 2, &["SHA-256 differs", "every checkpoint is torn"]);
+    says(&sandbox, &train(&output, &[&SHORT, &LATEST]), 2, &["SHA-256 differs", "every checkpoint is incomplete or corrupt"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Checkpoints: adapter, moments, place in the data.
 //!
 //! A folder is written beside its place with a manifest of its files, flushed, and renamed; then the marker `latest` names
-//! it, and only then older ones go. So there is a whole checkpoint at every moment, and a torn one is known as such.
+//! it, and only then older ones go. So there is a whole checkpoint at every moment, and an incomplete or corrupt one is known as such.
 
 use std::collections::HashMap;
 use std::fs;
@@ -94,7 +94,7 @@ fn place(temporary: &Path, place: &Path) -> Result<()> {
 }
 
 /// The checkpoint folder that `--resume-from-checkpoint` means: none where `latest` finds a run that was ended before its
-/// first checkpoint. Torn ones are told, and the one before is taken.
+/// first checkpoint. Incomplete or corrupt ones are told, and the one before is taken.
 pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<PathBuf>> {
     if let Resume::From(folder) = resume {
         if !folder.is_dir() {
@@ -102,11 +102,11 @@ pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<Path
                 .at(FLAG)
                 .help("name a folder checkpoint-N of a run, or say 'latest' together with --output-dir"));
         }
-        let torn = |cause: String| {
+        let corrupt = |cause: String| {
             Error::input(format!("the checkpoint is incomplete or corrupt: {cause}")).at(folder.display())
         };
         manifest::verify(folder)
-            .map_err(|e| torn(e).help(format!("name another one, or let {FLAG} latest find a whole one")))?;
+            .map_err(|e| corrupt(e).help(format!("name another one, or let {FLAG} latest find a whole one")))?;
         return Ok(Some(folder.clone()));
     }
     let Some(output) = output else {
@@ -117,19 +117,19 @@ pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<Path
     let marked = fs::read_to_string(output.join(LATEST)).unwrap_or_default();
     let (first, rest): (Vec<_>, Vec<_>) =
         list(output).into_iter().rev().map(|(_, p)| p).partition(|p| p.ends_with(marked.trim()));
-    let mut torn = 0;
+    let mut corrupt = 0;
     for folder in first.into_iter().chain(rest) {
         match manifest::verify(&folder) {
             Ok(()) => {
                 console::line(format!("resuming    {}", folder.display()));
                 return Ok(Some(folder));
             }
-            Err(cause) => console::warning(format!("{} is torn and left out: {cause}", folder.display())),
+            Err(cause) => console::warning(format!("{} is incomplete or corrupt and left out: {cause}", folder.display())),
         }
-        torn += 1;
+        corrupt += 1;
     }
-    if torn > 0 {
-        return Err(Error::input("every checkpoint is torn")
+    if corrupt > 0 {
+        return Err(Error::input("every checkpoint is incomplete or corrupt")
             .at(output.display())
             .help("remove the checkpoint folders to begin anew, or name another --output-dir"));
     }

@@ -1,4 +1,4 @@
-//! `manifest.json` of a checkpoint: name, size and SHA-256 of every file, by which a torn checkpoint is known.
+//! `manifest.json` of a checkpoint: name, size and SHA-256 of every file, by which an incomplete or corrupt checkpoint is known.
 
 use std::fs;
 use std::path::Path;

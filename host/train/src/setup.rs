@@ -127,10 +127,10 @@ pub fn train(
 fn packing_before(output: &Path, resumed: Option<&Path>) -> Result<Option<Packing>> {
     match resumed {
         Some(folder) => Ok(Some(load_state(folder)?.packing)),
-        None => {
-            let args = data::read_json(&output.join(ARGS))?;
-            Ok(args.get(PACKING).and_then(|packing| serde_json::from_value(packing.clone()).ok()))
-        }
+        // One that was cut short by a kill says nothing.
+        None => Ok(data::read_json(&output.join(ARGS))
+            .ok()
+            .and_then(|args| serde_json::from_value(args.get(PACKING)?.clone()).ok())),
     }
 }
 
