@@ -21,6 +21,7 @@ pub mod page;
 pub mod plan;
 pub mod plugins;
 pub mod ranks;
+pub mod storage;
 pub mod train;
 pub mod weights;
 
