@@ -94,7 +94,11 @@ pub struct Weight {
 impl Node {
     /// The module this node's weights belong to, as PEFT names it: `self_attn.q_proj` for `self_attn.q_proj.weight`.
     pub fn module(&self) -> Option<&str> {
-        let weight = self.weights.iter().find(|w| w.role == "weight")?;
-        weight.tensor.strip_suffix(".weight")
+        self.weight("weight")?.tensor.strip_suffix(".weight")
+    }
+
+    /// The weight of a role. Weights may be listed in any order.
+    pub fn weight(&self, role: &str) -> Option<&Weight> {
+        self.weights.iter().find(|w| w.role == role)
     }
 }

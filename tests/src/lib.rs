@@ -78,8 +78,8 @@ pub fn graph(family: &str, config: &str) -> ModelGraph {
 pub fn weights(graph: &ModelGraph, seed: u64) -> HashMap<String, Tensor> {
     let mut numbers = Numbers::new(seed);
     let mut all = HashMap::new();
-    for (block, prefix) in blocks(graph) {
-        for node in &block.nodes {
+    for (_, prefix, nodes) in blocks(graph) {
+        for node in nodes {
             for weight in &node.weights {
                 let spread = if node.op == "rms_norm" { 0.2 } else { 0.3 };
                 let shift = if node.op == "rms_norm" { 1.0 } else { 0.0 };
@@ -95,11 +95,11 @@ pub fn weights(graph: &ModelGraph, seed: u64) -> HashMap<String, Tensor> {
 
 /// An engine over such weights, with an adapter on every linear whose A and B are not zero.
 pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) -> Engine {
-    let of_graph = blocks(graph).map(|(block, prefix)| {
+    let of_graph = blocks(graph).map(|(_, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| {
             n.weights.iter().map(|w| weights[&format!("{prefix}{}", w.tensor)].clone()).collect()
         };
-        block.nodes.iter().map(of_node).collect()
+        nodes.iter().map(of_node).collect()
     });
     let config = AdapterConfig { rank: 3, alpha: 6.0, rslora: false, targets: Targets::AllLinear };
     let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");

@@ -228,7 +228,12 @@ fn a_corrupt_checkpoint_is_told_and_the_one_before_is_taken() {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&path, bytes).unwrap();
     }
-    says(&sandbox, &train(&output, &[&SHORT, &LATEST]), 2, &["SHA-256 differs", "every checkpoint is incomplete or corrupt"]);
+    says(
+        &sandbox,
+        &train(&output, &[&SHORT, &LATEST]),
+        2,
+        &["SHA-256 differs", "every checkpoint is incomplete or corrupt"],
+    );
 }
 
 #[test]

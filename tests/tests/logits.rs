@@ -20,7 +20,7 @@ fn base(graph: &ModelGraph, weights: &HashMap<String, Tensor>) -> Engine {
     let of_node = |prefix: &str, n: &dpo_plugin_api::graph::Node| {
         n.weights.iter().map(|w| weights[&format!("{prefix}{}", w.tensor)].clone()).collect()
     };
-    let all = blocks(graph).map(|(b, prefix)| b.nodes.iter().map(|n| of_node(prefix, n)).collect()).collect();
+    let all = blocks(graph).map(|(_, prefix, nodes)| nodes.iter().map(|n| of_node(prefix, n)).collect()).collect();
     let config = AdapterConfig { rank: 1, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
     Engine::of(graph.clone(), all, Adapter::new(graph, config, 0).unwrap()).unwrap()
 }

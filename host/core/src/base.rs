@@ -1,8 +1,8 @@
 //! The frozen weights of a model: all of them here, or of every one a part on each rank.
 //!
-//! A pass takes blocks in an order that it knows beforehand (a [`Walk`]). Where ranks share the base, a thread gathers a
-//! block from their parts while the one before it is computed, so that no more than two are whole at a time. All ranks
-//! have to take the same blocks in the same order; one without anything to compute takes them and lets them go.
+//! A pass streams blocks in an order that it knows beforehand (a [`LayerStream`]). Where the base is sharded over ranks, a thread
+//! gathers a block from their parts while the one before it is computed, so that no more than two are whole at a time. All ranks
+//! have to stream the same blocks in the same order; one without anything to compute participates.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -15,33 +15,21 @@ use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 
 use crate::collective::Shards;
 use crate::error::{Error, Result};
-use crate::weights::Checkpoint;
+use crate::storage::shards;
+use crate::weights::{BlockId, Checkpoint, blocks};
 
 /// Of every block, of every node, the places of its weights among all.
-type Places = Vec<Vec<Vec<usize>>>;
+type Places = HashMap<BlockId, Vec<Vec<usize>>>;
 
 /// The weights of every node of a block.
 pub type BlockWeights = Vec<Vec<Tensor>>;
 
-/// The frozen weights of every block of [`blocks`].
+/// The frozen weights of every block of a model.
 pub enum Base {
     /// All are here.
-    Whole(Vec<BlockWeights>),
+    Resident(HashMap<BlockId, BlockWeights>),
     /// Each rank keeps a part.
-    Shared(Shared),
-}
-
-/// What a pass walks through, in order: the embedding, the layers, the head up to its projection, the projection. Each
-/// with the prefix of its tensors.
-pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (&str, &[Node])> {
-    let layers = graph.layers.iter().map(|l| (l.prefix.as_str(), graph.blocks[l.block].nodes.as_slice()));
-    let (head, projection) = graph.head.nodes.split_at(graph.head.nodes.len().saturating_sub(1));
-    std::iter::once(("", graph.embed.nodes.as_slice())).chain(layers).chain([("", head), ("", projection)])
-}
-
-/// Whether ranks share a weight. Vectors are small: every rank has them whole.
-pub fn is_shared(weight: &Weight) -> bool {
-    weight.shape.len() > 1
+    Sharded(Sharded),
 }
 
 impl Base {
@@ -57,14 +45,15 @@ impl Base {
 
     fn whole(graph: &ModelGraph, load: impl FnMut(&str, &Weight) -> Result<Tensor>) -> Result<Base> {
         let (weights, blocks) = every(graph, load)?;
-        let whole = blocks.iter().map(|b| b.iter().map(|n| n.iter().map(|w| weights[*w].clone()).collect()).collect());
-        Ok(Base::Whole(whole.collect()))
+        let of_node = |places: &Vec<usize>| places.iter().map(|w| weights[*w].clone()).collect();
+        let resident = blocks.iter().map(|(id, nodes)| (*id, nodes.iter().map(of_node).collect()));
+        Ok(Base::Resident(resident.collect()))
     }
 
     /// Loads this rank's part of them.
     pub fn load_part(graph: &ModelGraph, checkpoint: &Checkpoint, parts: Box<dyn Shards>) -> Result<Base> {
         let (weights, blocks) = every(graph, |prefix, weight| {
-            if !is_shared(weight) {
+            if !shards(weight) {
                 return Ok(Kept::Whole(checkpoint.load(prefix, weight)?));
             }
             let own = parts.own(weight.shape.iter().product());
@@ -75,21 +64,19 @@ impl Base {
         let gather = move || Gatherer { parts, weights, blocks }.run(&orders, &delivery);
         let thread = thread::Builder::new().name("base".into()).spawn(gather);
         thread.map_err(|e| Error::run(format!("cannot gather weights: {e}")))?;
-        Ok(Base::Shared(Shared { wanted, gathered }))
+        Ok(Base::Sharded(Sharded { wanted, gathered }))
     }
 
-    /// Weights at hand, of the blocks as [`weights::blocks`](crate::weights::blocks) has them.
-    pub fn of(mut blocks: Vec<BlockWeights>) -> Base {
-        let projection = blocks.last_mut().and_then(Vec::pop);
-        blocks.push(projection.into_iter().collect());
-        Base::Whole(blocks)
+    /// Weights at hand, in the order of [`blocks`].
+    pub fn of(graph: &ModelGraph, weights: Vec<BlockWeights>) -> Base {
+        Base::Resident(blocks(graph).map(|(id, ..)| id).zip(weights).collect())
     }
 
-    /// Walks through blocks in this order, to the end.
-    pub fn walk(&self, order: impl Iterator<Item = usize> + 'static) -> Result<Walk<'_>> {
-        let mut walk = Walk { base: self, order: Box::new(order), wanted: None };
-        walk.want_next()?;
-        Ok(walk)
+    /// Streams blocks in this order, to the end.
+    pub fn stream(&self, order: impl Iterator<Item = BlockId> + 'static) -> Result<LayerStream<'_>> {
+        let mut stream = LayerStream { base: self, order: Box::new(order), wanted: None };
+        stream.want_next()?;
+        Ok(stream)
     }
 }
 
@@ -105,44 +92,45 @@ fn every<T>(graph: &ModelGraph, mut load: impl FnMut(&str, &Weight) -> Result<T>
         known.insert(name, weights.len() - 1);
         Ok(weights.len() - 1)
     };
-    let mut all = Vec::new();
-    for (prefix, nodes) in blocks(graph) {
+    let mut all = HashMap::new();
+    for (id, prefix, nodes) in blocks(graph) {
         let of_node = |n: &Node| n.weights.iter().map(|w| place(prefix, w)).collect::<Result<Vec<usize>>>();
-        all.push(nodes.iter().map(of_node).collect::<Result<Vec<_>>>()?);
+        all.insert(id, nodes.iter().map(of_node).collect::<Result<Vec<_>>>()?);
     }
     Ok((weights, all))
 }
 
 /// Blocks of a base in the order of a pass.
-pub struct Walk<'b> {
+pub struct LayerStream<'b> {
     base: &'b Base,
-    order: Box<dyn Iterator<Item = usize>>,
+    order: Box<dyn Iterator<Item = BlockId>>,
     /// The next block.
-    wanted: Option<usize>,
+    wanted: Option<BlockId>,
 }
 
-impl<'b> Walk<'b> {
-    /// The next block's weights. They should be gone before the one after it is taken.
+impl<'b> LayerStream<'b> {
+    /// The next block's weights. They should be gone before the one after it is asked for.
     ///
     /// # Errors
     /// A rank that is lost; a pass that takes more blocks than it said.
-    pub fn take(&mut self) -> Result<Cow<'b, [Vec<Tensor>]>> {
+    #[allow(clippy::should_implement_trait)] // An iterator would hide that a pass may ask for too much.
+    pub fn next(&mut self) -> Result<Cow<'b, [Vec<Tensor>]>> {
         let at = self.wanted.ok_or_else(|| Error::run("a pass goes beyond its last block"))?;
         let block = match self.base {
-            Base::Whole(blocks) => Cow::Borrowed(blocks[at].as_slice()),
-            Base::Shared(shared) => Cow::Owned(shared.gathered.recv().map_err(|_| ended())??),
+            Base::Resident(blocks) => Cow::Borrowed(blocks.get(&at).map_or(&[][..], Vec::as_slice)),
+            Base::Sharded(sharded) => Cow::Owned(sharded.gathered.recv().map_err(|_| ended())??),
         };
         self.want_next()?;
         Ok(block)
     }
 
-    /// Takes all that is left and lets it go.
+    /// Gathers all that is left with the other ranks, and computes nothing.
     ///
     /// # Errors
-    /// As [`take`](Self::take).
-    pub fn attend(mut self) -> Result<()> {
+    /// As [`next`](Self::next).
+    pub fn participate(mut self) -> Result<()> {
         while self.wanted.is_some() {
-            self.take()?;
+            self.next()?;
         }
         Ok(())
     }
@@ -150,7 +138,7 @@ impl<'b> Walk<'b> {
     fn want_next(&mut self) -> Result<()> {
         self.wanted = self.order.next();
         match (self.base, self.wanted) {
-            (Base::Shared(shared), Some(at)) => shared.wanted.send(at).map_err(|_| ended()),
+            (Base::Sharded(sharded), Some(at)) => sharded.wanted.send(at).map_err(|_| ended()),
             _ => Ok(()),
         }
     }
@@ -161,8 +149,8 @@ fn ended() -> Error {
 }
 
 /// A base of which this rank keeps a part.
-pub struct Shared {
-    wanted: Sender<usize>,
+pub struct Sharded {
+    wanted: Sender<BlockId>,
     gathered: Receiver<Result<BlockWeights>>,
 }
 
@@ -181,7 +169,7 @@ struct Gatherer {
 
 impl Gatherer {
     /// Until nobody asks any more, or a rank is lost.
-    fn run(mut self, orders: &Receiver<usize>, delivery: &Sender<Result<BlockWeights>>) {
+    fn run(mut self, orders: &Receiver<BlockId>, delivery: &Sender<Result<BlockWeights>>) {
         for at in orders {
             let block = self.gather(at);
             let failed = block.is_err();
@@ -191,7 +179,7 @@ impl Gatherer {
         }
     }
 
-    fn gather(&mut self, at: usize) -> Result<BlockWeights> {
+    fn gather(&mut self, at: BlockId) -> Result<BlockWeights> {
         let (parts, weights) = (&mut self.parts, &self.weights);
         let mut whole = |at: &usize| match &weights[*at] {
             Kept::Whole(tensor) => Ok(tensor.clone()),
@@ -202,6 +190,6 @@ impl Gatherer {
                 Ok(Tensor::from_vec(all, shape.as_slice(), &Device::Cpu)?)
             }
         };
-        self.blocks[at].iter().map(|node| node.iter().map(&mut whole).collect()).collect()
+        self.blocks[&at].iter().map(|node| node.iter().map(&mut whole).collect()).collect()
     }
 }

@@ -5,7 +5,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::ops::Range;
 
 use candle_core::{D, DType, Device, Tensor};
 use dpo_plugin_api::graph::{ModelGraph, Node};
@@ -16,6 +15,7 @@ use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, Site};
 use crate::ops::{self, Call, Gradients, Kernel, Lora, Past, lm_head};
+use crate::weights::BlockId;
 
 /// Columns of a model that keep a thread busy: on 16 cores a model of 192 takes twice as long with all of them as with 4.
 const COLUMNS_A_THREAD: usize = 48;
@@ -26,7 +26,7 @@ pub struct Engine {
     base: Base,
     adapter: Adapter,
     /// The adapter's tensors by block and node.
-    loras: HashMap<(usize, usize), Lora>,
+    loras: HashMap<(BlockId, usize), Lora>,
     /// Layers whose inner values are computed again in the backward pass.
     recomputed: usize,
 }
@@ -50,9 +50,9 @@ struct Kept {
     slopes: Tensor,
 }
 
-/// A block that is run: its place among all, its nodes and their weights, and where its tokens are.
+/// A block that is run: which one, its nodes and their weights, and where its tokens are.
 struct Work<'a> {
-    at: usize,
+    at: BlockId,
     nodes: &'a [Node],
     weights: Cow<'a, [Vec<Tensor>]>,
     layout: &'a Layout,
@@ -68,10 +68,10 @@ impl Engine {
         Ok(engine)
     }
 
-    /// An engine over weights at hand: of every block of [`weights::blocks`](crate::weights::blocks), of every node, its
-    /// tensors.
+    /// An engine over weights at hand: of every block of [`blocks`](crate::weights::blocks), of every node, its tensors.
     pub fn of(graph: ModelGraph, weights: Vec<BlockWeights>, adapter: Adapter) -> Result<Engine> {
-        Engine::new(graph, Base::of(weights), adapter)
+        let base = Base::of(&graph, weights);
+        Engine::new(graph, base, adapter)
     }
 
     /// Computes the inner values of the first `layers` layers again in the backward pass instead of keeping them.
@@ -110,35 +110,36 @@ impl Engine {
 
     /// Whether ranks share the base, so that all have to run the same passes.
     pub fn shares_base(&self) -> bool {
-        matches!(self.base, Base::Shared(_))
+        matches!(self.base, Base::Sharded(_))
     }
 
     /// The blocks of a forward pass: the embedding, layers, the head, its projection.
-    fn forwards(&self) -> Range<usize> {
-        0..self.graph.layers.len() + 3
+    fn forwards(&self) -> impl Iterator<Item = BlockId> + use<> {
+        let layers = (0..self.graph.layers.len()).map(BlockId::Layer);
+        std::iter::once(BlockId::Embed).chain(layers).chain([BlockId::Head, BlockId::Projection])
     }
 
     /// Those of a backward pass. Slopes took the projection's place; the embedding has no gradient.
-    fn backwards(&self) -> std::iter::Rev<Range<usize>> {
-        (1..self.graph.layers.len() + 2).rev()
+    fn backwards(&self) -> impl Iterator<Item = BlockId> + use<> {
+        std::iter::once(BlockId::Head).chain((0..self.graph.layers.len()).rev().map(BlockId::Layer))
     }
 
     /// Log-probs of a batch's answer tokens. With `keep`, what [`backward`](Self::backward) needs is kept. An empty batch
     /// computes nothing, here and there, but gathers weights with the ranks that do.
     pub fn forward(&self, batch: &Batch, keep: bool) -> Result<Forward> {
         let (graph, layout) = (&self.graph, &batch.layout);
-        let mut base = self.base.walk(self.forwards())?;
+        let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
-            base.attend()?;
+            base.participate()?;
             return Ok(Forward { logps: Vec::new(), log_sum_sq: Vec::new(), kept: None });
         }
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted: true });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
-        let mut x = self.run(&work(0, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
+        let mut x = self.run(&work(BlockId::Embed, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
         for (at, layer) in graph.layers.iter().enumerate() {
             let block = &graph.blocks[layer.block];
-            let mut values = self.run(&work(at + 1, &block.nodes)?, x)?;
+            let mut values = self.run(&work(BlockId::Layer(at), &block.nodes)?, x)?;
             x = values[block.output].clone();
             if keep {
                 values.truncate(if at < self.recomputed { 1 } else { values.len() });
@@ -147,9 +148,9 @@ impl Engine {
         }
         let rows = Tensor::new(batch.predictors.as_slice(), &Device::Cpu)?;
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
-        let head = self.run(&work(graph.layers.len() + 1, head)?, x.index_select(&rows, 0)?)?;
+        let head = self.run(&work(BlockId::Head, head)?, x.index_select(&rows, 0)?)?;
         let hidden = &head[projection.inputs[0]];
-        let out = lm_head::log_probs(hidden, &base.take()?[0][0], &batch.targets, keep)?;
+        let out = lm_head::log_probs(hidden, &base.next()?[0][0], &batch.targets, keep)?;
         let kept = out.slopes.filter(|_| keep).map(|slopes| Kept { layers, head, slopes });
         let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
         Ok(Forward { logps: single(out.logps), log_sum_sq: single(out.log_sum_sq), kept })
@@ -159,24 +160,24 @@ impl Engine {
     /// token.
     pub fn backward(&self, batch: &Batch, forward: Forward, dlogps: &[f32], gradient: &mut [f32]) -> Result<()> {
         let (graph, layout) = (&self.graph, &batch.layout);
-        let mut base = self.base.walk(self.backwards())?;
+        let mut base = self.base.stream(self.backwards())?;
         if batch.answers.is_empty() {
-            return base.attend();
+            return base.participate();
         }
         let Some(Kept { mut layers, head, slopes }) = forward.kept else {
             return Err(Error::run("the backward pass needs a forward pass that kept its values"));
         };
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted: true });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
         let [nodes @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let mut dvalues = vec![None; nodes.len() + 1];
         dvalues[projection.inputs[0]] = Some(lm_head::vjp(&slopes, dlogps)?);
-        let rows = self.pull(&work(graph.layers.len() + 1, nodes)?, &head, dvalues, gradient)?;
+        let rows = self.pull(&work(BlockId::Head, nodes)?, &head, dvalues, gradient)?;
         let rows = rows.ok_or_else(|| Error::run("the head has no gradient"))?;
         let zero = Tensor::zeros((batch.tokens(), rows.dim(D::Minus1)?), rows.dtype(), &Device::Cpu)?;
         let mut dx = zero.index_add(&Tensor::new(batch.predictors.as_slice(), &Device::Cpu)?, &rows, 0)?;
         for (at, layer) in graph.layers.iter().enumerate().rev() {
             let block = &graph.blocks[layer.block];
-            let work = work(at + 1, &block.nodes)?;
+            let work = work(BlockId::Layer(at), &block.nodes)?;
             let mut values = layers.pop().unwrap_or_default();
             if at < self.recomputed {
                 values = self.run(&work, values.remove(0))?;
@@ -194,17 +195,17 @@ impl Engine {
     pub fn logits(&self, ids: &[u32], past: &mut Past, adapted: bool) -> Result<Vec<f32>> {
         let Some(last) = ids.len().checked_sub(1) else { return Err(Error::run("no token to go on from")) };
         let (graph, layout) = (&self.graph, &Layout::after(past.tokens(), ids.len()));
-        let mut base = self.base.walk(self.forwards())?;
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.take()?, layout, adapted });
+        let mut base = self.base.stream(self.forwards())?;
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted });
         let mut x = Tensor::new(ids, &Device::Cpu)?;
-        x = self.go_on(&work(0, &graph.embed.nodes)?, x, past)?.swap_remove(graph.embed.output);
+        x = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, past)?.swap_remove(graph.embed.output);
         for (at, layer) in graph.layers.iter().enumerate() {
             let block = &graph.blocks[layer.block];
-            x = self.go_on(&work(at + 1, &block.nodes)?, x, past)?.swap_remove(block.output);
+            x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, past)?.swap_remove(block.output);
         }
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
-        let head = self.run(&work(graph.layers.len() + 1, head)?, x.narrow(0, last, 1)?)?;
-        let logits = ops::product(&head[projection.inputs[0]], &base.take()?[0][0])?;
+        let head = self.run(&work(BlockId::Head, head)?, x.narrow(0, last, 1)?)?;
+        let logits = ops::product(&head[projection.inputs[0]], &base.next()?[0][0])?;
         past.advance(ids.len());
         Ok(logits.flatten_all()?.to_vec1()?)
     }

@@ -51,10 +51,14 @@ pub fn check(graph: &ModelGraph) -> Result<()> {
         return Err(Error::input("the head, and nothing else, should end in the op 'lm_head'"));
     }
     // The host runs the head only at rows that predict an answer token, which is right for ops that work row by row.
-    match graph.head.nodes.iter().find(|n| ["attention", "rope"].contains(&n.op.as_str())) {
-        Some(node) => Err(Error::input(format!("the head has the op '{}', which needs whole rows", node.op))),
-        None => Ok(()),
+    for (block, place) in [(&graph.embed, "embedding"), (&graph.head, "head")] {
+        for node in &block.nodes {
+            if ops::find(&node.op)?.reads_layout {
+                return Err(Error::input(format!("the {place} has the op '{}', which needs whole rows", node.op)));
+            }
+        }
     }
+    Ok(())
 }
 
 fn check_block(block: &Block, input: usize, output: usize) -> Result<()> {

@@ -19,5 +19,6 @@ pub mod ops;
 pub mod optimizer;
 pub mod pair;
 pub mod plan;
+pub mod storage;
 pub mod testing;
 pub mod weights;

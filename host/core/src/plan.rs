@@ -6,9 +6,10 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::{Deserialize, Serialize};
 
-use crate::base::{blocks, is_shared};
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
+use crate::storage::{Numbers, Storage};
+use crate::weights::blocks;
 
 /// Bytes of an f32.
 const WORD: usize = 4;
@@ -139,15 +140,14 @@ impl Plan {
 /// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.
 fn weights(graph: &ModelGraph, parts: usize) -> usize {
     let (mut kept, mut whole) = (BTreeMap::new(), Vec::new());
-    for (prefix, nodes) in blocks(graph) {
+    for (_, prefix, nodes) in blocks(graph) {
         let mut gathered = 0;
         for weight in nodes.iter().flat_map(|n| &n.weights) {
             let values: usize = weight.shape.iter().product();
-            let shared = parts > 1 && is_shared(weight);
-            gathered += if shared { values * WORD } else { 0 };
+            let storage = Storage::of(weight, Numbers::F32, parts);
+            gathered += if storage.is_sharded() { storage.numbers.bytes(values) } else { 0 };
             // A tied projection is the embedding's tensor.
-            let own = if shared { values.div_ceil(parts) } else { values };
-            kept.insert(format!("{prefix}{}", weight.tensor), own * WORD);
+            kept.insert(format!("{prefix}{}", weight.tensor), storage.bytes(values));
         }
         whole.push(gathered);
     }

@@ -158,11 +158,11 @@ pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
     let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
         Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
-    let of = blocks(graph).map(|(block, prefix)| {
+    let of = blocks(graph).map(|(_, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
             n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape)).collect()
         };
-        block.nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
+        nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });
     let weights = of.collect::<Result<Vec<_>>>()?;
     Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dpo_plugin_api::graph::{ModelGraph, Weight};
+use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 use half::bf16;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
@@ -99,8 +99,8 @@ impl Checkpoint {
     /// Refuses tensors that the graph does not read, but for those it names as unused.
     pub fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
         let mut needed: Vec<String> = Vec::new();
-        for (block, prefix) in blocks(graph) {
-            needed.extend(block.nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
+        for (_, prefix, nodes) in blocks(graph) {
+            needed.extend(nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
         }
         needed.sort();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
@@ -215,10 +215,28 @@ fn in_huge_pages<T>(room: &mut Vec<T>) {
     }
 }
 
-/// Every block of a graph in the order it runs, with the prefix of its tensors.
-pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (&dpo_plugin_api::graph::Block, &str)> {
-    let layers = graph.layers.iter().map(|l| (&graph.blocks[l.block], l.prefix.as_str()));
-    std::iter::once((&graph.embed, "")).chain(layers).chain(std::iter::once((&graph.head, "")))
+/// A block of a model, in the order in which they run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum BlockId {
+    /// From token ids to the residual stream.
+    Embed,
+    /// A layer, counted from 0.
+    Layer(usize),
+    /// From the residual stream to what is projected.
+    Head,
+    /// The last node of the head, which computes logits.
+    Projection,
+}
+
+/// Every block of a graph in the order it runs, with the prefix of its tensors and its nodes.
+pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node])> {
+    let layer = |(at, l): (usize, &'_ dpo_plugin_api::graph::Layer)| {
+        (BlockId::Layer(at), graph.layers[at].prefix.as_str(), graph.blocks[l.block].nodes.as_slice())
+    };
+    let (head, projection) = graph.head.nodes.split_at(graph.head.nodes.len().saturating_sub(1));
+    std::iter::once((BlockId::Embed, "", graph.embed.nodes.as_slice()))
+        .chain(graph.layers.iter().enumerate().map(layer))
+        .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
 /// A tensor's shape and values.

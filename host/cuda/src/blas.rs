@@ -1,4 +1,4 @@
-//! Matrix products through cuBLASLt. Algorithms are timed once for a class of shapes on a kind of GPU and kept on disk, so
+//! Matmuls through cuBLASLt. Algorithms are timed once for a class of shapes on a kind of GPU and kept on disk, so
 //! that later runs, and the same run again, compute the same bits.
 
 use std::cell::{Cell, RefCell};
@@ -10,19 +10,19 @@ use std::path::{Path, PathBuf};
 
 use cudarc::cublaslt::{result, sys};
 
-use super::device::{Address, Gpu, Memory, View};
+use super::gpu::{Address, Gpu, Memory, View};
 use dpo_core::error::{Error, Result};
 use dpo_core::files;
 
-/// Scratch of the products.
+/// Scratch of the matmuls.
 pub(super) const WORKSPACE: usize = 64 << 20;
 
 /// cuBLASLt on one GPU.
 pub(super) struct Blas {
     handle: sys::cublasLtHandle_t,
     workspace: Memory,
-    plans: RefCell<HashMap<Product, Plan>>,
-    /// Algorithms by [`Product::class`].
+    plans: RefCell<HashMap<Matmul, Plan>>,
+    /// Algorithms by [`Matmul::class`].
     tuned: RefCell<BTreeMap<String, [u64; 8]>>,
     /// Whether algorithms are timed: results are then of no use.
     tuning: Cell<bool>,
@@ -37,7 +37,7 @@ const CANDIDATES: usize = 8;
 
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Product {
+pub(super) struct Matmul {
     pub m: usize,
     pub n: usize,
     pub k: usize,
@@ -63,7 +63,7 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// Matrices of a product. `c` is read where something is added; it may be `d`.
+/// Matrices of a matmul. `c` is read where something is added; it may be `d`.
 #[derive(Clone, Copy)]
 pub(super) struct Operands {
     pub a: View,
@@ -73,12 +73,9 @@ pub(super) struct Operands {
     pub bias: Address,
 }
 
-fn failed(product: &Product) -> impl FnOnce(result::CublasError) -> Error + '_ {
+fn failed(matmul: &Matmul) -> impl FnOnce(result::CublasError) -> Error + '_ {
     move |e| {
-        Error::run(format!(
-            "cuBLASLt: product of [{}, {}] and [{}, {}]: {e:?}",
-            product.m, product.k, product.k, product.n
-        ))
+        Error::run(format!("cuBLASLt: matmul of [{}, {}] and [{}, {}]: {e:?}", matmul.m, matmul.k, matmul.k, matmul.n))
     }
 }
 
@@ -136,43 +133,43 @@ impl Blas {
 
     /// Drops plans, which were made for shapes that will not come again.
     fn forget(&self) -> Result<()> {
-        for (product, plan) in self.plans.borrow_mut().drain() {
-            plan.destroy().map_err(failed(&product))?;
+        for (matmul, plan) in self.plans.borrow_mut().drain() {
+            plan.destroy().map_err(failed(&matmul))?;
         }
         Ok(())
     }
 
-    /// Starts a product.
-    pub(super) fn run(&self, gpu: &Gpu, mut product: Product, on: Operands) -> Result<()> {
-        if product.m == 0 || product.n == 0 {
+    /// Starts a matmul.
+    pub(super) fn run(&self, gpu: &Gpu, mut matmul: Matmul, on: Operands) -> Result<()> {
+        if matmul.m == 0 || matmul.n == 0 {
             return Ok(());
         }
         let of = [on.a, on.b, on.c, on.d];
-        product.lds = of.map(|v| v.ld);
-        product.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
+        matmul.lds = of.map(|v| v.ld);
+        matmul.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
         let mut plans = self.plans.borrow_mut();
-        let plan = match plans.entry(product) {
+        let plan = match plans.entry(matmul) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(gpu, &product, on)?),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(gpu, &matmul, on)?),
         };
-        self.start(gpu, &product, plan, on)
+        self.start(gpu, &matmul, plan, on)
     }
 
-    fn start(&self, gpu: &Gpu, product: &Product, plan: &Plan, on: Operands) -> Result<()> {
-        let (alpha, beta) = (1.0_f32, if product.add { 1.0_f32 } else { 0.0 });
+    fn start(&self, gpu: &Gpu, matmul: &Matmul, plan: &Plan, on: Operands) -> Result<()> {
+        let (alpha, beta) = (1.0_f32, if matmul.add { 1.0_f32 } else { 0.0 });
         let number = |v: &f32| (v as *const f32).cast::<c_void>();
         let at = |a: Address| a as *const c_void;
         // SAFETY: the plan was made for these layouts; addresses are of the device. In columns, as cuBLASLt counts,
-        // the product reads Dᵀ = op(B)ᵀ · op(A)ᵀ.
+        // the matmul reads Dᵀ = op(B)ᵀ · op(A)ᵀ.
         unsafe {
-            if product.bias {
+            if matmul.bias {
                 result::set_matmul_desc_attribute(
                     plan.description,
                     sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
                     (&raw const on.bias).cast(),
                     size_of::<Address>(),
                 )
-                .map_err(failed(product))?;
+                .map_err(failed(matmul))?;
             }
             result::matmul(
                 self.handle,
@@ -183,7 +180,7 @@ impl Blas {
                 plan.layouts[1],
                 at(on.a.at),
                 plan.layouts[0],
-                at(if product.add { on.c.at } else { on.d.at }),
+                at(if matmul.add { on.c.at } else { on.d.at }),
                 plan.layouts[2],
                 on.d.at as *mut c_void,
                 plan.layouts[3],
@@ -192,11 +189,11 @@ impl Blas {
                 WORKSPACE,
                 gpu.stream().cast(),
             )
-            .map_err(failed(product))
+            .map_err(failed(matmul))
         }
     }
 
-    fn plan(&self, gpu: &Gpu, p: &Product, on: Operands) -> Result<Plan> {
+    fn plan(&self, gpu: &Gpu, p: &Matmul, on: Operands) -> Result<Plan> {
         use sys::cublasLtMatmulDescAttributes_t as Desc;
         use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
         let narrow = sys::cudaDataType_t::CUDA_R_16BF;
@@ -314,7 +311,7 @@ impl Blas {
     fn time(
         &self,
         gpu: &Gpu,
-        product: &Product,
+        matmul: &Matmul,
         plan: &mut Plan,
         candidates: &mut [sys::cublasLtMatmulAlgo_t],
         on: Operands,
@@ -322,10 +319,10 @@ impl Blas {
         let mut times = Vec::new();
         for (place, algorithm) in candidates.iter().enumerate() {
             plan.algorithm = *algorithm;
-            self.start(gpu, product, plan, on)?;
+            self.start(gpu, matmul, plan, on)?;
             let mut runs = [0.0_f32; 3];
             for run in &mut runs {
-                *run = gpu.time(|| self.start(gpu, product, plan, on))?;
+                *run = gpu.time(|| self.start(gpu, matmul, plan, on))?;
             }
             runs.sort_by(f32::total_cmp);
             times.push((runs[1], place));
@@ -353,10 +350,10 @@ impl Plan {
     }
 }
 
-impl Product {
+impl Matmul {
     /// `[m, k] · [k, n]`, B stored as `[k, n]`.
-    pub(super) fn new(m: usize, n: usize, k: usize) -> Product {
-        Product {
+    pub(super) fn new(m: usize, n: usize, k: usize) -> Matmul {
+        Matmul {
             m,
             n,
             k,

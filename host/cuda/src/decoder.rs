@@ -3,15 +3,15 @@
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::device::{Gpu, Memory, View};
 use super::engine::CudaDevice;
-use super::model::Source;
+use super::gpu::{Gpu, Memory, View};
 use super::plan::{GpuPlan, Room};
+use super::weights::loading::Source;
 use dpo_core::decoder::{CHUNK, Decoder, Voice};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
-use dpo_core::ops::count;
+use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
 
 /// Tokens of a text that are remembered at most, where memory has room for more.
@@ -49,12 +49,15 @@ impl CudaDecoder {
     ) -> Result<CudaDecoder> {
         let (mut rows, mut width) = (Vec::new(), 0);
         for layer in &graph.layers {
-            let attention: Vec<_> = graph.blocks[layer.block].nodes.iter().filter(|n| n.op == "attention").collect();
-            let [node] = attention.as_slice() else {
+            let nodes = &graph.blocks[layer.block].nodes;
+            let caching = nodes.iter().map(|n| Ok((n, ops::find(&n.op)?.remembers))).collect::<Result<Vec<_>>>()?;
+            let caching: Vec<_> = caching.into_iter().filter(|(_, inputs)| !inputs.is_empty()).collect();
+            let [(node, [keys, _])] = caching.as_slice() else {
                 return Err(Error::input("a GPU answers with models whose every block attends once")
                     .help("--device cpu answers with any"));
             };
-            let own = count(node, "kv_heads") * count(node, "head_dim");
+            // A value is made by the node before its number.
+            let own = node.inputs[*keys].checked_sub(1).map_or(graph.hidden_size, |maker| nodes[maker].width);
             rows.push((width, own));
             width += 2 * own;
         }

@@ -1,9 +1,6 @@
-//! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for rope's tables and for results.
+//! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for tables and results.
 
-use dpo_plugin_api::graph::ModelGraph;
-
-use super::device::{Address, Gpu, Memory, Pinned};
-use super::launch::rope_numbers;
+use super::gpu::{Address, Gpu, Memory, Pinned};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::{Error, Result};
 
@@ -27,19 +24,12 @@ pub(super) struct BatchAddresses {
     /// Tiles of 64 and of 32 tokens.
     pub(super) tiles: [(Address, usize); 2],
     pub(super) results: Address,
-    pub(super) slopes: Address,
-    pub(super) ropes: Address,
+    /// The loss's gradient by log-probs.
+    pub(super) dlogps: Address,
+    /// What is computed of positions, for every layer.
+    pub(super) tables: Address,
     pub(super) tokens: usize,
     pub(super) answers: usize,
-}
-
-/// Frequencies of a kind of rope, from which every batch's table is made.
-pub(super) struct RopeTable {
-    pub(super) inv_freq: Vec<f32>,
-    pub(super) scale: f32,
-    pub(super) frequencies: Memory,
-    /// Where its table begins after the batch's arrays, in bytes a token.
-    pub(super) offset: usize,
 }
 
 impl Inputs {
@@ -49,8 +39,8 @@ impl Inputs {
         Ok(Inputs { staged, memory, used: 0, at: BatchAddresses::default() })
     }
 
-    /// Sends a batch's arrays in one copy, with room behind them for what is computed of it.
-    pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, ropes: &[RopeTable]) -> Result<()> {
+    /// Sends a batch's arrays in one copy, with room behind them for what is computed of it, `tables` bytes a token among that.
+    pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, tables: usize) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
         let mut taken = vec![u32::MAX; tokens * 2];
         for (row, predictor) in batch.predictors.iter().enumerate() {
@@ -71,8 +61,8 @@ impl Inputs {
         }
         let sent = self.used;
         at.results = self.reserve(answers * 2 * 4);
-        at.slopes = self.reserve(answers * 4);
-        at.ropes = self.reserve(ropes.iter().map(|r| r.inv_freq.len() * 8).sum::<usize>() * tokens);
+        at.dlogps = self.reserve(answers * 4);
+        at.tables = self.reserve(tables * tokens);
         if self.used > self.memory.bytes {
             return Err(Error::run("a batch's arrays take more memory than was planned"));
         }
@@ -108,23 +98,4 @@ fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
     }
     all.sort_by_key(|t| std::cmp::Reverse(t[1]));
     all.concat()
-}
-
-/// A table for every kind of rope in the graph.
-pub(super) fn rope_tables(gpu: &Gpu, graph: &ModelGraph) -> Result<Vec<RopeTable>> {
-    let mut tables: Vec<RopeTable> = Vec::new();
-    let mut offset = 0;
-    for node in graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope") {
-        let (inv_freq, scale) = rope_numbers(node);
-        if tables.iter().any(|t| t.inv_freq == inv_freq && t.scale == scale) {
-            continue;
-        }
-        let frequencies = gpu.allocate(inv_freq.len() * 4)?;
-        gpu.upload(&inv_freq, frequencies.address)?;
-        gpu.finish()?;
-        let bytes = inv_freq.len() * 8;
-        tables.push(RopeTable { inv_freq, scale, frequencies, offset });
-        offset += bytes;
-    }
-    Ok(tables)
 }

@@ -7,173 +7,155 @@ use cudarc::nvrtc::{result, sys};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::device::{Gpu, Kernel};
+use super::gpu::{Gpu, Kernel};
 use dpo_core::error::{Error, Result};
 use dpo_core::files;
 
 /// A source file and the kernels in it.
-struct Source {
-    file: &'static str,
-    text: &'static str,
-    kernels: &'static [&'static str],
+pub(crate) struct Source {
+    pub file: &'static str,
+    pub text: &'static str,
+    pub kernels: &'static [&'static str],
+    /// All ways to compile it for a card, where there are more than one.
+    pub variants: Option<fn(u32) -> Vec<Variant>>,
 }
 
-macro_rules! source {
-    ($file:literal, [$($kernel:literal),*]) => {
-        Source { file: $file, text: include_str!(concat!("../kernels/", $file, ".cu")), kernels: &[$($kernel),*] }
-    };
+/// One way to compile a source, for one card.
+#[derive(Clone)]
+pub(crate) struct Variant {
+    pub source: &'static Source,
+    /// What tells its kernels from those of the source's other variants.
+    pub key: usize,
+    /// What `doctor` calls it.
+    pub label: String,
+    /// Macros before the source, and functions behind it.
+    pub before: String,
+    pub after: &'static str,
+    /// Whether it uses instructions that only this generation of cards has.
+    pub generation: bool,
+    /// Bytes of shared memory that its kernels take.
+    pub shared: Vec<(&'static str, usize)>,
 }
 
-const COMMON: &str = include_str!("../kernels/common.cuh");
-
-/// All kernels but attention's, which are compiled for a width of heads.
-const SOURCES: &[Source] = &[
-    source!("add", ["add", "copy"]),
-    source!("adamw", ["adamw", "sum_squares", "spread", "collect", "random"]),
-    source!("embedding", ["gather", "gather_rows", "scatter_rows"]),
-    source!("glu", ["glu", "glu_vjp"]),
-    source!("lm_head", ["log_prob", "scale_rows"]),
-    source!("rms_norm", ["rms_norm", "rms_norm_vjp"]),
-    source!("rope", ["rope_table", "rope"]),
-];
-
-const ATTENTION: Source =
-    source!("attention", ["attention", "attention_delta", "attention_dq", "attention_dkv", "attention_sum"]);
-
-/// Attention's kernels for Hopper's own instructions, which take the place of those in `attention.cu`.
-const HOPPER: &str = include_str!("../kernels/attention_hopper.cu");
-
-/// Widths of heads for which Hopper's are used.
-const HOPPER_DIMS: &[usize] = &[64, 128];
-
-/// Widths of heads that attention is written for.
-pub const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
+/// What every source begins with.
+const COMMON: &str = include_str!("ops/common.cuh");
 
 /// Cards that the kernels are checked for: Ampere, Ada, Hopper, Blackwell.
 pub const ARCHITECTURES: &[u32] = &[80, 86, 89, 90, 120];
 
-/// Compiled kernels by name.
-pub struct Kernels {
-    all: Vec<(&'static str, Kernel)>,
+/// Compiled kernels.
+#[derive(Default)]
+pub(crate) struct Kernels {
+    all: Vec<Compiled>,
 }
 
-/// What attention is compiled for: the width of heads, and whether scores are capped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Heads {
-    /// Columns of a head.
-    pub dim: usize,
-    /// Whether scores are capped.
-    pub softcap: bool,
+struct Compiled {
+    name: &'static str,
+    key: usize,
+    kernel: Kernel,
+    shared: usize,
 }
 
-/// Attention for one kind of heads.
-#[derive(Clone, Copy)]
-pub struct AttentionKernels {
-    /// Output and log-sum.
-    pub forward: Kernel,
-    /// Sums of output times its gradient.
-    pub delta: Kernel,
-    /// Gradient of queries.
-    pub dq: Kernel,
-    /// Gradients of keys and values.
-    pub dkv: Kernel,
-    /// Sums over the query heads of a key head.
-    pub sum: Kernel,
-    /// Bytes of shared memory that forward, dq and dkv take.
-    pub shared: [usize; 3],
-}
-
-impl Heads {
-    /// Queries or keys of a tile, as `attention.cu` has them.
-    pub fn tile(self) -> usize {
-        if self.dim > 128 { 32 } else { 64 }
+impl Source {
+    /// A source that is compiled in one way.
+    pub(crate) const fn plain(file: &'static str, text: &'static str, kernels: &'static [&'static str]) -> Source {
+        Source { file, text, kernels, variants: None }
     }
 
-    fn hopper(self, capability: u32) -> bool {
-        capability == 90 && HOPPER_DIMS.contains(&self.dim)
+    fn variants(&'static self, capability: u32) -> Vec<Variant> {
+        self.variants.map_or_else(|| vec![Variant::plain(self)], |all| all(capability))
     }
+}
 
-    /// Bytes of shared memory that forward, dq and dkv take.
-    fn shared_memory(self, capability: u32) -> [usize; 3] {
-        let (dim, tile) = (self.dim, self.tile());
-        if self.hopper(capability) {
-            // Whole tiles, from an aligned address on.
-            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+impl Variant {
+    fn plain(source: &'static Source) -> Variant {
+        Variant {
+            source,
+            key: 0,
+            label: String::new(),
+            before: String::new(),
+            after: "",
+            generation: false,
+            shared: Vec::new(),
         }
-        let (row, queries) = ((dim + 8) * 2, tile / 2);
-        // Rows that a warp does not hold in registers.
-        let held = |rows: usize| if dim > 128 { rows } else { 0 };
-        [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
-            .map(|rows| rows * row + 4 * queries * 4)
+    }
+
+    fn text(&self) -> String {
+        let text = format!("{}{COMMON}\n{}", self.before, self.source.text);
+        if self.source.variants.is_some() { format!("{text}\n{}", self.after) } else { text }
+    }
+
+    /// NVRTC's name of a card; with an `a`, instructions that only this generation has.
+    fn architecture(&self, capability: u32) -> String {
+        format!("sm_{capability}{}", if self.generation { "a" } else { "" })
     }
 }
 
 impl Kernels {
-    /// Compiles or reads all kernels but attention's.
-    pub fn load(gpu: &Gpu) -> Result<Kernels> {
-        let mut all = Vec::new();
-        for source in SOURCES {
-            let loaded = gpu.load(&image(source, gpu.capability, None)?, source.kernels)?;
-            all.extend(source.kernels.iter().copied().zip(loaded));
+    /// Compiles or reads sources that are compiled in one way, and these variants of the others.
+    pub(super) fn load(
+        gpu: &Gpu,
+        sources: impl Iterator<Item = &'static Source>,
+        variants: impl Iterator<Item = Variant>,
+    ) -> Result<Kernels> {
+        let mut kernels = Kernels::default();
+        for source in sources.filter(|s| s.variants.is_none()) {
+            kernels.add(gpu, &Variant::plain(source))?;
         }
-        Ok(Kernels { all })
+        for variant in variants {
+            if !kernels.all.iter().any(|k| k.name == variant.source.kernels[0] && k.key == variant.key) {
+                kernels.add(gpu, &variant)?;
+            }
+        }
+        Ok(kernels)
+    }
+
+    fn add(&mut self, gpu: &Gpu, variant: &Variant) -> Result<()> {
+        let names = variant.source.kernels;
+        for (name, kernel) in names.iter().copied().zip(gpu.load(&image(variant, gpu.capability)?, names)?) {
+            let shared = variant.shared.iter().find(|(n, _)| *n == name).map_or(0, |(_, bytes)| *bytes);
+            if shared > 0 {
+                gpu.allow_shared(kernel, shared)?;
+            }
+            self.all.push(Compiled { name, key: variant.key, kernel, shared });
+        }
+        Ok(())
     }
 
     /// The kernel of a name.
-    pub fn get(&self, name: &str) -> Result<Kernel> {
-        let found = self.all.iter().find(|(n, _)| *n == name).map(|(_, k)| *k);
-        found.ok_or_else(|| Error::run(format!("there is no kernel '{name}'")))
+    pub(crate) fn get(&self, name: &str) -> Result<Kernel> {
+        self.variant(name, 0).map(|(kernel, _)| kernel)
     }
 
-    /// Attention for a kind of heads, whose width is one of [`HEAD_DIMS`].
-    pub fn attention(gpu: &Gpu, heads: Heads) -> Result<AttentionKernels> {
-        let image = image(&ATTENTION, gpu.capability, Some(heads))?;
-        let found = gpu.load(&image, ATTENTION.kernels)?;
-        let shared = heads.shared_memory(gpu.capability);
-        let [forward, delta, dq, dkv, sum] = found[..] else { return Err(Error::run("attention lacks a kernel")) };
-        [forward, dq, dkv].iter().zip(shared).try_for_each(|(kernel, bytes)| gpu.allow_shared(*kernel, bytes))?;
-        Ok(AttentionKernels { forward, delta, dq, dkv, sum, shared })
+    /// The kernel of a name and a variant, and the shared memory that it takes.
+    pub(crate) fn variant(&self, name: &str, key: usize) -> Result<(Kernel, usize)> {
+        let found = self.all.iter().find(|k| k.name == name && k.key == key);
+        found.map(|k| (k.kernel, k.shared)).ok_or_else(|| Error::run(format!("there is no kernel '{name}'")))
     }
 }
 
 /// Compiles every kernel for a card, and returns what the assembler says of each file: registers, spills.
-pub fn check(capability: u32) -> Result<Vec<(String, String)>> {
-    let plain = SOURCES.iter().map(|s| (s, None));
-    let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
-    let all: Vec<_> = plain.chain(heads.map(|h| (&ATTENTION, Some(h)))).collect();
-    let check = |(source, heads): &(&Source, Option<Heads>)| {
-        let text = text(source, capability, *heads);
-        let (_, log) = compile(source.file, &text, &architecture(capability, *heads))?;
-        let capped = |h: &Heads| if h.softcap { ", capped" } else { "" };
-        let name = heads.as_ref().map(|h| format!("{} of {}{}", source.file, h.dim, capped(h)));
-        Ok((name.unwrap_or_else(|| source.file.into()), log))
+pub(super) fn check(sources: impl Iterator<Item = &'static Source>, capability: u32) -> Result<Vec<(String, String)>> {
+    let all: Vec<Variant> = sources.flat_map(|s| s.variants(capability)).collect();
+    let check = |variant: &Variant| {
+        let file = variant.source.file;
+        let (_, log) = compile(file, &variant.text(), &variant.architecture(capability))?;
+        Ok((if variant.label.is_empty() { file.into() } else { format!("{file} of {}", variant.label) }, log))
     };
     all.par_iter().map(check).collect()
 }
 
-fn text(source: &Source, capability: u32, heads: Option<Heads>) -> String {
-    let Some(heads) = heads else { return format!("{COMMON}\n{}", source.text) };
-    let (dim, softcap, hopper) = (heads.dim, u8::from(heads.softcap), heads.hopper(capability));
-    let defines = format!("#define DIM {dim}\n#define SOFTCAP {softcap}\n#define WGMMA {}\n", u8::from(hopper));
-    format!("{defines}{COMMON}\n{}\n{}", source.text, if hopper { HOPPER } else { "" })
-}
-
-/// NVRTC's name of a card; with an `a`, instructions that only this generation has.
-fn architecture(capability: u32, heads: Option<Heads>) -> String {
-    format!("sm_{capability}{}", if heads.is_some_and(|h| h.hopper(capability)) { "a" } else { "" })
-}
-
 /// The cubin of a source: from the cache, or compiled and put there.
-fn image(source: &Source, capability: u32, heads: Option<Heads>) -> Result<Vec<u8>> {
-    let (text, architecture) = (text(source, capability, heads), architecture(capability, heads));
+fn image(variant: &Variant, capability: u32) -> Result<Vec<u8>> {
+    let (text, architecture, file) = (variant.text(), variant.architecture(capability), variant.source.file);
     let compiler = version()?;
     let hash = Sha256::digest(format!("{architecture} {compiler:?} {}\n{text}", OPTIONS.join(" ")));
     let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-    let path: PathBuf = files::cache_folder().join("kernels").join(format!("{}-{name}.cubin", source.file));
+    let path: PathBuf = files::cache_folder().join("kernels").join(format!("{file}-{name}.cubin"));
     if let Ok(image) = std::fs::read(&path) {
         return Ok(image);
     }
-    let (image, _) = compile(source.file, &text, &architecture)?;
+    let (image, _) = compile(file, &text, &architecture)?;
     // A cache that cannot be written costs a second in the next run, not this run.
     let _ = files::write(&path, &image);
     Ok(image)

@@ -1,35 +1,44 @@
 //! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
 //!
-//! `libraries` finds what the driver and pip bring; `device` and `blas` call it; `kernels` compiles the sources in
-//! `host/kernels`; `lowering` turns a block into a `program` of operations; `memory` plans; `model` loads; `inputs` is what a
-//! batch brings; `launch` and `engine` run, `decoder` answers; `nccl` sums over GPUs, `shard` is how they share a base.
+//! `libraries` finds what the driver and pip bring; `gpu` and `blas` call it; `kernels` compiles the sources that lie beside the
+//! files of `ops`. `lowering` turns a block into a `program` of steps, each op as its file says; `saved`, `liveness`, `footprint`
+//! and `plan` say what is saved and where everything lies. `weights` holds the frozen ones, `optimizer` the adapter, `inputs` what
+//! a batch brings. `engine` runs the layers and `head` what follows them; `device` trains, `decoder` answers, `nccl` sums over GPUs.
 
+mod arena;
 mod backend;
 mod blas;
 mod decoder;
 mod device;
 mod engine;
+mod footprint;
+mod gpu;
+mod head;
 mod inputs;
 pub mod kernels;
 mod launch;
 pub mod libraries;
+mod liveness;
+mod lowered;
 mod lowering;
-mod memory;
-mod model;
 mod nccl;
+mod ops;
+mod optimizer;
 mod plan;
 mod program;
-mod shard;
+mod saved;
 #[cfg(test)]
 mod tests;
+mod warm_up;
+mod weights;
 
 pub use backend::Cuda;
 pub use decoder::CudaDecoder;
-pub use device::{Gpu, count, driver_version};
 pub use engine::CudaDevice;
-pub use model::{Given, Source};
+pub use gpu::{Gpu, count, driver_version};
 pub use nccl::Nccl;
 pub use plan::{GpuPlan, Room};
+pub use weights::loading::{Given, Source};
 
 use dpo_core::console::{self, Remark};
 use dpo_core::error::Result;
@@ -53,7 +62,7 @@ pub fn first_usable() -> Result<Option<usize>> {
 }
 
 fn gpu_count() -> usize {
-    device::count().unwrap_or(0)
+    gpu::count().unwrap_or(0)
 }
 
 /// A GPU that the user asked for by index.
@@ -63,6 +72,11 @@ fn gpu_count() -> usize {
 pub fn require(index: usize) -> Result<usize> {
     libraries::require().map_err(|e| e.at("--device"))?;
     Ok(index)
+}
+
+/// Compiles every kernel for a card, and returns what the assembler says of each file: registers, spills.
+pub fn check_kernels(capability: u32) -> Result<Vec<(String, String)>> {
+    kernels::check(engine::sources(), capability)
 }
 
 /// Room for this process on a GPU: what is free, or less if the user says so.

@@ -1,463 +1,524 @@
-//! From a block's nodes to a [`Program`]: which linears are one product, where every value and every gradient lies.
+//! From a block's nodes to a [`Program`]: where every value and every gradient lies, and which steps compute them.
+//!
+//! What a node becomes is said by its op's [`CudaOp`]; here is what those have in common. Values and gradients have places that
+//! ops ask for and pass on. A step that would overwrite a value or a gradient that is still read is refused.
 
 use dpo_plugin_api::graph::{Block, Node};
-use serde_json::Value as Json;
 
-use super::program::{Attention, Buffer, GRADIENT, Group, INPUT, Member, OUTPUT, Op, Program, Slice, padded};
+use super::arena::padded;
+use super::launch::BatchTable;
+use super::ops::sum::{copy, sum};
+use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
+use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
-use dpo_core::ops::{count, number};
+
+/// An op on the GPU: what only this op knows. Its steps know the rest.
+pub(crate) struct CudaOp {
+    /// As the CPU's table and graphs call it.
+    pub name: &'static str,
+    /// What a node claims before anything is lowered: fusions with other nodes, columns behind values.
+    pub prepare: fn(&mut Lowering<'_>, usize) -> Result<()>,
+    /// Pushes a node's steps of the forward pass.
+    pub forward: fn(&mut Lowering<'_>, usize) -> Result<()>,
+    /// Pushes a node's steps of the backward pass.
+    pub backward: fn(&mut Lowering<'_>, usize) -> Result<()>,
+    /// Which values its backward steps read.
+    pub backward_reads: BackwardReads,
+    /// Whether its step turns a value into its own in place, and a gradient too.
+    pub in_place: bool,
+    /// What a step that makes one of its inputs could compute in its stead.
+    pub epilogue: Option<Epilogue>,
+    /// Multiples of the LoRA rank that a node may claim behind a value.
+    pub ranks_behind: fn(&[Node], usize) -> usize,
+    /// What is computed for it once a batch.
+    pub table: fn(&Node) -> Option<BatchTable>,
+}
+
+/// The values that an op's backward steps read.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct BackwardReads {
+    pub inputs: bool,
+    pub value: bool,
+}
+
+/// What may be computed at the end of another step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Epilogue {
+    /// The sum of that step's value and another one.
+    Sum,
+}
+
+impl CudaOp {
+    /// An op of one step each way, which claims nothing.
+    pub(crate) const fn new(
+        name: &'static str,
+        forward: fn(&mut Lowering<'_>, usize) -> Result<()>,
+        backward: fn(&mut Lowering<'_>, usize) -> Result<()>,
+    ) -> CudaOp {
+        CudaOp {
+            name,
+            prepare: |_, _| Ok(()),
+            forward,
+            backward,
+            backward_reads: BackwardReads { inputs: false, value: false },
+            in_place: false,
+            epilogue: None,
+            ranks_behind: |_, _| 0,
+            table: |_| None,
+        }
+    }
+}
+
+/// What a block is lowered for.
+pub(super) struct Frame<'a> {
+    /// Columns of its input and of its output.
+    pub widths: [usize; 2],
+    /// LoRA columns that lie behind the values that go from block to block.
+    pub behind: usize,
+    /// The rank of an adapted linear, a multiple of 8.
+    pub rank: usize,
+    /// Whether a node is adapted.
+    pub adapted: &'a dyn Fn(usize) -> bool,
+    /// Whether it has a backward pass.
+    pub backward: bool,
+}
+
+/// Values whose columns lie side by side in one buffer, and whose gradients do too.
+struct Bundle {
+    values: Vec<usize>,
+    width: usize,
+    /// LoRA columns behind them.
+    behind: usize,
+    buffer: usize,
+    gradient: Option<usize>,
+}
+
+/// Which pass steps are pushed to, at which node.
+#[derive(Clone, Copy)]
+enum At {
+    Forward(usize),
+    Backward(usize),
+}
+
+/// A block that is being lowered.
+pub(crate) struct Lowering<'a> {
+    pub nodes: &'a [Node],
+    frame: &'a Frame<'a>,
+    ops: Vec<&'static CudaOp>,
+    output: usize,
+    at: At,
+    /// Where every value lies.
+    homes: Vec<Option<Slice>>,
+    /// Columns that are claimed behind every value, and behind its gradient.
+    behind: Vec<usize>,
+    gradient_behind: Vec<usize>,
+    /// Of every node, the node whose steps compute its value too.
+    computed_by: Vec<Option<usize>>,
+    /// Of every node, what its forward steps left for its backward steps.
+    left: Vec<Vec<Slice>>,
+    bundles: Vec<Bundle>,
+    /// Where the gradient of every value lies that has one.
+    gradients: Vec<Option<Slice>>,
+    /// Values that the node at hand makes; in the backward pass, those whose gradients it makes.
+    making: Vec<usize>,
+    /// Of every buffer, the columns of its value, without those behind it.
+    widths: Vec<usize>,
+    pub program: Program,
+}
 
 impl Program {
-    /// Lowers the nodes of a block, but for `lm_head`. `rank` is what an adapted linear has (a multiple of 8); `room` is how many low-rank
-    /// columns lie behind the values that go from block to block.
+    /// Lowers nodes of a block, of which `output` is the last value.
     pub(super) fn lower(
         block: &Block,
-        hidden: usize,
-        rank: usize,
-        room: usize,
-        adapted: &dyn Fn(usize) -> bool,
+        (nodes, output): (&[Node], usize),
+        find: fn(&str) -> Result<&'static CudaOp>,
+        frame: &Frame<'_>,
     ) -> Result<Program> {
-        let edge = Buffer::Columns(padded(hidden + room));
-        let nodes = block.nodes.len() - usize::from(block.nodes.last().is_some_and(|n| n.op == "lm_head"));
-        let output = if nodes < block.nodes.len() { block.nodes[nodes].inputs[0] } else { block.output };
+        let [input, width] = frame.widths;
+        let edge = |width: usize| Buffer::Columns(padded(width + frame.behind));
         let mut lowering = Lowering {
-            nodes: &block.nodes[..nodes],
+            nodes,
+            frame,
+            ops: nodes.iter().map(|n| find(&n.op)).collect::<Result<_>>()?,
             output,
-            homes: vec![None; nodes + 1],
-            group_of: vec![None; nodes],
-            absorbed: vec![None; nodes],
-            gradients: vec![None; nodes + 1],
-            gradient_buffers: Vec::new(),
-            room,
-            widths: vec![hidden; 3],
-            program: Program { buffers: vec![edge; 3], groups: Vec::new(), forward: Vec::new(), backward: Vec::new() },
+            at: At::Forward(0),
+            homes: vec![None; nodes.len() + 1],
+            behind: vec![0; nodes.len() + 1],
+            gradient_behind: vec![0; nodes.len() + 1],
+            computed_by: vec![None; nodes.len()],
+            left: vec![Vec::new(); nodes.len()],
+            bundles: Vec::new(),
+            gradients: vec![None; nodes.len() + 1],
+            making: Vec::new(),
+            widths: vec![input, width, width],
+            program: Program { buffers: vec![edge(input), edge(width), edge(width)], ..Program::default() },
         };
-        lowering.homes[0] = Some(Slice { buffer: INPUT, column: 0, width: hidden });
-        lowering.find_groups(rank, adapted);
-        for index in 0..nodes {
-            lowering.forward(index)?;
+        lowering.homes[0] = Some(Slice::whole(INPUT, input));
+        for index in 0..nodes.len() {
+            (lowering.ops[index].prepare)(&mut lowering, index)?;
+        }
+        for index in 0..nodes.len() {
+            if lowering.computed_by[index].is_none() {
+                multiple_of_8(&nodes[index], "width", nodes[index].width)?;
+                lowering.at = At::Forward(index);
+                lowering.making.clear();
+                (lowering.ops[index].forward)(&mut lowering, index)?;
+            }
         }
         let home = lowering.home(output)?;
         if home.buffer != OUTPUT {
-            let y = Slice { buffer: OUTPUT, column: 0, width: home.width };
-            lowering.program.forward.push(Op::Copy { a: home, y });
+            lowering.push(copy(home, Slice::whole(OUTPUT, home.width)))?;
         }
-        let whole = Slice { buffer: GRADIENT, column: 0, width: hidden };
-        lowering.gradients[output] = Some(whole);
-        for index in (0..nodes).rev() {
-            lowering.backward(index)?;
-        }
-        match lowering.gradients[0] {
-            Some(is) if is == whole => {}
-            Some(is) => lowering.program.backward.push(Op::Copy { a: is, y: whole }),
-            None => return Err(Error::input(format!("block '{}' does not read its input", block.name))),
+        if frame.backward {
+            lowering.backward(&block.name, Slice::whole(GRADIENT, width))?;
         }
         Ok(lowering.program)
     }
 }
 
-struct Lowering<'a> {
-    nodes: &'a [Node],
-    output: usize,
-    /// Where every value lies.
-    homes: Vec<Option<Slice>>,
-    /// Of every node that is a linear, its group and its place in it.
-    group_of: Vec<Option<(usize, usize)>>,
-    /// Of every `add` that a product does, the linear.
-    absorbed: Vec<Option<usize>>,
-    /// Where the gradient of every value lies that has one.
-    gradients: Vec<Option<Slice>>,
-    /// Of every group of several linears, the buffer of its outputs' gradient.
-    gradient_buffers: Vec<Option<usize>>,
-    room: usize,
-    /// Of every buffer, the columns of its value, without those behind it.
-    widths: Vec<usize>,
-    program: Program,
+/// Refuses a number that is no multiple of 8, by which kernels go.
+pub(crate) fn multiple_of_8(node: &Node, what: &str, n: usize) -> Result<usize> {
+    if n.is_multiple_of(8) {
+        return Ok(n);
+    }
+    Err(Error::input(format!("op '{}': {what} {n} is not a multiple of 8, which CUDA needs", node.op))
+        .help("train with --device cpu"))
 }
 
 impl Lowering<'_> {
-    fn consumers(&self, value: usize) -> impl Iterator<Item = usize> + '_ {
+    fn backward(&mut self, block: &str, whole: Slice) -> Result<()> {
+        self.gradients[self.output] = Some(whole);
+        for index in (0..self.nodes.len()).rev() {
+            self.at = At::Backward(index);
+            self.making.clear();
+            (self.ops[index].backward)(self, index)?;
+        }
+        match self.gradients[0].take() {
+            Some(is) if is == whole => Ok(()),
+            Some(is) => self.push(copy(is, whole)),
+            None => Err(Error::input(format!("block '{block}' does not read its input"))),
+        }
+    }
+
+    /// Adds a step to the pass at hand.
+    ///
+    /// # Errors
+    /// One that would overwrite what it reads, or what is read after it.
+    pub(crate) fn push(&mut self, step: Step) -> Result<()> {
+        let lost = step.clash().or_else(|| step.writes.iter().copied().find(|w| self.is_live(*w)));
+        if let Some(lost) = lost {
+            return Err(Error::run(format!("step '{}' would overwrite {lost:?}, which is still read", step.label)));
+        }
+        match self.at {
+            At::Forward(_) => self.program.forward.push(step),
+            At::Backward(_) => self.program.backward.push(step),
+        }
+        Ok(())
+    }
+
+    /// Whether a value or a gradient lies there that the node at hand does not make and later ones read.
+    fn is_live(&self, place: Slice) -> bool {
+        let backward = matches!(self.at, At::Backward(_));
+        let made = |v: usize, backward_made: bool| backward == backward_made && self.making.contains(&v);
+        let values = self.homes.iter().enumerate().filter(|(v, _)| !made(*v, false) && self.is_read_later(*v));
+        let gradients = self.gradients.iter().enumerate().filter(|(v, _)| !made(*v, true));
+        values.chain(gradients).filter_map(|(_, p)| *p).any(|p| p.overlaps(place))
+    }
+
+    /// Whether a value is read after the node at hand.
+    fn is_read_later(&self, value: usize) -> bool {
+        let maker = value.checked_sub(1);
+        let backward_from = |last: usize| {
+            let reads = |c: usize| c < last && self.ops[c].backward_reads.inputs;
+            let makes = |m: usize| m < last && self.ops[m].backward_reads.value;
+            self.frame.backward && (self.consumers(value).any(reads) || maker.is_some_and(makes))
+        };
+        match self.at {
+            At::Forward(index) => {
+                self.consumers(value).any(|c| c > index) || value == self.output || backward_from(usize::MAX)
+            }
+            At::Backward(index) => backward_from(index),
+        }
+    }
+
+    /// Nodes that read a value.
+    pub(crate) fn consumers(&self, value: usize) -> impl Iterator<Item = usize> + '_ {
         self.nodes.iter().enumerate().filter(move |(_, n)| n.inputs.contains(&value)).map(|(i, _)| i)
     }
 
-    fn only_consumer(&self, value: usize) -> Option<usize> {
+    /// The one node that reads a value, where it is one.
+    pub(crate) fn only_consumer(&self, value: usize) -> Option<usize> {
         let mut all = self.consumers(value);
         let first = all.next()?;
         (all.next().is_none() && value != self.output).then_some(first)
     }
 
-    fn find_groups(&mut self, rank: usize, adapted: &dyn Fn(usize) -> bool) {
-        for (index, node) in self.nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
-            let known = self.program.groups.iter().position(|g| self.nodes[g.members[0].node].inputs == node.inputs);
-            let at = known.unwrap_or_else(|| {
-                let nowhere = Slice { buffer: 0, column: 0, width: 0 };
-                self.program.groups.push(Group {
-                    members: Vec::new(),
-                    inputs: node.weights[0].shape[1],
-                    outputs: 0,
-                    rank: 0,
-                    bias: false,
-                    x: nowhere,
-                    y: nowhere,
-                    residual: None,
-                });
-                self.program.groups.len() - 1
-            });
-            let group = &mut self.program.groups[at];
-            group.members.push(Member {
-                node: index,
-                column: group.outputs,
-                rank_column: group.rank,
-                width: node.width,
-            });
-            group.outputs += node.width;
-            group.rank += if adapted(index) { rank } else { 0 };
-            group.bias |= node.weights.iter().any(|w| w.role == "bias");
-            self.group_of[index] = Some((at, group.members.len() - 1));
-        }
-        for group in &self.program.groups {
-            let [only] = group.members.as_slice() else { continue };
-            let Some(add) = self.only_consumer(only.node + 1).filter(|c| self.nodes[*c].op == "add") else { continue };
-            let other = self.nodes[add].inputs.iter().copied().find(|v| *v != only.node + 1);
-            if other.is_some_and(|v| v <= only.node) {
-                self.absorbed[add] = Some(only.node);
-            }
-        }
-        self.gradient_buffers = vec![None; self.program.groups.len()];
+    /// Whether nothing but its one consumer reads a value, so that this one may take its place.
+    fn is_consumed(&self, value: usize) -> bool {
+        let made = value.checked_sub(1).is_some_and(|m| !self.ops[m].backward_reads.value);
+        made && self.only_consumer(value).is_some()
     }
 
-    /// A buffer for a value, with room for low-rank columns behind it.
-    fn buffer(&mut self, width: usize, room: usize) -> usize {
-        self.program.buffers.push(Buffer::Columns(padded(width + room)));
+    /// The LoRA rank of a node; 0 where it is not adapted.
+    pub(crate) fn rank(&self, index: usize) -> usize {
+        if (self.frame.adapted)(index) { self.frame.rank } else { 0 }
+    }
+}
+
+/// Fusions, claimed while nodes are prepared.
+impl Lowering<'_> {
+    /// Claims columns behind a value.
+    pub(crate) fn claim_behind(&mut self, value: usize, columns: usize) {
+        self.behind[value] = self.behind[value].max(columns);
+    }
+
+    /// Claims columns behind a value's gradient, as many as lie behind values between blocks.
+    pub(crate) fn claim_behind_gradient(&mut self, value: usize) {
+        self.gradient_behind[value] = self.frame.behind;
+    }
+
+    /// A value's gradient is passed on to these as it is, so that what they claimed is claimed of it.
+    pub(crate) fn share_gradient(&mut self, value: usize, with: &[usize]) {
+        self.gradient_behind[value] = with.iter().map(|v| self.gradient_behind[*v]).max().unwrap_or(0);
+    }
+
+    /// The node after `index` that its steps could compute as their epilogue, and the other value it reads, which is made by
+    /// then.
+    pub(crate) fn epilogue(&self, index: usize, epilogue: Epilogue) -> Option<(usize, usize)> {
+        let next = self.only_consumer(index + 1).filter(|c| self.ops[*c].epilogue == Some(epilogue))?;
+        let other = self.nodes[next].inputs.iter().copied().find(|v| *v != index + 1)?;
+        (other <= index).then_some((next, other))
+    }
+
+    /// Has a node's steps compute another one's value.
+    pub(crate) fn compute_with(&mut self, other: usize, by: usize) {
+        self.computed_by[other] = Some(by);
+    }
+}
+
+/// Places of values.
+impl Lowering<'_> {
+    /// A buffer of columns, with some behind them.
+    pub(crate) fn buffer(&mut self, width: usize, behind: usize) -> Slice {
+        self.program.buffers.push(Buffer::Columns(padded(width + behind)));
         self.widths.push(width);
-        self.program.buffers.len() - 1
+        Slice::whole(self.program.buffers.len() - 1, width)
     }
 
-    fn numbers(&mut self, heads: usize) -> usize {
+    /// A buffer with an f32 for every head.
+    pub(crate) fn heads(&mut self, heads: usize) -> Slice {
         self.program.buffers.push(Buffer::Heads(heads));
         self.widths.push(0);
-        self.program.buffers.len() - 1
+        Slice::whole(self.program.buffers.len() - 1, heads)
     }
 
-    /// Low-rank columns behind a value: those of the group that reads it.
-    fn room_behind(&self, value: usize) -> usize {
-        let group = self.consumers(value).find_map(|c| self.group_of[c]);
-        group.map_or(0, |(g, _)| self.program.groups[g].rank)
-    }
-
-    fn new_home(&mut self, value: usize, width: usize) -> Slice {
-        let buffer = if value == self.output { OUTPUT } else { self.buffer(width, self.room_behind(value)) };
-        let home = Slice { buffer, column: 0, width };
-        self.homes[value] = Some(home);
-        home
-    }
-
-    fn home(&self, value: usize) -> Result<Slice> {
+    /// Where a value lies.
+    pub(crate) fn home(&self, value: usize) -> Result<Slice> {
         self.homes[value].ok_or_else(|| Error::run(format!("value {value} of a block is read before it is made")))
     }
 
-    /// Whether a slice is all of its buffer, with `room` columns behind it.
-    fn has_room(&self, slice: Slice, room: usize) -> bool {
-        let Buffer::Columns(columns) = self.program.buffers[slice.buffer] else { return false };
-        room == 0 || (slice.width == self.widths[slice.buffer] && slice.width + room <= columns)
+    /// Where the inputs of a node lie.
+    pub(crate) fn inputs<const N: usize>(&self, index: usize) -> Result<[Slice; N]> {
+        let homes: Vec<Slice> = self.nodes[index].inputs.iter().map(|v| self.home(*v)).collect::<Result<_>>()?;
+        homes.try_into().map_err(|_| Error::run(format!("op '{}' does not read {N} values", self.nodes[index].op)))
     }
 
-    fn forward(&mut self, index: usize) -> Result<()> {
-        let node = &self.nodes[index];
-        let value = index + 1;
-        let eight = |what: &str, n: usize| {
-            if n.is_multiple_of(8) {
-                Ok(n)
-            } else {
-                Err(Error::input(format!("op '{}': {what} {n} is not a multiple of 8, which CUDA needs", node.op))
-                    .help("train with --device cpu"))
-            }
-        };
-        eight("width", node.width)?;
-        match node.op.as_str() {
-            "linear" => self.linear(index)?,
-            "add" if self.absorbed[index].is_some() => {}
-            "add" => {
-                let (a, b) = (self.home(node.inputs[0])?, self.home(node.inputs[1])?);
-                let y = self.new_home(value, node.width);
-                self.program.forward.push(Op::Add { a, b, y });
-            }
-            "rms_norm" => {
-                let x = self.home(node.inputs[0])?;
-                let dim = eight("norm of", node.weights[0].shape[0])?;
-                let y = self.new_home(value, node.width);
-                self.program.forward.push(Op::Norm { node: index, x, y, dim, eps: number(node, "eps") as f32 });
-            }
-            "rope" => {
-                let from = node.inputs[0];
-                let mut x = self.home(from)?;
-                let maker = from.checked_sub(1).map(|m| self.nodes[m].op.as_str());
-                let free = self.only_consumer(from).is_some() && matches!(maker, Some("linear" | "rms_norm"));
-                if !free || value == self.output {
-                    let y = self.new_home(value, node.width);
-                    self.program.forward.push(Op::Copy { a: x, y });
-                    x = y;
-                }
-                self.homes[value] = Some(x);
-                let dim = count(node, "head_dim");
-                if !dim.is_multiple_of(16) {
-                    return Err(Error::input(format!("rope of heads of {dim} columns: CUDA needs a multiple of 16")));
-                }
-                self.program.forward.push(Op::Rope { node: index, x, dim, back: false });
-            }
-            "attention" => {
-                let a = attention(node);
-                let of = |i: usize| self.home(node.inputs[i]);
-                let (q, k, v) = (of(0)?, of(1)?, of(2)?);
-                let out = self.new_home(value, node.width);
-                let lse = self.numbers(a.heads);
-                self.program.forward.push(Op::Attend { a, q, k, v, out, lse });
-            }
-            "glu" => {
-                let (gate, up) = (self.home(node.inputs[0])?, self.home(node.inputs[1])?);
-                let y = self.new_home(value, node.width);
-                self.program.forward.push(Op::Glu { kind: activation(node)?, gate, up, y });
-            }
-            other => {
-                return Err(Error::input(format!("op '{other}' has no CUDA kernel")).help("train with --device cpu"));
-            }
-        }
-        Ok(())
+    /// A new place for the value of a node.
+    pub(crate) fn place(&mut self, index: usize) -> Slice {
+        let (value, width) = (index + 1, self.nodes[index].width);
+        let home =
+            if value == self.output { Slice::whole(OUTPUT, width) } else { self.buffer(width, self.behind[value]) };
+        self.make(value, home);
+        home
     }
 
-    fn linear(&mut self, index: usize) -> Result<()> {
-        let Some((at, place)) = self.group_of[index] else { return Err(Error::run("a linear without a group")) };
-        if place > 0 {
-            return Ok(());
+    fn make(&mut self, value: usize, home: Slice) {
+        self.homes[value] = Some(home);
+        self.making.push(value);
+    }
+
+    /// One place for the values of some nodes, their columns side by side.
+    pub(crate) fn place_together(&mut self, nodes: &[usize], behind: usize) -> Slice {
+        let width = nodes.iter().map(|n| self.nodes[*n].width).sum();
+        let home = self.buffer(width, behind);
+        let mut column = 0;
+        for node in nodes {
+            let own = Slice { buffer: home.buffer, column, width: self.nodes[*node].width };
+            self.make(node + 1, own);
+            column += own.width;
         }
-        let group = self.program.groups[at].clone();
-        let mut x = self.home(self.nodes[index].inputs[0])?;
-        if !x.width.is_multiple_of(8) {
-            return Err(Error::input(format!("a linear reads {} columns; CUDA needs a multiple of 8", x.width)));
+        let values = nodes.iter().map(|n| n + 1).collect();
+        self.bundles.push(Bundle { values, width, behind, buffer: home.buffer, gradient: None });
+        home
+    }
+
+    /// The place of a node's value where its step works in place: its input's, unless that is read elsewhere; then a copy of it.
+    pub(crate) fn place_over_input(&mut self, index: usize) -> Result<Slice> {
+        let from = self.nodes[index].inputs[0];
+        let mut home = self.home(from)?;
+        if !self.is_consumed(from) || index + 1 == self.output {
+            let own = self.place(index);
+            self.push(copy(home, own))?;
+            home = own;
         }
-        if !self.has_room(x, group.rank) {
-            let y = Slice { buffer: self.buffer(x.width, group.rank), column: 0, width: x.width };
-            self.program.forward.push(Op::Copy { a: x, y });
-            x = y;
-        }
-        let add = self.absorbed.iter().position(|a| *a == Some(index));
-        let (y, residual) = match add {
-            Some(add) => {
-                let other = self.nodes[add].inputs.iter().copied().find(|v| *v != index + 1);
-                (self.new_home(add + 1, group.outputs), other.map(|v| self.home(v)).transpose()?)
-            }
-            None if group.members.len() == 1 => (self.new_home(index + 1, group.outputs), None),
-            None => {
-                // Behind the outputs there is room for their gradient's low-rank columns.
-                let buffer = self.buffer(group.outputs, group.rank);
-                (Slice { buffer, column: 0, width: group.outputs }, None)
-            }
+        self.make(index + 1, home);
+        Ok(home)
+    }
+
+    /// A value with columns behind it: where it lies, or a copy.
+    pub(crate) fn with_behind(&mut self, slice: Slice, behind: usize) -> Result<Slice> {
+        let Buffer::Columns(columns) = self.program.buffers[slice.buffer] else {
+            return Err(Error::run("numbers of heads have no columns"));
         };
-        if group.members.len() > 1 {
-            for member in &group.members {
-                let home = Slice { buffer: y.buffer, column: member.column, width: member.width };
-                self.homes[member.node + 1] = Some(home);
+        // Behind some columns of a buffer lie others.
+        let whole = slice.width == self.widths[slice.buffer] && slice.width + behind <= columns;
+        if behind == 0 || whole {
+            return Ok(slice);
+        }
+        let own = self.buffer(slice.width, behind);
+        self.push(copy(slice, own))?;
+        Ok(own)
+    }
+
+    /// Keeps slices for the backward steps of a node.
+    pub(crate) fn leave(&mut self, index: usize, slices: Vec<Slice>) {
+        self.left[index] = slices;
+    }
+
+    /// What the node's forward steps left.
+    pub(crate) fn left<const N: usize>(&self, index: usize) -> Result<[Slice; N]> {
+        let left = self.left[index].clone().try_into();
+        left.map_err(|_| Error::run(format!("op '{}' runs backward before it ran forward", self.nodes[index].op)))
+    }
+
+    /// A vector that a node's steps read; its place among the block's.
+    pub(crate) fn vector(&mut self, node: usize, role: &'static str) -> Result<usize> {
+        let weight = self.nodes[node].weight(role);
+        let weight = weight.ok_or_else(|| Error::run(format!("op '{}' lacks its {role}", self.nodes[node].op)))?;
+        let known = self.program.vectors.iter().position(|v| v.node == node && v.role == role);
+        Ok(known.unwrap_or_else(|| {
+            self.program.vectors.push(Vector { node, role, width: weight.shape.iter().product() });
+            self.program.vectors.len() - 1
+        }))
+    }
+
+    /// The stack of a node's matrix, its place among the block's.
+    pub(crate) fn stack(&self, node: usize) -> Result<(usize, &Stack)> {
+        let found = self.program.stacks.iter().enumerate().find(|(_, s)| s.member(node).is_some());
+        found.ok_or_else(|| Error::run("a matrix is in no stack"))
+    }
+}
+
+/// Places of gradients.
+impl Lowering<'_> {
+    /// The gradient of a node's value, which the node's backward steps use up. `None` for one that nothing reads: then what made
+    /// it has no gradient either.
+    pub(crate) fn take_gradient(&mut self, index: usize) -> Option<Slice> {
+        self.gradients[index + 1].take()
+    }
+
+    /// Where all gradients of values lie that were placed together.
+    pub(crate) fn gradients_together(&self, value: usize) -> Option<Slice> {
+        let bundle = self.bundles.iter().find(|b| b.values.contains(&value))?;
+        bundle.gradient.map(|buffer| Slice::whole(buffer, bundle.width))
+    }
+
+    /// The value whose gradient a value's gradient becomes in place.
+    fn source(&self, mut value: usize) -> usize {
+        while let Some(maker) = value.checked_sub(1).filter(|m| self.ops[*m].in_place) {
+            let from = self.nodes[maker].inputs[0];
+            if self.only_consumer(from).is_none() {
+                break;
             }
+            value = from;
         }
-        let own = &mut self.program.groups[at];
-        (own.x, own.y, own.residual) = (x, y, residual);
-        if group.rank > 0 {
-            self.program.forward.push(Op::Down { group: at });
-        }
-        self.program.forward.push(Op::Product { group: at });
-        Ok(())
+        value
+    }
+
+    /// Where the gradient of a value has to lie, if that is not free to choose.
+    fn fixed_place(&mut self, value: usize) -> Option<Slice> {
+        let value = self.source(value);
+        let at = self.bundles.iter().position(|b| b.values.contains(&value))?;
+        let (width, behind, before) = (self.bundles[at].width, self.bundles[at].behind, self.bundles[at].gradient);
+        let buffer = before.unwrap_or_else(|| self.buffer(width, behind).buffer);
+        self.bundles[at].gradient = Some(buffer);
+        self.homes[value].map(|home| Slice { buffer, ..home })
     }
 
     /// Where the gradient of a value is written that has none yet.
     fn destination(&mut self, value: usize) -> Slice {
-        let maker = value.checked_sub(1);
-        let width = self.homes[value].map_or_else(|| self.nodes[value - 1].width, |h| h.width);
-        match maker.map(|m| self.nodes[m].op.as_str()) {
-            Some("rope") => self.destination(self.nodes[value - 1].inputs[0]),
-            Some("linear")
-                if self.group_of[value - 1].is_some_and(|(g, _)| self.program.groups[g].members.len() > 1) =>
-            {
-                let (at, place) = self.group_of[value - 1].unwrap_or_default();
-                let (outputs, rank) = (self.program.groups[at].outputs, self.program.groups[at].rank);
-                let buffer = match self.gradient_buffers[at] {
-                    Some(buffer) => buffer,
-                    None => self.buffer(outputs, rank),
-                };
-                self.gradient_buffers[at] = Some(buffer);
-                Slice { buffer, column: self.program.groups[at].members[place].column, width }
-            }
-            Some("linear" | "add") => Slice { buffer: self.buffer(width, self.room), column: 0, width },
-            _ => Slice { buffer: self.buffer(width, 0), column: 0, width },
+        if let Some(fixed) = self.fixed_place(value) {
+            return fixed;
         }
+        let source = self.source(value);
+        let width = self.homes[source].map_or_else(|| self.nodes[source - 1].width, |h| h.width);
+        self.buffer(width, self.gradient_behind[source])
     }
 
-    /// A further part of a value's gradient: what is added to, and where the sum goes. That is the same place unless
-    /// another value's gradient lies there too, or one that is being `read`.
-    fn accumulated(&mut self, value: usize, read: Option<Slice>) -> (Option<Slice>, Slice) {
+    /// A further part of a value's gradient: what is added to, and where the sum goes. That is the same place unless another
+    /// value's gradient lies there too, or what is `read` meanwhile.
+    pub(crate) fn accumulate(&mut self, value: usize, read: Option<Slice>) -> (Option<Slice>, Slice) {
         let (before, to) = match self.gradients[value] {
             None => (None, self.destination(value)),
             Some(before) => {
-                let overlaps = |g: Slice| {
-                    g.buffer == before.buffer
-                        && g.column < before.column + before.width
-                        && before.column < g.column + g.width
-                };
                 let others = self.gradients.iter().enumerate().filter(|(v, _)| *v != value).filter_map(|(_, g)| *g);
-                let to = if others.chain(read).any(overlaps) { self.destination(value) } else { before };
-                (Some(before), to)
+                let taken = others.chain(read).any(|g| g.overlaps(before));
+                (Some(before), if taken { self.destination(value) } else { before })
             }
         };
         self.gradients[value] = Some(to);
+        self.making.push(value);
         (before, to)
     }
 
-    /// Gives a value a gradient by a kernel that cannot add; `write` makes the op for a place.
-    fn written(&mut self, value: usize) -> (Slice, Option<Op>) {
-        let (before, to) = self.accumulated(value, None);
+    /// Gives a value a gradient by a step that cannot add: where it writes, and the step that adds afterwards.
+    pub(crate) fn write_gradient(&mut self, value: usize) -> (Slice, Option<Step>) {
+        let (before, to) = self.accumulate(value, None);
         match before {
             None => (to, None),
             Some(before) => {
-                let part = Slice { buffer: self.buffer(to.width, 0), column: 0, width: to.width };
-                (part, Some(Op::Add { a: before, b: part, y: to }))
+                let part = self.buffer(to.width, 0);
+                (part, Some(sum(before, part, to)))
             }
         }
     }
 
-    fn backward(&mut self, index: usize) -> Result<()> {
-        let node = self.nodes[index].clone();
-        if node.op == "linear" {
-            return self.linear_backward(index);
+    /// A gradient that may be changed in place: itself, unless it is another value's too; then a copy.
+    pub(crate) fn own_gradient(&mut self, value: usize, gradient: Slice) -> Result<Slice> {
+        if !self.gradients.iter().flatten().any(|g| g.overlaps(gradient)) {
+            return Ok(gradient);
         }
-        // A value that nothing reads has no gradient, and neither has what made it.
-        let Some(dy) = self.gradients[index + 1].take() else { return Ok(()) };
-        let inputs: Vec<Slice> = node.inputs.iter().map(|v| self.home(*v)).collect::<Result<_>>().or_else(|e| {
-            // What an absorbed `add` adds has no home of its own and is not read.
-            if node.op == "add" { Ok(Vec::new()) } else { Err(e) }
-        })?;
-        let mut after = Vec::new();
-        let op = match node.op.as_str() {
-            "add" => {
-                for value in node.inputs {
-                    self.pass_on(value, dy);
-                }
-                return Ok(());
-            }
-            "rms_norm" => {
-                let (before, dx) = self.accumulated(node.inputs[0], None);
-                let dim = node.weights[0].shape[0];
-                Op::NormVjp { node: index, x: inputs[0], dy, before, dx, dim, eps: number(&node, "eps") as f32 }
-            }
-            "rope" => {
-                let dim = count(&node, "head_dim");
-                self.program.backward.push(Op::Rope { node: index, x: dy, dim, back: true });
-                self.pass_on(node.inputs[0], dy);
-                return Ok(());
-            }
-            "attention" => {
-                let Some(Op::Attend { a, q, k, v, out, lse }) =
-                    self.program.forward.iter().find(|o| matches!(o, Op::Attend { q, .. } if *q == inputs[0])).cloned()
-                else {
-                    return Err(Error::run("an attention without its forward pass"));
-                };
-                let delta = self.numbers(a.heads);
-                let mut d = [dy; 3];
-                for (place, value) in d.iter_mut().zip(&node.inputs) {
-                    let (to, add) = self.written(*value);
-                    *place = to;
-                    after.extend(add);
-                }
-                let width = a.heads * a.dim;
-                let mut part = || Slice { buffer: self.buffer(width, 0), column: 0, width };
-                let parts = (a.heads > a.kv_heads).then(|| [part(), part()]);
-                Op::AttendVjp { a, q, k, v, out, lse, delta, dout: dy, d, parts }
-            }
-            "glu" => {
-                self.reuse_outputs(node.inputs[0], node.inputs[1]);
-                let mut d = [dy; 2];
-                for (place, value) in d.iter_mut().zip(&node.inputs) {
-                    let (to, add) = self.written(*value);
-                    *place = to;
-                    after.extend(add);
-                }
-                Op::GluVjp { kind: activation(&node)?, gate: inputs[0], up: inputs[1], dy, d }
-            }
-            other => return Err(Error::run(format!("op '{other}' has no CUDA kernel"))),
+        let own = match self.gradients[value] {
+            Some(_) => self.buffer(gradient.width, 0),
+            None => self.destination(value),
         };
-        self.program.backward.push(op);
-        self.program.backward.extend(after);
-        Ok(())
-    }
-
-    /// Gate and up are read for the last time where their gradients are made: those may take their place.
-    fn reuse_outputs(&mut self, gate: usize, up: usize) {
-        let group = |value: usize| value.checked_sub(1).and_then(|m| self.group_of[m]).map(|(g, _)| g);
-        let (Some(at), Some(other)) = (group(gate), group(up)) else { return };
-        let alone = |v: usize| self.only_consumer(v).is_some();
-        let whole = at == other && gate != up && self.program.groups[at].members.len() == 2;
-        if whole && alone(gate) && alone(up) && self.gradient_buffers[at].is_none() {
-            self.gradient_buffers[at] = Some(self.program.groups[at].y.buffer);
-        }
+        self.push(copy(gradient, own))?;
+        Ok(own)
     }
 
     /// Passes a gradient on to a value as it is.
-    fn pass_on(&mut self, value: usize, dy: Slice) {
+    pub(crate) fn pass_on(&mut self, value: usize, gradient: Slice) -> Result<()> {
         if self.gradients[value].is_some() {
-            if let (Some(a), y) = self.accumulated(value, None) {
-                self.program.backward.push(Op::Add { a, b: dy, y });
+            if let (Some(before), to) = self.accumulate(value, None) {
+                self.push(sum(before, gradient, to))?;
             }
-            return;
-        }
-        let stacked = value.checked_sub(1).and_then(|m| self.group_of[m]);
-        if stacked.is_some_and(|(g, _)| self.program.groups[g].members.len() > 1) {
-            let y = self.destination(value);
-            if y != dy {
-                self.program.backward.push(Op::Copy { a: dy, y });
-            }
-            self.gradients[value] = Some(y);
-        } else {
-            self.gradients[value] = Some(dy);
-        }
-    }
-
-    fn linear_backward(&mut self, index: usize) -> Result<()> {
-        let Some((at, 0)) = self.group_of[index] else { return Ok(()) };
-        let group = self.program.groups[at].clone();
-        let gradients: Vec<Option<Slice>> = group.members.iter().map(|m| self.gradients[m.node + 1].take()).collect();
-        if gradients.iter().all(Option::is_none) {
             return Ok(());
         }
-        if gradients.iter().any(Option::is_none) {
-            return Err(Error::input("a linear's output is not read, but that of another with the same input is"));
-        }
-        let dy = match (gradients.as_slice(), self.gradient_buffers[at]) {
-            ([Some(only)], _) if self.has_room(*only, group.rank) => *only,
-            ([Some(only)], _) => {
-                let y = Slice { buffer: self.buffer(only.width, group.rank), column: 0, width: only.width };
-                self.program.backward.push(Op::Copy { a: *only, y });
-                y
-            }
-            (_, Some(buffer)) => Slice { buffer, column: 0, width: group.outputs },
-            _ => return Err(Error::run("a group of linears has no place for its gradient")),
+        let to = self.fixed_place(value).unwrap_or(gradient);
+        self.gradients[value] = Some(to);
+        self.making.push(value);
+        if to == gradient { Ok(()) } else { self.push(copy(gradient, to)) }
+    }
+
+    /// Values that are read for the last time where their gradients are made: those may take their place, where both lie
+    /// together.
+    pub(crate) fn reuse_places(&mut self, values: &[usize]) {
+        let consumed = values.iter().all(|v| self.is_consumed(*v));
+        let same = |b: &&mut Bundle| {
+            b.gradient.is_none() && b.values.len() == values.len() && b.values.iter().all(|v| values.contains(v))
         };
-        let (before, dx) = self.accumulated(self.nodes[index].inputs[0], Some(dy));
-        self.program.backward.push(Op::ProductVjp { group: at, dy, before, dx });
-        Ok(())
+        if let Some(bundle) = self.bundles.iter_mut().find(same).filter(|_| consumed) {
+            bundle.gradient = Some(bundle.buffer);
+        }
     }
-}
-
-fn attention(node: &Node) -> Attention {
-    Attention {
-        heads: count(node, "heads"),
-        kv_heads: count(node, "kv_heads"),
-        dim: count(node, "head_dim"),
-        scale: number(node, "scale") as f32,
-        window: count(node, "window"),
-        softcap: number(node, "softcap") as f32,
-    }
-}
-
-fn activation(node: &Node) -> Result<i32> {
-    let name = node.attrs.get("activation").and_then(Json::as_str).unwrap_or_default();
-    let known = ["silu", "gelu", "gelu_tanh"].iter().position(|n| *n == name);
-    known.map(|n| n as i32).ok_or_else(|| Error::input(format!("activation '{name}' has no CUDA kernel")))
 }

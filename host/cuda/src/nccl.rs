@@ -5,7 +5,7 @@ use std::ptr;
 
 use cudarc::nccl::{result, sys};
 
-use super::device::{Address, Gpu, Lane};
+use super::gpu::{Address, Gpu, SideStream};
 use super::libraries;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
@@ -63,25 +63,25 @@ impl Nccl {
 
     /// Small and large ones: NCCL takes memory for a way of doing it when it first goes that way.
     fn first_rounds(&self, gpu: &Gpu, ranks: usize) -> Result<()> {
-        let lane = gpu.lane()?;
+        let side = gpu.side_stream()?;
         let memory = gpu.allocate(FIRST * 4)?;
         gpu.zero(memory.address, memory.bytes)?;
         for count in [1, FIRST] {
             self.sum(gpu, memory.address, count)?;
         }
-        gpu.hold(&lane)?;
+        gpu.wait_for_main(&side)?;
         let part = memory.bytes / ranks;
-        self.gather(&lane, memory.address, memory.address, part)?;
-        gpu.join(&lane)?;
+        self.gather(&side, memory.address, memory.address, part)?;
+        gpu.wait_for_side(&side)?;
         gpu.finish()
     }
 
-    /// Puts every rank's `part` bytes, in the order of ranks, at `to`, in a lane.
-    pub(super) fn gather(&self, lane: &Lane, own: Address, to: Address, part: usize) -> Result<()> {
+    /// Puts every rank's `part` bytes, in the order of ranks, at `to`, in a side stream.
+    pub(super) fn gather(&self, side: &SideStream, own: Address, to: Address, part: usize) -> Result<()> {
         let (own, to) = (own as *const std::ffi::c_void, to as *mut std::ffi::c_void);
         let bytes = sys::ncclDataType_t::ncclUint8;
         // SAFETY: addresses of the device, `to` with room for every rank's part.
-        let status = unsafe { result::all_gather(own, to, part, bytes, self.communicator, lane.stream.cast()) };
+        let status = unsafe { result::all_gather(own, to, part, bytes, self.communicator, side.stream.cast()) };
         status.map(|_| ()).map_err(failed("gathering weights"))
     }
 
@@ -107,11 +107,11 @@ impl Nccl {
         let apart = sums[0].iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs())) / largest;
 
         let part = gpu.allocate(count * 4)?;
-        let lane = gpu.lane()?;
+        let side = gpu.side_stream()?;
         gpu.upload(&own, part.address)?;
-        gpu.hold(&lane)?;
-        self.gather(&lane, part.address, memory.address, count * 4)?;
-        gpu.join(&lane)?;
+        gpu.wait_for_main(&side)?;
+        self.gather(&side, part.address, memory.address, count * 4)?;
+        gpu.wait_for_side(&side)?;
         let mut gathered = vec![0.0_f32; count * group.size()];
         gpu.download(memory.address, &mut gathered)?;
         let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();

@@ -6,17 +6,20 @@ use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
 use super::blas::WORKSPACE;
-use super::memory::{Footprint, Lowered, input_bytes};
-use super::program::Keep;
+use super::footprint::{Footprint, input_bytes};
+use super::lowered::Lowered;
+use super::saved::SavedActivations;
+use super::weights::NUMBERS;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, share};
+use dpo_core::storage::{Place, Storage};
 
 /// Tokens at once that fill an H100; more gain nothing.
 const ENOUGH_TOKENS: usize = 8192;
 
-/// Tokens whose time a micro-batch loses, about: the last pair that did not fit, products that are too small to fill the
+/// Tokens whose time a micro-batch loses, about: the last pair that did not fit, matmuls that are too small to fill the
 /// card, the wait for the loss. Fitted to an H100 (docs/performance.md).
 pub(super) const LOST_TOKENS: f64 = 300.0;
 
@@ -68,7 +71,7 @@ pub struct GpuPlan {
     pub workspace: usize,
     /// Ids, positions, places and what else a batch brings.
     pub inputs: usize,
-    /// Values of a micro-batch: between layers, kept for the backward pass, in work; logits.
+    /// Values of a micro-batch: between layers, saved for the backward pass, in work; logits.
     pub values: usize,
     /// Of those, what a token takes in a full micro-batch, over all layers.
     pub per_token: usize,
@@ -82,10 +85,10 @@ pub struct GpuPlan {
     pub most_tokens: usize,
     /// Most answer tokens among a batch's tokens, as a share.
     pub answers: f64,
-    /// What is kept of every layer, of a full micro-batch and of the longest.
-    pub keep: [Vec<Keep>; 2],
-    /// What may be kept of a layer.
-    pub allowed: Vec<Keep>,
+    /// What is saved of every layer, of a full micro-batch and of the longest.
+    pub saved: [Vec<SavedActivations>; 2],
+    /// What may be saved of a layer.
+    pub allowed: Vec<SavedActivations>,
     /// Time that a full micro-batch loses by computing values again, as a share.
     pub again: f64,
 }
@@ -105,13 +108,13 @@ impl GpuPlan {
         let Room { available, context } = room;
         let lowered = Lowered::new(graph, adapter)?;
         let footprint = Footprint::new(graph, &lowered);
-        let [(weights, table), (whole, _)] = [ranks, 1].map(|ranks| lowered.weights(graph, ranks));
+        let [(weights, table), (whole, _)] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
         let optimizer = adapter.params.len() * 8;
         let adapter = lowered.adapter(graph, adapter.params.len());
         let allowed = match options.recompute {
-            Some(true) => &Keep::ALL[3..],
-            Some(false) => &Keep::ALL[..1],
-            None => &Keep::ALL[..],
+            Some(true) => &SavedActivations::ALL[3..],
+            Some(false) => &SavedActivations::ALL[..1],
+            None => &SavedActivations::ALL[..],
         };
         let sizes = match options.micro_batch_tokens {
             Some(tokens) => vec![tokens],
@@ -133,7 +136,7 @@ impl GpuPlan {
                     adapter,
                     optimizer,
                     workspace: WORKSPACE,
-                    inputs: input_bytes(graph, most, answer_tokens(most, answers)),
+                    inputs: input_bytes(&lowered, most, answer_tokens(most, answers)),
                     values: 0,
                     per_token: 0,
                     head: footprint.head(answer_tokens(*tokens, answers)),
@@ -141,7 +144,7 @@ impl GpuPlan {
                     scoring_tokens: *tokens,
                     most_tokens: longest.max(*tokens),
                     answers,
-                    keep: [Vec::new(), Vec::new()],
+                    saved: [Vec::new(), Vec::new()],
                     allowed: allowed.to_vec(),
                     again: 0.0,
                 };
@@ -157,14 +160,16 @@ impl GpuPlan {
                     continue;
                 };
                 let fits = |tokens: &usize| {
-                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[Keep::Input]).is_some()
+                    footprint
+                        .arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[SavedActivations::BlockInput])
+                        .is_some()
                 };
                 let scores = (*tokens..=scoring).step_by(256).filter(fits).last();
                 plan.scoring_tokens = scores.unwrap_or(*tokens);
                 plan.values = bytes;
                 plan.again = full.again;
-                plan.per_token = footprint.per_token(&full.keep);
-                plan.keep = [full.keep, largest.keep];
+                plan.per_token = footprint.per_token(&full.saved);
+                plan.saved = [full.saved, largest.saved];
                 let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
                 let cost = (1.0 + full.again) * lost + if *on_host { HOST_EMBEDDING_COST } else { 0.0 };
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
@@ -195,19 +200,24 @@ impl GpuPlan {
     }
 }
 
+/// How layers are kept that so many ranks share.
+pub(super) fn layers(ranks: usize) -> Storage {
+    Storage { numbers: NUMBERS, place: if ranks > 1 { Place::Sharded(ranks) } else { Place::Resident } }
+}
+
 fn answer_tokens(tokens: usize, share: f64) -> usize {
     ((tokens as f64 * share).ceil() as usize).next_multiple_of(8).max(8)
 }
 
-/// Such as `4 layers keep all, 24 keep products`.
-fn kept(keep: &[Keep]) -> String {
+/// Such as `4 layers keep all their values, 24 layers keep those of matmuls`.
+fn saved(levels: &[SavedActivations]) -> String {
     let names = [
-        (Keep::All, "all their values"),
-        (Keep::Products, "those of products"),
-        (Keep::Narrow, "those of narrow products"),
-        (Keep::Input, "their input"),
+        (SavedActivations::All, "all their values"),
+        (SavedActivations::Matmuls, "those of matmuls"),
+        (SavedActivations::SmallMatmuls, "those of small matmuls"),
+        (SavedActivations::BlockInput, "their input"),
     ];
-    let counts = names.iter().map(|(k, n)| (keep.iter().filter(|o| *o == k).count(), n));
+    let counts = names.iter().map(|(level, n)| (levels.iter().filter(|l| *l == level).count(), n));
     let parts: Vec<String> =
         counts.filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} layers keep {name}")).collect();
     parts.join(", ")
@@ -236,7 +246,7 @@ impl fmt::Display for GpuPlan {
             ("optimizer", self.optimizer, "moments".into()),
             ("values", self.values, per_token),
             ("batch", self.inputs, "ids, positions, places".into()),
-            ("workspace", self.workspace, "of matrix products".into()),
+            ("workspace", self.workspace, "of matmuls".into()),
             ("CUDA", self.context, "context, kernels, libraries".into()),
         ] {
             writeln!(f, "  {name:<10}{:>10}  {note}", size(bytes))?;
@@ -245,9 +255,9 @@ impl fmt::Display for GpuPlan {
             again if again > 0.0005 => format!("; computing again takes {:.1}% of a step", again * 100.0),
             _ => String::new(),
         };
-        write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, kept(&self.keep[0]))?;
-        if self.most_tokens > self.micro_batch_tokens && self.keep[1] != self.keep[0] {
-            write!(f, "\n            {} tokens: {}", self.most_tokens, kept(&self.keep[1]))?;
+        write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, saved(&self.saved[0]))?;
+        if self.most_tokens > self.micro_batch_tokens && self.saved[1] != self.saved[0] {
+            write!(f, "\n            {} tokens: {}", self.most_tokens, saved(&self.saved[1]))?;
         }
         Ok(())
     }

@@ -5,24 +5,28 @@
 
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
-use super::launch::rope_numbers;
-use super::memory::{Arrangement, Footprint, Lowered};
+use super::footprint::{Arrangement, Footprint};
+use super::lowered::Lowered;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
-use super::program::{Attention, GRADIENT, Group, INPUT, Keep, OUTPUT, Op, Program, Slice};
+use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
+use super::saved::SavedActivations;
+use super::weights::Stack;
 use dpo_core::batch::{Batch, Span};
 use dpo_core::device::Device;
 use dpo_core::lora::Adapter;
+use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
 use dpo_core::testing::{FAMILIES, adapter, cpu, distance, given, op_cases, pairs};
+use dpo_core::weights::BlockId;
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
 
-/// A group's `[[W, s·B], [A, 0]]`, its bias, and the gradients by A `[rank, inputs]` and B `[rank, outputs]`.
-struct Stack {
+/// A stack's `[[W, s·B], [A, 0]]`, its bias, and the gradients by A `[rank, inputs]` and B `[rank, outputs]`.
+pub(crate) struct StackValues {
     weights: Vec<f32>,
     columns: usize,
-    bias: Vec<f32>,
-    gradients: [Vec<f32>; 2],
+    pub bias: Vec<f32>,
+    pub gradients: [Vec<f32>; 2],
 }
 
 struct Emulator {
@@ -30,25 +34,19 @@ struct Emulator {
     adapter: Adapter,
     lowered: Lowered,
     arrangement: Arrangement,
-    /// Of every layer, its groups'.
-    stacks: Vec<Vec<Stack>>,
+    /// Of every layer, its stacks.
+    stacks: Vec<Vec<StackValues>>,
     /// A value for every two bytes.
     memory: Vec<f32>,
     batch: Batch,
     /// `d logp / d hidden` of every answer token.
-    slopes: Vec<Vec<f32>>,
-}
-
-/// Of a row and a head: the weights of the keys it sees, and the logarithm of their sum.
-struct Attended {
-    row: usize,
-    head: usize,
-    weights: Vec<(usize, f32)>,
-    log_sum: f32,
+    dhidden: Vec<Vec<f32>>,
 }
 
 /// Where a program runs.
 struct Pass<'a> {
+    /// `None` for blocks without an adapter.
+    layer: Option<usize>,
     program: &'a Program,
     block: &'a Block,
     prefix: &'a str,
@@ -56,19 +54,88 @@ struct Pass<'a> {
     rows: usize,
 }
 
+/// A step that is being emulated: what it runs on.
+pub(crate) struct Emulation<'a> {
+    emulator: &'a mut Emulator,
+    pass: &'a Pass<'a>,
+}
+
 impl Pass<'_> {
     fn at(&self, s: &Slice, row: usize) -> usize {
-        self.places[s.buffer] + row * super::memory::columns(self.program.buffers[s.buffer]) + s.column
+        self.places[s.buffer] + row * self.program.buffers[s.buffer].columns() + s.column
+    }
+}
+
+impl Emulation<'_> {
+    pub(crate) fn rows(&self) -> usize {
+        self.pass.rows
+    }
+
+    pub(crate) fn batch(&self) -> &Batch {
+        &self.emulator.batch
+    }
+
+    pub(crate) fn row(&self, s: &Slice, row: usize) -> Vec<f32> {
+        self.emulator.row(self.pass, s, row)
+    }
+
+    pub(crate) fn write(&mut self, s: &Slice, row: usize, values: &[f32]) {
+        self.emulator.write(self.pass, s, row, values);
     }
 
     /// Of a buffer with a number for every head; a number has four bytes.
-    fn number(&self, buffer: usize, head: usize, row: usize) -> usize {
-        self.places[buffer] + (head * self.rows + row) * 2
+    pub(crate) fn number(&mut self, s: &Slice, head: usize, row: usize) -> &mut f32 {
+        &mut self.emulator.memory[self.pass.places[s.buffer] + (head * self.pass.rows + row) * 2]
+    }
+
+    /// Computes rows one after the other: from what is read to what is written.
+    pub(crate) fn each_row(
+        &mut self,
+        reads: &[Slice],
+        writes: &[Slice],
+        compute: impl Fn(usize, &[Vec<f32>], &mut [Vec<f32>]),
+    ) {
+        for row in 0..self.rows() {
+            let read: Vec<Vec<f32>> = reads.iter().map(|s| self.row(s, row)).collect();
+            let mut written = vec![Vec::new(); writes.len()];
+            compute(row, &read, &mut written);
+            writes.iter().zip(&written).for_each(|(s, values)| self.write(s, row, values));
+        }
+    }
+
+    pub(crate) fn vector(&self, at: usize) -> Vec<f32> {
+        let vector = &self.pass.program.vectors[at];
+        self.weight(vector.node, vector.role)
+    }
+
+    pub(crate) fn table(&self, at: usize) -> Vec<f32> {
+        self.weight(self.pass.program.tables[at], "weight")
+    }
+
+    fn weight(&self, node: usize, role: &str) -> Vec<f32> {
+        let weight = self.pass.block.nodes[node].weight(role).unwrap();
+        given(&format!("{}{}", self.pass.prefix, weight.tensor), &weight.shape)
+    }
+
+    pub(crate) fn stack(&mut self, at: usize) -> &mut StackValues {
+        &mut self.emulator.stacks[self.pass.layer.unwrap()][at]
+    }
+
+    /// The keys that a row sees in a window.
+    pub(crate) fn seen_by(&self, row: usize, window: usize) -> Vec<usize> {
+        let spans = &self.batch().layout.spans;
+        let span = spans.iter().find(|s| (s.start..s.start + s.len()).contains(&row)).unwrap();
+        (span.start..=row).filter(|key| self.emulator.sees(span, row, *key, window)).collect()
     }
 }
 
 impl Emulator {
-    fn new(graph: &ModelGraph, batch: Batch, allowed: &[Keep], bytes: impl Fn(&Footprint) -> usize) -> Emulator {
+    fn new(
+        graph: &ModelGraph,
+        batch: Batch,
+        allowed: &[SavedActivations],
+        bytes: impl Fn(&Footprint) -> usize,
+    ) -> Emulator {
         let adapter = adapter(graph, false).unwrap();
         let lowered = Lowered::new(graph, &adapter).unwrap();
         let footprint = Footprint::new(graph, &lowered);
@@ -76,12 +143,12 @@ impl Emulator {
         let arrangement = footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed).unwrap();
         let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
             let block = &graph.blocks[layer.block];
-            let groups = lowered.programs[layer.block].groups.iter();
-            groups.map(|g| Stack::new(g, block, &layer.prefix, at, &adapter)).collect()
+            let stacks = lowered.programs[layer.block].stacks.iter();
+            stacks.map(|s| StackValues::new(s, block, &layer.prefix, at, &adapter)).collect()
         });
         let stacks = stacks.collect();
         let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
-        Emulator { graph, adapter, lowered, arrangement, stacks, memory, batch, slopes: Vec::new() }
+        Emulator { graph, adapter, lowered, arrangement, stacks, memory, batch, dhidden: Vec::new() }
     }
 
     fn row(&self, pass: &Pass<'_>, s: &Slice, row: usize) -> Vec<f32> {
@@ -94,56 +161,53 @@ impl Emulator {
         self.memory[at..at + s.width].copy_from_slice(values);
     }
 
-    fn layer<R>(&mut self, layer: usize, backward: bool, body: impl FnOnce(&mut Emulator, &Pass<'_>, &[Op]) -> R) -> R {
-        let (graph, lowered) = (self.graph.clone(), std::mem::replace(&mut self.lowered, empty()));
+    /// Runs a pass of a layer.
+    fn layer(&mut self, layer: usize, backward: bool) {
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let kind = graph.layers[layer].block;
         let places = self.arrangement.places(&lowered, kind, layer, true, backward);
         let pass = Pass {
+            layer: Some(layer),
             program: &lowered.programs[kind],
             block: &graph.blocks[kind],
             prefix: &graph.layers[layer].prefix,
-            places: places.into_iter().map(|p| p.unwrap_or(usize::MAX / 4) / 2).collect(),
+            places: elements(places),
             rows: self.batch.tokens(),
         };
         // Nothing may be read from work space that another layer left.
         let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
         self.memory[from..to].fill(f32::NAN);
-        let scheduled = &lowered.schedules[kind][self.arrangement.keep[layer] as usize];
-        let result = body(self, &pass, if backward { &scheduled.ops } else { &lowered.programs[kind].forward });
+        let scheduled = &lowered.schedules[kind][self.arrangement.saved[layer] as usize];
+        self.run(&pass, if backward { &scheduled.steps } else { &lowered.programs[kind].forward });
         self.lowered = lowered;
-        result
+    }
+
+    fn embed(&mut self) {
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
+        let places = elements(self.arrangement.embed_places(&lowered));
+        let (program, rows) = (&lowered.embed, self.batch.tokens());
+        let pass = Pass { layer: None, program, block: &graph.embed, prefix: "", places, rows };
+        self.run(&pass, &lowered.embed.forward);
+        self.lowered = lowered;
     }
 
     fn forward(&mut self) -> Vec<f32> {
-        let hidden = self.graph.hidden_size;
-        let table = &self.graph.embed.nodes[0].weights[0];
-        let table = given(&table.tensor, &table.shape);
-        let ids = self.batch.ids.clone();
-        for layer in 0..self.graph.layers.len() {
-            self.layer(layer, false, |own, pass, ops| {
-                let input = Slice { buffer: INPUT, column: 0, width: hidden };
-                if layer == 0 {
-                    ids.iter().enumerate().for_each(|(row, id)| {
-                        own.write(pass, &input, row, &table[*id as usize * hidden..][..hidden]);
-                    });
-                }
-                ops.iter().for_each(|op| own.run(pass, layer, op));
-            });
-        }
+        self.embed();
+        (0..self.graph.layers.len()).for_each(|layer| self.layer(layer, false));
         self.head(None)
     }
 
     /// The head forward; with a gradient by log-probs, backward.
     fn head(&mut self, dlogps: Option<&[f32]>) -> Vec<f32> {
-        let (graph, lowered) = (self.graph.clone(), std::mem::replace(&mut self.lowered, empty()));
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let hidden = graph.hidden_size;
         let edge = |layer: usize| (layer * lowered.programs[0].edge() * self.arrangement.rows) / 2;
         let (last, gradient) = (edge(graph.layers.len()), self.arrangement.gradient / 2);
         let ld = lowered.programs[0].edge() / 2;
-        let places = self.arrangement.head_places(&lowered).into_iter().map(|p| p.unwrap_or(usize::MAX / 4) / 2);
+        let places = elements(self.arrangement.head_places(&lowered));
         let rows = self.batch.targets.len();
-        let pass = Pass { program: &lowered.head, block: &graph.head, prefix: "", places: places.collect(), rows };
-        let of = |buffer| Slice { buffer, column: 0, width: hidden };
+        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places, rows };
+        let of = |buffer| Slice::whole(buffer, hidden);
         let mut logps = Vec::new();
         match dlogps {
             None => {
@@ -152,22 +216,22 @@ impl Emulator {
                     let values = self.memory[from..from + hidden].to_vec();
                     self.write(&pass, &of(INPUT), row, &values);
                 }
-                lowered.head.forward.iter().for_each(|op| self.run(&pass, usize::MAX, op));
-                let weight = &graph.head.nodes.last().unwrap().weights[0];
+                self.run(&pass, &lowered.head.forward);
+                let weight = graph.head.nodes.last().unwrap().weight("weight").unwrap();
                 let table = given(&weight.tensor, &weight.shape);
                 for row in 0..rows {
                     let h = self.row(&pass, &of(OUTPUT), row);
-                    let (logp, slope) = log_prob(&h, &table, self.batch.targets[row] as usize);
+                    let (logp, grad) = log_prob(&h, &table, self.batch.targets[row] as usize);
                     logps.push(logp);
-                    self.write(&pass, &of(GRADIENT), row, &slope);
+                    self.write(&pass, &of(GRADIENT), row, &grad);
                 }
             }
             Some(dlogps) => {
                 for (row, by) in dlogps.iter().enumerate() {
-                    let scaled: Vec<f32> = self.slopes[row].iter().map(|v| v * by).collect();
+                    let scaled: Vec<f32> = self.dhidden[row].iter().map(|v| v * by).collect();
                     self.write(&pass, &of(GRADIENT), row, &scaled);
                 }
-                lowered.head_schedule.ops.iter().for_each(|op| self.run(&pass, usize::MAX, op));
+                self.run(&pass, &lowered.head_schedule.steps);
                 let mut sums = vec![0.0; self.batch.tokens() * hidden];
                 for row in 0..rows {
                     let to = self.batch.predictors[row] as usize * hidden;
@@ -180,7 +244,7 @@ impl Emulator {
             }
         }
         if dlogps.is_none() {
-            self.slopes = (0..rows).map(|row| self.row(&pass, &of(GRADIENT), row)).collect();
+            self.dhidden = (0..rows).map(|row| self.row(&pass, &of(GRADIENT), row)).collect();
         }
         self.lowered = lowered;
         logps
@@ -189,196 +253,29 @@ impl Emulator {
     /// The adapter's gradient, laid out as its parameters.
     fn backward(&mut self, dlogps: &[f32]) -> Vec<f32> {
         self.head(Some(dlogps));
-        for layer in (0..self.graph.layers.len()).rev() {
-            self.layer(layer, true, |own, pass, ops| ops.iter().for_each(|op| own.run(pass, layer, op)));
-        }
+        (0..self.graph.layers.len()).rev().for_each(|layer| self.layer(layer, true));
         let mut gradient = vec![0.0; self.adapter.params.len()];
         let (rank, scale) = (self.adapter.config.rank, self.adapter.config.scale() as f32);
         for site in &self.adapter.sites {
-            let layer = site.node.0 - 1;
-            let groups = &self.lowered.programs[self.graph.layers[layer].block].groups;
-            let find = |g: &Group| g.members.iter().position(|m| m.node == site.node.1);
-            let (at, member) = groups.iter().enumerate().find_map(|(at, g)| Some((at, find(g)?))).unwrap();
-            let (group, [da, db]) = (&groups[at], &self.stacks[layer][at].gradients);
-            let member = &group.members[member];
+            let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
+            let stacks = &self.lowered.programs[self.graph.layers[layer].block].stacks;
+            let found = stacks.iter().zip(&self.stacks[layer]);
+            let found = found.filter_map(|(stack, values)| Some((stack, values, stack.member(site.node.1)?)));
+            let (stack, StackValues { gradients: [da, db], .. }, member) = found.last().unwrap();
             let [a, b] = self.adapter.ranges(site);
-            gradient[a].copy_from_slice(&da[member.rank_column * group.inputs..][..rank * group.inputs]);
+            gradient[a].copy_from_slice(&da[member.rank_column * stack.inputs..][..rank * stack.inputs]);
             for (i, to) in gradient[b].iter_mut().enumerate() {
                 let (output, r) = (i / rank, i % rank);
-                *to = scale * db[(member.rank_column + r) * group.outputs + member.column + output];
+                *to = scale * db[(member.rank_column + r) * stack.outputs + member.column + output];
             }
         }
         gradient
     }
 
-    fn run(&mut self, pass: &Pass<'_>, layer: usize, op: &Op) {
-        let group = |at: usize| &pass.program.groups[at];
-        let weight = |node: usize| {
-            let weight = &pass.block.nodes[node].weights[0];
-            given(&format!("{}{}", pass.prefix, weight.tensor), &weight.shape)
-        };
-        for row in 0..pass.rows {
-            match op {
-                Op::Norm { node, x, y, dim, eps } => {
-                    let (w, mut x) = (weight(*node), self.row(pass, x, row));
-                    for head in x.chunks_mut(*dim) {
-                        let scale = norm_scale(head, *eps);
-                        head.iter_mut().zip(&w).for_each(|(v, w)| *v *= scale * w);
-                    }
-                    self.write(pass, y, row, &x);
-                }
-                Op::NormVjp { node, x, dy, before, dx, dim, eps } => {
-                    let (w, x, dy) = (weight(*node), self.row(pass, x, row), self.row(pass, dy, row));
-                    let mut out = before.map_or(vec![0.0; x.len()], |b| self.row(pass, &b, row));
-                    for ((x, dy), out) in x.chunks(*dim).zip(dy.chunks(*dim)).zip(out.chunks_mut(*dim)) {
-                        let s = norm_scale(x, *eps);
-                        let pull = (0..*dim).map(|i| w[i] * dy[i] * x[i]).sum::<f32>() / *dim as f32 * s * s;
-                        (0..*dim).for_each(|i| out[i] += s * (w[i] * dy[i] - x[i] * pull));
-                    }
-                    self.write(pass, dx, row, &out);
-                }
-                Op::Rope { node, x, dim, back } => {
-                    let (frequencies, scale) = rope_numbers(&pass.block.nodes[*node]);
-                    let mut values = self.row(pass, x, row);
-                    for head in values.chunks_mut(*dim) {
-                        for (j, frequency) in frequencies.iter().enumerate() {
-                            let (sine, cosine) = (self.batch.layout.positions[row] as f32 * frequency).sin_cos();
-                            let sine = if *back { -sine } else { sine } * scale;
-                            let (a, b) = (head[j], head[j + dim / 2]);
-                            head[j] = a * cosine * scale - b * sine;
-                            head[j + dim / 2] = b * cosine * scale + a * sine;
-                        }
-                    }
-                    self.write(pass, x, row, &values);
-                }
-                Op::Down { group: at } => {
-                    let (g, x) = (group(*at), self.row(pass, &group(*at).x, row));
-                    let stack = &self.stacks[layer][*at];
-                    let u: Vec<f32> = (0..g.rank).map(|r| dot(&stack.row(g.outputs + r)[..g.inputs], &x)).collect();
-                    self.write(pass, &behind(&g.x, g.inputs, g.rank), row, &u);
-                }
-                Op::Product { group: at } => {
-                    let g = group(*at);
-                    let x = self.row(pass, &Slice { width: g.inputs + g.rank, ..g.x }, row);
-                    let mut y = g.residual.map_or(vec![0.0; g.outputs], |r| self.row(pass, &r, row));
-                    let stack = &self.stacks[layer][*at];
-                    (0..g.outputs).for_each(|o| y[o] += stack.bias[o] + dot(stack.row(o), &x));
-                    self.write(pass, &g.y, row, &y);
-                }
-                Op::ProductVjp { group: at, dy, before, dx } => {
-                    let g = group(*at);
-                    assert!(dx.buffer != dy.buffer, "a product would overwrite what it reads");
-                    let values = self.row(pass, dy, row);
-                    let x = self.row(pass, &Slice { width: g.inputs + g.rank, ..g.x }, row);
-                    let mut out = before.map_or(vec![0.0; g.inputs], |b| self.row(pass, &b, row));
-                    let stack = &mut self.stacks[layer][*at];
-                    let v: Vec<f32> = (0..g.rank)
-                        .map(|r| (0..g.outputs).map(|o| values[o] * stack.row(o)[g.inputs + r]).sum())
-                        .collect();
-                    for r in 0..g.rank {
-                        (0..g.inputs).for_each(|i| stack.gradients[0][r * g.inputs + i] += v[r] * x[i]);
-                        let u = x[g.inputs + r];
-                        (0..g.outputs).for_each(|o| stack.gradients[1][r * g.outputs + o] += u * values[o]);
-                    }
-                    let dv = [values, v.clone()].concat();
-                    for (o, d) in dv.iter().enumerate() {
-                        out.iter_mut().zip(stack.row(o)).for_each(|(out, w)| *out += d * w);
-                    }
-                    self.write(pass, &behind(dy, g.outputs, g.rank), row, &v);
-                    self.write(pass, dx, row, &out);
-                }
-                Op::Glu { kind, gate, up, y } => {
-                    let (gate, up) = (self.row(pass, gate, row), self.row(pass, up, row));
-                    let values: Vec<f32> = gate.iter().zip(up).map(|(g, u)| activation(*kind, *g).0 * u).collect();
-                    self.write(pass, y, row, &values);
-                }
-                Op::GluVjp { kind, gate, up, dy, d } => {
-                    let (gate, up, dy) = (self.row(pass, gate, row), self.row(pass, up, row), self.row(pass, dy, row));
-                    let act: Vec<(f32, f32)> = gate.iter().map(|g| activation(*kind, *g)).collect();
-                    let dgate: Vec<f32> = (0..dy.len()).map(|i| dy[i] * up[i] * act[i].1).collect();
-                    let dup: Vec<f32> = (0..dy.len()).map(|i| dy[i] * act[i].0).collect();
-                    self.write(pass, &d[0], row, &dgate);
-                    self.write(pass, &d[1], row, &dup);
-                }
-                Op::Add { a, b, y } => {
-                    let b = self.row(pass, b, row);
-                    let sum: Vec<f32> = self.row(pass, a, row).iter().zip(b).map(|(a, b)| a + b).collect();
-                    self.write(pass, y, row, &sum);
-                }
-                Op::Copy { a, y } => {
-                    let values = self.row(pass, a, row);
-                    self.write(pass, y, row, &values);
-                }
-                Op::Attend { .. } | Op::AttendVjp { .. } => {}
-            }
+    fn run(&mut self, pass: &Pass<'_>, steps: &[Step]) {
+        for step in steps {
+            step.run.emulate(&mut Emulation { emulator: self, pass }, &step.reads, &step.writes);
         }
-        match op {
-            Op::Attend { a, q, k, v, out, lse } => {
-                for Attended { row, head, weights, log_sum: sum } in self.attention(pass, a, q, k) {
-                    let mut values = vec![0.0; a.dim];
-                    for (key, weight) in weights {
-                        let v = self.row(pass, &of_head(v, head / (a.heads / a.kv_heads), a.dim), key);
-                        values.iter_mut().zip(v).for_each(|(o, v)| *o += weight * v);
-                    }
-                    self.write(pass, &of_head(out, head, a.dim), row, &values);
-                    self.memory[pass.number(*lse, head, row)] = sum;
-                }
-            }
-            Op::AttendVjp { a, q, k, v, out, lse, delta, dout, d, parts } => {
-                let mut sums = [q.width, k.width, v.width].map(|width| vec![0.0_f32; width * pass.rows]);
-                for Attended { row, head, weights, log_sum: sum } in self.attention(pass, a, q, k) {
-                    assert!((self.memory[pass.number(*lse, head, row)] - sum).abs() < 1e-4, "the log-sum was lost");
-                    let kv = head / (a.heads / a.kv_heads);
-                    let dy = self.row(pass, &of_head(dout, head, a.dim), row);
-                    let pull = dot(&dy, &self.row(pass, &of_head(out, head, a.dim), row));
-                    self.memory[pass.number(*delta, head, row)] = pull;
-                    let own = self.row(pass, &of_head(q, head, a.dim), row);
-                    for (key, weight) in weights {
-                        let key_row = self.row(pass, &of_head(k, kv, a.dim), key);
-                        let value_row = self.row(pass, &of_head(v, kv, a.dim), key);
-                        let slope = if a.softcap > 0.0 {
-                            1.0 - (dot(&own, &key_row) * a.scale / a.softcap).tanh().powi(2)
-                        } else {
-                            1.0
-                        };
-                        let ds = weight * (dot(&dy, &value_row) - pull) * slope * a.scale;
-                        let mut add = |which: usize, at: usize, by: f32, from: &[f32]| {
-                            sums[which][at..at + a.dim].iter_mut().zip(from).for_each(|(s, f)| *s += by * f);
-                        };
-                        add(0, row * q.width + head * a.dim, ds, &key_row);
-                        add(1, key * k.width + kv * a.dim, ds, &own);
-                        add(2, key * v.width + kv * a.dim, weight, &dy);
-                    }
-                }
-                // What the kernels leave there is of no further use.
-                for part in parts.iter().flatten() {
-                    (0..pass.rows).for_each(|row| self.write(pass, part, row, &vec![f32::NAN; part.width]));
-                }
-                for (sums, to) in sums.iter().zip(d) {
-                    (0..pass.rows).for_each(|row| self.write(pass, to, row, &sums[row * to.width..][..to.width]));
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn attention(&self, pass: &Pass<'_>, a: &Attention, q: &Slice, k: &Slice) -> Vec<Attended> {
-        let mut all = Vec::new();
-        for (row, head) in (0..pass.rows).flat_map(|row| (0..a.heads).map(move |head| (row, head))) {
-            let own = self.row(pass, &of_head(q, head, a.dim), row);
-            let span = self.batch.layout.spans.iter().find(|s| (s.start..s.start + s.len()).contains(&row)).unwrap();
-            let keys = (span.start..=row).filter(|key| self.sees(span, row, *key, a.window));
-            let score = |key| {
-                let score =
-                    dot(&own, &self.row(pass, &of_head(k, head / (a.heads / a.kv_heads), a.dim), key)) * a.scale;
-                if a.softcap > 0.0 { a.softcap * (score / a.softcap).tanh() } else { score }
-            };
-            let scores: Vec<(usize, f32)> = keys.map(|key| (key, score(key))).collect();
-            let sum = scores.iter().map(|(_, s)| s.exp()).sum::<f32>().ln();
-            let weights = scores.into_iter().map(|(key, s)| (key, (s - sum).exp())).collect();
-            all.push(Attended { row, head, weights, log_sum: sum });
-        }
-        all
     }
 
     fn sees(&self, span: &Span, row: usize, key: usize, window: usize) -> bool {
@@ -389,96 +286,68 @@ impl Emulator {
     }
 }
 
-impl Stack {
-    fn new(group: &Group, block: &Block, prefix: &str, layer: usize, adapter: &Adapter) -> Stack {
-        let columns = group.inputs + group.rank;
-        let mut weights = vec![0.0; (group.outputs + group.rank) * columns];
-        let mut bias = vec![0.0; group.outputs];
-        for member in &group.members {
+impl StackValues {
+    fn new(stack: &Stack, block: &Block, prefix: &str, layer: usize, adapter: &Adapter) -> StackValues {
+        let columns = stack.inputs + stack.rank;
+        let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
+        let mut bias = vec![0.0; stack.outputs];
+        for member in &stack.members {
             for weight in &block.nodes[member.node].weights {
                 let values = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
                 if weight.role == "bias" {
                     bias[member.column..member.column + member.width].copy_from_slice(&values);
                 } else {
-                    for (row, values) in values.chunks(group.inputs).enumerate() {
-                        weights[(member.column + row) * columns..][..group.inputs].copy_from_slice(values);
+                    for (row, values) in values.chunks(stack.inputs).enumerate() {
+                        weights[(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
                     }
                 }
             }
-            let Some(site) = adapter.sites.iter().find(|s| s.node == (layer + 1, member.node)) else { continue };
+            let Some(site) = adapter.sites.iter().find(|s| s.node == (BlockId::Layer(layer), member.node)) else {
+                continue;
+            };
             let ([a, b], rank) = (adapter.ranges(site), adapter.config.rank);
-            for (r, row) in adapter.params[a].chunks(group.inputs).enumerate() {
-                let to = (group.outputs + member.rank_column + r) * columns;
-                weights[to..to + group.inputs].copy_from_slice(row);
+            for (r, row) in adapter.params[a].chunks(stack.inputs).enumerate() {
+                let to = (stack.outputs + member.rank_column + r) * columns;
+                weights[to..to + stack.inputs].copy_from_slice(row);
             }
             for (output, row) in adapter.params[b].chunks(rank).enumerate() {
-                let to = (member.column + output) * columns + group.inputs + member.rank_column;
+                let to = (member.column + output) * columns + stack.inputs + member.rank_column;
                 let scaled = row.iter().map(|v| v * adapter.config.scale() as f32);
                 weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
             }
         }
-        let gradients = [vec![0.0; group.rank * group.inputs], vec![0.0; group.rank * group.outputs]];
-        Stack { weights, columns, bias, gradients }
+        let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
+        StackValues { weights, columns, bias, gradients }
     }
 
-    fn row(&self, row: usize) -> &[f32] {
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
         &self.weights[row * self.columns..][..self.columns]
     }
 }
 
-fn empty() -> Lowered {
-    let none = Program { buffers: Vec::new(), groups: Vec::new(), forward: Vec::new(), backward: Vec::new() };
-    let nothing =
-        super::memory::Scheduled { forward: Default::default(), backward: Default::default(), ops: Vec::new() };
-    Lowered { programs: Vec::new(), schedules: Vec::new(), head: none, head_schedule: nothing }
-}
-
-fn behind(slice: &Slice, column: usize, width: usize) -> Slice {
-    Slice { buffer: slice.buffer, column: slice.column + column, width }
-}
-
-fn of_head(slice: &Slice, head: usize, dim: usize) -> Slice {
-    Slice { buffer: slice.buffer, column: slice.column + head * dim, width: dim }
+/// Places as numbers of values.
+fn elements(places: Vec<Option<usize>>) -> Vec<usize> {
+    places.into_iter().map(|p| p.unwrap_or(usize::MAX / 4) / 2).collect()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn norm_scale(x: &[f32], eps: f32) -> f32 {
-    (dot(x, x) / x.len() as f32 + eps).powf(-0.5)
-}
-
-/// Value and slope, the slope by differences in f64.
-fn activation(kind: i32, x: f32) -> (f32, f32) {
-    let value = |x: f64| match kind {
-        0 => x / (1.0 + (-x).exp()),
-        1 => x * 0.5 * candle_erfc(-x / std::f64::consts::SQRT_2),
-        _ => 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044715 * x.powi(3))).tanh()),
-    };
-    let (x, h) = (f64::from(x), 1e-5);
-    (value(x) as f32, ((value(x + h) - value(x - h)) / (2.0 * h)) as f32)
-}
-
-/// `erfc`, by candle's scalar `erf`.
-fn candle_erfc(x: f64) -> f64 {
-    1.0 - candle_core::cpu::erf::erf_f64(x)
-}
-
-/// The log-prob of a target and its slope by the hidden state.
+/// The log-prob of a target and its gradient by the hidden state.
 fn log_prob(hidden: &[f32], table: &[f32], target: usize) -> (f32, Vec<f32>) {
     let rows: Vec<&[f32]> = table.chunks(hidden.len()).collect();
     let logits: Vec<f32> = rows.iter().map(|row| dot(row, hidden)).collect();
     let max = logits.iter().copied().fold(f32::MIN, f32::max);
     let sum = max + logits.iter().map(|z| (z - max).exp()).sum::<f32>().ln();
-    let mut slope = rows[target].to_vec();
+    let mut grad = rows[target].to_vec();
     for (row, z) in rows.iter().zip(&logits) {
-        slope.iter_mut().zip(*row).for_each(|(s, w)| *s -= (z - sum).exp() * w);
+        grad.iter_mut().zip(*row).for_each(|(s, w)| *s -= (z - sum).exp() * w);
     }
-    (logits[target] - sum, slope)
+    (logits[target] - sum, grad)
 }
 
-/// Every graph of the self-test, at every level of what is kept and in just as many bytes as a mixture of levels takes.
+/// Every graph of the self-test, at every level of what is saved and in just as many bytes as a mixture of levels takes.
 #[test]
 fn programs_compute_what_the_cpu_computes() {
     let registry = Registry::discover(&[]);
@@ -487,23 +356,24 @@ fn programs_compute_what_the_cpu_computes() {
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
         let pairs = pairs(graph.vocab_size, &[[3, 1, 9], [17, 5, 6], [1, 1, 1]], 5);
         let batch = Batch::of(&pairs);
-        let slopes: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+        let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
         let mut exact = cpu(&graph, batch.tokens(), false).unwrap();
         let logps = exact.forward(&batch, true).unwrap().logps;
-        exact.backward(&batch, &slopes).unwrap();
+        exact.backward(&batch, &dlogps).unwrap();
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let levels = Keep::ALL.map(|keep| (vec![keep], keep, 1.0)).into_iter();
-        // Less than everything, so that layers keep different parts.
-        let mixed = [0.9, 0.97].map(|part| (Keep::ALL.to_vec(), Keep::All, part));
-        for (allowed, keep, part) in levels.chain(mixed) {
+        let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
+        // Less than everything, so that layers save different parts.
+        let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
+        for (allowed, level, part) in levels.chain(mixed) {
             let bytes = |f: &Footprint| {
-                let (whole, least) = (f.whole(tokens, answers, keep), f.whole(tokens, answers, Keep::Input));
+                let (whole, least) =
+                    (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
                 least.max((whole as f64 * part) as usize).next_multiple_of(2)
             };
             let mut own = Emulator::new(&graph, batch.clone(), &allowed, bytes);
             let found = own.forward();
-            let gradient = own.backward(&slopes);
-            let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.keep);
+            let gradient = own.backward(&dlogps);
+            let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.saved);
             let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
             assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
         }
@@ -548,4 +418,11 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
+}
+
+/// Every op has a unit here, and nothing else has.
+#[test]
+fn every_op_of_the_cpu_is_known() {
+    let names = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<std::collections::BTreeSet<_>>();
+    assert_eq!(names(&mut super::ops::OPS.iter().map(|o| o.name)), names(&mut ops::OPS.iter().map(|o| o.name)));
 }

@@ -75,7 +75,7 @@ fn check_kernels() -> Result<()> {
     libraries::require_one("nvrtc")?;
     let mut spilled = 0;
     for capability in kernels::ARCHITECTURES {
-        for (file, notes) in kernels::check(*capability)? {
+        for (file, notes) in cuda::check_kernels(*capability)? {
             let spills = notes.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
             for line in spills {
                 spilled += 1;

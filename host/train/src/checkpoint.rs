@@ -124,7 +124,9 @@ pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<Path
                 console::line(format!("resuming    {}", folder.display()));
                 return Ok(Some(folder));
             }
-            Err(cause) => console::warning(format!("{} is incomplete or corrupt and left out: {cause}", folder.display())),
+            Err(cause) => {
+                console::warning(format!("{} is incomplete or corrupt and left out: {cause}", folder.display()))
+            }
         }
         corrupt += 1;
     }

@@ -57,9 +57,9 @@ pub fn merge(
 /// The adapted weights by the names of their tensors.
 fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Result<HashMap<String, Adapted>> {
     let mut adapted = HashMap::new();
-    for (at, (block, prefix)) in blocks(graph).enumerate() {
-        for (index, node) in block.nodes.iter().enumerate() {
-            let site = adapter.sites.iter().find(|s| s.node == (at, index));
+    for (block, prefix, nodes) in blocks(graph) {
+        for (index, node) in nodes.iter().enumerate() {
+            let site = adapter.sites.iter().find(|s| s.node == (block, index));
             for weight in &node.weights {
                 // Also of those that are copied: a checkpoint that lacks one is not to look merged.
                 let (dtype, _) = checkpoint.raw(prefix, weight)?;

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 use crate::ops::Lora;
-use crate::weights::blocks;
+use crate::weights::{BlockId, blocks};
 
 pub use merge::merge;
 pub use peft::{AdapterConfig, base_model, read_config};
@@ -30,8 +30,8 @@ pub struct Site {
     pub outputs: usize,
     /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows.
     pub offset: usize,
-    /// The block it is in, counted as [`blocks`] does, and its node.
-    pub node: (usize, usize),
+    /// The block it is in, and its node there.
+    pub node: (BlockId, usize),
 }
 
 /// Low-rank updates with their parameters.
@@ -111,13 +111,14 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
     let mut sites = Vec::new();
     let mut offset = 0;
     let mut modules = Vec::new();
-    for (at, (block, prefix)) in blocks(graph).enumerate() {
-        for (index, node) in block.nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
+    for (block, prefix, nodes) in blocks(graph) {
+        for (index, node) in nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
+            let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
             if config.targets.name(&module) {
-                let inputs = node.weights[0].shape[1];
+                let inputs = *inputs;
                 let outputs = node.width;
-                sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (at, index) });
+                sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (block, index) });
                 offset += config.rank * (inputs + outputs);
             }
             modules.push(module);

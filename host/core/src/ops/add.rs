@@ -12,6 +12,7 @@ pub(super) const OP: Op = Op {
     weights: &[],
     attrs: &[],
     check: |node, widths| same("b", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::Value { forward, vjp },
 };

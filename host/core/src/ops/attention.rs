@@ -42,6 +42,7 @@ pub(super) const OP: Op = Op {
         same("v", widths[2], kv * dim)?;
         same("the value", node.width, heads * dim)
     },
+    reads_layout: true,
     remembers: &[1, 2],
     kernel: Kernel::Value { forward, vjp },
 };

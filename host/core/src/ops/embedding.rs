@@ -15,6 +15,7 @@ pub(super) const OP: Op = Op {
         let rows = node.weights.first().and_then(|w| w.shape.first()).copied().unwrap_or(0);
         same("its input, the token ids,", widths[0], 1).and(weight_shape(node, "weight", &[rows, node.width]))
     },
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::Value { forward, vjp },
 };

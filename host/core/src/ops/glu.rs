@@ -17,6 +17,7 @@ pub(super) const OP: Op = Op {
         presence: Presence::Required,
     }],
     check: |node, widths| same("up", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::Value { forward, vjp },
 };

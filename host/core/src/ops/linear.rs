@@ -14,6 +14,7 @@ pub(super) const OP: Op = Op {
     check: |node, widths| {
         weight_shape(node, "weight", &[node.width, widths[0]]).and(weight_shape(node, "bias", &[node.width]))
     },
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::Value { forward, vjp },
 };

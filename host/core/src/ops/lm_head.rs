@@ -17,6 +17,7 @@ pub(super) const OP: Op = Op {
     weights: &[("weight", Presence::Required)],
     attrs: &[],
     check: |node, widths| weight_shape(node, "weight", &[node.width, widths[0]]),
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::LogProb,
 };

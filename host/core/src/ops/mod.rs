@@ -39,6 +39,9 @@ pub struct Op {
     pub attrs: &'static [Attr],
     /// Checks widths and weight shapes of a node; `widths` are those of its inputs. The error says what does not fit.
     pub check: fn(&Node, &[usize]) -> std::result::Result<(), String>,
+    /// Whether a row of its value depends on where the row lies: on its position, or on other rows. Such an op runs only in
+    /// layers: the embedding may be computed for some rows alone, and the head is, for those that predict an answer token.
+    pub reads_layout: bool,
     /// Inputs of which it also reads the rows of the tokens before, where a text is continued.
     pub remembers: &'static [usize],
     /// How it runs.

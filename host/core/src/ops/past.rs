@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use candle_core::{Device, Tensor};
 
 use crate::error::Result;
+use crate::weights::BlockId;
 
 /// Where a remembered value is read: block, node, input.
-pub(crate) type Reader = (usize, usize, usize);
+pub(crate) type Reader = (BlockId, usize, usize);
 
 /// Rows of earlier tokens.
 #[derive(Default)]

@@ -15,6 +15,7 @@ pub(super) const OP: Op = Op {
         Some([run]) if *run > 0 && node.width.is_multiple_of(*run) => same("the value", node.width, widths[0]),
         shape => Err(format!("a weight of shape {shape:?} does not divide {} columns", node.width)),
     },
+    reads_layout: false,
     remembers: &[],
     kernel: Kernel::Value { forward, vjp },
 };

@@ -24,6 +24,7 @@ pub(super) const OP: Op = Op {
         }
         same("the value", node.width, widths[0])
     },
+    reads_layout: true,
     remembers: &[],
     kernel: Kernel::Value {
         forward: |call| turn(call, call.inputs[0], 1.0),

@@ -1,0 +1,70 @@
+//! How frozen weights are kept: as which numbers, and where. Both devices plan and load by it.
+
+use dpo_plugin_api::graph::Weight;
+
+/// How a frozen weight is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Storage {
+    /// As which numbers.
+    pub numbers: Numbers,
+    /// Where.
+    pub place: Place,
+}
+
+/// What a value is kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// float32.
+    F32,
+    /// bfloat16.
+    Bf16,
+}
+
+/// Where values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// All of them on the device.
+    Resident,
+    /// A part on the device of each of so many ranks, gathered when they are used.
+    Sharded(usize),
+    /// In host memory that the device reads.
+    Host,
+}
+
+impl Numbers {
+    /// Bytes of so many values.
+    pub fn bytes(self, values: usize) -> usize {
+        values
+            * match self {
+                Numbers::F32 => 4,
+                Numbers::Bf16 => 2,
+            }
+    }
+}
+
+impl Storage {
+    /// Of a weight of a base that is sharded over so many ranks; on one, it is whole.
+    pub fn of(weight: &Weight, numbers: Numbers, ranks: usize) -> Storage {
+        let sharded = ranks > 1 && shards(weight);
+        Storage { numbers, place: if sharded { Place::Sharded(ranks) } else { Place::Resident } }
+    }
+
+    /// Whether ranks keep parts.
+    pub fn is_sharded(self) -> bool {
+        matches!(self.place, Place::Sharded(_))
+    }
+
+    /// Bytes of so many values on this rank's device.
+    pub fn bytes(self, values: usize) -> usize {
+        match self.place {
+            Place::Resident => self.numbers.bytes(values),
+            Place::Sharded(ranks) => self.numbers.bytes(values.div_ceil(ranks)),
+            Place::Host => 0,
+        }
+    }
+}
+
+/// Whether a sharded base keeps a weight in parts. Vectors are small: every rank has them whole.
+pub fn shards(weight: &Weight) -> bool {
+    weight.shape.len() > 1
+}

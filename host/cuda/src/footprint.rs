@@ -1,0 +1,238 @@
+//! What the values of a batch take, and where they lie: between layers, saved, in work. Needs no GPU.
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::liveness::Scheduled;
+use super::lowered::Lowered;
+use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
+use super::saved::SavedActivations;
+
+/// What values take, from which the arrangement of a batch follows.
+pub(super) struct Footprint {
+    /// Bytes a token takes between layers.
+    edge: usize,
+    /// The kind of block of every layer.
+    kinds: Vec<usize>,
+    /// Of every kind, for every level of [`SavedActivations`].
+    levels: Vec<[Level; 4]>,
+    /// Bytes a token takes in the embedding's block.
+    embed: usize,
+    /// Bytes an answer token takes in the head, and those of its logits.
+    head: usize,
+    logits: usize,
+    /// Time of a step a token, in multiply-adds of matmuls.
+    work: f64,
+}
+
+/// What a token takes in a layer, in bytes.
+#[derive(Clone, Copy, Debug)]
+struct Level {
+    saved: usize,
+    scratch: usize,
+    /// Time of what is computed again, in multiply-adds of matmuls.
+    again: f64,
+}
+
+/// Where the values of a batch lie in the memory for values: between layers, saved, in work. Offsets and sizes in bytes.
+#[derive(Clone, Debug)]
+pub(super) struct Arrangement {
+    /// Rows that every buffer has.
+    pub rows: usize,
+    /// Of every layer, what is saved, and where it begins.
+    pub saved: Vec<SavedActivations>,
+    pub saved_at: Vec<usize>,
+    pub gradient: usize,
+    pub scratch: usize,
+    /// Rows of the head's buffers.
+    pub answer_rows: usize,
+    pub logits: usize,
+    /// Rows of logits at once.
+    pub logits_rows: usize,
+    /// Time of what is computed again, as a share of the step's.
+    pub again: f64,
+}
+
+impl Arrangement {
+    /// Offsets of a layer's buffers in a pass; `None` for one that the pass does not touch. A forward pass that does not
+    /// `save` anything has no backward pass.
+    pub(super) fn places(
+        &self,
+        lowered: &Lowered,
+        kind: usize,
+        layer: usize,
+        save: bool,
+        backward: bool,
+    ) -> Vec<Option<usize>> {
+        let program = &lowered.programs[kind];
+        let level = if save || backward { self.saved[layer] } else { SavedActivations::BlockInput };
+        let scheduled = &lowered.schedules[kind][level as usize];
+        let layout = if backward { &scheduled.backward } else { &scheduled.forward };
+        let edge = program.edge() * self.rows;
+        let place = |buffer| match buffer {
+            INPUT => Some(layer * edge),
+            OUTPUT => Some((layer + 1) * edge),
+            GRADIENT => Some(self.gradient),
+            _ => match (layout.saved[buffer], layout.scratch[buffer]) {
+                (Some(saved), _) => Some(self.saved_at[layer] + saved * self.rows),
+                (_, Some(scratch)) => Some(self.scratch + scratch * self.rows),
+                _ => None,
+            },
+        };
+        (0..program.buffers.len()).map(place).collect()
+    }
+
+    /// Offsets of the embedding block's buffers; its output is the first layer's input.
+    pub(super) fn embed_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
+        let place = |buffer| match buffer {
+            OUTPUT => Some(0),
+            _ => lowered.embed_schedule.forward.scratch[buffer].map(|at| self.scratch + at * self.rows),
+        };
+        (0..lowered.embed.buffers.len()).map(place).collect()
+    }
+
+    /// Offsets of the head's buffers.
+    pub(super) fn head_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
+        let (program, rows) = (&lowered.head, self.answer_rows);
+        let edge = program.edge() * rows;
+        let (forward, backward) = (&lowered.head_schedule.forward, &lowered.head_schedule.backward);
+        let place = |buffer| {
+            let offset = match (buffer, forward.saved.get(buffer)) {
+                (INPUT | OUTPUT | GRADIENT, _) => buffer * edge,
+                (_, Some(Some(saved))) => 3 * edge + saved * rows,
+                _ => {
+                    let scratch = forward.scratch[buffer].or(backward.scratch[buffer])?;
+                    3 * edge + (forward.saved_bytes + scratch) * rows
+                }
+            };
+            Some(self.scratch + offset)
+        };
+        (0..program.buffers.len()).map(place).collect()
+    }
+}
+
+/// Rows of logits at once, at least and at most.
+const LOGITS_ROWS: [usize; 2] = [512, 2048];
+
+/// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
+const MATMUL_PER_BYTE: f64 = 120.0;
+
+impl Footprint {
+    pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
+        let free = |kind: &[Scheduled; 4]| kind[SavedActivations::BlockInput as usize].forward.scratch_bytes;
+        let level = |kind: usize, level: SavedActivations| {
+            let scheduled = &lowered.schedules[kind];
+            let own = &scheduled[level as usize];
+            Level {
+                saved: own.forward.saved_bytes,
+                scratch: own.forward.scratch_bytes.max(own.backward.scratch_bytes).max(free(scheduled)),
+                again: lowered.programs[kind].work(&own.steps)
+                    - lowered.programs[kind].work(&lowered.programs[kind].backward),
+            }
+        };
+        let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
+        let head = &lowered.head_schedule;
+        let scratch = head.forward.scratch_bytes.max(head.backward.scratch_bytes);
+        Footprint {
+            edge: lowered.programs[0].edge(),
+            levels: (0..lowered.programs.len()).map(|kind| SavedActivations::ALL.map(|l| level(kind, l))).collect(),
+            embed: lowered.embed_schedule.forward.scratch_bytes,
+            head: 3 * lowered.head.edge() + head.forward.saved_bytes + scratch,
+            logits: graph.vocab_size * 4,
+            work: kinds.iter().map(|k| lowered.programs[*k].work(&lowered.programs[*k].forward) * 3.0).sum(),
+            kinds,
+        }
+    }
+
+    /// Arranges a batch in so many bytes: what is saved is as much as fits, of the last layers first. `None` where even the
+    /// least of the allowed levels does not fit.
+    pub(super) fn arrange(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        allowed: &[SavedActivations],
+    ) -> Option<Arrangement> {
+        // Whole tiles keep every buffer at an aligned place.
+        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let edges = (self.kinds.len() + 2) * self.edge * rows;
+        let level = |kind: usize, level: SavedActivations| self.levels[kind][level as usize];
+        let most = |least: SavedActivations| {
+            let allowed = allowed.iter().filter(|a| **a <= least);
+            let levels = allowed.flat_map(|a| self.kinds.iter().map(move |kind| level(*kind, *a)));
+            levels.map(|l| l.scratch).max().unwrap_or(0).max(self.embed) * rows
+        };
+        let head = self.head(answers);
+        let sum = |l: SavedActivations| self.kinds.iter().map(|kind| level(*kind, l).saved * rows).sum::<usize>();
+        let need = |l: SavedActivations| edges + sum(l) + most(l).max(head);
+        let least = allowed.iter().copied().find(|l| need(*l) <= bytes)?;
+        let mut saved = vec![least; self.kinds.len()];
+        let mut left = bytes - need(least);
+        for better in allowed.iter().rev().filter(|k| **k < least) {
+            for (own, kind) in saved.iter_mut().zip(&self.kinds).rev() {
+                let more = level(*kind, *better).saved.saturating_sub(level(*kind, *own).saved) * rows;
+                if more > left {
+                    break;
+                }
+                left -= more;
+                *own = *better;
+            }
+        }
+        let mut saved_at = Vec::new();
+        let mut at = edges;
+        for (own, kind) in saved.iter().zip(&self.kinds) {
+            saved_at.push(at);
+            at += level(*kind, *own).saved * rows;
+        }
+        let logits = at + self.head * answer_rows;
+        let again: f64 = saved.iter().zip(&self.kinds).map(|(own, kind)| level(*kind, *own).again).sum();
+        Some(Arrangement {
+            rows,
+            saved,
+            saved_at,
+            gradient: edges - self.edge * rows,
+            scratch: at,
+            answer_rows,
+            logits,
+            logits_rows: ((bytes - logits) / self.logits).min(LOGITS_ROWS[1]).clamp(1, answers.max(1)),
+            again: again / self.work,
+        })
+    }
+
+    /// Bytes a token takes between layers and saved in them.
+    pub(super) fn per_token(&self, saved: &[SavedActivations]) -> usize {
+        let bytes = |(level, kind): (&SavedActivations, &usize)| self.levels[*kind][*level as usize].saved;
+        (self.kinds.len() + 2) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
+    }
+
+    /// Least bytes of the head for so many answer tokens.
+    pub(super) fn head(&self, answers: usize) -> usize {
+        self.head * answers.next_multiple_of(64) + LOGITS_ROWS[0].min(answers) * self.logits
+    }
+
+    /// Bytes with which a batch is computed without computing anything again, as fast as it goes.
+    pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations) -> usize {
+        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let level = |kind: &usize| self.levels[*kind][saved as usize];
+        let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
+        let scratch = self.kinds.iter().map(|k| level(k).scratch).max().unwrap_or(0).max(self.embed) * rows;
+        let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
+        (self.kinds.len() + 2) * self.edge * rows + saved + scratch.max(head)
+    }
+}
+
+impl Program {
+    /// Time of steps a token, in multiply-adds of matmuls.
+    fn work(&self, steps: &[Step]) -> f64 {
+        let one = |step: &Step| match step.cost {
+            Cost::Matmul(multiply_adds) => multiply_adds as f64,
+            Cost::Memory => MATMUL_PER_BYTE * step.buffers().map(|b| self.buffers[b].bytes() as f64).sum::<f64>(),
+        };
+        steps.iter().map(one).sum()
+    }
+}
+
+/// Bytes of what a batch brings with it: ids, positions, places, tiles, targets, tables.
+pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> usize {
+    let widest = lowered.tables.iter().map(|t| t.bytes).max().unwrap_or(0);
+    tokens * (4 + 4 + 8 + 40 + widest * 2) + answers * 4 * 5 + (1 << 20)
+}

@@ -1,0 +1,143 @@
+//! A model lowered for CUDA: programs of its blocks with their passes, and what its weights take.
+
+use dpo_plugin_api::graph::{ModelGraph, Node};
+
+use super::arena::aligned;
+use super::launch::BatchTable;
+use super::liveness::Scheduled;
+use super::lowering::Frame;
+use super::ops;
+use super::program::Program;
+use super::saved::SavedActivations;
+use super::weights::{NUMBERS, shard};
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::storage::{Place, Storage};
+use dpo_core::weights::BlockId;
+
+/// A model lowered for CUDA.
+#[derive(Default)]
+pub(super) struct Lowered {
+    /// From token ids to the residual stream; forward only.
+    pub embed: Program,
+    pub embed_schedule: Scheduled,
+    /// Of every kind of block.
+    pub programs: Vec<Program>,
+    /// Of every kind of block, its passes for every level of [`SavedActivations`].
+    pub schedules: Vec<[Scheduled; 4]>,
+    /// The head up to its projection.
+    pub head: Program,
+    pub head_schedule: Scheduled,
+    /// What is computed once a batch.
+    pub tables: Vec<BatchTable>,
+}
+
+impl Lowered {
+    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter) -> Result<Lowered> {
+        let (hidden, rank) = (graph.hidden_size, adapter.config.rank.next_multiple_of(8));
+        let blocks = || graph.blocks.iter().flat_map(|b| (0..b.nodes.len()).map(move |index| (&b.nodes, index)));
+        let behind = blocks().map(|(nodes, index)| Ok((ops::find(&nodes[index].op)?.ranks_behind)(nodes, index)));
+        let behind = behind.collect::<Result<Vec<usize>>>()?.into_iter().max().unwrap_or(0) * rank;
+        if let Some(site) = adapter.sites.iter().find(|s| !matches!(s.node.0, BlockId::Layer(_))) {
+            return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
+                .help("leave it out of --target-modules, or train with --device cpu"));
+        }
+        let lower = |kind: usize| {
+            let block = &graph.blocks[kind];
+            let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
+            let adapted = |node| adapter.sites.iter().any(|s| s.node.1 == node && of_kind(s.node.0));
+            let frame = Frame { widths: [hidden; 2], behind, rank, adapted: &adapted, backward: true };
+            Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
+        };
+        let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
+        let plain =
+            |width, behind, backward| Frame { widths: [width, hidden], behind, rank, adapted: &|_| false, backward };
+        let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
+        let embed = Program::lower(&graph.embed, embed, ops::find, &plain(1, behind, false))?;
+        if embed.tables.len() != 1 {
+            return Err(Error::input(format!("{} embedding tables; CUDA supports one", embed.tables.len()))
+                .help("train with --device cpu"));
+        }
+        let (projection, nodes) = projection(graph)?;
+        let head = Program::lower(&graph.head, (nodes, projection.inputs[0]), ops::find, &plain(hidden, 0, true))?;
+        if !graph.vocab_size.is_multiple_of(8) {
+            return Err(Error::input(format!(
+                "a vocabulary of {} is not a multiple of 8, which CUDA needs",
+                graph.vocab_size
+            ))
+            .help("train with --device cpu"));
+        }
+        let nodes = graph.blocks.iter().chain([&graph.embed, &graph.head]).flat_map(|b| &b.nodes);
+        let tables = nodes.map(|n| Ok((ops::find(&n.op)?.table)(n))).collect::<Result<Vec<_>>>()?;
+        Ok(Lowered {
+            tables: BatchTable::distinct(tables.into_iter().flatten()),
+            schedules: programs.iter().map(|p| SavedActivations::ALL.map(|level| Scheduled::new(p, level))).collect(),
+            embed_schedule: Scheduled::new(&embed, SavedActivations::All),
+            head_schedule: Scheduled::new(&head, SavedActivations::All),
+            embed,
+            programs,
+            head,
+        })
+    }
+
+    /// All programs.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Program> {
+        self.programs.iter().chain([&self.embed, &self.head])
+    }
+
+    /// Bytes of frozen weights on a rank's GPU, where layers and the embedding table are kept so: of the layers, the head and the
+    /// projection; and of the table where it is not the projection.
+    pub(super) fn weights(&self, graph: &ModelGraph, layers: Storage) -> (usize, usize) {
+        let (rest, table) = self.rest(graph);
+        let each: Vec<usize> = (0..graph.layers.len()).map(|layer| self.layer(graph, layer)).collect();
+        let layers = match layers.place {
+            Place::Sharded(ranks) => shard::bytes(&each, ranks),
+            Place::Resident | Place::Host => each.iter().sum(),
+        };
+        (rest + layers, table)
+    }
+
+    /// Bytes of a layer's frozen weights.
+    pub(super) fn layer(&self, graph: &ModelGraph, layer: usize) -> usize {
+        self.programs[graph.layers[layer].block].weight_bytes()
+    }
+
+    /// Bytes of what every rank has: of the head with the projection, and of the embedding table where it is not the same.
+    pub(super) fn rest(&self, graph: &ModelGraph) -> (usize, usize) {
+        let own = self.embed.weight_bytes() + self.head.weight_bytes();
+        let projection = aligned(NUMBERS.bytes(graph.vocab_size * graph.hidden_size));
+        let table = graph.embed.nodes[self.embed.tables[0]].weight("weight");
+        let table = table.map_or(0, |w| aligned(NUMBERS.bytes(w.shape.iter().product())));
+        (own + projection, if self.tied(graph) { 0 } else { table })
+    }
+
+    /// Whether the projection is the embedding's table.
+    pub(super) fn tied(&self, graph: &ModelGraph) -> bool {
+        let tensor = |node: Option<&Node>| node.and_then(|n| n.weight("weight")).map(|w| w.tensor.clone());
+        tensor(graph.head.nodes.last()) == tensor(graph.embed.nodes.get(self.embed.tables[0]))
+    }
+
+    /// Bytes of the adapter's parameters and gradient, flat and in stacks.
+    pub(super) fn adapter(&self, graph: &ModelGraph, parameters: usize) -> usize {
+        parameters * 8 + self.gradients(graph)
+    }
+
+    /// Bytes of the gradients of all stacks.
+    pub(super) fn gradients(&self, graph: &ModelGraph) -> usize {
+        let of = |p: &Program| p.stacks.iter().flat_map(|s| s.gradient_bytes()).sum::<usize>();
+        graph.layers.iter().map(|l| of(&self.programs[l.block])).sum()
+    }
+}
+
+impl Program {
+    /// Bytes of a block's frozen weights, every one at an aligned place.
+    fn weight_bytes(&self) -> usize {
+        let stacks = self.stacks.iter().map(|s| aligned(s.bytes()) + aligned(s.bias_bytes()));
+        stacks.chain(self.vectors.iter().map(|v| aligned(v.bytes()))).sum()
+    }
+}
+
+/// The head's projection, and the nodes before it.
+pub(super) fn projection(graph: &ModelGraph) -> Result<(&Node, &[Node])> {
+    graph.head.nodes.split_last().ok_or_else(|| Error::run("the head has no projection"))
+}

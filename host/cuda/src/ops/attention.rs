@@ -1,0 +1,335 @@
+//! Causal grouped-query attention over packed pairs, in kernels that are compiled for a width of heads.
+
+use dpo_plugin_api::graph::Node;
+
+use super::sum::copy_rows;
+use super::{
+    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Launch, Lowering, Recompute, Slice, Source, Step,
+    Variant, View, count, number,
+};
+use dpo_core::error::{Error, Result};
+
+pub(super) static SOURCE: Source = Source {
+    variants: Some(variants),
+    ..Source::plain(
+        "attention",
+        include_str!("attention.cu"),
+        &["attention", "attention_delta", "attention_dq", "attention_dkv", "attention_sum"],
+    )
+};
+
+pub(super) const OP: CudaOp = CudaOp {
+    backward_reads: BackwardReads { inputs: true, value: true },
+    ..CudaOp::new("attention", forward, backward)
+};
+
+/// Hopper's own instructions, which take the place of functions of `attention.cu`.
+const HOPPER: &str = include_str!("attention_hopper.cu");
+
+/// Widths of heads for which Hopper's are used.
+const HOPPER_DIMS: &[usize] = &[64, 128];
+
+/// Widths of heads that attention is written for.
+const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
+
+#[derive(Clone, Copy)]
+struct Attention {
+    heads: usize,
+    kv_heads: usize,
+    dim: usize,
+    scale: f32,
+    /// 0 is none.
+    window: usize,
+    /// 0 is none.
+    softcap: f32,
+}
+
+struct AttentionVjp(Attention);
+
+/// `struct Shape` of `attention.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Shape {
+    heads: i32,
+    share: i32,
+    tokens: i32,
+    window: i32,
+    scale: f32,
+    softcap: f32,
+}
+
+// SAFETY: six numbers of four bytes.
+unsafe impl Argument for Shape {}
+
+/// What the kernels are compiled for: the width of heads, and whether scores are capped.
+#[derive(Clone, Copy)]
+struct Heads {
+    dim: usize,
+    softcap: bool,
+}
+
+fn attention(node: &Node) -> Attention {
+    Attention {
+        heads: count(node, "heads"),
+        kv_heads: count(node, "kv_heads"),
+        dim: count(node, "head_dim"),
+        scale: number(node, "scale") as f32,
+        window: count(node, "window"),
+        softcap: number(node, "softcap") as f32,
+    }
+}
+
+fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let own = attention(&l.nodes[index]);
+    if !HEAD_DIMS.contains(&own.dim) {
+        let what = format!("heads of {} columns are not supported on CUDA: {HEAD_DIMS:?} are", own.dim);
+        return Err(Error::input(what).help("train with --device cpu"));
+    }
+    let qkv: [Slice; 3] = l.inputs(index)?;
+    let out = l.place(index);
+    let lse = l.heads(own.heads);
+    l.leave(index, vec![out, lse]);
+    l.push(Step::new("attention", qkv, [out, lse], own).costs(Cost::Memory, Recompute::Attention))
+}
+
+fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let Some(dout) = l.take_gradient(index) else { return Ok(()) };
+    let (own, nodes) = (attention(&l.nodes[index]), l.nodes);
+    let ([q, k, v], [out, lse]) = (l.inputs(index)?, l.left(index)?);
+    let delta = l.heads(own.heads);
+    let (mut writes, mut after) = (Vec::new(), Vec::new());
+    for value in &nodes[index].inputs {
+        let (to, sum) = l.write_gradient(*value);
+        writes.push(to);
+        after.extend(sum);
+    }
+    writes.push(delta);
+    // What every query head gives to dk and dv, where several share a key head.
+    if own.heads > own.kv_heads {
+        writes.extend([(); 2].map(|()| l.buffer(own.heads * own.dim, 0)));
+    }
+    let step = Step::new("attention dq", [q, k, v, out, dout, lse], writes, AttentionVjp(own));
+    l.push(step.costs(Cost::Memory, Recompute::Attention))?;
+    after.into_iter().try_for_each(|step| l.push(step))
+}
+
+impl Attention {
+    fn kernels(&self) -> Heads {
+        Heads { dim: self.dim, softcap: self.softcap > 0.0 }
+    }
+
+    /// Tiles of the batch, their number, and the numbers that kernels take last.
+    fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
+        let (tiles, count) = on.batch.tiles[usize::from(self.kernels().tile() == 32)];
+        let shape = Shape {
+            heads: self.heads as i32,
+            share: (self.heads / self.kv_heads) as i32,
+            tokens: on.batch.tokens as i32,
+            window: self.window as i32,
+            scale: self.scale,
+            softcap: self.softcap,
+        };
+        (tiles, count, shape)
+    }
+}
+
+impl Execute for Attention {
+    fn variant(&self, capability: u32) -> Option<Variant> {
+        Some(self.kernels().variant(capability))
+    }
+
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (tiles, count, shape) = self.shape(on);
+        let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
+        let (mut to, mut sums) = (writes[0], writes[1].at);
+        if let Some(cache) = &on.cache {
+            for (new, all) in [(keys, cache.keys), (values, cache.values)] {
+                let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
+                copy_rows(on, self.kv_heads * self.dim, new, end)?;
+            }
+            (keys, values) = (cache.keys, cache.values);
+            (from, to) = (cache.of_text(from), cache.of_text(to));
+            sums = sums.wrapping_sub(cache.tokens as u64 * 4);
+        }
+        let args = Args::default().with(tiles).with(from).with(keys).with(values).with(to).with(sums).with(shape);
+        let heads = self.kernels();
+        let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
+        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(), shared, args)
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        for Attended { row, head, weights, log_sum } in attended(self, on, reads) {
+            let mut values = vec![0.0; self.dim];
+            for (key, weight) in weights {
+                let v = on.row(&of_head(&reads[2], head * self.kv_heads / self.heads, self.dim), key);
+                values.iter_mut().zip(v).for_each(|(o, v)| *o += weight * v);
+            }
+            on.write(&of_head(&writes[0], head, self.dim), row, &values);
+            *on.number(&writes[1], head, row) = log_sum;
+        }
+    }
+}
+
+impl Execute for AttentionVjp {
+    fn variant(&self, capability: u32) -> Option<Variant> {
+        self.0.variant(capability)
+    }
+
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (a, heads) = (&self.0, self.0.kernels());
+        let kernel = |name| on.kernels.variant(name, heads.key());
+        let ([q, k, v, out, dout, lse], [dq, dk, dv, delta, parts @ ..]) = (reads, writes) else {
+            return Err(Error::run("an attention lacks values"));
+        };
+        let args = Args::default().with(*out).with(*dout).with(delta.at).with(on.rows as i32).with(a.heads as i32);
+        on.gpu.launch(kernel("attention_delta")?.0, [(on.rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
+        let (tiles, count, shape) = a.shape(on);
+        let read = || {
+            let args = Args::default().with(tiles).with(*q).with(*k).with(*v).with(*dout);
+            args.with(lse.at).with(delta.at)
+        };
+        let halves = if a.dim > 128 { 2 } else { 1 };
+        let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
+        let (dkv, shared) = kernel("attention_dkv")?;
+        let args = read().with(*to[0]).with(*to[1]).with(shape);
+        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(), shared, args)?;
+        for (part, sum) in parts.iter().zip([dk, dv]) {
+            let share = (a.heads / a.kv_heads) as i32;
+            let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(share);
+            let grid = [(a.kv_heads * a.dim / 8).div_ceil(128), on.rows, 1];
+            on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
+        }
+        on.gpu.mark("attention dk, dv")?;
+        let (kernel, shared) = kernel("attention_dq")?;
+        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(), shared, read().with(*dq).with(shape))
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let a = &self.0;
+        let [q, k, v, out, dout, lse] = reads else { panic!("an attention lacks values") };
+        let mut sums = [q.width, k.width, v.width].map(|width| vec![0.0_f32; width * on.rows()]);
+        for Attended { row, head, weights, log_sum } in attended(a, on, reads) {
+            assert!((*on.number(lse, head, row) - log_sum).abs() < 1e-4, "the log-sum was lost");
+            let kv = head * a.kv_heads / a.heads;
+            let dy = on.row(&of_head(dout, head, a.dim), row);
+            let pull = dot(&dy, &on.row(&of_head(out, head, a.dim), row));
+            *on.number(&writes[3], head, row) = pull;
+            let own = on.row(&of_head(q, head, a.dim), row);
+            for (key, weight) in weights {
+                let key_row = on.row(&of_head(k, kv, a.dim), key);
+                let value_row = on.row(&of_head(v, kv, a.dim), key);
+                let bend = if a.softcap > 0.0 {
+                    1.0 - (dot(&own, &key_row) * a.scale / a.softcap).tanh().powi(2)
+                } else {
+                    1.0
+                };
+                let ds = weight * (dot(&dy, &value_row) - pull) * bend * a.scale;
+                let mut add = |which: usize, at: usize, by: f32, from: &[f32]| {
+                    sums[which][at..at + a.dim].iter_mut().zip(from).for_each(|(s, f)| *s += by * f);
+                };
+                add(0, row * q.width + head * a.dim, ds, &key_row);
+                add(1, key * k.width + kv * a.dim, ds, &own);
+                add(2, key * v.width + kv * a.dim, weight, &dy);
+            }
+        }
+        // What the kernels leave there is of no further use.
+        for part in &writes[4..] {
+            (0..on.rows()).for_each(|row| on.write(part, row, &vec![f32::NAN; part.width]));
+        }
+        for (sums, to) in sums.iter().zip(writes) {
+            (0..on.rows()).for_each(|row| on.write(to, row, &sums[row * to.width..][..to.width]));
+        }
+    }
+}
+
+impl Heads {
+    /// Queries or keys of a tile, as `attention.cu` has them.
+    fn tile(self) -> usize {
+        if self.dim > 128 { 32 } else { 64 }
+    }
+
+    fn block(self) -> [u32; 3] {
+        [self.tile() as u32 * 2, 1, 1]
+    }
+
+    /// What tells its kernels from others.
+    fn key(self) -> usize {
+        self.dim * 2 + usize::from(self.softcap)
+    }
+
+    fn hopper(self, capability: u32) -> bool {
+        capability == 90 && HOPPER_DIMS.contains(&self.dim)
+    }
+
+    fn variant(self, capability: u32) -> Variant {
+        let (dim, hopper) = (self.dim, self.hopper(capability));
+        let [softcap, wgmma] = [self.softcap, hopper].map(u8::from);
+        Variant {
+            source: &SOURCE,
+            key: self.key(),
+            label: format!("{dim}{}", if self.softcap { ", capped" } else { "" }),
+            before: format!("#define DIM {dim}\n#define SOFTCAP {softcap}\n#define WGMMA {wgmma}\n"),
+            after: if hopper { HOPPER } else { "" },
+            generation: hopper,
+            shared: ["attention", "attention_dq", "attention_dkv"].into_iter().zip(self.shared(capability)).collect(),
+        }
+    }
+
+    /// Bytes of shared memory that forward, dq and dkv take.
+    fn shared(self, capability: u32) -> [usize; 3] {
+        let (dim, tile) = (self.dim, self.tile());
+        if self.hopper(capability) {
+            // Whole tiles, from an aligned address on.
+            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+        }
+        let (row, queries) = ((dim + 8) * 2, tile / 2);
+        // Rows that a warp does not hold in registers.
+        let held = |rows: usize| if dim > 128 { rows } else { 0 };
+        [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
+            .map(|rows| rows * row + 4 * queries * 4)
+    }
+}
+
+/// All kinds of heads.
+fn variants(capability: u32) -> Vec<Variant> {
+    let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
+    heads.map(|h| h.variant(capability)).collect()
+}
+
+/// Of a row and a head: the weights of the keys it sees, and the logarithm of their sum.
+#[cfg(test)]
+struct Attended {
+    row: usize,
+    head: usize,
+    weights: Vec<(usize, f32)>,
+    log_sum: f32,
+}
+
+#[cfg(test)]
+fn attended(a: &Attention, on: &super::Emulation<'_>, reads: &[Slice]) -> Vec<Attended> {
+    let (q, k) = (&reads[0], &reads[1]);
+    let attend = |(row, head): (usize, usize)| {
+        let own = on.row(&of_head(q, head, a.dim), row);
+        let score = |key: usize| {
+            let score = dot(&own, &on.row(&of_head(k, head * a.kv_heads / a.heads, a.dim), key)) * a.scale;
+            if a.softcap > 0.0 { a.softcap * (score / a.softcap).tanh() } else { score }
+        };
+        let scores: Vec<(usize, f32)> = on.seen_by(row, a.window).into_iter().map(|key| (key, score(key))).collect();
+        let log_sum = scores.iter().map(|(_, s)| s.exp()).sum::<f32>().ln();
+        let weights = scores.into_iter().map(|(key, s)| (key, (s - log_sum).exp())).collect();
+        Attended { row, head, weights, log_sum }
+    };
+    (0..on.rows()).flat_map(|row| (0..a.heads).map(move |head| (row, head))).map(attend).collect()
+}
+
+#[cfg(test)]
+fn of_head(slice: &Slice, head: usize, dim: usize) -> Slice {
+    Slice { column: slice.column + head * dim, width: dim, ..*slice }
+}
+
+#[cfg(test)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}

@@ -1,0 +1,244 @@
+//! `y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ`.
+//!
+//! Linears that read the same value are one matmul with stacked weights `[[W, s·B], [A, 0]]`: `u = x·Aᵀ` lies behind x's columns,
+//! and `[x, u] · [W, s·B]ᵀ` is the adapted output of all of them. Backward, `v = dy·s·B` lies behind dy's columns, and
+//! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition.
+
+use dpo_plugin_api::graph::Node;
+
+use super::{
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Launch, LoadedStack, Lowering, Matmul, Member, Operands, Recompute,
+    Slice, Stack, Step, View,
+};
+use dpo_core::error::{Error, Result};
+
+pub(super) const OP: CudaOp = CudaOp {
+    prepare,
+    backward_reads: BackwardReads { inputs: true, value: false },
+    ranks_behind: |nodes, index| nodes.iter().filter(|n| same_input(n, &nodes[index])).count(),
+    ..CudaOp::new("linear", forward, backward)
+};
+
+/// Numbers of a stack.
+#[derive(Clone, Copy)]
+struct Linears {
+    stack: usize,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+    bias: bool,
+}
+
+struct LoraA(Linears);
+struct Forward(Linears);
+struct Backward(Linears);
+
+fn same_input(a: &Node, b: &Node) -> bool {
+    a.op == b.op && a.inputs == b.inputs
+}
+
+fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let (node, rank) = (&l.nodes[index], l.rank(index));
+    let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else {
+        return Err(Error::run("a linear without its matrix"));
+    };
+    let (inputs, nodes) = (*inputs, l.nodes);
+    let stacks = &mut l.program.stacks;
+    let known = stacks.iter().position(|s| same_input(&nodes[s.members[0].node], node));
+    let at = known.unwrap_or_else(|| {
+        stacks.push(Stack { inputs, ..Stack::default() });
+        stacks.len() - 1
+    });
+    let stack = &mut stacks[at];
+    stack.members.push(Member { node: index, column: stack.outputs, rank_column: stack.rank, width: node.width });
+    stack.outputs += node.width;
+    stack.rank += rank;
+    stack.bias |= node.weight("bias").is_some();
+    let rank = stack.rank;
+    l.claim_behind(node.inputs[0], rank);
+    l.claim_behind_gradient(index + 1);
+    Ok(())
+}
+
+/// The stack of a linear, where that is its first member: the others are computed with it.
+fn first_of(l: &Lowering<'_>, index: usize) -> Result<Option<(Linears, Vec<usize>)>> {
+    let (at, stack) = l.stack(index)?;
+    let members: Vec<usize> = stack.members.iter().map(|m| m.node).collect();
+    let Stack { inputs, outputs, rank, bias, .. } = *stack;
+    Ok((members[0] == index).then_some((Linears { stack: at, inputs, outputs, rank, bias }, members)))
+}
+
+fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let Some((own, members)) = first_of(l, index)? else { return Ok(()) };
+    let x = l.home(l.nodes[index].inputs[0])?;
+    if !own.inputs.is_multiple_of(8) {
+        return Err(Error::input(format!("a linear reads {} columns; CUDA needs a multiple of 8", own.inputs))
+            .help("train with --device cpu"));
+    }
+    let x = l.with_behind(x, own.rank)?;
+    let sum = l.epilogue(index, Epilogue::Sum).filter(|_| members.len() == 1);
+    let (y, residual) = match sum {
+        Some((add, other)) => {
+            l.compute_with(add, index);
+            (l.place(add), Some(l.home(other)?))
+        }
+        None if members.len() == 1 => (l.place(index), None),
+        // Behind the outputs there is room for what lies behind their gradients.
+        None => (l.place_together(&members, own.rank), None),
+    };
+    l.leave(index, vec![x]);
+    if own.rank > 0 {
+        l.push(Step::new("LoRA A", [x], [x.behind(own.rank)], LoraA(own)))?;
+    }
+    let reads: Vec<Slice> = [x.with(own.rank)].into_iter().chain(residual).collect();
+    l.push(Step::new("matmul", reads, [y], Forward(own)).costs(own.cost(), Recompute::Matmul))
+}
+
+fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let Some((own, members)) = first_of(l, index)? else { return Ok(()) };
+    let gradients: Vec<Slice> = members.iter().filter_map(|m| l.take_gradient(*m)).collect();
+    if gradients.is_empty() {
+        return Ok(());
+    }
+    if gradients.len() < members.len() {
+        return Err(Error::input("a linear's output is not read, but that of another with the same input is"));
+    }
+    let dy = match (gradients.as_slice(), l.gradients_together(index + 1)) {
+        ([only], _) => l.with_behind(*only, own.rank)?,
+        (_, Some(all)) => all,
+        _ => return Err(Error::run("linears with one input have no place for their gradients")),
+    };
+    let [x] = l.left(index)?;
+    let (before, dx) = l.accumulate(l.nodes[index].inputs[0], Some(dy));
+    // Without an adapter only dy is read.
+    let mut reads = vec![dy];
+    reads.extend((own.rank > 0).then(|| x.with(own.rank)));
+    reads.extend(before);
+    let mut writes = vec![dx];
+    writes.extend((own.rank > 0).then(|| dy.behind(own.rank)));
+    let in_place = if own.rank > 0 { &[(0, 2)] } else { &[(0, 1)] };
+    l.push(
+        Step::new("matmul vjp", reads, writes, Backward(own)).in_place(in_place).costs(own.cost(), Recompute::Matmul),
+    )
+}
+
+impl Linears {
+    fn cost(&self) -> Cost {
+        Cost::Matmul((self.inputs + self.rank) * (self.outputs + self.rank))
+    }
+
+    fn stack<'a>(&self, on: &'a Launch<'_>) -> &'a LoadedStack {
+        &on.weights.stacks[self.stack]
+    }
+}
+
+impl Execute for LoraA {
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        if !on.adapted {
+            return Ok(());
+        }
+        let (own, d) = (&self.0, writes[0]);
+        let mut matmul = Matmul::new(on.rows, own.rank, own.inputs);
+        matmul.b_transposed = true;
+        let b = own.stack(on).view(own.outputs, 0);
+        on.blas.run(on.gpu, matmul, Operands { a: reads[0], b, c: d, d, bias: 0 })
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let own = self.0;
+        for row in 0..on.rows() {
+            let x = on.row(&reads[0], row);
+            let stack = on.stack(own.stack);
+            let u: Vec<f32> = (0..own.rank).map(|r| dot(&stack.row(own.outputs + r)[..own.inputs], &x)).collect();
+            on.write(&writes[0], row, &u);
+        }
+    }
+}
+
+impl Execute for Forward {
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (own, stack, d) = (&self.0, self.0.stack(on), writes[0]);
+        let rank = if on.adapted { own.rank } else { 0 };
+        let mut matmul = Matmul::new(on.rows, own.outputs, own.inputs + rank);
+        matmul.b_transposed = true;
+        matmul.add = reads.len() > 1;
+        matmul.bias = own.bias;
+        let c = reads.get(1).copied().unwrap_or(d);
+        on.blas.run(on.gpu, matmul, Operands { a: reads[0], b: stack.view(0, 0), c, d, bias: stack.bias })
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let own = self.0;
+        for row in 0..on.rows() {
+            let x = on.row(&reads[0], row);
+            let mut y = reads.get(1).map_or_else(|| vec![0.0; own.outputs], |r| on.row(r, row));
+            let stack = on.stack(own.stack);
+            (0..own.outputs).for_each(|o| y[o] += stack.bias[o] + dot(stack.row(o), &x));
+            on.write(&writes[0], row, &y);
+        }
+    }
+}
+
+impl Execute for Backward {
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (own, stack) = (&self.0, self.0.stack(on));
+        let (dy, dx) = (reads[0], writes[0]);
+        let before = if let [_, v] = writes {
+            let (x, v) = (reads[1], *v);
+            let matmul = Matmul::new(on.rows, own.rank, own.outputs);
+            on.blas.run(on.gpu, matmul, Operands { a: dy, b: stack.view(0, own.inputs), c: v, d: v, bias: 0 })?;
+            let u = x.column(own.inputs);
+            // The gradients of A and B.
+            for (narrow, wide, width, to) in
+                [(v, x, own.inputs, stack.gradients[0]), (u, dy, own.outputs, stack.gradients[1])]
+            {
+                let mut matmul = Matmul::new(own.rank, width, on.rows);
+                (matmul.a_transposed, matmul.wide, matmul.add) = (true, true, true);
+                let d = View { at: to, ld: width as i64 };
+                on.blas.run(on.gpu, matmul, Operands { a: narrow, b: wide, c: d, d, bias: 0 })?;
+            }
+            on.gpu.mark("LoRA vjp")?;
+            reads.get(2)
+        } else {
+            reads.get(1)
+        };
+        let mut matmul = Matmul::new(on.rows, own.inputs, own.outputs + own.rank);
+        matmul.add = before.is_some();
+        let c = before.copied().unwrap_or(dx);
+        on.blas.run(on.gpu, matmul, Operands { a: dy, b: stack.view(0, 0), c, d: dx, bias: 0 })
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let own = self.0;
+        let before = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
+        for row in 0..on.rows() {
+            let mut dy = on.row(&reads[0], row);
+            let x = if own.rank > 0 { on.row(&reads[1], row) } else { Vec::new() };
+            let mut dx = before.map_or_else(|| vec![0.0; own.inputs], |b| on.row(b, row));
+            let stack = on.stack(own.stack);
+            let v: Vec<f32> =
+                (0..own.rank).map(|r| (0..own.outputs).map(|o| dy[o] * stack.row(o)[own.inputs + r]).sum()).collect();
+            for r in 0..own.rank {
+                (0..own.inputs).for_each(|i| stack.gradients[0][r * own.inputs + i] += v[r] * x[i]);
+                let u = x[own.inputs + r];
+                (0..own.outputs).for_each(|o| stack.gradients[1][r * own.outputs + o] += u * dy[o]);
+            }
+            dy.extend(&v);
+            for (o, d) in dy.iter().enumerate() {
+                dx.iter_mut().zip(stack.row(o)).for_each(|(dx, w)| *dx += d * w);
+            }
+            on.write(&writes[0], row, &dx);
+            if let Some(behind) = writes.get(1) {
+                on.write(behind, row, &v);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}

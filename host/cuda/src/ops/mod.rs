@@ -1,0 +1,46 @@
+//! The ops of a graph on the GPU: one file an op, with its kernels beside it. A file says how its op is lowered, which steps that
+//! gives, how they are launched and, for tests, emulated. What else the backend knows of an op it reads from its steps.
+
+mod add;
+mod attention;
+pub(super) mod embedding;
+mod glu;
+mod linear;
+pub(super) mod lm_head;
+mod rms_norm;
+mod rope;
+pub(super) mod sum;
+
+// What files of ops are written with.
+use super::blas::{Matmul, Operands};
+use super::gpu::{Address, Args, Argument, View};
+use super::kernels::{Source, Variant};
+use super::launch::{BatchTable, Launch};
+use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
+use super::program::{Cost, Execute, Recompute, Slice, Step};
+#[cfg(test)]
+use super::tests::Emulation;
+use super::weights::{LoadedStack, Member, Stack};
+use dpo_core::error::{Error, Result};
+use dpo_core::ops::{count, number};
+
+/// All ops.
+pub(super) const OPS: &[CudaOp] =
+    &[embedding::OP, linear::OP, rms_norm::OP, rope::OP, attention::OP, glu::OP, add::OP, lm_head::OP];
+
+/// Their sources.
+pub(super) const SOURCES: &[&Source] = &[
+    &sum::SOURCE,
+    &attention::SOURCE,
+    &embedding::SOURCE,
+    &glu::SOURCE,
+    &lm_head::SOURCE,
+    &rms_norm::SOURCE,
+    &rope::SOURCE,
+];
+
+/// The op of a name.
+pub(super) fn find(name: &str) -> Result<&'static CudaOp> {
+    let none = || Error::input(format!("op '{name}' has no CUDA kernel")).help("train with --device cpu");
+    OPS.iter().find(|o| o.name == name).ok_or_else(none)
+}

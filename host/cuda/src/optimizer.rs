@@ -1,0 +1,144 @@
+//! The adapter on the GPU: parameters, gradient and moments in f32, AdamW's step, and the ways between the flat buffers and the
+//! stacked matrices.
+
+use std::ops::Range;
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::gpu::{Address, Args, Gpu, Memory, View};
+use super::kernels::{Kernels, Source};
+use dpo_core::error::Result;
+use dpo_core::lora::Adapter;
+use dpo_core::optimizer::{AdamW, Moments};
+use dpo_core::weights::BlockId;
+
+pub(super) static SOURCE: Source =
+    Source::plain("adamw", include_str!("adamw.cu"), &["adamw", "sum_squares", "spread", "collect", "random"]);
+
+/// A LoRA matrix in the flat buffer and in a stack: `struct Part` of `adamw.cu`.
+pub(super) type Part = [u64; 8];
+
+/// Bytes of a part.
+const PART: usize = size_of::<Part>();
+
+/// Partial sums of the gradient's norm.
+const PARTIAL: usize = 1024;
+
+/// Parameters, gradient and moments in f32, each `[parameters]`, and the parts of the adapter.
+pub(super) struct Optimizer {
+    params: Memory,
+    pub(super) gradient: Memory,
+    first: Memory,
+    second: Memory,
+    parts: Memory,
+    partial: Memory,
+    pub(super) count: usize,
+    parts_count: usize,
+    /// Of every layer, its parts.
+    layers: Vec<Range<usize>>,
+    /// Whether the flat gradient is that of the stacks.
+    collected: bool,
+}
+
+impl Optimizer {
+    pub(super) fn new(gpu: &Gpu, graph: &ModelGraph, adapter: &Adapter, parts: &[Part]) -> Result<Optimizer> {
+        let count = adapter.params.len();
+        let optimizer = Optimizer {
+            params: gpu.allocate(count * 4)?,
+            gradient: gpu.allocate(count * 4)?,
+            first: gpu.allocate(count * 4)?,
+            second: gpu.allocate(count * 4)?,
+            parts: gpu.allocate(parts.len() * PART)?,
+            partial: gpu.allocate(PARTIAL * 8)?,
+            count,
+            parts_count: parts.len(),
+            layers: parts_of_layers(graph, adapter),
+            collected: false,
+        };
+        gpu.upload(parts.as_flattened(), optimizer.parts.address)?;
+        Ok(optimizer)
+    }
+
+    /// The stacks' gradients have changed.
+    pub(super) fn forget_gradient(&mut self) {
+        self.collected = false;
+    }
+
+    /// Gradients of the stacks to the flat buffer.
+    pub(super) fn collect(&mut self, gpu: &Gpu, kernels: &Kernels) -> Result<()> {
+        if !self.collected {
+            let args = Args::default().with(self.parts.address).with(self.gradient.address);
+            gpu.launch(kernels.get("collect")?, [32, self.parts_count, 1], [256, 1, 1], 0, args)?;
+            self.collected = true;
+        }
+        Ok(())
+    }
+
+    /// Parameters of all layers, or of one, to the stacked weights.
+    pub(super) fn spread(&self, gpu: &Gpu, kernels: &Kernels, layer: Option<usize>) -> Result<()> {
+        let parts = layer.map_or(0..self.parts_count, |layer| self.layers[layer].clone());
+        let first = self.parts.address + (parts.start * PART) as u64;
+        let args = Args::default().with(first).with(self.params.address);
+        gpu.launch(kernels.get("spread")?, [32, parts.len(), 1], [256, 1, 1], 0, args)
+    }
+
+    /// The flat gradient's norm.
+    pub(super) fn norm(&self, gpu: &Gpu, kernels: &Kernels) -> Result<f64> {
+        let args = Args::default().with(self.gradient.address).with(self.partial.address).with(self.count as i64);
+        gpu.launch(kernels.get("sum_squares")?, [PARTIAL, 1, 1], [256, 1, 1], 0, args)?;
+        gpu.mark("optimizer")?;
+        let mut partial = vec![0.0_f64; PARTIAL];
+        gpu.download(self.partial.address, &mut partial)?;
+        Ok(partial.iter().sum::<f64>().sqrt())
+    }
+
+    /// The step of a number, with the gradient scaled by `clip`.
+    pub(super) fn step(
+        &self,
+        gpu: &Gpu,
+        kernels: &Kernels,
+        (optimizer, steps): (&AdamW, u64),
+        clip: f64,
+        learning_rate: f64,
+    ) -> Result<()> {
+        let rates = optimizer.rates(steps, learning_rate);
+        let args = Args::default().with(self.params.address).with(self.gradient.address).with(self.first.address);
+        let args = args.with(self.second.address).with(self.count as i64).with(clip as f32);
+        let args = args.with(rates.keep).with(rates.size);
+        let args = args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps);
+        gpu.launch(kernels.get("adamw")?, [self.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args)
+    }
+
+    /// Parameters and moments from the GPU.
+    pub(super) fn fetch(&self, gpu: &Gpu, params: &mut [f32], moments: &mut Moments) -> Result<()> {
+        gpu.download(self.params.address, params)?;
+        gpu.download(self.first.address, &mut moments.first)?;
+        gpu.download(self.second.address, &mut moments.second)
+    }
+
+    /// Parameters and moments to the GPU.
+    pub(super) fn restore(&self, gpu: &Gpu, params: &[f32], moments: &Moments) -> Result<()> {
+        gpu.upload(params, self.params.address)?;
+        gpu.upload(&moments.first, self.first.address)?;
+        gpu.upload(&moments.second, self.second.address)
+    }
+}
+
+/// Two parts a site; sites come in the order of layers.
+fn parts_of_layers(graph: &ModelGraph, adapter: &Adapter) -> Vec<Range<usize>> {
+    let before = |layer: usize| 2 * adapter.sites.partition_point(|s| s.node.0 < BlockId::Layer(layer));
+    (0..graph.layers.len()).map(|layer| before(layer)..before(layer + 1)).collect()
+}
+
+/// Fills rows with random numbers.
+pub(super) fn random(
+    gpu: &Gpu,
+    kernels: &Kernels,
+    at: Address,
+    (rows, width, ld): (usize, usize, usize),
+    deviation: f32,
+    seed: u32,
+) -> Result<()> {
+    let args = Args::default().with(View { at, ld: ld as i64 }).with(rows as i64).with(width as i32);
+    gpu.launch(kernels.get("random")?, [1024, 1, 1], [256, 1, 1], 0, args.with(deviation).with(seed))
+}

@@ -1,0 +1,68 @@
+//! Before the first step: every matmul once in every class of sizes, so that the fastest algorithms are known and nothing is loaded
+//! within a step.
+
+use super::blas::CLASS;
+use super::engine::CudaDevice;
+use super::optimizer::random;
+use dpo_core::batch::Batch;
+use dpo_core::device::Device;
+use dpo_core::error::Result;
+use dpo_core::pair::TokenPair;
+
+impl CudaDevice {
+    /// For training and scoring. Leaves the gradient zero.
+    pub fn warm_up(&mut self) -> Result<()> {
+        let rows = self.values.bytes / 8192;
+        random(&self.gpu, &self.kernels, self.values.address, (rows, 4096, 4096), 0.5, 1)?;
+        let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
+        for tokens in (CLASS..=most).step_by(CLASS) {
+            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens)), true)?;
+            self.blas.tune(|| self.once(true))?;
+            // The next batch is staged where this one was sent from.
+            self.gpu.finish()?;
+        }
+        // Scoring fills its micro-batches, so that one class is enough.
+        self.send(&self.filler(self.plan.scoring_tokens), false)?;
+        self.blas.tune(|| self.once(false))?;
+        self.clear_gradient()?;
+        self.gpu.finish()
+    }
+
+    /// For continuing texts by so many tokens.
+    pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
+        self.send(&self.filler(tokens), false)?;
+        self.blas.tune(|| {
+            self.once(false)?;
+            let head = self.head();
+            self.head_forward(&head)?;
+            self.logits(&head, 0, 1).map(|_| ())
+        })?;
+        self.gpu.finish()
+    }
+
+    /// A batch of one pair with as many answer tokens as planned.
+    fn filler(&self, tokens: usize) -> Batch {
+        let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
+        let ids = |n: usize| vec![0; n];
+        let prompt = ids(tokens + 2 - 2 * answer);
+        Batch::of(&[TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() }])
+    }
+
+    /// The first layer of every kind of block, and the head; with `save`, both passes. Whatever lies in a layer's place will do.
+    fn once(&self, save: bool) -> Result<()> {
+        for kind in 0..self.graph.blocks.len() {
+            let Some(layer) = self.graph.layers.iter().position(|l| l.block == kind) else { continue };
+            self.layer_forward(layer, save)?;
+            if save {
+                self.layer_backward(layer)?;
+            }
+        }
+        if !save {
+            return Ok(());
+        }
+        let head = self.head();
+        head.run(&self.lowered.head.forward)?;
+        self.log_probs(&head, true)?;
+        head.run(&self.lowered.head_schedule.steps)
+    }
+}

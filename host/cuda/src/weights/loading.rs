@@ -1,0 +1,304 @@
+//! Loads a model's frozen weights onto the GPU, each to where its program reads it, and finds the adapter's places among them.
+
+use candle_core::DType;
+use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
+use half::{bf16, f16};
+use indicatif::ProgressBar;
+use rayon::prelude::*;
+
+use super::super::arena::Arena;
+use super::super::gpu::{Address, Gpu, Memory, Pinned};
+use super::super::kernels::Kernels;
+use super::super::lowered::{Lowered, projection};
+use super::super::optimizer::{Part, random};
+use super::super::plan::GpuPlan;
+use super::super::program::Program;
+use super::shard::Shard;
+use super::{BlockWeights, LoadedStack, NUMBERS};
+use dpo_core::error::{Error, Result};
+use dpo_core::lora::Adapter;
+use dpo_core::weights::{BlockId, Checkpoint, blocks};
+
+/// Where weights come from.
+pub enum Source<'a> {
+    /// Files.
+    Checkpoint(&'a Checkpoint),
+    /// Random ones of a published shape, for benchmarks.
+    Random,
+    /// What a function gives for a tensor's name and shape.
+    Given(Given<'a>),
+}
+
+/// Values of a tensor, by its name and shape.
+pub type Given<'a> = &'a dyn Fn(&str, &[usize]) -> Vec<f32>;
+
+/// All weights.
+pub(crate) struct Weights {
+    /// Its table is on the GPU or in pinned host memory.
+    pub embed: BlockWeights,
+    pub layers: Vec<BlockWeights>,
+    pub head: BlockWeights,
+    /// `[vocab, hidden]`.
+    pub projection: Address,
+    /// Where ranks share the layers.
+    pub shard: Option<Shard>,
+    /// The f32 gradients of all stacks, one after the other.
+    pub gradients: Memory,
+    _memory: Memory,
+    _table: Option<Pinned>,
+}
+
+/// Bytes that go to the GPU at once.
+const STAGE: usize = 64 << 20;
+
+/// Copies tensors to the GPU through two pinned buffers, so that reading one overlaps sending the other.
+struct Loader<'a> {
+    gpu: &'a Gpu,
+    kernels: &'a Kernels,
+    source: &'a Source<'a>,
+    stages: [Pinned; 2],
+    at: usize,
+    seed: u32,
+    progress: &'a ProgressBar,
+}
+
+impl Loader<'_> {
+    /// A matrix or a vector in rows that are `pitch` bytes apart.
+    fn load(&mut self, prefix: &str, weight: &Weight, to: Address, pitch: usize) -> Result<()> {
+        let columns = *weight.shape.last().unwrap_or(&1);
+        let rows: usize = weight.shape.iter().rev().skip(1).product();
+        let row = NUMBERS.bytes(columns);
+        let checkpoint = match self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Given(values) => {
+                let values = values(&format!("{prefix}{}", weight.tensor), &weight.shape);
+                let bits: Vec<u16> = values.into_iter().map(|v| bf16::from_f32(v).to_bits()).collect();
+                for (at, row) in bits.chunks_exact(columns).enumerate() {
+                    self.gpu.upload(row, to + (at * pitch) as u64)?;
+                }
+                return self.gpu.finish();
+            }
+            Source::Random => {
+                self.seed += 1;
+                if weight.shape.len() == 1 {
+                    let one = if weight.role == "bias" { 0.0 } else { 1.0 };
+                    return self.gpu.upload(&vec![bf16::from_f32(one).to_bits(); columns], to);
+                }
+                let shape = (rows, columns, pitch / NUMBERS.bytes(1));
+                return random(self.gpu, self.kernels, to, shape, 0.02, self.seed);
+            }
+        };
+        let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
+        let word = dtype.size_in_bytes();
+        let most = (STAGE / row).max(1);
+        for first in (0..rows).step_by(most) {
+            let count = most.min(rows - first);
+            let from = &bytes[first * columns * word..(first + count) * columns * word];
+            let stage = &mut self.stages[self.at].bytes_mut()[..count * row];
+            to_bf16(stage, from, dtype);
+            // The other buffer's copy is done before it is written again.
+            self.gpu.finish()?;
+            self.gpu.upload_rows(
+                &self.stages[self.at].bytes()[..count * row],
+                to + (first * pitch) as u64,
+                row,
+                count,
+                pitch,
+            )?;
+            self.at ^= 1;
+            self.progress.inc((count * columns * word) as u64);
+        }
+        Ok(())
+    }
+}
+
+/// Values of a checkpoint in bf16.
+fn to_bf16(to: &mut [u8], from: &[u8], dtype: DType) {
+    match dtype {
+        DType::BF16 => {
+            to.par_chunks_mut(1 << 20).zip(from.par_chunks(1 << 20)).for_each(|(to, from)| to.copy_from_slice(from));
+        }
+        DType::F16 => convert(to, from, |b: [u8; 2]| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+        _ => convert(to, from, |b: [u8; 4]| bf16::from_f32(f32::from_le_bytes(b))),
+    }
+}
+
+fn convert<const N: usize>(to: &mut [u8], from: &[u8], one: impl Fn([u8; N]) -> bf16 + Sync) {
+    to.par_chunks_exact_mut(2).zip(from.par_chunks_exact(N)).for_each(|(to, from)| {
+        let mut bytes = [0; N];
+        bytes.copy_from_slice(from);
+        to.copy_from_slice(&one(bytes).to_le_bytes());
+    });
+}
+
+impl Weights {
+    /// Loads everything as planned, on a rank of those that share the layers.
+    pub(crate) fn load(
+        gpu: &Gpu,
+        kernels: &Kernels,
+        graph: &ModelGraph,
+        lowered: &Lowered,
+        source: &Source<'_>,
+        (plan, rank): (&GpuPlan, usize),
+        progress: &ProgressBar,
+    ) -> Result<Weights> {
+        let bytes: Vec<usize> = (0..graph.layers.len()).map(|layer| lowered.layer(graph, layer)).collect();
+        let (rest, table) = lowered.rest(graph);
+        let host_embedding = plan.host_embedding > 0;
+        let shard = if plan.ranks > 1 { Some(Shard::new(gpu, &bytes, rank, plan.ranks)?) } else { None };
+        let here: usize = if shard.is_some() { 0 } else { bytes.iter().sum() };
+        let memory = gpu.allocate(here + rest + if host_embedding { 0 } else { table })?;
+        let gradients = gpu.allocate(lowered.gradients(graph).max(256))?;
+        let mut arena = Arena::of(&memory);
+        // What is not written, such as B of a linear without an adapter, is zero.
+        gpu.zero(memory.address, memory.bytes)?;
+        gpu.zero(gradients.address, gradients.bytes)?;
+        let stages = [gpu.pinned(STAGE)?, gpu.pinned(STAGE)?];
+        let mut loader = Loader { gpu, kernels, source, stages, at: 0, seed: 0, progress };
+        let mut next_gradient = gradients.address;
+        let (mut layers, mut head) = (Vec::new(), BlockWeights::default());
+        for (id, prefix, nodes) in blocks(graph) {
+            match id {
+                BlockId::Layer(layer) => {
+                    let program = &lowered.programs[graph.layers[layer].block];
+                    let place = shard.as_ref().map(|shard| shard.place(layer));
+                    place.map_or(Ok(()), |place| gpu.zero(place.address, place.bytes))?;
+                    let mut own = place.map(Arena::of);
+                    let arena = own.as_mut().unwrap_or(&mut arena);
+                    layers.push(loader.block(arena, &mut next_gradient, program, nodes, prefix)?);
+                    shard.as_ref().map_or(Ok(()), |shard| shard.keep(gpu, layer))?;
+                }
+                BlockId::Head => head = loader.block(&mut arena, &mut next_gradient, &lowered.head, nodes, prefix)?,
+                BlockId::Embed | BlockId::Projection => {}
+            }
+        }
+        let nodes = &graph.embed.nodes;
+        let mut embed = loader.block(&mut arena, &mut next_gradient, &lowered.embed, nodes, "")?;
+        let weight = weight(&nodes[lowered.embed.tables[0]], "weight")?;
+        let tied = lowered.tied(graph);
+        let on_host = if host_embedding && !tied { Some(loader.on_host(weight)?) } else { None };
+        let table = match &on_host {
+            Some(table) => table.address(),
+            None => loader.table(&mut arena, weight)?,
+        };
+        embed.tables.push(table);
+        let projection =
+            if tied { table } else { loader.table(&mut arena, self::weight(projection(graph)?.0, "weight")?)? };
+        gpu.finish()?;
+        Ok(Weights { embed, layers, head, projection, shard, gradients, _memory: memory, _table: on_host })
+    }
+
+    /// The adapter's matrices with their places in the stacks.
+    pub(crate) fn parts(&self, lowered: &Lowered, graph: &ModelGraph, adapter: &Adapter) -> Result<Vec<Part>> {
+        let mut parts = Vec::new();
+        for site in &adapter.sites {
+            let (block, node) = site.node;
+            let found = match block {
+                BlockId::Layer(layer) => {
+                    let stacks = lowered.programs[graph.layers[layer].block].stacks.iter();
+                    let mut found = stacks.zip(&self.layers[layer].stacks);
+                    found.find_map(|(stack, loaded)| Some((stack, loaded, stack.member(node)?)))
+                }
+                BlockId::Embed | BlockId::Head | BlockId::Projection => None,
+            };
+            let Some((stack, loaded, member)) = found else {
+                return Err(Error::run("an adapted linear is in no stack"));
+            };
+            let [a, b] = adapter.ranges(site);
+            let rank = adapter.config.rank;
+            // As `struct Part` of adamw.cu has them.
+            let sizes = |rows: usize, columns: usize| rows as u64 | (columns as u64) << 32;
+            let scale = |s: f64| u64::from((s as f32).to_bits());
+            parts.push([
+                a.start as u64,
+                loaded.element(stack.outputs + member.rank_column, 0),
+                loaded.gradients[0] + (member.rank_column * stack.inputs * 4) as u64,
+                loaded.ld as u64,
+                stack.inputs as u64,
+                1,
+                sizes(rank, site.inputs),
+                scale(1.0),
+            ]);
+            parts.push([
+                b.start as u64,
+                loaded.element(member.column, stack.inputs + member.rank_column),
+                loaded.gradients[1] + ((member.rank_column * stack.outputs + member.column) * 4) as u64,
+                loaded.ld as u64,
+                1,
+                stack.outputs as u64,
+                sizes(site.outputs, rank),
+                scale(adapter.config.scale()),
+            ]);
+        }
+        Ok(parts)
+    }
+}
+
+impl Loader<'_> {
+    /// The stacks and vectors of a block.
+    fn block(
+        &mut self,
+        arena: &mut Arena,
+        next_gradient: &mut Address,
+        program: &Program,
+        nodes: &[Node],
+        prefix: &str,
+    ) -> Result<BlockWeights> {
+        let mut own = BlockWeights::default();
+        for stack in &program.stacks {
+            let mut loaded = LoadedStack { at: arena.take(stack.bytes())?, ld: stack.ld(), ..LoadedStack::default() };
+            for (gradient, bytes) in loaded.gradients.iter_mut().zip(stack.gradient_bytes()) {
+                *gradient = *next_gradient;
+                *next_gradient += bytes as u64;
+            }
+            if stack.bias {
+                loaded.bias = arena.take(stack.bias_bytes())?;
+            }
+            for member in &stack.members {
+                let node = &nodes[member.node];
+                let to = loaded.element(member.column, 0);
+                self.load(prefix, weight(node, "weight")?, to, NUMBERS.bytes(loaded.ld))?;
+                if let Some(bias) = node.weight("bias") {
+                    let to = loaded.bias + NUMBERS.bytes(member.column) as u64;
+                    self.load(prefix, bias, to, NUMBERS.bytes(member.width))?;
+                }
+            }
+            own.stacks.push(loaded);
+        }
+        for vector in &program.vectors {
+            let at = arena.take(vector.bytes())?;
+            self.load(prefix, weight(&nodes[vector.node], vector.role)?, at, vector.bytes())?;
+            own.vectors.push(at);
+        }
+        Ok(own)
+    }
+
+    /// A table `[rows, columns]`.
+    fn table(&mut self, arena: &mut Arena, weight: &Weight) -> Result<Address> {
+        let at = arena.take(NUMBERS.bytes(weight.shape.iter().product()))?;
+        self.load("", weight, at, row_bytes(weight))?;
+        Ok(at)
+    }
+
+    /// A table in host memory that the GPU reads.
+    fn on_host(&mut self, weight: &Weight) -> Result<Pinned> {
+        let mut table = self.gpu.pinned(NUMBERS.bytes(weight.shape.iter().product()))?;
+        match self.source {
+            Source::Checkpoint(checkpoint) => {
+                let (dtype, bytes) = checkpoint.raw("", weight)?;
+                to_bf16(table.bytes_mut(), bytes, dtype);
+            }
+            Source::Random | Source::Given(_) => self.load("", weight, table.address(), row_bytes(weight))?,
+        }
+        Ok(table)
+    }
+}
+
+fn row_bytes(weight: &Weight) -> usize {
+    NUMBERS.bytes(*weight.shape.last().unwrap_or(&1))
+}
+
+/// The weight of a role.
+fn weight<'a>(node: &'a Node, role: &str) -> Result<&'a Weight> {
+    node.weight(role).ok_or_else(|| Error::run(format!("op '{}' lacks its {role}", node.op)))
+}

@@ -1,0 +1,32 @@
+//! Frozen weights on the GPU, as the steps of a program read them: stacked matrices, vectors, tables. How they are loaded is said
+//! in `loading`; where layers lie, all here or shared by ranks, in `shard`.
+
+pub(super) mod loading;
+pub(super) mod shard;
+mod stack;
+
+pub(crate) use stack::{LoadedStack, Member, NUMBERS, Stack};
+
+use super::gpu::Address;
+
+/// A vector that a node's steps read.
+#[derive(Clone, Debug)]
+pub(crate) struct Vector {
+    pub node: usize,
+    pub role: &'static str,
+    pub width: usize,
+}
+
+/// A block's weights, each where its program counts it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct BlockWeights {
+    pub stacks: Vec<LoadedStack>,
+    pub vectors: Vec<Address>,
+    pub tables: Vec<Address>,
+}
+
+impl Vector {
+    pub(super) fn bytes(&self) -> usize {
+        NUMBERS.bytes(self.width)
+    }
+}
