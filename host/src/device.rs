@@ -4,25 +4,18 @@ use dpo_plugin_api::graph::ModelGraph;
 use rayon::ThreadPool;
 
 use crate::base::Base;
-use crate::batch::{Batch, laid_out};
+use crate::batch::Batch;
 use crate::console;
 use crate::cuda::{self, CudaDevice, Gpu, GpuPlan, Nccl, Source};
-use crate::data::TokenPair;
 use crate::engine::{Engine, Forward};
 use crate::error::{Error, Result};
+use crate::example::Example;
+use crate::logprobs::AnswerLogProbs;
 use crate::lora::Adapter;
 use crate::plan::{Plan, Wishes, size};
 use crate::ranks::Ranks;
 use crate::train::{AdamW, Moments, peak_memory_gib};
 use crate::weights::Checkpoint;
-
-/// What a forward pass returns, flat over the batch's answer tokens.
-pub struct LogProbs {
-    /// Log-prob of every answer token.
-    pub logps: Vec<f32>,
-    /// `ln Σ_v p[v]²` for every answer token.
-    pub log_sum_sq: Vec<f32>,
-}
 
 /// A device with a model, its adapter, the adapter's gradient and its optimizer state.
 pub trait Device {
@@ -42,13 +35,13 @@ pub trait Device {
     fn moments(&self) -> &Moments;
 
     /// Log-probs of a batch's answer tokens. With `keep`, [`backward`](Self::backward) may follow for the same batch.
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs>;
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs>;
 
     /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
 
-    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without pairs left runs them
-    /// over empty batches.
+    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without examples left runs
+    /// them over empty batches.
     fn shares_base(&self) -> bool {
         false
     }
@@ -106,17 +99,17 @@ pub fn choose(device: &str, local_rank: Option<usize>) -> Result<Option<usize>> 
     }
 }
 
-/// Opens the device of an index among the GPUs, or the CPU, with a plan for these pairs, which it prints.
+/// Opens the device of an index among the GPUs, or the CPU, with a plan for these examples, which it prints.
 pub fn open<'a>(
     ranks: &mut Ranks,
     gpu: Option<usize>,
     graph: ModelGraph,
     checkpoint: &Checkpoint,
     adapter: Adapter,
-    pairs: impl Iterator<Item = &'a TokenPair> + Clone,
+    examples: impl Iterator<Item = &'a Example> + Clone,
     wishes: Wishes,
 ) -> Result<Box<dyn Device>> {
-    let longest = pairs.clone().map(laid_out).max().unwrap_or(1);
+    let longest = examples.clone().map(Example::packed_tokens).max().unwrap_or(1);
     let Some(index) = gpu else {
         let plan = |parts| Plan::new(&graph, adapter.params.len(), longest, parts, wishes);
         let plan = agree(ranks, wishes.shard_base, plan, |plan| [plan.weights, plan.whole])?;
@@ -131,8 +124,7 @@ pub fn open<'a>(
     };
     let gpu = Gpu::open(index)?;
     let nccl = Nccl::join(&gpu, ranks)?;
-    let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
-    let answers = pairs.map(share).fold(0.0, f64::max);
+    let answers = examples.map(Example::answer_share).fold(0.0, f64::max);
     let room = cuda::room(&gpu, wishes.memory, nccl.as_ref())?;
     let whole_or_shared = |parts| GpuPlan::new(&graph, &adapter, longest, answers, room, parts, wishes);
     let plan = |parts: usize| match &nccl {
@@ -246,11 +238,10 @@ impl Device for CpuDevice {
         &self.moments
     }
 
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs> {
         let engine = &mut self.engine;
         let mut forward = self.threads.install(move || engine.forward(batch, keep))?;
-        let logps =
-            LogProbs { logps: std::mem::take(&mut forward.logps), log_sum_sq: std::mem::take(&mut forward.log_sum_sq) };
+        let logps = std::mem::take(&mut forward.logps);
         self.forward = keep.then_some(forward);
         Ok(logps)
     }

@@ -5,8 +5,9 @@
 use candle_core::{D, Tensor};
 use dpo_host::base::Base;
 use dpo_host::batch::Batch;
-use dpo_host::data::{ChatTokenizer, TokenPair};
+use dpo_host::data::ChatTokenizer;
 use dpo_host::engine::Engine;
+use dpo_host::example::{Answer, Example};
 use dpo_host::generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice, compare};
 use dpo_host::lora::Adapter;
 use dpo_host::model::Model;
@@ -44,19 +45,13 @@ fn text(vocab: usize, seed: u64) -> Vec<u32> {
 
 /// Log-probs of all tokens but the first, from the pass that training runs.
 fn trained(engine: &mut Engine, ids: &[u32], adapted: bool) -> Vec<f32> {
-    let pair = TokenPair {
-        prompt: ids[..1].to_vec(),
-        chosen: ids[1..].to_vec(),
-        rejected: ids[..1].to_vec(),
-        place: String::new(),
-    };
+    let example = Example::new(ids[..1].to_vec(), vec![Answer::new(ids[1..].to_vec(), 1.0)], "").unwrap();
     let params = engine.adapter().params.clone();
     if !adapted {
         engine.update(|params| params.fill(0.0)).unwrap();
     }
-    let mut logps = engine.forward(&Batch::of([&pair]), false).unwrap().logps;
+    let logps = engine.forward(&Batch::of([&example]), false).unwrap().logps.logps;
     engine.update(|own| own.copy_from_slice(&params)).unwrap();
-    logps.truncate(ids.len() - 1);
     logps
 }
 

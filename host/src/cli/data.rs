@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::hub::Need;
 use crate::model::{self, Model};
 use crate::plugins::Registry;
-use crate::train::DataArgs;
+use crate::train::{DataArgs, Objective, ObjectiveOptions};
 
 #[derive(Args)]
 pub(super) struct DataCommand {
@@ -20,6 +20,9 @@ pub(super) struct DataCommand {
     /// Model family, for a folder without config.json
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
+    /// Loss whose examples the rows should become: pairs, single answers or rankings
+    #[arg(long, value_name = "NAME", default_value = "sigmoid")]
+    loss: String,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -40,7 +43,9 @@ pub(super) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     };
     let tokenizer = ChatTokenizer::open(&folder, family.and_then(|f| f.chat_template.as_deref()))?;
     let limit = model.as_ref().and_then(|m| m.graph.max_positions);
-    let dataset = data::load(&command.args.options(&paths, limit)?, registry, &tokenizer)?;
+    let loss = ObjectiveOptions { losses: vec![command.loss.clone()], ..ObjectiveOptions::default() };
+    let wanted = Objective::new(registry, &loss)?.wanted()?;
+    let dataset = data::load(&command.args.options(&paths, limit, &wanted)?, registry, &tokenizer)?;
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");

@@ -72,7 +72,7 @@ enum Command {
     Bench(bench::BenchOptions),
     /// Say what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
-    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
+    /// Score examples: log-probs of their answers under a model and an adapter
     Eval(eval::EvalOptions),
     /// Talk to a model, to what an adapter made of it, or to both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
@@ -81,7 +81,7 @@ enum Command {
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
     Merge(merge::MergeOptions),
-    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
+    /// Show runs in a browser: curves side by side, remarks, sample examples token by token
     Ui(ui::UiOptions),
     /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
     Completions(manual::CompletionsOptions),

@@ -12,14 +12,15 @@ use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::batch::{Batch, laid_out};
+use crate::batch::Batch;
 use crate::console;
 use crate::cuda::{self, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
-use crate::data::TokenPair;
 use crate::device::{self, CpuDevice, Device};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::example::{Answer, Example};
 use crate::generate::{CpuDecoder, Decoder, Voice};
+use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, AdapterConfig, Targets};
 use crate::plan::{Wishes, size};
 use crate::plugins::Registry;
@@ -45,6 +46,9 @@ pub(super) struct SelftestOptions {
 
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
+
+/// Most answer tokens to a token that is laid out: five answers of one token to a prompt of one.
+const MOST_ANSWERS: f64 = 5.0;
 
 /// Most that a loss of a training run may differ.
 const LOSS_TOLERANCE: f64 = 0.01;
@@ -288,21 +292,21 @@ fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute:
     let gpu = Gpu::open(index)?;
     let adapter = adapter(graph, zero_b)?;
     let wishes = Wishes { micro_batch_tokens: Some(tokens), recompute, ..Wishes::default() };
-    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::room(&gpu, None, None)?, 1, wishes)?;
+    let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, wishes)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
-/// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.
-pub(crate) fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
+/// Examples of random tokens, best answer first: of every one the length of the prompt, then those of its answers.
+pub(crate) fn examples(vocab: usize, lengths: &[&[usize]], seed: u64) -> Result<Vec<Example>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
-    let pair = |[p, c, r]: &[usize; 3]| TokenPair {
-        prompt: ids(*p),
-        chosen: ids(*c),
-        rejected: ids(*r),
-        place: String::new(),
+    let mut example = |lengths: &[usize]| {
+        let mut parts = lengths.iter().map(|n| ids(*n));
+        let prompt = parts.next().unwrap_or_default();
+        let behind = (0..lengths.len() - 1).rev().map(|n| n as f64);
+        Example::new(prompt, parts.zip(behind).map(|(ids, label)| Answer::new(ids, label)).collect(), "")
     };
-    lengths.iter().map(pair).collect()
+    lengths.iter().map(|lengths| example(lengths)).collect()
 }
 
 /// `‖a − b‖ / ‖b‖`; NaN where a value is none.
@@ -314,17 +318,20 @@ pub(crate) fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 /// Compares log-probs and gradients; a line of the table.
 fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<bool> {
-    let all: &[&[[usize; 3]]] = &[
-        &[[1, 1, 1]],
-        &[[3, 1, 9], [1, 2, 1], [17, 5, 6]],
-        &[[70, 33, 65], [129, 64, 1], [5, 200, 131], [64, 64, 64]],
-        &[[301, 97, 210], [11, 401, 77], [1, 1, 600]],
+    // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
+    let all: &[&[&[usize]]] = &[
+        &[&[1, 1, 1]],
+        &[&[3, 1, 9], &[1, 2, 1], &[17, 5, 6]],
+        &[&[70, 33, 65], &[129, 64, 1], &[5, 200, 131], &[64, 64, 64]],
+        &[&[301, 97, 210], &[11, 401, 77], &[1, 1, 600]],
+        &[&[1, 1, 1, 1, 1, 1], &[90, 150], &[40, 1], &[7, 3, 1, 170], &[65, 64, 64, 64]],
+        &[&[130, 70, 1, 64, 33, 210], &[3, 9, 200, 2, 140, 5], &[66, 65, 129, 67]],
     ];
     // Several tiles of queries and keys, and rows beside them, in as few tokens as that takes.
-    let few: &[&[[usize; 3]]] = &[&[[3, 1, 9], [1, 2, 1], [70, 33, 65]]];
+    let few: &[&[&[usize]]] = &[&[&[3, 1, 9], &[1, 2, 1], &[70, 33, 65], &[40, 1, 2, 30, 3]]];
     let batches = if quick { few } else { all };
-    let make = |lengths: &&[[usize; 3]]| Batch::of(&pairs(graph.vocab_size, lengths, 5));
-    let batches: Vec<Batch> = batches.iter().map(make).collect();
+    let make = |lengths: &&[&[usize]]| Ok(Batch::of(&examples(graph.vocab_size, lengths, 5)?));
+    let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
     let mut cpu = cpu(graph, tokens, false)?;
     let mut worst = [0.0_f64; 2];
@@ -340,7 +347,7 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
         cpu.backward(batch, &slopes)?;
-        let mut before: Option<(Vec<f32>, Vec<f32>)> = None;
+        let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
         for device in &mut devices {
             for _ in 0..2 {
                 device.clear_gradient()?;
@@ -348,9 +355,9 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
                 device.backward(batch, &slopes)?;
                 let gradient = device.gradient()?;
                 worse(&mut worst[0], distance(&own.logps, &exact.logps));
-                worse(&mut worst[0], distance(&own.log_sum_sq, &exact.log_sum_sq));
+                worse(&mut worst[0], distance(&own.values(), &exact.values()));
                 worse(&mut worst[1], distance(&gradient, cpu.gradient()));
-                let now = (own.logps, gradient);
+                let now = (own, gradient);
                 repeats &= before.as_ref().is_none_or(|b| *b == now);
                 before = Some(now);
             }
@@ -369,10 +376,10 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
 
 /// Trains on both devices from the same start; a line of the table.
 fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
-    let lengths = [[20, 9, 14], [7, 30, 22], [41, 5, 3], [2, 17, 40]];
-    let pairs = pairs(graph.vocab_size, &lengths, 11);
-    let all: Vec<&TokenPair> = pairs.iter().collect();
-    let tokens: usize = pairs.iter().map(laid_out).sum();
+    let lengths: [&[usize]; 4] = [&[20, 9, 14], &[7, 30, 22], &[41, 5, 3], &[2, 17, 40]];
+    let pairs = examples(graph.vocab_size, &lengths, 11)?;
+    let all: Vec<&Example> = pairs.iter().collect();
+    let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let mut devices: [Box<dyn Device>; 2] =
         [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
@@ -380,9 +387,9 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let (mut losses, ranks) = ([Vec::new(), Vec::new()], &mut Ranks::alone());
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
-        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?.logps;
+        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?;
         for _ in 0..steps {
-            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, &reference)?;
+            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, Some(&reference))?;
             device.update(&optimizer, 1.0, 1e-3)?;
             losses.push(step.loss);
         }

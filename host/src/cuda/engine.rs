@@ -20,9 +20,10 @@ use super::nccl::Nccl;
 use super::plan::GpuPlan;
 use super::program::{GRADIENT, INPUT, Keep, OUTPUT, Op, Program, Slice};
 use crate::batch::{Batch, Layout};
-use crate::data::TokenPair;
-use crate::device::{Device, LogProbs};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::example::Example;
+use crate::logprobs::AnswerLogProbs;
 use crate::lora::Adapter;
 use crate::ranks::Ranks;
 use crate::train::{AdamW, Moments};
@@ -276,7 +277,7 @@ impl CudaDevice {
     ) -> Result<Vec<f32>> {
         let last = ids.len().saturating_sub(1) as u32;
         let layout = Layout::after(past, ids.len());
-        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], answers: Vec::new() };
+        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], ..Batch::default() };
         self.send(&batch, false)?;
         self.embed()?;
         for layer in 0..self.graph.layers.len() {
@@ -295,7 +296,7 @@ impl CudaDevice {
 
     /// Tunes products for continuing texts by so many tokens.
     pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
-        self.send(&self.filler(tokens), false)?;
+        self.send(&self.filler(tokens)?, false)?;
         self.blas.tune(|| {
             self.once(false)?;
             let places = self.head_places();
@@ -383,10 +384,10 @@ impl Device for CudaDevice {
         &self.moments
     }
 
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs> {
         if batch.tokens() == 0 {
             self.walk(false, |_| Ok(()))?;
-            return Ok(LogProbs { logps: Vec::new(), log_sum_sq: Vec::new() });
+            return Ok(AnswerLogProbs::default());
         }
         self.send(batch, keep)?;
         self.embed()?;
@@ -397,7 +398,7 @@ impl Device for CudaDevice {
         let mut results = vec![0.0_f32; at.answers * 2];
         self.gpu.download(at.results, &mut results)?;
         let log_sum_sq = results.split_off(at.answers);
-        Ok(LogProbs { logps: results, log_sum_sq })
+        Ok(AnswerLogProbs::new(batch.answers.clone(), results, [log_sum_sq]))
     }
 
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {
@@ -417,7 +418,8 @@ impl Device for CudaDevice {
         self.wide("scale_rows", at.answers, hidden, args)?;
         self.lowered.head_schedule.ops.iter().try_for_each(|op| self.run(&head, op))?;
         let to = View { at: self.values.address + self.arrangement.gradient as u64, ld: self.edge(0).ld };
-        let args = Args::default().with(gradient).with(at.taken).with(to).with(at.tokens as i32).with(hidden as i32);
+        let args = Args::default().with(gradient).with(at.taken).with(at.next_taken).with(to).with(at.tokens as i32);
+        let args = args.with(hidden as i32);
         self.wide("scatter_rows", at.tokens, hidden, args)?;
         self.gpu.mark("head vjp")?;
         self.walk(true, |layer| self.layer_backward(layer))
@@ -503,22 +505,22 @@ impl CudaDevice {
         self.gpu.launch(self.kernels.get("random")?, [1024, 1, 1], [256, 1, 1], 0, args)?;
         let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
         for tokens in (CLASS..=most).step_by(CLASS) {
-            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens)), true)?;
+            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens))?, true)?;
             self.blas.tune(|| self.once(true))?;
         }
         // Scoring fills its micro-batches, so that one class is enough.
-        self.send(&self.filler(self.plan.scoring_tokens), false)?;
+        self.send(&self.filler(self.plan.scoring_tokens)?, false)?;
         self.blas.tune(|| self.once(false))?;
         self.clear_gradient()?;
         self.gpu.finish()
     }
 
     /// A batch of one pair with as many answer tokens as planned.
-    fn filler(&self, tokens: usize) -> Batch {
+    fn filler(&self, tokens: usize) -> Result<Batch> {
         let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
         let ids = |n: usize| vec![0; n];
         let prompt = ids(tokens + 2 - 2 * answer);
-        Batch::of(&[TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() }])
+        Ok(Batch::of(&[Example::pair(prompt, ids(answer), ids(answer), "")?]))
     }
 
     /// The first layer of every kind of block, and the head; with `keep`, both passes. Whatever lies in a layer's place will do.

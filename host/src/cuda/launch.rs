@@ -122,6 +122,7 @@ impl CudaDevice {
             }
             Op::Attend { a, q, k, v, out, lse } => {
                 let (tiles, count, shape) = self.attention_shape(a);
+                let mut begins = self.inputs.at.begins;
                 let (mut from, mut keys, mut values) = (view(q), view(k), view(v));
                 let (mut to, mut sums) = (view(out), run.places[*lse]);
                 if let Some(past) = &run.past {
@@ -136,9 +137,9 @@ impl CudaDevice {
                     }
                     (keys, values) = (past.keys, past.values);
                     (from, to) = (past.of_text(from), past.of_text(to));
-                    sums = sums.wrapping_sub(past.tokens as u64 * 4);
+                    [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(past.tokens as u64 * 4));
                 }
-                let args = Args::default().with(tiles).with(from).with(keys).with(values).with(to);
+                let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
                 let args = shape(args.with(sums));
                 let (kernels, block) = (self.attention[&a.kernels()], [a.kernels().tile() as u32 * 2, 1, 1]);
                 self.gpu.launch(kernels.forward, [a.heads, count, 1], block, kernels.shared[0], args)?;
@@ -151,8 +152,8 @@ impl CudaDevice {
                 let (tiles, count, shape) = self.attention_shape(a);
                 let (block, shared) = ([a.kernels().tile() as u32 * 2, 1, 1], kernels.shared);
                 let reads = || {
-                    let args = Args::default().with(tiles).with(view(q)).with(view(k)).with(view(v)).with(view(dout));
-                    args.with(lse).with(delta)
+                    let args = Args::default().with(tiles).with(self.inputs.at.begins);
+                    args.with(view(q)).with(view(k)).with(view(v)).with(view(dout)).with(lse).with(delta)
                 };
                 let halves = if a.dim > 128 { 2 } else { 1 };
                 let sums = [&d[1], &d[2]];

@@ -202,7 +202,7 @@ impl Program {
 pub(super) fn input_bytes(graph: &ModelGraph, tokens: usize, answers: usize) -> usize {
     let rope = graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "rope");
     let widest = rope.map(|n| crate::ops::count(n, "head_dim") * 4).max().unwrap_or(0);
-    tokens * (4 + 4 + 8 + 40 + widest * 2) + answers * 4 * 5 + (1 << 20)
+    tokens * (4 + 4 + 4 + 4 + 32 + widest * 2) + answers * 4 * 6 + (1 << 20)
 }
 
 /// What values take, from which the arrangement of a batch follows.

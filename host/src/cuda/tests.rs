@@ -9,11 +9,12 @@ use super::launch::rope_numbers;
 use super::memory::{Arrangement, Footprint, Lowered};
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{Attention, GRADIENT, Group, INPUT, Keep, OUTPUT, Op, Program, Slice};
-use crate::batch::{Batch, Span};
-use crate::cli::selftest::{FAMILIES, adapter, cpu, distance, given, op_cases, pairs};
+use crate::batch::Batch;
+use crate::cli::selftest::{FAMILIES, adapter, cpu, distance, examples, given, op_cases};
 use crate::cli::shape::Shape;
 use crate::device::Device;
 use crate::lora::Adapter;
+use crate::ops::answer_mask::AnswerMask;
 use crate::plan::Wishes;
 use crate::plugins::Registry;
 
@@ -367,7 +368,8 @@ impl Emulator {
         for (row, head) in (0..pass.rows).flat_map(|row| (0..a.heads).map(move |head| (row, head))) {
             let own = self.row(pass, &of_head(q, head, a.dim), row);
             let span = self.batch.layout.spans.iter().find(|s| (s.start..s.start + s.len()).contains(&row)).unwrap();
-            let keys = (span.start..=row).filter(|key| self.sees(span, row, *key, a.window));
+            let mask = AnswerMask::of(span, 0, a.window);
+            let keys = (span.start..=row).filter(|key| mask.sees(row - span.start, key - span.start));
             let score = |key| {
                 let score =
                     dot(&own, &self.row(pass, &of_head(k, head / (a.heads / a.kv_heads), a.dim), key)) * a.scale;
@@ -379,13 +381,6 @@ impl Emulator {
             all.push(Attended { row, head, weights, log_sum: sum });
         }
         all
-    }
-
-    fn sees(&self, span: &Span, row: usize, key: usize, window: usize) -> bool {
-        let (rejected, chosen) = (span.start + span.prompt + span.chosen, span.start + span.prompt);
-        let apart = row >= rejected && (chosen..rejected).contains(&key);
-        let positions = &self.batch.layout.positions;
-        !apart && (window == 0 || ((positions[row] - positions[key]) as usize) < window)
     }
 }
 
@@ -485,8 +480,8 @@ fn programs_compute_what_the_cpu_computes() {
     let families =
         FAMILIES.iter().map(|(name, config)| (name.to_string(), registry.family(name).unwrap().graph(config).unwrap()));
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
-        let pairs = pairs(graph.vocab_size, &[[3, 1, 9], [17, 5, 6], [1, 1, 1]], 5);
-        let batch = Batch::of(&pairs);
+        let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
+        let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
         let slopes: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
         let mut exact = cpu(&graph, batch.tokens(), false).unwrap();
         let logps = exact.forward(&batch, true).unwrap().logps;

@@ -3,6 +3,7 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
+use crate::ops::lm_head::STATISTICS;
 use crate::ops;
 use crate::plugins::{Family, refuse_unknown_features};
 
@@ -46,13 +47,10 @@ const HARMLESS_CONFIG: &[&str] = &[
     "use_cache",
 ];
 
-/// Statistics of answer tokens that a loss may ask for by name, each `[answer tokens]` under the policy.
-pub const STATISTICS: &[&str] = &["log_sum_sq_probs"];
-
 /// Refuses a statistic that this host does not compute.
 pub fn check_statistics(names: &[String]) -> Result<()> {
     match names.iter().find(|n| !STATISTICS.contains(&n.as_str())) {
-        Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS.iter().copied())),
+        Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS)),
         None => Ok(()),
     }
 }

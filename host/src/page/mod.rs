@@ -20,7 +20,7 @@ pub(crate) const FACTS: &str = "run.json";
 pub(crate) const LOG: &str = "logging.jsonl";
 /// Warnings, and what the loss doctor said.
 pub(crate) const REMARKS: &str = "remarks.jsonl";
-/// A few pairs, token by token.
+/// A few examples, token by token.
 pub(crate) const SAMPLES: &str = "samples.jsonl";
 /// Answers to held prompts before and after: `prompt`, `before`, `after`.
 pub(crate) const ANSWERS: &str = "answers.jsonl";

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use crate::data::TokenPair;
 use crate::error::Result;
+use crate::example::Example;
 use crate::generate::{Generator, Sampling, compare};
 use crate::{files, page};
 
@@ -23,11 +23,11 @@ pub(super) fn are_cheap(bytes: usize, gpu: Option<usize>) -> bool {
     gpu.is_some() || bytes <= SMALL
 }
 
-/// Asks prompts of some pairs, and puts what is answered into the report.
-pub(super) fn write(mut generator: Generator, pairs: &[TokenPair], output: &Path) -> Result<()> {
+/// Asks prompts of some examples, and puts what is answered into the report.
+pub(super) fn write(mut generator: Generator, examples: &[Example], output: &Path) -> Result<()> {
     let sampling = Sampling { max_new_tokens: TOKENS, ..Sampling::default() };
     let mut seen = HashSet::new();
-    let prompts = pairs.iter().map(|pair| pair.prompt.as_slice()).filter(|prompt| seen.insert(*prompt));
+    let prompts = examples.iter().map(Example::prompt).filter(|prompt| seen.insert(*prompt));
     let (start, mut lines) = (Instant::now(), String::new());
     for prompt in prompts.take(PROMPTS).take_while(|_| start.elapsed() < PATIENCE) {
         for answers in compare(&mut generator, &[prompt], &sampling)? {

@@ -25,10 +25,10 @@ mod unsound;
 
 pub(crate) use interrupt::Interrupt;
 pub(crate) use metrics::peak_memory_gib;
-pub use metrics::{PairMetrics, Sums};
+pub use metrics::{ExampleMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};
 pub use optimizer::{AdamW, Moments};
 pub use options::{DataArgs, LossArgs, TrainOptions};
 pub use reference::Reference;
 pub use start::run;
-pub use step::{Scores, Step, appraise, gradient, score};
+pub use step::{Step, appraise, gradient, score};

@@ -6,7 +6,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use super::schedule::Schedule;
-use crate::data::{DataOptions, Truncation, parse_columns};
+use crate::data::{DataOptions, Truncation, Wanted, parse_columns};
 use crate::error::Result;
 
 /// Options of `dpo-host train`.
@@ -202,7 +202,7 @@ pub struct LossArgs {
     pub loss_option: Vec<String>,
 }
 
-/// How rows become pairs; shared by `train`, `data` and `eval`.
+/// How rows become examples; shared by `train`, `data` and `eval`.
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub struct DataArgs {
@@ -221,7 +221,7 @@ pub struct DataArgs {
     /// What to do with longer rows: drop them, cut the prompt's head, or cut the answers' tails
     #[arg(long, value_enum, default_value_t = Truncation::Delete)]
     pub truncation_strategy: Truncation,
-    /// Take pairs in a new random order in every epoch
+    /// Take examples in a new random order in every epoch
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     pub shuffle: bool,
     /// Seed of the order, of the split and of A
@@ -233,14 +233,16 @@ pub struct DataArgs {
 }
 
 impl DataArgs {
-    /// What the data side is asked for, with rows from `paths` and a family's limit on their length.
+    /// What the data side is asked for, with rows from `paths`, a family's limit on their length, and the examples
+    /// that a loss wants.
     ///
     /// # Errors
     /// `--columns` that is no JSON object of names.
-    pub fn options(&self, paths: &[String], limit: Option<usize>) -> Result<DataOptions> {
+    pub fn options(&self, paths: &[String], limit: Option<usize>, wanted: &Wanted) -> Result<DataOptions> {
         let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
         Ok(DataOptions {
             paths: paths.to_vec(),
+            wanted: wanted.clone(),
             format: self.dataset_format.clone(),
             columns,
             max_length: self.max_length.min(limit.unwrap_or(usize::MAX)),

@@ -7,8 +7,8 @@ use sha2::{Digest, Sha256};
 
 use super::TrainOptions;
 use super::manifest::hex;
-use crate::data::TokenPair;
 use crate::error::{Error, Result};
+use crate::example::Example;
 use crate::lora::Adapter;
 
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
@@ -55,7 +55,7 @@ pub(super) fn decisive(
     options: &TrainOptions,
     model: &str,
     adapter: &Adapter,
-    pairs: &[TokenPair],
+    examples: &[Example],
 ) -> Map<String, Value> {
     let Value::Object(mut flags) = json!(options) else { return Map::new() };
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
@@ -64,14 +64,10 @@ pub(super) fn decisive(
     flags.insert("use_rslora".into(), json!(adapter.config.rslora));
     let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
-    let mut ids = Vec::new();
-    for part in pairs.iter().flat_map(|p| [&p.prompt, &p.chosen, &p.rejected]) {
-        ids.extend((part.len() as u64).to_le_bytes());
-        ids.extend(part.iter().flat_map(|id| id.to_le_bytes()));
-    }
+    let content: Vec<u8> = examples.iter().flat_map(Example::content).collect();
     let contents = [
         ("the model", short(model.as_bytes())),
-        ("the data", format!("{} pairs, {}", pairs.len(), short(&ids))),
+        ("the data", format!("{} examples, {}", examples.len(), short(&content))),
         ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
         ("the adapter at the start", short(&params)),
     ];

@@ -15,9 +15,10 @@ use super::run::Run;
 use super::samples::Samples;
 use super::{Objective, Reference, answers, next, settings};
 use crate::console;
-use crate::data::{self, ChatTokenizer, TokenPair};
+use crate::data::{self, ChatTokenizer};
 use crate::device;
 use crate::error::{Error, Result};
+use crate::example::Example;
 use crate::generate::Generator;
 use crate::hub::Need;
 use crate::lora::{Adapter, AdapterConfig, Targets, read_config};
@@ -98,18 +99,19 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     let adapter = starting_adapter(&model, &options)?;
 
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let rows = |paths: &[String]| options.data.options(paths, model.graph.max_positions);
+    let wanted = objective.wanted()?;
+    let rows = |paths: &[String]| options.data.options(paths, model.graph.max_positions, &wanted);
     let dataset = data::load(&rows(&options.data.dataset)?, registry, &tokenizer)?;
-    refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
+    refuse_foreign_tokens(&dataset.examples, model.graph.vocab_size)?;
     console::line(format!("model       {} ({})", folder.display(), model.family.name));
     console::line(format!("data        {}", dataset.report.line()));
-    let (pairs, validation) = match options.val_dataset.as_slice() {
-        [] => data::split(dataset.pairs, options.split_dataset_ratio, options.data.seed),
-        paths => (dataset.pairs, data::load(&rows(paths)?, registry, &tokenizer)?.pairs),
+    let (examples, validation) = match options.val_dataset.as_slice() {
+        [] => data::split(dataset.examples, options.split_dataset_ratio, options.data.seed),
+        paths => (dataset.examples, data::load(&rows(paths)?, registry, &tokenizer)?.examples),
     };
-    warn_of_shared(&pairs, &validation);
-    if pairs.is_empty() {
-        return Err(Error::input("the split leaves no pair to train on")
+    warn_of_shared(&examples, &validation);
+    if examples.is_empty() {
+        return Err(Error::input("the split leaves no example to train on")
             .at("--split-dataset-ratio")
             .help("lower it, or add rows"));
     }
@@ -118,9 +120,9 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     checkpoint.refuse_extra(&model.graph)?;
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
-    let all = pairs.iter().chain(&validation);
+    let all = examples.iter().chain(&validation);
     let content = format!("{}{}", checkpoint.content()?, model.config);
-    let mut settings = settings::decisive(&options, &content, &adapter, &pairs);
+    let mut settings = settings::decisive(&options, &content, &adapter, &examples);
     if let Some(folder) = &resumed {
         // Before weights are loaded and references computed.
         settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
@@ -129,19 +131,19 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
 
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
-        for (reference, pairs) in references.iter_mut().zip([&pairs, &validation]) {
-            let own = pairs.len().div_ceil(ranks.size()) as u64;
-            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} pairs {eta} left");
-            *reference = Reference::of(ranks, device.as_mut(), &identity, pairs, |n| bar.inc(n as u64))?;
+        for (reference, examples) in references.iter_mut().zip([&examples, &validation]) {
+            let own = examples.len().div_ceil(ranks.size()) as u64;
+            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
+            *reference = Reference::of(ranks, device.as_mut(), &identity, examples, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
     let [reference, validation_reference] = references;
     let (seen, seen_reference) =
-        if validation.is_empty() { (&pairs, &reference) } else { (&validation, &validation_reference) };
+        if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
     let samples = Samples::take(ranks, device.as_mut(), &tokenizer, seen, seen_reference)?;
 
-    let per_epoch = pairs.len().div_ceil(options.batch_size) as u64;
+    let per_epoch = examples.len().div_ceil(options.batch_size) as u64;
     let total = options.max_steps.unwrap_or((options.num_epochs * per_epoch as f64).ceil() as u64);
     let warmup = options.warmup_steps.unwrap_or((options.warmup_ratio * total as f64).ceil() as u64);
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
@@ -152,8 +154,8 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
         "parameters": device.adapter().params.len(),
         "device": device.name(),
         "ranks": ranks.size(),
-        "pairs": pairs.len(),
-        "validation_pairs": validation.len(),
+        "examples": examples.len(),
+        "validation_examples": validation.len(),
         "total_steps": total,
         "data": dataset.report,
         "data_line": dataset.report.line(),
@@ -169,7 +171,7 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
             weight_decay: options.weight_decay,
         },
         base_model: given,
-        pairs,
+        examples,
         validation,
         reference,
         validation_reference,
@@ -194,16 +196,16 @@ fn train(registry: &Registry, mut options: TrainOptions, ranks: &mut Ranks, plac
     run.train()?;
     let adapter = run.output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
-    let Run { ranks, options, output, device, pairs, validation, done, .. } = run;
+    let Run { ranks, options, output, device, examples, validation, done, .. } = run;
     // The base is what a continued adapter was before it was an adapter, not before this run.
     if ranks.is_first() && options.init_adapter.is_none() && answers::are_cheap(checkpoint.bytes(), gpu) {
         let adapter = device.adapter().clone();
         // A GPU may not have room for the model twice.
         drop(device);
-        let pairs = if validation.is_empty() { &pairs } else { &validation };
+        let examples = if validation.is_empty() { &examples } else { &validation };
         let written = Model::open(registry, &folder, options.plugin.as_deref())
             .and_then(|model| Generator::open(&model, Some(adapter), gpu, options.memory()?))
-            .and_then(|generator| answers::write(generator, pairs, &output));
+            .and_then(|generator| answers::write(generator, examples, &output));
         written.unwrap_or_else(|e| console::warning(format!("the report has no answers: {e}")));
     }
     let trained = options.val_dataset.is_empty();
@@ -256,25 +258,25 @@ fn starting_adapter(model: &Model<'_>, options: &TrainOptions) -> Result<Adapter
     }
 }
 
-/// An evaluation of pairs that are trained on says that a model learns, not what it learned.
-fn warn_of_shared(pairs: &[TokenPair], validation: &[TokenPair]) {
-    let trained: HashSet<_> = pairs.iter().map(|p| (&p.prompt, &p.chosen, &p.rejected)).collect();
-    let shared = validation.iter().filter(|p| trained.contains(&(&p.prompt, &p.chosen, &p.rejected))).count();
+/// An evaluation of examples that are trained on says that a model learns, not what it learned.
+fn warn_of_shared(examples: &[Example], validation: &[Example]) {
+    let trained: HashSet<Vec<u8>> = examples.iter().map(Example::content).collect();
+    let shared = validation.iter().filter(|e| trained.contains(&e.content())).count();
     if shared > 0 {
         console::warning(format!(
-            "{shared} of {} validation pairs are trained on as well\n  help: evaluate on other rows, or keep some from training \
-             with --split-dataset-ratio 0.1",
+            "{shared} of {} validation examples are trained on as well\n  help: evaluate on other rows, or keep some from \
+             training with --split-dataset-ratio 0.1",
             validation.len()
         ));
     }
 }
 
 /// A token id beyond the projection would read other memory's row.
-fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
-    let ids = |p: &TokenPair| p.prompt.iter().chain(&p.chosen).chain(&p.rejected).copied().max().unwrap_or(0);
-    match pairs.iter().find(|p| ids(p) as usize >= vocab) {
-        Some(pair) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", ids(pair)))
-            .at(&pair.place)
+fn refuse_foreign_tokens(examples: &[Example], vocab: usize) -> Result<()> {
+    let most = |e: &Example| e.parts().flatten().copied().max().unwrap_or(0);
+    match examples.iter().find(|e| most(e) as usize >= vocab) {
+        Some(e) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", most(e)))
+            .at(&e.place)
             .help("the tokenizer is not this model's")),
         None => Ok(()),
     }
