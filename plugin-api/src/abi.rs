@@ -22,7 +22,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::dataset::{DatasetFormat, Row};
-use crate::loss::{AlignmentLoss, Answer, LossBatch, LossOption, MAX_STATISTICS, Needs, Options, Pair};
+use crate::loss::{
+    AlignmentLoss, Answer, Example, LossBatch, LossOption, MAX_STATISTICS, Needs, Options, Totals, check_answers,
+};
 use crate::model::{Config, ModelFamily};
 use crate::{Error, Result, bail};
 
@@ -34,7 +36,7 @@ pub struct PluginModule {
     /// `call(what, item, input)`: `manifest`, `graph`, `recognises`, `records`; input and output are JSON, and an error is
     /// a JSON [`Error`].
     pub call: extern "C" fn(RStr<'_>, usize, RStr<'_>) -> RResult<RString, RString>,
-    /// A loss of some pairs.
+    /// A loss of some examples.
     #[sabi(last_prefix_field)]
     pub eval: extern "C" fn(usize, RawLossCall<'_>) -> RResult<RawLossResult, RString>,
 }
@@ -56,18 +58,36 @@ pub struct RawAnswer<'a> {
     pub reference: RSlice<'a, f32>,
     /// Token weights.
     pub weights: RSlice<'a, f32>,
-    /// Statistics asked for, in their order; the rest is empty.
+    /// Statistics asked for, in their order, under the policy; the rest is empty.
     pub statistics: [RSlice<'a, f32>; MAX_STATISTICS],
+    /// The same under the reference.
+    pub reference_statistics: [RSlice<'a, f32>; MAX_STATISTICS],
+    /// Whether it was liked, or its score.
+    pub label: f64,
+    /// Whether no gradient flows through it.
+    pub detached: bool,
 }
 
-/// A pair.
+/// An example's answers, best first; see [`Example`].
 #[repr(C)]
 #[derive(StableAbi, Clone, Copy)]
-pub struct RawPair<'a> {
-    /// The preferred answer.
-    pub chosen: RawAnswer<'a>,
-    /// The other one.
-    pub rejected: RawAnswer<'a>,
+pub struct RawExample<'a> {
+    /// Its answers.
+    pub answers: RSlice<'a, RawAnswer<'a>>,
+}
+
+/// Sizes of the step; see [`Totals`].
+#[repr(C)]
+#[derive(StableAbi, Clone, Copy)]
+pub struct RawTotals {
+    /// Examples.
+    pub examples: f64,
+    /// Answers.
+    pub answers: f64,
+    /// Tokens of every example's best answer.
+    pub best_tokens: f64,
+    /// Tokens of all answers.
+    pub tokens: f64,
 }
 
 /// What a loss is given; see [`LossBatch`].
@@ -76,14 +96,10 @@ pub struct RawPair<'a> {
 pub struct RawLossCall<'a> {
     /// JSON object of option values.
     pub options: RStr<'a>,
-    /// Pairs.
-    pub pairs: RSlice<'a, RawPair<'a>>,
-    /// Pairs in the step.
-    pub step_pairs: f64,
-    /// Chosen answers' tokens in the step.
-    pub step_chosen_tokens: f64,
-    /// Rejected answers' tokens in the step.
-    pub step_rejected_tokens: f64,
+    /// Examples.
+    pub examples: RSlice<'a, RawExample<'a>>,
+    /// Sizes of the step.
+    pub totals: RawTotals,
     /// State from the last call.
     pub state: RSlice<'a, f64>,
 }
@@ -92,16 +108,17 @@ pub struct RawLossCall<'a> {
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct RawLossResult {
-    /// Loss of each pair.
+    /// Loss of each example.
     pub losses: RVec<f64>,
-    /// Derivative by each token's log-prob: of every pair the chosen answer's tokens, then the rejected one's.
-    pub slopes: RVec<f32>,
+    /// Derivative by the log-prob of each token of every answer of every example.
+    pub grad: RVec<f32>,
     /// State for the next call.
     pub state: RVec<f64>,
 }
 
 /// What a library says of itself.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Version of this crate that it was built against.
     pub api: String,
@@ -118,7 +135,7 @@ pub struct Manifest {
 
 /// One thing a library brings.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Item {
     /// A [`ModelFamily`].
     Model {
@@ -178,13 +195,19 @@ enum Export {
 pub struct Exports {
     package: &'static str,
     version: &'static str,
+    requires: Vec<String>,
     items: Vec<Export>,
 }
 
 impl Exports {
     /// None yet.
     pub fn new(package: &'static str, version: &'static str) -> Exports {
-        Exports { package, version, items: Vec::new() }
+        Exports { package, version, requires: Vec::new(), items: Vec::new() }
+    }
+
+    /// Adds a feature that the host must have.
+    pub fn requires(&mut self, feature: &str) {
+        self.requires.push(feature.into());
     }
 
     /// Adds a family.
@@ -226,7 +249,7 @@ impl Exports {
             api: env!("CARGO_PKG_VERSION").into(),
             package: self.package.into(),
             version: self.version.into(),
-            requires: Vec::new(),
+            requires: self.requires.clone(),
             items: self.items.iter().map(|e| to_value(&item(e))).collect(),
         }
     }
@@ -243,22 +266,22 @@ impl Exports {
 
     fn eval(&self, item: usize, call: &RawLossCall<'_>) -> Result<RawLossResult> {
         let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is no loss") };
-        let pairs = call.pairs.as_slice().iter();
-        let batch = LossBatch {
-            pairs: pairs.map(|p| Pair { chosen: answer_of(&p.chosen), rejected: answer_of(&p.rejected) }).collect(),
-            step_pairs: call.step_pairs,
-            step_chosen_tokens: call.step_chosen_tokens,
-            step_rejected_tokens: call.step_rejected_tokens,
-        };
+        let examples: Vec<Example<'_>> = call.examples.iter().map(example_of).collect();
+        check_answers(&loss.needs(), &examples)?;
+        let RawTotals { examples: count, answers, best_tokens, tokens } = call.totals;
+        let batch = LossBatch { examples, totals: Totals { examples: count, answers, best_tokens, tokens } };
         let options = match serde_json::from_str(call.options.as_str()) {
             Ok(values) => Options(values),
             Err(e) => return bail!("loss options: {e}"),
         };
         let mut state = call.state.to_vec();
         let grad = loss.eval(&batch, &options, &mut state)?;
-        grad.check()?;
-        Ok(RawLossResult { losses: grad.losses().to_vec().into(), slopes: grad.slopes().into(), state: state.into() })
+        Ok(RawLossResult { losses: grad.losses().to_vec().into(), grad: grad.grad().into(), state: state.into() })
     }
+}
+
+fn example_of<'a>(raw: &RawExample<'a>) -> Example<'a> {
+    Example { answers: raw.answers.as_slice().iter().map(answer_of).collect() }
 }
 
 fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
@@ -266,7 +289,10 @@ fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
         policy: raw.policy.as_slice(),
         reference: raw.reference.as_slice(),
         weights: raw.weights.as_slice(),
+        label: raw.label,
+        detached: raw.detached,
         statistics: raw.statistics.map(|s| s.as_slice()),
+        reference_statistics: raw.reference_statistics.map(|s| s.as_slice()),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Dataset formats: from a row of a file to preference records.
+//! Dataset formats: from a row of a file to records of a prompt and its answers.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -23,21 +23,18 @@ pub trait DatasetFormat: Send + Sync + 'static {
     /// surest of the first rows; equals go to the first by name.
     fn recognises(&self, row: &Row) -> u8;
 
-    /// The records of a row; several where it ranks many answers.
+    /// The records of a row, usually one.
     fn records(&self, row: &Row) -> Result<Vec<Record>>;
 }
 
-/// One preference: a prompt with a better and a worse answer, or with one answer and whether it was liked.
+/// A prompt and one or more answers to it, best first: a pair, one answer that was liked or not, or a ranking.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Record {
-    /// What both answers reply to.
+    /// What all answers reply to.
     pub prompt: Text,
-    /// The answer that was preferred or liked.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chosen: Option<Text>,
-    /// The answer that was not.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rejected: Option<Text>,
+    /// Answers, best first; detached ones behind all others.
+    pub answers: Vec<RecordAnswer>,
     /// Tool descriptions for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Value>,
@@ -46,16 +43,47 @@ pub struct Record {
     pub template_args: Map<String, Value>,
 }
 
+/// An answer, and what was thought of it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordAnswer {
+    /// The answer.
+    pub text: Text,
+    /// 1 for one that was preferred or liked, 0 for one that was not, or a score: the higher, the better.
+    pub label: f64,
+    /// Whether losses only read its log-probs: no gradient flows through it, and it is not counted among the answers that a
+    /// loss asks for (a mismatched answer, from which KTO estimates its KL term).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub detached: bool,
+}
+
 impl Record {
-    /// A pair of answers.
-    pub fn pair(prompt: Text, chosen: Text, rejected: Text) -> Record {
-        Record { prompt, chosen: Some(chosen), rejected: Some(rejected), tools: None, template_args: Map::new() }
+    fn new(prompt: Text, answers: impl IntoIterator<Item = (Text, f64)>) -> Record {
+        let answer = |(text, label)| RecordAnswer { text, label, detached: false };
+        let answers = answers.into_iter().map(answer).collect();
+        Record { prompt, answers, tools: None, template_args: Map::new() }
     }
 
-    /// One answer, liked or not.
-    pub fn judged(prompt: Text, answer: Text, liked: bool) -> Record {
-        let (chosen, rejected) = if liked { (Some(answer), None) } else { (None, Some(answer)) };
-        Record { prompt, chosen, rejected, tools: None, template_args: Map::new() }
+    /// A better and a worse answer.
+    pub fn pair(prompt: Text, chosen: Text, rejected: Text) -> Record {
+        Record::new(prompt, [(chosen, 1.0), (rejected, 0.0)])
+    }
+
+    /// One answer, liked or not. Where a loss compares answers, the host joins it with others to the same prompt.
+    pub fn liked(prompt: Text, answer: Text, liked: bool) -> Record {
+        Record::new(prompt, [(answer, f64::from(u8::from(liked)))])
+    }
+
+    /// Answers in their order, best first. Their labels are the number of answers behind each.
+    pub fn ranked(prompt: Text, answers: Vec<Text>) -> Record {
+        let behind = (0..answers.len()).rev().map(|n| n as f64);
+        Record::new(prompt, answers.into_iter().zip(behind))
+    }
+
+    /// Answers with their scores, in any order: the higher, the better. Equal ones stay in theirs.
+    pub fn scored(prompt: Text, mut answers: Vec<(Text, f64)>) -> Record {
+        answers.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Record::new(prompt, answers)
     }
 }
 

@@ -4,7 +4,7 @@
 
 use crate::dataset::{DatasetFormat, Row};
 use crate::graph::{Block, ModelGraph};
-use crate::loss::{AlignmentLoss, Answer, LossBatch, LossGrad, Options, Pair};
+use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Options};
 use crate::model::{Config, ModelFamily};
 
 /// The graph of the family's example config, after checking that it is whole: every value is made before it is read, every
@@ -73,10 +73,11 @@ pub fn check_format(format: &dyn DatasetFormat) {
     assert!(rows > 0, "{} has no example rows", format.name());
 }
 
-/// Derivatives of a loss against central differences, at several pairs of several lengths, with and without token weights.
+/// Derivatives of a loss against central differences, at several examples with answers of several lengths, as many as the loss
+/// takes, with and without token weights.
 ///
 /// # Panics
-/// With the pair, the token and both derivatives.
+/// With the token and both derivatives.
 pub fn check_loss(loss: &dyn AlignmentLoss) {
     check_loss_with(loss, &Options::defaults(loss));
 }
@@ -84,48 +85,59 @@ pub fn check_loss(loss: &dyn AlignmentLoss) {
 /// [`check_loss`] with options other than the defaults.
 ///
 /// # Panics
-/// With the pair, the token and both derivatives.
+/// With the token and both derivatives.
 pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
     for tail in [1.0, 0.3] {
-        let batch = SyntheticBatch::new(tail);
-        let grad = batch.eval(loss, options, None);
-        let slopes = grad.slopes();
-        for (token, slope) in slopes.iter().enumerate() {
+        let batch = SyntheticBatch::new(loss.needs().answers, tail);
+        let grad = batch.eval(loss, options, None).grad();
+        for (token, exact) in grad.iter().enumerate() {
             // f32 log-probs near -2 carry an error of 2e-7 each; a step of 2e-3 keeps that out of the quotient.
             let h = 2e-3_f32;
             let total = |by: f32| batch.eval(loss, options, Some((token, by))).losses().iter().sum::<f64>();
             let numeric = (total(h) - total(-h)) / (2.0 * f64::from(h));
-            let slope = f64::from(*slope);
-            let bound = 2e-3 * numeric.abs().max(slope.abs()).max(0.05);
+            let exact = f64::from(*exact);
+            let bound = 2e-3 * numeric.abs().max(exact.abs()).max(0.05);
             assert!(
-                (slope - numeric).abs() <= bound,
-                "{}: token {token}: derivative {slope}, central difference {numeric}",
+                (exact - numeric).abs() <= bound,
+                "{}: token {token}: derivative {exact}, central difference {numeric}",
                 loss.name()
             );
         }
     }
 }
 
-/// Three pairs whose answers have different lengths, with fixed log-probs.
+/// Three examples whose answers have different lengths, with fixed log-probs.
 struct SyntheticBatch {
+    /// Answers of every example.
+    counts: [usize; 3],
     policy: Vec<Vec<f32>>,
     reference: Vec<Vec<f32>>,
     weights: Vec<Vec<f32>>,
 }
 
 impl SyntheticBatch {
-    fn new(tail: f32) -> SyntheticBatch {
-        let lengths = [3usize, 2, 1, 4, 2, 2];
-        // The second term keeps log-ratios of different pairs apart: where two are equal, a loss that sorts has a bend.
+    fn new(answers: Answers, tail: f32) -> SyntheticBatch {
+        let counts = match answers {
+            Answers::One => [1; 3],
+            Answers::Pair => [2; 3],
+            Answers::Ranked => [2, 5, 3],
+        };
+        let lengths = [3_usize, 2, 1, 4, 2, 2, 5, 1, 3, 2];
+        // The second term keeps log-ratios of different answers apart: where two are equal, a loss that sorts has a bend.
         let value = |i: usize, j: usize, k: usize| {
             -0.4 - ((i * 7 + j * 5 + k * 3) % 11) as f32 * 0.17 - ((i + 1) * (k + 1)) as f32 * 0.013
         };
-        let rows = |k: usize| (0..6).map(|i| (0..lengths[i]).map(|j| value(i, j, k)).collect()).collect();
-        let weights = (0..6).map(|i| {
-            let shared = lengths[i].min(lengths[i ^ 1]);
-            (0..lengths[i]).map(|j| if j < shared { 1.0 } else { tail }).collect()
-        });
-        SyntheticBatch { policy: rows(0), reference: rows(1), weights: weights.collect() }
+        let all: usize = counts.iter().sum();
+        let rows = |k: usize| (0..all).map(|i| (0..lengths[i]).map(|j| value(i, j, k)).collect()).collect();
+        let (mut weights, mut first) = (Vec::new(), 0);
+        for count in counts {
+            let own = &lengths[first..first + count];
+            let shortest = own.iter().copied().min().unwrap_or(0);
+            let weight = |j: usize| if j < shortest { 1.0 } else { tail };
+            weights.extend(own.iter().map(|n| (0..*n).map(weight).collect()));
+            first += count;
+        }
+        SyntheticBatch { counts, policy: rows(0), reference: rows(1), weights }
     }
 
     fn eval(&self, loss: &dyn AlignmentLoss, options: &Options, nudge: Option<(usize, f32)>) -> LossGrad {
@@ -134,21 +146,23 @@ impl SyntheticBatch {
             let value = policy.iter_mut().flatten().nth(token);
             *value.unwrap_or_else(|| panic!("token {token} is not there")) += by;
         }
-        let statistics = [[-1.0_f32; 4]; crate::loss::MAX_STATISTICS];
-        let answer = |i: usize| Answer {
-            policy: &policy[i],
-            reference: &self.reference[i],
-            weights: &self.weights[i],
-            statistics: std::array::from_fn(|s| &statistics[s][..policy[i].len()]),
-        };
-        let pairs = (0..3).map(|p| Pair { chosen: answer(2 * p), rejected: answer(2 * p + 1) });
-        let count = |odd: usize| policy.iter().skip(odd).step_by(2).map(Vec::len).sum::<usize>() as f64;
-        let batch = LossBatch {
-            pairs: pairs.collect(),
-            step_pairs: 3.0,
-            step_chosen_tokens: count(0),
-            step_rejected_tokens: count(1),
-        };
+        let statistics = [-1.0_f32; 8];
+        let mut first = 0;
+        let examples = self.counts.map(|count| {
+            let answers = (first..first + count).map(|i| Answer {
+                policy: &policy[i],
+                reference: &self.reference[i],
+                weights: &self.weights[i],
+                label: (first + count - 1 - i) as f64,
+                detached: false,
+                statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
+                reference_statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
+            });
+            let answers = answers.collect();
+            first += count;
+            Example { answers }
+        });
+        let batch = LossBatch::whole(examples.to_vec());
         loss.eval(&batch, options, &mut Vec::new()).unwrap_or_else(|e| panic!("{}: {e}", loss.name()))
     }
 }

@@ -8,8 +8,8 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
 use dpo_core::engine::Engine;
+use dpo_core::example::{Answer, Example};
 use dpo_core::lora::{Adapter, AdapterConfig, Targets};
-use dpo_core::pair::TokenPair;
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugins::Registry;
@@ -109,19 +109,23 @@ pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) 
 }
 
 /// Pairs of random tokens with odd lengths: a prompt of one token, answers of one token, answers that begin alike.
-pub fn pairs(vocab: usize, seed: u64) -> Vec<TokenPair> {
+pub fn pairs(vocab: usize, seed: u64) -> Vec<Example> {
+    let lengths: [&[usize]; 6] = [&[5, 3, 4], &[1, 1, 1], &[9, 7, 1], &[2, 1, 6], &[13, 5, 5], &[3, 2, 8]];
+    examples(vocab, seed, &lengths)
+}
+
+/// Examples of random tokens, best answer first: of every one the length of the prompt, then those of its answers.
+pub fn examples(vocab: usize, seed: u64, lengths: &[&[usize]]) -> Vec<Example> {
     let mut numbers = Numbers::new(seed);
-    let lengths = [(5, 3, 4), (1, 1, 1), (9, 7, 1), (2, 1, 6), (13, 5, 5), (3, 2, 8)];
-    let pairs = lengths.into_iter().enumerate().map(|(i, (prompt, chosen, rejected))| {
-        let mut tokens = |n: usize| (0..n).map(|_| numbers.below(vocab) as u32).collect::<Vec<u32>>();
-        TokenPair {
-            prompt: tokens(prompt),
-            chosen: tokens(chosen),
-            rejected: tokens(rejected),
-            place: format!("pair {i}"),
-        }
-    });
-    pairs.collect()
+    let mut tokens = |n: usize| (0..n).map(|_| numbers.below(vocab) as u32).collect::<Vec<u32>>();
+    let mut example = |(i, lengths): (usize, &&[usize])| {
+        let mut parts = lengths.iter().map(|n| tokens(*n));
+        let prompt = parts.next().expect("a prompt's length");
+        let behind = (0..lengths.len() - 1).rev().map(|n| n as f64);
+        let answers = parts.zip(behind).map(|(ids, label)| Answer::new(ids, label)).collect();
+        Example::new(prompt, answers, format!("example {i}")).expect("lengths above 0")
+    };
+    lengths.iter().enumerate().map(&mut example).collect()
 }
 
 /// The binary under test in a folder of its own: cache, plugins and output are found nowhere else.

@@ -5,17 +5,30 @@
 
 use dpo_core::batch::Batch;
 use dpo_core::engine::Engine;
-use dpo_core::pair::TokenPair;
-use dpo_tests::{CONFIGS, Numbers, engine, graph, pairs, weights};
+use dpo_core::example::{Answer, Example};
+use dpo_tests::{CONFIGS, Numbers, engine, examples, graph, weights};
+
+/// From one answer to five: a prompt of one token, answers of one token, answers of equal length.
+const LENGTHS: &[&[usize]] = &[
+    &[5, 3, 4],
+    &[1, 1, 1],
+    &[9, 7, 1],
+    &[2, 6],
+    &[1, 1],
+    &[13, 5, 5, 5],
+    &[3, 2, 8, 1],
+    &[4, 1, 6, 3, 1, 7],
+    &[1, 1, 1, 1, 1, 1],
+];
 
 /// Log-probs and the gradient of `Σ c · logp` with fixed numbers c, over some micro-batches.
-fn pass(engine: &Engine, batches: &[&[TokenPair]]) -> (Vec<f32>, Vec<f32>) {
+fn pass(engine: &Engine, batches: &[&[Example]]) -> (Vec<f32>, Vec<f32>) {
     let mut gradient = vec![0.0; engine.adapter().params.len()];
     let (mut logps, mut numbers) = (Vec::new(), Numbers::new(77));
-    for pairs in batches {
-        let batch = Batch::of(*pairs);
+    for examples in batches {
+        let batch = Batch::of(*examples);
         let forward = engine.forward(&batch, true).unwrap();
-        logps.extend(forward.logps.clone());
+        logps.extend(&forward.logps.logps);
         let slopes: Vec<f32> = batch.targets.iter().map(|_| numbers.draw() as f32).collect();
         engine.backward(&batch, forward, &slopes, &mut gradient).unwrap();
     }
@@ -34,35 +47,35 @@ fn packing_and_recomputing_change_nothing() {
     for (family, config) in CONFIGS {
         let graph = graph(family, config);
         let mut engine = engine(&graph, &weights(&graph, 1), 2);
-        let pairs = pairs(graph.vocab_size, 4);
-        let packed = pass(&engine, &[&pairs]);
-        let single: Vec<&[TokenPair]> = pairs.chunks(1).collect();
+        let examples = examples(graph.vocab_size, 4, LENGTHS);
+        let packed = pass(&engine, &[&examples]);
+        let single: Vec<&[Example]> = examples.chunks(1).collect();
         let alone = pass(&engine, &single);
         close(&format!("{family}: log-probs packed and alone"), &packed.0, &alone.0, 1e-5);
         close(&format!("{family}: gradient packed and alone"), &packed.1, &alone.1, 1e-5);
         for layers in 1..=graph.layers.len() {
             engine.recompute(layers);
-            let recomputed = pass(&engine, &[&pairs]);
+            let recomputed = pass(&engine, &[&examples]);
             assert_eq!(packed, recomputed, "{family}: {layers} layers recomputed");
         }
     }
 }
 
-/// The shared prompt gives both answers the log-probs they have alone.
+/// The shared prompt gives every answer the log-probs that it has alone, and the gradient of all is the sum of theirs.
 #[test]
 fn answers_do_not_see_each_other() {
     for (family, config) in CONFIGS {
         let graph = graph(family, config);
         let engine = engine(&graph, &weights(&graph, 1), 2);
-        for pair in pairs(graph.vocab_size, 8) {
-            let both = engine.forward(&Batch::of([&pair]), false).unwrap().logps;
-            let alone = |answer: &Vec<u32>| {
-                let twice = TokenPair { chosen: answer.clone(), rejected: answer[..1].to_vec(), ..pair.clone() };
-                engine.forward(&Batch::of([&twice]), false).unwrap().logps[..answer.len()].to_vec()
-            };
-            let expected = [alone(&pair.chosen), alone(&pair.rejected)].concat();
-            close(&format!("{family}: {}", pair.place), &both, &expected, 1e-5);
-        }
+        let examples = examples(graph.vocab_size, 8, LENGTHS);
+        let alone = |e: &Example| {
+            let one = |a: &Answer| Example::new(e.prompt().to_vec(), vec![a.clone()], e.place.as_str()).unwrap();
+            e.answers().iter().map(one).collect::<Vec<Example>>()
+        };
+        let alone: Vec<Example> = examples.iter().flat_map(alone).collect();
+        let (together, apart) = (pass(&engine, &[&examples]), pass(&engine, &[&alone]));
+        close(&format!("{family}: log-probs together and alone"), &together.0, &apart.0, 1e-5);
+        close(&format!("{family}: gradient together and alone"), &together.1, &apart.1, 1e-5);
     }
 }
 
@@ -72,8 +85,8 @@ fn gradient_is_that_of_the_forward_pass() {
     for (family, config) in CONFIGS {
         let graph = graph(family, config);
         let mut engine = engine(&graph, &weights(&graph, 3), 5);
-        let pairs = pairs(graph.vocab_size, 6);
-        let (_, gradient) = pass(&engine, &[&pairs]);
+        let examples = examples(graph.vocab_size, 6, LENGTHS);
+        let (_, gradient) = pass(&engine, &[&examples]);
         let start = engine.adapter().params.clone();
         let mut numbers = Numbers::new(21);
         for direction in 0..4 {
@@ -82,7 +95,7 @@ fn gradient_is_that_of_the_forward_pass() {
             let mut value = |by: f32| {
                 let moved: Vec<f32> = start.iter().zip(&along).map(|(p, d)| p + by * d).collect();
                 engine.update(|params| params.copy_from_slice(&moved)).unwrap();
-                let (logps, mut numbers) = (pass(&engine, &[&pairs]).0, Numbers::new(77));
+                let (logps, mut numbers) = (pass(&engine, &[&examples]).0, Numbers::new(77));
                 logps.iter().map(|l| f64::from(*l) * numbers.draw() as f32 as f64).sum::<f64>()
             };
             let h = 2e-3;

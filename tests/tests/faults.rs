@@ -415,7 +415,7 @@ fn another_run_is_not_resumed_and_what_differs_is_named() {
     let moved = sandbox.path("moved");
     copy(Path::new(&case("model")), Path::new(&moved));
     let args = train_on(&case("model"), &fewer, &output, &[&SHORT, &LATEST]);
-    says(&sandbox, &args, 2, &["the data was 16 pairs, ", "is 15 pairs, "]);
+    says(&sandbox, &args, 2, &["the data was 16 examples, ", "is 15 examples, "]);
     let refused: [(&[&str], &str); 5] = [
         (&["--beta", "0.5"], "--beta was not given, is 0.5"),
         (&["--learning-rate", "1e-3"], "--learning-rate was 0.002, is 0.001"),

@@ -5,15 +5,13 @@
 use candle_core::{D, Tensor};
 use dpo_core::base::Base;
 use dpo_core::batch::Batch;
-use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Voice};
 use dpo_core::engine::Engine;
+use dpo_core::example::{Answer, Example};
 use dpo_core::lora::Adapter;
 use dpo_core::ops::Past;
-use dpo_core::pair::TokenPair;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
-use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
+use dpo_generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice, compare};
 use dpo_hub::model::Model;
 use dpo_plugins::Registry;
 use dpo_tests::{CONFIGS, Numbers, golden};
@@ -47,19 +45,13 @@ fn text(vocab: usize, seed: u64) -> Vec<u32> {
 
 /// Log-probs of all tokens but the first, from the pass that training runs.
 fn trained(engine: &mut Engine, ids: &[u32], adapted: bool) -> Vec<f32> {
-    let pair = TokenPair {
-        prompt: ids[..1].to_vec(),
-        chosen: ids[1..].to_vec(),
-        rejected: ids[..1].to_vec(),
-        place: String::new(),
-    };
+    let example = Example::new(ids[..1].to_vec(), vec![Answer::new(ids[1..].to_vec(), 1.0)], "").unwrap();
     let params = engine.adapter().params.clone();
     if !adapted {
         engine.update(|params| params.fill(0.0)).unwrap();
     }
-    let mut logps = engine.forward(&Batch::of([&pair]), false).unwrap().logps;
+    let logps = engine.forward(&Batch::of([&example]), false).unwrap().logps.logps;
     engine.update(|own| own.copy_from_slice(&params)).unwrap();
-    logps.truncate(ids.len() - 1);
     logps
 }
 

@@ -12,7 +12,7 @@ use dpo_core::engine::Engine;
 use dpo_core::lora::{Adapter, AdapterConfig, Targets};
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
-use dpo_tests::{CONFIGS, graph, pairs, weights};
+use dpo_tests::{CONFIGS, examples, graph, weights};
 use serde_json::{Value, json};
 
 /// The engine without an effect of its adapter, whose B is zero.
@@ -34,16 +34,20 @@ fn check(family: &str, change: Value, oracle: impl Fn(VarBuilder<'_>, &[u32]) ->
     let graph = graph(family, &config.to_string());
     let weights = weights(&graph, 13);
     let engine = base(&graph, &weights);
-    for pair in pairs(graph.vocab_size, 14) {
-        let ours = engine.forward(&Batch::of([&pair]), false).unwrap().logps;
-        let answers = [&pair.chosen, &pair.rejected];
-        let prefixes = answers.into_iter().flat_map(|a| (0..a.len()).map(|i| ([&pair.prompt, &a[..i]].concat(), a[i])));
+    for example in examples(graph.vocab_size, 14, &[&[5, 3, 4], &[1, 1, 1], &[9, 7], &[3, 2, 8, 4]]) {
+        let ours = engine.forward(&Batch::of([&example]), false).unwrap().logps.logps;
+        let prefix = |ids: &[u32], i: usize| ([example.prompt(), &ids[..i]].concat(), ids[i]);
+        let prefixes = example.answers().iter().flat_map(|a| (0..a.ids.len()).map(|i| prefix(&a.ids, i)));
         for ((prefix, target), ours) in prefixes.zip(ours) {
             let vb = VarBuilder::from_tensors(weights.clone(), DType::F32, &Device::Cpu);
             let logits = oracle(vb, &prefix).unwrap().flatten_all().unwrap();
             let theirs = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec1::<f32>().unwrap();
             let theirs = theirs[target as usize];
-            assert!((ours - theirs).abs() < 2e-5 * theirs.abs().max(1.0), "{family} {}: {ours} {theirs}", pair.place);
+            assert!(
+                (ours - theirs).abs() < 2e-5 * theirs.abs().max(1.0),
+                "{family} {}: {ours} {theirs}",
+                example.place
+            );
         }
     }
 }

@@ -197,18 +197,18 @@ fn texts_of_data_stay_texts() {
     ["<script", "<img", "<i>run", "<b>\"", "& <"]
         .iter()
         .for_each(|t| assert!(!report.contains(t), "{t} in the report"));
-    ["Sample pairs", "Settings", "class=curve", "&lt;i&gt;run", "<h4>after</h4>"]
+    ["Sample examples", "Settings", "class=curve", "&lt;i&gt;run", "<h4>after</h4>"]
         .iter()
         .for_each(|t| assert!(report.contains(t), "no {t} in the report"));
     let lines = fs::read_to_string(Path::new(&output).join("samples.jsonl")).unwrap();
     let lines: Vec<Value> = lines.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
     let steps: Vec<_> = lines.iter().map(|l| l["global_step"].as_u64().unwrap()).collect();
     assert_eq!(steps, [0, 1, 2, 3]);
-    let tokens = lines[0]["pairs"][0]["chosen"]["tokens"].as_array().unwrap();
+    let tokens = lines[0]["examples"][0]["answers"][0]["tokens"].as_array().unwrap();
     let text: String = tokens.iter().map(|t| t.as_str().unwrap()).collect();
     assert!(text.contains(evil), "{text}");
     for line in &lines {
-        let score = &line["scores"][0]["chosen"];
+        let score = &line["scores"][0][0];
         let logps: Vec<f64> = score["logps"].as_array().unwrap().iter().map(|l| l.as_f64().unwrap()).collect();
         assert_eq!(logps.len(), tokens.len());
         assert!((logps.iter().sum::<f64>() - score["sum"].as_f64().unwrap()).abs() < 0.1, "{line}");

@@ -526,7 +526,8 @@ fn weights_that_do_not_fit_are_shared() {
     let refused = args(&sandbox.path("no"), &[tight, &["--shard-base", "false"]].concat());
     let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
     sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "--shard-base: "]);
-    let refused = args(&sandbox.path("no"), &["--gpu-memory", "513MiB"]);
+    let least = (shared.workspace + (1 << 20)).to_string();
+    let refused = args(&sandbox.path("no"), &["--gpu-memory", &least]);
     let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
     sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "shared by 3 ranks"]);
 }

@@ -227,8 +227,8 @@ fn what_a_run_says_next_works() {
     // Of several, a line each and one of all; without an adapter there are no rewards.
     let half = format!("{rows}#5");
     let two = means(&[&eval[..], &[&half, "--beta", "0.5", "--json"]].concat());
-    let pairs: Vec<u64> = two.iter().map(|m| m["pairs"].as_u64().unwrap()).collect();
-    assert_eq!(pairs, [all[0]["pairs"].as_u64().unwrap(), 5, pairs[0] + 5]);
+    let counts: Vec<u64> = two.iter().map(|m| m["examples"].as_u64().unwrap()).collect();
+    assert_eq!(counts, [all[0]["examples"].as_u64().unwrap(), 5, counts[0] + 5]);
     let margin = |mean: &Value| mean["rewards/margins"].as_f64().unwrap();
     assert!((margin(&two[0]) - 5.0 * margin(&all[0])).abs() < 1e-4, "{two:?}");
     let model = golden("trajectories/qwen2/model").display().to_string();

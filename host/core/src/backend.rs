@@ -3,7 +3,6 @@
 use dpo_plugin_api::graph::ModelGraph;
 
 use crate::base::Base;
-use crate::batch::laid_out;
 use crate::collective::ProcessGroup;
 use crate::console;
 use crate::cpu_decoder::CpuDecoder;
@@ -11,9 +10,9 @@ use crate::decoder::Decoder;
 use crate::device::{CpuDevice, Device};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
+use crate::example::Example;
 use crate::lora::Adapter;
 use crate::memory::size;
-use crate::pair::TokenPair;
 use crate::plan::{MemoryOptions, Plan};
 use crate::weights::Checkpoint;
 
@@ -28,12 +27,11 @@ pub struct Workload {
 
 impl Workload {
     /// Of these examples.
-    pub fn of<'a>(pairs: impl Iterator<Item = &'a TokenPair>) -> Workload {
-        let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p).max(1) as f64;
+    pub fn of<'a>(examples: impl Iterator<Item = &'a Example>) -> Workload {
         let none = Workload { longest: 1, answers: 0.0 };
-        pairs.fold(none, |all, pair| Workload {
-            longest: all.longest.max(laid_out(pair)),
-            answers: all.answers.max(share(pair)),
+        examples.fold(none, |all, example| Workload {
+            longest: all.longest.max(example.packed_tokens()),
+            answers: all.answers.max(example.answer_share()),
         })
     }
 }

@@ -1,20 +1,21 @@
-//! Pairs laid out in one row of tokens, without padding.
+//! Examples laid out in one row of tokens, without padding.
 //!
-//! A pair lies as prompt | chosen | rejected. The prompt is there once; the rejected answer continues from the prompt's
-//! end, so its positions restart there. The last token of an answer predicts nothing and is not laid out.
+//! An example lies as prompt | answer 1 | … | answer k. The prompt is there once; every answer continues from the prompt's end,
+//! so its positions restart there. The last token of an answer predicts nothing and is not laid out.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::ops::Range;
 
-use crate::pair::TokenPair;
+use crate::example::Example;
+use crate::logprobs::AnswerOffsets;
 
 /// Where tokens are. Attention and rope read it; every other op treats tokens alike.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     /// Position of each token in its own sequence, `[tokens]`.
     pub positions: Vec<u32>,
-    /// Pairs, in order and without gaps.
+    /// Examples, in order and without gaps.
     pub spans: Vec<Span>,
     /// Tokens before the row's first one, at positions from 0: of these, ops are given what they
     /// [remember](crate::ops::Op::remembers). Above 0 only where one text is continued.
@@ -25,28 +26,26 @@ impl Layout {
     /// Tokens that continue a text of `past` tokens.
     pub fn after(past: usize, tokens: usize) -> Layout {
         let positions = (past..past + tokens).map(|p| p as u32).collect();
-        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, chosen: 0, rejected: 0 }], past }
+        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, answers: Vec::new() }], past }
     }
 }
 
-/// One pair's place in the row.
+/// One example's place in the row.
 #[derive(Clone, Debug)]
 pub struct Span {
     /// Its first token.
     pub start: usize,
     /// Tokens of the prompt.
     pub prompt: usize,
-    /// Tokens of the chosen answer that are laid out.
-    pub chosen: usize,
-    /// Tokens of the rejected answer that are laid out.
-    pub rejected: usize,
+    /// Tokens of every answer that are laid out.
+    pub answers: Vec<usize>,
 }
 
 impl Span {
-    /// Tokens of the pair.
-    #[allow(clippy::len_without_is_empty)] // A pair is never empty.
+    /// Tokens of the example.
+    #[allow(clippy::len_without_is_empty)] // An example is never empty.
     pub fn len(&self) -> usize {
-        self.prompt + self.chosen + self.rejected
+        self.prompt + self.answers.iter().sum::<usize>()
     }
 
     /// Its rows.
@@ -62,48 +61,41 @@ pub struct Batch {
     pub ids: Vec<u32>,
     /// Where they are.
     pub layout: Layout,
-    /// For every answer token, the row whose hidden state predicts it, `[answer tokens]`: of every pair the chosen
-    /// answer's, then the rejected one's.
+    /// For every answer token, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer.
     pub predictors: Vec<u32>,
     /// Those answer tokens, `[answer tokens]`.
     pub targets: Vec<u32>,
-    /// Answer tokens of every pair: chosen, rejected.
-    pub answers: Vec<[usize; 2]>,
+    /// Whose they are.
+    pub answers: AnswerOffsets,
 }
 
 impl Batch {
-    /// Lays out pairs one after the other.
-    pub fn of<'a>(pairs: impl IntoIterator<Item = &'a TokenPair>) -> Batch {
+    /// Lays out examples one after the other.
+    pub fn of<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
         let mut batch = Batch::default();
-        for pair in pairs {
-            batch.push(pair);
+        for example in examples {
+            batch.push(example);
         }
         batch
     }
 
-    fn push(&mut self, pair: &TokenPair) {
-        let start = self.ids.len();
-        let prompt = pair.prompt.len();
-        self.ids.extend(&pair.prompt);
+    fn push(&mut self, example: &Example) {
+        let (start, prompt) = (self.ids.len(), example.prompt().len());
+        self.ids.extend(example.prompt());
         self.layout.positions.extend(0..prompt as u32);
-        let mut answers = [0; 2];
-        let mut laid_out = [0; 2];
-        for (side, answer) in [&pair.chosen, &pair.rejected].into_iter().enumerate() {
+        let mut laid_out = Vec::new();
+        for answer in example.answers() {
             let first = self.ids.len();
-            let inputs = &answer[..answer.len() - 1];
+            let inputs = &answer.ids[..answer.ids.len() - 1];
             self.ids.extend(inputs);
             self.layout.positions.extend(prompt as u32..(prompt + inputs.len()) as u32);
-            // Without a prompt nothing predicts an answer's first token; TRL's shift by one drops it too.
-            let unpredicted = usize::from(prompt == 0);
-            for (i, target) in answer.iter().enumerate().skip(unpredicted) {
-                self.predictors.push(if i == 0 { start + prompt - 1 } else { first + i - 1 } as u32);
-                self.targets.push(*target);
-            }
-            answers[side] = answer.len() - unpredicted;
-            laid_out[side] = inputs.len();
+            let predictor = |i: usize| if i == 0 { start + prompt - 1 } else { first + i - 1 };
+            self.predictors.extend((0..answer.ids.len()).map(|i| predictor(i) as u32));
+            self.targets.extend(&answer.ids);
+            laid_out.push(inputs.len());
         }
-        self.answers.push(answers);
-        self.layout.spans.push(Span { start, prompt, chosen: laid_out[0], rejected: laid_out[1] });
+        self.answers.push(example.answers().iter().map(|a| a.ids.len()));
+        self.layout.spans.push(Span { start, prompt, answers: laid_out });
     }
 
     /// Tokens in the row.
@@ -112,19 +104,8 @@ impl Batch {
     }
 }
 
-/// Tokens a pair takes in a row.
-pub fn laid_out(pair: &TokenPair) -> usize {
-    pair.prompt.len() + pair.chosen.len() + pair.rejected.len() - 2
-}
-
-/// Answer tokens of a pair that are predicted, as a [`Batch`] counts them.
-pub fn answer_tokens(pair: &TokenPair) -> usize {
-    let unpredicted = usize::from(pair.prompt.is_empty());
-    pair.chosen.len() + pair.rejected.len() - 2 * unpredicted
-}
-
-/// Puts pairs of these lengths into micro-batches of at most `budget` tokens: few ones of about equal size, longest pair
-/// first into the emptiest (Graham 1969). A pair longer than the budget is alone. Each holds the places of its pairs, in
+/// Puts examples of these lengths into micro-batches of at most `budget` tokens: few ones of about equal size, longest example
+/// first into the emptiest (Graham 1969). An example longer than the budget is alone. Each holds the places of its examples, in
 /// order.
 pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     let (long, mut rest): (Vec<usize>, Vec<usize>) = (0..lengths.len()).partition(|p| lengths[*p] >= budget);
@@ -135,11 +116,11 @@ pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     while !rest.is_empty() {
         let mut loads: BinaryHeap<Reverse<(usize, usize)>> = (0..count).map(|batch| Reverse((0, batch))).collect();
         let mut packed = vec![Vec::new(); count];
-        let fits = rest.iter().all(|pair| {
+        let fits = rest.iter().all(|example| {
             let Some(Reverse((load, batch))) = loads.pop() else { return false };
-            packed[batch].push(*pair);
-            loads.push(Reverse((load + lengths[*pair], batch)));
-            load + lengths[*pair] <= budget
+            packed[batch].push(*example);
+            loads.push(Reverse((load + lengths[*example], batch)));
+            load + lengths[*example] <= budget
         });
         if fits {
             packed.iter_mut().for_each(|batch| batch.sort_unstable());
@@ -151,17 +132,17 @@ pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     batches
 }
 
-/// Splits pairs of these lengths over ranks so that each has about as many tokens: longest pair first to the rank with the
-/// least (Graham 1969). Every rank finds the same split. Each holds the places of its pairs, in order.
+/// Splits examples of these lengths over ranks so that each has about as many tokens: longest example first to the rank with
+/// the least (Graham 1969). Every rank finds the same split. Each holds the places of its examples, in order.
 pub fn shares(lengths: &[usize], ranks: usize) -> Vec<Vec<usize>> {
     let mut longest: Vec<usize> = (0..lengths.len()).collect();
     longest.sort_by_key(|p| Reverse(lengths[*p]));
     let mut loads: BinaryHeap<Reverse<(usize, usize)>> = (0..ranks).map(|rank| Reverse((0, rank))).collect();
     let mut shares = vec![Vec::new(); ranks];
-    for pair in longest {
+    for example in longest {
         let Some(Reverse((load, rank))) = loads.pop() else { break };
-        shares[rank].push(pair);
-        loads.push(Reverse((load + lengths[pair], rank)));
+        shares[rank].push(example);
+        loads.push(Reverse((load + lengths[example], rank)));
     }
     shares.iter_mut().for_each(|share| share.sort_unstable());
     shares
@@ -169,27 +150,29 @@ pub fn shares(lengths: &[usize], ranks: usize) -> Vec<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
     use super::*;
+    use crate::example::Answer;
 
-    fn pair(prompt: &[u32], chosen: &[u32], rejected: &[u32]) -> TokenPair {
-        TokenPair { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into(), place: String::new() }
+    fn example(prompt: &[u32], answers: &[&[u32]]) -> Example {
+        Example::new(prompt.into(), answers.iter().map(|ids| Answer::new((*ids).into(), 0.0)).collect(), "").unwrap()
     }
 
     #[test]
-    fn both_answers_follow_the_prompt() {
-        let batch = Batch::of(&[pair(&[1, 2], &[3, 4, 5], &[6]), pair(&[7], &[8], &[9, 10])]);
-        assert_eq!(batch.ids, [1, 2, 3, 4, 7, 9]);
-        assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 1]);
-        assert_eq!(batch.targets, [3, 4, 5, 6, 8, 9, 10]);
-        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 4, 5]);
-        assert_eq!(batch.answers, [[3, 1], [1, 2]]);
-    }
-
-    #[test]
-    fn without_a_prompt_the_first_token_is_given() {
-        let batch = Batch::of(&[pair(&[], &[3, 4], &[5, 6, 7])]);
-        assert_eq!(batch.targets, [4, 6, 7]);
-        assert_eq!(batch.predictors, [0, 1, 2]);
+    fn every_answer_follows_the_prompt() {
+        let batch = Batch::of(&[
+            example(&[1, 2], &[&[3, 4, 5], &[6]]),
+            example(&[7], &[&[8]]),
+            example(&[7], &[&[8], &[9, 10], &[11, 12]]),
+        ]);
+        assert_eq!(batch.ids, [1, 2, 3, 4, 7, 7, 9, 11]);
+        assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 0, 1, 1]);
+        assert_eq!(batch.targets, [3, 4, 5, 6, 8, 8, 9, 10, 11, 12]);
+        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 5, 5, 6, 5, 7]);
+        let spans: Vec<_> = batch.layout.spans.iter().map(|s| (s.rows(), s.prompt, s.answers.clone())).collect();
+        assert_eq!(spans, [(0..4, 2, vec![2, 0]), (4..5, 1, vec![0]), (5..8, 1, vec![0, 1, 1])]);
+        assert_eq!((0..3).map(|e| batch.answers.example(e)).collect::<Vec<_>>(), [0..4, 4..5, 5..10]);
     }
 
     #[test]

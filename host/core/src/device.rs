@@ -7,18 +7,11 @@ use crate::batch::Batch;
 use crate::collective::ProcessGroup;
 use crate::engine::{Engine, Forward};
 use crate::error::{Error, Result};
+use crate::logprobs::AnswerLogProbs;
 use crate::lora::Adapter;
 use crate::memory::peak_memory_gib;
 use crate::optimizer::{AdamW, Moments};
 use crate::plan::Packing;
-
-/// What a forward pass returns, flat over the batch's answer tokens.
-pub struct LogProbs {
-    /// Log-prob of every answer token.
-    pub logps: Vec<f32>,
-    /// `ln Σ_v p[v]²` for every answer token.
-    pub log_sum_sq: Vec<f32>,
-}
 
 /// A device with a model, its adapter, the adapter's gradient and its optimizer state.
 pub trait Device {
@@ -44,13 +37,13 @@ pub trait Device {
     fn moments(&self) -> &Moments;
 
     /// Log-probs of a batch's answer tokens. With `keep`, [`backward`](Self::backward) may follow for the same batch.
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs>;
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs>;
 
     /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
 
-    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without pairs left runs them
-    /// over empty batches.
+    /// Whether ranks share the frozen weights, so that all have to run the same passes; one without examples left runs
+    /// them over empty batches.
     fn shares_base(&self) -> bool {
         false
     }
@@ -132,11 +125,10 @@ impl Device for CpuDevice {
         &self.moments
     }
 
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs> {
         let engine = &mut self.engine;
         let mut forward = self.threads.install(move || engine.forward(batch, keep))?;
-        let logps =
-            LogProbs { logps: std::mem::take(&mut forward.logps), log_sum_sq: std::mem::take(&mut forward.log_sum_sq) };
+        let logps = std::mem::take(&mut forward.logps);
         self.forward = keep.then_some(forward);
         Ok(logps)
     }

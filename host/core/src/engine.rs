@@ -13,6 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::base::{Base, BlockWeights};
 use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
+use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
 use crate::ops::{self, Call, Gradients, Kernel, Lora, Past, lm_head};
 use crate::weights::BlockId;
@@ -33,10 +34,8 @@ pub struct Engine {
 
 /// What a forward pass leaves.
 pub struct Forward {
-    /// Log-prob of every answer token, `[answer tokens]`.
-    pub logps: Vec<f32>,
-    /// `ln Σ_v p[v]²` for every answer token, `[answer tokens]`.
-    pub log_sum_sq: Vec<f32>,
+    /// Log-probs of every answer token.
+    pub logps: AnswerLogProbs,
     kept: Option<Kept>,
 }
 
@@ -131,7 +130,7 @@ impl Engine {
         let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
             base.participate()?;
-            return Ok(Forward { logps: Vec::new(), log_sum_sq: Vec::new(), kept: None });
+            return Ok(Forward { logps: AnswerLogProbs::default(), kept: None });
         }
         let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
@@ -153,7 +152,8 @@ impl Engine {
         let out = lm_head::log_probs(hidden, &base.next()?[0][0], &batch.targets, keep)?;
         let kept = out.slopes.filter(|_| keep).map(|slopes| Kept { layers, head, slopes });
         let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
-        Ok(Forward { logps: single(out.logps), log_sum_sq: single(out.log_sum_sq), kept })
+        let logps = AnswerLogProbs::new(batch.answers.clone(), single(out.logps), out.statistics.map(single));
+        Ok(Forward { logps, kept })
     }
 
     /// Adds the adapter's gradient to `gradient` (laid out as its parameters), given `d loss / d logp` of every answer

@@ -4,17 +4,15 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
 use crate::ops;
+use crate::ops::lm_head::STATISTICS;
 
 /// Features of graphs and manifests that this host has, for plugins that name what they require.
 const FEATURES: &[&str] = &[];
 
-/// Statistics of answer tokens that a loss may ask for by name, each `[answer tokens]` under the policy.
-pub const STATISTICS: &[&str] = &["log_sum_sq_probs"];
-
 /// Refuses a statistic that this host does not compute.
 pub fn check_statistics(names: &[String]) -> Result<()> {
     match names.iter().find(|n| !STATISTICS.contains(&n.as_str())) {
-        Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS.iter().copied())),
+        Some(unknown) => Err(Error::unknown("statistic", unknown, STATISTICS)),
         None => Ok(()),
     }
 }

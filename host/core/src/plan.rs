@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
+use crate::ops::{attention, count, lm_head};
 use crate::storage::{Numbers, Storage};
 use crate::weights::blocks;
 
@@ -16,9 +17,6 @@ const WORD: usize = 4;
 
 /// More tokens at once gain nothing on a CPU.
 const MOST_TOKENS: usize = 8192;
-
-/// Logits and scores of the widest op, twice, as the ops bound them.
-const WORKSPACE: usize = 512 << 20;
 
 /// The plan of a run on the CPU. Sizes in bytes.
 #[derive(Clone, Debug, Serialize)]
@@ -84,7 +82,7 @@ impl Packing {
 }
 
 impl Plan {
-    /// Plans for pairs of up to `longest` tokens and an adapter of `parameters`, with the frozen weights shared by so many
+    /// Plans for examples of up to `longest` tokens and an adapter of `parameters`, with the frozen weights shared by so many
     /// `parts`; refuses what does not fit.
     pub fn new(
         graph: &ModelGraph,
@@ -100,7 +98,8 @@ impl Plan {
         // A layer in work holds its values, and gradients of about as many.
         let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;
         let inputs = graph.layers.len() * graph.hidden_size * WORD;
-        let fixed = weights + adapter + WORKSPACE;
+        let workspace = workspace(graph, longest);
+        let fixed = weights + adapter + workspace;
         let rest = available.saturating_sub(fixed);
         let fits = |per_token: usize| rest / per_token.max(1);
         let wanted = longest.min(options.micro_batch_tokens.unwrap_or(longest));
@@ -109,13 +108,13 @@ impl Plan {
         if fits(per_token) < longest {
             let need = fixed + per_token * longest;
             return Err(Error::input(format!(
-                "the longest pair has {longest} tokens and needs {}, there are {}: weights {}, adapter {}, workspace {}, \
+                "the longest example has {longest} tokens and needs {}, there are {}: weights {}, adapter {}, workspace {}, \
                  {} a token",
                 size(need),
                 size(available),
                 share(weights, whole, parts),
                 size(adapter),
-                size(WORKSPACE),
+                size(workspace),
                 size(per_token)
             ))
             .help("lower --max-length, or --lora-rank, or take a smaller model"));
@@ -129,12 +128,20 @@ impl Plan {
             weights,
             whole,
             adapter,
-            workspace: WORKSPACE,
+            workspace,
             per_token,
             recomputed,
             micro_batch_tokens: tokens,
         })
     }
+}
+
+/// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
+/// tokens, or the head's logits.
+fn workspace(graph: &ModelGraph, longest: usize) -> usize {
+    let nodes = graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "attention");
+    let scores = nodes.map(|n| attention::workspace(longest, count(n, "heads"), count(n, "kv_heads")));
+    scores.max().unwrap_or(0).max(lm_head::workspace(graph.vocab_size))
 }
 
 /// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.

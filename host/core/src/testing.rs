@@ -13,8 +13,9 @@ use rand_chacha::ChaCha8Rng;
 use crate::device::CpuDevice;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Targets};
-use crate::pair::TokenPair;
+
 use crate::weights::blocks;
 
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
@@ -168,17 +169,17 @@ pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
     Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)
 }
 
-/// Pairs with lengths that are multiples of nothing: one token, answers of one token, answers alike at the start.
-pub fn pairs(vocab: usize, lengths: &[[usize; 3]], seed: u64) -> Vec<TokenPair> {
+/// Examples of random tokens, best answer first: of every one the length of the prompt, then those of its answers.
+pub fn examples(vocab: usize, lengths: &[&[usize]], seed: u64) -> Result<Vec<Example>> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
-    let pair = |[p, c, r]: &[usize; 3]| TokenPair {
-        prompt: ids(*p),
-        chosen: ids(*c),
-        rejected: ids(*r),
-        place: String::new(),
+    let mut example = |lengths: &[usize]| {
+        let mut parts = lengths.iter().map(|n| ids(*n));
+        let prompt = parts.next().unwrap_or_default();
+        let behind = (0..lengths.len() - 1).rev().map(|n| n as f64);
+        Example::new(prompt, parts.zip(behind).map(|(ids, label)| Answer::new(ids, label)).collect(), "")
     };
-    lengths.iter().map(pair).collect()
+    lengths.iter().map(|lengths| example(lengths)).collect()
 }
 
 /// `‖a − b‖ / ‖b‖`; NaN where a value is none.

@@ -6,8 +6,9 @@ use dpo_plugin_api::graph::ModelGraph;
 use super::engine::CudaDevice;
 use dpo_core::batch::Batch;
 use dpo_core::collective::ProcessGroup;
-use dpo_core::device::{Device, LogProbs};
+use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::Packing;
@@ -44,10 +45,10 @@ impl Device for CudaDevice {
         &self.moments
     }
 
-    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<LogProbs> {
+    fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs> {
         if batch.tokens() == 0 {
             self.participate(false)?;
-            return Ok(LogProbs { logps: Vec::new(), log_sum_sq: Vec::new() });
+            return Ok(AnswerLogProbs::default());
         }
         self.send(batch, keep)?;
         self.embed()?;
@@ -58,7 +59,7 @@ impl Device for CudaDevice {
         let mut results = vec![0.0_f32; at.answers * 2];
         self.gpu.download(at.results, &mut results)?;
         let log_sum_sq = results.split_off(at.answers);
-        Ok(LogProbs { logps: results, log_sum_sq })
+        Ok(AnswerLogProbs::new(batch.answers.clone(), results, [log_sum_sq]))
     }
 
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()> {

@@ -234,5 +234,5 @@ impl Program {
 /// Bytes of what a batch brings with it: ids, positions, places, tiles, targets, tables.
 pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> usize {
     let widest = lowered.tables.iter().map(|t| t.bytes).max().unwrap_or(0);
-    tokens * (4 + 4 + 8 + 40 + widest * 2) + answers * 4 * 5 + (1 << 20)
+    tokens * (4 + 4 + 4 + 4 + 32 + widest * 2) + answers * 4 * 6 + (1 << 20)
 }

@@ -84,7 +84,7 @@ impl CudaDevice {
     ) -> Result<Vec<f32>> {
         let last = ids.len().saturating_sub(1) as u32;
         let layout = Layout::after(past, ids.len());
-        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], answers: Vec::new() };
+        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], ..Batch::default() };
         self.send(&batch, false)?;
         self.embed()?;
         for layer in 0..self.graph.layers.len() {

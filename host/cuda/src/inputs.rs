@@ -1,8 +1,9 @@
 //! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for tables and results.
 
 use super::gpu::{Address, Gpu, Memory, Pinned};
-use dpo_core::batch::{Batch, Layout};
+use dpo_core::batch::{Batch, Layout, Span};
 use dpo_core::error::{Error, Result};
+use dpo_core::ops::answer_mask::AnswerMask;
 
 /// What a batch brings, staged in pinned memory and sent in one copy.
 pub(super) struct Inputs {
@@ -19,8 +20,12 @@ pub(super) struct BatchAddresses {
     pub(super) positions: Address,
     pub(super) predictors: Address,
     pub(super) targets: Address,
-    /// Of every token, the answer rows that were taken from it.
+    /// Of every token, the first answer row that was taken from it; of every answer row, the next one from the same token.
+    /// The last one's is `u32::MAX`.
     pub(super) taken: Address,
+    pub(super) next_taken: Address,
+    /// Of every token, where its answer begins in its example.
+    pub(super) begins: Address,
     /// Tiles of 64 and of 32 tokens.
     pub(super) tiles: [(Address, usize); 2],
     pub(super) results: Address,
@@ -42,11 +47,9 @@ impl Inputs {
     /// Sends a batch's arrays in one copy, with room behind them for what is computed of it, `tables` bytes a token among that.
     pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, tables: usize) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let mut taken = vec![u32::MAX; tokens * 2];
-        for (row, predictor) in batch.predictors.iter().enumerate() {
-            let places = &mut taken[*predictor as usize * 2..][..2];
-            let free = places.iter_mut().find(|p| **p == u32::MAX);
-            *free.ok_or_else(|| Error::run("a row predicts more than two tokens"))? = row as u32;
+        let (mut taken, mut next_taken) = (vec![u32::MAX; tokens], vec![u32::MAX; answers]);
+        for (row, predictor) in batch.predictors.iter().enumerate().rev() {
+            next_taken[row] = std::mem::replace(&mut taken[*predictor as usize], row as u32);
         }
         self.used = 0;
         let mut at = BatchAddresses { tokens, answers, ..BatchAddresses::default() };
@@ -55,9 +58,11 @@ impl Inputs {
         at.predictors = self.put(&batch.predictors);
         at.targets = self.put(&batch.targets);
         at.taken = self.put(&taken);
+        at.next_taken = self.put(&next_taken);
+        at.begins = self.put(&begins(&batch.layout));
         for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
             let words = tiles(&batch.layout, size);
-            *place = (self.put(&words), words.len() / 5);
+            *place = (self.put(&words), words.len() / 4);
         }
         let sent = self.used;
         at.results = self.reserve(answers * 2 * 4);
@@ -85,17 +90,22 @@ impl Inputs {
     }
 }
 
-/// Tiles of a batch's pairs, five words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a text is
-/// continued, they are counted from its first token.
+/// Tiles of a batch's examples, four words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a
+/// text is continued, they are counted from its first token.
 fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
-    let mut all: Vec<[u32; 5]> = Vec::new();
+    let mut all: Vec<[u32; 4]> = Vec::new();
     let past = layout.past;
     for span in &layout.spans {
+        let [start, prompt, length] = [span.start, past + span.prompt, past + span.len()].map(|n| n as u32);
         let firsts = (past..past + span.len()).step_by(size);
-        let ends = [span.prompt, span.prompt + span.chosen, span.len()].map(|n| past + n);
-        let words = [span.start, 0, ends[0], ends[1], ends[2]].map(|n| n as u32);
-        all.extend(firsts.map(|first| [words[0], first as u32, words[2], words[3], words[4]]));
+        all.extend(firsts.map(|first| [start, first as u32, prompt, length]));
     }
     all.sort_by_key(|t| std::cmp::Reverse(t[1]));
     all.concat()
+}
+
+/// Of every token of a batch, where its answer begins in its example.
+fn begins(layout: &Layout) -> Vec<u32> {
+    let of_span = |span: &Span| AnswerMask::of(span, layout.past, 0).begins.split_off(layout.past);
+    layout.spans.iter().flat_map(of_span).collect()
 }

@@ -179,7 +179,7 @@ impl GpuPlan {
         }
         best.map(|(_, plan)| plan).ok_or_else(|| {
             Error::input(format!(
-                "the longest pair has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
+                "the longest example has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
                 size(need),
                 size(available),
                 share(weights, whole, ranks),

@@ -11,12 +11,13 @@ use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::saved::SavedActivations;
 use super::weights::Stack;
-use dpo_core::batch::{Batch, Span};
+use dpo_core::batch::Batch;
 use dpo_core::device::Device;
 use dpo_core::lora::Adapter;
 use dpo_core::ops;
+use dpo_core::ops::answer_mask::AnswerMask;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, given, op_cases, pairs};
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, given, op_cases};
 use dpo_core::weights::BlockId;
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
@@ -125,7 +126,8 @@ impl Emulation<'_> {
     pub(crate) fn seen_by(&self, row: usize, window: usize) -> Vec<usize> {
         let spans = &self.batch().layout.spans;
         let span = spans.iter().find(|s| (s.start..s.start + s.len()).contains(&row)).unwrap();
-        (span.start..=row).filter(|key| self.emulator.sees(span, row, *key, window)).collect()
+        let mask = AnswerMask::of(span, 0, window);
+        (span.start..=row).filter(|key| mask.sees(row - span.start, key - span.start)).collect()
     }
 }
 
@@ -277,13 +279,6 @@ impl Emulator {
             step.run.emulate(&mut Emulation { emulator: self, pass }, &step.reads, &step.writes);
         }
     }
-
-    fn sees(&self, span: &Span, row: usize, key: usize, window: usize) -> bool {
-        let (rejected, chosen) = (span.start + span.prompt + span.chosen, span.start + span.prompt);
-        let apart = row >= rejected && (chosen..rejected).contains(&key);
-        let positions = &self.batch.layout.positions;
-        !apart && (window == 0 || ((positions[row] - positions[key]) as usize) < window)
-    }
 }
 
 impl StackValues {
@@ -354,8 +349,8 @@ fn programs_compute_what_the_cpu_computes() {
     let families =
         FAMILIES.iter().map(|(name, config)| (name.to_string(), registry.family(name).unwrap().graph(config).unwrap()));
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
-        let pairs = pairs(graph.vocab_size, &[[3, 1, 9], [17, 5, 6], [1, 1, 1]], 5);
-        let batch = Batch::of(&pairs);
+        let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
+        let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
         let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
         let mut exact = cpu(&graph, batch.tokens(), false).unwrap();
         let logps = exact.forward(&batch, true).unwrap().logps;

@@ -7,7 +7,7 @@ use super::optimizer::random;
 use dpo_core::batch::Batch;
 use dpo_core::device::Device;
 use dpo_core::error::Result;
-use dpo_core::pair::TokenPair;
+use dpo_core::example::Example;
 
 impl CudaDevice {
     /// For training and scoring. Leaves the gradient zero.
@@ -16,13 +16,13 @@ impl CudaDevice {
         random(&self.gpu, &self.kernels, self.values.address, (rows, 4096, 4096), 0.5, 1)?;
         let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
         for tokens in (CLASS..=most).step_by(CLASS) {
-            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens)), true)?;
+            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens))?, true)?;
             self.blas.tune(|| self.once(true))?;
             // The next batch is staged where this one was sent from.
             self.gpu.finish()?;
         }
         // Scoring fills its micro-batches, so that one class is enough.
-        self.send(&self.filler(self.plan.scoring_tokens), false)?;
+        self.send(&self.filler(self.plan.scoring_tokens)?, false)?;
         self.blas.tune(|| self.once(false))?;
         self.clear_gradient()?;
         self.gpu.finish()
@@ -30,7 +30,7 @@ impl CudaDevice {
 
     /// For continuing texts by so many tokens.
     pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
-        self.send(&self.filler(tokens), false)?;
+        self.send(&self.filler(tokens)?, false)?;
         self.blas.tune(|| {
             self.once(false)?;
             let head = self.head();
@@ -41,11 +41,11 @@ impl CudaDevice {
     }
 
     /// A batch of one pair with as many answer tokens as planned.
-    fn filler(&self, tokens: usize) -> Batch {
+    fn filler(&self, tokens: usize) -> Result<Batch> {
         let answer = ((tokens as f64 * self.plan.answers / 2.0) as usize).clamp(1, tokens.div_ceil(2));
         let ids = |n: usize| vec![0; n];
         let prompt = ids(tokens + 2 - 2 * answer);
-        Batch::of(&[TokenPair { prompt, chosen: ids(answer), rejected: ids(answer), place: String::new() }])
+        Ok(Batch::of(&[Example::pair(prompt, ids(answer), ids(answer), "")?]))
     }
 
     /// The first layer of every kind of block, and the head; with `save`, both passes. Whatever lies in a layer's place will do.

@@ -1,4 +1,4 @@
-//! From files to token pairs: [`source`] reads rows, a format plugin makes records of them, [`chat`] renders them,
+//! From files to examples: [`source`] reads rows, a format plugin makes records of them, [`chat`] renders them,
 //! [`tokens`] gives ids, [`report`] says what became of everything.
 
 pub mod chat;
@@ -9,7 +9,8 @@ pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
 
-use dpo_plugin_api::dataset::{Record, Row, Text};
+use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
+use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use indicatif::ProgressBar;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -23,7 +24,7 @@ pub use tokens::{ChatTokenizer, Truncation};
 
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
-use dpo_core::pair::TokenPair;
+use dpo_core::example::{Answer, Example};
 use dpo_plugins::{Format, Registry};
 use report::{FileReport, Joined};
 use source::{Columns, Source, SourceRow, first_columns, rename};
@@ -32,6 +33,28 @@ use tokens::Encoded;
 /// Rows that are shown to the formats to find out which one it is.
 const DETECTION_ROWS: usize = 20;
 
+/// The examples that the losses of a run take.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// How many answers each has.
+    pub answers: Answers,
+    /// The loss that says so, for messages.
+    pub loss: String,
+}
+
+impl Default for Wanted {
+    fn default() -> Wanted {
+        Wanted { answers: Answers::Pair, loss: "sigmoid".into() }
+    }
+}
+
+impl Wanted {
+    /// What reports call an example.
+    fn noun(&self) -> &'static str {
+        if self.answers == Answers::Pair { "pair" } else { "example" }
+    }
+}
+
 /// What is asked of the data.
 #[derive(Clone, Debug)]
 pub struct DataOptions {
@@ -39,6 +62,8 @@ pub struct DataOptions {
     pub paths: Vec<String>,
     /// The format's name; otherwise it is found out, file by file.
     pub format: Option<String>,
+    /// What the records of the rows become.
+    pub wanted: Wanted,
     /// Names that formats read for the names in the files.
     pub columns: Columns,
     /// Most tokens of a prompt and an answer.
@@ -47,17 +72,17 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Whether the first bad row ends everything.
     pub strict: bool,
-    /// Whether `#N` takes rows at random. Pairs always come in the order of their files.
+    /// Whether `#N` takes rows at random. Examples always come in the order of their files.
     pub shuffle: bool,
     /// For the sample.
     pub seed: u64,
 }
 
-/// Pairs to train on.
+/// Examples to train on.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     /// In the order of their files.
-    pub pairs: Vec<TokenPair>,
+    pub examples: Vec<Example>,
     /// What became of the rows.
     pub report: Report,
 }
@@ -72,8 +97,8 @@ struct Item {
 /// Reads, converts and tokenises everything that `options` names.
 ///
 /// # Errors
-/// A source that cannot be read, rows of no known format, under `strict` the first row that makes no pair by its own
-/// fault, and data without any pair.
+/// A source that cannot be read, rows of no known format, an example with another number of answers than is wanted, under
+/// `strict` the first row that makes no example by its own fault, and data without any example.
 pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenizer) -> Result<Dataset> {
     if options.paths.is_empty() {
         return Err(Error::input("no data is named").at("--dataset").help("name rows with --dataset FILE"));
@@ -85,6 +110,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     rename(&mut files, &options.columns)?;
     let template = tokenizer.template();
     let mut report = Report {
+        noun: options.wanted.noun(),
         max_length: options.max_length,
         truncation: options.truncation,
         template: template.map(|t| t.origin.clone()),
@@ -95,7 +121,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     for (file, (path, rows)) in files.into_iter().enumerate() {
         let format = choose(options, registry, &path, &rows)?;
         let (path, format_name) = (path.display().to_string(), format.name.clone());
-        report.files.push(FileReport { path, format: format_name, rows: rows.len(), pairs: 0 });
+        report.files.push(FileReport { path, format: format_name, rows: rows.len(), examples: 0 });
         // Behind broken JSON nothing in the file can be trusted, so it is no matter of one row.
         if let Some(error) = rows.iter().find_map(|r| r.row.as_ref().err()) {
             return Err(error.clone());
@@ -109,28 +135,28 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
             }
         }
     }
-    let items = join(items, &mut report, options.strict)?;
+    let items = shape(items, options, &mut report)?;
     let conversations = items.iter().any(|item| matches!(item.record.prompt, Text::Messages(_)));
     if conversations {
         // Without a template every row would fail for the same reason.
         tokenizer.need_template()?;
     }
-    report.plain_pairs = items.iter().filter(|item| matches!(item.record.prompt, Text::Plain(_))).count();
+    report.plain_examples = items.iter().filter(|item| matches!(item.record.prompt, Text::Plain(_))).count();
     let bar = progress(items.len());
     let encoded: Vec<Result<Encoded>> = items
         .par_iter()
         .map(|item| {
             bar.inc(1);
-            tokenizer.encode_pair(&item.record)
+            tokenizer.encode_record(&item.record)
         })
         .collect();
     bar.finish_and_clear();
-    let pairs = collect(items, encoded, &mut report, options, tokenizer)?;
-    report.measure(&pairs, tokenizer);
-    if pairs.is_empty() {
-        return Err(no_pairs(&report));
+    let examples = collect(items, encoded, &mut report, options, tokenizer)?;
+    report.measure(&examples, tokenizer);
+    if examples.is_empty() {
+        return Err(no_examples(&report));
     }
-    Ok(Dataset { pairs, report })
+    Ok(Dataset { examples, report })
 }
 
 /// The named format, or the one that is surest of the first rows.
@@ -160,7 +186,7 @@ fn choose<'a>(
             Err(Error::input(format!("rows of no known dataset format; their columns are {columns}"))
                 .at(path.display())
                 .help(format!(
-                    "a row needs a preferred and a rejected answer; known formats: {known}; `dpo-host describe NAME` shows rows of \
+                    "a row needs a preferred and a rejected answer, or one with a label; known formats: {known}; `dpo-host describe NAME` shows rows of \
                      each, --columns renames columns"
                 )))
         }
@@ -173,7 +199,7 @@ fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<(String, Result<Vec<Rec
     rows.into_par_iter().map(records).collect()
 }
 
-/// Counts a row that makes no pair by its own fault, or ends everything.
+/// Counts a row that makes no example by its own fault, or ends everything.
 fn refuse(report: &mut Report, error: Error, place: &str, strict: bool) -> Result<()> {
     if strict {
         return Err(error.at(place));
@@ -182,18 +208,61 @@ fn refuse(report: &mut Report, error: Error, place: &str, strict: bool) -> Resul
     Ok(())
 }
 
-/// Makes pairs of judged answers: every liked one with every disliked one to the same prompt. They follow the records that
-/// were pairs before.
-fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>> {
-    let judged = |item: &Item| item.record.chosen.is_some() != item.record.rejected.is_some();
-    let (judged, mut pairs): (Vec<Item>, Vec<Item>) = items.into_iter().partition(judged);
-    if judged.is_empty() {
-        return Ok(pairs);
+/// Makes the examples that are wanted of the records that there are.
+///
+/// # Errors
+/// A record with another number of answers: rows and loss do not fit, whatever else is in them.
+fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result<Vec<Item>> {
+    let Wanted { answers, loss } = &options.wanted;
+    if *answers == Answers::One {
+        let mut liked = Vec::new();
+        for item in items {
+            match learned(&item.record) {
+                [only] if only.label <= 0.0 => {
+                    let cause = Error::input("the answer is not liked");
+                    let cause = cause.help(format!("'{loss}' learns answers that are"));
+                    refuse(report, cause, &item.place, options.strict)?;
+                }
+                _ => liked.push(item),
+            }
+        }
+        return Ok(liked);
     }
-    let before = pairs.len();
+    let items = join(items, report, options.strict)?;
+    for Item { record, place, .. } in &items {
+        let (count, all) = (learned(record).len(), record.answers.len());
+        if !answers.takes(count) || all > MAX_ANSWERS {
+            let detached = if all > count { format!(" and {} detached ones", all - count) } else { String::new() };
+            let what = format!("{count} answers{detached}, and the loss '{loss}' takes {}", answers.describe());
+            return Err(Error::input(what).at(place).help(match answers {
+                Answers::Pair => {
+                    "choose a loss over rankings, such as --loss plackett_luce, or let the format make pairs"
+                }
+                _ => "`dpo-host describe NAME` says what a loss takes",
+            }));
+        }
+    }
+    Ok(items)
+}
+
+/// The answers of a record that are learned, best first; detached ones come behind them.
+fn learned(record: &Record) -> &[RecordAnswer] {
+    let count = record.answers.iter().position(|a| a.detached).unwrap_or(record.answers.len());
+    &record.answers[..count]
+}
+
+/// Makes pairs of single answers: every liked one with every disliked one to the same prompt. They follow the records that
+/// had more answers before.
+fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>> {
+    let single = |item: &Item| item.record.answers.len() == 1;
+    let (single, mut all): (Vec<Item>, Vec<Item>) = items.into_iter().partition(single);
+    if single.is_empty() {
+        return Ok(all);
+    }
+    let before = all.len();
     let mut groups: Vec<Vec<&Item>> = Vec::new();
     let mut group_of: HashMap<String, usize> = HashMap::new();
-    for item in &judged {
+    for item in &single {
         let Record { prompt, tools, template_args, .. } = &item.record;
         let key = serde_json::to_string(&(prompt, tools, template_args)).unwrap_or_default();
         let group = *group_of.entry(key).or_insert_with(|| {
@@ -202,8 +271,9 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
         });
         groups[group].push(item);
     }
+    let is_liked = |item: &&Item| item.record.answers.iter().all(|a| a.label > 0.0);
     for group in groups {
-        let (liked, disliked): (Vec<&Item>, Vec<&Item>) = group.into_iter().partition(|i| i.record.chosen.is_some());
+        let (liked, disliked): (Vec<&Item>, Vec<&Item>) = group.into_iter().partition(is_liked);
         if liked.is_empty() || disliked.is_empty() {
             for item in liked.iter().chain(&disliked) {
                 let cause = Error::input("no answer of the other kind to the same prompt");
@@ -216,53 +286,62 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
             }
         }
         for (good, bad) in liked.iter().flat_map(|good| disliked.iter().map(move |bad| (good, bad))) {
-            let record = Record { rejected: bad.record.rejected.clone(), ..good.record.clone() };
-            pairs.push(Item { record, file: good.file, place: format!("{} and {}", good.place, bad.place) });
+            let answers = [&good.record, &bad.record].map(|record| record.answers.clone()).concat();
+            let record = Record { answers, ..good.record.clone() };
+            all.push(Item { record, file: good.file, place: format!("{} and {}", good.place, bad.place) });
         }
     }
-    report.joined = Some(Joined { answers: judged.len(), pairs: pairs.len() - before });
-    Ok(pairs)
+    report.joined = Some(Joined { answers: single.len(), pairs: all.len() - before });
+    Ok(all)
 }
 
 fn progress(rows: usize) -> ProgressBar {
     console::bar(rows as u64, "tokenising {bar:30} {pos}/{len} rows, {per_sec}, {eta} left")
 }
 
-/// The pairs that can be learned, cut to length; the rest is counted.
+/// The examples that can be learned, cut to length; the rest is counted.
 fn collect(
     items: Vec<Item>,
     encoded: Vec<Result<Encoded>>,
     report: &mut Report,
     options: &DataOptions,
     tokenizer: &ChatTokenizer,
-) -> Result<Vec<TokenPair>> {
-    let mut pairs = Vec::with_capacity(items.len());
+) -> Result<Vec<Example>> {
+    let mut examples = Vec::with_capacity(items.len());
     let mut endings: HashMap<u32, usize> = HashMap::new();
     for (item, encoded) in items.into_iter().zip(encoded) {
-        let place = item.place;
-        let Encoded { prompt, chosen, rejected, lost } = match encoded {
-            Ok(encoded) => encoded,
+        let Item { record, file, place } = item;
+        let made = encoded.and_then(|Encoded { prompt, answers, lost }| {
+            let answer = |(ids, of): (Vec<u32>, &RecordAnswer)| Answer { ids, label: of.label, detached: of.detached };
+            let answers = answers.into_iter().zip(&record.answers).map(answer).collect();
+            Ok((Example::new(prompt, answers, place.as_str())?, lost))
+        });
+        let (mut example, lost) = match made {
+            Ok(made) => made,
             Err(error) => {
                 refuse(report, error, &place, options.strict)?;
                 continue;
             }
         };
-        let mut pair = TokenPair { prompt, chosen, rejected, place };
-        let same = Error::input("both answers are the same");
-        if pair.chosen == pair.rejected {
-            refuse(report, same.help("such a pair teaches nothing"), &pair.place, options.strict)?;
+        if options.wanted.answers == Answers::One {
+            example.keep_best();
+        }
+        if alike(&example) {
+            let which = if example.learned().len() == 2 { "both" } else { "all" };
+            let same = Error::input(format!("{which} answers are the same"));
+            refuse(report, same.help("such an example teaches nothing"), &place, options.strict)?;
             continue;
         }
-        let ends = [tokenizer.ending(&pair.chosen), tokenizer.ending(&pair.rejected)];
-        match options.truncation.apply(&mut pair, options.max_length) {
+        let ends: Vec<Option<u32>> = example.learned().iter().map(|a| tokenizer.ending(&a.ids)).collect();
+        match options.truncation.apply(&mut example, options.max_length) {
             Err(cause) => {
-                report.drop(&Error::input(cause), &pair.place);
+                report.drop(&Error::input(cause), &place);
                 continue;
             }
             Ok(cut) => {
                 report.truncated += usize::from(cut);
-                // Kept, as TRL keeps them, so that steps are made of the same pairs.
-                report.cut_alike += usize::from(pair.chosen == pair.rejected);
+                // Kept, as TRL keeps them, so that steps are made of the same examples.
+                report.cut_alike += usize::from(alike(&example));
             }
         }
         for end in ends {
@@ -271,31 +350,38 @@ fn collect(
                 Some(id) => *endings.entry(id).or_default() += 1,
                 None => {
                     report.eos.without += 1;
-                    report.eos.first.get_or_insert_with(|| pair.place.clone());
+                    report.eos.first.get_or_insert_with(|| place.clone());
                 }
             }
         }
         if !lost.is_empty() {
             report.prompt_prefix.rows += 1;
-            report.prompt_prefix.first.get_or_insert_with(|| pair.place.clone());
+            report.prompt_prefix.first.get_or_insert_with(|| place.clone());
             report.prompt_prefix.text.get_or_insert_with(|| tokenizer.decode(&lost, true));
         }
-        report.files[item.file].pairs += 1;
-        pairs.push(pair);
+        report.files[file].examples += 1;
+        examples.push(example);
     }
     if let Some((id, _)) = endings.into_iter().max_by_key(|(id, count)| (*count, std::cmp::Reverse(*id))) {
         report.eos.token = tokenizer.token(id);
         report.eos.stops = tokenizer.eos_ids().contains(&id);
     }
-    Ok(pairs)
+    Ok(examples)
+}
+
+/// Whether there are several answers, which are all the same.
+fn alike(example: &Example) -> bool {
+    let answers = example.learned();
+    answers.len() > 1 && answers.windows(2).all(|two| two[0].ids == two[1].ids)
 }
 
 /// Why there is nothing to train on.
-fn no_pairs(report: &Report) -> Error {
+fn no_examples(report: &Report) -> Error {
     let rows: usize = report.files.iter().map(|f| f.rows).sum();
     let causes = report.dropped.iter().map(|d| format!("{} ({} rows)", d.cause, d.count));
     let files: Vec<&str> = report.files.iter().map(|f| f.path.as_str()).collect();
-    let error = Error::input(format!("no pair is left of {rows} rows: {}", causes.collect::<Vec<_>>().join("; ")));
+    let error =
+        Error::input(format!("no {} is left of {rows} rows: {}", report.noun, causes.collect::<Vec<_>>().join("; ")));
     let error = error.at(files.join(", "));
     match report.messages.first() {
         Some(first) => {
@@ -306,13 +392,13 @@ fn no_pairs(report: &Report) -> Error {
     }
 }
 
-/// Parts pairs into those to train on and those to evaluate on: `ratio` of them, at random by `seed`, and at least one of
+/// Parts examples into those to train on and those to evaluate on: `ratio` of them, at random by `seed`, and at least one of
 /// each where there are two. Both keep their order.
-pub fn split(pairs: Vec<TokenPair>, ratio: f64, seed: u64) -> (Vec<TokenPair>, Vec<TokenPair>) {
-    let wanted = (pairs.len() as f64 * ratio).round() as usize;
-    let wanted = if ratio > 0.0 && pairs.len() > 1 { wanted.clamp(1, pairs.len() - 1) } else { 0 };
+pub fn split(examples: Vec<Example>, ratio: f64, seed: u64) -> (Vec<Example>, Vec<Example>) {
+    let wanted = (examples.len() as f64 * ratio).round() as usize;
+    let wanted = if ratio > 0.0 && examples.len() > 1 { wanted.clamp(1, examples.len() - 1) } else { 0 };
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let held: HashSet<usize> = rand::seq::index::sample(&mut random, pairs.len(), wanted).into_iter().collect();
-    let (val, train): (Vec<_>, Vec<_>) = pairs.into_iter().enumerate().partition(|(i, _)| held.contains(i));
-    (train.into_iter().map(|(_, p)| p).collect(), val.into_iter().map(|(_, p)| p).collect())
+    let held: HashSet<usize> = rand::seq::index::sample(&mut random, examples.len(), wanted).into_iter().collect();
+    let (val, train): (Vec<_>, Vec<_>) = examples.into_iter().enumerate().partition(|(i, _)| held.contains(i));
+    (train.into_iter().map(|(_, e)| e).collect(), val.into_iter().map(|(_, e)| e).collect())
 }

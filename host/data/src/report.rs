@@ -1,4 +1,4 @@
-//! What became of the data: counts, lengths, causes, and one pair as the model will see it.
+//! What became of the data: counts, lengths, causes, and one example as the model will see it.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::tokens::{ChatTokenizer, Truncation};
 use dpo_core::error::Error;
-use dpo_core::pair::TokenPair;
+use dpo_core::example::{Answer, Example, answer_name};
 
 /// How many messages are kept in full, and how many places for a cause.
 const MESSAGES: usize = 10;
@@ -19,39 +19,38 @@ const BARS: usize = 16;
 /// The data report.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
+    /// What an example is called: `pair`, or `example`.
+    pub noun: &'static str,
     /// Files as they were read.
     pub files: Vec<FileReport>,
-    /// Why rows make no pair, most frequent first.
+    /// Why rows make no example, most frequent first.
     pub dropped: Vec<Dropped>,
     /// The first messages, with their places.
     pub messages: Vec<String>,
-    /// Pairs that were cut to `max_length`.
+    /// Examples that were cut to `max_length`.
     pub truncated: usize,
-    /// Pairs whose answers are the same up to `max_length`: they stay, and teach nothing.
+    /// Examples whose answers are the same up to `max_length`: they stay, and teach nothing.
     pub cut_alike: usize,
     /// The length that sequences are kept to.
     pub max_length: usize,
     /// How they are kept to it.
     pub truncation: Truncation,
-    /// Pairs that occur before, token by token. They are kept.
+    /// Examples that occur before, token by token. They are kept.
     pub duplicates: usize,
     /// Pairs that prefer what a pair before rejects, with the same prompt: what one teaches the other undoes.
     pub opposed: usize,
     /// The first of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_opposed: Option<String>,
-    /// Pairs whose chosen answer has more tokens than the rejected one.
-    pub chosen_longer: usize,
-    /// Judged answers, and the pairs that were made of them.
+    /// Of pairs, those whose chosen answer has more tokens than the rejected one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chosen_longer: Option<usize>,
+    /// Single answers, and the pairs that were made of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub joined: Option<Joined>,
-    /// Tokens of the prompts.
-    pub prompt: Lengths,
-    /// Tokens of the chosen answers.
-    pub chosen: Lengths,
-    /// Tokens of the rejected answers.
-    pub rejected: Lengths,
-    /// Tokens that an epoch computes: of every pair the prompt once and both answers.
+    /// Tokens of the parts of examples: prompts, and chosen and rejected answers where examples are pairs.
+    pub parts: Vec<Part>,
+    /// Tokens that an epoch computes: of every example the prompt once and all answers.
     pub unique_tokens: usize,
     /// How answers end.
     pub eos: Endings,
@@ -64,9 +63,9 @@ pub struct Report {
     pub template: Option<String>,
     /// Whether the template writes the date, so that another day gives other tokens.
     pub template_reads_clock: bool,
-    /// Pairs of plain text, to which no chat template applies.
-    pub plain_pairs: usize,
-    /// The first pair.
+    /// Examples of plain text, to which no chat template applies.
+    pub plain_examples: usize,
+    /// The first example.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<Sample>,
 }
@@ -80,11 +79,11 @@ pub struct FileReport {
     pub format: String,
     /// Rows that were taken of it.
     pub rows: usize,
-    /// Pairs that they make.
-    pub pairs: usize,
+    /// Examples that they make.
+    pub examples: usize,
 }
 
-/// A cause for which rows make no pair.
+/// A cause for which rows make no example.
 #[derive(Clone, Debug, Serialize)]
 pub struct Dropped {
     /// The cause.
@@ -95,13 +94,22 @@ pub struct Dropped {
     pub places: Vec<String>,
 }
 
-/// Judged answers that were joined by their prompt.
+/// Single answers that were joined by their prompt.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Joined {
-    /// Judged answers.
+    /// Single answers.
     pub answers: usize,
     /// Pairs of a liked and a disliked answer to the same prompt.
     pub pairs: usize,
+}
+
+/// A part of every example, such as its prompt.
+#[derive(Clone, Debug, Serialize)]
+pub struct Part {
+    /// What it is.
+    pub name: &'static str,
+    /// How long.
+    pub lengths: Lengths,
 }
 
 /// Lengths in tokens.
@@ -127,7 +135,7 @@ pub struct Endings {
     pub token: Option<String>,
     /// Whether generation stops at that token.
     pub stops: bool,
-    /// Answers of both kinds that a turn's end was looked for in.
+    /// Answers that a turn's end was looked for in.
     pub answers: usize,
     /// Answers without one.
     pub without: usize,
@@ -162,13 +170,24 @@ pub struct PromptPrefix {
     pub text: Option<String>,
 }
 
-/// A pair as the model sees it, special tokens shown.
+/// An example as the model sees it, special tokens shown.
 #[derive(Clone, Debug, Serialize)]
 pub struct Sample {
     /// Its place.
     pub place: String,
-    /// Text and tokens of prompt, chosen and rejected.
-    pub parts: [(String, usize); 3],
+    /// Prompt and answers.
+    pub parts: Vec<SamplePart>,
+}
+
+/// A prompt or an answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct SamplePart {
+    /// What it is.
+    pub name: String,
+    /// Its text.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: usize,
 }
 
 impl Lengths {
@@ -194,7 +213,7 @@ impl Lengths {
 }
 
 impl Report {
-    /// Counts what makes no pair.
+    /// Counts what makes no example.
     pub(super) fn drop(&mut self, error: &Error, place: &str) {
         let cause = error.message();
         match self.dropped.iter_mut().find(|d| d.cause == cause) {
@@ -211,13 +230,13 @@ impl Report {
         }
     }
 
-    fn pairs(&self) -> usize {
-        self.files.iter().map(|f| f.pairs).sum()
+    fn examples(&self) -> usize {
+        self.files.iter().map(|f| f.examples).sum()
     }
 
-    /// What became of the rows, in few words: pairs and tokens, then why rows were dropped.
+    /// What became of the rows, in few words: examples and tokens, then why rows were dropped.
     pub fn line(&self) -> String {
-        let mut text = format!("{}, {} tokens an epoch", n(self.pairs(), "pair"), self.unique_tokens);
+        let mut text = format!("{}, {} tokens an epoch", n(self.examples(), self.noun), self.unique_tokens);
         if self.truncated > 0 {
             text += &format!(", {} truncated", self.truncated);
         }
@@ -234,38 +253,55 @@ impl Report {
         text
     }
 
-    /// Rows that make no pair.
+    /// Rows that make no example.
     pub fn dropped_rows(&self) -> usize {
         self.dropped.iter().map(|d| d.count).sum()
     }
 
-    /// Counts over the pairs that remain.
-    pub(super) fn measure(&mut self, pairs: &[TokenPair], tokenizer: &ChatTokenizer) {
-        self.prompt = Lengths::new(pairs.iter().map(|p| p.prompt.len()));
-        self.chosen = Lengths::new(pairs.iter().map(|p| p.chosen.len()));
-        self.rejected = Lengths::new(pairs.iter().map(|p| p.rejected.len()));
-        self.unique_tokens = pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum();
-        let mut seen = HashSet::new();
-        for pair in pairs {
-            if seen.contains(&(&pair.prompt, &pair.rejected, &pair.chosen)) {
+    /// Counts over the examples that remain.
+    pub(super) fn measure(&mut self, examples: &[Example], tokenizer: &ChatTokenizer) {
+        self.unique_tokens = examples.iter().map(Example::unique_tokens).sum();
+        let most = examples.iter().map(|e| e.learned().len()).max().unwrap_or(0);
+        let names: &[&str] = match most {
+            1 => &["answer"],
+            2 => &["chosen", "rejected"],
+            _ => &["best answer", "other answers"],
+        };
+        let tokens = |answers: &[Answer]| answers.iter().map(|a| a.ids.len()).collect::<Vec<usize>>();
+        let best = examples.iter().flat_map(|e| tokens(&e.learned()[..1])).collect();
+        let others = examples.iter().flat_map(|e| tokens(&e.learned()[1..])).collect();
+        let prompt: Vec<usize> = examples.iter().map(|e| e.prompt().len()).collect();
+        let parts = ["prompt"].iter().chain(names).zip([prompt, best, others]);
+        self.parts = parts.map(|(name, tokens)| Part { name, lengths: Lengths::new(tokens.into_iter()) }).collect();
+        let longer = |e: &&Example| e.learned()[0].ids.len() > e.learned()[1].ids.len();
+        self.chosen_longer = (most == 2).then(|| examples.iter().filter(longer).count());
+        let mut seen: HashSet<Vec<&[u32]>> = HashSet::new();
+        for example in examples {
+            let parts: Vec<&[u32]> = example.parts().collect();
+            if let [prompt, chosen, rejected] = parts[..]
+                && seen.contains([prompt, rejected, chosen].as_slice())
+            {
                 self.opposed += 1;
-                self.first_opposed.get_or_insert_with(|| pair.place.clone());
+                self.first_opposed.get_or_insert_with(|| example.place.clone());
             }
-            self.duplicates += usize::from(!seen.insert((&pair.prompt, &pair.chosen, &pair.rejected)));
-            self.chosen_longer += usize::from(pair.chosen.len() > pair.rejected.len());
+            self.duplicates += usize::from(!seen.insert(parts));
         }
         self.dropped.sort_by_key(|d| std::cmp::Reverse(d.count));
         if let Some(bos) = tokenizer.bos_id() {
-            let begins = |p: &&TokenPair, n: usize| p.prompt.len() >= n && p.prompt[..n].iter().all(|id| *id == bos);
+            let begins = |e: &&Example, n: usize| e.prompt().iter().take_while(|id| **id == bos).take(n).count() == n;
             self.bos = Beginnings {
                 token: tokenizer.token(bos),
-                with: pairs.iter().filter(|p| begins(p, 1)).count(),
-                twice: pairs.iter().filter(|p| begins(p, 2)).count(),
+                with: examples.iter().filter(|e| begins(e, 1)).count(),
+                twice: examples.iter().filter(|e| begins(e, 2)).count(),
             };
         }
-        self.sample = pairs.first().map(|p| {
-            let part = |ids: &[u32]| (tokenizer.decode(ids, true), ids.len());
-            Sample { place: p.place.clone(), parts: [part(&p.prompt), part(&p.chosen), part(&p.rejected)] }
+        self.sample = examples.first().map(|e| {
+            let part =
+                |name: String, ids: &[u32]| SamplePart { name, text: tokenizer.decode(ids, true), tokens: ids.len() };
+            let answer = |(i, a): (usize, &Answer)| part(answer_name(i, e.learned().len()), &a.ids);
+            let parts =
+                std::iter::once(part("prompt".into(), e.prompt())).chain(e.learned().iter().enumerate().map(answer));
+            Sample { place: e.place.clone(), parts: parts.collect() }
         });
     }
 }
@@ -278,58 +314,64 @@ impl fmt::Display for Report {
                 f,
                 "  {}: {}, {} of format {}",
                 file.path,
-                n(file.pairs, "pair"),
+                n(file.examples, self.noun),
                 n(file.rows, "row"),
                 file.format
             )?;
         }
         if let Some(Joined { answers, pairs }) = self.joined {
-            writeln!(f, "  joined by prompt: {} make {}", n(answers, "judged answer"), n(pairs, "pair"))?;
+            writeln!(f, "  joined by prompt: {} make {}", n(answers, "single answer"), n(pairs, "pair"))?;
         }
         for dropped in &self.dropped {
             let more = if dropped.count > dropped.places.len() { ", …" } else { "" };
             writeln!(f, "  dropped {}: {} ({}{more})", dropped.count, dropped.cause, dropped.places.join(", "))?;
         }
         writeln!(f, "  lengths in tokens        min  median     p95     max")?;
-        for (name, l) in [("prompt", &self.prompt), ("chosen", &self.chosen), ("rejected", &self.rejected)] {
+        for Part { name, lengths: l } in &self.parts {
             writeln!(f, "    {name:<18} {:>9} {:>7} {:>7} {:>7}  0 |{}|", l.min, l.median, l.p95, l.max, l.bars())?;
         }
         writeln!(f, "  unique tokens: {} an epoch", self.unique_tokens)?;
         if self.truncated > 0 {
             let side = if self.truncation == Truncation::Left { "left" } else { "right" };
-            writeln!(f, "  truncated: {} to {} tokens, from the {side}", n(self.truncated, "pair"), self.max_length)?;
+            writeln!(
+                f,
+                "  truncated: {} to {} tokens, from the {side}",
+                n(self.truncated, self.noun),
+                self.max_length
+            )?;
         }
         if self.cut_alike > 0 {
             writeln!(
                 f,
                 "  same answers up to {} tokens: {}, which teach nothing",
                 self.max_length,
-                n(self.cut_alike, "pair")
+                n(self.cut_alike, self.noun)
             )?;
         }
         if self.duplicates > 0 {
-            writeln!(f, "  duplicates: {} occur before", n(self.duplicates, "pair"))?;
+            writeln!(f, "  duplicates: {} occur before", n(self.duplicates, self.noun))?;
         }
         if let Some(place) = &self.first_opposed {
             let pairs = n(self.opposed, "pair");
             writeln!(f, "  contradictions: {pairs} prefer what a pair before rejects, first {place}")?;
         }
-        let longer = 100.0 * self.chosen_longer as f64 / self.pairs().max(1) as f64;
-        writeln!(f, "  chosen is the longer answer in {longer:.0}% of the pairs")?;
-        match (&self.template, self.plain_pairs) {
+        if let Some(longer) = self.chosen_longer {
+            let longer = 100.0 * longer as f64 / self.examples().max(1) as f64;
+            writeln!(f, "  chosen is the longer answer in {longer:.0}% of the pairs")?;
+        }
+        match (&self.template, self.plain_examples) {
             (Some(origin), 0) => writeln!(f, "  chat template: {origin}")?,
-            (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, "pair"))?,
+            (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, self.noun))?,
         }
         if self.template_reads_clock {
             writeln!(f, "    it writes today's date: another day gives other tokens")?;
         }
         self.write_ends(f)?;
         if let Some(sample) = &self.sample {
-            writeln!(f, "  first pair ({}), special tokens shown", sample.place)?;
-            for (name, (text, tokens)) in
-                ["[prompt]", "[chosen: learned]", "[rejected: learned]"].iter().zip(&sample.parts)
-            {
-                writeln!(f, "    {name} {}", n(*tokens, "token"))?;
+            writeln!(f, "  first {} ({}), special tokens shown", self.noun, sample.place)?;
+            for (i, SamplePart { name, text, tokens }) in sample.parts.iter().enumerate() {
+                let learned = if i > 0 { ": learned" } else { "" };
+                writeln!(f, "    [{name}{learned}] {}", n(*tokens, "token"))?;
                 shortened(text).lines().try_for_each(|line| writeln!(f, "      {line}"))?;
             }
         }
@@ -367,7 +409,7 @@ impl Report {
                     "    the template renders it otherwise before an answer: training reads another context than generation"
                 )
             }
-            _ => writeln!(f, "  prompt prefix: whole in every pair"),
+            _ => writeln!(f, "  prompt prefix: whole in every {}", self.noun),
         }
     }
 }

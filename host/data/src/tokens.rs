@@ -3,7 +3,6 @@
 
 use std::path::Path;
 
-use dpo_core::pair::TokenPair;
 use dpo_plugin_api::dataset::{Message, Record, Text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -11,40 +10,38 @@ use tokenizers::Tokenizer;
 
 use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
 use dpo_core::error::{Error, Result};
+use dpo_core::example::{Example, answer_name};
 
 /// How far before an answer's end its end-of-turn token is looked for: templates write a line break or two behind it.
 const END_WINDOW: usize = 4;
 
-/// What happens to a pair whose prompt and longer answer exceed `max_length`.
+/// What happens to an example whose prompt and longest answer exceed `max_length`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Truncation {
     /// It is dropped.
     #[default]
     Delete,
-    /// The prompt loses its head, as much as the longer answer needs. Both answers keep the same prompt.
+    /// The prompt loses its head, as much as the longest answer needs. All answers keep the same prompt.
     Left,
     /// Each sequence keeps its first tokens (TRL's `keep_start`).
     Right,
 }
 
 impl Truncation {
-    /// Cuts a pair to `max_length`; answers whether it was cut, or why it has to be dropped.
-    pub fn apply(self, pair: &mut TokenPair, max_length: usize) -> std::result::Result<bool, &'static str> {
-        let over = pair.longest().saturating_sub(max_length);
+    /// Cuts an example to `max_length`; answers whether it was cut, or why it has to be dropped.
+    pub fn apply(self, example: &mut Example, max_length: usize) -> std::result::Result<bool, &'static str> {
+        let over = example.longest().saturating_sub(max_length);
         if over == 0 {
             return Ok(false);
         }
+        let room = max_length.saturating_sub(example.prompt().len());
         match self {
             Truncation::Delete => return Err("longer than max_length"),
-            Truncation::Left if over >= pair.prompt.len() => return Err("an answer alone is longer than max_length"),
-            Truncation::Left => drop(pair.prompt.drain(..over)),
-            Truncation::Right if pair.prompt.len() >= max_length => return Err("the prompt alone fills max_length"),
-            Truncation::Right => {
-                let room = max_length - pair.prompt.len();
-                pair.chosen.truncate(room);
-                pair.rejected.truncate(room);
-            }
+            Truncation::Left if !example.cut_prompt(over) => return Err("an answer alone is longer than max_length"),
+            Truncation::Right if room == 0 => return Err("the prompt alone fills max_length"),
+            Truncation::Left => {}
+            Truncation::Right => example.cut_answers(room),
         }
         Ok(true)
     }
@@ -60,12 +57,11 @@ pub struct ChatTokenizer {
     special_ids: Vec<u32>,
 }
 
-/// A pair of ids, and what the prompt lost where its rendering parts from that of the conversation.
+/// Ids of a prompt and its answers, and what the prompt lost where its rendering parts from that of the conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Encoded {
     pub(super) prompt: Vec<u32>,
-    pub(super) chosen: Vec<u32>,
-    pub(super) rejected: Vec<u32>,
+    pub(super) answers: Vec<Vec<u32>>,
     pub(super) lost: Vec<u32>,
 }
 
@@ -180,53 +176,49 @@ impl ChatTokenizer {
         answer.iter().rev().take(END_WINDOW).find(ends).copied()
     }
 
-    /// Ids of a pair. The prompt is what its own rendering, with the generation prompt, shares with the renderings of both
+    /// Ids of a record. The prompt is what its own rendering, with the generation prompt, shares with the renderings of all
     /// whole conversations; the answers are the rest of these.
     ///
     /// # Errors
-    /// A record that makes no pair: an empty answer, an answer that holds other turns than the assistant's, a prompt
+    /// A record that makes no example: an empty answer, an answer that holds other turns than the assistant's, a prompt
     /// without tokens.
-    pub(super) fn encode_pair(&self, record: &Record) -> Result<Encoded> {
-        let (Some(chosen), Some(rejected)) = (&record.chosen, &record.rejected) else {
-            return Err(Error::run("a record of one answer reached the tokenizer"));
-        };
-        let [alone, first, second] = match (&record.prompt, chosen, rejected) {
-            (Text::Messages(prompt), Text::Messages(chosen), Text::Messages(rejected)) => {
-                self.chat_ids(record, prompt, chosen, rejected)?
+    pub(super) fn encode_record(&self, record: &Record) -> Result<Encoded> {
+        let answers = || record.answers.iter().map(|a| &a.text);
+        let turns = || answers().map(|a| if let Text::Messages(turns) = a { Some(turns.as_slice()) } else { None });
+        let texts = || answers().map(|a| if let Text::Plain(text) = a { Some(text.as_str()) } else { None });
+        let (alone, whole) = match &record.prompt {
+            Text::Messages(prompt) => {
+                let answers: Vec<&[Message]> = turns().collect::<Option<_>>().ok_or_else(of_two_kinds)?;
+                self.chat_ids(record, prompt, &answers)?
             }
-            (Text::Plain(prompt), Text::Plain(chosen), Text::Plain(rejected)) => {
-                [self.plain_ids(prompt.clone())?, self.ended(prompt, chosen)?, self.ended(prompt, rejected)?]
+            Text::Plain(prompt) => {
+                let answers: Vec<&str> = texts().collect::<Option<_>>().ok_or_else(of_two_kinds)?;
+                let whole = answers.iter().map(|answer| self.ended(prompt, answer)).collect::<Result<Vec<_>>>()?;
+                (self.plain_ids(prompt.clone())?, whole)
             }
-            _ => return Err(Error::input("prompt and answers should all be texts, or all be conversations")),
         };
-        let shared = shared_prefix(&alone, &first).min(shared_prefix(&alone, &second));
+        let shared = whole.iter().map(|ids| shared_prefix(&alone, ids)).min().unwrap_or(0);
         if shared == 0 {
-            return Err(Error::input("the prompt has no token that both answers follow"));
+            return Err(Error::input("the prompt has no token that all answers follow"));
         }
-        let encoded = Encoded {
-            lost: alone[shared..].to_vec(),
-            chosen: first[shared..].to_vec(),
-            rejected: second[shared..].to_vec(),
-            prompt: first[..shared].to_vec(),
-        };
-        match [("chosen", &encoded.chosen), ("rejected", &encoded.rejected)].iter().find(|(_, ids)| ids.is_empty()) {
-            Some((side, _)) => Err(empty(side)),
-            None => Ok(encoded),
+        let answers: Vec<Vec<u32>> = whole.iter().map(|ids| ids[shared..].to_vec()).collect();
+        match answers.iter().position(Vec::is_empty) {
+            Some(at) => Err(empty(&side(at, answers.len(), "answer"))),
+            None => Ok(Encoded { lost: alone[shared..].to_vec(), prompt: alone[..shared].to_vec(), answers }),
         }
     }
 
+    /// Ids of the prompt with the generation prompt, and of every whole conversation.
     fn chat_ids(
         &self,
         record: &Record,
         prompt: &[Message],
-        chosen: &[Message],
-        rejected: &[Message],
-    ) -> Result<[Vec<u32>; 3]> {
-        let whole = |answer: &[Message]| [prompt, answer].concat();
-        let (chosen, rejected) = (whole(chosen), whole(rejected));
-        let start = if prompt.is_empty() { shared_turns(&chosen, &rejected) } else { prompt.len() };
-        for (side, turns) in [("chosen", &chosen), ("rejected", &rejected)] {
-            check_answer(side, start, turns)?;
+        answers: &[&[Message]],
+    ) -> Result<(Vec<u32>, Vec<Vec<u32>>)> {
+        let whole: Vec<Vec<Message>> = answers.iter().map(|answer| [prompt, answer].concat()).collect();
+        let start = if prompt.is_empty() { shared_turns(&whole) } else { prompt.len() };
+        for (at, turns) in whole.iter().enumerate() {
+            check_answer(&|what: &str| side(at, whole.len(), what), start, turns)?;
         }
         let tools = tool_list(record.tools.as_ref())?;
         let args = Some(&record.template_args);
@@ -234,13 +226,14 @@ impl ChatTokenizer {
             let text = self.render(turns, Rendering { tools: tools.as_ref(), args, generation_prompt })?;
             self.encode(&text, false)
         };
-        Ok([ids(&chosen[..start], true)?, ids(&chosen, false)?, ids(&rejected, false)?])
+        let before = whole.first().map_or(&[][..], |turns| &turns[..start]);
+        Ok((ids(before, true)?, whole.iter().map(|turns| ids(turns, false)).collect::<Result<_>>()?))
     }
 
     /// Ids of a prompt and an answer as they are, ended with EOS.
     fn ended(&self, prompt: &str, answer: &str) -> Result<Vec<u32>> {
         if answer.trim().is_empty() {
-            return Err(empty("an"));
+            return Err(empty("an answer"));
         }
         let eos = self.eos.as_deref().ok_or_else(|| {
             Error::input("the tokenizer names no eos_token, so plain text cannot be ended").at("tokenizer_config.json")
@@ -259,41 +252,54 @@ impl ChatTokenizer {
     }
 }
 
-fn empty(side: &str) -> Error {
-    Error::input(format!("{side} answer is empty"))
+fn empty(answer: &str) -> Error {
+    Error::input(format!("{answer} is empty"))
+}
+
+fn of_two_kinds() -> Error {
+    Error::input("prompt and answers should all be texts, or all be conversations")
+}
+
+/// `chosen answer`, or where there are not two, `answer 3`.
+fn side(index: usize, count: usize, what: &str) -> String {
+    match (index, count) {
+        (_, 2) => format!("{} {what}", answer_name(index, count)),
+        (_, 1) => what.to_owned(),
+        _ => format!("{what} {}", index + 1),
+    }
 }
 
 fn shared_prefix(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-/// Turns that two conversations begin with; the last turn of the shorter one is always an answer (TRL's
-/// `extract_prompt`).
-fn shared_turns(a: &[Message], b: &[Message]) -> usize {
-    let shared = a.iter().zip(b).take_while(|(a, b)| a == b).count();
-    shared.min(a.len().min(b.len()).saturating_sub(1))
+/// Turns that all conversations begin with; the last turn of the shortest one is always an answer (TRL's `extract_prompt`).
+fn shared_turns(conversations: &[Vec<Message>]) -> usize {
+    let Some((first, others)) = conversations.split_first() else { return 0 };
+    let with = |other: &Vec<Message>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
+    let shared = others.iter().map(with).min().unwrap_or(first.len());
+    shared.min(conversations.iter().map(Vec::len).min().unwrap_or(0).saturating_sub(1))
 }
 
-/// An answer is the assistant's, though tools may speak within it. Whatever else it holds would be learned as well.
-fn check_answer(side: &str, start: usize, turns: &[Message]) -> Result<()> {
-    let Some(answer) = turns.get(start..).filter(|a| !a.is_empty()) else { return Err(empty(side)) };
+/// An answer is the assistant's, though tools may speak within it. Whatever else it holds would be learned as well. `named`
+/// says which one is meant.
+fn check_answer(named: &dyn Fn(&str) -> String, start: usize, turns: &[Message]) -> Result<()> {
+    let Some(answer) = turns.get(start..).filter(|a| !a.is_empty()) else { return Err(empty(&named("answer"))) };
     if !answer.iter().any(|m| m.role == "assistant") {
-        return Err(Error::input(format!("the {side} conversation ends without an assistant's answer")));
+        return Err(Error::input(format!("the {} ends without an assistant's answer", named("conversation"))));
     }
     let foreign = answer.iter().enumerate().find(|(i, m)| m.role != "assistant" && (*i == 0 || m.role != "tool"));
     if let Some((i, turn)) = foreign {
-        let what =
-            format!("turn {} of the {side} conversation, of role '{}', would be learned", start + i + 1, turn.role);
-        return Err(Error::input(what).help(
-            "chosen and rejected should part at an answer of the assistant, after the last \
-             turn of the user",
-        ));
+        let (at, named) = (start + i + 1, named("conversation"));
+        let what = format!("turn {at} of the {named}, of role '{}', would be learned", turn.role);
+        return Err(Error::input(what)
+            .help("answers should part at an answer of the assistant, after the last turn of the user"));
     }
     if start == 0 {
         return Err(Error::input("the conversation has nothing before the answer"));
     }
     if answer.iter().all(|m| m.content.trim().is_empty() && m.extra.is_empty()) {
-        return Err(empty(side));
+        return Err(empty(&named("answer")));
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! Files to token pairs: ids against TRL's own, and what becomes of rows that make no pair.
+//! Files to examples: ids against TRL's own, and what becomes of rows that make none.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::path::{Path, PathBuf};
 
 use dpo_core::error::Kind;
-use dpo_data::{ChatTokenizer, DataOptions, Dataset, Truncation, load, split};
+use dpo_data::{ChatTokenizer, DataOptions, Dataset, Truncation, Wanted, load, split};
 use dpo_plugins::Registry;
 use serde_json::{Value, json};
 
@@ -16,6 +16,7 @@ fn options(path: &Path) -> DataOptions {
     DataOptions {
         paths: vec![path.display().to_string()],
         format: None,
+        wanted: Wanted::default(),
         columns: Default::default(),
         max_length: usize::MAX,
         truncation: Truncation::Delete,
@@ -51,6 +52,11 @@ fn row(chosen: &str, rejected: &str) -> String {
     json!({"messages": messages, "rejected_response": rejected}).to_string()
 }
 
+/// The tokens of an example's answer.
+fn answer(done: &Dataset, example: usize, answer: usize) -> &[u32] {
+    &done.examples[example].answers()[answer].ids
+}
+
 fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
@@ -61,11 +67,10 @@ fn equals_trajectory(dir: &Path) {
     let done = load(&options(&dir.join("prefs.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
     let expected: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap();
     let expected = expected["rows"].as_array().unwrap();
-    assert_eq!(done.pairs.len(), expected.len(), "{}", dir.display());
-    for (pair, row) in done.pairs.iter().zip(expected) {
-        assert_eq!(pair.prompt, ids(&row["prompt_ids"]), "{}", pair.place);
-        assert_eq!(pair.chosen, ids(&row["chosen_ids"]), "{}", pair.place);
-        assert_eq!(pair.rejected, ids(&row["rejected_ids"]), "{}", pair.place);
+    assert_eq!(done.examples.len(), expected.len(), "{}", dir.display());
+    for (pair, row) in done.examples.iter().zip(expected) {
+        let expected = ["prompt_ids", "chosen_ids", "rejected_ids"].map(|name| ids(&row[name]));
+        assert!(pair.parts().eq(expected.iter().map(Vec::as_slice)), "{}", pair.place);
     }
     assert_eq!(done.report.eos.without, 0);
     assert_eq!(done.report.eos.token.as_deref(), Some("<|im_end|>"));
@@ -110,11 +115,10 @@ fn ids_are_those_of_trl_for_every_kind_of_row() {
         let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
         let done = load(&options(&dir.path().join("rows.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
         let expected = case["expected"].as_array().unwrap();
-        assert_eq!(done.pairs.len(), expected.len(), "{}", case["name"]);
-        for (pair, row) in done.pairs.iter().zip(expected) {
-            let of = |name: &str| ids(&row[name]);
-            let found = (&pair.prompt, &pair.chosen, &pair.rejected);
-            assert_eq!(found, (&of("prompt_ids"), &of("chosen_ids"), &of("rejected_ids")), "{}", case["name"]);
+        assert_eq!(done.examples.len(), expected.len(), "{}", case["name"]);
+        for (pair, row) in done.examples.iter().zip(expected) {
+            let expected = ["prompt_ids", "chosen_ids", "rejected_ids"].map(|name| ids(&row[name]));
+            assert!(pair.parts().eq(expected.iter().map(Vec::as_slice)), "{}", case["name"]);
         }
         let name = case["name"].as_str().unwrap();
         let parts = name.contains("does not continue") || name.contains("merge over");
@@ -140,7 +144,7 @@ fn bad_rows_are_counted_with_their_cause_and_place() {
             .replace('\n', ""),
     ];
     let done = load_rows(&rows.join("\n")).unwrap();
-    assert_eq!(done.pairs.len(), 1);
+    assert_eq!(done.examples.len(), 1);
     let causes: Vec<(&str, usize)> = done.report.dropped.iter().map(|d| (d.cause.as_str(), d.count)).collect();
     let expected = [
         "'messages' ends without an assistant's answer",
@@ -187,7 +191,7 @@ fn unknown_formats_name_their_columns() {
     let done =
         load_with(|o| o.columns = columns.clone().into(), r#"{"question": "a", "good": "b", "bad": "c"}"#).unwrap();
     assert_eq!(done.report.files[0].format, "trl");
-    assert_eq!(done.report.plain_pairs, 1);
+    assert_eq!(done.report.plain_examples, 1);
 }
 
 #[test]
@@ -203,9 +207,9 @@ fn judged_answers_are_joined_by_their_prompt() {
         judged("why", "mat", false),
     ];
     let done = load_rows(&rows.join("\n")).unwrap();
-    assert_eq!(done.pairs.len(), 2);
-    assert!(done.pairs[1].place.ends_with("rows.jsonl:4"), "{}", done.pairs[1].place);
-    assert_eq!(done.pairs[0].chosen, done.pairs[1].chosen);
+    assert_eq!(done.examples.len(), 2);
+    assert!(done.examples[1].place.ends_with("rows.jsonl:4"), "{}", done.examples[1].place);
+    assert_eq!(answer(&done, 0, 0), answer(&done, 1, 0));
     let dropped = &done.report.dropped[0];
     assert_eq!(dropped.cause, "no answer of the other kind to the same prompt");
     assert!(dropped.places[0].ends_with("rows.jsonl:2"));
@@ -214,19 +218,20 @@ fn judged_answers_are_joined_by_their_prompt() {
 #[test]
 fn lengths_are_kept() {
     let rows = [row("ok", "then it ran away then it ran away"), row("ok", "not")].join("\n");
-    let whole = load_rows(&rows).unwrap().pairs;
-    let (prompt, long) = (whole[0].prompt.len(), whole[0].longest());
+    let whole = load_rows(&rows).unwrap().examples;
+    let (prompt, long) = (whole[0].prompt().len(), whole[0].longest());
+    let [chosen, rejected] = [0, 1].map(|side| whole[0].answers()[side].ids.as_slice());
     assert!(whole[1].longest() < long - 2);
     let cut =
         |truncation, max_length| load_with(|o| (o.truncation, o.max_length) = (truncation, max_length), &rows).unwrap();
     let delete = cut(Truncation::Delete, long - 1);
-    assert_eq!((delete.pairs.len(), delete.report.dropped[0].cause.as_str()), (1, "longer than max_length"));
+    assert_eq!((delete.examples.len(), delete.report.dropped[0].cause.as_str()), (1, "longer than max_length"));
     let right = cut(Truncation::Right, long - 2);
-    assert_eq!(right.pairs[0].rejected, whole[0].rejected[..whole[0].rejected.len() - 2]);
-    assert_eq!((right.pairs[0].chosen.len(), right.report.truncated), (whole[0].chosen.len(), 1));
+    assert_eq!(answer(&right, 0, 1), &rejected[..rejected.len() - 2]);
+    assert_eq!((answer(&right, 0, 0), right.report.truncated), (chosen, 1));
     let left = cut(Truncation::Left, long - 2);
-    assert_eq!(left.pairs[0].prompt, whole[0].prompt[2..]);
-    assert_eq!(left.pairs[0].rejected, whole[0].rejected);
+    assert_eq!(left.examples[0].prompt(), &whole[0].prompt()[2..]);
+    assert_eq!(answer(&left, 0, 1), rejected);
     let error = load_with(|o| (o.truncation, o.max_length) = (Truncation::Right, prompt), &rows).unwrap_err();
     assert!(error.contains("the prompt alone fills max_length (2 rows)"), "{error}");
 }
@@ -234,11 +239,11 @@ fn lengths_are_kept() {
 #[test]
 fn the_first_pair_and_its_duplicates_are_reported() {
     let done = load_rows(&[row("ok", "not"), row("ok", "not")].join("\n")).unwrap();
-    assert_eq!((done.pairs.len(), done.report.duplicates), (2, 1));
+    assert_eq!((done.examples.len(), done.report.duplicates), (2, 1));
     let text = done.report.to_string();
     assert!(text.contains("[chosen: learned] 3 tokens\n      ok<|im_end|>"), "{text}");
     assert!(text.contains("eos: every answer ends with <|im_end|>"), "{text}");
-    let sum: usize = done.pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum();
+    let sum: usize = done.examples.iter().flat_map(|e| e.parts()).map(<[u32]>::len).sum();
     assert_eq!(done.report.unique_tokens, sum);
 }
 
@@ -254,7 +259,7 @@ fn a_checkpoint_without_template_cannot_take_conversations() {
 #[test]
 fn a_split_keeps_every_pair_once() {
     let rows: Vec<String> = (0..10).map(|i| row(&format!("ok {i}"), "not")).collect();
-    let pairs = load_rows(&rows.join("\n")).unwrap().pairs;
+    let pairs = load_rows(&rows.join("\n")).unwrap().examples;
     let (train, val) = split(pairs.clone(), 0.2, 3);
     assert_eq!((train.len(), val.len()), (8, 2));
     assert!(pairs.iter().all(|p| train.contains(p) != val.contains(p)));

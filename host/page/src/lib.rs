@@ -20,7 +20,7 @@ pub const FACTS: &str = "run.json";
 pub const LOG: &str = "logging.jsonl";
 /// Warnings, and what the loss doctor said.
 pub const REMARKS: &str = "remarks.jsonl";
-/// A few pairs, token by token.
+/// A few examples, token by token.
 pub const SAMPLES: &str = "samples.jsonl";
 /// Answers to held prompts before and after: `prompt`, `before`, `after`.
 pub const ANSWERS: &str = "answers.jsonl";

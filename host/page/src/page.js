@@ -151,8 +151,8 @@ function about(run) {
   if (!f.model) return "";
   const parts = [f.family, f.model.split("/").slice(-2).join("/"), f.device];
   if (f.ranks > 1) parts.push(`${f.ranks} ranks`);
-  parts.push(`${f.pairs} pairs`);
-  if (f.validation_pairs) parts.push(`${f.validation_pairs} to evaluate on`);
+  parts.push(`${f.examples} examples`);
+  if (f.validation_examples) parts.push(`${f.validation_examples} to evaluate on`);
   parts.push(`${f.parameters.toLocaleString("en")} adapter parameters`);
   return parts.join(" · ");
 }
@@ -353,10 +353,10 @@ function ticks(low, high, about) {
   return all;
 }
 
-/* Sample pairs. */
+/* Sample examples. */
 
 function drawSamples(runs) {
-  const with_samples = runs.filter((run) => lines(run, "samples.jsonl")[0]?.pairs);
+  const with_samples = runs.filter((run) => lines(run, "samples.jsonl")[0]?.examples);
   const run = with_samples.find((r) => r.id === page.whose) ?? with_samples[0];
   const whose = $("whose").querySelector("select"), when = $("when");
   $("whose").hidden = with_samples.length < 2;
@@ -371,16 +371,16 @@ function drawSamples(runs) {
   when.disabled = newest === 0;
   when.setAttribute("aria-valuetext", `step ${all[place].global_step}`);
   when.nextElementSibling.textContent = `${all[place].global_step}`;
-  fill("samples", ...all[0].pairs.map((pair, i) => make("article", {},
-    make("h3", {}, pair.place), make("pre", { class: "prompt" }, pair.prompt),
-    make("div", { class: "answers" }, ...["chosen", "rejected"].map((side) => answer(side, pair[side], all[0].scores[i][side], all[place].scores[i]?.[side]))))));
+  fill("samples", ...all[0].examples.map((example, i) => make("article", {},
+    make("h3", {}, example.place), make("pre", { class: "prompt" }, example.prompt),
+    make("div", { class: "answers" }, ...example.answers.map((texts, a) => answer(texts, all[0].scores[i][a], all[place].scores[i]?.[a]))))));
   const told = runs.flatMap((r) => lines(r, "answers.jsonl"));
   fill("answers", ...told.map(({ prompt, before, after }) => make("article", {}, make("pre", { class: "prompt" }, prompt),
     make("div", { class: "answers" }, ...[["before", before], ["after", after]].map(([name, text]) =>
       make("div", { class: "answer" }, make("h4", {}, name), make("pre", {}, text)))))));
 }
 
-function answer(side, texts, before, after) {
+function answer(texts, before, after) {
   const now = make("span", { class: "now" }), change = after.sum - before.sum;
   const whole = () => now.replaceChildren(`log-prob ${plain(before.sum, 1)} → ${plain(after.sum, 1)} `,
     make("b", { class: change < 0 ? "less" : "more" }, signed(change, 1)));
@@ -395,7 +395,7 @@ function answer(side, texts, before, after) {
     return token;
   });
   if (texts.more) tokens.push(make("i", {}, ` … ${texts.more} tokens more`));
-  return make("div", { class: "answer" }, make("h4", {}, side, now), make("pre", {}, ...tokens));
+  return make("div", { class: "answer" }, make("h4", {}, texts.name, now), make("pre", {}, ...tokens));
 }
 
 /** The class of a token whose log-prob changed by so much, as in report.html. */

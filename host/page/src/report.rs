@@ -21,7 +21,7 @@ pub fn write(output: &Path) -> Result<()> {
     let sections = [
         ("Remarks", remarks(&runs::lines(output, REMARKS))),
         ("Curves", CHARTS.iter().map(|chart| chart.figure(&lines)).collect()),
-        ("Sample pairs", samples(&runs::lines(output, SAMPLES))),
+        ("Sample examples", samples(&runs::lines(output, SAMPLES))),
         ("Answers", answers(&runs::lines(output, ANSWERS))),
         ("Data", data(&facts)),
         ("Settings", settings(&args)),
@@ -54,9 +54,9 @@ fn about(facts: &Value) -> String {
     if number("ranks") > 1 {
         parts.push(format!("{} ranks", number("ranks")));
     }
-    parts.push(format!("{} pairs", number("pairs")));
-    if number("validation_pairs") > 0 {
-        parts.push(format!("{} to evaluate on", number("validation_pairs")));
+    parts.push(format!("{} examples", number("examples")));
+    if number("validation_examples") > 0 {
+        parts.push(format!("{} to evaluate on", number("validation_examples")));
     }
     parts.push(format!("{} adapter parameters", number("parameters")));
     parts.join(" · ")
@@ -109,7 +109,7 @@ fn remarks(lines: &[Line]) -> String {
     }
 }
 
-/// Sample pairs, each token in the colour of what became of its log-prob.
+/// Sample examples, each token in the colour of what became of its log-prob.
 fn samples(lines: &[Line]) -> String {
     let [first, .., last] = lines else { return String::new() };
     let step = last.get("global_step").and_then(Value::as_u64).unwrap_or(0);
@@ -120,24 +120,25 @@ fn samples(lines: &[Line]) -> String {
          <span class=\"token p4\">more likely</span></span></p>"
     );
     let scores = list(first, "scores").into_iter().zip(list(last, "scores"));
-    for (pair, (before, after)) in list(first, "pairs").iter().zip(scores) {
-        let text = |name: &str| escaped(pair[name].as_str().unwrap_or_default());
+    for (example, (before, after)) in list(first, "examples").iter().zip(scores) {
+        let text = |name: &str| escaped(example[name].as_str().unwrap_or_default());
         let _ = write!(html, "<article><h3>{}</h3><pre class=prompt>{}</pre>", text("place"), text("prompt"));
         html += "<div class=answers>";
-        for side in ["chosen", "rejected"] {
-            html += &answer(side, &pair[side], &before[side], &after[side]);
+        for (i, texts) in example["answers"].as_array().into_iter().flatten().enumerate() {
+            html += &answer(texts, &before[i], &after[i]);
         }
         html += "</div></article>";
     }
     html
 }
 
-fn answer(side: &str, texts: &Value, before: &Value, after: &Value) -> String {
+fn answer(texts: &Value, before: &Value, after: &Value) -> String {
+    let name = escaped(texts["name"].as_str().unwrap_or_default());
     // Sums of log-probs are shown in tenths, and one that rounds to zero without its sign.
     let sum = |score: &Value| (score["sum"].as_f64().unwrap_or(f64::NAN) * 10.0).round() / 10.0 + 0.0;
     let change = sum(after) - sum(before);
     let mut html = format!(
-        "<div class=answer><h4>{side}<span class=now>log-prob {:.1} → {:.1} <b class={}>{change:+.1}</b></span></h4><pre>",
+        "<div class=answer><h4>{name}<span class=now>log-prob {:.1} → {:.1} <b class={}>{change:+.1}</b></span></h4><pre>",
         sum(before),
         sum(after),
         if change < 0.0 { "less" } else { "more" },
@@ -184,17 +185,19 @@ fn data(facts: &Value) -> String {
     let data = &facts["data"];
     let cell = |value: &Value| escaped(value.as_str().map_or_else(|| value.to_string(), str::to_owned).as_str());
     let Some(files) = data["files"].as_array() else { return String::new() };
-    let mut html = String::from("<div class=wide><table><tr><th>file<th>format<th class=n>rows<th class=n>pairs</tr>");
+    let mut html =
+        String::from("<div class=wide><table><tr><th>file<th>format<th class=n>rows<th class=n>examples</tr>");
     for file in files {
-        let [path, format, rows, pairs] = ["path", "format", "rows", "pairs"].map(|name| cell(&file[name]));
-        let _ = write!(html, "<tr><td>{path}<td>{format}<td class=n>{rows}<td class=n>{pairs}</tr>");
+        let [path, format, rows, examples] = ["path", "format", "rows", "examples"].map(|name| cell(&file[name]));
+        let _ = write!(html, "<tr><td>{path}<td>{format}<td class=n>{rows}<td class=n>{examples}</tr>");
     }
     html += "</table><table><tr><th>tokens<th class=n>shortest<th class=n>median<th class=n>95%<th class=n>longest<th></tr>";
-    for part in ["prompt", "chosen", "rejected"] {
-        let [min, median, p95, max] = ["min", "median", "p95", "max"].map(|name| cell(&data[part][name]));
-        let bars = histogram(&data[part]["histogram"]);
+    for part in data["parts"].as_array().into_iter().flatten() {
+        let (name, lengths) = (cell(&part["name"]), &part["lengths"]);
+        let [min, median, p95, max] = ["min", "median", "p95", "max"].map(|name| cell(&lengths[name]));
+        let bars = histogram(&lengths["histogram"]);
         let numbers = [min, median, p95, max].map(|v| format!("<td class=n>{v}")).concat();
-        let _ = write!(html, "<tr><td>{part}{numbers}<td>{bars}</tr>");
+        let _ = write!(html, "<tr><td>{name}{numbers}<td>{bars}</tr>");
     }
     let line = cell(&facts["data_line"]);
     let _ = write!(html, "</table></div><p class=pre>{line}</p>");

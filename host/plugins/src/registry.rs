@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use abi_stable::std_types::RSlice;
-use dpo_plugin_api::abi::{Item, RawAnswer, RawLossCall, RawLossResult, RawPair};
+use dpo_plugin_api::abi::{Item, RawExample, RawLossCall, RawLossResult, RawTotals};
 use dpo_plugin_api::dataset::{Record, Row as DataRow};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{LossOption, Needs};
@@ -89,51 +89,50 @@ fn text(row: &DataRow) -> String {
     serde_json::to_string(row).unwrap_or_default()
 }
 
-/// Pairs for a loss, as [`Loss::eval`] takes them.
+/// Examples for a loss, as [`Loss::eval`] takes them.
 pub struct LossCall<'a> {
     /// Option values as a JSON object.
     pub options: &'a str,
-    /// Pairs.
-    pub pairs: &'a [RawPair<'a>],
-    /// Pairs in the step, over all micro-batches and ranks.
-    pub step_pairs: usize,
-    /// Chosen and rejected answers' tokens in the step.
-    pub step_tokens: [usize; 2],
+    /// Examples.
+    pub examples: &'a [RawExample<'a>],
+    /// Sizes of the step, over all micro-batches and ranks.
+    pub totals: RawTotals,
     /// What the loss left in its state at its last call.
     pub state: &'a [f64],
 }
 
 /// What a loss answers, checked for its sizes.
 pub struct LossResult {
-    /// Loss of each pair; the step's loss is their sum over its pairs, divided by their number.
+    /// Loss of each example; the step's loss is their sum over its examples, divided by their number. It may not be finite.
     pub losses: Vec<f64>,
-    /// Derivative of a pair's loss by each token's log-prob: of every pair the chosen answer's, then the rejected one's.
-    pub slopes: Vec<f32>,
+    /// Derivative of an example's loss by the log-prob of each token of each of its answers.
+    pub grad: Vec<f32>,
     /// State for the next call.
     pub state: Vec<f64>,
 }
 
 impl Loss {
-    /// Losses and derivatives of some pairs.
+    /// Losses and derivatives of some examples.
+    ///
+    /// # Errors
+    /// What the plugin refuses, a panic in it, and numbers that are not one for every example and token.
     pub fn eval(&self, call: &LossCall<'_>) -> Result<LossResult> {
         let raw = RawLossCall {
             options: call.options.into(),
-            pairs: RSlice::from_slice(call.pairs),
-            step_pairs: call.step_pairs as f64,
-            step_chosen_tokens: call.step_tokens[0] as f64,
-            step_rejected_tokens: call.step_tokens[1] as f64,
+            examples: RSlice::from_slice(call.examples),
+            totals: call.totals,
             state: RSlice::from_slice(call.state),
         };
-        let RawLossResult { losses, slopes, state } =
+        let RawLossResult { losses, grad, state } =
             self.handle.library.eval(self.handle.item, raw).map_err(|e| e.at(format!("loss '{}'", self.name)))?;
-        let len = |a: &RawAnswer<'_>| a.policy.len();
-        let tokens: usize = call.pairs.iter().map(|p| len(&p.chosen) + len(&p.rejected)).sum();
-        if losses.len() != call.pairs.len() || slopes.len() != tokens {
-            let (l, s, p) = (losses.len(), slopes.len(), call.pairs.len());
-            let what = format!("answered {l} losses and {s} derivatives for {p} pairs of {tokens} tokens");
+        let answers = call.examples.iter().flat_map(|e| e.answers.as_slice());
+        let (examples, tokens) = (call.examples.len(), answers.map(|a| a.policy.len()).sum::<usize>());
+        if losses.len() != examples || grad.len() != tokens {
+            let (l, g) = (losses.len(), grad.len());
+            let what = format!("answered {l} losses and {g} derivatives for {examples} examples of {tokens} tokens");
             return Err(Error::run(what).at(format!("loss '{}'", self.name)));
         }
-        Ok(LossResult { losses: losses.into(), slopes: slopes.into(), state: state.into() })
+        Ok(LossResult { losses: losses.into(), grad: grad.into(), state: state.into() })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use clap::{ArgAction, Args, ValueEnum};
 use dpo_core::error::Result;
-use dpo_data::{DataOptions, Truncation, parse_columns};
+use dpo_data::{DataOptions, Truncation, Wanted, parse_columns};
 use serde::Serialize;
 
 /// How rows become examples.
@@ -48,14 +48,16 @@ enum TruncationArg {
 }
 
 impl DataArgs {
-    /// What the data side is asked for, with rows from `paths` and a family's limit on their length.
+    /// What the data side is asked for, with rows from `paths`, a family's limit on their length, and what
+    /// the losses want.
     ///
     /// # Errors
     /// `--columns` that is not a JSON object of names.
-    pub(crate) fn options(&self, paths: &[String], limit: Option<usize>) -> Result<DataOptions> {
+    pub(crate) fn options(&self, paths: &[String], limit: Option<usize>, wanted: &Wanted) -> Result<DataOptions> {
         let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
         Ok(DataOptions {
             paths: paths.to_vec(),
+            wanted: wanted.clone(),
             format: self.dataset_format.clone(),
             columns,
             max_length: self.max_length.min(limit.unwrap_or(usize::MAX)),

@@ -13,14 +13,14 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
-use dpo_core::batch::{answer_tokens, laid_out};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
 use dpo_core::files;
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::{Adapter, AdapterConfig, Targets};
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments, clip};
-use dpo_core::pair::TokenPair;
 use dpo_core::plan::MemoryOptions;
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -103,7 +103,7 @@ impl Profile {
         }
     }
 
-    fn pairs(self, count: usize, vocab: usize, max_length: usize) -> Vec<TokenPair> {
+    fn pairs(self, count: usize, vocab: usize, max_length: usize) -> Result<Vec<Example>> {
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let (medians, spread) = self.lengths();
         let mut pair = || {
@@ -116,7 +116,7 @@ impl Profile {
             let (c, r) = (c.min(max_length / 2), r.min(max_length / 2));
             let p = p.min(max_length - c.max(r));
             let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
-            TokenPair { prompt: ids(p), chosen: ids(c), rejected: ids(r), place: String::new() }
+            Example::pair(ids(p), ids(c), ids(r), "")
         };
         (0..count).map(|_| pair()).collect()
     }
@@ -154,10 +154,9 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let graph = Shape::named(&options.shape)?.graph(registry)?;
     let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
     let adapter = Adapter::new(&graph, lora, 0)?;
-    let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length);
-    let longest = pairs.iter().map(laid_out).max().unwrap_or(1);
-    let share = |p: &TokenPair| (p.chosen.len() + p.rejected.len()) as f64 / laid_out(p) as f64;
-    let answers = pairs.iter().map(share).fold(0.0, f64::max);
+    let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length)?;
+    let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
+    let answers = pairs.iter().map(Example::answer_share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;
     let nccl = Nccl::join(&gpu, ranks)?;
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
@@ -190,34 +189,30 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let mut objective = Objective::new(registry, &objective)?;
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     // As in training: the reference is computed over all pairs before the first step.
-    let scored: Vec<&TokenPair> = pairs.iter().collect();
+    let scored: Vec<&Example> = pairs.iter().collect();
     train::score(ranks, &mut device, &scored[..batch_size], |_| {})?;
     let start = Instant::now();
-    let reference = train::score(ranks, &mut device, &scored, |_| {})?.logps;
+    let reference = train::score(ranks, &mut device, &scored, |_| {})?;
     let reference_seconds = start.elapsed().as_secs_f64();
-    let mut reference = reference.as_slice();
-    let steps = scored.chunks(batch_size).map(|pairs| {
-        let (own, rest) = reference.split_at(pairs.iter().map(|p| answer_tokens(p)).sum());
-        reference = rest;
-        (pairs, own)
-    });
-    let steps: Vec<(&[&TokenPair], &[f32])> = steps.collect();
-    let mut step =
-        |ranks: &mut Ranks, device: &mut CudaDevice, (pairs, reference): (&[&TokenPair], &[f32])| -> Result<()> {
-            train::gradient(ranks, device, &mut objective, pairs, reference)?;
-            let norm = device.gradient_norm()?;
-            device.update(&optimizer, clip(norm, 1.0), 1e-4)?;
-            device.gpu().finish()
-        };
-    step(ranks, &mut device, steps[0])?;
+    let places: Vec<usize> = (0..scored.len()).collect();
+    let steps = scored.chunks(batch_size).zip(places.chunks(batch_size));
+    let steps: Vec<(&[&Example], AnswerLogProbs)> =
+        steps.map(|(pairs, places)| (pairs, reference.gather(places))).collect();
+    let mut step = |ranks: &mut Ranks, device: &mut CudaDevice, own: &(&[&Example], AnswerLogProbs)| -> Result<()> {
+        train::gradient(ranks, device, &mut objective, own.0, Some(&own.1))?;
+        let norm = device.gradient_norm()?;
+        device.update(&optimizer, clip(norm, 1.0), 1e-4)?;
+        device.gpu().finish()
+    };
+    step(ranks, &mut device, &steps[0])?;
     ranks.wait()?;
     let start = Instant::now();
-    steps[1..].iter().try_for_each(|own| step(ranks, &mut device, *own))?;
+    steps[1..].iter().try_for_each(|own| step(ranks, &mut device, own))?;
     let training = start.elapsed().as_secs_f64();
     let measured = &scored[batch_size..];
-    let count = |of: &[&TokenPair], one: fn(&TokenPair) -> usize| of.iter().map(|p| one(p)).sum::<usize>();
-    let unique = |p: &TokenPair| p.prompt.len() + p.chosen.len() + p.rejected.len();
-    let (tokens, answer_tokens) = (count(measured, unique), count(measured, answer_tokens));
+    let count = |of: &[&Example], one: fn(&Example) -> usize| of.iter().map(|e| one(e)).sum::<usize>();
+    let unique = Example::unique_tokens;
+    let (tokens, answer_tokens) = (count(measured, unique), count(measured, Example::answer_tokens));
     let scoring = reference_seconds * tokens as f64 / count(&scored, unique) as f64;
     let seconds = scoring + training;
     let (free, _) = device.gpu().memory()?;
@@ -258,7 +253,7 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
         device.restore(&start, Moments::new(start.len()))?;
         device.gpu().start_trace()?;
         train::score(ranks, &mut device, steps[1].0, |_| {})?;
-        step(ranks, &mut device, steps[1])?;
+        step(ranks, &mut device, &steps[1])?;
         report(&device.gpu().end_trace()?, options)?;
     }
     Ok(())

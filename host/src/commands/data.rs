@@ -8,6 +8,7 @@ use dpo_data::{self as data, ChatTokenizer};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
+use dpo_train::{Objective, ObjectiveOptions};
 
 #[derive(Args)]
 pub(crate) struct DataCommand {
@@ -20,6 +21,9 @@ pub(crate) struct DataCommand {
     /// Model family, for a folder without config.json
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
+    /// Loss whose examples the rows should become: pairs, single answers or rankings
+    #[arg(long, value_name = "NAME", default_value = "sigmoid")]
+    loss: String,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -40,7 +44,9 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     };
     let tokenizer = ChatTokenizer::open(&folder, family.and_then(|f| f.chat_template.as_deref()))?;
     let limit = model.as_ref().and_then(|m| m.graph.max_positions);
-    let dataset = data::load(&command.args.options(&paths, limit)?, registry, &tokenizer)?;
+    let loss = ObjectiveOptions { losses: vec![command.loss.clone()], ..ObjectiveOptions::default() };
+    let wanted = Objective::new(registry, &loss)?.wanted()?;
+    let dataset = data::load(&command.args.options(&paths, limit, &wanted)?, registry, &tokenizer)?;
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");

@@ -96,10 +96,11 @@ fn describe_format(format: &Format) {
 
 fn describe_loss(loss: &Loss) {
     println!("{}: {}\n\n  {}\n", loss.name, loss.summary, loss.formula);
+    println!("answers     {} to a prompt", loss.needs.answers.describe());
     println!("reference   {}", if loss.needs.reference { "needed" } else { "not needed" });
     println!(
         "called      {}",
-        if loss.needs.whole_batch { "once a step, with all pairs" } else { "for every micro-batch" }
+        if loss.needs.whole_batch { "once a step, with all examples" } else { "for every micro-batch" }
     );
     if !loss.needs.statistics.is_empty() {
         println!("statistics  {}", loss.needs.statistics.join(", "));

@@ -1,5 +1,6 @@
-//! `dpo-host eval`: what a model and an adapter make of pairs, file by file.
+//! `dpo-host eval`: what a model and an adapter make of examples, file by file.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -14,9 +15,10 @@ use dpo_core::backend::Workload;
 use dpo_core::collective::Alone;
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::optimizer::Moments;
-use dpo_core::pair::TokenPair;
 use dpo_core::plan::MemoryOptions;
 use dpo_core::weights::Checkpoint;
 use dpo_core::{console, files};
@@ -25,7 +27,7 @@ use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
 use dpo_ranks::Ranks;
-use dpo_train::{Objective, Scores, appraise, score};
+use dpo_train::{Objective, appraise, score};
 
 #[derive(Args)]
 pub(crate) struct EvalOptions {
@@ -51,7 +53,7 @@ pub(crate) struct EvalOptions {
     /// Print JSON instead of a table: means under the names of the log, for every --dataset and for all
     #[arg(long)]
     json: bool,
-    /// Write a line of JSON for every pair: log-probs of both answers
+    /// Write a line of JSON for every example: log-probs of its answers
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -83,11 +85,12 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         [] => vec![&[]],
         paths => paths.chunks(1).collect(),
     };
+    let wanted = objective.wanted()?;
     let load = |path: &&[String]| {
-        let rows = options.data.options(path, model.graph.max_positions)?;
-        Ok(data::load(&rows, registry, &tokenizer)?.pairs)
+        let rows = options.data.options(path, model.graph.max_positions, &wanted)?;
+        Ok(data::load(&rows, registry, &tokenizer)?.examples)
     };
-    let files = paths.iter().map(load).collect::<Result<Vec<Vec<TokenPair>>>>()?;
+    let files = paths.iter().map(load).collect::<Result<Vec<Vec<Example>>>>()?;
     let adapter =
         options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
     let params = adapter.params.len();
@@ -106,16 +109,16 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         None => policy.clone(),
     };
     let mut rows: Vec<(String, usize, Map<String, Value>)> = Vec::new();
-    let mut row = |name: &str, policy: &Scores, reference: &Scores| {
-        let mut means = appraise(&mut objective, policy, &reference.logps)?;
+    let mut row = |name: &str, examples: &[&Example], policy: &AnswerLogProbs, reference: &AnswerLogProbs| {
+        let mut means = appraise(&mut objective, examples, policy, reference)?;
         means.retain(|name, _| options.adapter.is_some() || OF_MODEL.contains(&name.as_str()));
-        rows.push((name.to_owned(), policy.answers.len(), means));
+        rows.push((name.to_owned(), examples.len(), means));
         Ok::<(), Error>(())
     };
-    for ((path, policy), reference) in options.data.dataset.iter().zip(&policy).zip(&reference) {
-        row(path, policy, reference)?;
+    for (((path, file), policy), reference) in options.data.dataset.iter().zip(&files).zip(&policy).zip(&reference) {
+        row(path, &file.iter().collect::<Vec<_>>(), policy, reference)?;
     }
-    row("all", &joined(&policy), &joined(&reference))?;
+    row("all", &files.iter().flatten().collect::<Vec<_>>(), &joined(&policy), &joined(&reference))?;
     show(&rows, options.json);
     match &options.output {
         Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
@@ -147,15 +150,16 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
     Ok(loss)
 }
 
-fn scores(device: &mut dyn Device, files: &[Vec<TokenPair>]) -> Result<Vec<Scores>> {
-    let of = |pairs: &Vec<TokenPair>| score(&mut Ranks::alone(), device, &pairs.iter().collect::<Vec<_>>(), |_| {});
+fn scores(device: &mut dyn Device, files: &[Vec<Example>]) -> Result<Vec<AnswerLogProbs>> {
+    let of = |file: &Vec<Example>| score(&mut Ranks::alone(), device, &file.iter().collect::<Vec<_>>(), |_| {});
     files.iter().map(of).collect()
 }
 
 fn show(rows: &[(String, usize, Map<String, Value>)], as_json: bool) {
     if as_json {
-        let object = |(name, pairs, means): &(String, usize, Map<String, Value>)| {
-            let mut object = Map::from_iter([("dataset".to_owned(), json!(name)), ("pairs".to_owned(), json!(pairs))]);
+        let object = |(name, examples, means): &(String, usize, Map<String, Value>)| {
+            let count = [("dataset".to_owned(), json!(name)), ("examples".to_owned(), json!(examples))];
+            let mut object = Map::from_iter(count);
             object.extend(means.clone());
             object
         };
@@ -168,31 +172,31 @@ fn show(rows: &[(String, usize, Map<String, Value>)], as_json: bool) {
     let cell = |means: &Map<String, Value>, name: &str| {
         means.get(name).and_then(Value::as_f64).map_or("-".into(), |value| format!("{value:.4}"))
     };
-    let cells = rows.iter().map(|(name, pairs, means)| {
+    let cells = rows.iter().map(|(name, examples, means)| {
         let [a, m, l, k, c, r] = COLUMNS.map(|(_, mean)| cell(means, mean));
-        [name.clone(), pairs.to_string(), a, m, l, k, c, r]
+        [name.clone(), examples.to_string(), a, m, l, k, c, r]
     });
     let [a, m, l, k, c, r] = COLUMNS.map(|(head, _)| head);
-    print_table(["DATASET", "PAIRS", a, m, l, k, c, r], cells.collect());
+    print_table(["DATASET", "EXAMPLES", a, m, l, k, c, r], cells.collect());
 }
 
-/// Scores of all files as of one.
-fn joined(scores: &[Scores]) -> Scores {
-    scores.iter().fold(Scores::default(), |mut all, scores| {
-        all.answers.extend(&scores.answers);
-        all.logps.extend(&scores.logps);
-        all.log_sum_sq.extend(&scores.log_sum_sq);
-        all
-    })
+/// Log-probs of all files as of one.
+fn joined(files: &[AnswerLogProbs]) -> AnswerLogProbs {
+    let mut all = AnswerLogProbs::default();
+    files.iter().for_each(|file| all.append(file));
+    all
 }
 
-/// A line of JSON for every pair.
-fn lines(scores: &Scores) -> String {
-    let mut rest = scores.logps.as_slice();
-    let mut sum = |tokens: usize| {
-        let (own, after) = rest.split_at(tokens);
-        rest = after;
-        own.iter().map(|l| f64::from(*l)).sum::<f64>()
+/// A line of JSON for every example: of a pair, by the names of its answers.
+fn lines(logps: &AnswerLogProbs) -> String {
+    let sum = |at: Range<usize>| logps.logps[at].iter().map(|l| f64::from(*l)).sum::<f64>();
+    let line = |example| {
+        let sums: Vec<f64> = logps.offsets.answers(example).map(sum).collect();
+        let line = match sums[..] {
+            [chosen, rejected] => json!({"chosen": chosen, "rejected": rejected}),
+            _ => json!({"answers": sums}),
+        };
+        format!("{line}\n")
     };
-    scores.answers.iter().map(|[c, r]| format!("{}\n", json!({"chosen": sum(*c), "rejected": sum(*r)}))).collect()
+    (0..logps.offsets.len()).map(line).collect()
 }

@@ -9,17 +9,18 @@ use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use dpo_core::batch::{Batch, laid_out};
+use dpo_core::batch::Batch;
 use dpo_core::console;
 use dpo_core::cpu_decoder::CpuDecoder;
 use dpo_core::decoder::{Decoder, Voice};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::memory::size;
 use dpo_core::optimizer::AdamW;
-use dpo_core::pair::TokenPair;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, given, op_cases, pairs};
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases};
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_ranks::{self as ranks, Place, Ranks};
@@ -43,6 +44,9 @@ pub(crate) struct SelftestOptions {
 
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
+
+/// Most answer tokens to a token that is laid out: five answers of one token to a prompt of one.
+const MOST_ANSWERS: f64 = 5.0;
 
 /// Most that a loss of a training run may differ.
 const LOSS_TOLERANCE: f64 = 0.01;
@@ -137,23 +141,26 @@ fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute:
     let gpu = Gpu::open(index)?;
     let adapter = adapter(graph, zero_b)?;
     let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
-    let plan = GpuPlan::new(graph, &adapter, tokens, 2.0, cuda::room(&gpu, None, None)?, 1, options)?;
+    let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Compares log-probs and gradients; a line of the table.
 fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<bool> {
-    let all: &[&[[usize; 3]]] = &[
-        &[[1, 1, 1]],
-        &[[3, 1, 9], [1, 2, 1], [17, 5, 6]],
-        &[[70, 33, 65], [129, 64, 1], [5, 200, 131], [64, 64, 64]],
-        &[[301, 97, 210], [11, 401, 77], [1, 1, 600]],
+    // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
+    let all: &[&[&[usize]]] = &[
+        &[&[1, 1, 1]],
+        &[&[3, 1, 9], &[1, 2, 1], &[17, 5, 6]],
+        &[&[70, 33, 65], &[129, 64, 1], &[5, 200, 131], &[64, 64, 64]],
+        &[&[301, 97, 210], &[11, 401, 77], &[1, 1, 600]],
+        &[&[1, 1, 1, 1, 1, 1], &[90, 150], &[40, 1], &[7, 3, 1, 170], &[65, 64, 64, 64]],
+        &[&[130, 70, 1, 64, 33, 210], &[3, 9, 200, 2, 140, 5], &[66, 65, 129, 67]],
     ];
     // Several tiles of queries and keys, and rows beside them, in as few tokens as that takes.
-    let few: &[&[[usize; 3]]] = &[&[[3, 1, 9], [1, 2, 1], [70, 33, 65]]];
+    let few: &[&[&[usize]]] = &[&[&[3, 1, 9], &[1, 2, 1], &[70, 33, 65], &[40, 1, 2, 30, 3]]];
     let batches = if quick { few } else { all };
-    let make = |lengths: &&[[usize; 3]]| Batch::of(&pairs(graph.vocab_size, lengths, 5));
-    let batches: Vec<Batch> = batches.iter().map(make).collect();
+    let make = |lengths: &&[&[usize]]| Ok(Batch::of(&examples(graph.vocab_size, lengths, 5)?));
+    let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
     let mut cpu = cpu(graph, tokens, false)?;
     let mut worst = [0.0_f64; 2];
@@ -169,7 +176,7 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
         cpu.backward(batch, &slopes)?;
-        let mut before: Option<(Vec<f32>, Vec<f32>)> = None;
+        let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
         for device in &mut devices {
             for _ in 0..2 {
                 device.clear_gradient()?;
@@ -177,9 +184,9 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
                 device.backward(batch, &slopes)?;
                 let gradient = device.gradient()?;
                 worse(&mut worst[0], distance(&own.logps, &exact.logps));
-                worse(&mut worst[0], distance(&own.log_sum_sq, &exact.log_sum_sq));
+                worse(&mut worst[0], distance(&own.values(), &exact.values()));
                 worse(&mut worst[1], distance(&gradient, cpu.gradient()));
-                let now = (own.logps, gradient);
+                let now = (own, gradient);
                 repeats &= before.as_ref().is_none_or(|b| *b == now);
                 before = Some(now);
             }
@@ -198,10 +205,10 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
 
 /// Trains on both devices from the same start; a line of the table.
 fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
-    let lengths = [[20, 9, 14], [7, 30, 22], [41, 5, 3], [2, 17, 40]];
-    let pairs = pairs(graph.vocab_size, &lengths, 11);
-    let all: Vec<&TokenPair> = pairs.iter().collect();
-    let tokens: usize = pairs.iter().map(laid_out).sum();
+    let lengths: [&[usize]; 4] = [&[20, 9, 14], &[7, 30, 22], &[41, 5, 3], &[2, 17, 40]];
+    let pairs = examples(graph.vocab_size, &lengths, 11)?;
+    let all: Vec<&Example> = pairs.iter().collect();
+    let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let mut devices: [Box<dyn Device>; 2] =
         [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
@@ -209,9 +216,9 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let (mut losses, ranks) = ([Vec::new(), Vec::new()], &mut Ranks::alone());
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
-        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?.logps;
+        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?;
         for _ in 0..steps {
-            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, &reference)?;
+            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, Some(&reference))?;
             device.update(&optimizer, 1.0, 1e-3)?;
             losses.push(step.loss);
         }

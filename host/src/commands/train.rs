@@ -10,6 +10,7 @@ use dpo_core::lora::Targets;
 use dpo_core::memory::free_memory;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
+use dpo_data::Wanted;
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
@@ -364,7 +365,7 @@ impl TrainArgs {
             model: self.model.clone().unwrap_or_default(),
             plugin: self.plugin.clone(),
             adapter: self.starting_adapter()?,
-            data: self.data.options(&[], None)?,
+            data: self.data.options(&[], None, &Wanted::default())?,
             dataset: self.data.dataset.clone(),
             val_dataset: self.val_dataset.clone(),
             split_dataset_ratio: self.split_dataset_ratio,

@@ -8,10 +8,9 @@ use dpo_core::backend::Backend;
 use serde_json::json;
 
 use dpo_core::error::Result;
-use dpo_core::files;
-use dpo_core::pair::TokenPair;
+use dpo_core::example::Example;
 use dpo_generate::{Generator, Sampling, compare};
-use dpo_page as page;
+use {dpo_core::files, dpo_page as page};
 
 /// Most bytes of a checkpoint whose model is asked on the CPU.
 const SMALL: usize = 64 << 20;
@@ -25,11 +24,11 @@ pub(super) fn are_cheap(bytes: usize, backend: &dyn Backend) -> bool {
     backend.is_gpu() || bytes <= SMALL
 }
 
-/// Asks prompts of some pairs, and puts what is answered into the report.
-pub(super) fn write(mut generator: Generator, pairs: &[TokenPair], output: &Path) -> Result<()> {
+/// Asks prompts of some examples, and puts what is answered into the report.
+pub(super) fn write(mut generator: Generator, examples: &[Example], output: &Path) -> Result<()> {
     let sampling = Sampling { max_new_tokens: TOKENS, ..Sampling::default() };
     let mut seen = HashSet::new();
-    let prompts = pairs.iter().map(|pair| pair.prompt.as_slice()).filter(|prompt| seen.insert(*prompt));
+    let prompts = examples.iter().map(Example::prompt).filter(|prompt| seen.insert(*prompt));
     let (start, mut lines) = (Instant::now(), String::new());
     for prompt in prompts.take(PROMPTS).take_while(|_| start.elapsed() < PATIENCE) {
         for answers in compare(&mut generator, &[prompt], &sampling)? {

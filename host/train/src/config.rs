@@ -6,7 +6,7 @@ use dpo_core::error::Result;
 use dpo_core::lora::Targets;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::{MemoryOptions, Packing};
-use dpo_data::DataOptions;
+use dpo_data::{DataOptions, Wanted};
 use serde_json::{Map, Value, json};
 
 use crate::objective::ObjectiveOptions;
@@ -151,10 +151,11 @@ pub enum Dashboard {
 }
 
 impl TrainConfig {
-    /// What the data side is asked for, with rows from `paths` and a family's limit on their length.
-    pub(crate) fn rows(&self, paths: &[String], limit: Option<usize>) -> DataOptions {
+    /// What the data side is asked for, with rows from `paths`, a family's limit on their length and what the losses want.
+    pub(crate) fn rows(&self, paths: &[String], limit: Option<usize>, wanted: &Wanted) -> DataOptions {
         DataOptions {
             paths: paths.to_vec(),
+            wanted: wanted.clone(),
             max_length: self.data.max_length.min(limit.unwrap_or(usize::MAX)),
             ..self.data.clone()
         }

@@ -20,9 +20,9 @@ mod setup;
 mod step;
 mod tensorboard;
 
-pub use metrics::{PairMetrics, Sums};
+pub use metrics::{ExampleMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};
 pub use reference::Reference;
 pub use run_dir::output_of;
 pub use setup::train;
-pub use step::{Scores, Step, appraise, gradient, score};
+pub use step::{Step, appraise, gradient, score};

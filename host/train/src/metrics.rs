@@ -5,75 +5,114 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-/// One pair's numbers.
+use dpo_core::example::Example;
+use dpo_core::logprobs::AnswerLogProbs;
+
+/// One example's numbers. Where it has more than two answers, the best one stands as the chosen answer, and the mean of the
+/// others as the rejected one.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PairMetrics {
+pub struct ExampleMetrics {
     /// Log-prob of the chosen and of the rejected answer under the policy, weighted as the loss sees it.
     pub logps: [f64; 2],
     /// `beta · log-ratio` of both.
     pub rewards: [f64; 2],
+    /// Whether there is another answer than the best.
+    pub compared: bool,
+    /// Part of the pairs of a better and a worse answer whose rewards are in this order.
+    pub correct: f64,
+    /// Whether its best answer is the likeliest.
+    pub best_likeliest: bool,
     /// Sum of the chosen answer's token log-probs, unweighted, and its tokens.
-    pub chosen_sum: f64,
+    pub best_sum: f64,
     /// Tokens of the chosen answer.
-    pub chosen_tokens: usize,
+    pub best_tokens: usize,
+    /// Whether its log-probs, its loss and the derivatives are finite.
+    pub finite: bool,
 }
 
-impl PairMetrics {
+impl ExampleMetrics {
+    /// Of an example whose answers' tokens are `at`.
     pub(super) fn of(
-        span: &[Range<usize>; 2],
-        policy: &[f32],
-        reference: &[f32],
+        example: &Example,
+        at: impl Iterator<Item = Range<usize>>,
+        policy: &AnswerLogProbs,
+        reference: &AnswerLogProbs,
         weights: &[f32],
         beta: f64,
-    ) -> PairMetrics {
-        let sum = |values: &[f32], s: &Range<usize>| -> f64 {
-            values[s.clone()].iter().zip(&weights[s.clone()]).map(|(v, w)| f64::from(*v) * f64::from(*w)).sum()
+    ) -> ExampleMetrics {
+        let sum = |values: &[f32], at: &Range<usize>| -> f64 {
+            values[at.clone()].iter().zip(&weights[at.clone()]).map(|(v, w)| f64::from(*v) * f64::from(*w)).sum()
         };
-        let logps = [0, 1].map(|i| sum(policy, &span[i]));
-        let rewards = [0, 1].map(|i| beta * (logps[i] - sum(reference, &span[i])));
-        let chosen_sum = policy[span[0].clone()].iter().map(|l| f64::from(*l)).sum();
-        PairMetrics { logps, rewards, chosen_sum, chosen_tokens: span[0].len() }
+        let learned = example.learned();
+        let at: Vec<Range<usize>> = at.take(learned.len()).collect();
+        let logps: Vec<f64> = at.iter().map(|at| sum(&policy.logps, at)).collect();
+        let rewards: Vec<f64> =
+            at.iter().zip(&logps).map(|(at, logp)| beta * (logp - sum(&reference.logps, at))).collect();
+        let best_and_others = |values: &[f64]| {
+            let others = values.len() - 1;
+            [values[0], if others == 0 { 0.0 } else { values[1..].iter().sum::<f64>() / others as f64 }]
+        };
+        let (mut ordered, mut pairs) = (0_u32, 0_u32);
+        for (better, worse) in (0..learned.len()).flat_map(|b| (b + 1..learned.len()).map(move |w| (b, w))) {
+            if learned[better].label > learned[worse].label {
+                pairs += 1;
+                ordered += u32::from(rewards[better] > rewards[worse]);
+            }
+        }
+        ExampleMetrics {
+            logps: best_and_others(&logps),
+            rewards: best_and_others(&rewards),
+            compared: learned.len() > 1,
+            correct: if pairs == 0 { 0.0 } else { f64::from(ordered) / f64::from(pairs) },
+            best_likeliest: logps[1..].iter().all(|other| logps[0] > *other),
+            best_sum: policy.logps[at[0].clone()].iter().map(|l| f64::from(*l)).sum(),
+            best_tokens: at[0].len(),
+            finite: logps.iter().chain(&rewards).all(|n| n.is_finite()),
+        }
     }
 }
 
-/// Sums over pairs, by name, in a vector of fixed size, so that ranks can add theirs.
+/// Sums over examples, by name, in a vector of fixed size, so that ranks can add theirs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
-    pairs: f64,
+    examples: f64,
+    /// Examples with more than one answer.
+    compared: f64,
     logps: [f64; 2],
     rewards: [f64; 2],
     correct: f64,
-    chosen_sum: f64,
-    chosen_tokens: f64,
+    best_sum: f64,
+    best_tokens: f64,
 }
 
 impl Sums {
     /// Numbers of [`Sums`].
-    pub(super) const SIZE: usize = 8;
+    pub(super) const SIZE: usize = 9;
 
-    pub(super) fn of(pairs: &[PairMetrics]) -> Sums {
+    pub(super) fn of(examples: &[ExampleMetrics]) -> Sums {
         let mut sums = Sums::default();
-        for pair in pairs {
-            sums.pairs += 1.0;
+        for example in examples {
+            sums.examples += 1.0;
+            sums.compared += f64::from(u8::from(example.compared));
             for side in 0..2 {
-                sums.logps[side] += pair.logps[side];
-                sums.rewards[side] += pair.rewards[side];
+                sums.logps[side] += example.logps[side];
+                sums.rewards[side] += example.rewards[side];
             }
-            sums.correct += f64::from(u8::from(pair.rewards[0] > pair.rewards[1]));
-            sums.chosen_sum += pair.chosen_sum;
-            sums.chosen_tokens += pair.chosen_tokens as f64;
+            sums.correct += example.correct;
+            sums.best_sum += example.best_sum;
+            sums.best_tokens += example.best_tokens as f64;
         }
         sums
     }
 
     pub(super) fn to_array(self) -> [f64; Sums::SIZE] {
-        let Sums { pairs, logps: [lc, lr], rewards: [rc, rr], correct, chosen_sum, chosen_tokens } = self;
-        [pairs, lc, lr, rc, rr, correct, chosen_sum, chosen_tokens]
+        let Sums { examples, compared, logps: [lc, lr], rewards: [rc, rr], correct, best_sum, best_tokens } = self;
+        [examples, compared, lc, lr, rc, rr, correct, best_sum, best_tokens]
     }
 
     pub(super) fn from_array(values: [f64; Sums::SIZE]) -> Sums {
-        let [pairs, lc, lr, rc, rr, correct, chosen_sum, chosen_tokens] = values;
-        Sums { pairs, logps: [lc, lr], rewards: [rc, rr], correct, chosen_sum, chosen_tokens }
+        let [examples, compared, lc, lr, rc, rr, correct, best_sum, best_tokens] = values;
+        Sums { examples, compared, logps: [lc, lr], rewards: [rc, rr], correct, best_sum, best_tokens }
     }
 }
 
@@ -83,7 +122,7 @@ pub(super) struct Window {
     steps: u64,
     loss: f64,
     sums: Sums,
-    /// Unique tokens: a pair counts as prompt once + chosen + rejected.
+    /// Unique tokens: of every example the prompt once and all answers.
     pub(super) tokens: f64,
 }
 
@@ -97,22 +136,25 @@ impl Window {
         self.sums = Sums::from_array(all);
     }
 
-    /// Means, under the names TRL and ms-swift give them, with `prefix` before each.
+    /// Means, under the names TRL and ms-swift give them, with `prefix` before each. Examples of one answer have no rejected
+    /// one, and nothing that compares the two.
     pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
         let sums = &self.sums;
         // Where every step was skipped there is nothing to tell, which JSON writes as null.
-        let pairs = sums.pairs;
-        let [chosen, rejected] = sums.rewards.map(|r| r / pairs);
+        let count = sums.examples;
+        let compared = sums.compared > 0.0 || count == 0.0;
+        let [chosen, rejected] = sums.rewards.map(|r| r / count);
         let values = [
-            ("loss", self.loss / self.steps as f64),
-            ("rewards/chosen", chosen),
-            ("rewards/rejected", rejected),
-            ("rewards/accuracies", sums.correct / pairs),
-            ("rewards/margins", chosen - rejected),
-            ("logps/chosen", sums.logps[0] / pairs),
-            ("logps/rejected", sums.logps[1] / pairs),
-            ("nll_loss", -sums.chosen_sum / sums.chosen_tokens),
+            ("loss", self.loss / self.steps as f64, true),
+            ("rewards/chosen", chosen, true),
+            ("rewards/rejected", rejected, compared),
+            ("rewards/accuracies", sums.correct / count, compared),
+            ("rewards/margins", chosen - rejected, compared),
+            ("logps/chosen", sums.logps[0] / count, true),
+            ("logps/rejected", sums.logps[1] / count, compared),
+            ("nll_loss", -sums.best_sum / sums.best_tokens, true),
         ];
-        values.into_iter().map(|(name, value)| (format!("{prefix}{name}"), json!(value))).collect()
+        let told = values.into_iter().filter(|(_, _, told)| *told);
+        told.map(|(name, value, _)| (format!("{prefix}{name}"), json!(value))).collect()
     }
 }

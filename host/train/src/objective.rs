@@ -2,12 +2,15 @@
 
 use std::ops::Range;
 
-use dpo_plugin_api::abi::{RawAnswer, RawPair};
-use dpo_plugin_api::loss::MAX_STATISTICS;
+use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
+use dpo_plugin_api::loss::{Answers, MAX_STATISTICS};
 use serde_json::{Map, Value};
 
-use super::metrics::PairMetrics;
+use super::metrics::ExampleMetrics;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
+use dpo_core::logprobs::AnswerLogProbs;
+use dpo_data::Wanted;
 use dpo_plugins::{Loss, LossCall, Registry};
 
 /// What the user says about the objective.
@@ -23,7 +26,7 @@ pub struct ObjectiveOptions {
     pub rpo_alpha: Option<f64>,
     /// LD-DPO's weight of tokens beyond the shorter answer (Liu et al. 2024).
     pub ld_alpha: Option<f64>,
-    /// Whether pairs are weighted by how likely the policy finds them (WPO, Zhou et al. 2024, eq. 2).
+    /// Whether examples are weighted by how likely the policy finds them (WPO, Zhou et al. 2024, eq. 2).
     pub weighting: bool,
 }
 
@@ -43,38 +46,51 @@ struct Term<'r> {
     state: Vec<f64>,
 }
 
-/// Sizes of a whole step, known before its micro-batches run.
+/// Sizes of a whole step, known before its micro-batches run; detached answers are not counted.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Totals {
-    /// Pairs.
-    pub pairs: usize,
-    /// Tokens of chosen and of rejected answers.
-    pub tokens: [usize; 2],
+    /// Examples.
+    pub examples: usize,
+    /// Answers.
+    pub answers: usize,
+    /// Tokens of every example's best answer.
+    pub best_tokens: usize,
+    /// Tokens of all answers.
+    pub tokens: usize,
 }
 
-/// Log-probs of some pairs' answer tokens, flat as a batch has them.
-#[derive(Clone, Copy)]
-pub struct Logps<'a> {
-    /// Answer tokens of every pair: chosen, rejected.
-    pub answers: &'a [[usize; 2]],
-    /// Under the policy.
-    pub policy: &'a [f32],
-    /// Under the reference; empty where there is none.
-    pub reference: &'a [f32],
-    /// `ln Σ p²` under the policy.
-    pub log_sum_sq: &'a [f32],
-}
-
-/// What an objective makes of some pairs.
+/// What an objective makes of some examples.
 pub struct Evaluated {
     /// Their part of the step's loss.
     pub loss: f64,
     /// `d step loss / d logp` of every answer token.
-    pub slopes: Vec<f32>,
+    pub dlogps: Vec<f32>,
     /// For the log.
-    pub pairs: Vec<PairMetrics>,
+    pub examples: Vec<ExampleMetrics>,
     /// Whether a loss leaves a state to its next call.
     pub remembers: bool,
+}
+
+impl Totals {
+    /// Of some examples that are a whole step.
+    pub fn of(examples: &[&Example]) -> Totals {
+        let learned = || examples.iter().map(|e| e.learned());
+        Totals {
+            examples: examples.len(),
+            answers: learned().map(<[_]>::len).sum(),
+            best_tokens: learned().filter_map(|answers| Some(answers.first()?.ids.len())).sum(),
+            tokens: learned().flatten().map(|a| a.ids.len()).sum(),
+        }
+    }
+
+    fn raw(self) -> RawTotals {
+        RawTotals {
+            examples: self.examples as f64,
+            answers: self.answers as f64,
+            best_tokens: self.best_tokens as f64,
+            tokens: self.tokens as f64,
+        }
+    }
 }
 
 impl<'r> Objective<'r> {
@@ -98,23 +114,55 @@ impl<'r> Objective<'r> {
             let values: Map<String, Value> = loss.options.iter().map(|o| (o.name.clone(), value(o))).collect();
             terms.push(Term { loss, weight, options: Value::Object(values).to_string(), state: Vec::new() });
         }
-        let known = || terms.iter().flat_map(|t| t.loss.options.iter().map(|o| o.name.as_str()));
+        // Rewards in the log are scaled by beta, whatever the loss makes of it.
+        let known = || terms.iter().flat_map(|t| t.loss.options.iter().map(|o| o.name.as_str())).chain(["beta"]);
         if let Some(unknown) = options.options.keys().find(|k| !known().any(|n| n == k.as_str())) {
             let losses = options.losses.join(", ");
             return Err(Error::unknown(&format!("option of {losses}:"), unknown, known()));
         }
         if options.weighting && terms.iter().any(|t| t.loss.needs.whole_batch) {
-            return Err(Error::input("weights of pairs have no meaning for a loss over the whole batch")
+            return Err(Error::input("weights of examples have no meaning for a loss over the whole batch")
                 .at("--use-weighting")
-                .help("leave it out, or choose a loss over pairs such as sigmoid"));
+                .help("leave it out, or choose a loss over single examples such as sigmoid"));
         }
         let default_beta = || terms[0].loss.options.iter().find(|o| o.name == "beta")?.default.as_f64();
         let stated = options.options.get("beta").and_then(Value::as_f64);
         let beta = stated.or_else(|| terms.first().and_then(|_| default_beta())).unwrap_or(0.1);
-        Ok(Objective { ld_alpha: options.ld_alpha.map(|a| a as f32), weighting: options.weighting, beta, terms })
+        let ld_alpha = options.ld_alpha.map(|a| a as f32);
+        let objective = Objective { ld_alpha, weighting: options.weighting, beta, terms };
+        objective.wanted()?;
+        Ok(objective)
     }
 
-    /// Whether a pair's loss depends on the other pairs of its step.
+    /// The examples that all of its losses take.
+    ///
+    /// # Errors
+    /// Losses that take different numbers of answers.
+    pub fn wanted(&self) -> Result<Wanted> {
+        let mut wanted = Wanted::default();
+        for (i, Term { loss, .. }) in self.terms.iter().enumerate() {
+            let answers = match (wanted.answers, loss.needs.answers) {
+                (_, own) if i == 0 => own,
+                (before, own) if before == own => own,
+                // A ranking of two is a pair.
+                (Answers::Pair, Answers::Ranked) | (Answers::Ranked, Answers::Pair) => Answers::Pair,
+                (before, own) => {
+                    let (before, own) = (before.describe(), own.describe());
+                    return Err(Error::input(format!("'{}' takes {before}, '{}' takes {own}", wanted.loss, loss.name))
+                        .at("--loss")
+                        .help(
+                            "a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes",
+                        ));
+                }
+            };
+            if i == 0 || answers == loss.needs.answers {
+                wanted = Wanted { answers, loss: loss.name.clone() };
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Whether an example's loss depends on the other examples of its step.
     pub fn whole_batch(&self) -> bool {
         self.terms.iter().any(|t| t.loss.needs.whole_batch)
     }
@@ -134,83 +182,118 @@ impl<'r> Objective<'r> {
         self.terms.iter_mut().zip(states).for_each(|(t, s)| t.state = s);
     }
 
-    /// Loss, derivatives and metrics of some pairs of a step. `learn` keeps the states that losses leave.
-    pub fn eval(&mut self, logps: Logps<'_>, totals: Totals, learn: bool) -> Result<Evaluated> {
-        let zeros = vec![0.0; logps.policy.len()];
-        let reference = if logps.reference.is_empty() { &zeros } else { logps.reference };
-        let weights = token_weights(logps.answers, self.ld_alpha);
-        let spans = spans(logps.answers);
-        let slopes = vec![0.0; logps.policy.len()];
-        let mut all = Evaluated { loss: 0.0, slopes, pairs: Vec::new(), remembers: false };
+    /// Loss, derivatives and metrics of some examples of a step. A loss that is not finite has no derivatives: the step is the
+    /// caller's to skip. `learn` keeps the states that losses leave.
+    ///
+    /// # Errors
+    /// What a plugin refuses.
+    pub fn eval(
+        &mut self,
+        examples: &[&Example],
+        policy: &AnswerLogProbs,
+        reference: Option<&AnswerLogProbs>,
+        totals: Totals,
+        learn: bool,
+    ) -> Result<Evaluated> {
+        let zeros = AnswerLogProbs::zeros(policy.offsets.clone());
+        let reference = reference.unwrap_or(&zeros);
+        let weights = token_weights(examples, self.ld_alpha);
+        let offsets = &policy.offsets;
         let importance: Vec<f64> =
-            spans.iter().map(|s| if self.weighting { weighting(logps, s) } else { 1.0 }).collect();
-        all.pairs = spans.iter().map(|s| PairMetrics::of(s, logps.policy, reference, &weights, self.beta)).collect();
-        if logps.policy.iter().chain(reference).any(|l| !l.is_finite()) {
-            // No loss is asked about numbers that are none; the step is the caller's to skip.
+            (0..examples.len()).map(|e| if self.weighting { weighting(examples, policy, e) } else { 1.0 }).collect();
+        let of = |e: usize| ExampleMetrics::of(examples[e], offsets.answers(e), policy, reference, &weights, self.beta);
+        let mut all = Evaluated {
+            loss: 0.0,
+            dlogps: vec![0.0; policy.logps.len()],
+            examples: (0..examples.len()).map(of).collect(),
+            remembers: false,
+        };
+        if policy.logps.iter().chain(&reference.logps).any(|l| !l.is_finite()) {
+            // No loss is asked about what is not finite.
             return Ok(Evaluated { loss: f64::NAN, ..all });
         }
-        if logps.answers.is_empty() {
+        if examples.is_empty() {
             return Ok(all);
         }
         for term in &mut self.terms {
-            // The one statistic on offer; the registry has refused any other name.
-            let wants = term.loss.needs.statistics.len();
-            let answer = |span: &Range<usize>| RawAnswer {
-                policy: logps.policy[span.clone()].into(),
-                reference: reference[span.clone()].into(),
-                weights: weights[span.clone()].into(),
-                statistics: std::array::from_fn::<_, MAX_STATISTICS, _>(|i| {
-                    if i < wants { logps.log_sum_sq[span.clone()].into() } else { [].as_slice().into() }
-                }),
+            let names = &term.loss.needs.statistics;
+            let mut of_policy: [&[f32]; MAX_STATISTICS] = [&[]; MAX_STATISTICS];
+            let mut of_reference = of_policy;
+            for ((own, other), name) in of_policy.iter_mut().zip(&mut of_reference).zip(names) {
+                (*own, *other) = (statistic(policy, name)?, statistic(reference, name)?);
+            }
+            let raw = |e: usize| {
+                let answers = examples[e].answers().iter().zip(offsets.answers(e));
+                answers.map(|(answer, at)| RawAnswer {
+                    policy: policy.logps[at.clone()].into(),
+                    reference: reference.logps[at.clone()].into(),
+                    weights: weights[at.clone()].into(),
+                    statistics: of_policy.map(|flat| part(flat, &at).into()),
+                    reference_statistics: of_reference.map(|flat| part(flat, &at).into()),
+                    label: answer.label,
+                    detached: answer.detached,
+                })
             };
-            let pair = |s: &[Range<usize>; 2]| RawPair { chosen: answer(&s[0]), rejected: answer(&s[1]) };
-            let pairs: Vec<RawPair<'_>> = spans.iter().map(pair).collect();
-            let call = LossCall {
-                options: &term.options,
-                pairs: &pairs,
-                step_pairs: totals.pairs,
-                step_tokens: totals.tokens,
-                state: &term.state,
-            };
+            let answers: Vec<Vec<RawAnswer<'_>>> = (0..examples.len()).map(|e| raw(e).collect()).collect();
+            let raw: Vec<RawExample<'_>> =
+                answers.iter().map(|a| RawExample { answers: a.as_slice().into() }).collect();
+            let call = LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
             let result = term.loss.eval(&call)?;
-            let scale = term.weight / totals.pairs as f64;
+            let scale = term.weight / totals.examples as f64;
             all.loss += result.losses.iter().zip(&importance).map(|(l, w)| l * w * scale).sum::<f64>();
-            for (span, importance) in spans.iter().zip(&importance) {
-                let whole = span[0].start..span[1].end;
-                let own = all.slopes[whole.clone()].iter_mut().zip(&result.slopes[whole]);
-                own.for_each(|(to, slope)| *to += slope * (scale * importance) as f32);
+            for (e, importance) in importance.iter().enumerate() {
+                let whole = offsets.example(e);
+                let own = all.dlogps[whole.clone()].iter_mut().zip(&result.grad[whole.clone()]);
+                own.for_each(|(to, grad)| *to += grad * (scale * importance) as f32);
+                let finite = result.losses[e].is_finite() && all.dlogps[whole].iter().all(|d| d.is_finite());
+                all.examples[e].finite &= finite;
             }
             all.remembers |= !result.state.is_empty();
             if learn {
                 term.state = result.state;
             }
         }
+        for (e, example) in examples.iter().enumerate() {
+            let detached = example.answers().iter().zip(offsets.answers(e)).filter(|(answer, _)| answer.detached);
+            detached.for_each(|(_, at)| all.dlogps[at].fill(0.0));
+        }
+        if all.examples.iter().any(|e| !e.finite) {
+            all.dlogps.fill(0.0);
+            return Ok(Evaluated { loss: f64::NAN, ..all });
+        }
         Ok(all)
     }
 }
 
-/// Ranges of every pair's chosen and rejected tokens in a flat buffer.
-pub(super) fn spans(answers: &[[usize; 2]]) -> Vec<[Range<usize>; 2]> {
-    let mut at = 0;
-    let mut take = |n: usize| {
-        at += n;
-        at - n..at
-    };
-    answers.iter().map(|[c, r]| [take(*c), take(*r)]).collect()
+fn statistic<'a>(of: &'a AnswerLogProbs, name: &str) -> Result<&'a [f32]> {
+    let found = of.statistics.get(name).map(Vec::as_slice);
+    found.ok_or_else(|| Error::run(format!("the statistic '{name}' was not computed")))
 }
 
-/// 1, or LD-DPO's alpha for tokens beyond the length of the shorter answer.
-fn token_weights(answers: &[[usize; 2]], ld_alpha: Option<f32>) -> Vec<f32> {
+/// An answer's part of a statistic; nothing of one that was not asked for.
+fn part<'a>(flat: &'a [f32], at: &Range<usize>) -> &'a [f32] {
+    flat.get(at.clone()).unwrap_or_default()
+}
+
+/// 1, or LD-DPO's alpha for tokens beyond the length of the shortest answer.
+fn token_weights(examples: &[&Example], ld_alpha: Option<f32>) -> Vec<f32> {
     let alpha = ld_alpha.unwrap_or(1.0);
-    let of = |own: usize, other: usize| (0..own).map(move |i| if i < other { 1.0 } else { alpha });
-    answers.iter().flat_map(|[c, r]| of(*c, *r).chain(of(*r, *c))).collect()
+    let of = |example: &&Example| {
+        let shortest = example.learned().iter().map(|a| a.ids.len()).min().unwrap_or(0);
+        let weight = move |i: usize| if i < shortest { 1.0 } else { alpha };
+        example.answers().iter().flat_map(|a| (0..a.ids.len()).map(weight)).collect::<Vec<f32>>()
+    };
+    examples.iter().flat_map(of).collect()
 }
 
-/// WPO's weight of a pair: for both answers `exp(mean(logp - ln Σ p²))`, multiplied; no gradient flows through it.
-fn weighting(logps: Logps<'_>, span: &[Range<usize>; 2]) -> f64 {
-    let mean = |s: &Range<usize>| {
-        let tokens = logps.policy[s.clone()].iter().zip(&logps.log_sum_sq[s.clone()]);
-        tokens.map(|(l, q)| f64::from(l - q)).sum::<f64>() / s.len().max(1) as f64
+/// WPO's weight of an example: for each of its answers `exp(mean(logp - ln Σ p²))`, multiplied; no gradient flows through it.
+fn weighting(examples: &[&Example], policy: &AnswerLogProbs, example: usize) -> f64 {
+    let squares = policy.statistics.get("log_sum_sq_probs").map_or(&[][..], Vec::as_slice);
+    let mean = |at: Range<usize>| {
+        let count = at.len().max(1) as f64;
+        let tokens = policy.logps[at.clone()].iter().zip(&squares[at]);
+        tokens.map(|(l, q)| f64::from(l - q)).sum::<f64>() / count
     };
-    (mean(&span[0]) + mean(&span[1])).exp()
+    let answers = policy.offsets.answers(example).take(examples[example].learned().len());
+    answers.map(mean).sum::<f64>().exp()
 }

@@ -1,4 +1,4 @@
-//! Log-probs under the reference: the adapter as it was at the start. They are computed once, before the first step, and
+//! Log-probs and statistics under the reference: the adapter as it was at the start. They are computed once, before the first step, and
 //! kept on disk under a hash of everything they depend on, so that further epochs and runs read them.
 
 use std::path::PathBuf;
@@ -6,82 +6,85 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::step::score;
-use dpo_core::batch::answer_tokens;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::Result;
+use dpo_core::example::Example;
 use dpo_core::files;
-use dpo_core::pair::TokenPair;
+use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
+use dpo_core::ops::lm_head::STATISTICS;
 use dpo_ranks::Ranks;
 
 /// Changed whenever the same inputs would give other numbers or another file.
-const FORMAT: &str = "reference log-probs 1";
+const FORMAT: &str = "reference log-probs 2";
 
-/// Log-probs of every pair's answer tokens under the reference.
+/// Log-probs of every example's answer tokens under the reference, with their statistics.
 pub struct Reference {
-    /// Of every pair: chosen tokens, then rejected ones. Empty where no loss reads them.
-    pairs: Vec<Vec<f32>>,
+    /// `None` where no loss reads them.
+    logps: Option<AnswerLogProbs>,
 }
 
 impl Reference {
     /// For objectives without one.
     pub fn none() -> Reference {
-        Reference { pairs: Vec::new() }
+        Reference { logps: None }
     }
 
     /// Reads or computes, each rank its share. `model` identifies weights and config; `done` is told how many further
-    /// pairs are ready here. Rank 0 has the cache, whose bytes do not depend on the number of ranks.
+    /// examples are ready here. Rank 0 has the cache, whose bytes do not depend on the number of ranks.
     pub fn of(
         ranks: &mut Ranks,
         device: &mut dyn Device,
         model: &str,
-        pairs: &[TokenPair],
+        examples: &[Example],
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
-        let lengths: Vec<usize> = pairs.iter().map(answer_tokens).collect();
-        let expected: usize = lengths.iter().sum();
-        let path = ranks.is_first().then(|| cache_file(device, model, pairs));
+        let offsets = AnswerOffsets::of(examples);
+        let path = ranks.is_first().then(|| cache_file(device, model, examples));
         let cached = path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
-        let cached = Some(ranks.broadcast(cached)?).filter(|bytes| bytes.len() == expected * 4);
-        let flat: Vec<f32> = match cached {
-            Some(bytes) => {
-                done(pairs.len());
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        let cached: Vec<f32> = ranks.broadcast(cached)?.chunks_exact(4).map(f32_of).collect();
+        let logps = match AnswerLogProbs::from_values(offsets, &cached) {
+            Some(logps) => {
+                done(examples.len());
+                logps
             }
             None => {
-                let all: Vec<&TokenPair> = pairs.iter().collect();
-                let scores = score(ranks, device, &all, done)?;
+                let logps = score(ranks, device, &examples.iter().collect::<Vec<_>>(), done)?;
                 // A cache that cannot be written costs time in the next run, not this run.
-                if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&scores.logps))) {
+                if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&logps.values()))) {
                     console::warning(Remark::because("reference log-probs are not cached", &e));
                 }
-                scores.logps
+                logps
             }
         };
-        let mut rest = flat.as_slice();
-        let pairs = lengths.into_iter().map(|n| {
-            let (own, after) = rest.split_at(n);
-            rest = after;
-            own.to_vec()
-        });
-        Ok(Reference { pairs: pairs.collect() })
+        Ok(Reference { logps: Some(logps) })
     }
 
-    /// Log-probs of some pairs, flat; empty where there is no reference.
-    pub fn gather(&self, pairs: impl Iterator<Item = usize>) -> Vec<f32> {
-        if self.pairs.is_empty() { Vec::new() } else { pairs.flat_map(|p| self.pairs[p].iter().copied()).collect() }
+    /// Those of some examples.
+    pub fn gather(&self, examples: &[usize]) -> Option<AnswerLogProbs> {
+        self.logps.as_ref().map(|logps| logps.gather(examples))
     }
+
+    /// Those of all examples.
+    pub(super) fn all(&self) -> Option<&AnswerLogProbs> {
+        self.logps.as_ref()
+    }
+}
+
+fn f32_of(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])
 }
 
 fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf {
+fn cache_file(device: &dyn Device, model: &str, examples: &[Example]) -> PathBuf {
     let mut hash = Sha256::new();
     let mut text = |t: &str| hash.update(format!("{}\n{t}\n", t.len()));
     text(FORMAT);
     text(env!("CARGO_PKG_VERSION"));
+    text(&STATISTICS.join(" "));
     text(&device.name());
     text(&serde_json::to_string(&device.packing()).unwrap_or_default());
     text(model);
@@ -92,12 +95,7 @@ fn cache_file(device: &dyn Device, model: &str, pairs: &[TokenPair]) -> PathBuf 
     if !adapter.changes_nothing() {
         adapter.params.iter().for_each(|p| hash.update(p.to_le_bytes()));
     }
-    for pair in pairs {
-        for ids in [&pair.prompt, &pair.chosen, &pair.rejected] {
-            hash.update((ids.len() as u64).to_le_bytes());
-            ids.iter().for_each(|id| hash.update(id.to_le_bytes()));
-        }
-    }
+    examples.iter().for_each(|e| hash.update(e.content()));
     let name: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
     files::cache_folder().join("reference").join(format!("{name}.f32"))
 }

@@ -16,14 +16,15 @@ use super::doctor::Doctor;
 use super::log::Log;
 use super::metrics::Window;
 use super::samples::Samples;
-use super::{Objective, Reference, Scores, Step, nonfinite, settings, step};
+use super::{Objective, Reference, Step, nonfinite, settings, step};
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
 use dpo_core::files;
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{Moments, clip};
-use dpo_core::pair::TokenPair;
 use dpo_page as page;
 use dpo_ranks::{Announcement, Interrupt, Ranks};
 
@@ -38,8 +39,8 @@ pub(super) struct Run<'r> {
     pub(super) base_model: String,
     pub(super) device: Box<dyn Device>,
     pub(super) objective: Objective<'r>,
-    pub(super) pairs: Vec<TokenPair>,
-    pub(super) validation: Vec<TokenPair>,
+    pub(super) examples: Vec<Example>,
+    pub(super) validation: Vec<Example>,
     pub(super) reference: Reference,
     pub(super) validation_reference: Reference,
     pub(super) steps: Steps,
@@ -145,7 +146,7 @@ impl Run<'_> {
             // What evaluations and checkpoints take does not count as slow steps.
             let pause = Instant::now();
             if self.done.is_multiple_of(eval_steps.max(1)) || last {
-                let (line, scores) = self.evaluate()?;
+                let (line, logps) = self.evaluate()?;
                 if let Some(log) = &mut log {
                     if let Some(line) = line {
                         log.write(&line, warn);
@@ -155,7 +156,7 @@ impl Run<'_> {
                             log.remark(self.done, "doctor", &what);
                         }
                     }
-                    log.samples(&self.samples.line(self.done, &scores), warn);
+                    log.samples(&self.samples.line(self.done, &logps), warn);
                 }
             }
             let signal = interrupt.on_any(self.ranks)?.filter(|_| !last);
@@ -194,7 +195,7 @@ impl Run<'_> {
     fn skip(&mut self, step: &Step, norm: f64) -> Result<Remark> {
         self.skipped += 1;
         let worst = nonfinite::culprit(self.ranks, step)?;
-        let place = self.next_pairs().get(worst).map(|pair| self.pairs[*pair].place.clone()).unwrap_or_default();
+        let place = self.next_examples().get(worst).map(|e| self.examples[*e].place.clone()).unwrap_or_default();
         let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
         match self.skipped {
             nonfinite::LIMIT.. => Err(nonfinite::end(&what, &place)),
@@ -209,17 +210,18 @@ impl Run<'_> {
 
     /// Leaves the gradient of the next step on the device; returns its loss and its unique tokens.
     fn gradient(&mut self) -> Result<(Step, usize)> {
-        let chosen = self.next_pairs();
-        let pairs: Vec<&TokenPair> = chosen.iter().map(|i| &self.pairs[*i]).collect();
-        let reference = self.reference.gather(chosen.iter().copied());
-        let step = step::gradient(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
-        Ok((step, pairs.iter().map(|p| p.prompt.len() + p.chosen.len() + p.rejected.len()).sum()))
+        let next = self.next_examples();
+        let examples: Vec<&Example> = next.iter().map(|i| &self.examples[*i]).collect();
+        let reference = self.reference.gather(&next);
+        let step =
+            step::gradient(self.ranks, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref())?;
+        Ok((step, examples.iter().map(|e| e.unique_tokens()).sum()))
     }
 
-    /// The pairs of the next step.
-    fn next_pairs(&self) -> Vec<usize> {
+    /// The examples of the next step.
+    fn next_examples(&self) -> Vec<usize> {
         let (epoch, at) = (self.done / self.steps.per_epoch, (self.done % self.steps.per_epoch) as usize);
-        let order = order(self.pairs.len(), self.config.data.shuffle, self.config.data.seed, epoch);
+        let order = order(self.examples.len(), self.config.data.shuffle, self.config.data.seed, epoch);
         let first = at * self.config.optimizer.batch_size;
         order[first..(first + self.config.optimizer.batch_size).min(order.len())].to_vec()
     }
@@ -237,19 +239,20 @@ impl Run<'_> {
         Map::from_iter([("global_step".to_owned(), json!(self.done)), ("epoch".to_owned(), json!(epoch))])
     }
 
-    /// A line about the validation pairs, where there are any, and log-probs that begin with those of the samples.
-    fn evaluate(&mut self) -> Result<(Option<Map<String, Value>>, Scores)> {
+    /// A line about the validation examples, where there are any, and log-probs that begin with those of the samples.
+    fn evaluate(&mut self) -> Result<(Option<Map<String, Value>>, AnswerLogProbs)> {
         if self.validation.is_empty() {
-            return Ok((None, self.samples.score(self.ranks, self.device.as_mut(), &self.pairs)?));
+            return Ok((None, self.samples.score(self.ranks, self.device.as_mut(), &self.examples)?));
         }
-        let pairs: Vec<&TokenPair> = self.validation.iter().collect();
-        let reference = self.validation_reference.gather(0..pairs.len());
-        let (step, scores) = step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &pairs, &reference)?;
+        let examples: Vec<&Example> = self.validation.iter().collect();
+        let reference = self.validation_reference.all();
+        let (step, logps) =
+            step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &examples, reference)?;
         let mut window = Window::default();
         window.add(step.loss, step.sums, 0);
         let mut line = self.place();
         line.extend(window.means("eval_"));
-        Ok((Some(line), scores))
+        Ok((Some(line), logps))
     }
 
     /// Every rank has what rank 0 is about to save.
@@ -279,9 +282,9 @@ impl Run<'_> {
     }
 }
 
-/// The order of pairs in an epoch; the same for the same seed, wherever a run begins.
-fn order(pairs: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..pairs).collect();
+/// The order of examples in an epoch; the same for the same seed, wherever a run begins.
+fn order(examples: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..examples).collect();
     if shuffle {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(epoch + 1);
@@ -308,7 +311,13 @@ fn show(bar: &ProgressBar, line: &Map<String, Value>) {
     let step = number("global_step").unwrap_or(0.0);
     let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
     let kind = if line.contains_key("eval_loss") { "evaluation" } else { "step" };
-    let text = format!("loss {loss:.4} margin {margin:.3} accuracy {accuracy:.2}{speed}");
+    // Examples of one answer have nothing that is compared.
+    let compared = if line.keys().any(|k| k.ends_with("rewards/margins")) {
+        format!(" margin {margin:.3} accuracy {accuracy:.2}")
+    } else {
+        String::new()
+    };
+    let text = format!("loss {loss:.4}{compared}{speed}");
     console::event(kind, line);
     if kind == "step" && !bar.is_hidden() {
         bar.set_message(text);

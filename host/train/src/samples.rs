@@ -1,53 +1,58 @@
-//! A few pairs that are looked at token by token: what the model thought of every token of both answers at the start, and
+//! A few examples that are looked at token by token: what the model thought of every token of their answers at the start, and
 //! what it thinks now. The log-probs are those of an evaluation that takes place anyway; where there is none, a pass over
-//! these few pairs in its place.
+//! these few examples in its place.
 
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::reference::Reference;
-use super::step::{Scores, score};
+use super::step::score;
 use dpo_core::device::Device;
 use dpo_core::error::Result;
-use dpo_core::pair::TokenPair;
+use dpo_core::example::{Example, answer_name};
+use dpo_core::logprobs::AnswerLogProbs;
 use dpo_data::{ChatTokenizer, report::shortened};
 use dpo_ranks::Ranks;
 
-/// Pairs that are looked at, and tokens of an answer that are shown: the file stays small however long a run is.
-const PAIRS: usize = 4;
+/// Examples that are looked at, and tokens of an answer that are shown: the file stays small however long a run is.
+const EXAMPLES: usize = 4;
 const TOKENS: usize = 256;
 
-/// Pairs at the head of the validation pairs, or of those that are trained on.
+/// Examples at the head of the validation examples, or of those that are trained on.
 pub(super) struct Samples {
     count: usize,
     start: Map<String, Value>,
 }
 
 impl Samples {
-    /// The first of some pairs, with their log-probs at the start: the reference's, or where the loss reads none, computed
+    /// The first of some examples, with their log-probs at the start: the reference's, or where the loss reads none, computed
     /// here. The device has the adapter of the start.
     pub(super) fn take(
         ranks: &mut Ranks,
         device: &mut dyn Device,
         tokenizer: &ChatTokenizer,
-        pairs: &[TokenPair],
+        examples: &[Example],
         reference: &Reference,
     ) -> Result<Samples> {
-        let first: Vec<&TokenPair> = pairs.iter().take(PAIRS).collect();
-        let known = reference.gather(0..first.len());
-        let scores = match known.is_empty() {
-            true => score(ranks, device, &first, |_| {})?,
-            false => Scores::of(&first, known),
+        let first: Vec<&Example> = examples.iter().take(EXAMPLES).collect();
+        let logps = match reference.gather(&(0..first.len()).collect::<Vec<_>>()) {
+            None => score(ranks, device, &first, |_| {})?,
+            Some(known) => known,
         };
-        let mut start = line(0, &scores, first.len());
-        start.insert("pairs".into(), first.iter().map(|pair| described(pair, tokenizer)).collect());
+        let mut start = line(0, &logps, first.len());
+        start.insert("examples".into(), first.iter().map(|example| described(example, tokenizer)).collect());
         Ok(Samples { count: first.len(), start })
     }
 
     /// Log-probs now.
-    pub(super) fn score(&self, ranks: &mut Ranks, device: &mut dyn Device, pairs: &[TokenPair]) -> Result<Scores> {
-        score(ranks, device, &pairs.iter().take(self.count).collect::<Vec<_>>(), |_| {})
+    pub(super) fn score(
+        &self,
+        ranks: &mut Ranks,
+        device: &mut dyn Device,
+        examples: &[Example],
+    ) -> Result<AnswerLogProbs> {
+        score(ranks, device, &examples.iter().take(self.count).collect::<Vec<_>>(), |_| {})
     }
 
     /// The first line of `samples.jsonl`: texts, and log-probs at the start.
@@ -56,41 +61,39 @@ impl Samples {
     }
 
     /// A further line, of log-probs that begin with those of the samples.
-    pub(super) fn line(&self, step: u64, scores: &Scores) -> Map<String, Value> {
-        line(step, scores, self.count)
+    pub(super) fn line(&self, step: u64, logps: &AnswerLogProbs) -> Map<String, Value> {
+        line(step, logps, self.count)
     }
 }
 
-/// Log-probs of the tokens shown, and the sum over all, of both answers of every pair.
-fn line(step: u64, scores: &Scores, count: usize) -> Map<String, Value> {
-    let mut rest = scores.logps.as_slice();
-    let mut answer = |tokens: usize| {
-        let (own, after) = rest.split_at(tokens.min(rest.len()));
-        rest = after;
-        // Four digits are more than can be seen.
-        let short = |value: f64| (value * 1e4).round() / 1e4;
+/// Log-probs of the tokens shown, and the sum over all, of every answer of every example.
+fn line(step: u64, logps: &AnswerLogProbs, count: usize) -> Map<String, Value> {
+    // Four digits are more than can be seen.
+    let short = |value: f64| (value * 1e4).round() / 1e4;
+    let answer = |own: &[f32]| {
         let sum = short(own.iter().map(|l| f64::from(*l)).sum());
-        let logps: Vec<f64> = own.iter().take(TOKENS).map(|l| short(f64::from(*l))).collect();
-        json!({"logps": logps, "sum": sum})
+        let shown: Vec<f64> = own.iter().take(TOKENS).map(|l| short(f64::from(*l))).collect();
+        json!({"logps": shown, "sum": sum})
     };
-    let answers = scores.answers.iter().take(count);
-    let scores: Vec<Value> = answers.map(|[c, r]| json!({"chosen": answer(*c), "rejected": answer(*r)})).collect();
+    let of = |example| logps.offsets.answers(example).map(|at| answer(&logps.logps[at])).collect::<Vec<Value>>();
+    let scores: Vec<Vec<Value>> = (0..count).map(of).collect();
     Map::from_iter([("global_step".to_owned(), json!(step)), ("scores".to_owned(), json!(scores))])
 }
 
-/// A pair's texts; of the answers token by token, those that have a log-prob.
-fn described(pair: &TokenPair, tokenizer: &ChatTokenizer) -> Value {
-    let place = Path::new(&pair.place).file_name().map_or(pair.place.clone(), |n| n.to_string_lossy().into_owned());
-    let unpredicted = usize::from(pair.prompt.is_empty());
-    let answer = |ids: &[u32]| {
-        let shown = pieces(&ids[..ids.len().min(TOKENS + unpredicted)], tokenizer);
-        json!({"tokens": shown[unpredicted.min(shown.len())..], "more": ids.len().saturating_sub(TOKENS + unpredicted)})
+/// An example's texts; of the answers token by token.
+fn described(example: &Example, tokenizer: &ChatTokenizer) -> Value {
+    let place =
+        Path::new(&example.place).file_name().map_or(example.place.clone(), |n| n.to_string_lossy().into_owned());
+    let answers = example.answers();
+    let answer = |(i, ids): (usize, &[u32])| {
+        let shown = pieces(&ids[..ids.len().min(TOKENS)], tokenizer);
+        let name = answer_name(i, answers.len());
+        json!({"name": name, "tokens": shown, "more": ids.len().saturating_sub(TOKENS)})
     };
     json!({
         "place": place,
-        "prompt": shortened(&tokenizer.decode(&pair.prompt, true)),
-        "chosen": answer(&pair.chosen),
-        "rejected": answer(&pair.rejected),
+        "prompt": shortened(&tokenizer.decode(example.prompt(), true)),
+        "answers": answers.iter().map(|a| a.ids.as_slice()).enumerate().map(answer).collect::<Vec<Value>>(),
     })
 }
 

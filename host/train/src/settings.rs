@@ -7,8 +7,8 @@ use sha2::{Digest, Sha256};
 
 use super::manifest::hex;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
 use dpo_core::lora::Adapter;
-use dpo_core::pair::TokenPair;
 
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
 /// `adapter` by content.
@@ -53,7 +53,7 @@ pub(super) fn decisive(
     flags: &Map<String, Value>,
     model: &str,
     adapter: &Adapter,
-    pairs: &[TokenPair],
+    examples: &[Example],
 ) -> Map<String, Value> {
     let mut flags = flags.clone();
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
@@ -62,14 +62,10 @@ pub(super) fn decisive(
     flags.insert("use_rslora".into(), json!(adapter.config.rslora));
     let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
-    let mut ids = Vec::new();
-    for part in pairs.iter().flat_map(|p| [&p.prompt, &p.chosen, &p.rejected]) {
-        ids.extend((part.len() as u64).to_le_bytes());
-        ids.extend(part.iter().flat_map(|id| id.to_le_bytes()));
-    }
+    let content: Vec<u8> = examples.iter().flat_map(Example::content).collect();
     let contents = [
         ("the model", short(model.as_bytes())),
-        ("the data", format!("{} pairs, {}", pairs.len(), short(&ids))),
+        ("the data", format!("{} examples, {}", examples.len(), short(&content))),
         ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
         ("the adapter at the start", short(&params)),
     ];

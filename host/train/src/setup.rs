@@ -7,11 +7,11 @@ use dpo_core::backend::{Backend, Workload};
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::Example;
 use dpo_core::lora::{Adapter, AdapterConfig, read_config};
-use dpo_core::pair::TokenPair;
 use dpo_core::plan::Packing;
 use dpo_core::weights::Checkpoint;
-use dpo_data::{self as data, ChatTokenizer, Report};
+use dpo_data::{self as data, ChatTokenizer, Report, Wanted};
 use dpo_generate::Generator;
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
@@ -57,29 +57,30 @@ pub fn train(
     });
     let adapter = starting_adapter(&model, &config)?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
-    let Data { pairs, validation, report } = Data::load(registry, &config, &model, &tokenizer)?;
+    let wanted = objective.wanted()?;
+    let Data { examples, validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
     let checkpoint = Checkpoint::open(&folder)?;
     checkpoint.refuse_extra(&model.graph)?;
     console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
     let content = format!("{}{}", checkpoint.content()?, model.config);
-    let mut settings = settings::decisive(&config.flags, &content, &adapter, &pairs);
+    let mut settings = settings::decisive(&config.flags, &content, &adapter, &examples);
     if let Some(folder) = &resumed {
         // Before weights are loaded and references computed.
         settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
     }
     config.memory.packing = ranks.first(|| packing_before(&output, resumed.as_deref()))?;
     let (family, graph) = (model.family.name.clone(), model.graph);
-    let workload = Workload::of(pairs.iter().chain(&validation));
+    let workload = Workload::of(examples.iter().chain(&validation));
     let mut device = backend.trainer(ranks, graph, &checkpoint, adapter, workload, config.memory)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     let [reference, validation_reference] =
-        references(ranks, device.as_mut(), &objective, &identity, [&pairs, &validation])?;
+        references(ranks, device.as_mut(), &objective, &identity, [&examples, &validation])?;
     let (seen, seen_reference) =
-        if validation.is_empty() { (&pairs, &reference) } else { (&validation, &validation_reference) };
+        if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
     let samples = Samples::take(ranks, device.as_mut(), &tokenizer, seen, seen_reference)?;
-    let steps = config.optimizer.steps(pairs.len());
+    let steps = config.optimizer.steps(examples.len());
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": folder.display().to_string(),
@@ -87,8 +88,8 @@ pub fn train(
         "parameters": device.adapter().params.len(),
         "device": device.name(),
         "ranks": ranks.size(),
-        "pairs": pairs.len(),
-        "validation_pairs": validation.len(),
+        "examples": examples.len(),
+        "validation_examples": validation.len(),
         "total_steps": steps.total,
         "data": report,
         "data_line": report.line(),
@@ -101,7 +102,7 @@ pub fn train(
         output,
         device,
         objective,
-        pairs,
+        examples,
         validation,
         reference,
         validation_reference,
@@ -136,49 +137,55 @@ fn packing_before(output: &Path, resumed: Option<&Path>) -> Result<Option<Packin
 
 /// The examples of a run.
 struct Data {
-    pairs: Vec<TokenPair>,
-    validation: Vec<TokenPair>,
+    examples: Vec<Example>,
+    validation: Vec<Example>,
     report: Report,
 }
 
 impl Data {
-    fn load(registry: &Registry, config: &TrainConfig, model: &Model<'_>, tokenizer: &ChatTokenizer) -> Result<Data> {
+    fn load(
+        registry: &Registry,
+        config: &TrainConfig,
+        wanted: &Wanted,
+        model: &Model<'_>,
+        tokenizer: &ChatTokenizer,
+    ) -> Result<Data> {
         let load = |paths: &[String]| {
-            let dataset = data::load(&config.rows(paths, model.graph.max_positions), registry, tokenizer)?;
-            refuse_foreign_tokens(&dataset.pairs, model.graph.vocab_size)?;
+            let dataset = data::load(&config.rows(paths, model.graph.max_positions, wanted), registry, tokenizer)?;
+            refuse_foreign_tokens(&dataset.examples, model.graph.vocab_size)?;
             Ok::<_, Error>(dataset)
         };
         let dataset = load(&config.dataset)?;
         console::line(format!("model       {} ({})", model.folder.display(), model.family.name));
         console::line(format!("data        {}", dataset.report.line()));
-        let (pairs, validation) = match config.val_dataset.as_slice() {
-            [] => data::split(dataset.pairs, config.split_dataset_ratio, config.data.seed),
-            paths => (dataset.pairs, load(paths)?.pairs),
+        let (examples, validation) = match config.val_dataset.as_slice() {
+            [] => data::split(dataset.examples, config.split_dataset_ratio, config.data.seed),
+            paths => (dataset.examples, load(paths)?.examples),
         };
-        warn_of_overlap(&pairs, &validation);
-        if pairs.is_empty() {
-            return Err(Error::input("the split leaves no pair to train on")
+        warn_of_overlap(&examples, &validation);
+        if examples.is_empty() {
+            return Err(Error::input("the split leaves no example to train on")
                 .at("--split-dataset-ratio")
                 .help("lower it, or add rows"));
         }
-        Ok(Data { pairs, validation, report: dataset.report })
+        Ok(Data { examples, validation, report: dataset.report })
     }
 }
 
-/// Log-probs under the reference, of training and validation pairs, where a loss reads them.
+/// Log-probs under the reference, of training and validation examples, where a loss reads them.
 fn references(
     ranks: &mut Ranks,
     device: &mut dyn Device,
     objective: &Objective<'_>,
     identity: &str,
-    pairs: [&Vec<TokenPair>; 2],
+    examples: [&Vec<Example>; 2],
 ) -> Result<[Reference; 2]> {
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
-        for (reference, pairs) in references.iter_mut().zip(pairs) {
-            let own = pairs.len().div_ceil(ranks.size()) as u64;
-            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} pairs {eta} left");
-            *reference = Reference::of(ranks, device, identity, pairs, |n| bar.inc(n as u64))?;
+        for (reference, examples) in references.iter_mut().zip(examples) {
+            let own = examples.len().div_ceil(ranks.size()) as u64;
+            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
+            *reference = Reference::of(ranks, device, identity, examples, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
@@ -192,7 +199,7 @@ fn agree_on(ranks: &mut Ranks, settings: &Map<String, Value>) -> Result<()> {
 
 /// What follows the last step: answers for the report, where they cost little, and what can be done with the adapter.
 fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &dyn Backend) -> Result<PathBuf> {
-    let Run { ranks, config, output, device, pairs, validation, done, .. } = run;
+    let Run { ranks, config, output, device, examples, validation, done, .. } = run;
     let adapter = output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
     // The base is what a continued adapter was before it was an adapter, not before this run.
@@ -201,13 +208,13 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         let adapter = device.adapter().clone();
         // A GPU may not have room for the model twice.
         drop(device);
-        let pairs = if validation.is_empty() { &pairs } else { &validation };
+        let examples = if validation.is_empty() { &examples } else { &validation };
         let generator = || {
             let folder = model::locate(&config.model, Need::Weights)?;
             let model = Model::open(registry, &folder, config.plugin.as_deref())?;
             Generator::open(&model, Some(adapter), backend, config.memory.limit)
         };
-        let written = generator().and_then(|generator| before_after::write(generator, pairs, &output));
+        let written = generator().and_then(|generator| before_after::write(generator, examples, &output));
         written.unwrap_or_else(|e| console::warning(Remark::because("the report has no answers", &e)));
     }
     let trained = config.val_dataset.is_empty();
@@ -261,12 +268,12 @@ fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> 
     }
 }
 
-/// An evaluation of pairs that are trained on says that a model learns, not what it learned.
-fn warn_of_overlap(pairs: &[TokenPair], validation: &[TokenPair]) {
-    let trained: HashSet<_> = pairs.iter().map(|p| (&p.prompt, &p.chosen, &p.rejected)).collect();
-    let shared = validation.iter().filter(|p| trained.contains(&(&p.prompt, &p.chosen, &p.rejected))).count();
+/// An evaluation of examples that are trained on says that a model learns, not what it learned.
+fn warn_of_overlap(examples: &[Example], validation: &[Example]) {
+    let trained: HashSet<Vec<u8>> = examples.iter().map(Example::content).collect();
+    let shared = validation.iter().filter(|e| trained.contains(&e.content())).count();
     if shared > 0 {
-        let what = format!("{shared} of {} validation pairs are trained on as well", validation.len());
+        let what = format!("{shared} of {} validation examples are trained on as well", validation.len());
         console::warning(
             Remark::from(what)
                 .help("evaluate on other rows, or hold some out from training with --split-dataset-ratio 0.1"),
@@ -275,11 +282,11 @@ fn warn_of_overlap(pairs: &[TokenPair], validation: &[TokenPair]) {
 }
 
 /// A token id beyond the projection would read other memory's row.
-fn refuse_foreign_tokens(pairs: &[TokenPair], vocab: usize) -> Result<()> {
-    let ids = |p: &TokenPair| p.prompt.iter().chain(&p.chosen).chain(&p.rejected).copied().max().unwrap_or(0);
-    match pairs.iter().find(|p| ids(p) as usize >= vocab) {
-        Some(pair) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", ids(pair)))
-            .at(&pair.place)
+fn refuse_foreign_tokens(examples: &[Example], vocab: usize) -> Result<()> {
+    let most = |e: &Example| e.parts().flatten().copied().max().unwrap_or(0);
+    match examples.iter().find(|e| most(e) as usize >= vocab) {
+        Some(e) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", most(e)))
+            .at(&e.place)
             .help("the tokenizer is not this model's")),
         None => Ok(()),
     }

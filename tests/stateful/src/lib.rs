@@ -21,8 +21,8 @@ impl AlignmentLoss for Shifted {
 
     fn eval(&self, batch: &LossBatch<'_>, _: &Options, state: &mut Vec<f64>) -> Result<LossGrad> {
         let shift = state.first().copied().unwrap_or(0.0);
-        let rewards = batch.pairs.iter().map(|p| (p.chosen_ratio().value + p.rejected_ratio().value) / 2.0);
-        let mean = rewards.sum::<f64>() / batch.pairs.len() as f64;
+        let rewards = batch.pairs().into_iter().map(|p| (p.chosen_ratio().value + p.rejected_ratio().value) / 2.0);
+        let mean = rewards.sum::<f64>() / batch.examples.len() as f64;
         *state = vec![0.5 * shift + 0.5 * mean];
         let of = |p: &Pair<'_>| -(p.chosen_ratio() - shift).log_sigmoid() - (shift - p.rejected_ratio()).log_sigmoid();
         Ok(batch.each_pair(of))

@@ -1,5 +1,6 @@
 //! Rows that judge one answer: `messages` or `prompt` and `completion`, with a `label` that says whether it was liked
-//! (TRL's unpaired preference, ms-swift's and LLaMA-Factory's KTO rows). The host joins answers to the same prompt.
+//! (TRL's unpaired preference, ms-swift's and LLaMA-Factory's KTO rows). Where a loss compares answers, the host joins those to
+//! the same prompt.
 
 use dpo_plugin_api::dataset::{column, kind};
 use dpo_plugin_api::prelude::*;
@@ -40,7 +41,7 @@ impl DatasetFormat for Kto {
             }
             None => (text(column(row, "prompt")?)?, text(column(row, "completion")?)?),
         };
-        let mut record = Record::judged(prompt, answer, liked);
+        let mut record = Record::liked(prompt, answer, liked);
         record.tools = row.get("tools").filter(|v| !v.is_null()).cloned();
         Ok(vec![record])
     }
@@ -85,10 +86,11 @@ mod tests {
     }
 
     #[test]
-    fn the_label_decides_the_side() {
+    fn the_label_is_kept() {
         let row = json!({"prompt": "2 + 2 =", "completion": " 5", "label": false});
         let record = &Kto.records(row.as_object().unwrap()).unwrap()[0];
-        assert_eq!((&record.chosen, &record.rejected), (&None, &Some(Text::Plain(" 5".into()))));
+        let answer = RecordAnswer { text: Text::Plain(" 5".into()), label: 0.0, detached: false };
+        assert_eq!(record.answers, [answer]);
     }
 
     #[test]

@@ -82,8 +82,9 @@ mod tests {
         .unwrap()[0];
         let Text::Messages(prompt) = &record.prompt else { panic!("{record:?}") };
         assert_eq!(prompt.iter().map(|m| m.role.as_str()).collect::<Vec<_>>(), ["user", "assistant", "tool"]);
-        assert_eq!(record.chosen, Some(Text::Messages(vec![Message::new("assistant", "It rains.")])));
-        assert_eq!(record.rejected, Some(Text::Messages(vec![Message::new("assistant", "Sun.")])));
+        let answers: Vec<&Text> = record.answers.iter().map(|a| &a.text).collect();
+        let turn = |text: &str| Text::Messages(vec![Message::new("assistant", text)]);
+        assert_eq!(answers, [&turn("It rains."), &turn("Sun.")]);
     }
 
     #[test]

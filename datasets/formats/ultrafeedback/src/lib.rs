@@ -75,6 +75,6 @@ mod tests {
         let row = json!({"prompt": "Why?", "chosen": answer("Because."), "rejected": answer("No.")});
         let record = &UltraFeedback.records(row.as_object().unwrap()).unwrap()[0];
         let turns = vec![Message::new("user", "Why?"), Message::new("assistant", "Because.")];
-        assert_eq!(record.chosen, Some(Text::Messages(turns)));
+        assert_eq!(record.answers[0].text, Text::Messages(turns));
     }
 }

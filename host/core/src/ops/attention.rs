@@ -1,8 +1,7 @@
-//! Causal grouped-query attention over packed pairs.
+//! Causal grouped-query attention over packed examples, under the mask of [`answer_mask`](super::answer_mask).
 //!
-//! A pair lies as prompt | chosen | rejected. A token sees those of its own pair that come before it, and a rejected one
-//! sees nothing of the chosen answer, so that both answers continue the same prompt. With a window, distances are those
-//! of positions, not of places in the row.
+//! Scores are computed in blocks: some key heads with all queries, or one key head with some of them, so that no more than
+//! [`SCORES`] of them are held at once whatever the length of an example and the number of its heads.
 //!
 //! Where a text is continued, keys and values begin with those of the tokens before: there are more of them than queries.
 
@@ -11,6 +10,7 @@ use std::ops::Range;
 use candle_core::{CpuStorage, D, DType, Device, Layout, Storage, Tensor};
 use rayon::prelude::*;
 
+use super::answer_mask::AnswerMask;
 use super::product::{WORK, dot};
 use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, count, number, same};
 use crate::batch::Span;
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 
 pub(super) const OP: Op = Op {
     name: "attention",
-    formula: "softmax(scale · q · kᵀ) · v, causal within a pair, rejected does not see chosen",
+    formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other",
     inputs: 3,
     weights: &[],
     attrs: &[
@@ -47,20 +47,41 @@ pub(super) const OP: Op = Op {
     kernel: Kernel::Value { forward, vjp },
 };
 
-/// Most scores held at once: 128 MiB in f32.
-const SCORES: usize = 1 << 25;
+/// Most scores of a block: 32 MiB in f32. A single query of one key head may have more.
+const SCORES: usize = 1 << 23;
 
-/// Key heads `first..first + heads` of one pair, as matrices.
-struct Group {
+/// As many numbers as a block has scores are held this many times at once, at most: its scores on their way to weights or to
+/// their gradient, and the mask.
+const LIVE: usize = 8;
+
+/// Most bytes that attention holds in f32, beside copies of its inputs and its value, forward or backward, over examples of up
+/// to `tokens` tokens.
+pub fn workspace(tokens: usize, heads: usize, kv_heads: usize) -> usize {
+    let of_query = heads / kv_heads.max(1) * tokens;
+    let all = of_query.saturating_mul(tokens).saturating_mul(kv_heads);
+    all.min(SCORES.max(of_query)) * size_of::<f32>() * LIVE
+}
+
+/// Some queries of one example, with some of its key heads.
+struct Block {
     /// `[kv heads, queries per key head · tokens, head_dim]`.
     q: Tensor,
+    /// Softmax of the scores, `[kv heads, queries per key head · tokens, keys]`.
+    p: Tensor,
+    /// With a soft cap, the derivative of capped scores by plain ones, shaped as `p`.
+    dcap: Option<Tensor>,
+}
+
+/// Key heads of one example with all keys that its queries see.
+struct Group<'a> {
+    span: &'a Span,
+    mask: &'a AnswerMask,
+    /// Tokens before the example's first.
+    past: usize,
+    heads: Range<usize>,
     /// `[kv heads, keys, head_dim]`.
     k: Tensor,
     v: Tensor,
-    /// Softmax of the scores, shaped `[kv heads, queries per key head · tokens, keys]`.
-    p: Tensor,
-    /// With a soft cap, the derivative of capped scores by plain ones, shaped as `p`.
-    slopes: Option<Tensor>,
 }
 
 struct Shape {
@@ -79,14 +100,20 @@ impl Shape {
         Shape { share: heads / kv_heads, kv_heads, dim, scale, softcap: number(call.node, "softcap") }
     }
 
-    /// Key heads to take at a time for so many queries and keys, so that scores stay bounded.
+    /// Key heads to take at a time for so many queries and keys.
     fn step(&self, tokens: usize, keys: usize) -> usize {
         (SCORES / (self.share * tokens * keys).max(1)).clamp(1, self.kv_heads)
     }
 
+    /// The queries of every block of a group: all, or as many as one key head may have.
+    fn blocks(&self, tokens: usize, keys: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+        let rows = (SCORES / (self.share * keys).max(1)).clamp(1, tokens);
+        (0..tokens).step_by(rows).map(move |first| first..(first + rows).min(tokens))
+    }
+
     /// Some rows and the columns of some key heads, head by head: `[kv heads, share · rows, dim]`.
-    fn split(&self, x: &Tensor, rows: Range<usize>, first: usize, heads: usize, share: usize) -> Result<Tensor> {
-        let (n, dim) = (rows.len(), self.dim);
+    fn split(&self, x: &Tensor, rows: Range<usize>, heads: &Range<usize>, share: usize) -> Result<Tensor> {
+        let (n, dim, heads, first) = (rows.len(), self.dim, heads.len(), heads.start);
         let x = x.narrow(0, rows.start, n)?.narrow(1, first * share * dim, heads * share * dim)?;
         let x = x.contiguous()?.reshape((n, heads * share, dim))?.transpose(0, 1)?.contiguous()?;
         Ok(x.reshape((heads, share * n, dim))?)
@@ -99,70 +126,65 @@ impl Shape {
     }
 }
 
-fn group(call: &Call<'_>, shape: &Shape, span: &Span, mask: &Tensor, first: usize, heads: usize) -> Result<Group> {
-    let (n, keys) = (span.len(), keys(call, span));
-    let q = shape.split(call.inputs[0], span.rows(), first, heads, shape.share)?;
-    let k = shape.split(call.inputs[1], keys.clone(), first, heads, 1)?;
-    let v = shape.split(call.inputs[2], keys.clone(), first, heads, 1)?;
-    let mut scores = (q.matmul(&k.t()?)? * shape.scale)?;
-    let mut slopes = None;
-    if shape.softcap > 0.0 {
-        let bent = (scores / shape.softcap)?.tanh()?;
-        slopes = Some((1.0 - bent.sqr()?)?);
-        scores = (bent * shape.softcap)?;
+impl Group<'_> {
+    /// The rows of some of the example's tokens.
+    fn rows(&self, queries: &Range<usize>) -> Range<usize> {
+        self.span.start + queries.start..self.span.start + queries.end
     }
-    let scores = scores.reshape((heads * shape.share, n, keys.len()))?.broadcast_add(mask)?;
-    let scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    let p = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?.reshape((heads, shape.share * n, keys.len()))?;
-    Ok(Group { q, k, v, p, slopes })
+
+    /// Weights of some queries over the keys up to the last one's own.
+    fn block(&self, call: &Call<'_>, shape: &Shape, queries: &Range<usize>) -> Result<Block> {
+        let (n, keys, heads) = (queries.len(), self.past + queries.end, self.heads.len());
+        let q = shape.split(call.inputs[0], self.rows(queries), &self.heads, shape.share)?;
+        let k = self.k.narrow(1, 0, keys)?;
+        let mut scores = (q.matmul(&k.t()?)? * shape.scale)?;
+        let mut dcap = None;
+        if shape.softcap > 0.0 {
+            let bent = (scores / shape.softcap)?.tanh()?;
+            dcap = Some((1.0 - bent.sqr()?)?);
+            scores = (bent * shape.softcap)?;
+        }
+        scores = scores.reshape((heads * shape.share, n, keys))?.broadcast_add(&self.mask(queries, q.dtype())?)?;
+        scores = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
+        scores = scores.broadcast_div(&scores.sum_keepdim(D::Minus1)?)?;
+        Ok(Block { q, p: scores.reshape((heads, shape.share * n, keys))?, dcap })
+    }
+
+    /// 0 where a token sees another, minus infinity elsewhere: `[queries, keys]`.
+    fn mask(&self, queries: &Range<usize>, dtype: DType) -> Result<Tensor> {
+        let keys = self.past + queries.end;
+        let value = |query: usize, key: usize| if self.mask.sees(query, key) { 0.0 } else { f32::NEG_INFINITY };
+        let row = |query: usize| (0..keys).map(move |key| value(self.past + query, key));
+        let values: Vec<f32> = queries.clone().flat_map(row).collect();
+        Ok(Tensor::from_vec(values, (queries.len(), keys), &Device::Cpu)?.to_dtype(dtype)?)
+    }
 }
 
-/// The rows of keys and values that a span reads.
-fn keys(call: &Call<'_>, span: &Span) -> Range<usize> {
-    span.start..span.start + call.layout.past + span.len()
-}
-
-/// 0 where a token sees another, minus infinity elsewhere: `[tokens, keys]`.
-fn mask(call: &Call<'_>, span: &Span, dtype: DType) -> Result<Tensor> {
-    let window = match count(call.node, "window") {
-        0 => u32::MAX,
-        window => window as u32,
-    };
-    let past = call.layout.past;
-    let position: Vec<u32> = (0..past as u32).chain(call.layout.positions[span.rows()].iter().copied()).collect();
-    let (prompt, rejected) = (past + span.prompt, past + span.prompt + span.chosen);
-    let sees = |q: usize, k: usize| {
-        k <= q && !(q >= rejected && (prompt..rejected).contains(&k)) && position[q] - position[k] < window
-    };
-    let (n, keys) = (span.len(), position.len());
-    let value = |i: usize| if sees(past + i / keys, i % keys) { 0.0 } else { f32::NEG_INFINITY };
-    let values: Vec<f32> = (0..n * keys).map(value).collect();
-    Ok(Tensor::from_vec(values, (n, keys), &Device::Cpu)?.to_dtype(dtype)?)
-}
-
-/// Runs over all pairs and groups of key heads, and puts what each returns side by side: `count` values `[tokens, …]`.
+/// Runs over all examples and groups of key heads, and puts what each returns side by side: `count` values `[tokens, …]`.
 fn over_groups(
     call: &Call<'_>,
     count: usize,
-    mut run: impl FnMut(&Shape, &Span, &Group, usize, usize) -> Result<Vec<Tensor>>,
+    mut run: impl FnMut(&Shape, &Group<'_>) -> Result<Vec<Tensor>>,
 ) -> Result<Vec<Tensor>> {
-    let shape = Shape::of(call);
-    let mut pairs: Vec<Vec<Tensor>> = vec![Vec::new(); count];
+    let (shape, past) = (Shape::of(call), call.layout.past);
+    let mut examples: Vec<Vec<Tensor>> = vec![Vec::new(); count];
     for span in &call.layout.spans {
-        let mask = mask(call, span, call.inputs[0].dtype())?;
-        let step = shape.step(span.len(), keys(call, span).len());
+        let mask = &AnswerMask::of(span, past, super::count(call.node, "window"));
+        let keys = span.start..span.start + past + span.len();
+        let step = shape.step(span.len(), keys.len());
         let mut groups: Vec<Vec<Tensor>> = vec![Vec::new(); count];
         for first in (0..shape.kv_heads).step_by(step) {
-            let heads = step.min(shape.kv_heads - first);
-            let group = group(call, &shape, span, &mask, first, heads)?;
-            let values = run(&shape, span, &group, first, heads)?;
+            let heads = first..(first + step).min(shape.kv_heads);
+            let k = shape.split(call.inputs[1], keys.clone(), &heads, 1)?;
+            let v = shape.split(call.inputs[2], keys.clone(), &heads, 1)?;
+            let values = run(&shape, &Group { span, mask, past, heads, k, v })?;
             groups.iter_mut().zip(values).for_each(|(to, value)| to.push(value));
         }
-        for (to, from) in pairs.iter_mut().zip(groups) {
+        for (to, from) in examples.iter_mut().zip(groups) {
             to.push(Tensor::cat(&from, 1)?);
         }
     }
-    pairs.iter().map(|p| Ok(Tensor::cat(p, 0)?)).collect()
+    examples.iter().map(|e| Ok(Tensor::cat(e, 0)?)).collect()
 }
 
 /// A query with all keys that it sees, where they lie: what pays for many queries, copies and candle's products, costs a single
@@ -209,8 +231,14 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
     if call.inputs[0].dim(0)? == 1 && call.inputs[0].dtype() == DType::F32 {
         return of_one_token(call);
     }
-    let mut values = over_groups(call, 1, |shape, span, g, _, heads| {
-        Ok(vec![shape.join(&g.p.matmul(&g.v)?, span.len(), heads, shape.share)?])
+    let mut values = over_groups(call, 1, |shape, group| {
+        let (n, heads) = (group.span.len(), group.heads.len());
+        let blocks = shape.blocks(n, group.past + n).map(|queries| {
+            let Block { p, .. } = group.block(call, shape, &queries)?;
+            let y = p.matmul(&group.v.narrow(1, 0, p.dim(2)?)?)?;
+            shape.join(&y, queries.len(), heads, shape.share)
+        });
+        Ok(vec![Tensor::cat(&blocks.collect::<Result<Vec<_>>>()?, 0)?])
     })?;
     Ok(values.remove(0))
 }
@@ -218,18 +246,33 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 /// `dv = pᵀ·dy`, `ds = p·(dy·vᵀ - rowsum(p·(dy·vᵀ)))`, `dq = scale·ds·k`, `dk = scale·dsᵀ·q`; with a soft cap, `ds` times
 /// `1 - tanh²(s / softcap)`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
-    let values = over_groups(call, 3, |shape, span, g, first, heads| {
-        let dy = shape.split(dy, span.rows(), first, heads, shape.share)?;
-        let dv = g.p.t()?.matmul(&dy)?;
-        let dp = dy.matmul(&g.v.t()?)?;
-        let mean = (&g.p * &dp)?.sum_keepdim(D::Minus1)?;
-        let mut ds = ((&g.p * dp.broadcast_sub(&mean)?)? * shape.scale)?;
-        if let Some(slopes) = &g.slopes {
-            ds = (ds * slopes)?;
+    let values = over_groups(call, 3, |shape, group| {
+        let (n, heads) = (group.span.len(), group.heads.len());
+        let (mut dq, mut dkv): (Vec<Tensor>, [Option<Tensor>; 2]) = (Vec::new(), [None, None]);
+        for queries in shape.blocks(n, n) {
+            let Block { q, p, dcap } = group.block(call, shape, &queries)?;
+            let keys = queries.end;
+            let dy = shape.split(dy, group.rows(&queries), &group.heads, shape.share)?;
+            let dv = p.t()?.matmul(&dy)?;
+            let dp = dy.matmul(&group.v.narrow(1, 0, keys)?.t()?)?;
+            let mean = (&p * &dp)?.sum_keepdim(D::Minus1)?;
+            let mut ds = ((p * dp.broadcast_sub(&mean)?)? * shape.scale)?;
+            if let Some(dcap) = dcap {
+                ds = (ds * dcap)?;
+            }
+            let dk = ds.t()?.matmul(&q)?;
+            dq.push(shape.join(&ds.matmul(&group.k.narrow(1, 0, keys)?)?, queries.len(), heads, shape.share)?);
+            for (sum, part) in dkv.iter_mut().zip([dk, dv]) {
+                // Later keys have no part in this block.
+                let part = part.pad_with_zeros(1, 0, n - keys)?;
+                *sum = Some(match sum.take() {
+                    Some(sum) => (sum + part)?,
+                    None => part,
+                });
+            }
         }
-        let (dq, dk) = (ds.matmul(&g.k)?, ds.t()?.matmul(&g.q)?);
-        let n = span.len();
-        Ok(vec![shape.join(&dq, n, heads, shape.share)?, shape.join(&dk, n, heads, 1)?, shape.join(&dv, n, heads, 1)?])
+        let dkv = dkv.into_iter().flatten().map(|sum| shape.join(&sum, n, heads, 1));
+        std::iter::once(Ok(Tensor::cat(&dq, 0)?)).chain(dkv).collect()
     })?;
     Ok(Gradients::of(values))
 }

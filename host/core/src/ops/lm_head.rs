@@ -26,18 +26,27 @@ pub(super) const OP: Op = Op {
 /// fault it in again.
 const LOGITS: usize = 1 << 22;
 
+/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, and the same again on their way.
+pub fn workspace(vocab: usize) -> usize {
+    4 * size_of::<f32>() * LOGITS.max(vocab)
+}
+
+/// What is known of an answer token beside its log-prob: `ln Σ_v p[v]²`, which WPO calls its alignment term (Zhou et al. 2024,
+/// eq. 2).
+pub const STATISTICS: [&str; 1] = ["log_sum_sq_probs"];
+
 /// What the head makes of hidden rows.
-pub struct LogProbs {
+pub struct Head {
     /// Log-prob of each row's target.
     pub logps: Vec<f64>,
-    /// `ln Σ_v p[v]²` of each row, which WPO calls its alignment term (Zhou et al. 2024, eq. 2).
-    pub log_sum_sq: Vec<f64>,
+    /// The [`STATISTICS`] of each row, in their order.
+    pub statistics: [Vec<f64>; STATISTICS.len()],
     /// `d logp / d hidden`, `[rows, width]`, where asked for.
     pub slopes: Option<Tensor>,
 }
 
 /// Log-probs of `targets` under hidden rows `[rows, width]` and the projection `[vocab, width]`.
-pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<LogProbs> {
+pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<Head> {
     match hidden.dtype() {
         DType::F32 => chunks::<f32>(hidden, weight, targets, slopes),
         DType::F64 => chunks::<f64>(hidden, weight, targets, slopes),
@@ -48,10 +57,10 @@ pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool
 /// Per row: log-prob, `ln Σ p²`, and the sum that turns `exp(l - max)` into probabilities.
 type RowSums = (f64, f64, f64);
 
-fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<LogProbs> {
+fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<Head> {
     let vocab = weight.dim(0)?;
     let rows = (LOGITS / vocab.max(1)).max(1);
-    let mut all = LogProbs { logps: Vec::new(), log_sum_sq: Vec::new(), slopes: None };
+    let mut all = Head { logps: Vec::new(), statistics: Default::default(), slopes: None };
     let mut slope_chunks = Vec::new();
     for (index, targets) in targets.chunks(rows).enumerate() {
         let h = hidden.narrow(0, index * rows, targets.len())?;
@@ -64,7 +73,7 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bo
             softmax_rows(values, targets, vocab, slopes)
         };
         all.logps.extend(sums.iter().map(|s| s.0));
-        all.log_sum_sq.extend(sums.iter().map(|s| s.1));
+        all.statistics[0].extend(sums.iter().map(|s| s.1));
         if slopes {
             let exps = Tensor::from_vec(exps, (targets.len(), vocab), &Device::Cpu)?;
             let inverse: Vec<T> = sums.iter().map(|s| T::from_f64(1.0 / s.2)).collect();

@@ -5,7 +5,8 @@
 //! ops silently stop gradients.
 
 mod add;
-mod attention;
+pub mod answer_mask;
+pub mod attention;
 mod embedding;
 mod glu;
 mod linear;

@@ -1,7 +1,7 @@
-// Causal grouped-query attention over packed pairs, forward and backward, in tiles on the tensor cores (Dao 2023,
-// FlashAttention-2, algorithms 1 and 2). A pair lies as prompt | chosen | rejected; a rejected token sees nothing of the
-// chosen answer, and tiles that nobody sees are skipped. DIM is the width of a head, a multiple of 16; with SOFTCAP scores
-// are bent before the softmax.
+// Causal grouped-query attention over packed examples, forward and backward, in tiles on the tensor cores (Dao 2023,
+// FlashAttention-2, algorithms 1 and 2). An example lies as prompt | answer 1 | ... | answer k; a token sees the prompt and its
+// own answer (ops/answer_mask.rs has the rule), and tiles that nobody sees are skipped. DIM is the width of a head, a multiple
+// of 16; with SOFTCAP scores are bent before the softmax.
 //
 // Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
 // queries have a kernel each, and no atomics.
@@ -14,13 +14,12 @@
 #define KSTEPS (DIM / 16)
 #define HELD (DIM <= 128)  // a warp holds its own rows in registers: shared memory is read for the other side alone
 
-// A run of queries or of keys of one pair: TILE of them at most.
+// A run of queries or of keys of one example: TILE of them at most.
 struct Tile {
-    int start;       // the pair's first token in the row
-    int first;       // the tile's first token in the pair
-    int prompt;      // tokens of the prompt
-    int chosen_end;  // tokens of prompt and chosen answer
-    int length;      // tokens of the pair
+    int start;   // the example's first token in the row
+    int first;   // the tile's first token in the example
+    int prompt;  // tokens of the prompt
+    int length;  // tokens of the example
 };
 
 struct Shape {
@@ -28,27 +27,37 @@ struct Shape {
     float scale, softcap;
 };
 
-__device__ __forceinline__ bool visible(const Tile& t, int query, int key, int window) {
+// Whether a query whose answer begins at `begin` sees a key; places in the example. A query of the prompt has its end there.
+__device__ __forceinline__ bool visible(const Tile& t, int begin, int query, int key, int window) {
     if (key > query || query >= t.length) return false;
-    bool rejected = query >= t.chosen_end;
-    if (rejected && key >= t.prompt && key < t.chosen_end) return false;
+    if (key >= t.prompt && key < begin) return false;
     if (window == 0) return true;
-    int gap = t.chosen_end - t.prompt;
-    int from = rejected ? query - gap : query, to = key >= t.chosen_end ? key - gap : key;
-    return from - to < window;
+    // Answers between the prompt and the query's own have no part in its positions.
+    int skipped = key < t.prompt ? begin - t.prompt : 0;
+    return query - key - skipped < window;
+}
+
+// Where answers begin in a tile of queries: that of its first query, and of its last. In between they do not fall.
+struct Begins {
+    int first, last;
+};
+
+__device__ __forceinline__ Begins begins_of(const int* begins, const Tile& t, int query, int queries) {
+    const int* of = begins + t.start;
+    return {of[query], of[min(query + queries, t.length) - 1]};
 }
 
 // Whether a whole tile of keys is seen by a whole tile of queries, and whether none of it is.
-__device__ __forceinline__ bool all_visible(const Tile& t, int query, int queries, int key, int keys, int window) {
+__device__ __forceinline__ bool all_visible(const Tile& t, Begins b, int query, int queries, int key, int keys, int window) {
     if (window > 0 || key + keys - 1 > query || query + queries > t.length) return false;
-    return query + queries - 1 < t.chosen_end || key + keys <= t.prompt || key >= t.chosen_end;
+    return b.last <= t.prompt || key + keys <= t.prompt || key >= b.last;
 }
 
-__device__ __forceinline__ bool none_visible(const Tile& t, int query, int queries, int key, int keys, int window) {
+__device__ __forceinline__ bool none_visible(const Tile& t, Begins b, int query, int queries, int key, int keys, int window) {
     if (key > query + queries - 1) return true;
-    if (query >= t.chosen_end && key >= t.prompt && key + keys <= t.chosen_end) return true;
-    // Positions are no further apart than places, less the chosen answer.
-    return window > 0 && query - (key + keys - 1) - (t.chosen_end - t.prompt) >= window;
+    if (key >= t.prompt && key + keys <= b.first) return true;
+    // Positions are no further apart than places, less the answers between.
+    return window > 0 && query - (key + keys - 1) - (b.last - t.prompt) >= window;
 }
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -70,7 +79,7 @@ __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Rows [first, first + ROWS) of a pair into shared memory; rows beyond the pair are zero.
+// Rows [first, first + ROWS) of an example into shared memory; rows beyond the example are zero.
 template <int ROWS>
 __device__ __forceinline__ void load_tile(bf16* to, const View& from, const Tile& t, int first) {
     for (int i = threadIdx.x; i < ROWS * (DIM / 8); i += blockDim.x) {
@@ -212,8 +221,8 @@ __device__ __forceinline__ float bend(float& product, const Shape& s) {
 }
 
 // The first tile of keys from `key` on that queries of the tile see; at least `last` if there is none.
-__device__ __forceinline__ int next_keys(const Tile& t, int key, int last, int window) {
-    while (key < last && none_visible(t, t.first, TILE, key, TILE, window)) key += TILE;
+__device__ __forceinline__ int next_keys(const Tile& t, Begins b, int key, int last, int window) {
+    while (key < last && none_visible(t, b, t.first, TILE, key, TILE, window)) key += TILE;
     return key;
 }
 
@@ -222,11 +231,11 @@ struct Softmax {
     float max[2] = {-1e30f, -1e30f}, sum[2] = {};
 
     // Scores `p` become weights, and what was summed in `o` shrinks to the new maximum.
-    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t, int mine, int key,
-                                         const Shape& s) {
+    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t, Begins b,
+                                         const int starts[2], int mine, int key, const Shape& s) {
         int lane = threadIdx.x % 32;
         float scale = s.scale * LOG2E;
-        bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
         float top[2] = {max[0], max[1]}, shift[2];
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
@@ -234,7 +243,7 @@ struct Softmax {
             for (int i = 0; i < 4; i++) {
                 int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
                 bend(p[n][i], s);
-                if (!whole && !visible(t, from, to, s.window)) p[n][i] = -1e30f;
+                if (!whole && !visible(t, starts[i / 2], from, to, s.window)) p[n][i] = -1e30f;
                 top[i / 2] = fmaxf(top[i / 2], p[n][i]);
             }
 #pragma unroll
@@ -276,6 +285,15 @@ struct Softmax {
         store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
     }
 };
+
+// Where the answers of a thread's two rows begin.
+__device__ __forceinline__ void own_begins(int starts[2], const int* begins, const Tile& t, int mine) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        int at = t.first + mine + threadIdx.x % 32 / 4 + r * 8;
+        starts[r] = at < t.length ? begins[t.start + at] : 0;
+    }
+}
 
 // Log-sums, in powers of two, and deltas of a thread's two rows.
 __device__ __forceinline__ void own_numbers(float logsum[2], float pull[2], const float* lse, const float* delta,
@@ -323,7 +341,7 @@ extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share
 
 // out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
 extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
-    attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
+    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
     // Held rows pass through the second stage before it is used.
@@ -331,11 +349,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
+    int last = min(t.first + TILE, t.length), starts[2];
+    Begins b = begins_of(begins, t, t.first, TILE);
+    own_begins(starts, begins, t, mine);
 
     load_tile<TILE>(qs, head(q, h), t, t.first);
     commit();
-    int key = next_keys(t, 0, last, s.window), stage = 0;
+    int key = next_keys(t, b, 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
@@ -347,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     float o[DIM / 8][4] = {};
     Softmax softmax;
     while (key < last) {
-        int after = next_keys(t, key + TILE, last, s.window);
+        int after = next_keys(t, b, key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
             load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
@@ -357,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
         __syncthreads();
         float p[TILE / 8][4] = {};
         products<TILE>(p, own, ks + stage * TILE * STRIDE);
-        softmax.step(p, o, t, mine, key, s);
+        softmax.step(p, o, t, b, starts, mine, key, s);
         accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
         __syncthreads();
         key = after;
@@ -368,20 +388,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
 
 // dq, a block a head and a tile of queries.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_dq(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dq,
-                 Shape s) {
+    attention_dq(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
+                 const float* delta, View dq, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
     bf16 *qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
+    int last = min(t.first + TILE, t.length), starts[2];
+    Begins b = begins_of(begins, t, t.first, TILE);
+    own_begins(starts, begins, t, mine);
 
     load_tile<TILE>(qs, head(q, h), t, t.first);
     load_tile<TILE>(ds, head(dout, h), t, t.first);
     commit();
-    int key = next_keys(t, 0, last, s.window), stage = 0;
+    int key = next_keys(t, b, 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
@@ -394,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     own_numbers(logsum, pull, lse, delta, t, mine, h, s);
     float out[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
-        int after = next_keys(t, key + TILE, last, s.window);
+        int after = next_keys(t, b, key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
             load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
@@ -402,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         commit();
         wait<1>();
         __syncthreads();
-        bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
         // Half a tile of keys at a time keeps scores and their gradient in registers.
 #pragma unroll
         for (int part = 0; part < 2; part++) {
@@ -417,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int i = 0; i < 4; i++) {
                     int from = t.first + mine + lane / 4 + i / 2 * 8;
                     int to = key + part * TILE / 2 + n * 8 + lane % 4 * 2 + i % 2;
-                    bool seen = whole || visible(t, from, to, s.window);
+                    bool seen = whole || visible(t, starts[i / 2], from, to, s.window);
                     float slope = bend(p[n][i], s);
                     float weight = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
                     p[n][i] = weight * (dp[n][i] - pull[i / 2]) * slope;
@@ -437,11 +459,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // What a query head gives to dk and dv of its key head, [tokens, heads * DIM] each; a block a head, a tile of keys and half
 // of the columns of a wide head. A warp has 16 keys.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_dkv(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dk,
-                  View dv, Shape s) {
+    attention_dkv(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
+                  const float* delta, View dk, View dv, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *qs = shared, *ds = qs + 2 * QUERIES * STRIDE;
     float* numbers = (float*)(ds + 2 * QUERIES * STRIDE);  // [2 stages][lse, delta][QUERIES]
+    __shared__ int starts[2][QUERIES];                      // [stage][query]
     // Held rows pass through the stages, which together have as many rows.
     bf16 *ks = HELD ? qs : (bf16*)(numbers + 4 * QUERIES), *vs = HELD ? ds : ks + TILE * STRIDE;
     // Tiles come in the order of the keys they see; the first keys are seen by most queries.
@@ -456,8 +479,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Rows own = hold(ks, mine), weighted = hold(vs, mine);
     if (HELD) __syncthreads();
 
-    auto next = [&](int query) {
-        while (query < t.length && none_visible(t, query, QUERIES, t.first, TILE, s.window)) query += QUERIES;
+    // Keys of the prompt are hidden from no answer.
+    bool apart = t.first + TILE > t.prompt || s.window > 0;
+    auto next = [&](Begins& b, int query) {
+        for (; query < t.length; query += QUERIES) {
+            if (apart) b = begins_of(begins, t, query, QUERIES);
+            if (!none_visible(t, b, query, QUERIES, t.first, TILE, s.window)) break;
+        }
         return query;
     };
     auto load = [&](int stage, int query) {
@@ -468,21 +496,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             bool first = threadIdx.x < QUERIES, inside = query + i < t.length;
             float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
             numbers[stage * 2 * QUERIES + threadIdx.x] = first ? number * LOG2E : number;
+            if (first) starts[stage][i] = inside ? begins[t.start + query + i] : 0;
         }
     };
-    int query = next(t.first / QUERIES * QUERIES), stage = 0;
+    Begins b = {t.prompt, t.prompt}, after_b = b;
+    int query = next(b, t.first / QUERIES * QUERIES), stage = 0;
     float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {}, scale = s.scale * LOG2E;
     if (query < t.length) load(0, query);
     commit();
     while (query < t.length) {
-        int after = next(query + QUERIES);
+        int after = next(after_b, query + QUERIES);
         if (after < t.length) load(stage ^ 1, after);
         commit();
         wait<1>();
         __syncthreads();
         const bf16 *qt = qs + stage * QUERIES * STRIDE, *dt = ds + stage * QUERIES * STRIDE;
         const float* of = numbers + stage * 2 * QUERIES;
-        bool whole = all_visible(t, query, QUERIES, t.first, TILE, s.window);
+        bool whole = all_visible(t, b, query, QUERIES, t.first, TILE, s.window);
 #pragma unroll
         for (int part = 0; part < QUERIES; part += 16) {
             float p[2][4] = {}, dp[2][4] = {};
@@ -493,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     int at = part + n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
-                    bool seen = whole || visible(t, query + at, to, s.window);
+                    bool seen = whole || visible(t, starts[stage][at], query + at, to, s.window);
                     float slope = bend(p[n][i], s);
                     float weight = seen ? exp2_fast(p[n][i] * scale - of[at]) : 0.f;
                     p[n][i] = weight;
@@ -504,6 +534,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
         query = after;
+        b = after_b;
         stage ^= 1;
     }
     store<COLUMNS>(head(dk, h), t, t.first + mine, from * 16, dks, s.scale, s.scale);

@@ -141,7 +141,7 @@ impl Execute for Attention {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
-        let (mut to, mut sums) = (writes[0], writes[1].at);
+        let (mut to, mut sums, mut begins) = (writes[0], writes[1].at, on.batch.begins);
         if let Some(cache) = &on.cache {
             for (new, all) in [(keys, cache.keys), (values, cache.values)] {
                 let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
@@ -149,9 +149,10 @@ impl Execute for Attention {
             }
             (keys, values) = (cache.keys, cache.values);
             (from, to) = (cache.of_text(from), cache.of_text(to));
-            sums = sums.wrapping_sub(cache.tokens as u64 * 4);
+            [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(cache.tokens as u64 * 4));
         }
-        let args = Args::default().with(tiles).with(from).with(keys).with(values).with(to).with(sums).with(shape);
+        let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
+        let args = args.with(sums).with(shape);
         let heads = self.kernels();
         let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
         on.gpu.launch(kernel, [self.heads, count, 1], heads.block(), shared, args)
@@ -186,8 +187,8 @@ impl Execute for AttentionVjp {
         on.gpu.launch(kernel("attention_delta")?.0, [(on.rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
         let (tiles, count, shape) = a.shape(on);
         let read = || {
-            let args = Args::default().with(tiles).with(*q).with(*k).with(*v).with(*dout);
-            args.with(lse.at).with(delta.at)
+            let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
+            args.with(*dout).with(lse.at).with(delta.at)
         };
         let halves = if a.dim > 128 { 2 } else { 1 };
         let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };

@@ -16,7 +16,7 @@ __device__ __forceinline__ u32 swizzled_memory() {
     return (shared_address(shared) + 1023) / 1024 * 1024;
 }
 
-// Rows [first, first + TILE) of a pair; rows beyond the pair are zero. A thread always has the same piece of a row, and rows
+// Rows [first, first + TILE) of an example; rows beyond the example are zero. A thread always has the same piece of a row, and rows
 // a multiple of eight apart, so that the swizzle is the same in all of them.
 __device__ __forceinline__ void load_swizzled(u32 to, const View& from, const Tile& t, int first) {
     constexpr int PIECES = DIM / 8, ROWS = THREADS / PIECES;
@@ -106,14 +106,16 @@ __device__ __forceinline__ Left as_left(const float p[TILE / 8][4]) {
 // Three blocks fit into a multiprocessor, so that one multiplies while another has its softmax: values have one place, and are
 // on their way while scores are computed.
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    attention(const Tile* tiles, View q, View k, View v, View out, float* lse, Shape s) {
+    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, Shape s) {
     u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + TILE_BYTES;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
+    int last = min(t.first + TILE, t.length), starts[2];
+    Begins b = begins_of(begins, t, t.first, TILE);
+    own_begins(starts, begins, t, mine);
 
-    int key = next_keys(t, 0, last, s.window), stage = 0;
+    int key = next_keys(t, b, 0, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
     load_swizzled(ks, keys, t, key);
     commit();
@@ -122,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     while (key < last) {
         load_swizzled(vs, values, t, key);
         commit();
-        int after = next_keys(t, key + TILE, last, s.window);
+        int after = next_keys(t, b, key + TILE, last, s.window);
         if (after < last) load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
         commit();
         wait<2>();
@@ -135,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
             multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
         end();
         done<0, TILE>(p);
-        softmax.step(p, o, t, mine, key, s);
+        softmax.step(p, o, t, b, starts, mine, key, s);
         Left left = as_left(p);
         wait<1>();
         publish();
@@ -153,15 +155,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    attention_dq(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dq,
-                 Shape s) {
+    attention_dq(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
+                 const float* delta, View dq, Shape s) {
     u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + 2 * TILE_BYTES, ds = qs + TILE_BYTES;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
+    int last = min(t.first + TILE, t.length), starts[2];
+    Begins b = begins_of(begins, t, t.first, TILE);
+    own_begins(starts, begins, t, mine);
 
-    int key = next_keys(t, 0, last, s.window), stage = 0;
+    int key = next_keys(t, b, 0, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
     load_swizzled(ds, head(dout, h), t, t.first);
     load_swizzled(ks, keys, t, key);
@@ -171,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     own_numbers(logsum, pull, lse, delta, t, mine, h, s);
     float sums[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
-        int after = next_keys(t, key + TILE, last, s.window);
+        int after = next_keys(t, b, key + TILE, last, s.window);
         if (after < last) {
             load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
             load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
@@ -190,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int step = 0; step < KSTEPS; step++) multiply(dp, along(ds, step), along(vt, step), step);
         end();
         done<1, TILE>(p);
-        bool whole = all_visible(t, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
 #if SOFTCAP
         float slopes[TILE / 8][4];
 #endif
@@ -199,7 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = whole || visible(t, from, to, s.window);
+                bool seen = whole || visible(t, starts[i / 2], from, to, s.window);
                 float slope = bend(p[n][i], s);
                 p[n][i] = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
 #if SOFTCAP
@@ -230,16 +234,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    attention_dkv(const Tile* tiles, View q, View k, View v, View dout, const float* lse, const float* delta, View dk,
-                  View dv, Shape s) {
+    attention_dkv(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
+                  const float* delta, View dk, View dv, Shape s) {
     u32 qs = swizzled_memory(), ds = qs + 2 * TILE_BYTES, ks = ds + 2 * TILE_BYTES, vs = ks + TILE_BYTES;
     __shared__ float numbers[2][2][TILE];  // [stage][lse, delta][query]
+    __shared__ int starts[2][TILE];         // [stage][query]
     // Tiles come in the order of the keys they see; the first keys are seen by most queries.
     Tile t = tiles[gridDim.y - 1 - blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
 
-    auto next = [&](int query) {
-        while (query < t.length && none_visible(t, query, TILE, t.first, TILE, s.window)) query += TILE;
+    // Keys of the prompt are hidden from no answer.
+    bool apart = t.first + TILE > t.prompt || s.window > 0;
+    auto next = [&](Begins& b, int query) {
+        for (; query < t.length; query += TILE) {
+            if (apart) b = begins_of(begins, t, query, TILE);
+            if (!none_visible(t, b, query, TILE, t.first, TILE, s.window)) break;
+        }
         return query;
     };
     auto load = [&](int stage, int query) {
@@ -249,15 +259,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         bool first = threadIdx.x < TILE, inside = query + i < t.length;
         float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
         numbers[stage][first ? 0 : 1][i] = first ? number * LOG2E : number;
+        if (first) starts[stage][i] = inside ? begins[t.start + query + i] : 0;
     };
     load_swizzled(ks, head(k, h / s.share), t, t.first);
     load_swizzled(vs, head(v, h / s.share), t, t.first);
-    int query = next(t.first), stage = 0;
+    Begins b = {t.prompt, t.prompt}, after_b = b;
+    int query = next(b, t.first), stage = 0;
     float dks[DIM / 8][4] = {}, dvs[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     if (query < t.length) load(0, query);
     commit();
     while (query < t.length) {
-        int after = next(query + TILE);
+        int after = next(after_b, query + TILE);
         if (after < t.length) load(stage ^ 1, after);
         commit();
         wait<1>();
@@ -273,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int step = 0; step < KSTEPS; step++) multiply(dp, along(vs, step), along(dt, step), step);
         end();
         done<1, TILE>(p);
-        bool whole = all_visible(t, query, TILE, t.first, TILE, s.window);
+        bool whole = all_visible(t, b, query, TILE, t.first, TILE, s.window);
 #if SOFTCAP
         float slopes[TILE / 8][4];
 #endif
@@ -282,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int at = n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
-                bool seen = whole || visible(t, query + at, to, s.window);
+                bool seen = whole || visible(t, starts[stage][at], query + at, to, s.window);
                 float slope = bend(p[n][i], s);
                 p[n][i] = seen ? exp2_fast(p[n][i] * scale - numbers[stage][0][at]) : 0.f;
 #if SOFTCAP
@@ -312,6 +324,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         done<0, DIM>(dks);
         __syncthreads();
         query = after;
+        b = after_b;
         stage ^= 1;
     }
     store<DIM>(head(dk, h), t, t.first + mine, 0, dks, s.scale, s.scale);

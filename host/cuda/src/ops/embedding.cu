@@ -12,18 +12,21 @@ extern "C" __global__ void gather_rows(View x, const int* ids, View y, int rows,
     if (i < width) *(uint4*)(row(y, at) + i) = *(const uint4*)(row(x, ids[at]) + i);
 }
 
-// The VJP of gather_rows: y[token] is the sum of the rows that were taken from it, at most two, -1 for none.
-extern "C" __global__ void scatter_rows(View x, const int2* from, View y, int tokens, int width) {
+// The VJP of gather_rows: y[token] is the sum of the rows that were taken from it. `first` has the first of them, `next` of
+// every row the next one from the same token; -1 is none.
+extern "C" __global__ void scatter_rows(View x, const int* first, const int* next, View y, int tokens, int width) {
     int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
     long long token = blockIdx.y;
     if (i >= width) return;
-    int2 rows = from[token];
+    int taken = first[token];
     Eight sum = {};
-    if (rows.x >= 0) sum = load8(row(x, rows.x) + i);
-    if (rows.y >= 0) {
-        Eight other = load8(row(x, rows.y) + i);
+    if (taken >= 0) {
+        sum = load8(row(x, taken) + i);
+        while ((taken = next[taken]) >= 0) {
+            Eight other = load8(row(x, taken) + i);
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum.v[j] += other.v[j];
+            for (int j = 0; j < 8; j++) sum.v[j] += other.v[j];
+        }
     }
     store8(row(y, token) + i, sum);
 }

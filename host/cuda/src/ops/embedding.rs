@@ -48,6 +48,7 @@ pub(crate) fn gather_rows(on: &Launch<'_>, width: usize, from: View, to: View) -
 /// The VJP of [`gather_rows`], for all rows that there are.
 pub(crate) fn scatter_rows(on: &Launch<'_>, width: usize, from: View, to: View) -> Result<()> {
     let tokens = on.batch.tokens;
-    let args = Args::default().with(from).with(on.batch.taken).with(to).with(tokens as i32).with(width as i32);
+    let args = Args::default().with(from).with(on.batch.taken).with(on.batch.next_taken).with(to);
+    let args = args.with(tokens as i32).with(width as i32);
     on.by_columns("scatter_rows", tokens, width, args)
 }

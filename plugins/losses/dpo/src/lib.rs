@@ -1,5 +1,5 @@
-//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), and their kin that
-//! need no reference model.
+//! The losses of the DPO family, formula by formula those of TRL 1.16 (`DPOTrainer._compute_loss`), their kin that need no
+//! reference model, and those over another number of answers than two.
 //!
 //! A loss is a constant of type [`Loss`]: its text for the user, its options, and its formula over dual numbers. A new
 //! one is one more constant and its name in the list below; `tests/golden.rs` then asks for its numbers.
@@ -30,6 +30,12 @@ macro_rules! meaning {
     (NLL) => {
         "NLL = minus the mean log-prob of the chosen answers' tokens, over the whole step"
     };
+    (nll) => {
+        "nll = minus the mean log-prob of the answers' tokens, over the whole step"
+    };
+    (ranking) => {
+        "r(j) = log pi - log pi_ref of answer j, best first"
+    };
 }
 
 /// A formula, and below it the names in it.
@@ -38,15 +44,17 @@ macro_rules! formula {
 }
 
 pub mod options;
+pub mod ranked;
 pub mod reference;
 pub mod reference_free;
 
 use dpo_plugin_api::prelude::*;
+use ranked::PLACKETT_LUCE;
 use reference::{
     AOT, AOT_UNPAIRED, APO_DOWN, APO_ZERO, BCO_PAIR, DISCOPOP, EXO_PAIR, HINGE, IPO, NCA_PAIR, ROBUST, SIGMOID,
     SIGMOID_NORM, SPPO_HARD,
 };
-use reference_free::{CPO, ORPO, SFT, SIMPO};
+use reference_free::{CPO, NLL, ORPO, SFT, SIMPO};
 
 /// A loss as a value.
 pub struct Loss {
@@ -58,12 +66,17 @@ pub struct Loss {
     eval: fn(&LossBatch<'_>, &Options) -> Result<LossGrad>,
 }
 
-/// What most losses need: the reference, pair by pair.
-const PAIRWISE: Needs = Needs { reference: true, whole_batch: false, statistics: Vec::new() };
+/// What a loss needs that looks at one example at a time.
+const fn needs(answers: Answers, reference: bool) -> Needs {
+    Needs { answers, reference, whole_batch: false, statistics: Vec::new() }
+}
+
+/// What most losses need: pairs and the reference.
+const PAIRWISE: Needs = needs(Answers::Pair, true);
 /// What losses need that compare the answers of different pairs.
-const WHOLE_BATCH: Needs = Needs { reference: true, whole_batch: true, statistics: Vec::new() };
+const WHOLE_BATCH: Needs = Needs { answers: Answers::Pair, reference: true, whole_batch: true, statistics: Vec::new() };
 /// What losses need that know only the policy.
-const REFERENCE_FREE: Needs = Needs { reference: false, whole_batch: false, statistics: Vec::new() };
+const REFERENCE_FREE: Needs = needs(Answers::Pair, false);
 
 impl AlignmentLoss for Loss {
     fn name(&self) -> &'static str {
@@ -102,7 +115,7 @@ macro_rules! export {
 
 export! {
     SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN,
-    DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO,
+    DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO, NLL, PLACKETT_LUCE,
 }
 
 /// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.

@@ -133,11 +133,12 @@ pub const AOT: Loss = Loss {
     options: || vec![beta(0.1), label_smoothing(0.0)],
     eval: |batch, o| {
         let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
-        let margins: Vec<Dual> = batch.pairs.iter().map(|p| p.chosen_logp() - p.rejected_logp()).collect();
-        let references: Vec<Dual> = batch.pairs.iter().map(|p| (p.chosen_ref() - p.rejected_ref()).into()).collect();
+        let pairs = batch.pairs();
+        let margins: Vec<Dual> = pairs.iter().map(|p| p.chosen_logp() - p.rejected_logp()).collect();
+        let references: Vec<Dual> = pairs.iter().map(|p| (p.chosen_ref() - p.rejected_ref()).into()).collect();
         let mut grad = batch.zero();
         for (i, r) in ascending(&margins).into_iter().zip(ascending(&references)) {
-            grad.add(i, i, logistic(beta * (margins[i] - references[r]), e));
+            grad.add(i, logistic(beta * (margins[i] - references[r]), e));
         }
         Ok(grad)
     },
@@ -152,11 +153,12 @@ pub const AOT_UNPAIRED: Loss = Loss {
     options: || vec![beta(0.1), label_smoothing(0.0)],
     eval: |batch, o| {
         let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
-        let chosen: Vec<Dual> = batch.pairs.iter().map(Pair::chosen_ratio).collect();
-        let rejected: Vec<Dual> = batch.pairs.iter().map(Pair::rejected_ratio).collect();
+        let pairs = batch.pairs();
+        let chosen: Vec<Dual> = pairs.iter().map(Pair::chosen_ratio).collect();
+        let rejected: Vec<Dual> = pairs.iter().map(Pair::rejected_ratio).collect();
         let mut grad = batch.zero();
         for (w, l) in ascending(&chosen).into_iter().zip(ascending(&rejected)) {
-            grad.add(w, l, logistic(beta * (chosen[w] - rejected[l]), e));
+            grad.add_across(w, l, logistic(beta * (chosen[w] - rejected[l]), e));
         }
         Ok(grad)
     },

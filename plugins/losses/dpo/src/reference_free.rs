@@ -4,7 +4,7 @@ use dpo_plugin_api::loss::Answer;
 use dpo_plugin_api::prelude::*;
 
 use crate::options::{beta, label_smoothing, positive, smoothing};
-use crate::{Loss, REFERENCE_FREE, logistic};
+use crate::{Loss, REFERENCE_FREE, logistic, needs};
 
 /// The likelihood of chosen answers, a mean over their tokens in the step: alone it is fine-tuning, beside `sigmoid` it
 /// is RPO's term (Pang et al. 2024, arXiv 2404.19733), beside `sigmoid` and `bco_pair` it makes MPO (Wang et al. 2024).
@@ -15,6 +15,17 @@ pub const SFT: Loss = Loss {
     needs: REFERENCE_FREE,
     options: Vec::new,
     eval: |batch, _| Ok(batch.each_pair(|p| likelihood(batch, p))),
+};
+
+/// The likelihood of single answers, a mean over the step's answer tokens, as TRL's `SFTTrainer` has it: `sft` without a
+/// worse answer to every better one.
+pub const NLL: Loss = Loss {
+    name: "nll",
+    summary: "likelihood of one answer to a prompt, a mean over the step's tokens: supervised fine-tuning",
+    formula: formula!("nll", nll),
+    needs: needs(Answers::One, false),
+    options: Vec::new,
+    eval: |batch, _| Ok(batch.each_example(|e| mean_over_step(batch, e.sum(0)))),
 };
 
 /// SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6). The defaults are the paper's and ms-swift's; TRL's are 0.1 and
@@ -86,10 +97,14 @@ fn cpo_alpha(default: f64) -> LossOption {
     LossOption::new("cpo_alpha", default, "weight of the chosen answers' likelihood, NLL, the loss 'sft'")
 }
 
-/// A pair's part in the mean over the step's chosen tokens. The host averages over pairs, which is undone here, so that
-/// the step's value does not depend on how its pairs are split into micro-batches.
 fn likelihood(batch: &LossBatch<'_>, pair: &Pair<'_>) -> Dual {
-    -pair.chosen_sum() * (batch.step_pairs / batch.step_chosen_tokens)
+    mean_over_step(batch, pair.chosen_sum())
+}
+
+/// The part of a best answer's log-prob in minus the mean over the tokens of the step's best answers. The host averages over
+/// examples, which is undone here, so that the step's value does not depend on how it is split into micro-batches.
+fn mean_over_step(batch: &LossBatch<'_>, sum: Dual) -> Dual {
+    -sum * (batch.totals.examples / batch.totals.best_tokens)
 }
 
 fn mean_logp(logp: Dual, answer: &Answer<'_>) -> Dual {

@@ -22,8 +22,9 @@ fn trials(option: &str) -> Vec<Value> {
 }
 
 fn eval(loss: &dyn AlignmentLoss, options: &Options) -> Result<Vec<f64>, String> {
-    let batch = LossBatch { pairs: Vec::new(), step_pairs: 1.0, step_chosen_tokens: 1.0, step_rejected_tokens: 1.0 };
-    loss.eval(&batch, options, &mut Vec::new()).map(|g| g.losses().to_vec()).map_err(|e| e.to_string())
+    loss.eval(&LossBatch::whole(Vec::new()), options, &mut Vec::new())
+        .map(|g| g.losses().to_vec())
+        .map_err(|e| e.to_string())
 }
 
 #[test]
@@ -53,6 +54,8 @@ fn names_are_unique_and_formulas_explain_themselves() {
         ("Lw", "Lw, Ll ="),
         ("|yw|", "|yw|, |yl| ="),
         ("NLL", "NLL ="),
+        ("nll", "nll ="),
+        ("r(j)", "r(j) ="),
     ];
     for (i, loss) in ALL.iter().enumerate() {
         assert!(ALL[..i].iter().all(|other| other.name() != loss.name()), "{} is there twice", loss.name());

@@ -5,15 +5,15 @@
 use std::collections::BTreeSet;
 
 use dpo_losses::ALL;
-use dpo_plugin_api::loss::{AlignmentLoss, Answer, LossBatch, LossGrad, MAX_STATISTICS, Options, Pair};
+use dpo_plugin_api::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Options};
 use serde_json::Value;
 
 const GOLDEN: &str = include_str!("golden.json");
 
 /// Of every pair the chosen and the rejected answer's values.
-type Answers = Vec<[Vec<f32>; 2]>;
+type Values = Vec<[Vec<f32>; 2]>;
 
-fn answers(value: &Value) -> Answers {
+fn answers(value: &Value) -> Values {
     serde_json::from_value(value.clone()).unwrap()
 }
 
@@ -22,27 +22,24 @@ fn named(name: &str) -> &'static dyn AlignmentLoss {
 }
 
 /// Token weights for LD-DPO (Liu et al. 2024): positions beyond the shorter answer's end count in part.
-fn length_weights(policy: &Answers, ld_alpha: f32) -> Answers {
+fn length_weights(policy: &Values, ld_alpha: f32) -> Values {
     let weight = |shared: usize, n: usize| (0..n).map(|i| if i < shared { 1.0 } else { ld_alpha }).collect::<Vec<_>>();
     let shared = |p: &[Vec<f32>; 2]| p[0].len().min(p[1].len());
     policy.iter().map(|p| [0, 1].map(|i| weight(shared(p), p[i].len()))).collect()
 }
 
 /// All pairs as one batch.
-fn batch<'a>(policy: &'a Answers, reference: &'a Answers, weights: &'a Answers) -> LossBatch<'a> {
+fn batch<'a>(policy: &'a Values, reference: &'a Values, weights: &'a Values) -> LossBatch<'a> {
     let answer = |p: usize, i: usize| Answer {
         policy: &policy[p][i],
         reference: &reference[p][i],
         weights: &weights[p][i],
+        label: 1.0 - i as f64,
+        detached: false,
         statistics: [&[]; MAX_STATISTICS],
+        reference_statistics: [&[]; MAX_STATISTICS],
     };
-    let tokens = |i: usize| policy.iter().map(|p| p[i].len()).sum::<usize>() as f64;
-    LossBatch {
-        pairs: (0..policy.len()).map(|p| Pair { chosen: answer(p, 0), rejected: answer(p, 1) }).collect(),
-        step_pairs: policy.len() as f64,
-        step_chosen_tokens: tokens(0),
-        step_rejected_tokens: tokens(1),
-    }
+    LossBatch::whole((0..policy.len()).map(|p| Example { answers: vec![answer(p, 0), answer(p, 1)] }).collect())
 }
 
 fn eval(loss: &dyn AlignmentLoss, batch: &LossBatch<'_>, set: &Value) -> LossGrad {
@@ -53,15 +50,15 @@ fn eval(loss: &dyn AlignmentLoss, batch: &LossBatch<'_>, set: &Value) -> LossGra
 }
 
 /// The step's loss and its derivative by every token, as the host makes them of what losses answer.
-fn step(policy: &Answers, reference: &Answers, losses: &[(f64, &dyn AlignmentLoss)], set: &Value) -> (f64, Vec<f64>) {
+fn step(policy: &Values, reference: &Values, losses: &[(f64, &dyn AlignmentLoss)], set: &Value) -> (f64, Vec<f64>) {
     let weights = length_weights(policy, set["ld_alpha"].as_f64().unwrap_or(1.0) as f32);
     let batch = batch(policy, reference, &weights);
     let mut value = 0.0;
-    let mut gradient = vec![0.0; (batch.step_chosen_tokens + batch.step_rejected_tokens) as usize];
+    let mut gradient = vec![0.0; batch.totals.tokens as usize];
     for (share, loss) in losses {
         let grad = eval(*loss, &batch, set);
-        value += share * grad.losses().iter().sum::<f64>() / batch.step_pairs;
-        gradient.iter_mut().zip(grad.slopes()).for_each(|(g, s)| *g += share * f64::from(s) / batch.step_pairs);
+        value += share * grad.losses().iter().sum::<f64>() / batch.totals.examples;
+        gradient.iter_mut().zip(grad.grad()).for_each(|(g, s)| *g += share * f64::from(s) / batch.totals.examples);
     }
     (value, gradient)
 }
@@ -89,8 +86,9 @@ fn trl_agrees() {
         }
         seen.extend(names.iter().map(|n| (*n).to_owned()));
     }
-    let all: BTreeSet<String> = ALL.iter().map(|l| l.name().to_owned()).collect();
-    assert_eq!(seen, all, "losses without a golden case");
+    let pairs = ALL.iter().filter(|l| l.needs().answers == Answers::Pair);
+    let pairs: BTreeSet<String> = pairs.map(|l| l.name().to_owned()).collect();
+    assert_eq!(seen, pairs, "losses without a golden case");
 }
 
 /// What each loss is before the first step, where policy and reference agree; known in closed form.
@@ -112,6 +110,7 @@ fn values_where_policy_and_reference_agree() {
         ("apo_down", 1.0),
         ("discopop", 0.5 * ln2 + 0.5),
         ("sigmoid_norm", ln2),
+        ("plackett_luce", ln2),
     ];
     let golden: Value = serde_json::from_str(GOLDEN).unwrap();
     let policy = answers(&golden["policy"]);
@@ -123,19 +122,71 @@ fn values_where_policy_and_reference_agree() {
     assert!(ALL.iter().all(|l| !l.needs().reference || known(l.name())), "a loss with a reference has no value here");
 }
 
-/// What a step means does not depend on how its pairs are split into micro-batches.
+/// A loss over pairs that stands for one over another number of answers.
+#[test]
+fn two_answers_are_a_pair_and_one_is_its_likelihood() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let (policy, reference) = (answers(&golden["policy"]), answers(&golden["reference"]));
+    let weights = length_weights(&policy, 0.5);
+    let pairs = batch(&policy, &reference, &weights);
+    let set = serde_json::json!({"beta": 0.3});
+    let (ranked, pair) = (eval(named("plackett_luce"), &pairs, &set), eval(named("sigmoid"), &pairs, &set));
+    let close = |a: &[f64], b: &[f64]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-12);
+    assert!(close(ranked.losses(), pair.losses()), "{:?} {:?}", ranked.losses(), pair.losses());
+    let wide = |grad: &LossGrad| grad.grad().iter().map(|g| f64::from(*g)).collect::<Vec<_>>();
+    assert!(wide(&ranked).iter().zip(wide(&pair)).all(|(a, b)| (a - b).abs() < 1e-7));
+
+    let best = pairs.examples.iter().map(|e| Example { answers: e.answers[..1].to_vec() });
+    let alone = eval(named("nll"), &LossBatch::whole(best.collect()), &set);
+    let beside = eval(named("sft"), &pairs, &set);
+    assert_eq!(alone.losses(), beside.losses());
+    let mean = alone.losses().iter().sum::<f64>() / policy.len() as f64;
+    let tokens: Vec<f64> = policy.iter().flat_map(|p| &p[0]).map(|l| f64::from(*l)).collect();
+    assert!((mean + tokens.iter().sum::<f64>() / tokens.len() as f64).abs() < 1e-12, "{mean}");
+}
+
+/// Eq. 20 written out: the chance of a ranking is that of its best answer among all, of the next among the rest, and so on.
+#[test]
+fn a_ranking_is_a_product_of_choices() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let (policy, reference) = (answers(&golden["policy"]), answers(&golden["reference"]));
+    let weights = length_weights(&policy, 1.0);
+    let pairs = batch(&policy, &reference, &weights);
+    let set = serde_json::json!({"beta": 0.3});
+    let rank = |labels: &[f64]| {
+        let answers = pairs.examples.iter().flat_map(|e| e.answers.clone()).zip(labels);
+        let answers: Vec<Answer<'_>> = answers.map(|(answer, label)| Answer { label: *label, ..answer }).collect();
+        let example = Example { answers };
+        let rewards: Vec<f64> = (0..labels.len()).map(|j| 0.3 * example.ratio(j).value).collect();
+        (eval(named("plackett_luce"), &LossBatch::whole(vec![example]), &set).losses()[0], rewards)
+    };
+    let (loss, r) = rank(&[3.0, 2.0, 1.0, 0.0]);
+    let choice = |j: usize| r[j] - r[j..].iter().map(|r| r.exp()).sum::<f64>().ln();
+    assert!((loss + (0..4).map(choice).sum::<f64>()).abs() < 1e-12, "{loss}");
+    // Answers that are liked alike are compared with those that are liked less, and not with each other.
+    let (loss, r) = rank(&[1.0, 1.0, 0.0, 0.0]);
+    let among = |j: usize| r[j] - (r[j].exp() + r[2].exp() + r[3].exp()).ln();
+    assert!((loss + among(0) + among(1)).abs() < 1e-12, "{loss}");
+    assert_eq!(rank(&[1.0; 4]).0, 0.0);
+}
+
+/// What a step means does not depend on how its examples are split into micro-batches.
 #[test]
 fn micro_batches_make_the_same_step() {
     let golden: Value = serde_json::from_str(GOLDEN).unwrap();
     let (policy, reference) = (answers(&golden["policy"]), answers(&golden["reference"]));
     let weights = length_weights(&policy, 0.5);
-    let whole = batch(&policy, &reference, &weights);
     for loss in ALL.iter().filter(|l| !l.needs().whole_batch) {
+        let mut whole = batch(&policy, &reference, &weights);
+        if loss.needs().answers == Answers::One {
+            whole.examples.iter_mut().for_each(|e| e.answers.truncate(1));
+        }
         let set = serde_json::json!({});
         let together = eval(loss, &whole, &set);
-        let alone = whole.pairs.iter().map(|p| eval(loss, &LossBatch { pairs: vec![*p], ..whole.clone() }, &set));
-        let (losses, slopes): (Vec<_>, Vec<_>) = alone.map(|g| (g.losses().to_vec(), g.slopes())).unzip();
+        let alone = |e: &Example<'_>| eval(loss, &LossBatch { examples: vec![e.clone()], totals: whole.totals }, &set);
+        let (losses, grads): (Vec<_>, Vec<_>) =
+            whole.examples.iter().map(alone).map(|g| (g.losses().to_vec(), g.grad())).unzip();
         assert_eq!(losses.concat(), together.losses(), "{}", loss.name());
-        assert_eq!(slopes.concat(), together.slopes(), "{}", loss.name());
+        assert_eq!(grads.concat(), together.grad(), "{}", loss.name());
     }
 }

@@ -25,6 +25,7 @@ pub struct BlockKind(usize);
 
 /// Numbers of a grouped-query attention.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Attention {
     /// Query heads.
     pub heads: usize,
@@ -36,6 +37,31 @@ pub struct Attention {
     pub scale: f64,
     /// A token sees itself and this many minus one before it; `None` sees all before it.
     pub window: Option<usize>,
+    /// Scores `s` become `softcap · tanh(s / softcap)` before the softmax (Gemma 2, section 2); `None` leaves them.
+    pub softcap: Option<f64>,
+}
+
+impl Attention {
+    /// Full causal attention with the usual scale of `1 / sqrt(head_dim)`.
+    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
+        let scale = (head_dim as f64).powf(-0.5);
+        Attention { heads, kv_heads, head_dim, scale, window: None, softcap: None }
+    }
+
+    /// Another factor on the scores.
+    pub fn scale(self, scale: f64) -> Attention {
+        Attention { scale, ..self }
+    }
+
+    /// A sliding window, where there is one.
+    pub fn window(self, window: Option<usize>) -> Attention {
+        Attention { window, ..self }
+    }
+
+    /// A soft cap, where there is one.
+    pub fn softcap(self, softcap: Option<f64>) -> Attention {
+        Attention { softcap, ..self }
+    }
 }
 
 /// Collects the nodes of one block.
@@ -140,6 +166,7 @@ impl BlockBuilder {
             ("scale", json!(a.scale)),
         ];
         attrs.extend(a.window.map(|w| ("window", json!(w))));
+        attrs.extend(a.softcap.map(|c| ("softcap", json!(c))));
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 

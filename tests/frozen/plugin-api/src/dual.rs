@@ -1,36 +1,38 @@
 //! Dual numbers: write a loss as its formula, get its derivatives exactly.
 //!
-//! A [`Dual`] is a value with its partial derivatives by the four sums a pair offers. The chain rule is applied by every
-//! operation (forward-mode differentiation; Griewank and Walther, *Evaluating Derivatives*, chapter 3).
+//! A [`Dual`] is a value with its partial derivatives by the sums an example offers, two of every answer. The chain rule is
+//! applied by every operation (forward-mode differentiation; Griewank and Walther, *Evaluating Derivatives*, chapter 3).
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-/// How many inputs a loss is differentiated by; see [`crate::loss::Pair`].
-pub(crate) const INPUTS: usize = 4;
+use crate::loss::MAX_ANSWERS;
+
+/// Inputs that a loss is differentiated by: of every answer its weighted sum, then of every answer its plain sum.
+pub(crate) const INPUTS: usize = 2 * MAX_ANSWERS;
 
 /// A number and its partial derivatives.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dual {
     /// The number.
     pub value: f64,
-    pub(crate) slope: [f64; INPUTS],
+    pub(crate) grad: [f64; INPUTS],
 }
 
 impl Dual {
     /// A number that depends on nothing.
     pub fn constant(value: f64) -> Dual {
-        Dual { value, slope: [0.0; INPUTS] }
+        Dual { value, grad: [0.0; INPUTS] }
     }
 
     pub(crate) fn input(value: f64, index: usize) -> Dual {
         let mut dual = Dual::constant(value);
-        dual.slope[index] = 1.0;
+        dual.grad[index] = 1.0;
         dual
     }
 
-    /// `f(self)` for a function with value `value` and derivative `slope` at this point.
-    pub fn map(self, value: f64, slope: f64) -> Dual {
-        Dual { value, slope: self.slope.map(|s| s * slope) }
+    /// `f(self)` for a function with value `value` and derivative `by` at this point.
+    pub fn map(self, value: f64, by: f64) -> Dual {
+        Dual { value, grad: self.grad.map(|g| g * by) }
     }
 
     /// The same number, with no derivative.
@@ -105,8 +107,8 @@ macro_rules! binary {
             fn $method(self, other: Dual) -> Dual {
                 let ($a, $b) = (self.value, other.value);
                 let (value, by_a, by_b): (f64, f64, f64) = $rule;
-                let slope = std::array::from_fn(|i| by_a * self.slope[i] + by_b * other.slope[i]);
-                Dual { value, slope }
+                let grad = std::array::from_fn(|i| by_a * self.grad[i] + by_b * other.grad[i]);
+                Dual { value, grad }
             }
         }
         impl $trait<f64> for Dual {
@@ -135,7 +137,7 @@ mod tests {
 
     /// Every function against central differences, at points on both sides of its bends.
     #[test]
-    fn slopes_are_central_differences() {
+    fn derivatives_are_central_differences() {
         type Case = (&'static str, fn(Dual) -> Dual);
         let cases: [Case; 9] = [
             ("exp", Dual::exp),
@@ -152,13 +154,13 @@ mod tests {
             for x in [-30.0, -2.0, -0.3, 0.4, 1.5, 8.0] {
                 let h = 1e-5;
                 let numeric = (f(Dual::constant(x + h)).value - f(Dual::constant(x - h)).value) / (2.0 * h);
-                let slope = f(Dual::input(x, 2)).slope;
+                let grad = f(Dual::input(x, 2)).grad;
                 assert!(
-                    (slope[2] - numeric).abs() <= 1e-6 * numeric.abs().max(1.0),
+                    (grad[2] - numeric).abs() <= 1e-6 * numeric.abs().max(1.0),
                     "{name} at {x}: {} {numeric}",
-                    slope[2]
+                    grad[2]
                 );
-                assert_eq!(slope[0], 0.0, "{name} depends on an input it was not given");
+                assert_eq!(grad[0], 0.0, "{name} depends on an input it was not given");
             }
         }
     }

@@ -6,6 +6,8 @@
 /// plugin! { models: [Qwen2], losses: [Sigmoid, Hinge] }
 /// ```
 ///
+/// `requires: ["feature"]` names what the host must have; one that lacks it refuses the crate.
+///
 /// The crate should be of type `["cdylib", "rlib"]`. As a file it carries one symbol, `dpo_plugin_<crate>`; several such
 /// crates may be linked into one program, which finds them through `inventory`.
 #[macro_export]

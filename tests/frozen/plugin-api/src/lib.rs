@@ -3,7 +3,7 @@
 //! A plugin is a crate of type `["cdylib", "rlib"]` that implements one of three traits and exports it:
 //!
 //! - [`ModelFamily`](model::ModelFamily): from `config.json` to a graph of named ops;
-//! - [`DatasetFormat`](dataset::DatasetFormat): from a row of a file to preference records;
+//! - [`DatasetFormat`](dataset::DatasetFormat): from a row of a file to records of a prompt and its answers;
 //! - [`AlignmentLoss`](loss::AlignmentLoss): from log-probs to a loss and its derivatives.
 //!
 //! A plugin describes, the host computes: no tensor, thread or device of the host is visible here. A whole loss:
@@ -54,10 +54,10 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Everything an author usually needs.
 pub mod prelude {
     pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Var};
-    pub use crate::dataset::{DatasetFormat, Message, Record, Row, Text};
+    pub use crate::dataset::{DatasetFormat, Message, Record, RecordAnswer, Row, Text};
     pub use crate::dual::Dual;
     pub use crate::graph::ModelGraph;
-    pub use crate::loss::{AlignmentLoss, LossBatch, LossGrad, LossOption, Needs, Options, Pair};
+    pub use crate::loss::{AlignmentLoss, Answers, Example, LossBatch, LossGrad, LossOption, Needs, Options, Pair};
     pub use crate::model::{Config, ModelFamily};
     pub use crate::rope::Rope;
     pub use crate::{Error, Result, bail, plugin};

@@ -1,4 +1,7 @@
-//! Alignment losses: from log-probs of a pair's answers to a loss and its derivatives.
+//! Alignment losses: from log-probs of an example's answers to a loss and its derivatives.
+//!
+//! An example is one prompt and one to [`MAX_ANSWERS`] answers to it, best first. A loss says in [`Needs::answers`] how many
+//! it takes, and is a formula over their log-probs: [`LossBatch::each_pair`] for two, [`LossBatch::each_example`] for any number.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -6,7 +9,13 @@ use serde_json::{Map, Value};
 use crate::dual::Dual;
 use crate::{Error, Result, bail};
 
-/// A loss such as DPO's sigmoid. The loss of a step is the mean of its pairs' losses over all pairs of the step.
+/// Most answers of an example.
+pub const MAX_ANSWERS: usize = 16;
+
+/// Most statistics a loss may ask for.
+pub const MAX_STATISTICS: usize = 4;
+
+/// A loss such as DPO's sigmoid. The loss of a step is the mean of its examples' losses over all examples of the step.
 pub trait AlignmentLoss: Send + Sync + 'static {
     /// What `--loss` takes and `dpo-host list` prints.
     fn name(&self) -> &'static str;
@@ -27,33 +36,73 @@ pub trait AlignmentLoss: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Loss and derivatives of the pairs given. Most losses are one call of [`LossBatch::each_pair`].
+    /// Loss and derivatives of the examples given. Most losses are one call of [`LossBatch::each_pair`].
     ///
-    /// `state` starts empty, is whatever the loss left in it at its last call, and is saved with checkpoints.
+    /// `state` starts empty and is saved with checkpoints. All calls of a step see the one that the step before left; what is
+    /// kept is what the loss leaves when it is given all examples of the step.
     fn eval(&self, batch: &LossBatch<'_>, options: &Options, state: &mut Vec<f64>) -> Result<LossGrad>;
+}
+
+/// How many answers a loss takes of an example, not counting detached ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answers {
+    /// One: every answer that was liked, or is the best of several.
+    One,
+    /// A better and a worse one. Of single answers to one prompt, every liked one is paired with every disliked one.
+    #[default]
+    Pair,
+    /// A ranking of 2 to [`MAX_ANSWERS`], best first.
+    Ranked,
+}
+
+impl Answers {
+    /// Whether so many answers will do.
+    pub fn takes(self, count: usize) -> bool {
+        match self {
+            Answers::One => count == 1,
+            Answers::Pair => count == 2,
+            Answers::Ranked => (2..=MAX_ANSWERS).contains(&count),
+        }
+    }
+
+    /// In words, for messages: `2 answers`.
+    pub fn describe(self) -> String {
+        match self {
+            Answers::One => "1 answer".into(),
+            Answers::Pair => "2 answers".into(),
+            Answers::Ranked => format!("2 to {MAX_ANSWERS} answers"),
+        }
+    }
 }
 
 /// What a loss needs of the host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Needs {
+    /// How many answers an example has.
+    #[serde(default)]
+    pub answers: Answers,
     /// Whether log-probs under the reference are read; where no loss of a run does, they are not computed.
     pub reference: bool,
-    /// Whether a pair's loss depends on other pairs; then the loss is called once a step with all of its pairs.
+    /// Whether an example's loss depends on other examples; then the loss is called once a step with all of them.
     pub whole_batch: bool,
-    /// Further statistics of each answer token under the policy, by name; an unknown one refuses the loss.
+    /// Further statistics of each answer token, by name, under the policy and under the reference; an unknown one refuses the
+    /// loss.
     #[serde(default)]
     pub statistics: Vec<String>,
 }
 
 impl Default for Needs {
-    /// The reference, pair by pair, no further statistics.
+    /// Pairs, the reference, example by example, no further statistics.
     fn default() -> Needs {
-        Needs { reference: true, whole_batch: false, statistics: Vec::new() }
+        Needs { answers: Answers::Pair, reference: true, whole_batch: false, statistics: Vec::new() }
     }
 }
 
 /// An option of a loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LossOption {
     /// Its name in `--loss-option NAME=VALUE`.
     pub name: String,
@@ -116,15 +165,18 @@ pub struct Answer<'a> {
     pub policy: &'a [f32],
     /// Log-probs under the reference; zeros where the loss does not need it.
     pub reference: &'a [f32],
-    /// Weight of each token in the answer's log-prob: 1, but for LD-DPO, where tokens beyond the shorter answer have
+    /// Weight of each token in the answer's log-prob: 1, but for LD-DPO, where tokens beyond the shortest answer have
     /// `--ld-alpha`.
     pub weights: &'a [f32],
-    /// The statistics asked for, in the order of [`Needs::statistics`].
+    /// 1 for an answer that was preferred or liked, 0 for one that was not, or its score.
+    pub label: f64,
+    /// Whether no gradient flows through it.
+    pub detached: bool,
+    /// The statistics asked for, in the order of [`Needs::statistics`], under the policy.
     pub statistics: [&'a [f32]; MAX_STATISTICS],
+    /// The same under the reference; zeros where the loss does not need it.
+    pub reference_statistics: [&'a [f32]; MAX_STATISTICS],
 }
-
-/// Most statistics a loss may ask for.
-pub const MAX_STATISTICS: usize = 4;
 
 impl Answer<'_> {
     /// Tokens.
@@ -134,6 +186,68 @@ impl Answer<'_> {
 
     fn weighted(&self, logps: &[f32]) -> f64 {
         logps.iter().zip(self.weights).map(|(l, w)| f64::from(*l) * f64::from(*w)).sum()
+    }
+
+    /// `log π`, as the loss's differentiable input of an index.
+    fn logp(&self, index: usize) -> Dual {
+        self.input(self.weighted(self.policy), index)
+    }
+
+    fn sum(&self, index: usize) -> Dual {
+        self.input(self.policy.iter().map(|l| f64::from(*l)).sum(), MAX_ANSWERS + index)
+    }
+
+    fn input(&self, value: f64, index: usize) -> Dual {
+        if self.detached { Dual::constant(value) } else { Dual::input(value, index) }
+    }
+
+    fn reference_logp(&self) -> f64 {
+        self.weighted(self.reference)
+    }
+}
+
+/// The answers to one prompt, best first; detached ones behind all others. Its differentiable inputs are the answers' log-probs.
+#[derive(Clone, Debug)]
+pub struct Example<'a> {
+    /// The answers.
+    pub answers: Vec<Answer<'a>>,
+}
+
+impl<'a> Example<'a> {
+    /// Answers with a gradient: those that [`Needs::answers`] asks for.
+    pub fn learned(&self) -> usize {
+        self.answers.iter().filter(|a| !a.detached).count()
+    }
+
+    /// `log π(answer)`: the weighted sum over its tokens.
+    pub fn logp(&self, answer: usize) -> Dual {
+        self.answers[answer].logp(answer)
+    }
+
+    /// The answer's plain sum over tokens, whatever the weights: what a likelihood term is made of.
+    pub fn sum(&self, answer: usize) -> Dual {
+        self.answers[answer].sum(answer)
+    }
+
+    /// `log π_ref(answer)`.
+    pub fn reference(&self, answer: usize) -> f64 {
+        self.answers[answer].reference_logp()
+    }
+
+    /// `log π(answer) / π_ref(answer)`.
+    pub fn ratio(&self, answer: usize) -> Dual {
+        self.logp(answer) - self.reference(answer)
+    }
+
+    /// The first two answers.
+    ///
+    /// # Panics
+    /// Where there are fewer: a loss over pairs says [`Answers::Pair`] or [`Answers::Ranked`].
+    pub fn pair(&self) -> Pair<'a> {
+        match self.answers[..] {
+            [chosen, rejected, ..] => Pair { chosen, rejected },
+            _ => panic!("a pair of {} answers: let `needs` ask for pairs", self.answers.len()),
+        }
     }
 }
 
@@ -149,32 +263,32 @@ pub struct Pair<'a> {
 impl Pair<'_> {
     /// `log π(chosen)`: the weighted sum over its tokens.
     pub fn chosen_logp(&self) -> Dual {
-        Dual::input(self.chosen.weighted(self.chosen.policy), 0)
+        self.chosen.logp(0)
     }
 
     /// `log π(rejected)`.
     pub fn rejected_logp(&self) -> Dual {
-        Dual::input(self.rejected.weighted(self.rejected.policy), 1)
+        self.rejected.logp(1)
     }
 
     /// The chosen answer's plain sum over tokens, whatever the weights: what a likelihood term is made of.
     pub fn chosen_sum(&self) -> Dual {
-        Dual::input(self.chosen.policy.iter().map(|l| f64::from(*l)).sum(), 2)
+        self.chosen.sum(0)
     }
 
     /// The rejected answer's plain sum over tokens.
     pub fn rejected_sum(&self) -> Dual {
-        Dual::input(self.rejected.policy.iter().map(|l| f64::from(*l)).sum(), 3)
+        self.rejected.sum(1)
     }
 
     /// `log π_ref(chosen)`.
     pub fn chosen_ref(&self) -> f64 {
-        self.chosen.weighted(self.chosen.reference)
+        self.chosen.reference_logp()
     }
 
     /// `log π_ref(rejected)`.
     pub fn rejected_ref(&self) -> f64 {
-        self.rejected.weighted(self.rejected.reference)
+        self.rejected.reference_logp()
     }
 
     /// `log π(chosen) / π_ref(chosen)`.
@@ -188,102 +302,142 @@ impl Pair<'_> {
     }
 }
 
-/// The pairs of a micro-batch, or of the whole step where [`Needs::whole_batch`] says so.
+/// Sizes of the whole step, over all micro-batches and ranks; detached answers are not counted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Totals {
+    /// Examples.
+    pub examples: f64,
+    /// Answers.
+    pub answers: f64,
+    /// Tokens of every example's best answer.
+    pub best_tokens: f64,
+    /// Tokens of all answers.
+    pub tokens: f64,
+}
+
+/// The examples of a micro-batch, or of the whole step where [`Needs::whole_batch`] says so.
 #[derive(Clone, Debug)]
 pub struct LossBatch<'a> {
-    /// Pairs.
-    pub pairs: Vec<Pair<'a>>,
-    /// Pairs in the step, over all micro-batches and ranks.
-    pub step_pairs: f64,
-    /// Tokens of chosen answers in the step.
-    pub step_chosen_tokens: f64,
-    /// Tokens of rejected answers in the step.
-    pub step_rejected_tokens: f64,
+    /// Examples.
+    pub examples: Vec<Example<'a>>,
+    /// Sizes of the step.
+    pub totals: Totals,
 }
 
 impl<'a> LossBatch<'a> {
+    /// Examples that are the whole step.
+    pub fn whole(examples: Vec<Example<'a>>) -> LossBatch<'a> {
+        let learned = || examples.iter().map(|e| e.answers.iter().filter(|a| !a.detached));
+        let totals = Totals {
+            examples: examples.len() as f64,
+            answers: learned().flatten().count() as f64,
+            best_tokens: learned().filter_map(|mut answers| answers.next()).map(Answer::count).sum(),
+            tokens: learned().flatten().map(Answer::count).sum(),
+        };
+        LossBatch { examples, totals }
+    }
+
+    /// The first two answers of every example.
+    pub fn pairs(&self) -> Vec<Pair<'a>> {
+        self.examples.iter().map(Example::pair).collect()
+    }
+
     /// The loss of each pair by a formula.
     pub fn each_pair(&self, formula: impl Fn(&Pair<'a>) -> Dual) -> LossGrad {
+        self.each_example(|example| formula(&example.pair()))
+    }
+
+    /// The loss of each example by a formula.
+    pub fn each_example(&self, formula: impl Fn(&Example<'a>) -> Dual) -> LossGrad {
         let mut grad = self.zero();
-        for (i, pair) in self.pairs.iter().enumerate() {
-            grad.add(i, i, formula(pair));
+        for (i, example) in self.examples.iter().enumerate() {
+            grad.add(i, formula(example));
         }
         grad
     }
 
     /// A result to which terms are [added](LossGrad::add).
     pub fn zero(&self) -> LossGrad {
-        let tokens = |answer: fn(&Pair<'a>) -> Answer<'a>| {
-            self.pairs.iter().map(|p| answer(p).weights.to_vec()).collect::<Vec<_>>()
+        let answer = |answer: &Answer<'a>| AnswerGrad {
+            grad: vec![0.0; answer.weights.len()],
+            weights: answer.weights.to_vec(),
+            detached: answer.detached,
         };
-        LossGrad {
-            losses: vec![0.0; self.pairs.len()],
-            chosen: tokens(|p| p.chosen).into_iter().map(TokenSlopes::new).collect(),
-            rejected: tokens(|p| p.rejected).into_iter().map(TokenSlopes::new).collect(),
-        }
+        let answers = self.examples.iter().map(|e| e.answers.iter().map(answer).collect()).collect();
+        LossGrad { losses: vec![0.0; self.examples.len()], answers }
     }
 }
 
-/// Losses of pairs, and their derivatives by the log-prob of every answer token.
+/// Losses of examples, and their derivatives by the log-prob of every answer token.
 #[derive(Clone, Debug)]
 pub struct LossGrad {
-    pub(crate) losses: Vec<f64>,
-    pub(crate) chosen: Vec<TokenSlopes>,
-    pub(crate) rejected: Vec<TokenSlopes>,
+    losses: Vec<f64>,
+    /// Of every example, of every answer.
+    answers: Vec<Vec<AnswerGrad>>,
 }
 
 #[derive(Clone, Debug)]
-pub(crate) struct TokenSlopes {
+struct AnswerGrad {
     weights: Vec<f32>,
-    slopes: Vec<f64>,
+    grad: Vec<f64>,
+    detached: bool,
 }
 
-impl TokenSlopes {
-    fn new(weights: Vec<f32>) -> TokenSlopes {
-        TokenSlopes { slopes: vec![0.0; weights.len()], weights }
-    }
-
-    /// Adds a slope by the weighted and one by the plain sum.
-    fn add(&mut self, weighted: f64, plain: f64) {
-        for (slope, weight) in self.slopes.iter_mut().zip(&self.weights) {
-            *slope += weighted * f64::from(*weight) + plain;
+impl AnswerGrad {
+    /// Adds a derivative by the weighted and one by the plain sum.
+    fn add(&mut self, by_weighted: f64, by_plain: f64) {
+        for (grad, weight) in self.grad.iter_mut().zip(&self.weights) {
+            *grad += by_weighted * f64::from(*weight) + by_plain;
         }
     }
 }
 
 impl LossGrad {
+    /// Adds a term made from the answers of an example.
+    pub fn add(&mut self, example: usize, term: Dual) {
+        self.losses[example] += term.value;
+        for (i, answer) in self.answers[example].iter_mut().enumerate() {
+            answer.add(term.grad[i], term.grad[MAX_ANSWERS + i]);
+        }
+    }
+
     /// Adds a term made from the chosen answer of one pair and the rejected answer of another (or the same).
-    pub fn add(&mut self, chosen_of: usize, rejected_of: usize, term: Dual) {
+    pub fn add_across(&mut self, chosen_of: usize, rejected_of: usize, term: Dual) {
         self.losses[chosen_of] += term.value;
-        self.chosen[chosen_of].add(term.slope[0], term.slope[2]);
-        self.rejected[rejected_of].add(term.slope[1], term.slope[3]);
+        for (example, answer) in [(chosen_of, 0), (rejected_of, 1)] {
+            self.answers[example][answer].add(term.grad[answer], term.grad[MAX_ANSWERS + answer]);
+        }
     }
 
-    /// Adds a derivative by single tokens' log-probs, for what no sum expresses.
-    pub fn add_tokens(&mut self, pair: usize, loss: f64, chosen: &[f64], rejected: &[f64]) {
-        self.losses[pair] += loss;
-        let add = |to: &mut TokenSlopes, by: &[f64]| to.slopes.iter_mut().zip(by).for_each(|(s, b)| *s += b);
-        add(&mut self.chosen[pair], chosen);
-        add(&mut self.rejected[pair], rejected);
+    /// Adds a loss with its derivatives by single tokens' log-probs, of every answer of the example, for what no sum
+    /// expresses. Those of a detached answer are left out.
+    pub fn add_tokens(&mut self, example: usize, loss: f64, by: &[&[f64]]) {
+        self.losses[example] += loss;
+        for (answer, by) in self.answers[example].iter_mut().zip(by).filter(|(answer, _)| !answer.detached) {
+            answer.grad.iter_mut().zip(*by).for_each(|(to, by)| *to += by);
+        }
     }
 
-    /// The loss of each pair.
+    /// The loss of each example.
     pub fn losses(&self) -> &[f64] {
         &self.losses
     }
 
-    /// `d loss / d log-prob` for each token: of every pair the chosen answer's, then the rejected one's.
-    pub fn slopes(&self) -> Vec<f32> {
-        let pairs = self.chosen.iter().zip(&self.rejected);
-        pairs.flat_map(|(c, r)| c.slopes.iter().chain(&r.slopes)).map(|s| *s as f32).collect()
+    /// `d loss / d log-prob` for each token of every answer of every example.
+    pub fn grad(&self) -> Vec<f32> {
+        self.answers.iter().flatten().flat_map(|answer| &answer.grad).map(|g| *g as f32).collect()
     }
+}
 
-    /// Refuses a result that cannot be trained on.
-    pub(crate) fn check(&self) -> Result<()> {
-        match self.losses.iter().position(|l| !l.is_finite()) {
-            Some(pair) => Err(Error::new(format!("the loss of pair {pair} is {}", self.losses[pair]))
-                .help("the log-probs overflow: lower the learning rate, or look at that pair's data")),
-            None => Ok(()),
+/// Refuses examples with another number of answers than a loss asks for, or with more than it can be differentiated by.
+pub(crate) fn check_answers(needs: &Needs, examples: &[Example<'_>]) -> Result<()> {
+    let fits = |e: &Example<'_>| needs.answers.takes(e.learned()) && e.answers.len() <= MAX_ANSWERS;
+    match examples.iter().position(|e| !fits(e)) {
+        None => Ok(()),
+        Some(at) => {
+            let (learned, all) = (examples[at].learned(), examples[at].answers.len());
+            Err(Error::new(format!("example {at} has {learned} answers, {all} with detached ones"))
+                .help(format!("the loss takes {}, and {MAX_ANSWERS} at most", needs.answers.describe())))
         }
     }
 }

@@ -65,7 +65,7 @@ impl ModelFamily for Family {
     }
 }
 
-/// A format of conversations with tools, and of judged answers.
+/// A format of conversations with tools, of pairs, single answers and rankings.
 pub struct Format;
 
 impl DatasetFormat for Format {
@@ -79,7 +79,8 @@ impl DatasetFormat for Format {
 
     fn examples(&self) -> &'static str {
         r#"{"frozen": [{"from": "human", "value": "2+2"}], "good": "4", "bad": "5", "tools": [{"name": "add"}]}
-{"frozen": [{"from": "human", "value": "2+2"}], "good": "4"}"#
+{"frozen": [{"from": "human", "value": "2+2"}], "good": "4"}
+{"frozen": [{"from": "human", "value": "2+2"}], "good": "4", "scored": {"5": 0.5, "four": 0.9, "fish": -1}}"#
     }
 
     fn recognises(&self, row: &Row) -> u8 {
@@ -96,8 +97,13 @@ impl DatasetFormat for Format {
         let Some(good) = plain("good")? else { return bail!("column 'good' is missing") };
         let mut record = match plain("bad")? {
             Some(bad) => Record::pair(prompt, good, bad),
-            None => Record::judged(prompt, good, true),
+            None => Record::liked(prompt, good, true),
         };
+        if let Some(Value::Object(scores)) = row.get("scored") {
+            let scored = scores.iter().filter_map(|(text, score)| Some((Text::Plain(text.clone()), score.as_f64()?)));
+            record = Record::scored(record.prompt, scored.collect());
+            record.answers.push(RecordAnswer { text: Text::Plain("another's".into()), label: 0.0, detached: true });
+        }
         record.tools = row.get("tools").cloned();
         record.template_args.insert("enable_thinking".into(), json!(false));
         Ok(vec![record])
@@ -117,11 +123,12 @@ impl AlignmentLoss for Loss {
     }
 
     fn formula(&self) -> &'static str {
-        "-log sigmoid(beta (chosen_ratio - rejected_ratio) - state) - sum of statistics"
+        "-log sigmoid(beta (ratio of the best - ratio of the worst) - state) - sum of statistics"
     }
 
     fn needs(&self) -> Needs {
-        Needs { reference: true, whole_batch: true, statistics: vec!["log_sum_sq_probs".into()] }
+        let statistics = vec!["log_sum_sq_probs".into()];
+        Needs { answers: Answers::Ranked, reference: true, whole_batch: true, statistics }
     }
 
     fn options(&self) -> Vec<LossOption> {
@@ -135,11 +142,12 @@ impl AlignmentLoss for Loss {
             other => return bail!("unknown sign '{other}'"),
         };
         let shift = state.first().copied().unwrap_or(0.0);
-        let extra = |p: &Pair<'_>| p.chosen.statistics[0].iter().map(|s| f64::from(*s)).sum::<f64>();
-        let margin = |p: &Pair<'_>| beta * (p.chosen_ratio() - p.rejected_ratio());
-        let seen = batch.pairs.iter().map(|p| margin(p).value).sum::<f64>() / batch.step_pairs;
+        let sum = |values: &[f32]| values.iter().map(|s| f64::from(*s)).sum::<f64>();
+        let extra = |e: &Example<'_>| sum(e.answers[0].statistics[0]) - sum(e.answers[0].reference_statistics[0]);
+        let margin = |e: &Example<'_>| beta * (e.ratio(0) - e.ratio(e.learned() - 1));
+        let seen = batch.examples.iter().map(|e| margin(e).value).sum::<f64>() / batch.totals.examples;
         *state = vec![shift + seen];
-        Ok(batch.each_pair(|p| -(margin(p) - shift).log_sigmoid() - extra(p)))
+        Ok(batch.each_example(|e| -(margin(e) - shift).log_sigmoid() - extra(e)))
     }
 }
 
