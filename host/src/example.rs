@@ -59,12 +59,7 @@ impl Example {
     ///
     /// # Errors
     /// As [`Example::new`].
-    pub fn pair(
-        prompt: Vec<u32>,
-        chosen: Vec<u32>,
-        rejected: Vec<u32>,
-        place: impl Into<String>,
-    ) -> Result<Example> {
+    pub fn pair(prompt: Vec<u32>, chosen: Vec<u32>, rejected: Vec<u32>, place: impl Into<String>) -> Result<Example> {
         Example::new(prompt, vec![Answer::new(chosen, 1.0), Answer::new(rejected, 0.0)], place)
     }
 
@@ -186,7 +181,8 @@ mod tests {
 
     #[test]
     fn tokens_are_counted() {
-        let mut answers = vec![Answer::new(vec![1, 2, 3], 2.0), Answer::new(vec![4], 1.0), Answer::new(vec![5, 6], 1.0)];
+        let mut answers =
+            vec![Answer::new(vec![1, 2, 3], 2.0), Answer::new(vec![4], 1.0), Answer::new(vec![5, 6], 1.0)];
         answers[2].detached = true;
         let mut example = Example::new(vec![8, 9], answers, "").unwrap();
         let counts = |e: &Example| [e.longest(), e.answer_tokens(), e.unique_tokens(), e.packed_tokens()];

@@ -84,11 +84,7 @@ pub struct AnswerLogProbs {
 
 impl AnswerLogProbs {
     /// Log-probs with the statistics in the order of [`STATISTICS`].
-    pub fn new(
-        offsets: AnswerOffsets,
-        logps: Vec<f32>,
-        statistics: [Vec<f32>; STATISTICS.len()],
-    ) -> AnswerLogProbs {
+    pub fn new(offsets: AnswerOffsets, logps: Vec<f32>, statistics: [Vec<f32>; STATISTICS.len()]) -> AnswerLogProbs {
         AnswerLogProbs { offsets, logps, statistics: STATISTICS.into_iter().zip(statistics).collect() }
     }
 

@@ -52,7 +52,8 @@ fn an_old_plugin_works() {
     assert_eq!(rows.iter().map(|r| format.recognises(r).unwrap()).collect::<Vec<_>>(), [2, 2, 2]);
     let records = serde_json::to_value(rows.iter().map(|r| format.records(r).unwrap()).collect::<Vec<_>>()).unwrap();
     let prompt = json!({"messages": [{"role": "user", "content": "2+2"}]});
-    let record = |answers: Value| json!({"prompt": prompt, "answers": answers, "template_args": {"enable_thinking": false}});
+    let record =
+        |answers: Value| json!({"prompt": prompt, "answers": answers, "template_args": {"enable_thinking": false}});
     let answer = |text: &str, label: f64| json!({"text": {"plain": text}, "label": label});
     let mut pair = record(json!([answer("4", 1.0), answer("5", 0.0)]));
     pair["tools"] = json!([{"name": "add"}]);

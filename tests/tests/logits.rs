@@ -43,7 +43,11 @@ fn check(family: &str, change: Value, oracle: impl Fn(VarBuilder<'_>, &[u32]) ->
             let logits = oracle(vb, &prefix).unwrap().flatten_all().unwrap();
             let theirs = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec1::<f32>().unwrap();
             let theirs = theirs[target as usize];
-            assert!((ours - theirs).abs() < 2e-5 * theirs.abs().max(1.0), "{family} {}: {ours} {theirs}", example.place);
+            assert!(
+                (ours - theirs).abs() < 2e-5 * theirs.abs().max(1.0),
+                "{family} {}: {ours} {theirs}",
+                example.place
+            );
         }
     }
 }

@@ -235,7 +235,9 @@ fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result
             let detached = if all > count { format!(" and {} detached ones", all - count) } else { String::new() };
             let what = format!("{count} answers{detached}, and the loss '{loss}' takes {}", answers.describe());
             return Err(Error::input(what).at(place).help(match answers {
-                Answers::Pair => "choose a loss over rankings, such as --loss plackett_luce, or let the format make pairs",
+                Answers::Pair => {
+                    "choose a loss over rankings, such as --loss plackett_luce, or let the format make pairs"
+                }
                 _ => "`dpo-host describe NAME` says what a loss takes",
             }));
         }
@@ -378,7 +380,8 @@ fn no_examples(report: &Report) -> Error {
     let rows: usize = report.files.iter().map(|f| f.rows).sum();
     let causes = report.dropped.iter().map(|d| format!("{} ({} rows)", d.cause, d.count));
     let files: Vec<&str> = report.files.iter().map(|f| f.path.as_str()).collect();
-    let error = Error::input(format!("no {} is left of {rows} rows: {}", report.noun, causes.collect::<Vec<_>>().join("; ")));
+    let error =
+        Error::input(format!("no {} is left of {rows} rows: {}", report.noun, causes.collect::<Vec<_>>().join("; ")));
     let error = error.at(files.join(", "));
     match report.messages.first() {
         Some(first) => {

@@ -296,9 +296,11 @@ impl Report {
             };
         }
         self.sample = examples.first().map(|e| {
-            let part = |name: String, ids: &[u32]| SamplePart { name, text: tokenizer.decode(ids, true), tokens: ids.len() };
+            let part =
+                |name: String, ids: &[u32]| SamplePart { name, text: tokenizer.decode(ids, true), tokens: ids.len() };
             let answer = |(i, a): (usize, &Answer)| part(answer_name(i, e.learned().len()), &a.ids);
-            let parts = std::iter::once(part("prompt".into(), e.prompt())).chain(e.learned().iter().enumerate().map(answer));
+            let parts =
+                std::iter::once(part("prompt".into(), e.prompt())).chain(e.learned().iter().enumerate().map(answer));
             Sample { place: e.place.clone(), parts: parts.collect() }
         });
     }
@@ -331,7 +333,12 @@ impl fmt::Display for Report {
         writeln!(f, "  unique tokens: {} an epoch", self.unique_tokens)?;
         if self.truncated > 0 {
             let side = if self.truncation == Truncation::Left { "left" } else { "right" };
-            writeln!(f, "  truncated: {} to {} tokens, from the {side}", n(self.truncated, self.noun), self.max_length)?;
+            writeln!(
+                f,
+                "  truncated: {} to {} tokens, from the {side}",
+                n(self.truncated, self.noun),
+                self.max_length
+            )?;
         }
         if self.cut_alike > 0 {
             writeln!(

@@ -209,7 +209,12 @@ impl ChatTokenizer {
     }
 
     /// Ids of the prompt with the generation prompt, and of every whole conversation.
-    fn chat_ids(&self, record: &Record, prompt: &[Message], answers: &[&[Message]]) -> Result<(Vec<u32>, Vec<Vec<u32>>)> {
+    fn chat_ids(
+        &self,
+        record: &Record,
+        prompt: &[Message],
+        answers: &[&[Message]],
+    ) -> Result<(Vec<u32>, Vec<Vec<u32>>)> {
         let whole: Vec<Vec<Message>> = answers.iter().map(|answer| [prompt, answer].concat()).collect();
         let start = if prompt.is_empty() { shared_turns(&whole) } else { prompt.len() };
         for (at, turns) in whole.iter().enumerate() {
@@ -287,9 +292,8 @@ fn check_answer(named: &dyn Fn(&str) -> String, start: usize, turns: &[Message])
     if let Some((i, turn)) = foreign {
         let (at, named) = (start + i + 1, named("conversation"));
         let what = format!("turn {at} of the {named}, of role '{}', would be learned", turn.role);
-        return Err(Error::input(what).help(
-            "answers should part at an answer of the assistant, after the last turn of the user",
-        ));
+        return Err(Error::input(what)
+            .help("answers should part at an answer of the assistant, after the last turn of the user"));
     }
     if start == 0 {
         return Err(Error::input("the conversation has nothing before the answer"));

@@ -3,8 +3,8 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
-use crate::ops::lm_head::STATISTICS;
 use crate::ops;
+use crate::ops::lm_head::STATISTICS;
 use crate::plugins::{Family, refuse_unknown_features};
 
 /// Keys of `config.json` that do not change what a forward pass computes. Anything else that a family did not read is

@@ -45,11 +45,14 @@ mod tests {
     /// Against the sequences written out: each answer with the prompt before it, alone.
     #[test]
     fn an_answer_sees_what_it_sees_alone() {
-        for (prompt, answers) in [(3, vec![]), (1, vec![1]), (4, vec![2, 3]), (2, vec![3, 0, 1]), (3, vec![1, 4, 2, 2, 5])] {
+        for (prompt, answers) in
+            [(3, vec![]), (1, vec![1]), (4, vec![2, 3]), (2, vec![3, 0, 1]), (3, vec![1, 4, 2, 2, 5])]
+        {
             let span = Span { start: 5, prompt, answers };
             // Of every token, its answer and its position.
             let of_prompt = (0..prompt).map(|p| (None, p));
-            let of_answers = span.answers.iter().enumerate().flat_map(|(a, n)| (0..*n).map(move |p| (Some(a), prompt + p)));
+            let of_answers =
+                span.answers.iter().enumerate().flat_map(|(a, n)| (0..*n).map(move |p| (Some(a), prompt + p)));
             let tokens: Vec<(Option<usize>, usize)> = of_prompt.chain(of_answers).collect();
             for window in [0, 1, 2, 3, 100] {
                 let mask = AnswerMask::of(&span, 0, window);

@@ -185,7 +185,8 @@ fn data(facts: &Value) -> String {
     let data = &facts["data"];
     let cell = |value: &Value| escaped(value.as_str().map_or_else(|| value.to_string(), str::to_owned).as_str());
     let Some(files) = data["files"].as_array() else { return String::new() };
-    let mut html = String::from("<div class=wide><table><tr><th>file<th>format<th class=n>rows<th class=n>examples</tr>");
+    let mut html =
+        String::from("<div class=wide><table><tr><th>file<th>format<th class=n>rows<th class=n>examples</tr>");
     for file in files {
         let [path, format, rows, examples] = ["path", "format", "rows", "examples"].map(|name| cell(&file[name]));
         let _ = write!(html, "<tr><td>{path}<td>{format}<td class=n>{rows}<td class=n>{examples}</tr>");

@@ -151,7 +151,9 @@ impl<'r> Objective<'r> {
                     let (before, own) = (before.describe(), own.describe());
                     return Err(Error::input(format!("'{}' takes {before}, '{}' takes {own}", wanted.loss, loss.name))
                         .at("--loss")
-                        .help("a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes"));
+                        .help(
+                            "a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes",
+                        ));
                 }
             };
             if i == 0 || answers == loss.needs.answers {
@@ -236,8 +238,7 @@ impl<'r> Objective<'r> {
             let answers: Vec<Vec<RawAnswer<'_>>> = (0..examples.len()).map(|e| raw(e).collect()).collect();
             let raw: Vec<RawExample<'_>> =
                 answers.iter().map(|a| RawExample { answers: RSlice::from_slice(a) }).collect();
-            let call =
-                LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
+            let call = LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
             let result = term.loss.eval(&call)?;
             let scale = term.weight / totals.examples as f64;
             all.loss += result.losses.iter().zip(&importance).map(|(l, w)| l * w * scale).sum::<f64>();

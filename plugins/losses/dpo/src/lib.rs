@@ -74,8 +74,7 @@ const fn needs(answers: Answers, reference: bool) -> Needs {
 /// What most losses need: pairs and the reference.
 const PAIRWISE: Needs = needs(Answers::Pair, true);
 /// What losses need that compare the answers of different pairs.
-const WHOLE_BATCH: Needs =
-    Needs { answers: Answers::Pair, reference: true, whole_batch: true, statistics: Vec::new() };
+const WHOLE_BATCH: Needs = Needs { answers: Answers::Pair, reference: true, whole_batch: true, statistics: Vec::new() };
 /// What losses need that know only the policy.
 const REFERENCE_FREE: Needs = needs(Answers::Pair, false);
 

@@ -10,7 +10,10 @@ use crate::{Loss, needs};
 pub const PLACKETT_LUCE: Loss = Loss {
     name: "plackett_luce",
     summary: "DPO over a ranking (Rafailov et al. 2023, eq. 20); with two answers it is sigmoid",
-    formula: formula!("-sum over j of (beta r(j) - ln sum over k of exp(beta r(k))), k = j and every worse answer", ranking),
+    formula: formula!(
+        "-sum over j of (beta r(j) - ln sum over k of exp(beta r(k))), k = j and every worse answer",
+        ranking
+    ),
     needs: needs(Answers::Ranked, true),
     options: || vec![beta(0.1)],
     eval: |batch, o| {

@@ -22,7 +22,9 @@ fn trials(option: &str) -> Vec<Value> {
 }
 
 fn eval(loss: &dyn AlignmentLoss, options: &Options) -> Result<Vec<f64>, String> {
-    loss.eval(&LossBatch::whole(Vec::new()), options, &mut Vec::new()).map(|g| g.losses().to_vec()).map_err(|e| e.to_string())
+    loss.eval(&LossBatch::whole(Vec::new()), options, &mut Vec::new())
+        .map(|g| g.losses().to_vec())
+        .map_err(|e| e.to_string())
 }
 
 #[test]
