@@ -113,6 +113,7 @@ fn broken_plugins_cost_a_line_each() {
     let names = [
         "hostile_calls",
         "hostile_graphs",
+        "hostile_later",
         "hostile_no_plugin",
         "hostile_other_layout",
         "hostile_panicking_manifest",
@@ -124,8 +125,9 @@ fn broken_plugins_cost_a_line_each() {
     std::fs::write(folder.path().join("README.txt"), "not even by name").unwrap();
     let found = discover(folder.path());
 
-    let expected: [(&str, &[&str]); 10] = [
+    let expected: [(&str, &[&str]); 11] = [
         ("notes", &["is not a shared library"]),
+        ("hostile_later", &["requires the feature 'foresight'"]),
         ("hostile_no_plugin", &["is no plugin", "dpo_plugin_*"]),
         ("hostile_other_layout", &["built with another layout", "RawLossCall"]),
         ("hostile_panicking_manifest", &["panicked at", "lib.rs:", "no name comes to mind"]),

@@ -102,6 +102,7 @@ pub struct LossCall<'a> {
 }
 
 /// What a loss answers, checked for its sizes.
+#[derive(Debug)]
 pub struct LossResult {
     /// Loss of each example; the step's loss is their sum over its examples, divided by their number. It may not be finite.
     pub losses: Vec<f64>,

@@ -1,6 +1,7 @@
-//! A loss with a memory: BCO as it was first published (Jung et al. 2024, eq. 8), whose reward shift is a running mean. And
-//! one that takes its time.
+//! A loss with a memory: BCO as it was first published (Jung et al. 2024, eq. 8), whose reward shift is a running mean. One that
+//! takes its time, one that overflows, and a format of rankings.
 
+use dpo_plugin_api::dataset::{column, plain_text};
 use dpo_plugin_api::prelude::*;
 
 /// The loss.
@@ -51,6 +52,61 @@ impl AlignmentLoss for Slow {
     }
 }
 
+/// A loss without a finite value for chosen answers of more than 30 tokens.
+pub struct Overflowing;
+
+impl AlignmentLoss for Overflowing {
+    fn name(&self) -> &'static str {
+        "overflowing"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests: sigmoid, infinite for long chosen answers"
+    }
+
+    fn formula(&self) -> &'static str {
+        "-ls(rw - rl), infinite where |yw| > 30"
+    }
+
+    fn eval(&self, batch: &LossBatch<'_>, _: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
+        let penalty = |p: &Pair<'_>| if p.chosen.count() > 30.0 { f64::INFINITY } else { 0.0 };
+        Ok(batch.each_pair(|p| -(p.chosen_ratio() - p.rejected_ratio()).log_sigmoid() + penalty(p)))
+    }
+}
+
+/// Rows of a question, answers best first, and perhaps an answer to another question.
+pub struct Rankings;
+
+impl DatasetFormat for Rankings {
+    fn name(&self) -> &'static str {
+        "rankings"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests: question, ranking, mismatched"
+    }
+
+    fn examples(&self) -> &'static str {
+        r#"{"question": "2+2", "ranking": ["4", "four", "5"], "mismatched": "Paris"}"#
+    }
+
+    fn recognises(&self, row: &Row) -> u8 {
+        if row.contains_key("question") && row.contains_key("ranking") { 2 } else { 0 }
+    }
+
+    fn records(&self, row: &Row) -> Result<Vec<Record>> {
+        let turn = |role: &str, value: &Value| Ok(Text::Messages(vec![Message::new(role, plain_text(value)?)]));
+        let Some(ranking) = column(row, "ranking")?.as_array() else { return bail!("'ranking' should be a list") };
+        let answers = ranking.iter().map(|answer| turn("assistant", answer)).collect::<Result<Vec<Text>>>()?;
+        let mut record = Record::ranked(turn("user", column(row, "question")?)?, answers);
+        if let Some(answer) = row.get("mismatched") {
+            record.answers.push(RecordAnswer { text: turn("assistant", answer)?, label: 0.0, detached: true });
+        }
+        Ok(vec![record])
+    }
+}
+
 plugin! {
-    losses: [Shifted, Slow],
+    losses: [Shifted, Slow, Overflowing],
+    datasets: [Rankings],
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use candle_core::{CpuStorage, D, DType, Device, Layout, Storage, Tensor};
+use candle_core::{CpuStorage, D, DType, Device, Layout as Strides, Storage, Tensor};
 use rayon::prelude::*;
 
 use super::answer_mask::AnswerMask;
@@ -220,7 +220,7 @@ fn of_one_token(call: &Call<'_>) -> Result<Tensor> {
 }
 
 /// The numbers of a contiguous tensor in f32.
-fn values<'a>(storage: &'a Storage, layout: &Layout) -> Result<&'a [f32]> {
+fn values<'a>(storage: &'a Storage, layout: &Strides) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (Storage::Cpu(CpuStorage::F32(values)), Some((from, to))) => Ok(&values[from..to]),
         _ => Err(Error::run("the CPU's attention got a tensor that is not its own")),
@@ -279,37 +279,98 @@ fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use candle_core::Var;
     use dpo_plugin_api::graph::Node;
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+    use crate::batch::Layout;
+
+    fn node(heads: usize, kv_heads: usize, dim: usize, more: &Value) -> Node {
+        let mut attrs = json!({"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": 0.3});
+        attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        serde_json::from_value(json!({
+            "op": "attention", "inputs": [0, 1, 2], "weights": [], "attrs": attrs, "width": heads * dim,
+        }))
+        .unwrap()
+    }
+
+    fn numbers(rows: usize, width: usize, step: usize) -> Tensor {
+        let values: Vec<f32> = (0..rows * width).map(|i| ((i * step) % 101) as f32 / 25.0 - 2.0).collect();
+        Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
+    }
+
+    fn apart(a: &Tensor, b: &Tensor) -> f32 {
+        (a - b).unwrap().abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+    }
 
     /// The last token of a text by itself, and among all others.
     #[test]
     fn one_token_gets_what_many_get() {
-        let numbers = |rows: usize, width: usize, step: usize| {
-            let values: Vec<f32> = (0..rows * width).map(|i| ((i * step) % 101) as f32 / 25.0 - 2.0).collect();
-            Tensor::from_vec(values, (rows, width), &Device::Cpu).unwrap()
-        };
         let (tokens, heads, kv_heads, dim) = (9, 4, 2, 20);
         for more in [json!({}), json!({"window": 3}), json!({"window": 30}), json!({"softcap": 0.7})] {
-            let mut attrs = json!({"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": 0.3});
-            attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-            let node: Node = serde_json::from_value(json!({
-                "op": "attention", "inputs": [0, 1, 2], "weights": [], "attrs": attrs, "width": heads * dim,
-            }))
-            .unwrap();
+            let node = node(heads, kv_heads, dim, &more);
             let (q, kv) = (numbers(tokens, heads * dim, 37), kv_heads * dim);
             let (k, v) = (numbers(tokens, kv, 53), numbers(tokens, kv, 29));
             let run = |q: &Tensor, past: usize| {
-                let layout = &crate::batch::Layout::after(past, tokens - past);
+                let layout = &Layout::after(past, tokens - past);
                 let call = Call { node: &node, inputs: vec![q, &k, &v], weights: &[], lora: None, layout };
                 forward(&call).unwrap()
             };
             let all = run(&q, 0).narrow(0, tokens - 1, 1).unwrap();
             let one = run(&q.narrow(0, tokens - 1, 1).unwrap(), tokens - 1);
-            let error = (all - one).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            let error = apart(&all, &one);
             assert!(error < 1e-5, "{more}: {error}");
+        }
+    }
+
+    /// An example whose scores are several blocks, against its formula over all scores at once, with candle's own gradients.
+    #[test]
+    fn blocks_compute_what_all_scores_at_once_do() {
+        let (heads, kv_heads, dim) = (8, 1, 4);
+        let span = Span { start: 0, prompt: 500, answers: vec![300, 0, 250, 60] };
+        let n = span.len();
+        assert!(heads * n * n > SCORES);
+        let inputs = [(heads, 37), (kv_heads, 53), (kv_heads, 29)].map(|(h, step)| numbers(n, h * dim, step));
+        let dy = numbers(n, heads * dim, 17);
+        for more in [json!({}), json!({"window": 40}), json!({"softcap": 0.7})] {
+            let node = node(heads, kv_heads, dim, &more);
+            let layout = Layout { spans: vec![span.clone()], ..Layout::default() };
+            let call = Call { node: &node, inputs: inputs.iter().collect(), weights: &[], lora: None, layout: &layout };
+            let shape = Shape::of(&call);
+            assert!(shape.blocks(n, n).count() > 1);
+
+            let free = inputs.clone().map(|x| Var::from_tensor(&x).unwrap());
+            let of_heads = |x: &Var, h: usize| x.reshape((n, h, dim)).unwrap().transpose(0, 1).unwrap();
+            let [q, k, v] = [(0, heads), (1, 1), (2, 1)].map(|(i, h)| of_heads(&free[i], h));
+            let wide = |x: &Tensor| x.broadcast_as((heads, n, dim)).unwrap().contiguous().unwrap();
+            let (q, k, v) = (q.contiguous().unwrap(), wide(&k), wide(&v));
+            let mut scores = (q.matmul(&k.t().unwrap()).unwrap() * shape.scale).unwrap();
+            if shape.softcap > 0.0 {
+                scores = ((scores / shape.softcap).unwrap().tanh().unwrap() * shape.softcap).unwrap();
+            }
+            let mask = AnswerMask::of(&span, 0, count(&node, "window"));
+            let hidden = |i: usize| if mask.sees(i / n, i % n) { 0.0 } else { f32::NEG_INFINITY };
+            let hidden: Vec<f32> = (0..n * n).map(hidden).collect();
+            let scores = scores.broadcast_add(&Tensor::from_vec(hidden, (n, n), &Device::Cpu).unwrap()).unwrap();
+            let weights = scores.exp().unwrap();
+            let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1).unwrap()).unwrap();
+            let y = weights.matmul(&v).unwrap().transpose(0, 1).unwrap().reshape((n, heads * dim)).unwrap();
+
+            assert!(apart(&forward(&call).unwrap(), &y) < 1e-5, "{more}");
+            let exact = (y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+            let own = vjp(&call, &dy).unwrap().inputs;
+            for (at, (own, free)) in own.iter().zip(&free).enumerate() {
+                let (own, exact) = (own.as_ref().unwrap(), exact.get(free).unwrap());
+                let most = exact.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(
+                    apart(own, exact) < 1e-4 * most.max(1.0),
+                    "{more}, input {at}: {} of {most}",
+                    apart(own, exact)
+                );
+            }
         }
     }
 }

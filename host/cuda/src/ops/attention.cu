@@ -47,6 +47,15 @@ __device__ __forceinline__ Begins begins_of(const int* begins, const Tile& t, in
     return {of[query], of[min(query + queries, t.length) - 1]};
 }
 
+// Those of a tile whose queries have theirs in shared memory, where they take no registers.
+template <int N>
+__device__ __forceinline__ Begins begins_of(const int (&starts)[N]) { return {starts[0], starts[N - 1]}; }
+
+// Where the answer of a query begins; beyond the example, that of its last query.
+__device__ __forceinline__ int begin_of(const int* begins, const Tile& t, int query) {
+    return begins[t.start + min(query, t.length - 1)];
+}
+
 // Whether a whole tile of keys is seen by a whole tile of queries, and whether none of it is.
 __device__ __forceinline__ bool all_visible(const Tile& t, Begins b, int query, int queries, int key, int keys, int window) {
     if (window > 0 || key + keys - 1 > query || query + queries > t.length) return false;
@@ -231,11 +240,11 @@ struct Softmax {
     float max[2] = {-1e30f, -1e30f}, sum[2] = {};
 
     // Scores `p` become weights, and what was summed in `o` shrinks to the new maximum.
-    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t, Begins b,
-                                         const int starts[2], int mine, int key, const Shape& s) {
+    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t,
+                                         const int (&starts)[TILE], int mine, int key, const Shape& s) {
         int lane = threadIdx.x % 32;
         float scale = s.scale * LOG2E;
-        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, begins_of(starts), t.first, TILE, key, TILE, s.window);
         float top[2] = {max[0], max[1]}, shift[2];
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
@@ -243,7 +252,7 @@ struct Softmax {
             for (int i = 0; i < 4; i++) {
                 int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
                 bend(p[n][i], s);
-                if (!whole && !visible(t, starts[i / 2], from, to, s.window)) p[n][i] = -1e30f;
+                if (!whole && !visible(t, starts[from - t.first], from, to, s.window)) p[n][i] = -1e30f;
                 top[i / 2] = fmaxf(top[i / 2], p[n][i]);
             }
 #pragma unroll
@@ -285,15 +294,6 @@ struct Softmax {
         store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
     }
 };
-
-// Where the answers of a thread's two rows begin.
-__device__ __forceinline__ void own_begins(int starts[2], const int* begins, const Tile& t, int mine) {
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        int at = t.first + mine + threadIdx.x % 32 / 4 + r * 8;
-        starts[r] = at < t.length ? begins[t.start + at] : 0;
-    }
-}
 
 // Log-sums, in powers of two, and deltas of a thread's two rows.
 __device__ __forceinline__ void own_numbers(float logsum[2], float pull[2], const float* lse, const float* delta,
@@ -349,13 +349,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length), starts[2];
-    Begins b = begins_of(begins, t, t.first, TILE);
-    own_begins(starts, begins, t, mine);
+    int last = min(t.first + TILE, t.length);
+    __shared__ int starts[TILE];  // [query]
+    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
 
     load_tile<TILE>(qs, head(q, h), t, t.first);
     commit();
-    int key = next_keys(t, b, 0, last, s.window), stage = 0;
+    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
@@ -367,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     float o[DIM / 8][4] = {};
     Softmax softmax;
     while (key < last) {
-        int after = next_keys(t, b, key + TILE, last, s.window);
+        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
             load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
@@ -377,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
         __syncthreads();
         float p[TILE / 8][4] = {};
         products<TILE>(p, own, ks + stage * TILE * STRIDE);
-        softmax.step(p, o, t, b, starts, mine, key, s);
+        softmax.step(p, o, t, starts, mine, key, s);
         accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
         __syncthreads();
         key = after;
@@ -396,14 +396,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length), starts[2];
-    Begins b = begins_of(begins, t, t.first, TILE);
-    own_begins(starts, begins, t, mine);
+    int last = min(t.first + TILE, t.length);
+    __shared__ int starts[TILE];  // [query]
+    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
 
     load_tile<TILE>(qs, head(q, h), t, t.first);
     load_tile<TILE>(ds, head(dout, h), t, t.first);
     commit();
-    int key = next_keys(t, b, 0, last, s.window), stage = 0;
+    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
     load_tile<TILE>(vs, values, t, key);
     commit();
@@ -416,7 +416,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     own_numbers(logsum, pull, lse, delta, t, mine, h, s);
     float out[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
-        int after = next_keys(t, b, key + TILE, last, s.window);
+        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
             load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
@@ -424,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         commit();
         wait<1>();
         __syncthreads();
-        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, begins_of(starts), t.first, TILE, key, TILE, s.window);
         // Half a tile of keys at a time keeps scores and their gradient in registers.
 #pragma unroll
         for (int part = 0; part < 2; part++) {
@@ -439,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 for (int i = 0; i < 4; i++) {
                     int from = t.first + mine + lane / 4 + i / 2 * 8;
                     int to = key + part * TILE / 2 + n * 8 + lane % 4 * 2 + i % 2;
-                    bool seen = whole || visible(t, starts[i / 2], from, to, s.window);
+                    bool seen = whole || visible(t, starts[from - t.first], from, to, s.window);
                     float slope = bend(p[n][i], s);
                     float weight = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
                     p[n][i] = weight * (dp[n][i] - pull[i / 2]) * slope;
@@ -479,13 +479,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Rows own = hold(ks, mine), weighted = hold(vs, mine);
     if (HELD) __syncthreads();
 
-    // Keys of the prompt are hidden from no answer.
-    bool apart = t.first + TILE > t.prompt || s.window > 0;
-    auto next = [&](Begins& b, int query) {
-        for (; query < t.length; query += QUERIES) {
-            if (apart) b = begins_of(begins, t, query, QUERIES);
-            if (!none_visible(t, b, query, QUERIES, t.first, TILE, s.window)) break;
-        }
+    auto next = [&](int query) {
+        // Without a window, keys of the prompt are hidden from no query behind them.
+        if (s.window == 0 && t.first + TILE <= t.prompt) return query;
+        while (query < t.length &&
+               none_visible(t, begins_of(begins, t, query, QUERIES), query, QUERIES, t.first, TILE, s.window))
+            query += QUERIES;
         return query;
     };
     auto load = [&](int stage, int query) {
@@ -496,23 +495,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             bool first = threadIdx.x < QUERIES, inside = query + i < t.length;
             float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
             numbers[stage * 2 * QUERIES + threadIdx.x] = first ? number * LOG2E : number;
-            if (first) starts[stage][i] = inside ? begins[t.start + query + i] : 0;
+            if (first) starts[stage][i] = begin_of(begins, t, query + i);
         }
     };
-    Begins b = {t.prompt, t.prompt}, after_b = b;
-    int query = next(b, t.first / QUERIES * QUERIES), stage = 0;
+    int query = next(t.first / QUERIES * QUERIES), stage = 0;
     float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {}, scale = s.scale * LOG2E;
     if (query < t.length) load(0, query);
     commit();
     while (query < t.length) {
-        int after = next(after_b, query + QUERIES);
+        int after = next(query + QUERIES);
         if (after < t.length) load(stage ^ 1, after);
         commit();
         wait<1>();
         __syncthreads();
         const bf16 *qt = qs + stage * QUERIES * STRIDE, *dt = ds + stage * QUERIES * STRIDE;
         const float* of = numbers + stage * 2 * QUERIES;
-        bool whole = all_visible(t, b, query, QUERIES, t.first, TILE, s.window);
+        bool whole = all_visible(t, begins_of(starts[stage]), query, QUERIES, t.first, TILE, s.window);
 #pragma unroll
         for (int part = 0; part < QUERIES; part += 16) {
             float p[2][4] = {}, dp[2][4] = {};
@@ -534,7 +532,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         __syncthreads();
         query = after;
-        b = after_b;
         stage ^= 1;
     }
     store<COLUMNS>(head(dk, h), t, t.first + mine, from * 16, dks, s.scale, s.scale);

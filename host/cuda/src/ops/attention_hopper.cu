@@ -111,11 +111,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length), starts[2];
-    Begins b = begins_of(begins, t, t.first, TILE);
-    own_begins(starts, begins, t, mine);
+    int last = min(t.first + TILE, t.length);
+    __shared__ int starts[TILE];  // [query]
+    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
+    __syncthreads();
 
-    int key = next_keys(t, b, 0, last, s.window), stage = 0;
+    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
     load_swizzled(ks, keys, t, key);
     commit();
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
     while (key < last) {
         load_swizzled(vs, values, t, key);
         commit();
-        int after = next_keys(t, b, key + TILE, last, s.window);
+        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (after < last) load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
         commit();
         wait<2>();
@@ -137,7 +138,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3)
             multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
         end();
         done<0, TILE>(p);
-        softmax.step(p, o, t, b, starts, mine, key, s);
+        softmax.step(p, o, t, starts, mine, key, s);
         Left left = as_left(p);
         wait<1>();
         publish();
@@ -161,11 +162,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length), starts[2];
-    Begins b = begins_of(begins, t, t.first, TILE);
-    own_begins(starts, begins, t, mine);
+    int last = min(t.first + TILE, t.length);
+    __shared__ int starts[TILE];  // [query]
+    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
+    __syncthreads();
 
-    int key = next_keys(t, b, 0, last, s.window), stage = 0;
+    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_swizzled(qs, head(q, h), t, t.first);
     load_swizzled(ds, head(dout, h), t, t.first);
     load_swizzled(ks, keys, t, key);
@@ -175,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     own_numbers(logsum, pull, lse, delta, t, mine, h, s);
     float sums[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
-        int after = next_keys(t, b, key + TILE, last, s.window);
+        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (after < last) {
             load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
             load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
@@ -194,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int step = 0; step < KSTEPS; step++) multiply(dp, along(ds, step), along(vt, step), step);
         end();
         done<1, TILE>(p);
-        bool whole = all_visible(t, b, t.first, TILE, key, TILE, s.window);
+        bool whole = all_visible(t, begins_of(starts), t.first, TILE, key, TILE, s.window);
 #if SOFTCAP
         float slopes[TILE / 8][4];
 #endif
@@ -203,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = whole || visible(t, starts[i / 2], from, to, s.window);
+                bool seen = whole || visible(t, starts[from - t.first], from, to, s.window);
                 float slope = bend(p[n][i], s);
                 p[n][i] = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
 #if SOFTCAP
@@ -243,13 +245,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Tile t = tiles[gridDim.y - 1 - blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
 
-    // Keys of the prompt are hidden from no answer.
-    bool apart = t.first + TILE > t.prompt || s.window > 0;
-    auto next = [&](Begins& b, int query) {
-        for (; query < t.length; query += TILE) {
-            if (apart) b = begins_of(begins, t, query, TILE);
-            if (!none_visible(t, b, query, TILE, t.first, TILE, s.window)) break;
-        }
+    auto next = [&](int query) {
+        // Without a window, keys of the prompt are hidden from no query behind them.
+        if (s.window == 0 && t.first + TILE <= t.prompt) return query;
+        while (query < t.length &&
+               none_visible(t, begins_of(begins, t, query, TILE), query, TILE, t.first, TILE, s.window))
+            query += TILE;
         return query;
     };
     auto load = [&](int stage, int query) {
@@ -259,17 +260,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         bool first = threadIdx.x < TILE, inside = query + i < t.length;
         float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
         numbers[stage][first ? 0 : 1][i] = first ? number * LOG2E : number;
-        if (first) starts[stage][i] = inside ? begins[t.start + query + i] : 0;
+        if (first) starts[stage][i] = begin_of(begins, t, query + i);
     };
     load_swizzled(ks, head(k, h / s.share), t, t.first);
     load_swizzled(vs, head(v, h / s.share), t, t.first);
-    Begins b = {t.prompt, t.prompt}, after_b = b;
-    int query = next(b, t.first), stage = 0;
+    int query = next(t.first), stage = 0;
     float dks[DIM / 8][4] = {}, dvs[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     if (query < t.length) load(0, query);
     commit();
     while (query < t.length) {
-        int after = next(after_b, query + TILE);
+        int after = next(query + TILE);
         if (after < t.length) load(stage ^ 1, after);
         commit();
         wait<1>();
@@ -285,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         for (int step = 0; step < KSTEPS; step++) multiply(dp, along(vs, step), along(dt, step), step);
         end();
         done<1, TILE>(p);
-        bool whole = all_visible(t, b, query, TILE, t.first, TILE, s.window);
+        bool whole = all_visible(t, begins_of(starts[stage]), query, TILE, t.first, TILE, s.window);
 #if SOFTCAP
         float slopes[TILE / 8][4];
 #endif
@@ -324,7 +324,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         done<0, DIM>(dks);
         __syncthreads();
         query = after;
-        b = after_b;
         stage ^= 1;
     }
     store<DIM>(head(dk, h), t, t.first + mine, 0, dks, s.scale, s.scale);

@@ -37,7 +37,8 @@ impl DatasetFormat for Format {
 
     /// The preferences of a row. An error names the column; the host adds file and line.
     /// `Message::parse_list` reads whole conversations, `Text::Plain` takes text past the chat
-    /// template, `Record::judged` is one answer, liked or not.
+    /// template, `Record::liked` is one answer, liked or not,
+    /// `Record::ranked` are several, best first.
     fn records(&self, row: &Row) -> Result<Vec<Record>> {
         let text = |key: &str| plain_text(column(row, key)?);
         let turn = |role: &str, content: String| Text::Messages(vec![Message::new(role, content)]);

@@ -35,7 +35,8 @@ impl AlignmentLoss for Loss {
     /// The formula. Write it with `+ - * /`, `exp`, `ln`, `sigmoid`, `log_sigmoid`, `square`,
     /// `relu`: derivatives follow by themselves. Of a pair there are `chosen_ratio`, `chosen_logp`,
     /// `chosen_ref`, `chosen.count()`, and the same of the rejected answer. A loss that reads no
-    /// reference, or compares pairs with each other, says so in `needs`.
+    /// reference, compares pairs with each other, or takes another number of answers, says so in
+    /// `needs`.
     fn eval(
         &self,
         batch: &LossBatch<'_>,
