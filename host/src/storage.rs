@@ -34,10 +34,11 @@ pub enum Place {
 impl Numbers {
     /// Bytes of so many values.
     pub fn bytes(self, values: usize) -> usize {
-        values * match self {
-            Numbers::F32 => 4,
-            Numbers::Bf16 => 2,
-        }
+        values
+            * match self {
+                Numbers::F32 => 4,
+                Numbers::Bf16 => 2,
+            }
     }
 }
 

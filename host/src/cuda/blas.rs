@@ -75,10 +75,7 @@ pub(super) struct Operands {
 
 fn failed(matmul: &Matmul) -> impl FnOnce(result::CublasError) -> Error + '_ {
     move |e| {
-        Error::run(format!(
-            "cuBLASLt: matmul of [{}, {}] and [{}, {}]: {e:?}",
-            matmul.m, matmul.k, matmul.k, matmul.n
-        ))
+        Error::run(format!("cuBLASLt: matmul of [{}, {}] and [{}, {}]: {e:?}", matmul.m, matmul.k, matmul.k, matmul.n))
     }
 }
 

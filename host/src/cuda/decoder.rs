@@ -3,10 +3,10 @@
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::gpu::{Gpu, Memory, View};
 use super::engine::CudaDevice;
-use super::weights::loading::Source;
+use super::gpu::{Gpu, Memory, View};
 use super::plan::{GpuPlan, Room};
+use super::weights::loading::Source;
 use crate::error::{Error, Result};
 use crate::generate::{CHUNK, Decoder, Voice};
 use crate::lora::Adapter;

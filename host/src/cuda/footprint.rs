@@ -145,7 +145,13 @@ impl Footprint {
 
     /// Arranges a batch in so many bytes: what is saved is as much as fits, of the last layers first. `None` where even the
     /// least of the allowed levels does not fit.
-    pub(super) fn arrange(&self, tokens: usize, answers: usize, bytes: usize, allowed: &[SavedActivations]) -> Option<Arrangement> {
+    pub(super) fn arrange(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        allowed: &[SavedActivations],
+    ) -> Option<Arrangement> {
         // Whole tiles keep every buffer at an aligned place.
         let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
         let edges = (self.kinds.len() + 2) * self.edge * rows;

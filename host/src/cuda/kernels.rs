@@ -58,11 +58,7 @@ struct Compiled {
 
 impl Source {
     /// A source that is compiled in one way.
-    pub(crate) const fn plain(
-        file: &'static str,
-        text: &'static str,
-        kernels: &'static [&'static str],
-    ) -> Source {
+    pub(crate) const fn plain(file: &'static str, text: &'static str, kernels: &'static [&'static str]) -> Source {
         Source { file, text, kernels, variants: None }
     }
 
@@ -139,10 +135,7 @@ impl Kernels {
 }
 
 /// Compiles every kernel for a card, and returns what the assembler says of each file: registers, spills.
-pub(super) fn check(
-    sources: impl Iterator<Item = &'static Source>,
-    capability: u32,
-) -> Result<Vec<(String, String)>> {
+pub(super) fn check(sources: impl Iterator<Item = &'static Source>, capability: u32) -> Result<Vec<(String, String)>> {
     let all: Vec<Variant> = sources.flat_map(|s| s.variants(capability)).collect();
     let check = |variant: &Variant| {
         let file = variant.source.file;

@@ -50,7 +50,8 @@ impl Lowered {
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain = |width, behind, backward| Frame { widths: [width, hidden], behind, rank, adapted: &|_| false, backward };
+        let plain =
+            |width, behind, backward| Frame { widths: [width, hidden], behind, rank, adapted: &|_| false, backward };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
         let embed = Program::lower(&graph.embed, embed, ops::find, &plain(1, behind, false))?;
         if embed.tables.len() != 1 {

@@ -159,7 +159,9 @@ impl GpuPlan {
                     continue;
                 };
                 let fits = |tokens: &usize| {
-                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[SavedActivations::BlockInput]).is_some()
+                    footprint
+                        .arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[SavedActivations::BlockInput])
+                        .is_some()
                 };
                 let scores = (*tokens..=scoring).step_by(256).filter(fits).last();
                 plan.scoring_tokens = scores.unwrap_or(*tokens);

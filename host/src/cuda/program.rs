@@ -165,9 +165,10 @@ impl Step {
     /// A write that overlaps a read and may not.
     pub(super) fn clash(&self) -> Option<Slice> {
         let clashes = |(w, write): (usize, &Slice)| {
-            self.reads.iter().enumerate().any(|(r, read)| {
-                write.overlaps(*read) && !(write == read && self.in_place.contains(&(w, r)))
-            })
+            self.reads
+                .iter()
+                .enumerate()
+                .any(|(r, read)| write.overlaps(*read) && !(write == read && self.in_place.contains(&(w, r))))
         };
         self.writes.iter().enumerate().find(|(w, write)| clashes((*w, write))).map(|(_, write)| *write)
     }

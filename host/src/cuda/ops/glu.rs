@@ -7,10 +7,8 @@ use serde_json::Value;
 
 pub(super) static SOURCE: Source = Source::plain("glu", include_str!("glu.cu"), &["glu", "glu_vjp"]);
 
-pub(super) const OP: CudaOp = CudaOp {
-    backward_reads: BackwardReads { inputs: true, value: false },
-    ..CudaOp::new("glu", forward, backward)
-};
+pub(super) const OP: CudaOp =
+    CudaOp { backward_reads: BackwardReads { inputs: true, value: false }, ..CudaOp::new("glu", forward, backward) };
 
 /// Activations in the order in which `glu.cu` counts them.
 const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh"];

@@ -117,7 +117,9 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let mut writes = vec![dx];
     writes.extend((own.rank > 0).then(|| dy.behind(own.rank)));
     let in_place = if own.rank > 0 { &[(0, 2)] } else { &[(0, 1)] };
-    l.push(Step::new("matmul vjp", reads, writes, Backward(own)).in_place(in_place).costs(own.cost(), Recompute::Matmul))
+    l.push(
+        Step::new("matmul vjp", reads, writes, Backward(own)).in_place(in_place).costs(own.cost(), Recompute::Matmul),
+    )
 }
 
 impl Linears {
@@ -217,9 +219,8 @@ impl Execute for Backward {
             let x = if own.rank > 0 { on.row(&reads[1], row) } else { Vec::new() };
             let mut dx = before.map_or_else(|| vec![0.0; own.inputs], |b| on.row(b, row));
             let stack = on.stack(own.stack);
-            let v: Vec<f32> = (0..own.rank)
-                .map(|r| (0..own.outputs).map(|o| dy[o] * stack.row(o)[own.inputs + r]).sum())
-                .collect();
+            let v: Vec<f32> =
+                (0..own.rank).map(|r| (0..own.outputs).map(|o| dy[o] * stack.row(o)[own.inputs + r]).sum()).collect();
             for r in 0..own.rank {
                 (0..own.inputs).for_each(|i| stack.gradients[0][r * own.inputs + i] += v[r] * x[i]);
                 let u = x[own.inputs + r];

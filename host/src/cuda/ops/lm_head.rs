@@ -4,8 +4,7 @@
 use super::{Address, Args, CudaOp, Launch, Source, View};
 use crate::error::{Error, Result};
 
-pub(super) static SOURCE: Source =
-    Source::plain("lm_head", include_str!("lm_head.cu"), &["log_prob", "scale_rows"]);
+pub(super) static SOURCE: Source = Source::plain("lm_head", include_str!("lm_head.cu"), &["log_prob", "scale_rows"]);
 
 pub(super) const OP: CudaOp = CudaOp::new(
     "lm_head",
@@ -15,7 +14,14 @@ pub(super) const OP: CudaOp = CudaOp::new(
 
 /// Of rows of f32 logits `[rows, vocab]` from the answer row `first` on, log-probs of their targets and `ln Σ p²` to the batch's
 /// results. With `grad`, the logits become their gradient in bf16.
-pub(crate) fn log_probs(on: &Launch<'_>, logits: Address, vocab: usize, first: usize, rows: usize, grad: bool) -> Result<()> {
+pub(crate) fn log_probs(
+    on: &Launch<'_>,
+    logits: Address,
+    vocab: usize,
+    first: usize,
+    rows: usize,
+    grad: bool,
+) -> Result<()> {
     let after = |base: Address| base + (first * 4) as u64;
     let at = on.batch;
     let args = Args::default().with(logits).with(after(at.targets)).with(after(at.results));

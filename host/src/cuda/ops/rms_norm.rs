@@ -3,7 +3,8 @@
 use super::{Args, BackwardReads, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, View, multiple_of_8, number};
 use crate::error::Result;
 
-pub(super) static SOURCE: Source = Source::plain("rms_norm", include_str!("rms_norm.cu"), &["rms_norm", "rms_norm_vjp"]);
+pub(super) static SOURCE: Source =
+    Source::plain("rms_norm", include_str!("rms_norm.cu"), &["rms_norm", "rms_norm_vjp"]);
 
 pub(super) const OP: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },

@@ -201,7 +201,9 @@ impl Weights {
                 }
                 BlockId::Embed | BlockId::Head | BlockId::Projection => None,
             };
-            let Some((stack, loaded, member)) = found else { return Err(Error::run("an adapted linear is in no stack")) };
+            let Some((stack, loaded, member)) = found else {
+                return Err(Error::run("an adapted linear is in no stack"));
+            };
             let [a, b] = adapter.ranges(site);
             let rank = adapter.config.rank;
             // As `struct Part` of adamw.cu has them.

@@ -1,7 +1,7 @@
 //! Matrices of linears that read one value, with their adapters: `[[W, s·B], [A, 0]]` in bf16.
 
-use super::super::gpu::{Address, View};
 use super::super::arena::padded;
+use super::super::gpu::{Address, View};
 use crate::storage::Numbers;
 
 /// What the values of a stack are.
