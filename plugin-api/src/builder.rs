@@ -104,7 +104,7 @@ impl BlockBuilder {
 
     /// `x · Wᵀ + b` with `module.weight` and `module.bias`.
     pub fn linear_bias(&mut self, module: &str, x: Var, out: usize) -> Var {
-        let bias = Weight { role: "bias".into(), tensor: format!("{module}.bias"), shape: vec![out] };
+        let bias = vector("bias", &format!("{module}.bias"), out);
         self.op("linear", &[x], vec![weight(&format!("{module}.weight"), &[out, x.width]), bias], &[], out)
     }
 
@@ -130,6 +130,19 @@ impl BlockBuilder {
             &[("eps", json!(eps))],
             x.width,
         )
+    }
+
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) · w + b` over the whole row (Ba et al. 2016, eq. 4), with `module.weight` and
+    /// `module.bias`.
+    pub fn layer_norm(&mut self, module: &str, x: Var, eps: f64) -> Var {
+        self.layer_norm_if(true, module, x, eps)
+    }
+
+    /// [`layer_norm`](Self::layer_norm), with `module.bias` only where `bias` says so.
+    pub fn layer_norm_if(&mut self, bias: bool, module: &str, x: Var, eps: f64) -> Var {
+        let mut weights = vec![weight(&format!("{module}.weight"), &[x.width])];
+        weights.extend(bias.then(|| vector("bias", &format!("{module}.bias"), x.width)));
+        self.op("layer_norm", &[x], weights, &[("eps", json!(eps))], x.width)
     }
 
     /// Rotary embedding of every head by the token's position (Su et al. 2021, eq. 34, in the half-split layout of
@@ -182,6 +195,11 @@ impl BlockBuilder {
         self.op("add", &[a, b], vec![], &[], a.width)
     }
 
+    /// `factor · x`.
+    pub fn scale(&mut self, x: Var, factor: f64) -> Var {
+        self.op("scale", &[x], vec![], &[("factor", json!(factor))], x.width)
+    }
+
     /// `x · Wᵀ` to the vocabulary; ends the head. The host computes log-probs from it and never keeps logits.
     pub fn lm_head(&mut self, tensor: &str, x: Var, vocab: usize) -> Var {
         self.op("lm_head", &[x], vec![weight(tensor, &[vocab, x.width])], &[], vocab)
@@ -196,6 +214,10 @@ impl BlockBuilder {
 
 fn weight(tensor: &str, shape: &[usize]) -> Weight {
     Weight { role: "weight".into(), tensor: tensor.into(), shape: shape.to_vec() }
+}
+
+fn vector(role: &str, tensor: &str, width: usize) -> Weight {
+    Weight { role: role.into(), tensor: tensor.into(), shape: vec![width] }
 }
 
 /// Collects blocks and layers of a decoder.

@@ -5,13 +5,15 @@
 use candle_core::{D, Tensor};
 use dpo_core::base::Base;
 use dpo_core::batch::Batch;
+use dpo_core::cpu_decoder::CpuDecoder;
+use dpo_core::decoder::{Decoder, Voice};
 use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
 use dpo_core::lora::Adapter;
 use dpo_core::ops::Past;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
-use dpo_generate::{CpuDecoder, Decoder, Generator, Sampling, Stop, TextStream, Voice, compare};
+use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
 use dpo_hub::model::Model;
 use dpo_plugins::Registry;
 use dpo_tests::{CONFIGS, Numbers, golden};

@@ -46,12 +46,15 @@ fn cases() -> Vec<Case> {
         glu("silu"),
         glu("gelu"),
         glu("gelu_tanh"),
+        case("layer_norm", &[10], 10, &[("weight", &[10]), ("bias", &[10])], json!({"eps": 1e-5})),
+        case("layer_norm", &[9], 9, &[("weight", &[9])], json!({"eps": 1e-3})),
         linear(false, false),
         linear(true, false),
         linear(true, true),
         case("rms_norm", &[10], 10, &[("weight", &[10])], json!({"eps": 1e-5})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
         case("rope", &[12], 12, &[], json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2})),
+        case("scale", &[7], 7, &[], json!({"factor": -1.7})),
     ]
 }
 

@@ -7,8 +7,8 @@ use std::alloc::{GlobalAlloc, Layout as Size, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use candle_core::{Device, Tensor};
-use dpo_host::batch::{Layout, Span};
-use dpo_host::ops::{self, Call, Kernel, attention};
+use dpo_core::batch::{Layout, Span};
+use dpo_core::ops::{self, Call, Kernel, attention};
 use dpo_plugin_api::graph::Node;
 use serde_json::json;
 

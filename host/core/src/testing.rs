@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Tensor};
 use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Var};
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{ModelGraph, Weight};
 use dpo_plugin_api::model::Config;
 use dpo_plugin_api::rope::Rope;
 use half::bf16;
@@ -66,6 +66,56 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             &Rope { inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(), attention_scale: 1.1, max_positions: None },
         )
     })?;
+    let rope = |attention_scale| Rope {
+        inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(),
+        attention_scale,
+        max_positions: None,
+    };
+    for bias in [true, false] {
+        case(format!("layer_norm{}", if bias { ", bias" } else { "" }), &|b, x| {
+            let n = b.layer_norm_if(bias, "n", x, 1e-5);
+            let h = b.linear("a", n, 264);
+            let m = b.layer_norm_if(bias, "m", h, 1e-5);
+            b.add(m, h)
+        })?;
+    }
+    case("scale".into(), &|b, x| {
+        let (p, q) = (b.linear("a", x, 104), b.scale(x, 0.3));
+        let (p, again) = (b.scale(p, -1.5), b.scale(q, 2.0));
+        let r = b.add(p, q);
+        let s = b.scale(r, 0.7);
+        let t = b.add(s, r);
+        b.add(t, again)
+    })?;
+    // A gradient that two values share must not be turned for one of them.
+    case("rope of a value, added to another".into(), &|b, x| {
+        let (p, q) = (b.linear("a", x, 160), b.linear("b", x, 160));
+        let turned = b.rope(p, 32, &rope(1.1));
+        b.add(turned, q)
+    })?;
+    case("rope of a value, added to itself".into(), &|b, x| {
+        let p = b.linear("a", x, 160);
+        let turned = b.rope(p, 32, &rope(1.0));
+        let twice = b.rope(turned, 32, &rope(0.9));
+        let sum = b.add(twice, p);
+        b.add(sum, turned)
+    })?;
+    case("two attentions with one query".into(), &|b, x| {
+        let h = b.rms_norm("n", x, 1e-6);
+        let (q, k, v) = (b.linear("q", h, 64), b.linear("k", h, 32), b.linear("v", h, 32));
+        let (k, other) = (b.rope(k, 32, &rope(1.0)), b.rms_norm("m", k, 1e-6));
+        let first = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let second = b.attention(q, other, k, Attention::new(2, 1, 32).window(Some(9)));
+        b.add(first, second)
+    })?;
+    case("linear whose bias is listed first".into(), &|b, x| {
+        let weight = |role: &str, shape: &[usize]| Weight {
+            role: role.into(),
+            tensor: format!("a.{role}"),
+            shape: shape.to_vec(),
+        };
+        b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
+    })?;
     for activation in ["silu", "gelu", "gelu_tanh"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
@@ -97,6 +147,25 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
+    let (hidden, vocab) = (72, 88);
+    let mut graph = GraphBuilder::decoder(hidden, vocab);
+    graph.embed(|b, tokens| {
+        let x = b.embedding("embed.weight", tokens, vocab, hidden);
+        let x = b.scale(x, 3.0);
+        b.layer_norm("embed.norm", x, 1e-5)
+    });
+    let block = graph.block("case", |b, x| {
+        let h = b.layer_norm("n", x, 1e-5);
+        let h = b.linear("a", h, hidden);
+        b.add(x, h)
+    });
+    graph.layer(block, "layers.0.");
+    graph.head(|b, x| {
+        let h = b.layer_norm("norm", x, 1e-5);
+        let h = b.scale(h, 0.5);
+        b.lm_head("embed.weight", h, vocab)
+    });
+    cases.push(("embedding and head of several ops".into(), graph.finish(&config)?));
     Ok(cases)
 }
 

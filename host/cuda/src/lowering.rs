@@ -166,9 +166,7 @@ impl Program {
             }
         }
         let home = lowering.home(output)?;
-        if home.buffer != OUTPUT {
-            lowering.push(copy(home, Slice::whole(OUTPUT, home.width)))?;
-        }
+        lowering.copy(home, Slice::whole(OUTPUT, home.width))?;
         if frame.backward {
             lowering.backward(&block.name, Slice::whole(GRADIENT, width))?;
         }
@@ -194,8 +192,7 @@ impl Lowering<'_> {
             (self.ops[index].backward)(self, index)?;
         }
         match self.gradients[0].take() {
-            Some(is) if is == whole => Ok(()),
-            Some(is) => self.push(copy(is, whole)),
+            Some(is) => self.copy(is, whole),
             None => Err(Error::input(format!("block '{block}' does not read its input"))),
         }
     }
@@ -352,17 +349,20 @@ impl Lowering<'_> {
         home
     }
 
-    /// The place of a node's value where its step works in place: its input's, unless that is read elsewhere; then a copy of it.
+    /// The place of a node's value: its input's, where nothing else reads that, else a new one.
     pub(crate) fn place_over_input(&mut self, index: usize) -> Result<Slice> {
         let from = self.nodes[index].inputs[0];
-        let mut home = self.home(from)?;
         if !self.is_consumed(from) || index + 1 == self.output {
-            let own = self.place(index);
-            self.push(copy(home, own))?;
-            home = own;
+            return Ok(self.place(index));
         }
+        let home = self.home(from)?;
         self.make(index + 1, home);
         Ok(home)
+    }
+
+    /// Copies columns, unless they are there.
+    pub(crate) fn copy(&mut self, from: Slice, to: Slice) -> Result<()> {
+        if from == to { Ok(()) } else { self.push(copy(from, to)) }
     }
 
     /// A value with columns behind it: where it lies, or a copy.
@@ -376,7 +376,7 @@ impl Lowering<'_> {
             return Ok(slice);
         }
         let own = self.buffer(slice.width, behind);
-        self.push(copy(slice, own))?;
+        self.copy(slice, own)?;
         Ok(own)
     }
 
@@ -483,17 +483,16 @@ impl Lowering<'_> {
         }
     }
 
-    /// A gradient that may be changed in place: itself, unless it is another value's too; then a copy.
-    pub(crate) fn own_gradient(&mut self, value: usize, gradient: Slice) -> Result<Slice> {
+    /// Where a value's gradient, or a part of it, is written that is made of another gradient element by element: in that one's
+    /// place, unless it is another value's too.
+    pub(crate) fn place_over_gradient(&mut self, value: usize, gradient: Slice) -> Slice {
         if !self.gradients.iter().flatten().any(|g| g.overlaps(gradient)) {
-            return Ok(gradient);
+            return gradient;
         }
-        let own = match self.gradients[value] {
+        match self.gradients[value] {
             Some(_) => self.buffer(gradient.width, 0),
             None => self.destination(value),
-        };
-        self.push(copy(gradient, own))?;
-        Ok(own)
+        }
     }
 
     /// Passes a gradient on to a value as it is.
@@ -507,7 +506,7 @@ impl Lowering<'_> {
         let to = self.fixed_place(value).unwrap_or(gradient);
         self.gradients[value] = Some(to);
         self.making.push(value);
-        if to == gradient { Ok(()) } else { self.push(copy(gradient, to)) }
+        self.copy(gradient, to)
     }
 
     /// Values that are read for the last time where their gradients are made: those may take their place, where both lie

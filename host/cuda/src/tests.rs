@@ -415,9 +415,43 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
 }
 
-/// Every op has a unit here, and nothing else has.
+/// Ops that only the CPU has.
+const CPU_ONLY: &[&str] = &[];
+
+/// Every op of the CPU has a file here or is listed, and no other has.
 #[test]
 fn every_op_of_the_cpu_is_known() {
-    let names = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<std::collections::BTreeSet<_>>();
-    assert_eq!(names(&mut super::ops::OPS.iter().map(|o| o.name)), names(&mut ops::OPS.iter().map(|o| o.name)));
+    let set = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<std::collections::BTreeSet<_>>();
+    let own = set(&mut super::ops::OPS.iter().map(|o| o.name).chain(CPU_ONLY.iter().copied()));
+    assert_eq!(own, set(&mut ops::OPS.iter().map(|o| o.name)));
+}
+
+/// An op that changes a gradient in place which is another value's, too.
+#[test]
+fn a_step_that_overwrites_what_is_still_read_is_refused() {
+    use super::lowering::{CudaOp, Frame};
+    use super::ops::{find, sum::sum};
+    static RASH: CudaOp = CudaOp::new(
+        "rope",
+        |l, index| {
+            let [x] = l.inputs(index)?;
+            let y = l.place(index);
+            l.push(sum(x, x, y))
+        },
+        |l, index| {
+            let Some(dy) = l.take_gradient(index) else { return Ok(()) };
+            l.push(sum(dy, dy, dy))?;
+            l.pass_on(l.nodes[index].inputs[0], dy)
+        },
+    );
+    let with_rash = |name: &str| if name == RASH.name { Ok(&RASH) } else { find(name) };
+    let cases = op_cases().unwrap();
+    let lower = |name: &str| {
+        let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
+        let frame = Frame { widths: [104; 2], behind: 0, rank: 8, adapted: &|_| false, backward: true };
+        Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
+    };
+    let error = lower("rope of a value, added to itself").unwrap_err().to_string();
+    assert!(error.contains("step 'add, copy' would overwrite"), "{error}");
+    assert!(lower("rms_norm of heads, rope").is_ok());
 }

@@ -9,12 +9,14 @@ pub mod answer_mask;
 pub mod attention;
 mod embedding;
 mod glu;
+mod layer_norm;
 mod linear;
 pub mod lm_head;
 mod past;
 mod product;
 mod rms_norm;
 mod rope;
+mod scale;
 
 use candle_core::Tensor;
 use dpo_plugin_api::graph::Node;
@@ -134,8 +136,18 @@ impl Gradients {
 }
 
 /// All ops.
-pub const OPS: &[Op] =
-    &[embedding::OP, linear::OP, rms_norm::OP, rope::OP, attention::OP, glu::OP, add::OP, lm_head::OP];
+pub const OPS: &[Op] = &[
+    embedding::OP,
+    linear::OP,
+    rms_norm::OP,
+    layer_norm::OP,
+    rope::OP,
+    attention::OP,
+    glu::OP,
+    add::OP,
+    scale::OP,
+    lm_head::OP,
+];
 
 /// The op of a name.
 pub fn find(name: &str) -> Result<&'static Op> {

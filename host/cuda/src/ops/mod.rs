@@ -5,10 +5,12 @@ mod add;
 mod attention;
 pub(super) mod embedding;
 mod glu;
+mod layer_norm;
 mod linear;
 pub(super) mod lm_head;
 mod rms_norm;
 mod rope;
+mod scale;
 pub(super) mod sum;
 
 // What files of ops are written with.
@@ -25,8 +27,18 @@ use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number};
 
 /// All ops.
-pub(super) const OPS: &[CudaOp] =
-    &[embedding::OP, linear::OP, rms_norm::OP, rope::OP, attention::OP, glu::OP, add::OP, lm_head::OP];
+pub(super) const OPS: &[CudaOp] = &[
+    embedding::OP,
+    linear::OP,
+    rms_norm::OP,
+    layer_norm::OP,
+    rope::OP,
+    attention::OP,
+    glu::OP,
+    add::OP,
+    scale::OP,
+    lm_head::OP,
+];
 
 /// Their sources.
 pub(super) const SOURCES: &[&Source] = &[
@@ -34,9 +46,11 @@ pub(super) const SOURCES: &[&Source] = &[
     &attention::SOURCE,
     &embedding::SOURCE,
     &glu::SOURCE,
+    &layer_norm::SOURCE,
     &lm_head::SOURCE,
     &rms_norm::SOURCE,
     &rope::SOURCE,
+    &scale::SOURCE,
 ];
 
 /// The op of a name.

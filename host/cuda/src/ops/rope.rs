@@ -45,14 +45,17 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         return Err(Error::input(format!("rope of heads of {dim} columns: CUDA needs a multiple of 16"))
             .help("train with --device cpu"));
     }
-    let x = l.place_over_input(index)?;
-    l.push(step(node, x, 1.0))
+    let [x] = l.inputs(index)?;
+    let y = l.place_over_input(index)?;
+    l.copy(x, y)?;
+    l.push(step(node, y, 1.0))
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let Some(dy) = l.take_gradient(index) else { return Ok(()) };
     let node = &l.nodes[index];
-    let dx = l.own_gradient(node.inputs[0], dy)?;
+    let dx = l.place_over_gradient(node.inputs[0], dy);
+    l.copy(dy, dx)?;
     l.push(step(node, dx, -1.0))?;
     l.pass_on(node.inputs[0], dx)
 }
