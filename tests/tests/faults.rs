@@ -464,3 +464,53 @@ fn an_adapter_takes_no_memory_on_its_word() {
         says(&sandbox, &train(&sandbox.path("run"), &[&SHORT, &["--init-adapter", &adapter]]), 2, &[text]);
     }
 }
+
+/// What `args.json` of a run says of its micro-batches.
+fn micro_batch_tokens(output: &str) -> u64 {
+    let text = fs::read_to_string(Path::new(output).join("args.json")).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap()["packing"]["micro_batch_tokens"].as_u64().unwrap()
+}
+
+/// A run under a memory limit is resumed with other memory free: it goes on with the micro-batches that it began with, to the
+/// bytes of a run that was not interrupted, or is refused with the numbers.
+#[test]
+fn a_resumed_run_keeps_its_micro_batches_whatever_memory_is_free() {
+    let sandbox = sandbox();
+    let adapter = |output: &str| fs::read(Path::new(output).join("adapter_model.safetensors")).unwrap();
+    let limited = |name: &str, kib: usize, more: &[&str]| {
+        let (output, limit) = (sandbox.path(name), format!("{kib}KiB"));
+        (output.clone(), train(&output, &[&SHORT, &["--batch-size", "16", "--gpu-memory", &limit], more]))
+    };
+    // The least memory under which a step takes several micro-batches.
+    let tight = (0..60).map(|n| (1024.0 * 1.15_f64.powi(n)) as usize).find(|kib| {
+        let (output, args) = limited(&format!("probe-{kib}"), *kib, &["--max-steps", "1"]);
+        run(&sandbox, &args).code == 0 && micro_batch_tokens(&output) >= 32
+    });
+    let tight = tight.expect("a limit that is enough");
+    let (whole, args) = limited("whole", tight, &[]);
+    ok(&sandbox, &args);
+    assert!(micro_batch_tokens(&whole) < 256, "a step is a single micro-batch");
+    let (other, args) = limited("other", 1 << 22, &[]);
+    ok(&sandbox, &args);
+    assert_ne!(adapter(&whole), adapter(&other), "other micro-batches would round alike, so that this shows nothing");
+
+    let (resumed, args) = limited("resumed", tight, &[]);
+    ok(&sandbox, &args);
+    let stop_after = |step: &str| {
+        for late in ["checkpoint-4", "checkpoint-6", "checkpoint-7"].iter().filter(|c| **c > step) {
+            let _ = fs::remove_dir_all(Path::new(&resumed).join(late));
+        }
+        fs::write(Path::new(&resumed).join("latest"), format!("{step}\n")).unwrap();
+        fs::remove_file(Path::new(&resumed).join("adapter_model.safetensors")).unwrap();
+    };
+    stop_after("checkpoint-4");
+    let (_, args) = limited("resumed", 1 << 22, &LATEST);
+    ok(&sandbox, &args);
+    assert_eq!(adapter(&resumed), adapter(&whole));
+
+    stop_after("checkpoint-4");
+    let (_, args) = limited("resumed", 600, &LATEST);
+    says(&sandbox, &args, 2, &["there are 600.0 KiB", "micro-batches that it began with"]);
+    let (_, args) = limited("resumed", 1 << 22, &[&LATEST[..], &["--micro-batch-tokens", "7"]].concat());
+    says(&sandbox, &args, 2, &["--micro-batch-tokens: is 7; the run that is resumed has"]);
+}

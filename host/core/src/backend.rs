@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::example::Example;
 use crate::lora::Adapter;
 use crate::memory::size;
-use crate::plan::{MemoryOptions, Plan};
+use crate::plan::{MemoryOptions, Packing, Plan};
 use crate::weights::Checkpoint;
 
 /// What a run will compute, as far as its memory depends on it.
@@ -86,7 +86,12 @@ impl Backend for Cpu {
         options: MemoryOptions,
     ) -> Result<Box<dyn Device>> {
         let plan = |parts| Plan::new(&graph, adapter.params.len(), workload.longest, parts, options);
-        let plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        let packing = agree_on_packing(group, plan.packing())?;
+        if packing != plan.packing() {
+            let options = MemoryOptions { packing: Some(packing), ..options };
+            plan = Plan::new(&graph, adapter.params.len(), workload.longest, plan.parts, options)?;
+        }
         console::line(&plan);
         let base = match group.shards().filter(|_| plan.parts > 1) {
             Some(shards) => Base::load_part(&graph, checkpoint, shards)?,
@@ -106,6 +111,16 @@ impl Backend for Cpu {
     ) -> Result<Box<dyn Decoder>> {
         Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter)?))
     }
+}
+
+/// One packing for all ranks: what fits on each. So the numbers of a step depend on no rank's memory alone.
+///
+/// # Errors
+/// A rank that is lost.
+pub fn agree_on_packing(group: &mut dyn ProcessGroup, own: Packing) -> Result<Packing> {
+    let all = group.all_gather(serde_json::to_vec(&own).unwrap_or_default())?;
+    let all = all.iter().filter_map(|bytes| serde_json::from_slice::<Packing>(bytes).ok());
+    Ok(all.fold(own, Packing::least))
 }
 
 /// A plan in which ranks share the frozen weights, or have all of them, where that is asked for; else all of them, if that

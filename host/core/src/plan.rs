@@ -102,14 +102,15 @@ impl Plan {
         let fixed = weights + adapter + workspace;
         let rest = available.saturating_sub(fixed);
         let fits = |per_token: usize| rest / per_token.max(1);
-        let wanted = longest.min(options.micro_batch_tokens.unwrap_or(longest));
-        let recompute = options.recompute.unwrap_or(fits(kept + inputs + widest) < wanted);
+        let fixed_tokens = options.packing.map(|p| p.micro_batch_tokens).or(options.micro_batch_tokens);
+        let most = longest.max(fixed_tokens.unwrap_or(0));
+        let recompute = options.recompute.unwrap_or(fits(kept + inputs + widest) < most);
         let per_token = inputs + widest + if recompute { 0 } else { kept };
-        if fits(per_token) < longest {
-            let need = fixed + per_token * longest;
+        if fits(per_token) < most {
+            let need = fixed + per_token * most;
             return Err(Error::input(format!(
-                "the longest example has {longest} tokens and needs {}, there are {}: weights {}, adapter {}, workspace {}, \
-                 {} a token",
+                "{} and needs {}, there are {}: weights {}, adapter {}, workspace {}, {} a token",
+                of_tokens(longest, most),
                 size(need),
                 size(available),
                 share(weights, whole, parts),
@@ -117,10 +118,14 @@ impl Plan {
                 size(workspace),
                 size(per_token)
             ))
-            .help("lower --max-length, or --lora-rank, or take a smaller model"));
+            .help(match options.packing {
+                Some(_) => RESUMED,
+                None => "lower --max-length, --micro-batch-tokens or --lora-rank, or take a smaller model",
+            }));
         }
-        let tokens =
-            options.micro_batch_tokens.unwrap_or_else(|| fits(per_token).clamp(longest, MOST_TOKENS.max(longest)));
+        // In powers of two, so that two runs with about as much memory have the same micro-batches.
+        let packed = || (0..usize::BITS).map(|n| MOST_TOKENS >> n).find(|tokens| *tokens <= fits(per_token));
+        let tokens = fixed_tokens.unwrap_or_else(|| packed().unwrap_or(0).max(longest));
         let recomputed = if recompute { graph.layers.len() } else { 0 };
         Ok(Plan {
             available,
@@ -135,6 +140,26 @@ impl Plan {
         })
     }
 }
+
+impl Plan {
+    /// What of it a run saves and reuses.
+    pub fn packing(&self) -> Packing {
+        let tokens = self.micro_batch_tokens;
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+    }
+}
+
+/// What does not fit: the longest example, or micro-batches that are longer.
+pub fn of_tokens(longest: usize, most: usize) -> String {
+    match most > longest {
+        true => format!("a micro-batch has {most} tokens"),
+        false => format!("the longest example has {longest} tokens"),
+    }
+}
+
+/// What to do about a resumed run that does not fit.
+pub const RESUMED: &str = "free memory, so that the run goes on with the micro-batches that it began with, or start a new run from its \
+                           adapter with --init-adapter";
 
 /// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
 /// tokens, or the head's logits.

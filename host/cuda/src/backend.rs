@@ -1,6 +1,6 @@
 //! A GPU as a backend of this program.
 
-use dpo_core::backend::{Backend, Workload, whole_or_sharded};
+use dpo_core::backend::{Backend, Workload, agree_on_packing, whole_or_sharded};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
 use dpo_core::decoder::Decoder;
@@ -45,7 +45,13 @@ impl Backend for Cuda {
             })),
             _ => plan_for(parts),
         };
-        let plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
+        let packing = agree_on_packing(group, plan.packing())?;
+        if packing != plan.packing() {
+            let options = MemoryOptions { packing: Some(packing), ..options };
+            let (longest, answers) = (workload.longest, workload.answers);
+            plan = GpuPlan::new(&graph, &adapter, longest, answers, room, plan.ranks, options)?;
+        }
         console::line(format!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability));
         let bar = console::bar(checkpoint.bytes() as u64, BAR);
         let mut device =

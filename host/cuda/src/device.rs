@@ -29,8 +29,7 @@ impl Device for CudaDevice {
     }
 
     fn packing(&self) -> Packing {
-        let super::plan::GpuPlan { micro_batch_tokens, scoring_tokens, .. } = self.plan;
-        Packing { micro_batch_tokens, scoring_tokens, logits_rows: None }
+        self.plan.packing()
     }
 
     fn graph(&self) -> &ModelGraph {

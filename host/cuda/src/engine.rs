@@ -91,7 +91,7 @@ impl CudaDevice {
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let optimizer = Optimizer::new(&gpu, &graph, &adapter, &parts)?;
         let footprint = Footprint::new(&graph, &lowered);
-        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed);
+        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed, 1);
         let arrangement = arrangement.ok_or_else(|| Error::run("the plan has no room for a token"))?;
         let values = gpu.allocate(plan.values)?;
         let inputs = Inputs::new(&gpu, plan.inputs)?;
@@ -248,7 +248,7 @@ impl CudaDevice {
     pub(super) fn send(&mut self, batch: &Batch, save: bool) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
         let allowed = if save { self.plan.allowed.as_slice() } else { &[SavedActivations::BlockInput] };
-        let arrangement = self.footprint.arrange(tokens, answers, self.plan.values, allowed);
+        let arrangement = self.footprint.arrange(tokens, answers, self.plan.values, allowed, self.plan.logits_rows);
         self.arrangement = arrangement.ok_or_else(|| {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))

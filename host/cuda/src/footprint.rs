@@ -48,6 +48,8 @@ pub(super) struct Arrangement {
     pub logits: usize,
     /// Rows of logits at once.
     pub logits_rows: usize,
+    /// Rows of logits that there is room for.
+    pub logits_room: usize,
     /// Time of what is computed again, as a share of the step's.
     pub again: f64,
 }
@@ -111,7 +113,7 @@ impl Arrangement {
 }
 
 /// Rows of logits at once, at least and at most.
-const LOGITS_ROWS: [usize; 2] = [512, 2048];
+pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
 
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
@@ -143,14 +145,15 @@ impl Footprint {
         }
     }
 
-    /// Arranges a batch in so many bytes: what is saved is as much as fits, of the last layers first. `None` where even the
-    /// least of the allowed levels does not fit.
+    /// Arranges a batch in so many bytes, with so many rows of logits at once: what is saved is as much as fits, of the last
+    /// layers first. `None` where even the least of the allowed levels does not fit.
     pub(super) fn arrange(
         &self,
         tokens: usize,
         answers: usize,
         bytes: usize,
         allowed: &[SavedActivations],
+        logits_rows: usize,
     ) -> Option<Arrangement> {
         // Whole tiles keep every buffer at an aligned place.
         let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
@@ -161,7 +164,7 @@ impl Footprint {
             let levels = allowed.flat_map(|a| self.kinds.iter().map(move |kind| level(*kind, *a)));
             levels.map(|l| l.scratch).max().unwrap_or(0).max(self.embed) * rows
         };
-        let head = self.head(answers);
+        let head = self.head(answers, logits_rows);
         let sum = |l: SavedActivations| self.kinds.iter().map(|kind| level(*kind, l).saved * rows).sum::<usize>();
         let need = |l: SavedActivations| edges + sum(l) + most(l).max(head);
         let least = allowed.iter().copied().find(|l| need(*l) <= bytes)?;
@@ -193,7 +196,8 @@ impl Footprint {
             scratch: at,
             answer_rows,
             logits,
-            logits_rows: ((bytes - logits) / self.logits).min(LOGITS_ROWS[1]).clamp(1, answers.max(1)),
+            logits_rows: logits_rows.clamp(1, answers.max(1)),
+            logits_room: (bytes - logits) / self.logits,
             again: again / self.work,
         })
     }
@@ -204,9 +208,9 @@ impl Footprint {
         (self.kinds.len() + 2) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
     }
 
-    /// Least bytes of the head for so many answer tokens.
-    pub(super) fn head(&self, answers: usize) -> usize {
-        self.head * answers.next_multiple_of(64) + LOGITS_ROWS[0].min(answers) * self.logits
+    /// Bytes of the head for so many answer tokens, with so many rows of logits at once.
+    pub(super) fn head(&self, answers: usize, logits_rows: usize) -> usize {
+        self.head * answers.next_multiple_of(64) + logits_rows.min(answers) * self.logits
     }
 
     /// Bytes with which a batch is computed without computing anything again, as fast as it goes.

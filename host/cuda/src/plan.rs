@@ -5,15 +5,15 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::blas::WORKSPACE;
-use super::footprint::{Footprint, input_bytes};
+use super::blas::{CLASS, WORKSPACE};
+use super::footprint::{Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
 use super::saved::SavedActivations;
 use super::weights::NUMBERS;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
-use dpo_core::plan::{MemoryOptions, share};
+use dpo_core::plan::{MemoryOptions, Packing, RESUMED, of_tokens, share};
 use dpo_core::storage::{Place, Storage};
 
 /// Tokens at once that fill an H100; more gain nothing.
@@ -81,6 +81,8 @@ pub struct GpuPlan {
     pub micro_batch_tokens: usize,
     /// Tokens that micro-batches without a backward pass are filled up to.
     pub scoring_tokens: usize,
+    /// Rows of logits at once, at most.
+    pub logits_rows: usize,
     /// Tokens of the longest micro-batch: a pair that is longer is alone in its own.
     pub most_tokens: usize,
     /// Most answer tokens among a batch's tokens, as a share.
@@ -116,7 +118,8 @@ impl GpuPlan {
             Some(false) => &SavedActivations::ALL[..1],
             None => &SavedActivations::ALL[..],
         };
-        let sizes = match options.micro_batch_tokens {
+        let fixed = options.packing.map(|p| p.micro_batch_tokens).or(options.micro_batch_tokens);
+        let sizes = match fixed {
             Some(tokens) => vec![tokens],
             None => (1..=16).map(|n| n * ENOUGH_TOKENS / 16).collect(),
         };
@@ -124,7 +127,11 @@ impl GpuPlan {
         let mut need = 0;
         for on_host in if table > 0 { &[false, true][..] } else { &[false] } {
             for tokens in &sizes {
-                let scoring = if options.micro_batch_tokens.is_some() { *tokens } else { ENOUGH_TOKENS };
+                let scoring = match options.packing {
+                    Some(packing) => packing.scoring_tokens,
+                    None if fixed.is_some() => *tokens,
+                    None => ENOUGH_TOKENS,
+                };
                 let most = longest.max(*tokens).max(scoring);
                 let mut plan = GpuPlan {
                     available,
@@ -139,7 +146,8 @@ impl GpuPlan {
                     inputs: input_bytes(&lowered, most, answer_tokens(most, answers)),
                     values: 0,
                     per_token: 0,
-                    head: footprint.head(answer_tokens(*tokens, answers)),
+                    head: footprint.head(answer_tokens(*tokens, answers), LOGITS_ROWS[0]),
+                    logits_rows: LOGITS_ROWS[0],
                     micro_batch_tokens: *tokens,
                     scoring_tokens: *tokens,
                     most_tokens: longest.max(*tokens),
@@ -153,19 +161,29 @@ impl GpuPlan {
                 let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
-                let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed);
+                let least_rows = options.packing.and_then(|p| p.logits_rows).unwrap_or(LOGITS_ROWS[0]);
+                let arrange =
+                    |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, least_rows);
                 let (Some(full), Some(largest)) = (arrange(*tokens), arrange(longest)) else {
                     let all = plan.total() + least;
                     need = if need == 0 { all } else { need.min(all) };
                     continue;
                 };
-                let fits = |tokens: &usize| {
-                    footprint
-                        .arrange(*tokens, answer_tokens(*tokens, answers), bytes, &[SavedActivations::BlockInput])
-                        .is_some()
+                // Whole classes of matmuls, so that what memory is left over decides no bits.
+                let room = full.logits_room.min(largest.logits_room) / CLASS * CLASS;
+                plan.logits_rows = match options.packing.and_then(|p| p.logits_rows) {
+                    Some(rows) => rows,
+                    None => room.clamp(LOGITS_ROWS[0], LOGITS_ROWS[1]),
                 };
-                let scores = (*tokens..=scoring).step_by(256).filter(fits).last();
-                plan.scoring_tokens = scores.unwrap_or(*tokens);
+                let (rows, input) = (plan.logits_rows, [SavedActivations::BlockInput]);
+                let fits = |tokens: &usize| {
+                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &input, rows).is_some()
+                };
+                plan.scoring_tokens = match options.packing {
+                    Some(_) if fits(&scoring) => scoring,
+                    Some(_) => continue,
+                    None => (*tokens..=scoring).step_by(256).filter(fits).last().unwrap_or(*tokens),
+                };
                 plan.values = bytes;
                 plan.again = full.again;
                 plan.per_token = footprint.per_token(&full.saved);
@@ -179,14 +197,24 @@ impl GpuPlan {
         }
         best.map(|(_, plan)| plan).ok_or_else(|| {
             Error::input(format!(
-                "the longest example has {longest} tokens and needs {} on the GPU, there are {}: weights {}, adapter {}",
+                "{} and needs {} on the GPU, there are {}: weights {}, adapter {}",
+                of_tokens(longest, longest.max(fixed.unwrap_or(0))),
                 size(need),
                 size(available),
                 share(weights, whole, ranks),
                 size(adapter + optimizer)
             ))
-            .help("lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory")
+            .help(match options.packing {
+                Some(_) => RESUMED,
+                None => "lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory",
+            })
         })
+    }
+
+    /// What of it a run saves and reuses.
+    pub fn packing(&self) -> Packing {
+        let GpuPlan { micro_batch_tokens, scoring_tokens, logits_rows, .. } = *self;
+        Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows) }
     }
 
     /// Bytes of the whole process on the GPU.

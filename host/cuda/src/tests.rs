@@ -5,7 +5,7 @@
 
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
-use super::footprint::{Arrangement, Footprint};
+use super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
 use super::lowered::Lowered;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
@@ -142,7 +142,8 @@ impl Emulator {
         let lowered = Lowered::new(graph, &adapter).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
-        let arrangement = footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed).unwrap();
+        let arrangement =
+            footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed, LOGITS_ROWS[0]).unwrap();
         let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
             let block = &graph.blocks[layer.block];
             let stacks = lowered.programs[layer.block].stacks.iter();

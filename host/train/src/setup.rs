@@ -68,7 +68,7 @@ pub fn train(
         // Before weights are loaded and references computed.
         settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
     }
-    config.memory.packing = ranks.first(|| packing_before(&output, resumed.as_deref()))?;
+    config.memory.packing = ranks.first(|| packing_before(&output, resumed.as_deref(), &config))?;
     let (family, graph) = (model.family.name.clone(), model.graph);
     let workload = Workload::of(examples.iter().chain(&validation));
     let mut device = backend.trainer(ranks, graph, &checkpoint, adapter, workload, config.memory)?;
@@ -125,13 +125,21 @@ pub fn train(
 }
 
 /// The packing of the run that is resumed, or that was ended before its first checkpoint and begins again in its folder.
-fn packing_before(output: &Path, resumed: Option<&Path>) -> Result<Option<Packing>> {
-    match resumed {
-        Some(folder) => Ok(Some(load_state(folder)?.packing)),
+fn packing_before(output: &Path, resumed: Option<&Path>, config: &TrainConfig) -> Result<Option<Packing>> {
+    let packing: Option<Packing> = match resumed {
+        Some(folder) => Some(load_state(folder)?.packing),
         // One that was cut short by a kill says nothing.
-        None => Ok(data::read_json(&output.join(ARGS))
+        None => data::read_json(&output.join(ARGS))
             .ok()
-            .and_then(|args| serde_json::from_value(args.get(PACKING)?.clone()).ok())),
+            .and_then(|args| serde_json::from_value(args.get(PACKING)?.clone()).ok()),
+    };
+    match (packing, config.memory.micro_batch_tokens) {
+        (Some(Packing { micro_batch_tokens: was, .. }), Some(is)) if was != is => {
+            Err(Error::input(format!("is {is}; the run that is resumed has {was}"))
+                .at("--micro-batch-tokens")
+                .help("leave it out: other micro-batches round otherwise"))
+        }
+        (packing, _) => Ok(packing),
     }
 }
 
