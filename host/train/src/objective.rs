@@ -2,15 +2,16 @@
 
 use std::ops::Range;
 
+use abi_stable::std_types::RSlice;
 use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
 use dpo_plugin_api::loss::{Answers, MAX_STATISTICS};
 use serde_json::{Map, Value};
 
 use super::metrics::ExampleMetrics;
+use dpo_data::Wanted;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
-use dpo_data::Wanted;
 use dpo_plugins::{Loss, LossCall, Registry};
 
 /// What the user says about the objective.
@@ -139,27 +140,21 @@ impl<'r> Objective<'r> {
     /// # Errors
     /// Losses that take different numbers of answers.
     pub fn wanted(&self) -> Result<Wanted> {
-        let mut wanted = Wanted::default();
-        for (i, Term { loss, .. }) in self.terms.iter().enumerate() {
-            let answers = match (wanted.answers, loss.needs.answers) {
-                (_, own) if i == 0 => own,
-                (before, own) if before == own => own,
-                // A ranking of two is a pair.
-                (Answers::Pair, Answers::Ranked) | (Answers::Ranked, Answers::Pair) => Answers::Pair,
-                (before, own) => {
-                    let (before, own) = (before.describe(), own.describe());
-                    return Err(Error::input(format!("'{}' takes {before}, '{}' takes {own}", wanted.loss, loss.name))
-                        .at("--loss")
-                        .help(
-                            "a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes",
-                        ));
-                }
-            };
-            if i == 0 || answers == loss.needs.answers {
-                wanted = Wanted { answers, loss: loss.name.clone() };
+        let of = |t: &Term<'_>| Wanted { answers: t.loss.needs.answers, loss: t.loss.name.clone() };
+        let mut all = self.terms.iter().map(of);
+        let first = all.next().unwrap_or_default();
+        all.try_fold(first, |wanted, own| match (wanted.answers, own.answers) {
+            (before, own) if before == own => Ok(wanted),
+            // A ranking of two is a pair.
+            (Answers::Pair, Answers::Ranked) => Ok(wanted),
+            (Answers::Ranked, Answers::Pair) => Ok(own),
+            (before, after) => {
+                let (before, after) = (before.describe(), after.describe());
+                Err(Error::input(format!("'{}' takes {before}, '{}' takes {after}", wanted.loss, own.loss))
+                    .at("--loss")
+                    .help("a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes"))
             }
-        }
-        Ok(wanted)
+        })
     }
 
     /// Whether an example's loss depends on the other examples of its step.
@@ -216,27 +211,9 @@ impl<'r> Objective<'r> {
             return Ok(all);
         }
         for term in &mut self.terms {
-            let names = &term.loss.needs.statistics;
-            let mut of_policy: [&[f32]; MAX_STATISTICS] = [&[]; MAX_STATISTICS];
-            let mut of_reference = of_policy;
-            for ((own, other), name) in of_policy.iter_mut().zip(&mut of_reference).zip(names) {
-                (*own, *other) = (statistic(policy, name)?, statistic(reference, name)?);
-            }
-            let raw = |e: usize| {
-                let answers = examples[e].answers().iter().zip(offsets.answers(e));
-                answers.map(|(answer, at)| RawAnswer {
-                    policy: policy.logps[at.clone()].into(),
-                    reference: reference.logps[at.clone()].into(),
-                    weights: weights[at.clone()].into(),
-                    statistics: of_policy.map(|flat| part(flat, &at).into()),
-                    reference_statistics: of_reference.map(|flat| part(flat, &at).into()),
-                    label: answer.label,
-                    detached: answer.detached,
-                })
-            };
-            let answers: Vec<Vec<RawAnswer<'_>>> = (0..examples.len()).map(|e| raw(e).collect()).collect();
+            let answers = raw_answers(&term.loss.needs.statistics, examples, policy, reference, &weights)?;
             let raw: Vec<RawExample<'_>> =
-                answers.iter().map(|a| RawExample { answers: a.as_slice().into() }).collect();
+                answers.iter().map(|a| RawExample { answers: RSlice::from_slice(a) }).collect();
             let call = LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
             let result = term.loss.eval(&call)?;
             let scale = term.weight / totals.examples as f64;
@@ -265,14 +242,40 @@ impl<'r> Objective<'r> {
     }
 }
 
-fn statistic<'a>(of: &'a AnswerLogProbs, name: &str) -> Result<&'a [f32]> {
-    let found = of.statistics.get(name).map(Vec::as_slice);
-    found.ok_or_else(|| Error::run(format!("the statistic '{name}' was not computed")))
+/// Of every example its answers as a plugin takes them, with the statistics that it asks for.
+fn raw_answers<'a>(
+    statistics: &[String],
+    examples: &[&Example],
+    policy: &'a AnswerLogProbs,
+    reference: &'a AnswerLogProbs,
+    weights: &'a [f32],
+) -> Result<Vec<Vec<RawAnswer<'a>>>> {
+    let mut flat: [[&[f32]; MAX_STATISTICS]; 2] = [[&[]; MAX_STATISTICS]; 2];
+    for (flat, of) in flat.iter_mut().zip([policy, reference]) {
+        for (to, name) in flat.iter_mut().zip(statistics) {
+            let found = of.statistics.get(name.as_str()).map(Vec::as_slice);
+            *to = found.ok_or_else(|| Error::run(format!("the statistic '{name}' was not computed")))?;
+        }
+    }
+    let of = |(e, example): (usize, &&Example)| {
+        let answers = example.answers().iter().zip(policy.offsets.answers(e));
+        let raw = answers.map(|(answer, at)| RawAnswer {
+            policy: policy.logps[at.clone()].into(),
+            reference: reference.logps[at.clone()].into(),
+            weights: weights[at.clone()].into(),
+            statistics: flat[0].map(|flat| part(flat, &at)),
+            reference_statistics: flat[1].map(|flat| part(flat, &at)),
+            label: answer.label,
+            detached: answer.detached,
+        });
+        raw.collect()
+    };
+    Ok(examples.iter().enumerate().map(of).collect())
 }
 
 /// An answer's part of a statistic; nothing of one that was not asked for.
-fn part<'a>(flat: &'a [f32], at: &Range<usize>) -> &'a [f32] {
-    flat.get(at.clone()).unwrap_or_default()
+fn part<'a>(flat: &'a [f32], at: &Range<usize>) -> RSlice<'a, f32> {
+    flat.get(at.clone()).unwrap_or_default().into()
 }
 
 /// 1, or LD-DPO's alpha for tokens beyond the length of the shortest answer.
