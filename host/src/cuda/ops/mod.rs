@@ -22,7 +22,7 @@ use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedStack, Member, Stack};
+use super::weights::{LoadedStack, Member, NUMBERS, Stack};
 use crate::error::{Error, Result};
 use crate::ops::{count, number};
 
