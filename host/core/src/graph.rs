@@ -75,3 +75,39 @@ fn check_block(block: &Block, input: usize, output: usize) -> Result<()> {
         width => Err(Error::input(format!("returns {width:?} columns, needs {output}")).at(place())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use dpo_plugin_api::builder::{BlockBuilder, GraphBuilder, Var};
+    use dpo_plugin_api::model::Config;
+    use dpo_plugin_api::rope::Rope;
+
+    /// A graph whose embedding or head has one op more.
+    fn checked(more: [&dyn Fn(&mut BlockBuilder, Var) -> Var; 2]) -> Result<(), String> {
+        let mut graph = GraphBuilder::decoder(8, 16);
+        graph.embed(|b, tokens| {
+            let x = b.embedding("embed", tokens, 16, 8);
+            more[0](b, x)
+        });
+        let block = graph.block("block", |b, x| b.linear("a", x, 8));
+        graph.layer(block, "0.");
+        graph.head(|b, x| {
+            let h = more[1](b, x);
+            b.lm_head("head", h, 16)
+        });
+        super::check(&graph.finish(&Config::parse("{}").unwrap()).unwrap()).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn ops_that_need_whole_rows_run_in_layers_alone() {
+        let nothing = |_: &mut BlockBuilder, x: Var| x;
+        let scale = |b: &mut BlockBuilder, x: Var| b.scale(x, 2.0);
+        let rope = Rope { inv_freq: vec![1.0, 0.5], attention_scale: 1.0, max_positions: None };
+        let turn = |b: &mut BlockBuilder, x: Var| b.rope(x, 4, &rope);
+        assert_eq!(checked([&scale, &scale]), Ok(()));
+        assert!(checked([&turn, &nothing]).unwrap_err().contains("the embedding has the op 'rope'"));
+        assert!(checked([&nothing, &turn]).unwrap_err().contains("the head has the op 'rope'"));
+    }
+}

@@ -75,7 +75,7 @@ impl Device for CudaDevice {
     }
 
     fn shares_base(&self) -> bool {
-        self.weights.shard.is_some()
+        self.weights.store.is_sharded()
     }
 
     fn clear_gradient(&mut self) -> Result<()> {

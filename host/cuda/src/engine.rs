@@ -82,7 +82,7 @@ impl CudaDevice {
         (plan, rank): (GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<CudaDevice> {
-        let lowered = Lowered::new(&graph, &adapter)?;
+        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers)?;
         let steps = lowered.all().flat_map(|p| p.forward.iter().chain(&p.backward));
         let variants = steps.filter_map(|s| s.run.variant(gpu.capability));
         let kernels = Kernels::load(&gpu, sources(), variants)?;
@@ -145,7 +145,7 @@ impl CudaDevice {
 
     /// Parameters to the stacked weights of all layers; to those that ranks share, whenever one is gathered.
     pub(super) fn spread(&self) -> Result<()> {
-        if self.weights.shard.is_none() {
+        if !self.weights.store.is_sharded() {
             self.optimizer.spread(&self.gpu, &self.kernels, None)?;
         }
         self.gpu.mark("optimizer")
@@ -185,8 +185,9 @@ impl CudaDevice {
 
     /// Makes a layer's weights whole where ranks share them, and has those of the layer `after` it follow.
     fn next(&self, layer: usize, after: Option<usize>) -> Result<()> {
-        let (Some(shard), Some(nccl)) = (&self.weights.shard, &self.nccl) else { return Ok(()) };
-        shard.next(&self.gpu, nccl, layer, after)?;
+        if !self.weights.store.next(&self.gpu, self.nccl.as_ref(), layer, after)? {
+            return Ok(());
+        }
         self.optimizer.spread(&self.gpu, &self.kernels, Some(layer))?;
         self.gpu.mark("gather")
     }

@@ -75,12 +75,13 @@ impl Inputs {
         gpu.upload(&self.staged.bytes()[..sent], self.memory.address)
     }
 
-    /// Stages words; returns where they will lie.
+    /// Stages words; returns where they will lie. What does not fit is only counted, and then refused.
     fn put(&mut self, words: &[u32]) -> Address {
-        let at = self.used;
-        let bytes = words.iter().flat_map(|w| w.to_le_bytes());
-        self.staged.bytes_mut()[at..].iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
-        self.reserve(words.len() * 4)
+        let (at, bytes) = (self.used, words.len() * 4);
+        if let Some(to) = self.staged.bytes_mut().get_mut(at..at + bytes) {
+            to.iter_mut().zip(words.iter().flat_map(|w| w.to_le_bytes())).for_each(|(to, byte)| *to = byte);
+        }
+        self.reserve(bytes)
     }
 
     fn reserve(&mut self, bytes: usize) -> Address {

@@ -117,10 +117,11 @@ impl Launch<'_> {
         self.gpu.launch(self.kernels.get(kernel)?, grid, [32, 8, 1], 0, args.with(lanes as i32))
     }
 
-    /// A kernel with a thread for every eight columns.
+    /// A kernel with a thread for every eight columns, which finds its own by `place` of `common.cuh`: rows are no dimension of
+    /// the grid, since only the first may have more than 65,535.
     pub(crate) fn by_columns(&self, kernel: &str, rows: usize, width: usize, args: Args) -> Result<()> {
         let threads = (width / 8).next_multiple_of(32).min(256);
-        let grid = [(width / 8).div_ceil(threads), rows, 1];
+        let grid = [(width / 8).div_ceil(threads) * rows, 1, 1];
         self.gpu.launch(self.kernels.get(kernel)?, grid, [threads as u32, 1, 1], 0, args)
     }
 }

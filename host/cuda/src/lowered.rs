@@ -9,10 +9,10 @@ use super::lowering::Frame;
 use super::ops;
 use super::program::Program;
 use super::saved::SavedActivations;
-use super::weights::{NUMBERS, shard};
+use super::weights::{LayerStore, NUMBERS};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
-use dpo_core::storage::{Place, Storage};
+use dpo_core::storage::{Numbers, Storage};
 use dpo_core::weights::BlockId;
 
 /// A model lowered for CUDA.
@@ -33,7 +33,8 @@ pub(super) struct Lowered {
 }
 
 impl Lowered {
-    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter) -> Result<Lowered> {
+    /// With layers kept as such numbers.
+    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) -> Result<Lowered> {
         let (hidden, rank) = (graph.hidden_size, adapter.config.rank.next_multiple_of(8));
         let blocks = || graph.blocks.iter().flat_map(|b| (0..b.nodes.len()).map(move |index| (&b.nodes, index)));
         let behind = blocks().map(|(nodes, index)| Ok((ops::find(&nodes[index].op)?.ranks_behind)(nodes, index)));
@@ -46,12 +47,18 @@ impl Lowered {
             let block = &graph.blocks[kind];
             let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
             let adapted = |node| adapter.sites.iter().any(|s| s.node.1 == node && of_kind(s.node.0));
-            let frame = Frame { widths: [hidden; 2], behind, rank, adapted: &adapted, backward: true };
+            let frame = Frame { widths: [hidden; 2], behind, rank, adapted: &adapted, numbers, backward: true };
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain =
-            |width, behind, backward| Frame { widths: [width, hidden], behind, rank, adapted: &|_| false, backward };
+        let plain = |width, behind, backward| Frame {
+            widths: [width, hidden],
+            behind,
+            rank,
+            adapted: &|_| false,
+            numbers,
+            backward,
+        };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
         let embed = Program::lower(&graph.embed, embed, ops::find, &plain(1, behind, false))?;
         if embed.tables.len() != 1 {
@@ -85,16 +92,10 @@ impl Lowered {
         self.programs.iter().chain([&self.embed, &self.head])
     }
 
-    /// Bytes of frozen weights on a rank's GPU, where layers and the embedding table are kept so: of the layers, the head and the
-    /// projection; and of the table where it is not the projection.
-    pub(super) fn weights(&self, graph: &ModelGraph, layers: Storage) -> (usize, usize) {
-        let (rest, table) = self.rest(graph);
+    /// Bytes of frozen weights on a rank's GPU, where layers are kept so: of the layers, the head and the projection.
+    pub(super) fn weights(&self, graph: &ModelGraph, layers: Storage) -> usize {
         let each: Vec<usize> = (0..graph.layers.len()).map(|layer| self.layer(graph, layer)).collect();
-        let layers = match layers.place {
-            Place::Sharded(ranks) => shard::bytes(&each, ranks),
-            Place::Resident | Place::Host => each.iter().sum(),
-        };
-        (rest + layers, table)
+        self.rest(graph) + LayerStore::bytes(layers, &each)
     }
 
     /// Bytes of a layer's frozen weights.
@@ -102,13 +103,16 @@ impl Lowered {
         self.programs[graph.layers[layer].block].weight_bytes()
     }
 
-    /// Bytes of what every rank has: of the head with the projection, and of the embedding table where it is not the same.
-    pub(super) fn rest(&self, graph: &ModelGraph) -> (usize, usize) {
-        let own = self.embed.weight_bytes() + self.head.weight_bytes();
+    /// Bytes of what every rank has: of the head with the projection.
+    pub(super) fn rest(&self, graph: &ModelGraph) -> usize {
         let projection = aligned(NUMBERS.bytes(graph.vocab_size * graph.hidden_size));
-        let table = graph.embed.nodes[self.embed.tables[0]].weight("weight");
-        let table = table.map_or(0, |w| aligned(NUMBERS.bytes(w.shape.iter().product())));
-        (own + projection, if self.tied(graph) { 0 } else { table })
+        self.embed.weight_bytes() + self.head.weight_bytes() + projection
+    }
+
+    /// Bytes on the GPU of the embedding table, where it is kept so; none where it is the projection.
+    pub(super) fn table(&self, graph: &ModelGraph, storage: Storage) -> usize {
+        let weight = graph.embed.nodes[self.embed.tables[0]].weight("weight").filter(|_| !self.tied(graph));
+        weight.map_or(0, |w| aligned(storage.bytes(w.shape.iter().product())))
     }
 
     /// Whether the projection is the embedding's table.

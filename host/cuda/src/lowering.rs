@@ -11,6 +11,7 @@ use super::ops::sum::{copy, sum};
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
+use dpo_core::storage::Numbers;
 
 /// An op on the GPU: what only this op knows. Its steps know the rest.
 pub(crate) struct CudaOp {
@@ -79,6 +80,8 @@ pub(super) struct Frame<'a> {
     pub rank: usize,
     /// Whether a node is adapted.
     pub adapted: &'a dyn Fn(usize) -> bool,
+    /// What its matrices are kept as.
+    pub numbers: Numbers,
     /// Whether it has a backward pass.
     pub backward: bool,
 }
@@ -157,9 +160,9 @@ impl Program {
         for index in 0..nodes.len() {
             (lowering.ops[index].prepare)(&mut lowering, index)?;
         }
-        for index in 0..nodes.len() {
+        for (index, node) in nodes.iter().enumerate() {
             if lowering.computed_by[index].is_none() {
-                multiple_of_8(&nodes[index], "width", nodes[index].width)?;
+                multiple_of_8(node, "width", node.width)?;
                 lowering.at = At::Forward(index);
                 lowering.making.clear();
                 (lowering.ops[index].forward)(&mut lowering, index)?;
@@ -254,6 +257,11 @@ impl Lowering<'_> {
     fn is_consumed(&self, value: usize) -> bool {
         let made = value.checked_sub(1).is_some_and(|m| !self.ops[m].backward_reads.value);
         made && self.only_consumer(value).is_some()
+    }
+
+    /// What the block's matrices are kept as.
+    pub(crate) fn numbers(&self) -> Numbers {
+        self.frame.numbers
     }
 
     /// The LoRA rank of a node; 0 where it is not adapted.

@@ -108,9 +108,10 @@ impl GpuPlan {
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
         let Room { available, context } = room;
-        let lowered = Lowered::new(graph, adapter)?;
+        let lowered = Lowered::new(graph, adapter, NUMBERS)?;
         let footprint = Footprint::new(graph, &lowered);
-        let [(weights, table), (whole, _)] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
+        let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
+        let table = lowered.table(graph, table(Place::Resident));
         let optimizer = adapter.params.len() * 8;
         let adapter = lowered.adapter(graph, adapter.params.len());
         let allowed = match options.recompute {
@@ -125,7 +126,8 @@ impl GpuPlan {
         };
         let mut best: Option<(f64, GpuPlan)> = None;
         let mut need = 0;
-        for on_host in if table > 0 { &[false, true][..] } else { &[false] } {
+        for place in if table > 0 { &[Place::Resident, Place::Host][..] } else { &[Place::Resident] } {
+            let (here, host) = if *place == Place::Host { (0, table) } else { (table, 0) };
             for tokens in &sizes {
                 let scoring = match options.packing {
                     Some(packing) => packing.scoring_tokens,
@@ -137,9 +139,9 @@ impl GpuPlan {
                     available,
                     context,
                     ranks,
-                    weights: weights + if *on_host { 0 } else { table },
-                    whole: whole + if *on_host { 0 } else { table },
-                    host_embedding: if *on_host { table } else { 0 },
+                    weights: weights + here,
+                    whole: whole + here,
+                    host_embedding: host,
                     adapter,
                     optimizer,
                     workspace: WORKSPACE,
@@ -189,7 +191,7 @@ impl GpuPlan {
                 plan.per_token = footprint.per_token(&full.saved);
                 plan.saved = [full.saved, largest.saved];
                 let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
-                let cost = (1.0 + full.again) * lost + if *on_host { HOST_EMBEDDING_COST } else { 0.0 };
+                let cost = (1.0 + full.again) * lost + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 };
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     best = Some((cost, plan));
                 }
@@ -222,13 +224,28 @@ impl GpuPlan {
         self.context + self.weights + self.adapter + self.optimizer + self.workspace + self.inputs + self.values
     }
 
+    /// How the layers are kept.
+    pub(super) fn layers(&self) -> Storage {
+        layers(self.ranks)
+    }
+
+    /// How the embedding table is kept.
+    pub(super) fn table(&self) -> Storage {
+        table(if self.host_embedding > 0 { Place::Host } else { Place::Resident })
+    }
+
     /// Most answer tokens of a micro-batch.
     pub fn most_answers(&self) -> usize {
         answer_tokens(self.most_tokens, self.answers)
     }
 }
 
-/// How layers are kept that so many ranks share.
+/// How an embedding table is kept.
+fn table(place: Place) -> Storage {
+    Storage { numbers: NUMBERS, place }
+}
+
+/// How layers are kept on so many ranks.
 pub(super) fn layers(ranks: usize) -> Storage {
     Storage { numbers: NUMBERS, place: if ranks > 1 { Place::Sharded(ranks) } else { Place::Resident } }
 }

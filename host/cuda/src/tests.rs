@@ -10,7 +10,7 @@ use super::lowered::Lowered;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::saved::SavedActivations;
-use super::weights::Stack;
+use super::weights::{NUMBERS, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::device::Device;
 use dpo_core::lora::Adapter;
@@ -139,7 +139,7 @@ impl Emulator {
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
         let adapter = adapter(graph, false).unwrap();
-        let lowered = Lowered::new(graph, &adapter).unwrap();
+        let lowered = Lowered::new(graph, &adapter, NUMBERS).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
         let arrangement =
@@ -410,7 +410,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
     assert!(shared.total() <= 12 << 30);
-    let rest = Lowered::new(&graph, &adapter).unwrap().rest(&graph).0;
+    let rest = Lowered::new(&graph, &adapter, NUMBERS).unwrap().rest(&graph);
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
@@ -449,7 +449,8 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
     let cases = op_cases().unwrap();
     let lower = |name: &str| {
         let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
-        let frame = Frame { widths: [104; 2], behind: 0, rank: 8, adapted: &|_| false, backward: true };
+        let frame =
+            Frame { widths: [104; 2], behind: 0, rank: 8, adapted: &|_| false, numbers: NUMBERS, backward: true };
         Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
     };
     let error = lower("rope of a value, added to itself").unwrap_err().to_string();

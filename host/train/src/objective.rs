@@ -2,16 +2,15 @@
 
 use std::ops::Range;
 
-use abi_stable::std_types::RSlice;
 use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
 use dpo_plugin_api::loss::{Answers, MAX_STATISTICS};
 use serde_json::{Map, Value};
 
 use super::metrics::ExampleMetrics;
-use dpo_data::Wanted;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
+use dpo_data::Wanted;
 use dpo_plugins::{Loss, LossCall, Registry};
 
 /// What the user says about the objective.
@@ -213,7 +212,7 @@ impl<'r> Objective<'r> {
         for term in &mut self.terms {
             let answers = raw_answers(&term.loss.needs.statistics, examples, policy, reference, &weights)?;
             let raw: Vec<RawExample<'_>> =
-                answers.iter().map(|a| RawExample { answers: RSlice::from_slice(a) }).collect();
+                answers.iter().map(|a| RawExample { answers: a.as_slice().into() }).collect();
             let call = LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
             let result = term.loss.eval(&call)?;
             let scale = term.weight / totals.examples as f64;
@@ -263,8 +262,8 @@ fn raw_answers<'a>(
             policy: policy.logps[at.clone()].into(),
             reference: reference.logps[at.clone()].into(),
             weights: weights[at.clone()].into(),
-            statistics: flat[0].map(|flat| part(flat, &at)),
-            reference_statistics: flat[1].map(|flat| part(flat, &at)),
+            statistics: flat[0].map(|flat| part(flat, &at).into()),
+            reference_statistics: flat[1].map(|flat| part(flat, &at).into()),
             label: answer.label,
             detached: answer.detached,
         });
@@ -274,8 +273,8 @@ fn raw_answers<'a>(
 }
 
 /// An answer's part of a statistic; nothing of one that was not asked for.
-fn part<'a>(flat: &'a [f32], at: &Range<usize>) -> RSlice<'a, f32> {
-    flat.get(at.clone()).unwrap_or_default().into()
+fn part<'a>(flat: &'a [f32], at: &Range<usize>) -> &'a [f32] {
+    flat.get(at.clone()).unwrap_or_default()
 }
 
 /// 1, or LD-DPO's alpha for tokens beyond the length of the shortest answer.

@@ -325,16 +325,17 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
 // The sum over the query heads of every key head: y [tokens, kv_heads * DIM] of x [tokens, heads * DIM]. A thread eight
 // columns.
 extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8, kv = i / DIM;
+    auto [token, i] = place(kv_heads * DIM);
+    int kv = i / DIM;
     if (kv >= kv_heads) return;
-    const bf16* from = row(x, blockIdx.y) + (long long)kv * share * DIM + i % DIM;
+    const bf16* from = row(x, token) + (long long)kv * share * DIM + i % DIM;
     Eight sum = load8(from);
     for (int h = 1; h < share; h++) {
         Eight part = load8(from + h * DIM);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum.v[j] += part.v[j];
     }
-    store8(row(y, blockIdx.y) + i, sum);
+    store8(row(y, token) + i, sum);
 }
 
 #if !WGMMA  // see attention_hopper.cu

@@ -198,7 +198,7 @@ impl Execute for AttentionVjp {
         for (part, sum) in parts.iter().zip([dk, dv]) {
             let share = (a.heads / a.kv_heads) as i32;
             let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(share);
-            let grid = [(a.kv_heads * a.dim / 8).div_ceil(128), on.rows, 1];
+            let grid = [(a.kv_heads * a.dim / 8).div_ceil(128) * on.rows, 1, 1];
             on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
         }
         on.gpu.mark("attention dk, dv")?;

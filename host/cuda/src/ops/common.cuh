@@ -49,3 +49,14 @@ struct View {
 };
 
 __device__ __forceinline__ bf16* row(const View& v, long long token) { return v.at + token * v.ld; }
+
+// The row of a thread, and the first of its eight columns, where blocks go along a row and then to the next one.
+struct Place {
+    long long row;
+    int column;
+};
+
+__device__ __forceinline__ Place place(int width) {
+    int blocks = (width / 8 + blockDim.x - 1) / blockDim.x;
+    return {blockIdx.x / blocks, (int)(blockIdx.x % blocks * blockDim.x + threadIdx.x) * 8};
+}

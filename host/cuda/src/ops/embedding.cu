@@ -1,22 +1,19 @@
 // Rows of a table, [vocab, width], which may lie in host memory.
 extern "C" __global__ void gather(const bf16* table, const int* ids, View y, int rows, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long at = blockIdx.y;
+    auto [at, i] = place(width);
     if (i < width) *(uint4*)(row(y, at) + i) = *(const uint4*)(table + (long long)ids[at] * width + i);
 }
 
 // Rows of a value.
 extern "C" __global__ void gather_rows(View x, const int* ids, View y, int rows, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long at = blockIdx.y;
+    auto [at, i] = place(width);
     if (i < width) *(uint4*)(row(y, at) + i) = *(const uint4*)(row(x, ids[at]) + i);
 }
 
 // The VJP of gather_rows: y[token] is the sum of the rows that were taken from it. `first` has the first of them, `next` of
 // every row the next one from the same token; -1 is none.
 extern "C" __global__ void scatter_rows(View x, const int* first, const int* next, View y, int tokens, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i >= width) return;
     int taken = first[token];
     Eight sum = {};

@@ -1,7 +1,7 @@
 // y = act(gate) * up, and its VJP. `kind` 0: silu, 1: gelu, 2: gelu by tanh.
 
 struct Activation {
-    float value, slope;
+    float value, derivative;
 };
 
 __device__ __forceinline__ Activation activate(float x, int kind) {
@@ -18,8 +18,7 @@ __device__ __forceinline__ Activation activate(float x, int kind) {
 }
 
 extern "C" __global__ void glu(View gate, View up, View y, int tokens, int width, int kind) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i >= width) return;
     Eight g = load8(row(gate, token) + i), u = load8(row(up, token) + i);
 #pragma unroll
@@ -29,14 +28,13 @@ extern "C" __global__ void glu(View gate, View up, View y, int tokens, int width
 
 // `dgate` and `dup` may be `gate` and `up`.
 extern "C" __global__ void glu_vjp(View gate, View up, View dy, View dgate, View dup, int tokens, int width, int kind) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i >= width) return;
     Eight g = load8(row(gate, token) + i), u = load8(row(up, token) + i), d = load8(row(dy, token) + i);
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         Activation a = activate(g.v[j], kind);
-        g.v[j] = d.v[j] * u.v[j] * a.slope;
+        g.v[j] = d.v[j] * u.v[j] * a.derivative;
         u.v[j] = d.v[j] * a.value;
     }
     store8(row(dgate, token) + i, g);

@@ -7,8 +7,8 @@
 use dpo_plugin_api::graph::Node;
 
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, Launch, LoadedStack, Lowering, Matmul, Member, Operands, Recompute,
-    Slice, Stack, Step, View,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Launch, LoadedStack, Lowering, Matmul, Member, NUMBERS, Operands,
+    Recompute, Slice, Stack, Step, View,
 };
 use dpo_core::error::{Error, Result};
 
@@ -39,6 +39,10 @@ fn same_input(a: &Node, b: &Node) -> bool {
 
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let (node, rank) = (&l.nodes[index], l.rank(index));
+    // A stack is one matrix of W and the adapter. Weights that are not kept, or made, in its numbers need matmuls apart.
+    if l.numbers() != NUMBERS {
+        return Err(Error::input(format!("linears kept as {:?} have no CUDA kernel", l.numbers())));
+    }
     let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else {
         return Err(Error::run("a linear without its matrix"));
     };

@@ -11,9 +11,9 @@ __device__ __forceinline__ Running merge(Running a, Running b) {
 }
 
 // A block a row of `vocab` logits. Leaves logp[row] = z[target] - ln sum exp z and log_sum_sq[row] = ln sum p^2. With
-// `slopes`, the row becomes d logp / d z = [v == target] - p[v] in bf16, at its start.
+// `grad`, the row becomes d logp / d z = [v == target] - p[v] in bf16, at its start.
 extern "C" __global__ void log_prob(float* logits, const int* targets, float* logp, float* log_sum_sq, int vocab,
-                                    int slopes) {
+                                    int grad) {
     __shared__ Running partial[32];
     float* z = logits + (long long)blockIdx.x * vocab;
     Running own = {-1e30f, 0.f, 0.f};
@@ -39,7 +39,7 @@ extern "C" __global__ void log_prob(float* logits, const int* targets, float* lo
         logp[blockIdx.x] = z[target] - own.max - logf(own.sum);
         log_sum_sq[blockIdx.x] = logf(own.squares) - 2.f * logf(own.sum);
     }
-    if (!slopes) return;
+    if (!grad) return;
     float inverse = 1.f / own.sum;
     bf16* out = (bf16*)z;
     for (int start = 0; start < vocab; start += blockDim.x * 4) {
@@ -58,8 +58,7 @@ extern "C" __global__ void log_prob(float* logits, const int* targets, float* lo
 
 // Rows of d logp / d hidden times d loss / d logp.
 extern "C" __global__ void scale_rows(View x, const float* by, int rows, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long at = blockIdx.y;
+    auto [at, i] = place(width);
     if (i >= width) return;
     Eight v = load8(row(x, at) + i);
 #pragma unroll

@@ -22,7 +22,7 @@ use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedStack, Member, Stack};
+use super::weights::{LoadedStack, Member, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number};
 

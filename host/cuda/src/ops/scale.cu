@@ -1,7 +1,6 @@
 // y = factor * x; y may be x.
 extern "C" __global__ void scale(View x, View y, int tokens, int width, float factor) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i >= width) return;
     Eight v = load8(row(x, token) + i);
 #pragma unroll

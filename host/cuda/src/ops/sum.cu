@@ -1,7 +1,6 @@
 // c = a + b; c may be a or b.
 extern "C" __global__ void add(View a, View b, View c, int tokens, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i >= width) return;
     Eight x = load8(row(a, token) + i), y = load8(row(b, token) + i);
 #pragma unroll
@@ -10,7 +9,6 @@ extern "C" __global__ void add(View a, View b, View c, int tokens, int width) {
 }
 
 extern "C" __global__ void copy(View a, View b, int tokens, int width) {
-    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
-    long long token = blockIdx.y;
+    auto [token, i] = place(width);
     if (i < width) *(uint4*)(row(b, token) + i) = *(const uint4*)(row(a, token) + i);
 }

@@ -13,10 +13,10 @@ use super::super::lowered::{Lowered, projection};
 use super::super::optimizer::{Part, random};
 use super::super::plan::GpuPlan;
 use super::super::program::Program;
-use super::shard::Shard;
-use super::{BlockWeights, LoadedStack, NUMBERS};
+use super::{BlockWeights, LayerStore, LoadedStack, NUMBERS};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
+use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
 
 /// Where weights come from.
@@ -40,8 +40,7 @@ pub(crate) struct Weights {
     pub head: BlockWeights,
     /// `[vocab, hidden]`.
     pub projection: Address,
-    /// Where ranks share the layers.
-    pub shard: Option<Shard>,
+    pub store: LayerStore,
     /// The f32 gradients of all stacks, one after the other.
     pub gradients: Memory,
     _memory: Memory,
@@ -143,11 +142,9 @@ impl Weights {
         progress: &ProgressBar,
     ) -> Result<Weights> {
         let bytes: Vec<usize> = (0..graph.layers.len()).map(|layer| lowered.layer(graph, layer)).collect();
-        let (rest, table) = lowered.rest(graph);
-        let host_embedding = plan.host_embedding > 0;
-        let shard = if plan.ranks > 1 { Some(Shard::new(gpu, &bytes, rank, plan.ranks)?) } else { None };
-        let here: usize = if shard.is_some() { 0 } else { bytes.iter().sum() };
-        let memory = gpu.allocate(here + rest + if host_embedding { 0 } else { table })?;
+        let store = LayerStore::new(gpu, plan.layers(), &bytes, rank)?;
+        let here: usize = if store.is_sharded() { 0 } else { bytes.iter().sum() };
+        let memory = gpu.allocate(here + lowered.rest(graph) + lowered.table(graph, plan.table()))?;
         let gradients = gpu.allocate(lowered.gradients(graph).max(256))?;
         let mut arena = Arena::of(&memory);
         // What is not written, such as B of a linear without an adapter, is zero.
@@ -161,12 +158,12 @@ impl Weights {
             match id {
                 BlockId::Layer(layer) => {
                     let program = &lowered.programs[graph.layers[layer].block];
-                    let place = shard.as_ref().map(|shard| shard.place(layer));
+                    let place = store.place(layer);
                     place.map_or(Ok(()), |place| gpu.zero(place.address, place.bytes))?;
                     let mut own = place.map(Arena::of);
                     let arena = own.as_mut().unwrap_or(&mut arena);
                     layers.push(loader.block(arena, &mut next_gradient, program, nodes, prefix)?);
-                    shard.as_ref().map_or(Ok(()), |shard| shard.keep(gpu, layer))?;
+                    store.keep(gpu, layer)?;
                 }
                 BlockId::Head => head = loader.block(&mut arena, &mut next_gradient, &lowered.head, nodes, prefix)?,
                 BlockId::Embed | BlockId::Projection => {}
@@ -176,7 +173,8 @@ impl Weights {
         let mut embed = loader.block(&mut arena, &mut next_gradient, &lowered.embed, nodes, "")?;
         let weight = weight(&nodes[lowered.embed.tables[0]], "weight")?;
         let tied = lowered.tied(graph);
-        let on_host = if host_embedding && !tied { Some(loader.on_host(weight)?) } else { None };
+        let on_host = plan.table().place == Place::Host && !tied;
+        let on_host = if on_host { Some(loader.on_host(weight)?) } else { None };
         let table = match &on_host {
             Some(table) => table.address(),
             None => loader.table(&mut arena, weight)?,
@@ -185,7 +183,7 @@ impl Weights {
         let projection =
             if tied { table } else { loader.table(&mut arena, self::weight(projection(graph)?.0, "weight")?)? };
         gpu.finish()?;
-        Ok(Weights { embed, layers, head, projection, shard, gradients, _memory: memory, _table: on_host })
+        Ok(Weights { embed, layers, head, projection, store, gradients, _memory: memory, _table: on_host })
     }
 
     /// The adapter's matrices with their places in the stacks.

@@ -1,11 +1,13 @@
 //! Frozen weights on the GPU, as the steps of a program read them: stacked matrices, vectors, tables. How they are loaded is said
-//! in `loading`; where layers lie, all here or shared by ranks, in `shard`.
+//! in `loading`; where layers lie, all here or a part on every rank, in `store` and `shard`.
 
 pub(super) mod loading;
-pub(super) mod shard;
+mod shard;
 mod stack;
+mod store;
 
 pub(crate) use stack::{LoadedStack, Member, NUMBERS, Stack};
+pub(crate) use store::LayerStore;
 
 use super::gpu::Address;
 
