@@ -1,4 +1,4 @@
-//! `chat` as scripts have it: prompts, lines, objects, both voices; and what it refuses.
+//! `chat` as scripts have it: prompts, lines, objects, both variants; and what it refuses.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::io::Write;
@@ -58,9 +58,9 @@ fn the_demo_answers_before_and_after() {
         s.ok(&[&["chat", "--adapter", &run, "--compare", "--max-new-tokens", "24"], &prompts[..]].concat()).stdout;
     for (at, prompt) in ["> How do I cook rice?", "> 米饭怎么煮？"].iter().enumerate() {
         assert!(text.contains(prompt), "{text}");
-        for voice in ["base", "tuned"] {
-            let answer = both[at][voice]["text"].as_str().unwrap();
-            assert!(text.contains(&format!("{voice}:\n{answer}")), "no '{answer}' of {voice} in:\n{text}");
+        for variant in ["base", "tuned"] {
+            let answer = both[at][variant]["text"].as_str().unwrap();
+            assert!(text.contains(&format!("{variant}:\n{answer}")), "no '{answer}' of {variant} in:\n{text}");
         }
     }
     assert!(!text.contains('\x1b') && !text.contains("tokens/s"), "{text}");

@@ -29,8 +29,8 @@ fn pass(engine: &Engine, batches: &[&[Example]]) -> (Vec<f32>, Vec<f32>) {
         let batch = Batch::of(*examples);
         let forward = engine.forward(&batch, true).unwrap();
         logps.extend(&forward.logps.logps);
-        let slopes: Vec<f32> = batch.targets.iter().map(|_| numbers.draw() as f32).collect();
-        engine.backward(&batch, forward, &slopes, &mut gradient).unwrap();
+        let grads: Vec<f32> = batch.targets.iter().map(|_| numbers.draw() as f32).collect();
+        engine.backward(&batch, forward, &grads, &mut gradient).unwrap();
     }
     (logps, gradient)
 }

@@ -96,9 +96,9 @@ fn an_old_plugin_works() {
     let result = loss.eval(&call).unwrap();
     // The best answer's ratio is 0.5 + 0.5/2, the worst one's is -1; the detached one has no part.
     let x = -0.4 * 1.75 - 0.25_f64;
-    let slope = 1.0 / (1.0 + x.exp());
+    let derivative = 1.0 / (1.0 + x.exp());
     assert!((result.losses[0] - ((-x).exp().ln_1p() + 3.0 - 0.5)).abs() < 1e-9, "{:?}", result.losses);
-    let expected = [1.0, 0.5, 0.0, 0.0, -1.0, -0.5, 0.0, 0.0].map(|w| w * 0.4 * slope);
+    let expected = [1.0, 0.5, 0.0, 0.0, -1.0, -0.5, 0.0, 0.0].map(|w| w * 0.4 * derivative);
     assert_eq!(result.grad.len(), expected.len());
     for (ours, expected) in result.grad.iter().zip(expected) {
         assert!((f64::from(*ours) - expected).abs() < 1e-7, "{:?} {expected}", result.grad);

@@ -6,11 +6,11 @@ use candle_core::{D, Tensor};
 use dpo_core::base::Base;
 use dpo_core::batch::Batch;
 use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Voice};
+use dpo_core::decoder::{Decoder, Variant};
 use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
 use dpo_core::lora::Adapter;
-use dpo_core::ops::Past;
+use dpo_core::ops::KvCache;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
 use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
@@ -75,7 +75,7 @@ fn remembered_tokens_give_the_log_probs_of_training() {
             let expected = trained(&mut engine, &ids, adapted);
             // Token by token, and in parts of several.
             for part in [1, 2, 7, 25] {
-                let (mut past, mut at) = (Past::default(), 0);
+                let (mut past, mut at) = (KvCache::default(), 0);
                 while at + part < ids.len() {
                     let logits = engine.logits(&ids[at..at + part], &mut past, adapted).unwrap();
                     at += part;
@@ -105,25 +105,25 @@ fn weights_kept_in_bf16_give_the_same_log_probs() {
         let mut wide = Engine::new(model.graph.clone(), base, adapter()).unwrap();
         let mut kept = CpuDecoder::load(&model.graph, &checkpoint, Some(adapter())).unwrap();
         let ids = text(model.graph.vocab_size, 3);
-        for (voice, adapted) in [(Voice::Base, false), (Voice::Tuned, true)] {
+        for (variant, adapted) in [(Variant::Base, false), (Variant::Tuned, true)] {
             let expected = trained(&mut wide, &ids, adapted);
             for at in 10..ids.len() {
                 let new = if at == 10 { &ids[..10] } else { &ids[at - 1..at] };
-                let (is, expected) = (logp(kept.feed(voice, new).unwrap(), ids[at]), expected[at - 1]);
+                let (is, expected) = (logp(kept.append(variant, new).unwrap(), ids[at]), expected[at - 1]);
                 let off = (is - expected).abs();
-                assert!(off < 2e-5 * expected.abs().max(1.0), "{case} {voice:?} {at}: {is}, not {expected}");
+                assert!(off < 2e-5 * expected.abs().max(1.0), "{case} {variant:?} {at}: {is}, not {expected}");
             }
         }
     }
 }
 
-/// The goldens' adapters change answers, so that a voice that is the other one would be seen.
+/// The goldens' adapters change answers, so that a variant that is the other one would be seen.
 #[test]
 fn voices_differ() {
     for case in cases() {
         let engine = engine(&case);
         let ids = text(engine.graph().vocab_size, 3);
-        let logits = |adapted| engine.logits(&ids, &mut Past::default(), adapted).unwrap();
+        let logits = |adapted| engine.logits(&ids, &mut KvCache::default(), adapted).unwrap();
         assert_ne!(logits(false), logits(true), "{case}");
     }
 }
@@ -134,10 +134,10 @@ fn greedy_answers_are_those_of_whole_passes() {
         let engine = engine(&case);
         for adapted in [false, true] {
             let mut ids = text(engine.graph().vocab_size, 5)[..9].to_vec();
-            let mut past = Past::default();
+            let mut past = KvCache::default();
             let mut logits = engine.logits(&ids, &mut past, adapted).unwrap();
             for step in 0..TOKENS {
-                let whole = engine.logits(&ids, &mut Past::default(), adapted).unwrap();
+                let whole = engine.logits(&ids, &mut KvCache::default(), adapted).unwrap();
                 let off = logits.iter().zip(&whole).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
                 let size = whole.iter().fold(0.0_f32, |most, l| most.max(l.abs()));
                 assert!(off <= 1e-5 * size.max(1.0), "{case} {adapted} step {step}: off by {off} of {size}");
@@ -159,11 +159,11 @@ fn a_soft_cap_and_a_forgotten_end() {
     let mut engine = dpo_tests::engine(&graph, &dpo_tests::weights(&graph, 1), 2);
     let ids = text(graph.vocab_size, 11);
     let expected = trained(&mut engine, &ids, true);
-    let mut past = Past::default();
+    let mut past = KvCache::default();
     let other: Vec<u32> = ids.iter().rev().copied().collect();
     engine.logits(&ids[..20], &mut past, true).unwrap();
     engine.logits(&other, &mut past, true).unwrap();
-    past.keep(20);
+    past.truncate(20);
     for at in 20..TOKENS - 1 {
         let is = logp(engine.logits(&ids[at..=at], &mut past, true).unwrap(), ids[at + 1]);
         assert!((is - expected[at]).abs() < 2e-5 * expected[at].abs().max(1.0), "{at}: {is}, not {}", expected[at]);
@@ -240,15 +240,15 @@ fn generator(case: &str) -> Generator {
     Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, None).unwrap()
 }
 
-fn go_on(generator: &mut Generator, voice: Voice, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {
+fn go_on(generator: &mut Generator, variant: Variant, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {
     let sampling = Sampling { max_new_tokens: limit, ..Sampling::default() };
-    let mut answer = generator.go_on(voice, ids.to_vec(), &sampling).unwrap();
+    let mut answer = generator.go_on(variant, ids.to_vec(), &sampling).unwrap();
     while generator.step(&mut answer).unwrap().is_some() {}
     (answer.ids().to_vec(), answer.stop())
 }
 
 /// A text that shares its head with the one before is not begun again, and gives what it gives alone; long prompts are taken
-/// in parts; voices do not mix.
+/// in parts; variants do not mix.
 #[test]
 fn conversations_go_on_from_what_was_heard() {
     let case = "qwen2-window";
@@ -257,14 +257,18 @@ fn conversations_go_on_from_what_was_heard() {
         long.extend(text(320, long.len() as u64));
     }
     let mut one = generator(case);
-    for (voice, end) in
-        [(Voice::Base, 30), (Voice::Tuned, 30), (Voice::Tuned, 44), (Voice::Base, 400), (Voice::Base, 37)]
+    for (variant, end) in
+        [(Variant::Base, 30), (Variant::Tuned, 30), (Variant::Tuned, 44), (Variant::Base, 400), (Variant::Base, 37)]
     {
-        let (ids, stop) = go_on(&mut one, voice, &long[..end], 20);
-        assert_eq!((&ids, stop), (&go_on(&mut generator(case), voice, &long[..end], 20).0, stop), "{voice:?} {end}");
-        let adapted = voice == Voice::Tuned;
-        let first = engine(case).logits(&long[..end], &mut Past::default(), adapted).unwrap();
-        assert_eq!(ids[0], likeliest(&first), "{voice:?} {end}");
+        let (ids, stop) = go_on(&mut one, variant, &long[..end], 20);
+        assert_eq!(
+            (&ids, stop),
+            (&go_on(&mut generator(case), variant, &long[..end], 20).0, stop),
+            "{variant:?} {end}"
+        );
+        let adapted = variant == Variant::Tuned;
+        let first = engine(case).logits(&long[..end], &mut KvCache::default(), adapted).unwrap();
+        assert_eq!(ids[0], likeliest(&first), "{variant:?} {end}");
     }
 }
 
@@ -272,17 +276,17 @@ fn conversations_go_on_from_what_was_heard() {
 fn answers_end() {
     let mut generator = generator("qwen2-window");
     let ids = text(320, 8);
-    let (short, stop) = go_on(&mut generator, Voice::Base, &ids, 5);
+    let (short, stop) = go_on(&mut generator, Variant::Base, &ids, 5);
     assert!(stop == Some(Stop::Limit) && short.len() == 5 || stop == Some(Stop::Turn), "{short:?} {stop:?}");
     // The model is made for 512 tokens.
     let long: Vec<u32> = (0..508).map(|i| ids[i % ids.len()]).collect();
-    let (rest, stop) = go_on(&mut generator, Voice::Base, &long, 50);
+    let (rest, stop) = go_on(&mut generator, Variant::Base, &long, 50);
     assert!(stop == Some(Stop::Length) && rest.len() == 4 || stop == Some(Stop::Turn), "{rest:?} {stop:?}");
     let full: Vec<u32> = (0..512).map(|i| ids[i % ids.len()]).collect();
-    let refused = generator.go_on(Voice::Base, full, &Sampling::default()).err().unwrap().to_string();
+    let refused = generator.go_on(Variant::Base, full, &Sampling::default()).err().unwrap().to_string();
     assert!(refused.contains("512 tokens"), "{refused}");
     assert!(
-        generator.go_on(Voice::Base, vec![320], &Sampling::default()).is_err(),
+        generator.go_on(Variant::Base, vec![320], &Sampling::default()).is_err(),
         "a token that the model does not have"
     );
 }
@@ -295,11 +299,11 @@ impl Decoder for Parrot {
         "parrot".into()
     }
 
-    fn feed(&mut self, _: Voice, _: &[u32]) -> dpo_core::error::Result<Vec<f32>> {
+    fn append(&mut self, _: Variant, _: &[u32]) -> dpo_core::error::Result<Vec<f32>> {
         Ok((0..320).map(|id| f32::from(u8::from(id == self.0))).collect())
     }
 
-    fn keep(&mut self, _: Voice, _: usize) {}
+    fn truncate(&mut self, _: Variant, _: usize) {}
 }
 
 /// Also at an end that only the template names.
@@ -310,7 +314,7 @@ fn a_turn_ends_where_the_model_ends_it() {
     let tokenizer = || ChatTokenizer::open(&folder, None).unwrap();
     for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {
         let mut generator = Generator::of(&model, tokenizer(), Box::new(Parrot(end)));
-        assert_eq!(go_on(&mut generator, Voice::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
+        assert_eq!(go_on(&mut generator, Variant::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
     }
 }
 
@@ -326,11 +330,11 @@ fn both_voices_answer_the_same_prompts() {
     let both = compare(&mut one, &prompts, &sampling).unwrap();
     assert_eq!(both.iter().map(|c| c.prompt.as_str()).collect::<Vec<_>>(), ["hello", "rice?"]);
     for (comparison, prompt) in both.iter().zip(&prompts) {
-        for (voice, text) in [(Voice::Base, &comparison.base), (Voice::Tuned, &comparison.tuned)] {
+        for (variant, text) in [(Variant::Base, &comparison.base), (Variant::Tuned, &comparison.tuned)] {
             let mut alone = generator(case);
-            let mut answer = alone.go_on(voice, prompt.to_vec(), &sampling).unwrap();
+            let mut answer = alone.go_on(variant, prompt.to_vec(), &sampling).unwrap();
             while alone.step(&mut answer).unwrap().is_some() {}
-            assert_eq!(answer.text(), text, "{voice:?}");
+            assert_eq!(answer.text(), text, "{variant:?}");
         }
         assert_ne!(comparison.base, comparison.tuned);
     }

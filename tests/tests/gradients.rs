@@ -167,7 +167,7 @@ fn lm_head_slopes_are_central_differences() {
     let targets: Vec<u32> = (0..rows).map(|_| numbers.below(vocab) as u32).collect();
     let logps = |h: &Tensor| lm_head::log_probs(h, &weight, &targets, false).unwrap();
     let exact: Vec<Vec<f64>> =
-        lm_head::log_probs(&hidden, &weight, &targets, true).unwrap().slopes.unwrap().to_vec2().unwrap();
+        lm_head::log_probs(&hidden, &weight, &targets, true).unwrap().grads.unwrap().to_vec2().unwrap();
     let point: Vec<Vec<f64>> = hidden.to_vec2().unwrap();
     for r in 0..rows {
         for c in 0..width {

@@ -18,15 +18,15 @@ pub struct Layout {
     /// Examples, in order and without gaps.
     pub spans: Vec<Span>,
     /// Tokens before the row's first one, at positions from 0: of these, ops are given what they
-    /// [remember](crate::ops::Op::remembers). Above 0 only where one text is continued.
-    pub past: usize,
+    /// [remember](Op::cached_inputs). Above 0 only where one text is continued.
+    pub cached: usize,
 }
 
 impl Layout {
-    /// Tokens that continue a text of `past` tokens.
-    pub fn after(past: usize, tokens: usize) -> Layout {
-        let positions = (past..past + tokens).map(|p| p as u32).collect();
-        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, answers: Vec::new() }], past }
+    /// Tokens that continue a text of `cached` tokens.
+    pub fn after(cached: usize, tokens: usize) -> Layout {
+        let positions = (cached..cached + tokens).map(|p| p as u32).collect();
+        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, answers: Vec::new() }], cached }
     }
 }
 

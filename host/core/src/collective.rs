@@ -27,6 +27,38 @@ pub trait ProcessGroup {
 
     /// A way to shard weights over these ranks, which only one user can have; `None` on one rank.
     fn shards(&mut self) -> Option<Box<dyn Shards>>;
+
+    /// Whether this is rank 0, which alone writes and prints.
+    fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Waits until all ranks are here.
+    fn barrier(&mut self) -> Result<()> {
+        self.all_gather(Vec::new()).map(|_| ())
+    }
+
+    /// The largest of the ranks' numbers.
+    fn all_reduce_max(&mut self, value: u64) -> Result<u64> {
+        let all = self.all_gather(value.to_le_bytes().to_vec())?;
+        let number = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
+        Ok(all.iter().map(number).max().unwrap_or(value))
+    }
+
+    /// Refuses to go on if a rank has something else than rank 0; `value` is small, a hash of what is compared.
+    fn assert_equal(&mut self, what: &str, value: &[u8]) -> Result<()> {
+        let all = self.all_gather(value.to_vec())?;
+        let other: Vec<String> =
+            (0..all.len()).filter(|r| all[*r] != all[0]).map(|r| format!("rank {r} ({})", self.name(r))).collect();
+        if other.is_empty() {
+            return Ok(());
+        }
+        // Nobody leaves before all know.
+        let _ = self.barrier();
+        let has = if other.len() == 1 { "has" } else { "have" };
+        Err(Error::input(format!("{} {has} another {what} than rank 0 ({})", other.join(", "), self.name(0)))
+            .help("every rank needs the same files, the same flags and the same dpo-host"))
+    }
 }
 
 /// Values of which every rank keeps a part, filled in from the others when they are needed, beside whatever else ranks
@@ -73,23 +105,6 @@ impl ProcessGroup for Alone {
 }
 
 impl dyn ProcessGroup + '_ {
-    /// Whether this is rank 0, which alone writes and prints.
-    pub fn is_first(&self) -> bool {
-        self.rank() == 0
-    }
-
-    /// Waits until all ranks are here.
-    pub fn barrier(&mut self) -> Result<()> {
-        self.all_gather(Vec::new()).map(|_| ())
-    }
-
-    /// The largest of the ranks' numbers.
-    pub fn all_reduce_max(&mut self, value: u64) -> Result<u64> {
-        let all = self.all_gather(value.to_le_bytes().to_vec())?;
-        let number = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
-        Ok(all.iter().map(number).max().unwrap_or(value))
-    }
-
     /// Sums of a few numbers in f64, added in the order of ranks.
     pub fn all_reduce_f64<const N: usize>(&mut self, values: [f64; N]) -> Result<[f64; N]> {
         let own: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -118,20 +133,5 @@ impl dyn ProcessGroup + '_ {
             Some(found) => Ok(found),
             None => serde_json::from_slice(&bytes).map_err(failed),
         }
-    }
-
-    /// Refuses to go on if a rank has something else than rank 0; `value` is small, a hash of what is compared.
-    pub fn assert_equal(&mut self, what: &str, value: &[u8]) -> Result<()> {
-        let all = self.all_gather(value.to_vec())?;
-        let other: Vec<String> =
-            (0..all.len()).filter(|r| all[*r] != all[0]).map(|r| format!("rank {r} ({})", self.name(r))).collect();
-        if other.is_empty() {
-            return Ok(());
-        }
-        // Nobody leaves before all know.
-        let _ = self.barrier();
-        let has = if other.len() == 1 { "has" } else { "have" };
-        Err(Error::input(format!("{} {has} another {what} than rank 0 ({})", other.join(", "), self.name(0)))
-            .help("every rank needs the same files, the same flags and the same dpo-host"))
     }
 }

@@ -1,22 +1,22 @@
-//! The CPU as a decoder: the engine that trains, with a memory for each voice.
+//! The CPU as a decoder: the engine that trains, with a memory for each variant.
 
 use dpo_plugin_api::graph::ModelGraph;
 use rayon::ThreadPool;
 
 use crate::base::Base;
-use crate::decoder::{Decoder, Voice};
+use crate::decoder::{Decoder, Variant};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::memory::{free_memory, size};
-use crate::ops::Past;
+use crate::ops::KvCache;
 use crate::weights::Checkpoint;
 
 /// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers.
 pub struct CpuDecoder {
     engine: Engine,
     threads: ThreadPool,
-    pasts: [Past; 2],
+    caches: [KvCache; 2],
 }
 
 impl CpuDecoder {
@@ -41,7 +41,7 @@ impl CpuDecoder {
     /// # Errors
     /// Threads that the system does not give.
     pub fn of(engine: Engine) -> Result<CpuDecoder> {
-        Ok(CpuDecoder { threads: engine.threads()?, engine, pasts: Default::default() })
+        Ok(CpuDecoder { threads: engine.threads()?, engine, caches: Default::default() })
     }
 }
 
@@ -50,13 +50,13 @@ impl Decoder for CpuDecoder {
         "cpu float32".into()
     }
 
-    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
+    fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>> {
         // Within its threads: to hand them every product from outside costs as much as some of them take.
-        let (engine, past) = (&mut self.engine, &mut self.pasts[voice as usize]);
-        self.threads.install(move || engine.logits(ids, past, voice == Voice::Tuned))
+        let (engine, cache) = (&mut self.engine, &mut self.caches[variant as usize]);
+        self.threads.install(move || engine.logits(ids, cache, variant == Variant::Tuned))
     }
 
-    fn keep(&mut self, voice: Voice, tokens: usize) {
-        self.pasts[voice as usize].keep(tokens);
+    fn truncate(&mut self, variant: Variant, tokens: usize) {
+        self.caches[variant as usize].truncate(tokens);
     }
 }

@@ -1,37 +1,37 @@
-//! What a device does for answers, token by token.
+//! What a device does for generation, token by token.
 
 use crate::error::Result;
 
 /// Tokens of a prompt that are taken in at once: more gain nothing, and between them an answer can be stopped.
 pub const CHUNK: usize = 256;
 
-/// Who answers.
+/// Which of the two models answers. Both share the frozen weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Voice {
-    /// The model without adapter.
+pub enum Variant {
+    /// The base model, its adapter disabled.
     Base,
-    /// The model with it.
+    /// The model with its adapter.
     Tuned,
 }
 
-impl Voice {
-    /// What it is called.
+impl Variant {
+    /// What output calls it.
     pub fn name(self) -> &'static str {
         match self {
-            Voice::Base => "base",
-            Voice::Tuned => "tuned",
+            Variant::Base => "base",
+            Variant::Tuned => "tuned",
         }
     }
 }
 
-/// A device with a model, its adapter, and a text for each voice.
+/// A device with a model, its adapter, and a KV cache for each variant.
 pub trait Decoder {
     /// What it is and how it computes, such as `cpu float32`.
     fn name(&self) -> String;
 
-    /// Logits of the token after `ids`, `[vocab]`, which go on from the voice's text and are added to it.
-    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>>;
+    /// Appends `ids` to the variant's sequence; returns the logits of the next token, `[vocab]`.
+    fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>>;
 
-    /// Forgets all but the first tokens of a voice's text.
-    fn keep(&mut self, voice: Voice, tokens: usize);
+    /// Truncates the variant's sequence to its first tokens.
+    fn truncate(&mut self, variant: Variant, tokens: usize);
 }

@@ -15,7 +15,7 @@ use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
 use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
-use crate::ops::{self, Call, Gradients, Kernel, Lora, Past, lm_head};
+use crate::ops::{self, Call, Gradients, Kernel, KvCache, Lora, lm_head};
 use crate::weights::BlockId;
 
 /// Columns of a model that keep a thread busy: on 16 cores a model of 192 takes twice as long with all of them as with 4.
@@ -46,7 +46,7 @@ struct Kept {
     /// Values of the head, at the rows that predict answer tokens.
     head: Vec<Tensor>,
     /// `d logp / d hidden` of every answer token.
-    slopes: Tensor,
+    grads: Tensor,
 }
 
 /// A block that is run: which one, its nodes and their weights, and where its tokens are.
@@ -150,7 +150,7 @@ impl Engine {
         let head = self.run(&work(BlockId::Head, head)?, x.index_select(&rows, 0)?)?;
         let hidden = &head[projection.inputs[0]];
         let out = lm_head::log_probs(hidden, &base.next()?[0][0], &batch.targets, keep)?;
-        let kept = out.slopes.filter(|_| keep).map(|slopes| Kept { layers, head, slopes });
+        let kept = out.grads.filter(|_| keep).map(|grads| Kept { layers, head, grads });
         let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
         let logps = AnswerLogProbs::new(batch.answers.clone(), single(out.logps), out.statistics.map(single));
         Ok(Forward { logps, kept })
@@ -164,13 +164,13 @@ impl Engine {
         if batch.answers.is_empty() {
             return base.participate();
         }
-        let Some(Kept { mut layers, head, slopes }) = forward.kept else {
+        let Some(Kept { mut layers, head, grads }) = forward.kept else {
             return Err(Error::run("the backward pass needs a forward pass that kept its values"));
         };
         let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
         let [nodes @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let mut dvalues = vec![None; nodes.len() + 1];
-        dvalues[projection.inputs[0]] = Some(lm_head::vjp(&slopes, dlogps)?);
+        dvalues[projection.inputs[0]] = Some(lm_head::vjp(&grads, dlogps)?);
         let rows = self.pull(&work(BlockId::Head, nodes)?, &head, dvalues, gradient)?;
         let rows = rows.ok_or_else(|| Error::run("the head has no gradient"))?;
         let zero = Tensor::zeros((batch.tokens(), rows.dim(D::Minus1)?), rows.dtype(), &Device::Cpu)?;
@@ -190,36 +190,36 @@ impl Engine {
         Ok(())
     }
 
-    /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of `past` and are added to them; with the adapter
-    /// or without. All tokens of one past have to be computed alike.
-    pub fn logits(&self, ids: &[u32], past: &mut Past, adapted: bool) -> Result<Vec<f32>> {
+    /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of `cache` and are added to them; with the adapter
+    /// or without. All tokens of one cache have to be computed alike.
+    pub fn logits(&self, ids: &[u32], cache: &mut KvCache, adapted: bool) -> Result<Vec<f32>> {
         let Some(last) = ids.len().checked_sub(1) else { return Err(Error::run("no token to go on from")) };
-        let (graph, layout) = (&self.graph, &Layout::after(past.tokens(), ids.len()));
+        let (graph, layout) = (&self.graph, &Layout::after(cache.tokens(), ids.len()));
         let mut base = self.base.stream(self.forwards())?;
         let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted });
         let mut x = Tensor::new(ids, &Device::Cpu)?;
-        x = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, past)?.swap_remove(graph.embed.output);
+        x = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, cache)?.swap_remove(graph.embed.output);
         for (at, layer) in graph.layers.iter().enumerate() {
             let block = &graph.blocks[layer.block];
-            x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, past)?.swap_remove(block.output);
+            x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, cache)?.swap_remove(block.output);
         }
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let head = self.run(&work(BlockId::Head, head)?, x.narrow(0, last, 1)?)?;
         let logits = ops::product(&head[projection.inputs[0]], &base.next()?[0][0])?;
-        past.advance(ids.len());
+        cache.advance(ids.len());
         Ok(logits.flatten_all()?.to_vec1()?)
     }
 
     /// As [`run`](Self::run), for tokens that follow others.
-    fn go_on(&self, work: &Work<'_>, input: Tensor, past: &mut Past) -> Result<Vec<Tensor>> {
+    fn go_on(&self, work: &Work<'_>, input: Tensor, cache: &mut KvCache) -> Result<Vec<Tensor>> {
         let mut values = vec![input];
         for (index, node) in work.nodes.iter().enumerate() {
             let op = ops::find(&node.op)?;
             let Kernel::Value { forward, .. } = op.kernel else { return Err(misplaced_head()) };
             let mut call = self.call(work, index, &values);
-            let all = op.remembers.iter().map(|input| past.extend((work.at, index, *input), call.inputs[*input]));
+            let all = op.cached_inputs.iter().map(|input| cache.extend((work.at, index, *input), call.inputs[*input]));
             let all = all.collect::<Result<Vec<Tensor>>>()?;
-            op.remembers.iter().zip(&all).for_each(|(input, rows)| call.inputs[*input] = rows);
+            op.cached_inputs.iter().zip(&all).for_each(|(input, rows)| call.inputs[*input] = rows);
             let value = forward(&call)?;
             values.push(value);
         }

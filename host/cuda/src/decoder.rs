@@ -1,4 +1,4 @@
-//! A GPU that answers: the programs that train, with memory for the keys and values of a text for each voice.
+//! A GPU that answers: the programs that train, with memory for the keys and values of a text for each variant.
 
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
@@ -7,7 +7,7 @@ use super::engine::CudaDevice;
 use super::gpu::{Gpu, Memory, View};
 use super::plan::{GpuPlan, Room};
 use super::weights::loading::Source;
-use dpo_core::decoder::{CHUNK, Decoder, Voice};
+use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
@@ -27,7 +27,7 @@ pub struct CudaDecoder {
     most: usize,
 }
 
-/// What is remembered of a voice's text.
+/// What is remembered of a variant's text.
 struct Text {
     /// Keys `[tokens, columns]` and as many values of every layer, one after the other.
     memory: Memory,
@@ -50,7 +50,7 @@ impl CudaDecoder {
         let (mut rows, mut width) = (Vec::new(), 0);
         for layer in &graph.layers {
             let nodes = &graph.blocks[layer.block].nodes;
-            let caching = nodes.iter().map(|n| Ok((n, ops::find(&n.op)?.remembers))).collect::<Result<Vec<_>>>()?;
+            let caching = nodes.iter().map(|n| Ok((n, ops::find(&n.op)?.cached_inputs))).collect::<Result<Vec<_>>>()?;
             let caching: Vec<_> = caching.into_iter().filter(|(_, inputs)| !inputs.is_empty()).collect();
             let [(node, [keys, _])] = caching.as_slice() else {
                 return Err(Error::input("a GPU answers with models whose every block attends once")
@@ -61,20 +61,20 @@ impl CudaDecoder {
             rows.push((width, own));
             width += 2 * own;
         }
-        let voices = if adapter.is_some() { 2 } else { 1 };
+        let variants = if adapter.is_some() { 2 } else { 1 };
         let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
         let options =
             MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
         let left = room.available.saturating_sub(plan.total());
-        let most = (left / (voices * width * 2)).min(MOST);
+        let most = (left / (variants * width * 2)).min(MOST);
         if most < CHUNK {
-            let need = size(voices * width * 2 * CHUNK);
+            let need = size(variants * width * 2 * CHUNK);
             return Err(Error::input(format!("{} of the GPU are left for texts, {need} are needed", size(left)))
                 .help("take a GPU with more memory, or answer with --device cpu"));
         }
         let mut texts = Vec::new();
-        for _ in 0..voices {
+        for _ in 0..variants {
             texts.push(Text { memory: gpu.allocate(most * width * 2)?, tokens: 0 });
         }
         let mut device = CudaDevice::load(gpu, graph, source, adapter, (plan, 0), progress)?;
@@ -90,28 +90,28 @@ impl Decoder for CudaDecoder {
         format!("{} bfloat16", self.device.gpu().name)
     }
 
-    fn feed(&mut self, voice: Voice, ids: &[u32]) -> Result<Vec<f32>> {
-        // Without an adapter both voices are one.
-        let at = (voice as usize).min(self.texts.len() - 1);
+    fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>> {
+        // Without an adapter both variants are one.
+        let at = (variant as usize).min(self.texts.len() - 1);
         let (text, rows, most) = (&self.texts[at], &self.rows, self.most);
         if text.tokens + ids.len() > most {
             return Err(Error::run(format!(
                 "the conversation is longer than the {most} tokens that the GPU has room for"
             )));
         }
-        let (address, past) = (text.memory.address, text.tokens);
+        let (address, cached) = (text.memory.address, text.tokens);
         let remembered = |layer: usize| {
             let (before, width) = rows[layer];
             let keys = address + (before * most * 2) as u64;
             [keys, keys + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 })
         };
-        let logits = self.device.continue_text(ids, past, remembered, voice == Voice::Tuned)?;
+        let logits = self.device.continue_text(ids, cached, remembered, variant == Variant::Tuned)?;
         self.texts[at].tokens += ids.len();
         Ok(logits)
     }
 
-    fn keep(&mut self, voice: Voice, tokens: usize) {
-        let at = (voice as usize).min(self.texts.len() - 1);
+    fn truncate(&mut self, variant: Variant, tokens: usize) {
+        let at = (variant as usize).min(self.texts.len() - 1);
         self.texts[at].tokens = self.texts[at].tokens.min(tokens);
     }
 }

@@ -73,23 +73,23 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Logits of the token after `ids`, `[vocab]`, which continue a text of `past` tokens; `cached` has every layer's keys and
+    /// Logits of the token after `ids`, `[vocab]`, which continue a text of `cached` tokens; `cache` has every layer's keys and
     /// values.
     pub(super) fn continue_text(
         &mut self,
         ids: &[u32],
-        past: usize,
-        cached: impl Fn(usize) -> [View; 2],
+        cached: usize,
+        cache: impl Fn(usize) -> [View; 2],
         adapted: bool,
     ) -> Result<Vec<f32>> {
         let last = ids.len().saturating_sub(1) as u32;
-        let layout = Layout::after(past, ids.len());
+        let layout = Layout::after(cached, ids.len());
         let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], ..Batch::default() };
         self.send(&batch, false)?;
         self.embed()?;
         for layer in 0..self.graph.layers.len() {
-            let [keys, values] = cached(layer);
-            self.layer_after(layer, KvCache { tokens: past, keys, values }, adapted)?;
+            let [keys, values] = cache(layer);
+            self.layer_after(layer, KvCache { tokens: cached, keys, values }, adapted)?;
         }
         let head = self.head();
         self.head_forward(&head)?;

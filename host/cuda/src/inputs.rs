@@ -95,10 +95,10 @@ impl Inputs {
 /// text is continued, they are counted from its first token.
 fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
     let mut all: Vec<[u32; 4]> = Vec::new();
-    let past = layout.past;
+    let cached = layout.cached;
     for span in &layout.spans {
-        let [start, prompt, length] = [span.start, past + span.prompt, past + span.len()].map(|n| n as u32);
-        let firsts = (past..past + span.len()).step_by(size);
+        let [start, prompt, length] = [span.start, cached + span.prompt, cached + span.len()].map(|n| n as u32);
+        let firsts = (cached..cached + span.len()).step_by(size);
         all.extend(firsts.map(|first| [start, first as u32, prompt, length]));
     }
     all.sort_by_key(|t| std::cmp::Reverse(t[1]));
@@ -107,6 +107,6 @@ fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
 
 /// Of every token of a batch, where its answer begins in its example.
 fn begins(layout: &Layout) -> Vec<u32> {
-    let of_span = |span: &Span| AnswerMask::of(span, layout.past, 0).begins.split_off(layout.past);
+    let of_span = |span: &Span| AnswerMask::of(span, layout.cached, 0).begins.split_off(layout.cached);
     layout.spans.iter().flat_map(of_span).collect()
 }

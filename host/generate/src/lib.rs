@@ -1,6 +1,6 @@
 //! Answers, token by token: what a device does for it, and the loop around it, which serves every device.
 //!
-//! A model speaks with two voices: as it was published, and as the adapter has made it. Both are of one model that is loaded
+//! A model speaks with two variants: as it was published, and as the adapter has made it. Both are of one model that is loaded
 //! once, and each remembers its own text.
 
 mod sampling;
@@ -12,7 +12,7 @@ use dpo_plugin_api::dataset::Message;
 use serde_json::Value;
 
 use dpo_core::backend::Backend;
-use dpo_core::decoder::{CHUNK, Decoder, Voice};
+use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::weights::Checkpoint;
@@ -56,13 +56,13 @@ pub struct Generator {
     /// Tokens that the model was made for.
     length: usize,
     vocabulary: usize,
-    /// What each voice has taken in.
+    /// What each variant has taken in.
     heard: [Vec<u32>; 2],
 }
 
 /// An answer that grows.
 pub struct Answer {
-    voice: Voice,
+    variant: Variant,
     /// The prompt, then the answer.
     ids: Vec<u32>,
     prompt: usize,
@@ -77,8 +77,8 @@ pub struct Answer {
 
 impl Answer {
     /// Who answers.
-    pub fn voice(&self) -> Voice {
-        self.voice
+    pub fn variant(&self) -> Variant {
+        self.variant
     }
 
     /// Its text so far.
@@ -147,17 +147,17 @@ impl Generator {
     ///
     /// # Errors
     /// A conversation that the template refuses, or that fills the model's length.
-    pub fn answer(&mut self, voice: Voice, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
+    pub fn answer(&mut self, variant: Variant, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
         let text = self.tokenizer.render(turns, Rendering { generation_prompt: true, ..Rendering::default() })?;
         let ids = self.tokenizer.encode(&text, false)?;
-        self.go_on(voice, ids, sampling)
+        self.go_on(variant, ids, sampling)
     }
 
     /// Begins what follows some tokens.
     ///
     /// # Errors
     /// None of them, so many that they fill the model's length, or one that the model does not have.
-    pub fn go_on(&mut self, voice: Voice, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
+    pub fn go_on(&mut self, variant: Variant, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
         let (prompt, length) = (ids.len(), self.length);
         if prompt == 0 {
             return Err(Error::input("there is nothing to answer"));
@@ -171,12 +171,12 @@ impl Generator {
                 .help("the tokenizer is not this model's"));
         }
         // What is the same as last time is not computed again, but for one token, after which logits are needed.
-        let heard = &mut self.heard[voice as usize];
+        let heard = &mut self.heard[variant as usize];
         let same = heard.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1);
         heard.truncate(same);
-        self.decoder.keep(voice, same);
+        self.decoder.truncate(variant, same);
         Ok(Answer {
-            voice,
+            variant,
             ids,
             prompt,
             limit: sampling.max_new_tokens,
@@ -201,10 +201,10 @@ impl Generator {
         if let Some(stop) = (count >= answer.limit).then_some(Stop::Limit).or(full) {
             return Ok(answer.end(stop, &self.tokenizer));
         }
-        let heard = &mut self.heard[answer.voice as usize];
+        let heard = &mut self.heard[answer.variant as usize];
         let new = &answer.ids[heard.len()..];
         let new = &new[..new.len().min(CHUNK)];
-        let logits = self.decoder.feed(answer.voice, new)?;
+        let logits = self.decoder.append(answer.variant, new)?;
         heard.extend(new);
         if heard.len() < answer.ids.len() {
             return Ok(Some(String::new()));
@@ -226,14 +226,14 @@ impl Generator {
     }
 
     /// The whole of what follows some tokens.
-    fn say(&mut self, voice: Voice, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
-        let mut answer = self.go_on(voice, ids.to_vec(), sampling)?;
+    fn say(&mut self, variant: Variant, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
+        let mut answer = self.go_on(variant, ids.to_vec(), sampling)?;
         while self.step(&mut answer)?.is_some() {}
         Ok(answer)
     }
 }
 
-/// A prompt with what both voices answer.
+/// A prompt with what both variants answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Comparison {
     /// The conversation so far.
@@ -244,14 +244,14 @@ pub struct Comparison {
     pub tuned: String,
 }
 
-/// What both voices answer to some prompts, as pairs have them: rendered, in tokens.
+/// What both variants answer to some prompts, as pairs have them: rendered, in tokens.
 ///
 /// # Errors
 /// As [`Generator::go_on`] and [`Generator::step`].
 pub fn compare(generator: &mut Generator, prompts: &[&[u32]], sampling: &Sampling) -> Result<Vec<Comparison>> {
     let compare = |prompt: &&[u32]| {
-        let mut say = |voice| Ok::<_, Error>(generator.say(voice, prompt, sampling)?.text);
-        let (base, tuned) = (say(Voice::Base)?, say(Voice::Tuned)?);
+        let mut say = |variant| Ok::<_, Error>(generator.say(variant, prompt, sampling)?.text);
+        let (base, tuned) = (say(Variant::Base)?, say(Variant::Tuned)?);
         Ok(Comparison { prompt: generator.tokenizer.decode(prompt, false).trim().to_owned(), base, tuned })
     };
     prompts.iter().map(compare).collect()

@@ -10,7 +10,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::{Handle, Signals};
 
-use crate::{Place, Ranks};
+use crate::Place;
+use dpo_core::collective::ProcessGroup;
 use dpo_core::error::{Error, Result};
 
 const SIGNALS: [(i32, &str); 2] = [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM")];
@@ -69,9 +70,9 @@ impl Interrupt {
     }
 
     /// The name of a signal that came to any rank, the same on all of them.
-    pub fn on_any(&self, ranks: &mut Ranks) -> Result<Option<&'static str>> {
+    pub fn on_any(&self, group: &mut dyn ProcessGroup) -> Result<Option<&'static str>> {
         let own = self.0.iter().position(|(seen, _)| seen.load(Ordering::Relaxed));
-        let any = ranks.most(own.map_or(0, |at| at as u64 + 1))?;
+        let any = group.all_reduce_max(own.map_or(0, |at| at as u64 + 1))?;
         Ok(any.checked_sub(1).and_then(|at| self.0.get(at as usize)).map(|(_, name)| *name))
     }
 }

@@ -104,15 +104,16 @@ impl ProcessGroup for Ranks {
     }
 
     fn all_reduce(&mut self, values: &mut [f32]) -> Result<()> {
-        self.sum(values)
+        self.round(|ring| ring.sum(values)).map(|_| ())
     }
 
     fn all_gather(&mut self, own: Vec<u8>) -> Result<Vec<Vec<u8>>> {
-        self.gather(own)
+        Ok(self.round(|ring| ring.gather(&own))?.unwrap_or_else(|| vec![own]))
     }
 
-    fn broadcast(&mut self, bytes: Vec<u8>) -> Result<Vec<u8>> {
-        self.broadcast(bytes)
+    fn broadcast(&mut self, mut bytes: Vec<u8>) -> Result<Vec<u8>> {
+        self.round(|ring| ring.broadcast(&mut bytes))?;
+        Ok(bytes)
     }
 
     fn name(&self, rank: usize) -> &str {
@@ -143,99 +144,10 @@ impl Ranks {
         Ok(Ranks { rank: place.rank, processes: met.processes, wire: Some(wire), parts: Some(Parts(parts)) })
     }
 
-    /// From 0.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// How many.
-    pub fn size(&self) -> usize {
-        self.processes.len()
-    }
-
-    /// Whether this is rank 0, which alone writes and prints.
-    pub fn is_first(&self) -> bool {
-        self.rank == 0
-    }
-
-    /// Puts the sum over ranks into every rank's values, with the same bits everywhere.
-    ///
-    /// # Errors
-    /// A rank that is lost, here and below.
-    pub fn sum(&mut self, values: &mut [f32]) -> Result<()> {
-        self.round(|ring| ring.sum(values)).map(|_| ())
-    }
-
-    /// The same for a few numbers in f64, added in the order of ranks.
-    pub fn sum_f64<const N: usize>(&mut self, values: [f64; N]) -> Result<[f64; N]> {
-        let own: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let Some(all) = self.round(|ring| ring.gather(&own))? else { return Ok(values) };
-        let mut sums = [0.0; N];
-        for bytes in &all {
-            for (sum, b) in sums.iter_mut().zip(bytes.chunks_exact(8)) {
-                *sum += f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]);
-            }
-        }
-        Ok(sums)
-    }
-
-    /// Waits until all ranks are here.
-    pub fn wait(&mut self) -> Result<()> {
-        self.gather(Vec::new()).map(|_| ())
-    }
-
-    /// The largest of the ranks' numbers.
-    pub fn most(&mut self, value: u64) -> Result<u64> {
-        let all = self.gather(value.to_le_bytes().to_vec())?;
-        let number = |bytes: &Vec<u8>| bytes.as_slice().try_into().map_or(0, u64::from_le_bytes);
-        Ok(all.iter().map(number).max().unwrap_or(value))
-    }
-
-    /// Every rank's bytes, in the order of ranks.
-    pub fn gather(&mut self, own: Vec<u8>) -> Result<Vec<Vec<u8>>> {
-        Ok(self.round(|ring| ring.gather(&own))?.unwrap_or_else(|| vec![own]))
-    }
-
-    /// Rank 0's bytes, at every rank.
-    pub fn broadcast(&mut self, mut bytes: Vec<u8>) -> Result<Vec<u8>> {
-        self.round(|ring| ring.broadcast(&mut bytes))?;
-        Ok(bytes)
-    }
-
-    /// What rank 0 finds, at every rank; the others do not look.
-    pub fn first<T>(&mut self, find: impl FnOnce() -> Result<T>) -> Result<T>
-    where
-        T: serde::Serialize + serde::de::DeserializeOwned,
-    {
-        let failed = |e: serde_json::Error| Error::run(format!("between ranks: {e}"));
-        let found = if self.is_first() { Some(find()?) } else { None };
-        let bytes = found.as_ref().map(serde_json::to_vec).transpose().map_err(failed)?;
-        let bytes = self.broadcast(bytes.unwrap_or_default())?;
-        match found {
-            Some(found) => Ok(found),
-            None => serde_json::from_slice(&bytes).map_err(failed),
-        }
-    }
-
-    /// Refuses to go on if a rank has something else than rank 0; `value` is small, a hash of what is compared.
-    pub fn same(&mut self, what: &str, value: &[u8]) -> Result<()> {
-        let all = self.gather(value.to_vec())?;
-        let other: Vec<String> =
-            (0..all.len()).filter(|r| all[*r] != all[0]).map(|r| format!("rank {r} ({})", self.processes[r])).collect();
-        if other.is_empty() {
-            return Ok(());
-        }
-        // Nobody leaves before all know.
-        let _ = self.wait();
-        let has = if other.len() == 1 { "has" } else { "have" };
-        Err(Error::input(format!("{} {has} another {what} than rank 0 ({})", other.join(", "), self.processes[0]))
-            .help("every rank needs the same files, the same flags and the same dpo-host"))
-    }
-
     /// Ends the run on this rank: well, once all ranks are here, or by telling the others why not.
     pub fn end<T>(&mut self, result: Result<T>) -> Result<T> {
         let result = match result {
-            Ok(value) => self.wait().map(|()| value),
+            Ok(value) => self.barrier().map(|()| value),
             failed => failed,
         };
         if let Some(Wire { watchdog, .. }) = &self.wire {

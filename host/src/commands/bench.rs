@@ -13,6 +13,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::json;
 
+use dpo_core::collective::{Alone, ProcessGroup};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
@@ -25,7 +26,7 @@ use dpo_core::plan::MemoryOptions;
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
-use dpo_ranks::{self as ranks, Place, Ranks};
+use dpo_ranks::{self as ranks, Place};
 use dpo_train::{self as train, Objective, ObjectiveOptions};
 
 #[derive(Args)]
@@ -139,18 +140,23 @@ pub(crate) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
         return ranks::work(&place, |ranks| measure(registry, options, ranks, Some(place.local_rank)));
     }
     options.gpus.iter().try_for_each(|gpus| match gpus {
-        1 => measure(registry, options, &mut Ranks::alone(), None),
+        1 => measure(registry, options, &mut Alone, None),
         // Ranks find their places in the environment and do not come here.
         gpus => ranks::launch(*gpus, &[], 0),
     })
 }
 
 /// Measures as one of some ranks.
-fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local_rank: Option<usize>) -> Result<()> {
+fn measure(
+    registry: &Registry,
+    options: &BenchOptions,
+    group: &mut dyn ProcessGroup,
+    local_rank: Option<usize>,
+) -> Result<()> {
     let Some(index) = backends::gpu(&options.device, local_rank)? else {
         return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
     };
-    let batch_size = options.batch_size * ranks.size();
+    let batch_size = options.batch_size * group.size();
     let graph = Shape::named(&options.shape)?.graph(registry)?;
     let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
     let adapter = Adapter::new(&graph, lora, 0)?;
@@ -158,28 +164,28 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
     let answers = pairs.iter().map(Example::answer_share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;
-    let nccl = Nccl::join(&gpu, ranks)?;
+    let nccl = Nccl::join(&gpu, group)?;
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
     let memory_options =
         MemoryOptions { limit: memory, micro_batch_tokens: options.micro_batch_tokens, ..MemoryOptions::default() };
     let (free, all) = gpu.memory()?;
     let before = all - free;
     let room = cuda::room(&gpu, memory, nccl.as_ref())?;
-    let parts = if options.shard_base { ranks.size() } else { 1 };
+    let parts = if options.shard_base { group.size() } else { 1 };
     if parts > 1 && nccl.is_none() {
         return Err(Error::input("GPUs share frozen weights through NCCL, which these ranks do not have")
             .at("--shard-base")
             .help("leave it out, or give each rank a GPU of its own; `dpo-host doctor` looks for NCCL"));
     }
     let plan = GpuPlan::new(&graph, &adapter, longest, answers, room, parts, memory_options)?;
-    let many = if ranks.size() > 1 { format!("{} times ", ranks.size()) } else { String::new() };
+    let many = if group.size() > 1 { format!("{} times ", group.size()) } else { String::new() };
     if !options.json {
         println!("device      {many}{}\n{plan}", gpu.name);
     }
     let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
-    let plan = (plan, ranks.rank());
+    let plan = (plan, group.rank());
     let mut device = CudaDevice::load(gpu, graph, &Source::Random, adapter, plan, &ProgressBar::hidden())?.join(nccl);
     let loading = start.elapsed().as_secs_f64();
     let start = Instant::now();
@@ -190,24 +196,25 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&Example> = pairs.iter().collect();
-    train::score(ranks, &mut device, &scored[..batch_size], |_| {})?;
+    train::score(group, &mut device, &scored[..batch_size], |_| {})?;
     let start = Instant::now();
-    let reference = train::score(ranks, &mut device, &scored, |_| {})?;
+    let reference = train::score(group, &mut device, &scored, |_| {})?;
     let reference_seconds = start.elapsed().as_secs_f64();
     let places: Vec<usize> = (0..scored.len()).collect();
     let steps = scored.chunks(batch_size).zip(places.chunks(batch_size));
     let steps: Vec<(&[&Example], AnswerLogProbs)> =
         steps.map(|(pairs, places)| (pairs, reference.gather(places))).collect();
-    let mut step = |ranks: &mut Ranks, device: &mut CudaDevice, own: &(&[&Example], AnswerLogProbs)| -> Result<()> {
-        train::gradient(ranks, device, &mut objective, own.0, Some(&own.1))?;
-        let norm = device.gradient_norm()?;
-        device.update(&optimizer, clip(norm, 1.0), 1e-4)?;
-        device.gpu().finish()
-    };
-    step(ranks, &mut device, &steps[0])?;
-    ranks.wait()?;
+    let mut step =
+        |group: &mut dyn ProcessGroup, device: &mut CudaDevice, own: &(&[&Example], AnswerLogProbs)| -> Result<()> {
+            train::gradient(group, device, &mut objective, own.0, Some(&own.1))?;
+            let norm = device.gradient_norm()?;
+            device.update(&optimizer, clip(norm, 1.0), 1e-4)?;
+            device.gpu().finish()
+        };
+    step(group, &mut device, &steps[0])?;
+    group.barrier()?;
     let start = Instant::now();
-    steps[1..].iter().try_for_each(|own| step(ranks, &mut device, own))?;
+    steps[1..].iter().try_for_each(|own| step(group, &mut device, own))?;
     let training = start.elapsed().as_secs_f64();
     let measured = &scored[batch_size..];
     let count = |of: &[&Example], one: fn(&Example) -> usize| of.iter().map(|e| one(e)).sum::<usize>();
@@ -224,7 +231,7 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
     if options.json {
         println!(
             "{}",
-            json!({"shape": options.shape, "gpus": ranks.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
+            json!({"shape": options.shape, "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
                 "pairs_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
                 "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
@@ -237,7 +244,7 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
             (options.steps * batch_size) as f64 / seconds
         );
         let peak = PEAKS.iter().find(|(name, _)| device.gpu().name.contains(name));
-        let share = |peak: f64| flops / seconds / peak / 1e10 / ranks.size() as f64;
+        let share = |peak: f64| flops / seconds / peak / 1e10 / group.size() as f64;
         let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", share(*peak)));
         println!("            {:.0} TFLOP/s of the model{}", flops / seconds / 1e12, share.unwrap_or_default());
         println!(
@@ -252,8 +259,8 @@ fn measure(registry: &Registry, options: &BenchOptions, ranks: &mut Ranks, local
         let start = device.adapter().params.clone();
         device.restore(&start, Moments::new(start.len()))?;
         device.gpu().start_trace()?;
-        train::score(ranks, &mut device, steps[1].0, |_| {})?;
-        step(ranks, &mut device, &steps[1])?;
+        train::score(group, &mut device, steps[1].0, |_| {})?;
+        step(group, &mut device, &steps[1])?;
         report(&device.gpu().end_trace()?, options)?;
     }
     Ok(())

@@ -27,7 +27,7 @@ use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
 use dpo_ranks::Ranks;
-use dpo_train::{Objective, appraise, score};
+use dpo_train::{Objective, mean_metrics, score};
 
 #[derive(Args)]
 pub(crate) struct EvalOptions {
@@ -110,7 +110,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     };
     let mut rows: Vec<(String, usize, Map<String, Value>)> = Vec::new();
     let mut row = |name: &str, examples: &[&Example], policy: &AnswerLogProbs, reference: &AnswerLogProbs| {
-        let mut means = appraise(&mut objective, examples, policy, reference)?;
+        let mut means = mean_metrics(&mut objective, examples, policy, reference)?;
         means.retain(|name, _| options.adapter.is_some() || OF_MODEL.contains(&name.as_str()));
         rows.push((name.to_owned(), examples.len(), means));
         Ok::<(), Error>(())

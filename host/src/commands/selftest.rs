@@ -10,9 +10,10 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use dpo_core::batch::Batch;
+use dpo_core::collective::{Alone, ProcessGroup};
 use dpo_core::console;
 use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Voice};
+use dpo_core::decoder::{Decoder, Variant};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
@@ -23,7 +24,7 @@ use dpo_core::plan::MemoryOptions;
 use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases};
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
-use dpo_ranks::{self as ranks, Place, Ranks};
+use dpo_ranks::{self as ranks, Place};
 use dpo_train::{self as train, Objective, ObjectiveOptions};
 
 #[derive(Args)]
@@ -88,20 +89,20 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
 }
 
 /// Sums and gathers of this rank's GPU and the others.
-fn exchange(options: &SelftestOptions, ranks: &mut Ranks, local_rank: usize) -> Result<()> {
+fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank: usize) -> Result<()> {
     let Some(index) = backends::gpu(&options.device, Some(local_rank))? else {
         return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
     };
     let gpu = Gpu::open(index)?;
-    let Some(nccl) = Nccl::join(&gpu, ranks)? else {
+    let Some(nccl) = Nccl::join(&gpu, group)? else {
         return Err(Error::run("there is nothing to test without NCCL"));
     };
-    console::line(format!("{:<44} {:>10} {:>8}", format!("values on {} GPUs", ranks.size()), "apart", "repeats"));
+    console::line(format!("{:<44} {:>10} {:>8}", format!("values on {} GPUs", group.size()), "apart", "repeats"));
     let mut failures = 0;
     for count in COUNTS {
-        let (apart, same) = nccl.compare(&gpu, ranks, *count)?;
+        let (apart, same) = nccl.compare(&gpu, group, *count)?;
         let good = same && apart <= SUM_TOLERANCE;
-        failures += ranks.most(u64::from(!good))?;
+        failures += group.all_reduce_max(u64::from(!good))?;
         console::line(format!("{count:<44} {apart:>10.1e} {:>8}", if same { "equal" } else { "DIFFER" }));
     }
     match failures {
@@ -125,10 +126,10 @@ fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
     let mut worst = 0.0_f64;
     for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
         let ids: Vec<u32> = (0..count).map(|_| rng.random_range(0..graph.vocab_size as u32)).collect();
-        for voice in [Voice::Base, Voice::Tuned] {
-            cpu.keep(voice, kept);
-            gpu.keep(voice, kept);
-            let off = distance(&gpu.feed(voice, &ids)?, &cpu.feed(voice, &ids)?);
+        for variant in [Variant::Base, Variant::Tuned] {
+            cpu.truncate(variant, kept);
+            gpu.truncate(variant, kept);
+            let off = distance(&gpu.append(variant, &ids)?, &cpu.append(variant, &ids)?);
             worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
         }
     }
@@ -172,16 +173,16 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
-        let slopes: Vec<f32> = batch.targets.iter().map(|_| rng.random_range(-1.0..1.0_f32)).collect();
+        let grads: Vec<f32> = batch.targets.iter().map(|_| rng.random_range(-1.0..1.0_f32)).collect();
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
-        cpu.backward(batch, &slopes)?;
+        cpu.backward(batch, &grads)?;
         let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
         for device in &mut devices {
             for _ in 0..2 {
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
-                device.backward(batch, &slopes)?;
+                device.backward(batch, &grads)?;
                 let gradient = device.gradient()?;
                 worse(&mut worst[0], distance(&own.logps, &exact.logps));
                 worse(&mut worst[0], distance(&own.values(), &exact.values()));
@@ -213,12 +214,12 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
         [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
-    let (mut losses, ranks) = ([Vec::new(), Vec::new()], &mut Ranks::alone());
+    let mut losses = [Vec::new(), Vec::new()];
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
-        let reference = train::score(ranks, device.as_mut(), &all, |_| {})?;
+        let reference = train::score(&mut Alone, device.as_mut(), &all, |_| {})?;
         for _ in 0..steps {
-            let step = train::gradient(ranks, device.as_mut(), &mut objective, &all, Some(&reference))?;
+            let step = train::gradient(&mut Alone, device.as_mut(), &mut objective, &all, Some(&reference))?;
             device.update(&optimizer, 1.0, 1e-3)?;
             losses.push(step.loss);
         }

@@ -25,4 +25,4 @@ pub use objective::{Objective, ObjectiveOptions};
 pub use reference::Reference;
 pub use run_dir::output_of;
 pub use setup::train;
-pub use step::{Step, appraise, gradient, score};
+pub use step::{Step, gradient, mean_metrics, score};

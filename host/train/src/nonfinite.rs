@@ -3,21 +3,21 @@
 
 use super::metrics::ExampleMetrics;
 use super::step::Step;
+use dpo_core::collective::ProcessGroup;
 use dpo_core::error::{Error, Result};
-use dpo_ranks::Ranks;
 
 /// Skipped steps in a row that end a run: by then it is not one example's doing.
 pub(super) const LIMIT: u64 = 3;
 
 /// The place in the step of the example whose numbers are worst: the first with some that are not finite, else the one with the
 /// least likely answer. Each rank looks at its own.
-pub(super) fn culprit(ranks: &mut Ranks, step: &Step) -> Result<usize> {
+pub(super) fn worst_example(group: &mut dyn ProcessGroup, step: &Step) -> Result<usize> {
     let likelihood = |e: &ExampleMetrics| if e.finite { e.logps[0].min(e.logps[1]) } else { f64::NEG_INFINITY };
     let worse = |a: &(f64, usize), b: &(f64, usize)| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1));
     let own = step.examples.iter().map(|(example, numbers)| (likelihood(numbers), *example)).min_by(worse);
     let own = serde_json::to_vec(&own.map(|(l, example)| (l.to_bits(), example))).unwrap_or_default();
-    let all = ranks
-        .gather(own)?
+    let all = group
+        .all_gather(own)?
         .into_iter()
         .filter_map(|bytes| serde_json::from_slice::<Option<(u64, usize)>>(&bytes).ok()?);
     Ok(all.map(|(bits, example)| (f64::from_bits(bits), example)).min_by(worse).map_or(0, |(_, example)| example))

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use sha2::{Digest, Sha256};
 
 use super::step::score;
+use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::Result;
@@ -13,7 +14,6 @@ use dpo_core::example::Example;
 use dpo_core::files;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
 use dpo_core::ops::lm_head::STATISTICS;
-use dpo_ranks::Ranks;
 
 /// Changed whenever the same inputs would give other numbers or another file.
 const FORMAT: &str = "reference log-probs 2";
@@ -31,25 +31,25 @@ impl Reference {
     }
 
     /// Reads or computes, each rank its share. `model` identifies weights and config; `done` is told how many further
-    /// examples are ready here. Rank 0 has the cache, whose bytes do not depend on the number of ranks.
+    /// examples are ready here. Rank 0 has the cache, whose bytes do not depend on the number of group.
     pub fn of(
-        ranks: &mut Ranks,
+        group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
         model: &str,
         examples: &[Example],
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
         let offsets = AnswerOffsets::of(examples);
-        let path = ranks.is_first().then(|| cache_file(device, model, examples));
+        let path = group.is_first().then(|| cache_file(device, model, examples));
         let cached = path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
-        let cached: Vec<f32> = ranks.broadcast(cached)?.chunks_exact(4).map(f32_of).collect();
+        let cached: Vec<f32> = group.broadcast(cached)?.chunks_exact(4).map(f32_of).collect();
         let logps = match AnswerLogProbs::from_values(offsets, &cached) {
             Some(logps) => {
                 done(examples.len());
                 logps
             }
             None => {
-                let logps = score(ranks, device, &examples.iter().collect::<Vec<_>>(), done)?;
+                let logps = score(group, device, &examples.iter().collect::<Vec<_>>(), done)?;
                 // A cache that cannot be written costs time in the next run, not this run.
                 if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&logps.values()))) {
                     console::warning(Remark::because("reference log-probs are not cached", &e));

@@ -17,6 +17,7 @@ use super::log::Log;
 use super::metrics::Window;
 use super::samples::Samples;
 use super::{Objective, Reference, Step, nonfinite, settings, step};
+use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
@@ -26,14 +27,14 @@ use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{Moments, clip};
 use dpo_page as page;
-use dpo_ranks::{Announcement, Interrupt, Ranks};
+use dpo_ranks::{Announcement, Interrupt};
 
 /// What is said at the first Ctrl-C.
 const SAVES: &str = "the run is saved after this step, and ends; once more ends it at once";
 
 /// A run in progress.
 pub(super) struct Run<'r> {
-    pub(super) ranks: &'r mut Ranks,
+    pub(super) group: &'r mut dyn ProcessGroup,
     pub(super) config: TrainConfig,
     pub(super) output: PathBuf,
     pub(super) base_model: String,
@@ -57,7 +58,7 @@ pub(super) struct Run<'r> {
 
 impl Run<'_> {
     pub(super) fn begin(&self) -> Result<()> {
-        if !self.ranks.is_first() {
+        if !self.group.is_first() {
             return Ok(());
         }
         files::write(&self.output.join(page::ARGS), &self.config.args_json(self.device.packing())?)
@@ -68,7 +69,7 @@ impl Run<'_> {
         settings::refuse_other(&state.settings, &self.settings, folder)?;
         let adapter = Adapter::load(self.device.graph(), folder)?;
         let moments = checkpoint::load_moments(folder, adapter.params.len(), state.updates)?;
-        self.ranks.same("checkpoint", &digest(&adapter.params, &moments))?;
+        self.group.assert_equal("checkpoint", &digest(&adapter.params, &moments))?;
         self.device.restore(&adapter.params, moments)?;
         (self.done, self.skipped, self.window) = (state.global_step, state.skipped, state.window);
         self.objective.restore(state.losses);
@@ -78,7 +79,7 @@ impl Run<'_> {
     pub(super) fn train(&mut self) -> Result<()> {
         // Rank 0 alone writes; the others wait for it where they next need it.
         let mut doctor = Doctor::default();
-        let mut log = match self.ranks.is_first() {
+        let mut log = match self.group.is_first() {
             true => {
                 checkpoint::remove_leftovers(&self.output);
                 files::write(&self.output.join(page::FACTS), self.facts.to_string().as_bytes())?;
@@ -92,7 +93,7 @@ impl Run<'_> {
         let bar = console::bar(self.steps.total, "{pos}/{len} {bar:6} {eta} left  {wide_msg}");
         let announced = bar.clone();
         let announce = move || announced.suspend(|| console::note(SAVES));
-        let _announcement = self.ranks.is_first().then(|| Announcement::new(announce)).transpose()?;
+        let _announcement = self.group.is_first().then(|| Announcement::new(announce)).transpose()?;
         let warn = |what: Remark| bar.suspend(|| console::warning(what));
         bar.set_position(self.done);
         // What was taken before says nothing of the time that is left.
@@ -159,7 +160,7 @@ impl Run<'_> {
                     log.samples(&self.samples.line(self.done, &logps), warn);
                 }
             }
-            let signal = interrupt.on_any(self.ranks)?.filter(|_| !last);
+            let signal = interrupt.on_any(self.group)?.filter(|_| !last);
             if self.done.is_multiple_of(self.config.output.save_steps.max(1)) || last || signal.is_some() {
                 self.agree()?;
                 match log.as_mut().map_or(Ok(()), |log| log.flush().and_then(|()| self.save())) {
@@ -173,7 +174,7 @@ impl Run<'_> {
             }
             if let Some(signal) = signal {
                 bar.finish_and_clear();
-                self.ranks.wait()?;
+                self.group.barrier()?;
                 return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
                     .at(self.output.display())
                     .help("the same command with --resume-from-checkpoint latest goes on from there"));
@@ -194,7 +195,7 @@ impl Run<'_> {
     /// What to say of a step that is skipped; too many in a row are an error.
     fn skip(&mut self, step: &Step, norm: f64) -> Result<Remark> {
         self.skipped += 1;
-        let worst = nonfinite::culprit(self.ranks, step)?;
+        let worst = nonfinite::worst_example(self.group, step)?;
         let place = self.next_examples().get(worst).map(|e| self.examples[*e].place.clone()).unwrap_or_default();
         let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
         match self.skipped {
@@ -214,7 +215,7 @@ impl Run<'_> {
         let examples: Vec<&Example> = next.iter().map(|i| &self.examples[*i]).collect();
         let reference = self.reference.gather(&next);
         let step =
-            step::gradient(self.ranks, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref())?;
+            step::gradient(self.group, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref())?;
         Ok((step, examples.iter().map(|e| e.unique_tokens()).sum()))
     }
 
@@ -242,12 +243,12 @@ impl Run<'_> {
     /// A line about the validation examples, where there are any, and log-probs that begin with those of the samples.
     fn evaluate(&mut self) -> Result<(Option<Map<String, Value>>, AnswerLogProbs)> {
         if self.validation.is_empty() {
-            return Ok((None, self.samples.score(self.ranks, self.device.as_mut(), &self.examples)?));
+            return Ok((None, self.samples.score(self.group, self.device.as_mut(), &self.examples)?));
         }
         let examples: Vec<&Example> = self.validation.iter().collect();
         let reference = self.validation_reference.all();
         let (step, logps) =
-            step::evaluate(self.ranks, self.device.as_mut(), &mut self.objective, &examples, reference)?;
+            step::evaluate(self.group, self.device.as_mut(), &mut self.objective, &examples, reference)?;
         let mut window = Window::default();
         window.add(step.loss, step.sums, 0);
         let mut line = self.place();
@@ -259,7 +260,7 @@ impl Run<'_> {
     fn agree(&mut self) -> Result<()> {
         self.device.fetch()?;
         let digest = digest(&self.device.adapter().params, self.device.moments());
-        self.ranks.same("adapter", &digest).map_err(|e| {
+        self.group.assert_equal("adapter", &digest).map_err(|e| {
             Error::run(e.message()).help("a device or its memory may be faulty; earlier checkpoints are whole")
         })
     }

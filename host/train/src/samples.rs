@@ -8,12 +8,12 @@ use serde_json::{Map, Value, json};
 
 use super::reference::Reference;
 use super::step::score;
+use dpo_core::collective::ProcessGroup;
 use dpo_core::device::Device;
 use dpo_core::error::Result;
 use dpo_core::example::{Example, answer_name};
 use dpo_core::logprobs::AnswerLogProbs;
 use dpo_data::{ChatTokenizer, report::shortened};
-use dpo_ranks::Ranks;
 
 /// Examples that are looked at, and tokens of an answer that are shown: the file stays small however long a run is.
 const EXAMPLES: usize = 4;
@@ -29,7 +29,7 @@ impl Samples {
     /// The first of some examples, with their log-probs at the start: the reference's, or where the loss reads none, computed
     /// here. The device has the adapter of the start.
     pub(super) fn take(
-        ranks: &mut Ranks,
+        group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
         tokenizer: &ChatTokenizer,
         examples: &[Example],
@@ -37,7 +37,7 @@ impl Samples {
     ) -> Result<Samples> {
         let first: Vec<&Example> = examples.iter().take(EXAMPLES).collect();
         let logps = match reference.gather(&(0..first.len()).collect::<Vec<_>>()) {
-            None => score(ranks, device, &first, |_| {})?,
+            None => score(group, device, &first, |_| {})?,
             Some(known) => known,
         };
         let mut start = line(0, &logps, first.len());
@@ -48,11 +48,11 @@ impl Samples {
     /// Log-probs now.
     pub(super) fn score(
         &self,
-        ranks: &mut Ranks,
+        group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
         examples: &[Example],
     ) -> Result<AnswerLogProbs> {
-        score(ranks, device, &examples.iter().take(self.count).collect::<Vec<_>>(), |_| {})
+        score(group, device, &examples.iter().take(self.count).collect::<Vec<_>>(), |_| {})
     }
 
     /// The first line of `samples.jsonl`: texts, and log-probs at the start.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use dpo_core::backend::{Backend, Workload};
+use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
@@ -17,7 +18,6 @@ use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_page::{ARGS, Runs, Server, Watchers};
 use dpo_plugins::Registry;
-use dpo_ranks::Ranks;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::load_state;
@@ -38,16 +38,16 @@ use crate::{before_after, next_steps, settings};
 pub fn train(
     registry: &Registry,
     mut config: TrainConfig,
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     backend: &dyn Backend,
     attempt: u64,
 ) -> Result<PathBuf> {
     let objective = Objective::new(registry, &config.objective)?;
     let folder = model::locate(&config.model, Need::Weights)?;
     let model = Model::open(registry, &folder, config.plugin.as_deref())?;
-    let attempt = ranks.most(attempt)?;
+    let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
-    let RunDir { output, resumed } = ranks.first(|| {
+    let RunDir { output, resumed } = group.broadcast_from_first(|| {
         server = serve(&config.dashboard, attempt)?;
         RunDir::of(&config.output, &folder, attempt)
     })?;
@@ -68,18 +68,18 @@ pub fn train(
         // Before weights are loaded and references computed.
         settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
     }
-    config.memory.packing = ranks.first(|| packing_before(&output, resumed.as_deref(), &config))?;
+    config.memory.packing = group.broadcast_from_first(|| packing_before(&output, resumed.as_deref(), &config))?;
     let (family, graph) = (model.family.name.clone(), model.graph);
     let workload = Workload::of(examples.iter().chain(&validation));
-    let mut device = backend.trainer(ranks, graph, &checkpoint, adapter, workload, config.memory)?;
+    let mut device = backend.trainer(group, graph, &checkpoint, adapter, workload, config.memory)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
     let [reference, validation_reference] =
-        references(ranks, device.as_mut(), &objective, &identity, [&examples, &validation])?;
+        references(group, device.as_mut(), &objective, &identity, [&examples, &validation])?;
     let (seen, seen_reference) =
         if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
-    let samples = Samples::take(ranks, device.as_mut(), &tokenizer, seen, seen_reference)?;
+    let samples = Samples::take(group, device.as_mut(), &tokenizer, seen, seen_reference)?;
     let steps = config.optimizer.steps(examples.len());
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -87,16 +87,16 @@ pub fn train(
         "family": family,
         "parameters": device.adapter().params.len(),
         "device": device.name(),
-        "ranks": ranks.size(),
+        "ranks": group.size(),
         "examples": examples.len(),
         "validation_examples": validation.len(),
         "total_steps": steps.total,
         "data": report,
         "data_line": report.line(),
     });
-    agree_on(ranks, &settings)?;
+    agree_on(group, &settings)?;
     let mut run = Run {
-        ranks,
+        group,
         base_model: config.model.clone(),
         config,
         output,
@@ -182,7 +182,7 @@ impl Data {
 
 /// Log-probs under the reference, of training and validation examples, where a loss reads them.
 fn references(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &Objective<'_>,
     identity: &str,
@@ -191,28 +191,28 @@ fn references(
     let mut references = [Reference::none(), Reference::none()];
     if objective.needs_reference() {
         for (reference, examples) in references.iter_mut().zip(examples) {
-            let own = examples.len().div_ceil(ranks.size()) as u64;
+            let own = examples.len().div_ceil(group.size()) as u64;
             let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
-            *reference = Reference::of(ranks, device, identity, examples, |n| bar.inc(n as u64))?;
+            *reference = Reference::of(group, device, identity, examples, |n| bar.inc(n as u64))?;
             bar.finish_and_clear();
         }
     }
     Ok(references)
 }
 
-fn agree_on(ranks: &mut Ranks, settings: &Map<String, Value>) -> Result<()> {
+fn agree_on(group: &mut dyn ProcessGroup, settings: &Map<String, Value>) -> Result<()> {
     let settings = serde_json::to_vec(settings).map_err(|e| Error::run(e.to_string()))?;
-    ranks.same("model, data or set of flags", &settings)
+    group.assert_equal("model, data or set of flags", &settings)
 }
 
 /// What follows the last step: answers for the report, where they cost little, and what can be done with the adapter.
 fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &dyn Backend) -> Result<PathBuf> {
-    let Run { ranks, config, output, device, examples, validation, done, .. } = run;
+    let Run { group, config, output, device, examples, validation, done, .. } = run;
     let adapter = output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
     // The base is what a continued adapter was before it was an adapter, not before this run.
     let from_base = matches!(config.adapter, StartAdapter::New { .. });
-    if ranks.is_first() && from_base && before_after::are_cheap(checkpoint.bytes(), backend) {
+    if group.is_first() && from_base && before_after::are_cheap(checkpoint.bytes(), backend) {
         let adapter = device.adapter().clone();
         // A GPU may not have room for the model twice.
         drop(device);

@@ -8,13 +8,13 @@ use serde_json::{Map, Value, json};
 use super::metrics::{ExampleMetrics, Sums, Window};
 use super::objective::{Evaluated, Objective, Totals};
 use dpo_core::batch::{Batch, micro_batches, shares};
+use dpo_core::collective::ProcessGroup;
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets, gather};
-use dpo_ranks::Ranks;
 
-/// Loss and metrics of a step, or of an evaluation, over all ranks.
+/// Loss and metrics of a step, or of an evaluation, over all group.
 pub struct Step {
     /// Loss.
     pub loss: f64,
@@ -34,7 +34,7 @@ struct Packed {
 /// Micro-batches of this rank's share of a step's examples. Where ranks share a base, as many as the rank with most needs:
 /// empty ones are what a rank takes part in without computing.
 fn pack(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &dyn Device,
     examples: &[&Example],
     own: &[usize],
@@ -48,24 +48,24 @@ fn pack(
     });
     let mut packed: Vec<Packed> = packed.collect();
     if device.shares_base() {
-        let most = ranks.most(packed.len() as u64)? as usize;
+        let most = group.all_reduce_max(packed.len() as u64)? as usize;
         packed.resize_with(most, Packed::default);
     }
     Ok(packed)
 }
 
 /// Which examples each rank computes.
-fn split(ranks: &Ranks, examples: &[&Example]) -> Vec<Vec<usize>> {
-    shares(&examples.iter().map(|e| e.packed_tokens()).collect::<Vec<_>>(), ranks.size())
+fn split(group: &dyn ProcessGroup, examples: &[&Example]) -> Vec<Vec<usize>> {
+    shares(&examples.iter().map(|e| e.packed_tokens()).collect::<Vec<_>>(), group.size())
 }
 
 /// Fills in what other ranks have computed.
-fn fill_in(logps: &mut AnswerLogProbs, ranks: &mut Ranks, split: &[Vec<usize>]) -> Result<()> {
-    if ranks.size() == 1 {
+fn fill_in(logps: &mut AnswerLogProbs, group: &mut dyn ProcessGroup, split: &[Vec<usize>]) -> Result<()> {
+    if group.size() == 1 {
         return Ok(());
     }
-    let own = logps.gather(&split[ranks.rank()]).values();
-    let all = ranks.gather(own.iter().flat_map(|v| v.to_le_bytes()).collect())?;
+    let own = logps.gather(&split[group.rank()]).values();
+    let all = group.all_gather(own.iter().flat_map(|v| v.to_le_bytes()).collect())?;
     for (rank, (examples, bytes)) in split.iter().zip(all).enumerate() {
         let values: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
         let offsets = logps.offsets.select(examples);
@@ -80,37 +80,38 @@ fn fill_in(logps: &mut AnswerLogProbs, ranks: &mut Ranks, split: &[Vec<usize>]) 
 /// Log-probs of examples under the present adapter, each rank computing its share. `done` is told after every micro-batch of
 /// this rank how many examples it had.
 pub fn score(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     examples: &[&Example],
     mut done: impl FnMut(usize),
 ) -> Result<AnswerLogProbs> {
-    let split = split(ranks, examples);
+    let split = split(group, examples);
     let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
-    for Packed { batch, examples } in pack(ranks, device, examples, &split[ranks.rank()], false)? {
+    let rank = group.rank();
+    for Packed { batch, examples } in pack(group, device, examples, &split[rank], false)? {
         logps.scatter(&device.forward(&batch, false)?, &examples);
         done(examples.len());
     }
-    fill_in(&mut logps, ranks, &split)?;
+    fill_in(&mut logps, group, &split)?;
     Ok(logps)
 }
 
 /// Loss and metrics without a gradient, and the log-probs they are of: all examples as one step.
 pub(super) fn evaluate(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     examples: &[&Example],
     reference: Option<&AnswerLogProbs>,
 ) -> Result<(Step, AnswerLogProbs)> {
-    let logps = score(ranks, device, examples, |_| {})?;
+    let logps = score(group, device, examples, |_| {})?;
     let evaluated = objective.eval(examples, &logps, reference, Totals::of(examples), false)?;
     Ok((whole_step(evaluated), logps))
 }
 
 /// Means over scored examples under the names of the log, and where they have several answers `chosen_more_likely`: the share
 /// of examples whose best answer the policy finds the likeliest.
-pub fn appraise(
+pub fn mean_metrics(
     objective: &mut Objective<'_>,
     examples: &[&Example],
     policy: &AnswerLogProbs,
@@ -135,7 +136,7 @@ fn whole_step(evaluated: Evaluated) -> Step {
 
 /// A step's loss, with its gradient, summed over ranks, left on the device. `reference` is of the step's examples.
 pub fn gradient(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     examples: &[&Example],
@@ -143,30 +144,31 @@ pub fn gradient(
 ) -> Result<Step> {
     device.clear_gradient()?;
     let own = if objective.whole_batch() { whole_batch } else { batch_by_batch };
-    let step = own(ranks, device, objective, examples, reference)?;
-    device.sum_gradient(ranks)?;
+    let step = own(group, device, objective, examples, reference)?;
+    device.sum_gradient(group)?;
     Ok(step)
 }
 
 /// The loss needs every example's log-probs before it can give a derivative for one. All ranks evaluate all of it, and take
 /// the derivatives of their share.
 fn whole_batch(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     examples: &[&Example],
     reference: Option<&AnswerLogProbs>,
 ) -> Result<Step> {
-    let split = split(ranks, examples);
-    let micro_batches = pack(ranks, device, examples, &split[ranks.rank()], true)?;
+    let split = split(group, examples);
+    let rank = group.rank();
+    let micro_batches = pack(group, device, examples, &split[rank], true)?;
     let logps = match micro_batches.as_slice() {
         [Packed { batch, examples: own }] => {
             let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
             logps.scatter(&device.forward(batch, true)?, own);
-            fill_in(&mut logps, ranks, &split)?;
+            fill_in(&mut logps, group, &split)?;
             logps
         }
-        _ => score(ranks, device, examples, |_| {})?,
+        _ => score(group, device, examples, |_| {})?,
     };
     let evaluated = objective.eval(examples, &logps, reference, Totals::of(examples), true)?;
     for Packed { batch, examples } in &micro_batches {
@@ -181,17 +183,18 @@ fn whole_batch(
 /// Each micro-batch by itself. A loss with a state sees the same one throughout the step, and moves it on once, by all of
 /// the step's examples.
 fn batch_by_batch(
-    ranks: &mut Ranks,
+    group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &mut Objective<'_>,
     examples: &[&Example],
     reference: Option<&AnswerLogProbs>,
 ) -> Result<Step> {
-    let (split, totals) = (split(ranks, examples), Totals::of(examples));
+    let (split, totals) = (split(group, examples), Totals::of(examples));
     let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
     let (mut loss, mut remembers) = (0.0, false);
     let mut metrics: Vec<(usize, ExampleMetrics)> = Vec::new();
-    for Packed { batch, examples: places } in pack(ranks, device, examples, &split[ranks.rank()], true)? {
+    let rank = group.rank();
+    for Packed { batch, examples: places } in pack(group, device, examples, &split[rank], true)? {
         let policy = device.forward(&batch, true)?;
         logps.scatter(&policy, &places);
         let own: Vec<&Example> = places.iter().map(|e| examples[*e]).collect();
@@ -208,10 +211,10 @@ fn batch_by_batch(
     let mut own = [0.0; Sums::SIZE + 2];
     own[..Sums::SIZE].copy_from_slice(&Sums::of(&known).to_array());
     own[Sums::SIZE..].copy_from_slice(&[loss, f64::from(u8::from(remembers))]);
-    let all = ranks.sum_f64(own)?;
+    let all = group.all_reduce_f64(own)?;
     let [.., loss, remember] = all;
     if remember > 0.0 {
-        fill_in(&mut logps, ranks, &split)?;
+        fill_in(&mut logps, group, &split)?;
         objective.eval(examples, &logps, reference, totals, true)?;
     }
     let mut sums = [0.0; Sums::SIZE];

@@ -13,7 +13,7 @@ pub(super) const OP: Op = Op {
     attrs: &[],
     check: |node, widths| same("b", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 

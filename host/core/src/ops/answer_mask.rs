@@ -18,9 +18,9 @@ pub struct AnswerMask {
 }
 
 impl AnswerMask {
-    /// That of an example which continues a text of `past` tokens, of which places are counted; `window` 0 is none.
-    pub fn of(span: &Span, past: usize, window: usize) -> AnswerMask {
-        let prompt = past + span.prompt;
+    /// That of an example which continues a text of `cached` tokens, of which places are counted; `window` 0 is none.
+    pub fn of(span: &Span, cached: usize, window: usize) -> AnswerMask {
+        let prompt = cached + span.prompt;
         let mut begins = vec![prompt as u32; prompt];
         for answer in &span.answers {
             begins.extend(std::iter::repeat_n(begins.len() as u32, *answer));

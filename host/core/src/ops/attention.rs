@@ -43,7 +43,7 @@ pub(super) const OP: Op = Op {
         same("the value", node.width, heads * dim)
     },
     reads_layout: true,
-    remembers: &[1, 2],
+    cached_inputs: &[1, 2],
     kernel: Kernel::Value { forward, vjp },
 };
 
@@ -77,7 +77,7 @@ struct Group<'a> {
     span: &'a Span,
     mask: &'a AnswerMask,
     /// Tokens before the example's first.
-    past: usize,
+    cached: usize,
     heads: Range<usize>,
     /// `[kv heads, keys, head_dim]`.
     k: Tensor,
@@ -134,7 +134,7 @@ impl Group<'_> {
 
     /// Weights of some queries over the keys up to the last one's own.
     fn block(&self, call: &Call<'_>, shape: &Shape, queries: &Range<usize>) -> Result<Block> {
-        let (n, keys, heads) = (queries.len(), self.past + queries.end, self.heads.len());
+        let (n, keys, heads) = (queries.len(), self.cached + queries.end, self.heads.len());
         let q = shape.split(call.inputs[0], self.rows(queries), &self.heads, shape.share)?;
         let k = self.k.narrow(1, 0, keys)?;
         let mut scores = (q.matmul(&k.t()?)? * shape.scale)?;
@@ -152,9 +152,9 @@ impl Group<'_> {
 
     /// 0 where a token sees another, minus infinity elsewhere: `[queries, keys]`.
     fn mask(&self, queries: &Range<usize>, dtype: DType) -> Result<Tensor> {
-        let keys = self.past + queries.end;
+        let keys = self.cached + queries.end;
         let value = |query: usize, key: usize| if self.mask.sees(query, key) { 0.0 } else { f32::NEG_INFINITY };
-        let row = |query: usize| (0..keys).map(move |key| value(self.past + query, key));
+        let row = |query: usize| (0..keys).map(move |key| value(self.cached + query, key));
         let values: Vec<f32> = queries.clone().flat_map(row).collect();
         Ok(Tensor::from_vec(values, (queries.len(), keys), &Device::Cpu)?.to_dtype(dtype)?)
     }
@@ -166,18 +166,18 @@ fn over_groups(
     count: usize,
     mut run: impl FnMut(&Shape, &Group<'_>) -> Result<Vec<Tensor>>,
 ) -> Result<Vec<Tensor>> {
-    let (shape, past) = (Shape::of(call), call.layout.past);
+    let (shape, cached) = (Shape::of(call), call.layout.cached);
     let mut examples: Vec<Vec<Tensor>> = vec![Vec::new(); count];
     for span in &call.layout.spans {
-        let mask = &AnswerMask::of(span, past, super::count(call.node, "window"));
-        let keys = span.start..span.start + past + span.len();
+        let mask = &AnswerMask::of(span, cached, super::count(call.node, "window"));
+        let keys = span.start..span.start + cached + span.len();
         let step = shape.step(span.len(), keys.len());
         let mut groups: Vec<Vec<Tensor>> = vec![Vec::new(); count];
         for first in (0..shape.kv_heads).step_by(step) {
             let heads = first..(first + step).min(shape.kv_heads);
             let k = shape.split(call.inputs[1], keys.clone(), &heads, 1)?;
             let v = shape.split(call.inputs[2], keys.clone(), &heads, 1)?;
-            let values = run(&shape, &Group { span, mask, past, heads, k, v })?;
+            let values = run(&shape, &Group { span, mask, cached, heads, k, v })?;
             groups.iter_mut().zip(values).for_each(|(to, value)| to.push(value));
         }
         for (to, from) in examples.iter_mut().zip(groups) {
@@ -196,7 +196,7 @@ fn of_one_token(call: &Call<'_>) -> Result<Tensor> {
     let inputs: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
     let inputs: Vec<&[f32]> = inputs.iter().map(|(storage, layout)| values(storage, layout)).collect::<Result<_>>()?;
     let (q, k, v) = (inputs[0], inputs[1], inputs[2]);
-    let keys = call.layout.past + 1;
+    let keys = call.layout.cached + 1;
     let window = call.node.attrs.get("window").map_or(keys, |_| count(call.node, "window"));
     let first = keys.saturating_sub(window);
     let (scale, softcap) = (shape.scale as f32, shape.softcap as f32);
@@ -233,7 +233,7 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
     }
     let mut values = over_groups(call, 1, |shape, group| {
         let (n, heads) = (group.span.len(), group.heads.len());
-        let blocks = shape.blocks(n, group.past + n).map(|queries| {
+        let blocks = shape.blocks(n, group.cached + n).map(|queries| {
             let Block { p, .. } = group.block(call, shape, &queries)?;
             let y = p.matmul(&group.v.narrow(1, 0, p.dim(2)?)?)?;
             shape.join(&y, queries.len(), heads, shape.share)
@@ -314,8 +314,8 @@ mod tests {
             let node = node(heads, kv_heads, dim, &more);
             let (q, kv) = (numbers(tokens, heads * dim, 37), kv_heads * dim);
             let (k, v) = (numbers(tokens, kv, 53), numbers(tokens, kv, 29));
-            let run = |q: &Tensor, past: usize| {
-                let layout = &Layout::after(past, tokens - past);
+            let run = |q: &Tensor, cached: usize| {
+                let layout = &Layout::after(cached, tokens - cached);
                 let call = Call { node: &node, inputs: vec![q, &k, &v], weights: &[], lora: None, layout };
                 forward(&call).unwrap()
             };

@@ -16,7 +16,7 @@ pub(super) const OP: Op = Op {
         same("its input, the token ids,", widths[0], 1).and(weight_shape(node, "weight", &[rows, node.width]))
     },
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 

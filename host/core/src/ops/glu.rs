@@ -18,7 +18,7 @@ pub(super) const OP: Op = Op {
     }],
     check: |node, widths| same("up", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 
@@ -29,23 +29,23 @@ fn activation(call: &Call<'_>, x: &Tensor) -> Result<[Tensor; 2]> {
     match call.node.attrs.get("activation").and_then(Value::as_str) {
         Some("silu") => {
             let gate = candle_sigmoid(x)?;
-            let slope = (&gate * ((x * (1.0 - &gate)?)? + 1.0)?)?;
-            Ok([(x * gate)?, slope])
+            let derivative = (&gate * ((x * (1.0 - &gate)?)? + 1.0)?)?;
+            Ok([(x * gate)?, derivative])
         }
         Some("gelu") => {
-            // Φ(x) = (1 + erf(x/√2)) / 2, φ(x) = exp(-x²/2) / √(2π); slope Φ + x·φ.
+            // Φ(x) = (1 + erf(x/√2)) / 2, φ(x) = exp(-x²/2) / √(2π); derivative Φ + x·φ.
             let cdf = (((x * std::f64::consts::FRAC_1_SQRT_2)?.erf()? + 1.0)? * 0.5)?;
             let density = ((x.sqr()? * -0.5)?.exp()? * (1.0 / (2.0 * std::f64::consts::PI).sqrt()))?;
             Ok([(x * &cdf)?, (cdf + (x * density)?)?])
         }
         Some("gelu_tanh" | "gelu_pytorch_tanh") => {
-            // z = √(2/π)·(x + 0.044715·x³); slope g + x·g·(1-g)·2·dz/dx with g = (1 + tanh z)/2.
+            // z = √(2/π)·(x + 0.044715·x³); derivative g + x·g·(1-g)·2·dz/dx with g = (1 + tanh z)/2.
             let c = (2.0 / std::f64::consts::PI).sqrt();
             let z = ((x + (x.powf(3.0)? * 0.044_715)?)? * c)?;
             let gate = half_gelu(&z)?;
             let dz = (((x.sqr()? * (3.0 * 0.044_715))? + 1.0)? * (2.0 * c))?;
-            let slope = (&gate + ((x * (&gate * (1.0 - &gate)?)?)? * dz)?)?;
-            Ok([(x * gate)?, slope])
+            let derivative = (&gate + ((x * (&gate * (1.0 - &gate)?)?)? * dz)?)?;
+            Ok([(x * gate)?, derivative])
         }
         other => Err(Error::run(format!("glu runs with activation {other:?}"))),
     }
@@ -61,6 +61,6 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 }
 
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
-    let [value, slope] = activation(call, call.inputs[0])?;
-    Ok(Gradients::of(vec![(dy * call.inputs[1])?.mul(&slope)?, (dy * value)?]))
+    let [value, derivative] = activation(call, call.inputs[0])?;
+    Ok(Gradients::of(vec![(dy * call.inputs[1])?.mul(&derivative)?, (dy * value)?]))
 }

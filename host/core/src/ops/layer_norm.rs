@@ -17,7 +17,7 @@ pub(super) const OP: Op = Op {
         same("the value", node.width, widths[0])
     },
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 

@@ -15,7 +15,7 @@ pub(super) const OP: Op = Op {
         weight_shape(node, "weight", &[node.width, widths[0]]).and(weight_shape(node, "bias", &[node.width]))
     },
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 

@@ -18,7 +18,7 @@ pub(super) const OP: Op = Op {
     attrs: &[],
     check: |node, widths| weight_shape(node, "weight", &[node.width, widths[0]]),
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::LogProb,
 };
 
@@ -42,14 +42,14 @@ pub struct Head {
     /// The [`STATISTICS`] of each row, in their order.
     pub statistics: [Vec<f64>; STATISTICS.len()],
     /// `d logp / d hidden`, `[rows, width]`, where asked for.
-    pub slopes: Option<Tensor>,
+    pub grads: Option<Tensor>,
 }
 
 /// Log-probs of `targets` under hidden rows `[rows, width]` and the projection `[vocab, width]`.
-pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<Head> {
+pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: bool) -> Result<Head> {
     match hidden.dtype() {
-        DType::F32 => chunks::<f32>(hidden, weight, targets, slopes),
-        DType::F64 => chunks::<f64>(hidden, weight, targets, slopes),
+        DType::F32 => chunks::<f32>(hidden, weight, targets, grads),
+        DType::F64 => chunks::<f64>(hidden, weight, targets, grads),
         other => Err(Error::run(format!("log-probs of {other:?} are not computed on the CPU"))),
     }
 }
@@ -57,10 +57,10 @@ pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool
 /// Per row: log-prob, `ln Σ p²`, and the sum that turns `exp(l - max)` into probabilities.
 type RowSums = (f64, f64, f64);
 
-fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bool) -> Result<Head> {
+fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: bool) -> Result<Head> {
     let vocab = weight.dim(0)?;
     let rows = (LOGITS / vocab.max(1)).max(1);
-    let mut all = Head { logps: Vec::new(), statistics: Default::default(), slopes: None };
+    let mut all = Head { logps: Vec::new(), statistics: Default::default(), grads: None };
     let mut slope_chunks = Vec::new();
     for (index, targets) in targets.chunks(rows).enumerate() {
         let h = hidden.narrow(0, index * rows, targets.len())?;
@@ -70,11 +70,11 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bo
             let Storage::Cpu(cpu) = &*storage else { return Err(Error::run("the CPU head got a device tensor")) };
             let start = layout.start_offset();
             let values = &T::slice(cpu)?[start..start + targets.len() * vocab];
-            softmax_rows(values, targets, vocab, slopes)
+            softmax_rows(values, targets, vocab, grads)
         };
         all.logps.extend(sums.iter().map(|s| s.0));
         all.statistics[0].extend(sums.iter().map(|s| s.1));
-        if slopes {
+        if grads {
             let exps = Tensor::from_vec(exps, (targets.len(), vocab), &Device::Cpu)?;
             let inverse: Vec<T> = sums.iter().map(|s| T::from_f64(1.0 / s.2)).collect();
             let inverse = Tensor::from_vec(inverse, (targets.len(), 1), &Device::Cpu)?;
@@ -83,8 +83,8 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], slopes: bo
             slope_chunks.push((own - expected)?);
         }
     }
-    if slopes && !slope_chunks.is_empty() {
-        all.slopes = Some(Tensor::cat(&slope_chunks, 0)?);
+    if grads && !slope_chunks.is_empty() {
+        all.grads = Some(Tensor::cat(&slope_chunks, 0)?);
     }
     Ok(all)
 }
@@ -188,10 +188,10 @@ impl Real for f32 {
     }
 }
 
-/// The head's backward: row `i` of the slopes times `dlogps[i]`, `[answer tokens, width]`.
-pub fn vjp(slopes: &Tensor, dlogps: &[f32]) -> Result<Tensor> {
-    let scale = Tensor::from_slice(dlogps, (dlogps.len(), 1), &Device::Cpu)?.to_dtype(slopes.dtype())?;
-    Ok(slopes.broadcast_mul(&scale)?)
+/// The head's backward: row `i` of the grads times `dlogps[i]`, `[answer tokens, width]`.
+pub fn vjp(grads: &Tensor, dlogps: &[f32]) -> Result<Tensor> {
+    let scale = Tensor::from_slice(dlogps, (dlogps.len(), 1), &Device::Cpu)?.to_dtype(grads.dtype())?;
+    Ok(grads.broadcast_mul(&scale)?)
 }
 
 #[cfg(test)]

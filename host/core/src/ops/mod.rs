@@ -9,10 +9,10 @@ pub mod answer_mask;
 pub mod attention;
 mod embedding;
 mod glu;
+mod kv_cache;
 mod layer_norm;
 mod linear;
 pub mod lm_head;
-mod past;
 mod product;
 mod rms_norm;
 mod rope;
@@ -25,7 +25,7 @@ use serde_json::Value;
 use crate::batch::Layout;
 use crate::error::{Error, Result};
 
-pub use past::Past;
+pub use kv_cache::KvCache;
 pub use product::product;
 
 /// An op: its contract with plugins, and its arithmetic.
@@ -46,7 +46,7 @@ pub struct Op {
     /// layers: the embedding may be computed for some rows alone, and the head is, for those that predict an answer token.
     pub reads_layout: bool,
     /// Inputs of which it also reads the rows of the tokens before, where a text is continued.
-    pub remembers: &'static [usize],
+    pub cached_inputs: &'static [usize],
     /// How it runs.
     pub kernel: Kernel,
 }

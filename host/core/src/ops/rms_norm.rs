@@ -16,7 +16,7 @@ pub(super) const OP: Op = Op {
         shape => Err(format!("a weight of shape {shape:?} does not divide {} columns", node.width)),
     },
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value { forward, vjp },
 };
 

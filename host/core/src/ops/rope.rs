@@ -25,7 +25,7 @@ pub(super) const OP: Op = Op {
         same("the value", node.width, widths[0])
     },
     reads_layout: true,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value {
         forward: |call| turn(call, call.inputs[0], 1.0),
         // A rotation's transpose turns back.

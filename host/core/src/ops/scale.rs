@@ -13,7 +13,7 @@ pub(super) const OP: Op = Op {
     attrs: &[Attr { name: "factor", kind: AttrKind::Number, presence: Presence::Required }],
     check: |node, widths| same("the value", node.width, widths[0]),
     reads_layout: false,
-    remembers: &[],
+    cached_inputs: &[],
     kernel: Kernel::Value {
         forward: |call| scaled(call, call.inputs[0]),
         vjp: |call, dy| Ok(Gradients::of(vec![scaled(call, dy)?])),

@@ -16,7 +16,7 @@ use crate::args::DeviceArg;
 use crate::args::sampling::SamplingArgs;
 use crate::{backends, demo};
 use dpo_core::console;
-use dpo_core::decoder::Voice;
+use dpo_core::decoder::Variant;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_generate::{Answer, Generator, Sampling, Stop};
@@ -64,10 +64,10 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = options.adapter.as_ref().map(|folder| Adapter::load(&model.graph, folder)).transpose()?;
     let sampling = Sampling::of(&options.sampling.options(), &folder)?;
-    let voices = match (&adapter, options.compare) {
-        (None, _) => vec![Voice::Base],
-        (Some(_), false) => vec![Voice::Tuned],
-        (Some(_), true) => vec![Voice::Base, Voice::Tuned],
+    let variants = match (&adapter, options.compare) {
+        (None, _) => vec![Variant::Base],
+        (Some(_), false) => vec![Variant::Tuned],
+        (Some(_), true) => vec![Variant::Base, Variant::Tuned],
     };
     let generator = Generator::open(&model, adapter, backends::open(&options.device, None)?.as_ref(), None)?;
     let screen = Screen::new();
@@ -76,7 +76,7 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
         generator,
         sampling,
         system: options.system.clone(),
-        voices,
+        variants,
         turns: Default::default(),
         json: options.json,
         interrupt: if interactive { Some(Interrupt::listen()?) } else { None },
@@ -101,13 +101,13 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
     Ok(())
 }
 
-/// A conversation with one voice, or with both.
+/// A conversation with one variant, or with both.
 struct Chat {
     generator: Generator,
     sampling: Sampling,
     system: Option<String>,
-    voices: Vec<Voice>,
-    /// What each voice and its user have said.
+    variants: Vec<Variant>,
+    /// What each variant and its user have said.
     turns: [Vec<Message>; 2],
     json: bool,
     screen: Screen,
@@ -197,23 +197,23 @@ impl Chat {
     /// Shows what is answered; both remember it.
     fn ask(&mut self, prompt: &str) -> Result<()> {
         self.interrupt.iter().for_each(Interrupt::clear);
-        for voice in &self.voices {
-            let turns = &mut self.turns[*voice as usize];
+        for variant in &self.variants {
+            let turns = &mut self.turns[*variant as usize];
             if turns.is_empty() {
                 turns.extend(self.system.iter().map(|system| Message::new("system", system.as_str())));
             }
             turns.push(Message::new("user", prompt));
         }
-        let columns = self.screen.width().filter(|_| self.voices.len() > 1 && !self.json).and_then(Columns::fit);
+        let columns = self.screen.width().filter(|_| self.variants.len() > 1 && !self.json).and_then(Columns::fit);
         let answers = match columns {
             Some(columns) => self.side_by_side(columns),
             None => self.one_by_one(),
         };
         let answers = answers.inspect_err(|_| {
-            self.voices.iter().for_each(|voice| drop(self.turns[*voice as usize].pop()));
+            self.variants.iter().for_each(|variant| drop(self.turns[*variant as usize].pop()));
         })?;
         for answer in &answers {
-            self.turns[answer.voice() as usize].push(Message::new("assistant", answer.text()));
+            self.turns[answer.variant() as usize].push(Message::new("assistant", answer.text()));
         }
         if self.json {
             return self.screen.show(&format!("{}\n", object(prompt, &answers)));
@@ -221,9 +221,9 @@ impl Chat {
         self.remark(&answers)
     }
 
-    fn begin(&mut self, voice: Voice) -> Result<Answer> {
+    fn begin(&mut self, variant: Variant) -> Result<Answer> {
         self.generator
-            .answer(voice, &self.turns[voice as usize], &self.sampling)
+            .answer(variant, &self.turns[variant as usize], &self.sampling)
             .map_err(|e| e.help("/reset begins a new conversation"))
     }
 
@@ -237,11 +237,11 @@ impl Chat {
 
     fn one_by_one(&mut self) -> Result<Vec<Answer>> {
         let mut answers = Vec::new();
-        for voice in self.voices.clone() {
-            if self.voices.len() > 1 && !self.json {
-                self.screen.show(&format!("{}\n", self.screen.dim(&format!("{}:", voice.name()))))?;
+        for variant in self.variants.clone() {
+            if self.variants.len() > 1 && !self.json {
+                self.screen.show(&format!("{}\n", self.screen.dim(&format!("{}:", variant.name()))))?;
             }
-            let mut answer = self.begin(voice)?;
+            let mut answer = self.begin(variant)?;
             while let Some(text) = self.step(&mut answer)? {
                 if !self.json {
                     self.screen.show(&self.screen.safe(&text))?;
@@ -256,8 +256,8 @@ impl Chat {
     }
 
     fn side_by_side(&mut self, mut columns: Columns) -> Result<Vec<Answer>> {
-        let mut answers = [self.begin(Voice::Base)?, self.begin(Voice::Tuned)?];
-        let heading = columns.heading([Voice::Base, Voice::Tuned].map(Voice::name));
+        let mut answers = [self.begin(Variant::Base)?, self.begin(Variant::Tuned)?];
+        let heading = columns.heading([Variant::Base, Variant::Tuned].map(Variant::name));
         self.screen.show(&format!("{}\n", self.screen.dim(&heading)))?;
         while answers.iter().any(|a| a.stop().is_none()) {
             for (side, answer) in answers.iter_mut().enumerate() {
@@ -299,13 +299,13 @@ impl Chat {
     }
 }
 
-/// A prompt with its answers, by voice.
+/// A prompt with its answers, by variant.
 fn object(prompt: &str, answers: &[Answer]) -> serde_json::Value {
     let mut object = Map::from_iter([("prompt".to_owned(), json!(prompt))]);
     for answer in answers {
         let stop = answer.stop().map(Stop::name);
         let value = json!({"text": answer.text(), "tokens": answer.ids().len(), "stop": stop});
-        object.insert(answer.voice().name().into(), value);
+        object.insert(answer.variant().name().into(), value);
     }
     object.into()
 }

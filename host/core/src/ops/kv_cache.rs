@@ -1,5 +1,4 @@
-//! What ops remember of the tokens before, so that a text grows by a token without computing the others again: keys and
-//! values of attention.
+//! The KV cache: what ops keep of earlier tokens, so that a sequence grows by a token without computing the others again.
 
 use std::collections::HashMap;
 
@@ -8,25 +7,25 @@ use candle_core::{Device, Tensor};
 use crate::error::Result;
 use crate::weights::BlockId;
 
-/// Where a remembered value is read: block, node, input.
+/// Where a cached value is read: block, node, input.
 pub(crate) type Reader = (BlockId, usize, usize);
 
-/// Rows of earlier tokens.
+/// Keys and values of earlier tokens.
 #[derive(Default)]
-pub struct Past {
+pub struct KvCache {
     tokens: usize,
     /// By reader, `[room, width]`, of which as many rows are filled as there are tokens.
     rows: HashMap<Reader, Tensor>,
 }
 
-impl Past {
-    /// Tokens that are remembered.
+impl KvCache {
+    /// Tokens that are cached.
     pub fn tokens(&self) -> usize {
         self.tokens
     }
 
     /// Forgets all but the first tokens.
-    pub fn keep(&mut self, tokens: usize) {
+    pub fn truncate(&mut self, tokens: usize) {
         self.tokens = self.tokens.min(tokens);
     }
 
