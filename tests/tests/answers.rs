@@ -111,7 +111,7 @@ fn one_answer_is_its_likelihood() {
         assert!(one[0].get(name).is_none() && two[0].get(name).is_some(), "{name}: {}", one[0]);
     }
     // Rows that judge one answer: those that are liked.
-    let judged = |i: usize| json!({"prompt": format!("why {i}?"), "completion": " ok", "label": i % 3 > 0});
+    let judged = |i: usize| json!({"prompt": format!("why {i}?"), "completion": " ok", "label": !i.is_multiple_of(3)});
     let judged: String = (0..6).map(|i| format!("{}\n", judged(i))).collect();
     let judged = sandbox.write("judged.jsonl", &judged);
     let ended = sandbox.ok(&words(&arguments(&plugins, &judged, &sandbox.path("judged"), &["--loss", "nll"])));

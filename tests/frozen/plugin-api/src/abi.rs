@@ -369,3 +369,41 @@ fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     GUARDED.set(outer);
     result.unwrap_or_else(|_| Err(Error::new(PANIC.take().unwrap_or_else(|| "it panicked".into()))))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::dataset::Record;
+
+    /// What an older host does not know may mean something: it is refused, not left out.
+    #[test]
+    fn unknown_fields_are_refused() {
+        fn refuses<T: serde::de::DeserializeOwned>(sound: Value) {
+            assert!(serde_json::from_value::<T>(sound.clone()).is_ok(), "{sound}");
+            let mut more = sound;
+            more["more"] = json!(1);
+            let error = serde_json::from_value::<T>(more.clone()).err().unwrap_or_else(|| panic!("{more} is taken"));
+            assert!(error.to_string().contains("unknown field `more`"), "{error}");
+        }
+        let needs = json!({"answers": "ranked", "reference": true, "whole_batch": false});
+        let answer = json!({"text": {"plain": "4"}, "label": 1.0});
+        refuses::<Manifest>(json!({"api": "1.0.0", "package": "p", "version": "1", "items": []}));
+        refuses::<Item>(json!({"kind": "dataset", "name": "n", "summary": "s", "examples": ""}));
+        refuses::<Needs>(needs.clone());
+        refuses::<crate::dataset::RecordAnswer>(answer.clone());
+        refuses::<Record>(json!({"prompt": {"plain": "2+2="}, "answers": [answer]}));
+        let other = json!({"answers": "all", "reference": true, "whole_batch": false});
+        assert!(serde_json::from_value::<Needs>(other).is_err());
+    }
+
+    #[test]
+    fn a_manifest_says_what_it_requires() {
+        let mut exports = Exports::new("p", "1");
+        exports.requires("foresight");
+        assert_eq!(exports.manifest().requires, ["foresight"]);
+    }
+}

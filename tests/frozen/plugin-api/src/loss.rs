@@ -441,3 +441,55 @@ pub(crate) fn check_answers(needs: &Needs, examples: &[Example<'_>]) -> Result<(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NONE: [&[f32]; MAX_STATISTICS] = [&[]; MAX_STATISTICS];
+
+    fn answer(policy: &'static [f32], weights: &'static [f32], label: f64, detached: bool) -> Answer<'static> {
+        let reference = &[-1.0, -1.0, -1.0][..policy.len()];
+        Answer { policy, reference, weights, label, detached, statistics: NONE, reference_statistics: NONE }
+    }
+
+    /// A term's derivatives go to the tokens of its own answers, by their weights, and not to those of detached ones.
+    #[test]
+    fn derivatives_find_their_tokens() {
+        let example = Example {
+            answers: vec![
+                answer(&[-1.0, -2.0], &[1.0, 0.5], 2.0, false),
+                answer(&[-3.0], &[1.0], 1.0, false),
+                answer(&[-0.5, -0.5, -4.0], &[1.0, 1.0, 0.5], 1.0, false),
+                answer(&[-9.0], &[1.0], 0.0, true),
+            ],
+        };
+        let batch = LossBatch::whole(vec![example]);
+        let totals = Totals { examples: 1.0, answers: 3.0, best_tokens: 2.0, tokens: 6.0 };
+        assert_eq!((batch.totals, batch.examples[0].learned()), (totals, 3));
+        let grad = batch.each_example(|e| 2.0 * e.ratio(0) + 3.0 * e.sum(2) - e.logp(1) * e.logp(3));
+        assert_eq!(grad.losses(), [2.0 * (-2.0 + 1.5) + 3.0 * -5.0 - 27.0]);
+        assert_eq!(grad.grad(), [2.0, 1.0, 9.0, 3.0, 3.0, 3.0, 0.0]);
+        let mut grad = batch.zero();
+        grad.add_tokens(0, 1.0, &[&[1.0, 2.0], &[3.0], &[4.0, 5.0, 6.0], &[7.0]]);
+        assert_eq!(grad.grad(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]);
+    }
+
+    #[test]
+    fn other_numbers_of_answers_are_refused() {
+        let of = |learned: usize, detached: usize| Example {
+            answers: (0..learned + detached).map(|i| answer(&[-1.0], &[1.0], 0.0, i >= learned)).collect(),
+        };
+        let refused = |answers: Answers, learned: usize, detached: usize| {
+            check_answers(&Needs { answers, ..Needs::default() }, &[of(2, 0), of(learned, detached)][1..]).is_err()
+        };
+        for (answers, count, wrong) in
+            [(Answers::One, 1, false), (Answers::One, 2, true), (Answers::Pair, 2, false), (Answers::Pair, 1, true)]
+        {
+            assert_eq!([refused(answers, count, 0), refused(answers, count, 3)], [wrong; 2], "{answers:?} {count}");
+        }
+        let ranked = [1, 2, 16, 17].map(|count| refused(Answers::Ranked, count, 0));
+        assert_eq!(ranked, [true, false, false, true]);
+        assert!(refused(Answers::Ranked, 15, 2));
+    }
+}

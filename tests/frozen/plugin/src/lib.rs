@@ -48,7 +48,9 @@ impl ModelFamily for Family {
                 let v = b.linear_if(false, "v", h, kv_heads * head_dim);
                 let q = b.head_norm("q_norm", q, head_dim, 1e-5);
                 let (q, k) = (b.rope(q, head_dim, &rope), b.rope(k, head_dim, &rope));
-                let h = b.attention(q, k, v, Attention { heads, kv_heads, head_dim, scale: 0.25, window });
+                let attention = Attention::new(heads, kv_heads, head_dim).window(window);
+                let attention = attention.scale(0.25).softcap(Some(30.0));
+                let h = b.attention(q, k, v, attention);
                 let x = b.add(x, h);
                 let (gate, up) = (b.linear("gate", x, ffn), b.linear("up", x, ffn));
                 let h = b.glu("gelu_tanh", gate, up);
