@@ -84,8 +84,10 @@ mod tests {
     use dpo_plugin_api::model::Config;
     use dpo_plugin_api::rope::Rope;
 
+    type Build<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
+
     /// A graph whose embedding or head has one op more.
-    fn checked(more: [&dyn Fn(&mut BlockBuilder, Var) -> Var; 2]) -> Result<(), String> {
+    fn checked(more: [Build<'_>; 2]) -> Result<(), String> {
         let mut graph = GraphBuilder::decoder(8, 16);
         graph.embed(|b, tokens| {
             let x = b.embedding("embed", tokens, 16, 8);

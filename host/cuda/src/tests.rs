@@ -263,8 +263,8 @@ impl Emulator {
             let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
             let stacks = &self.lowered.programs[self.graph.layers[layer].block].stacks;
             let found = stacks.iter().zip(&self.stacks[layer]);
-            let found = found.filter_map(|(stack, values)| Some((stack, values, stack.member(site.node.1)?)));
-            let (stack, StackValues { gradients: [da, db], .. }, member) = found.last().unwrap();
+            let mut found = found.filter_map(|(stack, values)| Some((stack, values, stack.member(site.node.1)?)));
+            let (stack, StackValues { gradients: [da, db], .. }, member) = found.next().unwrap();
             let [a, b] = self.adapter.ranges(site);
             gradient[a].copy_from_slice(&da[member.rank_column * stack.inputs..][..rank * stack.inputs]);
             for (i, to) in gradient[b].iter_mut().enumerate() {
