@@ -31,7 +31,7 @@ struct Cli {
     /// Folder with plugin libraries, looked through before $DPO_PLUGIN_PATH and the user's folder; may be repeated
     #[arg(long, global = true, value_name = "DIR")]
     plugin_dir: Vec<PathBuf>,
-    /// Print warnings, errors and results only
+    /// Print only warnings, errors and results
     #[arg(long, global = true)]
     quiet: bool,
 }
@@ -50,21 +50,21 @@ enum Command {
     Describe(describe::DescribeOptions),
     /// Write a new plugin crate that builds, passes its tests and loads
     New(NewOptions),
-    /// Check a dataset: what becomes of its rows, lengths, one pair as the model sees it
+    /// Check a dataset: what becomes of its rows, lengths, one example as the model sees it
     Data(data::DataCommand),
-    /// Compute the memory of a run before it starts
+    /// Plan the memory of a run before it starts
     Plan(plan::PlanOptions),
     /// Compare every op and ten steps of training on a GPU with the CPU
     Selftest(selftest::SelftestOptions),
     /// Measure training speed with random weights of a published shape
     Bench(bench::BenchOptions),
-    /// Say what of CUDA was found, what is missing, and how to get it
+    /// Check the GPU setup: what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
     Eval(eval::EvalOptions),
-    /// Talk to a model, to what an adapter made of it, or to both side by side. Without model and adapter: the demo's model
+    /// Chat with a model, with an adapter, or compare both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
-    /// Fold an adapter into its model: a checkpoint that needs no adapter
+    /// Merge an adapter into its model: a checkpoint that needs no adapter
     ///
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.

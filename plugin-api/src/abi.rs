@@ -265,7 +265,7 @@ impl Exports {
     }
 
     fn eval(&self, item: usize, call: &RawLossCall<'_>) -> Result<RawLossResult> {
-        let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is no loss") };
+        let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is not a loss") };
         let examples: Vec<Example<'_>> = call.examples.iter().map(example_of).collect();
         check_answers(&loss.needs(), &examples)?;
         let RawTotals { examples: count, answers, best_tokens, tokens } = call.totals;

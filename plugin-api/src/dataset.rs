@@ -187,7 +187,7 @@ fn part_text(part: &Value) -> Result<String> {
     };
     match text {
         Some(text) => Ok(text.to_owned()),
-        None => Err(Error::new(format!("content has a part that is no text: {part}"))
+        None => Err(Error::new(format!("content has a part that is not text: {part}"))
             .help("images and audio are not supported")),
     }
 }

@@ -373,9 +373,31 @@ fn a_plan_shares_what_one_card_cannot_hold() {
     let plan = |gpus: &'static str| ["plan", "--model", "qwen2.5-14b", "--gpu-memory", "24GiB", "--gpus", gpus];
     s.refuses(&plan("1"), &["needs ", "there are 24.0 GiB", "help: "]);
     let shared = s.ok(&plan("2")).stdout;
-    assert!(shared.contains("layers are shared by 2 ranks") && shared.contains("micro-batch "), "{shared}");
+    assert!(shared.contains("layers are sharded over 2 ranks") && shared.contains("micro-batch "), "{shared}");
     // NCCL takes its part where there are several cards.
     let context = |text: &str| text.lines().find(|l| l.trim_start().starts_with("CUDA")).unwrap().to_owned();
     let alone = s.ok(&["plan", "--model", "qwen2.5-7b", "--gpu-memory", "24GiB"]).stdout;
     assert_ne!(context(&shared), context(&alone));
+}
+
+/// `train --help` names the default of every flag that takes a value, and offers no value that is always refused.
+#[test]
+fn help_names_every_default() {
+    let s = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
+    let help = s.ok(&["train", "--help"]).stdout;
+    let mut flags: Vec<(String, String)> = Vec::new();
+    for line in help.lines().map(str::trim) {
+        match line.strip_prefix("--").or_else(|| line.split_once(", --").map(|(_, name)| name)) {
+            Some(flag) if line.starts_with('-') => flags.push((flag.to_owned(), String::new())),
+            _ => flags.last_mut().into_iter().for_each(|(_, text)| *text += line),
+        }
+    }
+    assert!(flags.len() > 50, "{} flags", flags.len());
+    // What a run begins with, and what is no setting of it.
+    let without = ["config", "dataset", "plugin-dir"];
+    for (flag, text) in flags.iter().filter(|(flag, _)| flag.contains('<')) {
+        let name = flag.split([' ', '[']).next().unwrap();
+        assert!(without.contains(&name) || text.contains("[default"), "--{flag} names no default: {text}");
+    }
+    assert!(!help.contains("nf4") && !help.contains("quantization"), "{help}");
 }

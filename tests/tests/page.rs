@@ -147,7 +147,8 @@ fn what_cannot_be_served_is_one_clear_line() {
     let address = taken.local_addr().unwrap().to_string();
     sandbox
         .refuses(&["ui", &run, "--listen", &address], &["--listen: cannot listen at", "already", "help: name another"]);
-    sandbox.refuses(&["ui", &run, "--listen", "nowhere"], &["'nowhere' is no address with a port", "help: such as"]);
+    sandbox
+        .refuses(&["ui", &run, "--listen", "nowhere"], &["'nowhere' is not an address with a port", "help: such as"]);
     fs::create_dir(sandbox.path("empty")).unwrap();
     sandbox.refuses(&["ui", &sandbox.path("empty")], &["empty: holds no run", "help: "]);
     sandbox.refuses(&["ui", &sandbox.path("missing")], &["missing: is no folder", "help: "]);

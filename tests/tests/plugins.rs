@@ -128,7 +128,7 @@ fn broken_plugins_cost_a_line_each() {
     let expected: [(&str, &[&str]); 11] = [
         ("notes", &["is not a shared library"]),
         ("hostile_later", &["requires the feature 'foresight'"]),
-        ("hostile_no_plugin", &["is no plugin", "dpo_plugin_*"]),
+        ("hostile_no_plugin", &["is not a plugin", "dpo_plugin_*"]),
         ("hostile_other_layout", &["built with another layout", "RawLossCall"]),
         ("hostile_panicking_manifest", &["panicked at", "lib.rs:", "no name comes to mind"]),
         ("hostile_taken_name", &["'qwen2' is taken by dpo-model-qwen2 (built-in)"]),

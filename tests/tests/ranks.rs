@@ -466,7 +466,7 @@ fn a_base_that_ranks_share_gives_the_same_bits() {
             let output = sandbox.path(&format!("{at}-{shared}"));
             let base: &[&str] = &["--gpus", ranks, "--shard-base", shared];
             let printed = ok(&sandbox, &train(family, &output, &[BATCH, base, more]));
-            assert_eq!(printed.contains(&format!("shared by {ranks} ranks")), shared == "true", "{printed}");
+            assert_eq!(printed.contains(&format!("sharded over {ranks} ranks")), shared == "true", "{printed}");
             output
         };
         let (whole, shared) = (run("false"), run("true"));
@@ -519,7 +519,7 @@ fn weights_that_do_not_fit_are_shared() {
     };
     let tight: &[&str] = &["--gpu-memory", &memory];
     let printed = ok(&sandbox, &args(&sandbox.path("shared"), tight));
-    assert!(printed.contains("base        shared by 3 ranks: all weights, "), "{printed}");
+    assert!(printed.contains("base        sharded over 3 ranks: all weights, "), "{printed}");
     ok(&sandbox, &args(&sandbox.path("whole"), &["--gpu-memory", "64GiB"]));
     let adapters = ["shared", "whole"].map(|f| adapter(&sandbox.path(f)));
     assert!(adapters[0] == adapters[1], "a shared base gives another adapter");
@@ -529,7 +529,7 @@ fn weights_that_do_not_fit_are_shared() {
     let least = (shared.workspace + (1 << 20)).to_string();
     let refused = args(&sandbox.path("no"), &["--gpu-memory", &least]);
     let refused: Vec<&str> = refused.iter().map(String::as_str).collect();
-    sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "shared by 3 ranks"]);
+    sandbox.refuses(&refused, &[&size(whole.weights), &size(shared.weights), "sharded over 3 ranks"]);
 }
 
 #[test]

@@ -146,9 +146,9 @@ pub fn whole_or_sharded<P>(
         return whole.map_err(|e| match shared {
             Ok(plan) => {
                 let shared = size(weights(&plan)[0]);
-                Error::input(format!("{}; shared by {many} ranks, weights take {shared} on each", e.message()))
+                Error::input(format!("{}; sharded over {many} ranks, weights take {shared} on each", e.message()))
                     .at("--shard-base")
-                    .help("leave it out: what is shared fits")
+                    .help("leave it out: what is sharded fits")
             }
             Err(_) => e,
         });
@@ -157,7 +157,7 @@ pub fn whole_or_sharded<P>(
         && let Ok(plan) = &shared
     {
         let all = size(weights(plan)[1]);
-        console::line(format!("base        shared by {many} ranks: all weights, {all}, do not fit on each"));
+        console::line(format!("base        sharded over {many} ranks: all weights, {all}, do not fit on each"));
     }
     shared
 }

@@ -82,7 +82,7 @@ impl Packing {
 }
 
 impl Plan {
-    /// Plans for examples of up to `longest` tokens and an adapter of `parameters`, with the frozen weights shared by so many
+    /// Plans for examples of up to `longest` tokens and an adapter of `parameters`, with the frozen weights sharded over so many
     /// `parts`; refuses what does not fit.
     pub fn new(
         graph: &ModelGraph,
@@ -186,11 +186,11 @@ fn weights(graph: &ModelGraph, parts: usize) -> usize {
     kept.values().sum::<usize>() + whole.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0)
 }
 
-/// `58.0 MiB`, or `58.0 MiB of 132.0 MiB, shared by 4 ranks`.
+/// `58.0 MiB`, or `58.0 MiB of 132.0 MiB, sharded over 4 ranks`.
 pub fn share(weights: usize, whole: usize, parts: usize) -> String {
     match parts {
         1 => size(weights),
-        _ => format!("{} of {}, shared by {parts} ranks", size(weights), size(whole)),
+        _ => format!("{} of {}, sharded over {parts} ranks", size(weights), size(whole)),
     }
 }
 
@@ -215,7 +215,7 @@ impl fmt::Display for Plan {
             size(self.adapter),
             size(self.workspace)
         )?;
-        let how = if self.recomputed > 0 { "layers recomputed" } else { "values kept" };
+        let how = if self.recomputed > 0 { "layers recomputed" } else { "activations saved" };
         write!(f, "micro-batch {} tokens of {}, {how}", self.micro_batch_tokens, size(self.per_token))
     }
 }

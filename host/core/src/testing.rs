@@ -251,7 +251,7 @@ pub fn examples(vocab: usize, lengths: &[&[usize]], seed: u64) -> Result<Vec<Exa
     lengths.iter().map(|lengths| example(lengths)).collect()
 }
 
-/// `‖a − b‖ / ‖b‖`; NaN where a value is none.
+/// `‖a − b‖ / ‖b‖`; NaN where a value is.
 pub fn distance(a: &[f32], b: &[f32]) -> f64 {
     let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
     let difference = squares(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));

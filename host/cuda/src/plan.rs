@@ -96,7 +96,7 @@ pub struct GpuPlan {
 }
 
 impl GpuPlan {
-    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers shared by so many
+    /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers sharded over so many
     /// `ranks`; refuses what does not fit.
     pub fn new(
         graph: &ModelGraph,
@@ -254,17 +254,17 @@ fn answer_tokens(tokens: usize, share: f64) -> usize {
     ((tokens as f64 * share).ceil() as usize).next_multiple_of(8).max(8)
 }
 
-/// Such as `4 layers keep all their values, 24 layers keep those of matmuls`.
+/// Such as `4 layers save all activations, 24 layers save outputs of matmuls`.
 fn saved(levels: &[SavedActivations]) -> String {
     let names = [
-        (SavedActivations::All, "all their values"),
-        (SavedActivations::Matmuls, "those of matmuls"),
-        (SavedActivations::SmallMatmuls, "those of small matmuls"),
-        (SavedActivations::BlockInput, "their input"),
+        (SavedActivations::All, "all activations"),
+        (SavedActivations::Matmuls, "outputs of matmuls"),
+        (SavedActivations::SmallMatmuls, "outputs of small matmuls"),
+        (SavedActivations::BlockInput, "their input alone"),
     ];
     let counts = names.iter().map(|(level, n)| (levels.iter().filter(|l| *l == level).count(), n));
     let parts: Vec<String> =
-        counts.filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} layers keep {name}")).collect();
+        counts.filter(|(n, _)| *n > 0).map(|(n, name)| format!("{n} layers save {name}")).collect();
     parts.join(", ")
 }
 
@@ -277,17 +277,17 @@ impl fmt::Display for GpuPlan {
         };
         let shared = match self.ranks {
             1 => String::new(),
-            ranks => format!(", of {}: layers are shared by {ranks} ranks", size(self.whole)),
+            ranks => format!(", of {}: layers are sharded over {ranks} ranks", size(self.whole)),
         };
         let per_token = format!(
-            "{} a token, {} for the head; {} tokens at once",
+            "{} per token, {} for the head; micro-batches of {} tokens",
             size(self.per_token),
             size(self.head),
             self.micro_batch_tokens
         );
         for (name, bytes, note) in [
             ("weights", self.weights, format!("bf16, with the adapter's copy{shared}{table}")),
-            ("adapter", self.adapter, "parameters and gradient".into()),
+            ("adapter", self.adapter, "parameters and gradient in f32".into()),
             ("optimizer", self.optimizer, "moments".into()),
             ("values", self.values, per_token),
             ("batch", self.inputs, "ids, positions, places".into()),

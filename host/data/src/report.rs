@@ -391,7 +391,7 @@ impl Report {
             writeln!(f, "    {without} without an end, first {place}: the model would not learn to stop")?;
         }
         if token.is_some() && !stops {
-            writeln!(f, "    generation does not stop at that token: it is no eos_token of the checkpoint")?;
+            writeln!(f, "    generation does not stop at that token: it is not an eos_token of the checkpoint")?;
         }
         match &self.bos.token {
             None => writeln!(f, "  bos: the tokenizer has none")?,

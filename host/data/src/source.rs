@@ -105,7 +105,7 @@ fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
     let named = path.to_str().filter(|p| p.contains("::") && !path.exists());
     if let Some(text) = named {
         let name = Name::parse(text).ok_or_else(|| {
-            Error::input("is no file, and cannot be the name of a dataset").at(text).help("name it hf::owner/name")
+            Error::input("is not a file, and cannot be the name of a dataset").at(text).help("name it hf::owner/name")
         })?;
         // Parquet first: a repository that has its rows twice has them so without loss.
         let kinds: Vec<&str> = READERS.iter().rev().map(|(kind, _)| *kind).collect();
@@ -330,7 +330,7 @@ pub type Columns = BTreeMap<String, String>;
 pub fn parse_columns(text: &str) -> Result<Columns> {
     serde_json::from_str(text).map_err(|e| {
         let what = e.to_string();
-        Error::input(format!("is no map of columns: {what}"))
+        Error::input(format!("is not a map of columns: {what}"))
             .at("--columns")
             .help(r#"write --columns '{"theirs": "ours"}'"#)
     })

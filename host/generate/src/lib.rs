@@ -191,7 +191,7 @@ impl Generator {
     /// Goes on with an answer, by a token or by a part of its prompt; returns what it adds to the text, or `None` at the end.
     ///
     /// # Errors
-    /// What the device reports; logits that are no numbers.
+    /// What the device reports; logits that are NaN.
     pub fn step(&mut self, answer: &mut Answer) -> Result<Option<String>> {
         if answer.stop.is_some() {
             return Ok(None);

@@ -128,11 +128,12 @@ impl Sampler {
     /// The token after `before`, from its logits.
     ///
     /// # Errors
-    /// Logits that are no numbers.
+    /// Logits that are NaN.
     pub fn draw(&mut self, mut logits: Vec<f32>, before: &[u32]) -> Result<u32> {
         if logits.iter().any(|l| l.is_nan()) {
-            return Err(Error::run("the model's logits are no numbers")
-                .help("a weight of the model or of the adapter is broken"));
+            return Err(
+                Error::run("the model's logits are NaN").help("a weight of the model or of the adapter is broken")
+            );
         }
         let Sampling { temperature, top_p, top_k, repetition_penalty, .. } = self.sampling;
         if repetition_penalty != 1.0 {

@@ -171,7 +171,7 @@ impl Client {
             request = request.header("range", format!("bytes={from}-"));
         }
         let response = request.call().map_err(|e| match e {
-            ureq::Error::BadUri(what) => Failure::Final(Error::input(format!("{address} is no address: {what}"))),
+            ureq::Error::BadUri(what) => Failure::Final(Error::input(format!("{address} is not an address: {what}"))),
             e => passing(format!("{} does not answer: {e}", host(address))),
         })?;
         let status = response.status().as_u16();

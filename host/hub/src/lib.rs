@@ -85,7 +85,7 @@ pub fn model(name: &Name, need: Need) -> Result<PathBuf> {
         let (client, listing) = listing(name, Content::Model)?;
         let have = |file: &str| listing.files.iter().any(|f| f.path == file);
         if !have("config.json") {
-            let what = "is no model that transformers can read: it has no config.json";
+            let what = "is not a model that transformers can read: it has no config.json";
             return Err(Error::input(what).at(name.place()));
         }
         let beside = if need == Need::Config { &FILES[..1] } else { FILES };
@@ -218,8 +218,8 @@ fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
 fn listing(name: &Name, content: Content) -> Result<(Client, Listing)> {
     let client = Client::of(name.hub);
     let address = format!("{}{}", (name.hub.endpoint)(), (name.hub.listing)(name, content));
-    let said = client.json(&address).map_err(|e| e.at(name.place()))?;
-    let listing = protocol::listing(name, &said).map_err(|e| e.at(name.place()))?;
+    let reply = client.json(&address).map_err(|e| e.at(name.place()))?;
+    let listing = protocol::listing(name, &reply).map_err(|e| e.at(name.place()))?;
     Ok((client, listing))
 }
 

@@ -121,7 +121,7 @@ pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     }
     match Name::parse(model) {
         Some(name) if !name.is_inside() => crate::model(&name, need),
-        _ => Err(Error::input(format!("'{model}' is no folder, and cannot be the name of a model on a hub"))
+        _ => Err(Error::input(format!("'{model}' is not a folder, and cannot be the name of a model on a hub"))
             .at("--model")
             .help("name a folder, owner/name[@revision] of Hugging Face, or ms::owner/name of ModelScope")),
     }

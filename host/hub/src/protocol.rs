@@ -77,7 +77,7 @@ pub(super) const HUBS: &[Hub] = &[
             let kind = if content == Content::Dataset { "/datasets" } else { "" };
             format!("{kind}/{}/resolve/{commit}/{}", name.id, escaped(path, "/"))
         },
-        read: |_, said| {
+        read: |_, reply| {
             let file = |f: &Value| {
                 let sha256 = f.pointer("/lfs/sha256").and_then(Value::as_str).map(str::to_owned);
                 // Hugging Face's own tools name a blob by the ETag, which is this.
@@ -85,8 +85,8 @@ pub(super) const HUBS: &[Hub] = &[
                 let path = f.get("rfilename")?.as_str()?.to_owned();
                 Some(Remote { path, size: f.get("size").and_then(Value::as_u64), sha256, blob })
             };
-            let files = said.get("siblings")?.as_array()?.iter().map(file).collect::<Option<_>>()?;
-            Some(Listing { commit: said.get("sha")?.as_str()?.to_owned(), files })
+            let files = reply.get("siblings")?.as_array()?.iter().map(file).collect::<Option<_>>()?;
+            Some(Listing { commit: reply.get("sha")?.as_str()?.to_owned(), files })
         },
     },
     // modelscope/hub/api.py
@@ -110,14 +110,14 @@ pub(super) const HUBS: &[Hub] = &[
             let (commit, path) = (escaped(commit, ""), escaped(path, ""));
             format!("/api/v1/models/{}/repo?Revision={commit}&FilePath={path}", name.id)
         },
-        read: |name, said| {
+        read: |name, reply| {
             let file = |f: &Value| {
                 let sha256 = f.get("Sha256").and_then(Value::as_str).filter(|s| !s.is_empty()).map(str::to_owned);
                 let path = f.get("Path")?.as_str()?.to_owned();
                 let blob = sha256.clone().unwrap_or_default();
                 Some(Remote { path, size: f.get("Size").and_then(Value::as_u64), sha256, blob })
             };
-            let files = said.pointer("/Data/Files")?.as_array()?.iter().filter(|f| f["Type"] != "tree");
+            let files = reply.pointer("/Data/Files")?.as_array()?.iter().filter(|f| f["Type"] != "tree");
             Some(Listing { commit: name.revision.clone(), files: files.map(file).collect::<Option<_>>()? })
         },
     },
@@ -127,10 +127,10 @@ pub(super) const HUBS: &[Hub] = &[
 ///
 /// # Errors
 /// A list that reads otherwise, or that names a file beyond the folder it belongs into.
-pub(super) fn listing(name: &Name, said: &Value) -> Result<Listing> {
-    let listing = (name.hub.read)(name, said).ok_or_else(|| {
+pub(super) fn listing(name: &Name, reply: &Value) -> Result<Listing> {
+    let listing = (name.hub.read)(name, reply).ok_or_else(|| {
         let reason =
-            said.get("Message").or_else(|| said.get("error")).and_then(Value::as_str).unwrap_or("no list of files");
+            reply.get("Message").or_else(|| reply.get("error")).and_then(Value::as_str).unwrap_or("no list of files");
         Error::run(format!("an unknown kind of answer: {reason}"))
     })?;
     let hash = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric());

@@ -43,7 +43,7 @@ impl Runs {
             let mut found = Vec::new();
             find(root, DEPTH, &mut found);
             if found.is_empty() {
-                let what = if root.is_dir() { "holds no run" } else { "is no folder" };
+                let what = if root.is_dir() { "holds no run" } else { "is not a folder" };
                 return Err(Error::input(what)
                     .at(root.display())
                     .help("name the output folder of a `dpo-host train`, or a folder above some"));

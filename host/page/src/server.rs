@@ -97,7 +97,7 @@ impl Server {
             other => other.unwrap_or(ADDRESS).to_owned(),
         };
         let places: Vec<SocketAddr> = named.to_socket_addrs().map(Iterator::collect).map_err(|e| {
-            Error::input(format!("'{named}' is no address with a port: {e}"))
+            Error::input(format!("'{named}' is not an address with a port: {e}"))
                 .at(flag)
                 .help(format!("such as {ADDRESS}, or a port alone"))
         })?;
@@ -208,7 +208,7 @@ fn answer(head: &[u8], runs: &Runs, door: &Door, watchers: &Watchers) -> Answer 
     let mut request = httparse::Request::new(&mut headers);
     let whole = request.parse(head).is_ok_and(|s| s.is_complete());
     let (Some(method), Some(target), true) = (request.method, request.path, whole) else {
-        return refusal(400, "this is no request");
+        return refusal(400, "this is not a request");
     };
     if method != "GET" {
         return refusal(405, "this page is only read").with("allow: GET\r\n");

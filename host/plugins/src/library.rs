@@ -120,7 +120,7 @@ fn plugin_symbol(path: &Path) -> Result<String> {
     // Mach-O puts an underscore before every name.
     let found = names.map(|n| n.strip_prefix('_').unwrap_or(n)).find(|n| n.starts_with(SYMBOL_PREFIX));
     found.map(str::to_owned).ok_or_else(|| {
-        Error::input(format!("is no plugin: it exports no symbol {SYMBOL_PREFIX}*"))
+        Error::input(format!("is not a plugin: it exports no symbol {SYMBOL_PREFIX}*"))
             .help("export one with plugin! { … }")
     })
 }

@@ -84,7 +84,7 @@ impl Group {
         // The port is free again when rank 0 takes it.
         let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).map_err(failed)?.port();
         let threads = rayon::current_num_threads();
-        let said = Arc::default();
+        let printed = Arc::default();
         let mut group = Group { ranks: Vec::new(), ended: Vec::new(), stderr_readers: Vec::new() };
         for rank in 0..size {
             let mut command = Command::new(std::env::current_exe().map_err(failed)?);
@@ -105,8 +105,10 @@ impl Group {
             }
             let mut child = command.spawn().map_err(failed)?;
             if let Some(stderr) = child.stderr.take() {
-                let said = Arc::clone(&said);
-                group.stderr_readers.push(thread::spawn(move || forward_stderr(rank, BufReader::new(stderr), &said)));
+                let printed = Arc::clone(&printed);
+                group
+                    .stderr_readers
+                    .push(thread::spawn(move || forward_stderr(rank, BufReader::new(stderr), &printed)));
             }
             group.ranks.push(child);
         }
@@ -189,13 +191,13 @@ impl Drop for Group {
     }
 }
 
-/// Passes on what a rank prints and no rank before it has `said`: what happens to all is read once.
-fn forward_stderr(rank: usize, mut lines: impl BufRead, said: &Mutex<HashSet<Vec<u8>>>) {
+/// Passes on what a rank prints and no rank before it has `printed`: what happens to all is read once.
+fn forward_stderr(rank: usize, mut lines: impl BufRead, printed: &Mutex<HashSet<Vec<u8>>>) {
     let mut line = Vec::new();
     while lines.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
         let line = std::mem::take(&mut line);
         let text = format!("rank {rank}: {}", String::from_utf8_lossy(&line).trim_end());
-        if said.lock().unwrap_or_else(PoisonError::into_inner).insert(line) {
+        if printed.lock().unwrap_or_else(PoisonError::into_inner).insert(line) {
             eprintln!("{text}");
         }
     }

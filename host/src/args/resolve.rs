@@ -25,7 +25,7 @@ pub(crate) fn command_at(args: &[String]) -> Option<usize> {
 pub(crate) fn resolve(mut args: Vec<String>, cli: &mut Command) -> Result<Flags> {
     let train = command_at(&args).filter(|at| args[*at] == "train");
     let Some(at) = train else { return Ok(Flags { args, notes: Vec::new() }) };
-    let (files, said): (Vec<Flag>, Vec<Flag>) =
+    let (files, given): (Vec<Flag>, Vec<Flag>) =
         groups(&args.split_off(at + 1)).into_iter().partition(|flag| flag.name == "--config");
     let written = match files.as_slice() {
         [] => Vec::new(),
@@ -33,13 +33,13 @@ pub(crate) fn resolve(mut args: Vec<String>, cli: &mut Command) -> Result<Flags>
         [_] => return Err(Error::input("needs a file").at("--config").help("--config run.toml, or a run's args.json")),
         _ => return Err(Error::input("is given twice").at("--config").help("put what the files share into one")),
     };
-    let (mut flags, notes) = swift::translate(written.into_iter().chain(said).collect())?;
+    let (mut flags, notes) = swift::translate(written.into_iter().chain(given).collect())?;
     // Flags of all commands, such as --quiet, are known to a command once it is built.
     cli.build();
     if let Some(command) = cli.find_subcommand("train") {
-        let said: Vec<&Arg> =
+        let given: Vec<&Arg> =
             flags.iter().filter(|f| f.place.is_none()).filter_map(|f| known(command, &f.name)).collect();
-        let overruled = |f: &Flag| f.place.is_some() && known(command, &f.name).is_some_and(|a| said.contains(&a));
+        let overruled = |f: &Flag| f.place.is_some() && known(command, &f.name).is_some_and(|a| given.contains(&a));
         let from_files = |flag: Flag| match flag.place.clone() {
             Some(place) => check(command, flag).map_err(|e| e.at(place)).transpose(),
             None => Some(Ok(flag)),

@@ -41,7 +41,7 @@ pub(crate) struct EvalOptions {
     /// PEFT adapter; rewards are against the model without it. Without an adapter the model itself is scored
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// What is computed; what is not said is as in the run of the adapter
+    /// The loss; options that are not given are those of the run that the adapter is from
     #[command(flatten)]
     loss: LossArgs,
     /// Fields whose flags were given
@@ -142,7 +142,7 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
     let numbers = [("--beta", loss.beta), ("--rpo-alpha", loss.rpo_alpha), ("--ld-alpha", loss.ld_alpha)];
     let numbers: Vec<String> = numbers.iter().filter_map(|(name, x)| Some(format!(" {name} {}", (*x)?))).collect();
     console::line(format!(
-        "loss        {}{}, what was not said as in {}",
+        "loss        {}{}, other options taken from {}",
         loss.names.join(" "),
         numbers.concat(),
         args.display()

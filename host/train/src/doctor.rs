@@ -12,11 +12,11 @@ const RECENT: usize = 10;
 /// and more.
 const NO_GRADIENT: f64 = 1e-4;
 
-/// Remembers what it has said and what it has seen.
+/// Remembers what it has reported and what it has seen.
 #[derive(Default)]
 pub(super) struct Doctor {
     seen: Seen,
-    said: Vec<&'static str>,
+    reported: Vec<&'static str>,
 }
 
 /// Numbers of a logged step.
@@ -113,7 +113,7 @@ const RULES: &[Rule] = &[
     (
         "validation pairs get worse while training pairs get better",
         |s| s.evaluation.is_some_and(|[now, least]| now > 1.1 * least && s.now.loss < least),
-        "the model learns the pairs by heart: take an earlier checkpoint, lower --num-epochs or --learning-rate, or add data",
+        "overfitting: take an earlier checkpoint, lower --num-epochs or --learning-rate, or add data",
     ),
     (
         "the loss is close to zero: there is nothing left to learn",
@@ -164,10 +164,10 @@ impl Doctor {
         let new = RULES.iter().filter(|(what, holds, _)| {
             // A learning rate of 0, as in warm-up and at the end, explains a flat line by itself.
             let learns = self.seen.now.learning_rate > 0.0;
-            learns && !self.said.contains(what) && holds(&self.seen)
+            learns && !self.reported.contains(what) && holds(&self.seen)
         });
         let new: Vec<_> = new.collect();
-        self.said.extend(new.iter().map(|(what, ..)| *what));
+        self.reported.extend(new.iter().map(|(what, ..)| *what));
         new.into_iter().map(|(what, _, help)| Remark::from(*what).help(*help)).collect()
     }
 }
@@ -188,8 +188,8 @@ mod tests {
             "rewards/rejected": rejected, "learning_rate": rate})
     }
 
-    /// What is said of these lines, as the whole of a run.
-    fn said(lines: &[Value]) -> Vec<String> {
+    /// What is reported of these lines, as the whole of a run.
+    fn reported(lines: &[Value]) -> Vec<String> {
         let mut doctor = Doctor::default();
         let look = |(at, line): (usize, &Value)| doctor.look(line.as_object().unwrap(), at + 1 == lines.len());
         let all: Vec<Remark> = lines.iter().enumerate().flat_map(look).collect();
@@ -205,45 +205,48 @@ mod tests {
     #[test]
     fn a_run_that_learns_is_left_alone() {
         let quick = (0..40).map(|n| 0.06 * f64::from(n));
-        assert_eq!(said(&of_margins(quick)), NOTHING);
+        assert_eq!(reported(&of_margins(quick)), NOTHING);
         // So slowly that the loss is within 3% of ln 2 all the time, and unevenly.
         let slow = (0..60).map(|n| 6e-4 * f64::from(n) + if n % 3 == 2 { 2e-3 } else { 0.0 });
-        assert_eq!(said(&of_margins(slow)), NOTHING);
+        assert_eq!(reported(&of_margins(slow)), NOTHING);
         // One step, from which nothing follows.
-        assert_eq!(said(&of_margins([0.0])), NOTHING);
+        assert_eq!(reported(&of_margins([0.0])), NOTHING);
         // A long warm-up, after which it learns.
         let warm_up = (0..40).map(|n| line(0.02 * f64::from(n - 20).max(0.0), 1e-6 * f64::from(n.min(25))));
-        assert_eq!(said(&warm_up.collect::<Vec<_>>()), NOTHING);
+        assert_eq!(reported(&warm_up.collect::<Vec<_>>()), NOTHING);
         // Without a reference, rewards are log-probs, and those of a batch of long answers are low.
         let bare = (0..20).map(|n| {
             let mut line = line(0.05 * f64::from(n), 1e-4);
             line["rewards/chosen"] = json!(if n < 5 { -10.0 } else { -30.0 });
             line
         });
-        assert_eq!(said(&bare.collect::<Vec<_>>()), NOTHING);
+        assert_eq!(reported(&bare.collect::<Vec<_>>()), NOTHING);
     }
 
     #[test]
     fn every_sign_is_named_once() {
         let flat = of_margins([0.0, 0.002, 0.005]);
-        assert_eq!(said(&flat), ["the margin between chosen and rejected stays flat"]);
+        assert_eq!(reported(&flat), ["the margin between chosen and rejected stays flat"]);
         let mut still = of_margins([0.0; 12]);
         still.iter_mut().for_each(|line| line["grad_norm"] = json!(8e-6));
-        assert_eq!(said(&still), ["the gradient is zero: nothing is being learned"]);
+        assert_eq!(reported(&still), ["the gradient is zero: nothing is being learned"]);
         let rising = of_margins((0..12).map(|n| -0.2 * f64::from(n)));
-        assert_eq!(said(&rising), ["the loss is rising above where it began"]);
+        assert_eq!(reported(&rising), ["the loss is rising above where it began"]);
         let wavers = of_margins([0.0].into_iter().chain((0..30).map(|n| if n % 2 == 0 { 0.05 } else { -0.05 })));
-        assert_eq!(said(&wavers), ["the loss goes up and down around where it began"]);
+        assert_eq!(reported(&wavers), ["the loss goes up and down around where it began"]);
         let mut both = of_margins((0..20).map(|n| 0.05 * f64::from(n)));
         both.iter_mut().enumerate().for_each(|(n, line)| line["rewards/chosen"] = json!(-0.2 * n as f64));
-        assert_eq!(said(&both), ["both answers become less likely, the chosen one too"]);
+        assert_eq!(reported(&both), ["both answers become less likely, the chosen one too"]);
         let heart = (0..12).flat_map(|n: i32| {
             let evaluation = json!({"eval_loss": 0.6 + 0.03 * f64::from((n - 3).abs())});
             [line(0.1 * f64::from(n), 1e-4), evaluation]
         });
-        assert_eq!(said(&heart.collect::<Vec<_>>()), ["validation pairs get worse while training pairs get better"]);
+        assert_eq!(
+            reported(&heart.collect::<Vec<_>>()),
+            ["validation pairs get worse while training pairs get better"]
+        );
         let done = of_margins((0..8).map(|n| 2.0 * f64::from(n)));
-        assert_eq!(said(&done), ["the loss is close to zero: there is nothing left to learn"]);
+        assert_eq!(reported(&done), ["the loss is close to zero: there is nothing left to learn"]);
     }
 
     #[test]

@@ -98,7 +98,7 @@ impl Adapted {
     }
 }
 
-/// Only what is no number stays so when multiplied by zero.
+/// Only NaN and infinity do not become zero when multiplied by zero.
 fn refuse_infinite(values: &Tensor) -> Result<()> {
     let zero: f32 = values.to_dtype(DType::F32)?.affine(0.0, 0.0)?.sum_all()?.to_scalar()?;
     if zero == 0.0 {

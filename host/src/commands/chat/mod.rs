@@ -36,13 +36,13 @@ pub(crate) struct ChatOptions {
     /// Model family; by default the one that claims the architecture
     #[arg(long, value_name = "NAME")]
     plugin: Option<String>,
-    /// Show what the model answers without the adapter, too
+    /// Also show the answers of the base model, without the adapter
     #[arg(long, requires = "adapter")]
     compare: bool,
-    /// What the model is told beforehand
+    /// System prompt
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
-    /// Answer these, each as a conversation of its own, and end. Without it, lines of stdin are the turns of one conversation
+    /// Prompts to answer, each in a conversation of its own. Without it, lines of stdin are the turns of one conversation
     #[arg(long, value_name = "TEXT", num_args = 1..)]
     prompt: Vec<String>,
     /// Print an object a prompt: {"prompt", "base", "tuned"}, each answer with its text, its tokens and why it ended
