@@ -237,6 +237,8 @@ impl Program {
 
 /// Bytes of what a batch brings with it: ids, positions, places, tiles, targets, tables.
 pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> usize {
-    let widest = lowered.tables.iter().map(|t| t.bytes).max().unwrap_or(0);
-    tokens * (4 + 4 + 4 + 4 + 32 + widest * 2) + answers * 4 * 6 + (1 << 20)
+    let bytes = || lowered.tables.iter().map(|t| t.bytes);
+    // All tables, and room for two of the widest at least.
+    let tables = bytes().sum::<usize>().max(bytes().max().unwrap_or(0) * 2);
+    tokens * (4 + 4 + 4 + 4 + 32 + tables) + answers * 4 * 6 + (1 << 20)
 }
