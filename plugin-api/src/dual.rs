@@ -5,7 +5,8 @@
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use crate::loss::MAX_ANSWERS;
+/// Most answers of an example.
+pub const MAX_ANSWERS: usize = 16;
 
 /// Inputs that a loss is differentiated by: of every answer its weighted sum, then of every answer its plain sum.
 pub(crate) const INPUTS: usize = 2 * MAX_ANSWERS;

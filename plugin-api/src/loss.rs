@@ -7,10 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::dual::Dual;
+pub use crate::dual::MAX_ANSWERS;
 use crate::{Error, Result, bail};
-
-/// Most answers of an example.
-pub const MAX_ANSWERS: usize = 16;
 
 /// Most statistics a loss may ask for.
 pub const MAX_STATISTICS: usize = 4;

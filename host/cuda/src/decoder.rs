@@ -5,8 +5,8 @@ use indicatif::ProgressBar;
 
 use super::engine::CudaDevice;
 use super::gpu::{Gpu, Memory, View};
+use super::loading::Source;
 use super::plan::{GpuPlan, Room};
-use super::weights::loading::Source;
 use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;

@@ -36,9 +36,9 @@ pub use backend::Cuda;
 pub use decoder::CudaDecoder;
 pub use engine::CudaDevice;
 pub use gpu::{Gpu, count, driver_version};
+pub use loading::{Given, Source};
 pub use nccl::Nccl;
 pub use plan::{GpuPlan, Room};
-pub use weights::loading::{Given, Source};
 
 use dpo_core::console::{self, Remark};
 use dpo_core::error::Result;

@@ -1,7 +1,6 @@
-//! Frozen weights on the GPU, as the steps of a program read them: stacked matrices, vectors, tables. How they are loaded is said
-//! in `loading`; where layers lie, all here or a part on every rank, in `store` and `shard`.
+//! Frozen weights on the GPU, as the steps of a program read them: stacked matrices, vectors, tables. Where layers lie, all here
+//! or a part on every rank, is said in `store` and `shard`; how they are loaded, in `loading` beside this room.
 
-pub(super) mod loading;
 mod shard;
 mod stack;
 mod store;
