@@ -151,7 +151,7 @@ fn what_cannot_be_served_is_one_clear_line() {
         .refuses(&["ui", &run, "--listen", "nowhere"], &["'nowhere' is not an address with a port", "help: such as"]);
     fs::create_dir(sandbox.path("empty")).unwrap();
     sandbox.refuses(&["ui", &sandbox.path("empty")], &["empty: holds no run", "help: "]);
-    sandbox.refuses(&["ui", &sandbox.path("missing")], &["missing: is no folder", "help: "]);
+    sandbox.refuses(&["ui", &sandbox.path("missing")], &["missing: is not a folder", "help: "]);
     let (model, rows) = (case("model"), case("prefs.jsonl"));
     sandbox.refuses(&train(&model, &rows, "other", &["--dashboard", &address]), &["--dashboard: cannot listen at"]);
     assert!(!Path::new(&sandbox.path("other")).exists(), "a run was begun");

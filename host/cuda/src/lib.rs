@@ -19,6 +19,7 @@ pub mod kernels;
 mod launch;
 pub mod libraries;
 mod liveness;
+mod loading;
 mod lowered;
 mod lowering;
 mod nccl;

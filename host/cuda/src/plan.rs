@@ -297,7 +297,7 @@ impl fmt::Display for GpuPlan {
             writeln!(f, "  {name:<10}{:>10}  {note}", size(bytes))?;
         }
         let again = match self.again {
-            again if again > 0.0005 => format!("; computing again takes {:.1}% of a step", again * 100.0),
+            again if again > 0.0005 => format!("; recomputing activations takes {:.1}% of a step", again * 100.0),
             _ => String::new(),
         };
         write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, saved(&self.saved[0]))?;

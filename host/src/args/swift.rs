@@ -36,7 +36,7 @@ const IGNORED: &[(&str, &str)] = &[
     ("attn_impl", "there is one attention"),
     ("use_liger_kernel", "the head never makes a logits tensor"),
     ("padding_free", "batches have no padding"),
-    ("packing", "pairs are always packed"),
+    ("packing", "examples are always packed"),
     ("logging_first_step", "the first step is always logged"),
     ("report_to", "logging.jsonl is always written"),
     ("ddp_find_unused_parameters", "every parameter of the adapter is used"),

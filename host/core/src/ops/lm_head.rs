@@ -61,7 +61,7 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: boo
     let vocab = weight.dim(0)?;
     let rows = (LOGITS / vocab.max(1)).max(1);
     let mut all = Head { logps: Vec::new(), statistics: Default::default(), grads: None };
-    let mut slope_chunks = Vec::new();
+    let mut grad_chunks = Vec::new();
     for (index, targets) in targets.chunks(rows).enumerate() {
         let h = hidden.narrow(0, index * rows, targets.len())?;
         let logits = h.matmul(&weight.t()?)?;
@@ -80,11 +80,11 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: boo
             let inverse = Tensor::from_vec(inverse, (targets.len(), 1), &Device::Cpu)?;
             let expected = exps.matmul(weight)?.broadcast_mul(&inverse)?;
             let own = weight.index_select(&Tensor::new(targets, &Device::Cpu)?, 0)?;
-            slope_chunks.push((own - expected)?);
+            grad_chunks.push((own - expected)?);
         }
     }
-    if grads && !slope_chunks.is_empty() {
-        all.grads = Some(Tensor::cat(&slope_chunks, 0)?);
+    if grads && !grad_chunks.is_empty() {
+        all.grads = Some(Tensor::cat(&grad_chunks, 0)?);
     }
     Ok(all)
 }
