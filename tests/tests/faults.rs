@@ -426,8 +426,13 @@ fn another_run_is_not_resumed_and_what_differs_is_named() {
     for (flags, text) in refused {
         says(&sandbox, &train(&output, &[&SHORT, &LATEST, flags]), 2, &["is of another run: ", text]);
     }
-    let same: [&[&str]; 4] = [
-        &["--micro-batch-tokens", "64"],
+    says(
+        &sandbox,
+        &train(&output, &[&SHORT, &LATEST, &["--micro-batch-tokens", "64"]]),
+        2,
+        &["--micro-batch-tokens: is 64; the run that is resumed has 8192"],
+    );
+    let same: [&[&str]; 3] = [
         &["--recompute", "true", "--gpu-memory", "8GiB"],
         &["--model", &moved],
         &["--save-steps", "3", "--logging-steps", "2"],

@@ -144,7 +144,7 @@ fn refusals_say_what_to_do() {
     says(&eval(&s, &hub, "tiny/missing", &[]), 2, &["tiny/missing@main on Hugging Face", "404"]);
     says(&eval(&s, &hub, "ms::tiny/missing", &[]), 2, &["tiny/missing@master on ModelScope", "404"]);
     for no_name in ["./nowhere", "a/b/c", "a/..", "../b", "xx::a/b", "name"] {
-        says(&eval(&s, &hub, no_name, &[]), 2, &["--model", no_name, "no folder"]);
+        says(&eval(&s, &hub, no_name, &[]), 2, &["--model", no_name, "is not a folder"]);
     }
     hub.state.lock().unwrap().token = Some("let-me-in".into());
     says(&eval(&s, &hub, "tiny/qwen2", &[]), 2, &["401", "HF_TOKEN"]);

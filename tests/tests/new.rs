@@ -11,6 +11,13 @@ use dpo_tests::nested::{cargo, target_folder};
 #[test]
 fn a_new_crate_builds_passes_its_tests_and_loads() {
     let folder = tempfile::tempdir().unwrap();
+    // A library is loaded once under its path, so one that an earlier test run has built would hide the new one.
+    let libraries = std::fs::read_dir(target_folder().join("release")).into_iter().flatten().map(|e| e.unwrap().path());
+    for stale in
+        libraries.filter(|p| p.extension().is_some_and(|e| e == "so") && p.to_string_lossy().contains("scaffold"))
+    {
+        std::fs::remove_file(stale).unwrap();
+    }
     for (kind, word, name) in [
         (Kind::Model, "model", "scaffold-model"),
         (Kind::Format, "dataset", "scaffold-format"),

@@ -28,6 +28,7 @@ mod optimizer;
 mod plan;
 mod program;
 mod saved;
+mod sum;
 #[cfg(test)]
 mod tests;
 mod warm_up;

@@ -7,8 +7,8 @@ use dpo_plugin_api::graph::{Block, Node};
 
 use super::arena::padded;
 use super::launch::BatchTable;
-use super::ops::sum::{copy, sum};
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
+use super::sum::{copy, sum};
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;

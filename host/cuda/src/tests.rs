@@ -431,7 +431,7 @@ fn every_op_of_the_cpu_is_known() {
 #[test]
 fn a_step_that_overwrites_what_is_still_read_is_refused() {
     use super::lowering::{CudaOp, Frame};
-    use super::ops::{find, sum::sum};
+    use super::{ops::find, sum::sum};
     static RASH: CudaOp = CudaOp::new(
         "rope",
         |l, index| {

@@ -1,6 +1,6 @@
 //! `a + b`. A step that makes one of them may add the other itself.
 
-use super::sum::sum;
+use super::super::sum::sum;
 use super::{CudaOp, Epilogue, Lowering};
 use dpo_core::error::Result;
 

@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::graph::Node;
 
-use super::sum::copy_rows;
+use super::super::sum::copy_rows;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Launch, Lowering, Recompute, Slice, Source, Step,
     Variant, View, count, number,

@@ -11,7 +11,6 @@ pub(super) mod lm_head;
 mod rms_norm;
 mod rope;
 mod scale;
-pub(super) mod sum;
 
 // What files of ops are written with.
 use super::blas::{Matmul, Operands};
@@ -42,7 +41,7 @@ pub(super) const OPS: &[CudaOp] = &[
 
 /// Their sources.
 pub(super) const SOURCES: &[&Source] = &[
-    &sum::SOURCE,
+    &super::sum::SOURCE,
     &attention::SOURCE,
     &embedding::SOURCE,
     &glu::SOURCE,

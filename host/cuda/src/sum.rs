@@ -1,6 +1,9 @@
 //! Steps that every lowering needs: a copy, and the sum of two values or of two parts of a gradient.
 
-use super::{Args, Execute, Launch, Slice, Source, Step, View};
+use super::gpu::{Args, View};
+use super::kernels::Source;
+use super::launch::Launch;
+use super::program::{Execute, Slice, Step};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source::plain("sum", include_str!("sum.cu"), &["add", "copy"]);
@@ -30,7 +33,7 @@ impl Execute for Sum {
     }
 
     #[cfg(test)]
-    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+    fn emulate(&self, on: &mut super::tests::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         on.each_row(reads, writes, |_, read, write| {
             write[0] = read[0].iter().zip(&read[1]).map(|(a, b)| a + b).collect();
         });
@@ -48,7 +51,7 @@ impl Execute for Copy {
     }
 
     #[cfg(test)]
-    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+    fn emulate(&self, on: &mut super::tests::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         on.each_row(reads, writes, |_, read, write| write[0] = read[0].clone());
     }
 }
