@@ -3,8 +3,8 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
+use crate::logprobs::STATISTICS;
 use crate::ops;
-use crate::ops::lm_head::STATISTICS;
 
 /// Features of graphs and manifests that this host has, for plugins that name what they require.
 const FEATURES: &[&str] = &[];

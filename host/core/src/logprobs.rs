@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::example::Example;
-use crate::ops::lm_head::STATISTICS;
 
 /// Where the tokens of every answer of every example lie in a flat array.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +69,10 @@ impl AnswerOffsets {
         offsets
     }
 }
+
+/// What is known of an answer token beside its log-prob: `ln Σ_v p[v]²`, which WPO calls its alignment term (Zhou et al. 2024,
+/// eq. 2).
+pub const STATISTICS: [&str; 1] = ["log_sum_sq_probs"];
 
 /// Log-probs of answer tokens, flat, with further [`STATISTICS`] of them.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -12,8 +12,8 @@ use dpo_core::device::Device;
 use dpo_core::error::Result;
 use dpo_core::example::Example;
 use dpo_core::files;
+use dpo_core::logprobs::STATISTICS;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
-use dpo_core::ops::lm_head::STATISTICS;
 
 /// Changed whenever the same inputs would give other numbers or another file.
 const FORMAT: &str = "reference log-probs 2";

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::{Kernel, Op, Presence, weight_shape};
 use crate::error::{Error, Result};
+use crate::logprobs::STATISTICS;
 
 pub(super) const OP: Op = Op {
     name: "lm_head",
@@ -30,10 +31,6 @@ const LOGITS: usize = 1 << 22;
 pub fn workspace(vocab: usize) -> usize {
     4 * size_of::<f32>() * LOGITS.max(vocab)
 }
-
-/// What is known of an answer token beside its log-prob: `ln Σ_v p[v]²`, which WPO calls its alignment term (Zhou et al. 2024,
-/// eq. 2).
-pub const STATISTICS: [&str; 1] = ["log_sum_sq_probs"];
 
 /// What the head makes of hidden rows.
 pub struct Head {
