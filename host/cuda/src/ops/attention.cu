@@ -249,12 +249,22 @@ struct Softmax {
 #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
-                bend(p[n][i], s);
-                if (!whole && !visible(t, starts[from - t.first], from, to, s.window)) p[n][i] = -1e30f;
-                top[i / 2] = fmaxf(top[i / 2], p[n][i]);
-            }
+            for (int i = 0; i < 4; i++) bend(p[n][i], s);
+        // A branch of its own: most tiles are seen whole, and then this costs nothing.
+        if (!whole) {
+            int own = mine + lane / 4, begins[2] = {starts[own], starts[own + 8]};
+#pragma unroll
+            for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    int from = t.first + own + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
+                    if (!visible(t, begins[i / 2], from, to, s.window)) p[n][i] = -1e30f;
+                }
+        }
+#pragma unroll
+        for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) top[i / 2] = fmaxf(top[i / 2], p[n][i]);
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
