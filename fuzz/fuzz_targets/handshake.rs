@@ -72,7 +72,7 @@ fuzz_target!(|data: &[u8]| {
         1 => assert!(call(&mut line(data, None), &secret, &me()).is_err(), "a stranger was taken for a rank"),
         2 => {
             let opening = [&MAGIC[..], &[7; 32]].concat();
-            if let Ok(hello) = answer(&mut line(&opening, Some((&secret, data))), &secret, |hello| me().judge(hello)) {
+            if let Ok(hello) = answer(&mut line(&opening, Some((&secret, data))), &secret, |hello| me().check(hello)) {
                 assert!(hello.rank < 3 && hello.rank != 0, "{hello:?} was let in");
                 assert!(hello.purpose == Purpose::Join || hello.rank == 2, "{hello:?} was let in");
             }
