@@ -14,7 +14,7 @@ use dpo_core::memory::size;
 use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
 
-/// Tokens of a text that are remembered at most, where memory has room for more.
+/// Tokens of a text that are cached at most, where memory has room for more.
 const MOST: usize = 32 << 10;
 
 /// One GPU, in bf16.
@@ -27,7 +27,7 @@ pub struct CudaDecoder {
     most: usize,
 }
 
-/// What is remembered of a variant's text.
+/// The KV cache of a variant's text.
 struct Text {
     /// Keys `[tokens, columns]` and as many values of every layer, one after the other.
     memory: Memory,
@@ -100,12 +100,12 @@ impl Decoder for CudaDecoder {
             )));
         }
         let (address, cached) = (text.memory.address, text.tokens);
-        let remembered = |layer: usize| {
+        let cache = |layer: usize| {
             let (before, width) = rows[layer];
             let keys = address + (before * most * 2) as u64;
             [keys, keys + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 })
         };
-        let logits = self.device.continue_text(ids, cached, remembered, variant == Variant::Tuned)?;
+        let logits = self.device.continue_text(ids, cached, cache, variant == Variant::Tuned)?;
         self.texts[at].tokens += ids.len();
         Ok(logits)
     }
