@@ -57,7 +57,7 @@ fn discover(folder: &Path) -> Value {
 #[test]
 fn child() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
-    let registry = Registry::discover(&[folder.into()]);
+    let registry = Registry::discover(&[folder.into()], None);
     let evals = registry.losses.iter().map(|loss| {
         let (logps, ones) = (RSlice::from_slice(&[-1.0_f32, -2.0]), RSlice::from_slice(&[1.0_f32; 2]));
         let answer = |label| RawAnswer {

@@ -30,13 +30,6 @@ pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
     path.parent().map_or(Ok(()), sync_folder)
 }
 
-/// Refuses a folder that cannot be written, before any work is done for it. It need not be there yet.
-pub fn refuse_unwritable(folder: &Path) -> Result<()> {
-    let there = folder.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
-    let probe = there.join(format!(".dpo-host.{}.tmp", std::process::id()));
-    File::create(&probe).and_then(|_| fs::remove_file(&probe)).writing(folder)
-}
-
 /// Writes a folder beside its place and renames it, so that what is there under its name is whole. The place is new or an empty
 /// folder.
 pub fn write_folder(place: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {

@@ -87,7 +87,7 @@ fn check_name(kind: Kind, name: &str) -> Result<()> {
         return Err(Error::input(format!("'{name}' cannot be the name of a plugin"))
             .help("a lower-case letter, then lower-case letters, digits, '-' and '_'"));
     }
-    let registry = Registry::discover(&[]);
+    let registry = Registry::discover(&[], None);
     match registry.rows.iter().find(|r| r.kind == kind.listed_as() && r.name == name) {
         Some(taken) => Err(Error::input(format!("the {} name '{name}' is taken", kind.word()))
             .help(format!("by {} ({}); choose another", taken.package, taken.origin))),

@@ -252,7 +252,12 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let folder = model::locate(&config.model, Need::Weights)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
     let output = dpo_train::output_of(&config.output, &folder)?;
-    ranks::launch(args.gpus, &["--output-dir".into(), output.into()], args.max_restarts)
+    let ended = ranks::launch(args.gpus, &["--output-dir".into(), output.clone().into()], args.max_restarts);
+    if ended.is_err() && config.output.dir.is_none() {
+        // Only an empty folder is removed: one whose run was refused.
+        let _ = std::fs::remove_dir(&output);
+    }
+    ended
 }
 
 impl TrainArgs {

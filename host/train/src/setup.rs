@@ -47,9 +47,12 @@ pub fn train(
     let model = Model::open(registry, &folder, config.plugin.as_deref())?;
     let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
+    let mut claim = None;
     let RunDir { output, resumed } = group.broadcast_from_first(|| {
         server = serve(&config.dashboard, attempt)?;
-        RunDir::of(&config.output, &folder, attempt)
+        let (folder, claimed) = RunDir::claim(&config.output, &folder, attempt)?;
+        claim = Some(claimed);
+        Ok(folder)
     })?;
     let watchers = server.map(|server| {
         console::line(format!("dashboard   {}", server.url()));
@@ -121,6 +124,7 @@ pub fn train(
     run.train()?;
     let output = finish(registry, run, &checkpoint, backend)?;
     watchers.iter().for_each(Watchers::farewell);
+    drop(claim);
     Ok(output)
 }
 
