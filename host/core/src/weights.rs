@@ -96,13 +96,23 @@ impl Checkpoint {
         Ok(Checkpoint { shards, tensors, folder: folder.to_owned() })
     }
 
-    /// Refuses tensors that the graph does not read, but for those it names as unused.
-    pub fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
+    /// Opens the checkpoint of a graph: it has every tensor of it in its shape, and no other but those that the graph names as
+    /// unused. Only headers are read, so that nothing is allocated for sizes that a config alone states.
+    pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::open(folder)?;
         let mut needed: Vec<String> = Vec::new();
         for (_, prefix, nodes) in blocks(graph) {
-            needed.extend(nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
+            for weight in nodes.iter().flat_map(|n| &n.weights) {
+                checkpoint.raw(prefix, weight)?;
+                needed.push(format!("{prefix}{}", weight.tensor));
+            }
         }
         needed.sort();
+        checkpoint.refuse_extra(graph, &needed)?;
+        Ok(checkpoint)
+    }
+
+    fn refuse_extra(&self, graph: &ModelGraph, needed: &[String]) -> Result<()> {
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
         match self.tensors.iter().find(|(n, _)| needed.binary_search(n).is_err() && !unused(n)) {
             Some((name, shard)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))

@@ -58,12 +58,11 @@ pub fn train(
         console::line(format!("dashboard   {}", server.url()));
         server.serve_beside(Runs::one(&output))
     });
+    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let adapter = starting_adapter(&model, &config)?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let wanted = objective.wanted()?;
     let Data { examples, validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
-    let checkpoint = Checkpoint::open(&folder)?;
-    checkpoint.refuse_extra(&model.graph)?;
     console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
     let content = format!("{}{}", checkpoint.content()?, model.config);
     let mut settings = settings::decisive(&config.flags, &content, &adapter, &examples);

@@ -12,12 +12,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
+use crate::memory::{self, free_memory};
 use crate::ops::Lora;
 use crate::weights::{BlockId, blocks};
 
 pub use merge::merge;
 pub use peft::{AdapterConfig, base_model, read_config};
 pub use target::Targets;
+
+/// No linear is as wide; products of a rank and the widths of a model stay far from the end of the numbers.
+pub(crate) const MOST_RANK: usize = 1 << 16;
 
 /// A linear that is adapted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,8 +52,20 @@ pub struct Adapter {
 impl Adapter {
     /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
     pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
+        if !(1..=MOST_RANK).contains(&config.rank) {
+            let what = format!("should be from 1 to {MOST_RANK}, not {}", config.rank);
+            return Err(Error::input(what).at("--lora-rank").help("8 to 64 is usual"));
+        }
         let sites = sites(graph, &config)?;
-        let mut adapter = Adapter { params: vec![0.0; size(&sites, config.rank)], sites, config };
+        let parameters = size(&sites, config.rank);
+        // With its gradient and the two moments of AdamW.
+        let bytes = parameters.saturating_mul(4 * size_of::<f32>());
+        if let Some(free) = free_memory().filter(|free| bytes > *free) {
+            let (needs, free) = (memory::size(bytes), memory::size(free));
+            let what = format!("an adapter of rank {} needs {needs} to be trained, there are {free}", config.rank);
+            return Err(Error::input(what).at("--lora-rank").help("lower it: 8 to 64 is usual"));
+        }
+        let mut adapter = Adapter { params: vec![0.0; parameters], sites, config };
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for site in &adapter.sites {
             let bound = (site.inputs as f32).powf(-0.5);
@@ -102,6 +118,7 @@ impl Adapter {
     }
 }
 
+/// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
 fn size(sites: &[Site], rank: usize) -> usize {
     sites.last().map_or(0, |s| s.offset + rank * (s.inputs + s.outputs))
 }
@@ -116,6 +133,11 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
             let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
             if config.targets.name(&module) {
+                // An adapter's file names parameters by module.
+                if sites.iter().any(|s: &Site| s.module == module) {
+                    return Err(Error::input(format!("the graph has two linears of the name '{module}'"))
+                        .help("a linear that a model uses twice cannot be adapted: leave it out of the target modules"));
+                }
                 let inputs = *inputs;
                 let outputs = node.width;
                 sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (block, index) });
