@@ -23,9 +23,14 @@ pub(super) fn worst_example(group: &mut dyn ProcessGroup, step: &Step) -> Result
     Ok(all.map(|(bits, example)| (f64::from_bits(bits), example)).min_by(worse).map_or(0, |(_, example)| example))
 }
 
+/// What to do about losses and gradients that are not finite.
+pub(super) const LOWER: &str = "lower --learning-rate and look at the rows that were named";
+/// What to do about steps of the optimizer that are not finite.
+pub(super) const USUAL: &str = "lower --learning-rate; --adam-epsilon 1e-8 is usual, and f32 has no number between 0 and 1e-45";
+
 /// The error that ends a run.
-pub(super) fn end(what: &str, place: &str) -> Error {
-    Error::run(format!("{what}, as had the {} steps before", LIMIT - 1)).at(place).help(
-        "lower --learning-rate and look at the rows that were named; checkpoints are whole and hold none of these steps",
-    )
+pub(super) fn end(what: &str, place: &str, help: &str) -> Error {
+    let error = Error::run(format!("{what}, as had the {} steps before", LIMIT - 1));
+    let error = error.help(format!("{help}; checkpoints are whole and hold none of these steps"));
+    if place.is_empty() { error } else { error.at(place) }
 }

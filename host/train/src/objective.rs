@@ -225,6 +225,10 @@ impl<'r> Objective<'r> {
                 all.examples[e].finite &= finite;
             }
             all.remembers |= !result.state.is_empty();
+            if result.state.iter().any(|value| !value.is_finite()) {
+                // It would be read by every step to come.
+                return Ok(Evaluated { loss: f64::NAN, dlogps: vec![0.0; policy.logps.len()], ..all });
+            }
             if learn {
                 term.state = result.state;
             }
