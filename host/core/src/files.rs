@@ -1,8 +1,8 @@
-//! Files that are there whole or not at all, and the user's cache folder.
+//! Files that are there whole or not at all.
 
 use std::fs::{self, File, TryLockError};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, IoContext, Result};
 
@@ -89,11 +89,4 @@ pub fn remove_leftovers(folder: &Path) {
             let _ = fs::remove_file(entry.path());
         }
     }
-}
-
-/// Where results that can be computed again are kept: `$XDG_CACHE_HOME/dpo-host`, by default under `~/.cache`.
-pub fn cache_folder() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    cache.or_else(home).unwrap_or_else(std::env::temp_dir).join("dpo-host")
 }

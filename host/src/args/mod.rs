@@ -121,6 +121,7 @@ impl Serialize for SizeArg {
 
 /// Numbers that make sense, and how to say so.
 pub(crate) type Range = (fn(f64) -> bool, &'static str);
+pub(crate) const ANY: Range = (|_| true, "a finite number");
 pub(crate) const FROM_0: Range = (|x| x >= 0.0, "0 or more");
 pub(crate) const ABOVE_0: Range = (|x| x > 0.0, "above 0");
 pub(crate) const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");

@@ -5,6 +5,7 @@ use super::metrics::ExampleMetrics;
 use super::step::Step;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::error::{Error, Result};
+use dpo_core::weights::Checkpoint;
 
 /// Skipped steps in a row that end a run: by then it is not one example's doing.
 pub(super) const LIMIT: u64 = 3;
@@ -21,6 +22,19 @@ pub(super) fn worst_example(group: &mut dyn ProcessGroup, step: &Step) -> Result
         .into_iter()
         .filter_map(|bytes| serde_json::from_slice::<Option<(u64, usize)>>(&bytes).ok()?);
     Ok(all.map(|(bits, example)| (f64::from_bits(bits), example)).min_by(worse).map_or(0, |(_, example)| example))
+}
+
+/// Refuses a checkpoint whose weights are not finite, where log-probs before the first step are not: no setting of a run mends
+/// that. Otherwise the rows that they are of are told when their steps are skipped.
+pub(super) fn refuse_broken(checkpoint: &Checkpoint, logps: &[f32]) -> Result<()> {
+    if logps.iter().all(|l| l.is_finite()) {
+        return Ok(());
+    }
+    match checkpoint.first_not_finite()? {
+        Some(what) => Err(Error::input(format!("the model's log-probs are not finite before the first step: {what}"))
+            .help("the checkpoint is broken: fetch or export it again")),
+        None => Ok(()),
+    }
 }
 
 /// What to do about losses and gradients that are not finite.

@@ -28,7 +28,7 @@ use crate::reference::Reference;
 use crate::run::Run;
 use crate::run_dir::RunDir;
 use crate::samples::Samples;
-use crate::{before_after, next_steps, settings};
+use crate::{before_after, next_steps, nonfinite, settings};
 
 /// Trains as one of some ranks, on the device of a backend; returns the folder with the result. `attempt` counts how often a
 /// launcher has started these ranks again.
@@ -82,6 +82,9 @@ pub fn train(
     let (seen, seen_reference) =
         if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
     let samples = Samples::take(group, device.as_mut(), &tokenizer, seen, seen_reference)?;
+    for logps in [reference.all(), validation_reference.all(), Some(&samples.logps)].into_iter().flatten() {
+        nonfinite::refuse_broken(&checkpoint, &logps.logps)?;
+    }
     let steps = config.optimizer.steps(examples.len());
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
