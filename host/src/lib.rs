@@ -126,6 +126,11 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
+/// The plugins that a command finds. This program is the helper that asks them.
+pub(crate) fn discover(dirs: &[PathBuf]) -> Registry {
+    Registry::discover(dirs, std::env::current_exe().ok().as_deref())
+}
+
 /// Commands that may run as ranks.
 const RANKED: &[&str] = &["train", "bench", "selftest"];
 
@@ -172,8 +177,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
     if !launched {
         flags.notes.iter().for_each(|note| console::note(note.as_str()));
     }
-    let helper = std::env::current_exe().ok();
-    let registry = Registry::discover(&cli.plugin_dir, helper.as_deref());
+    let registry = discover(&cli.plugin_dir);
     if !matches!(cli.command, Command::List(_)) && !launched {
         for refusal in &registry.refusals {
             console::warning(format!("plugin {} is left out: {}", refusal.place, refusal.cause));

@@ -100,19 +100,19 @@ impl Checkpoint {
     /// unused. Only headers are read, so that nothing is allocated for sizes that a config alone states.
     pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
         let checkpoint = Checkpoint::open(folder)?;
-        let mut needed: Vec<String> = Vec::new();
+        checkpoint.refuse_extra(graph)?;
         for (_, prefix, nodes) in blocks(graph) {
-            for weight in nodes.iter().flat_map(|n| &n.weights) {
-                checkpoint.raw(prefix, weight)?;
-                needed.push(format!("{prefix}{}", weight.tensor));
-            }
+            nodes.iter().flat_map(|n| &n.weights).try_for_each(|weight| checkpoint.raw(prefix, weight).map(drop))?;
         }
-        needed.sort();
-        checkpoint.refuse_extra(graph, &needed)?;
         Ok(checkpoint)
     }
 
-    fn refuse_extra(&self, graph: &ModelGraph, needed: &[String]) -> Result<()> {
+    fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
+        let mut needed: Vec<String> = Vec::new();
+        for (_, prefix, nodes) in blocks(graph) {
+            needed.extend(nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
+        }
+        needed.sort();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
         match self.tensors.iter().find(|(n, _)| needed.binary_search(n).is_err() && !unused(n)) {
             Some((name, shard)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))

@@ -20,7 +20,7 @@ pub const COMMAND: &str = "plugin-call";
 const MARK: &str = "answer: ";
 
 /// How long a call may take.
-const TIME: Duration = Duration::from_secs(10);
+const TIME: Duration = Duration::from_secs(5);
 /// Address space of the process, in bytes; the host's own code takes some hundred MiB of it.
 const MEMORY: u64 = 4 << 30;
 /// Longest answer: the graph of a model of a thousand layers has some MiB.
@@ -67,7 +67,7 @@ pub(super) fn call(helper: &Path, library: &Path, what: &str, item: usize, input
         }
         None => {
             let said = said.join().unwrap_or_default();
-            let last = said.lines().rfind(|l| !l.trim().is_empty()).map(|l| format!(": {}", l.trim()));
+            let last = said.lines().rfind(|l| !l.trim().is_empty() && !l.starts_with("note:")).map(|l| format!(": {}", l.trim()));
             let how = status.map_or_else(|| "it was ended".to_owned(), |s| s.to_string());
             Err(Error::input(format!("its {what} ends the process that asks for it ({how}){}", last.unwrap_or_default())))
         }

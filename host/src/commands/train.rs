@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
-use crate::args::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
+use crate::args::{ABOVE_0, ALPHA, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::{backends, demo};
 
 /// Flags of `dpo-host train`. The field docs are the manual.
@@ -323,7 +323,7 @@ impl TrainArgs {
             ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
             ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
             ("--lora-rank", self.lora_rank.map(|n| n as f64), ABOVE_0, "8 to 64 is usual"),
-            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            ("--lora-alpha", self.lora_alpha, ALPHA, "two to four times the rank is usual"),
             (
                 "--split-dataset-ratio",
                 Some(self.split_dataset_ratio),

@@ -4,6 +4,7 @@
 use super::metrics::ExampleMetrics;
 use super::step::Step;
 use dpo_core::collective::ProcessGroup;
+use dpo_core::console::{self, Remark};
 use dpo_core::error::{Error, Result};
 use dpo_core::weights::Checkpoint;
 
@@ -24,17 +25,19 @@ pub(super) fn worst_example(group: &mut dyn ProcessGroup, step: &Step) -> Result
     Ok(all.map(|(bits, example)| (f64::from_bits(bits), example)).min_by(worse).map_or(0, |(_, example)| example))
 }
 
-/// Refuses a checkpoint whose weights are not finite, where log-probs before the first step are not: no setting of a run mends
-/// that. Otherwise the rows that they are of are told when their steps are skipped.
-pub(super) fn refuse_broken(checkpoint: &Checkpoint, logps: &[f32]) -> Result<()> {
+/// Looks for the cause where log-probs before the first step are not finite: weights that are not. Where no log-prob is finite, the
+/// checkpoint is refused; else rows whose log-probs are not finite are told when their steps are skipped.
+pub(super) fn look_at_weights(checkpoint: &Checkpoint, logps: &[f32]) -> Result<()> {
     if logps.iter().all(|l| l.is_finite()) {
         return Ok(());
     }
-    match checkpoint.first_not_finite()? {
-        Some(what) => Err(Error::input(format!("the model's log-probs are not finite before the first step: {what}"))
-            .help("the checkpoint is broken: fetch or export it again")),
-        None => Ok(()),
+    let Some(what) = checkpoint.first_not_finite()? else { return Ok(()) };
+    let help = "the checkpoint is broken: fetch or export it again";
+    if logps.iter().any(|l| l.is_finite()) {
+        console::warning(Remark::from(what).help(help));
+        return Ok(());
     }
+    Err(Error::input(format!("no log-prob of the model is finite before the first step: {what}")).help(help))
 }
 
 /// What to do about losses and gradients that are not finite.

@@ -69,7 +69,8 @@ impl Run<'_> {
         if !self.group.is_first() {
             return Ok(());
         }
-        files::write(&self.output.join(page::ARGS), &self.config.args_json(self.device.packing())?)
+        let args = self.config.args_json(self.device.packing(), &self.facts["package"], &self.settings)?;
+        files::write(&self.output.join(page::ARGS), &args)
     }
 
     pub(super) fn resume(&mut self, folder: &Path) -> Result<()> {
@@ -199,6 +200,11 @@ impl Run<'_> {
             console::line(format!("loss        {first:.4} → {last:.4} in {} steps", self.done));
         }
         self.device.fetch()?;
+        if self.device.moments().steps == 0 && self.done > 0 {
+            return Err(Error::run("every step was skipped: the adapter is the one of the start")
+                .at(self.output.display())
+                .help("the warnings above name the rows, or the flags"));
+        }
         match log {
             Some(_) => self.device.adapter().save(&self.output, &self.base_model),
             None => Ok(()),

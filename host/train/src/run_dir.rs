@@ -67,15 +67,15 @@ pub fn output_of(config: &OutputConfig, model: &Path) -> Result<PathBuf> {
         return Ok(dir.clone());
     }
     let (RunDir { output, .. }, mut claim) = RunDir::claim(config, model, 0)?;
-    claim.made = false;
+    claim.made.clear();
     Ok(output)
 }
 
 /// A folder that this process alone writes. Dropped before anything was written there, it leaves nothing.
 pub(super) struct Claim {
     folder: PathBuf,
-    /// Whether the folder is of this claim's making.
-    made: bool,
+    /// Folders of this claim's making, from this one outwards.
+    made: Vec<PathBuf>,
     /// The lock goes with the handle, however this process ends.
     _lock: File,
 }
@@ -85,13 +85,14 @@ impl Claim {
     fn free(model: &Path) -> Result<Claim> {
         let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
         let (parent, name) = (Path::new("output"), name.unwrap_or_else(|| "run".into()));
+        let made = missing(parent);
         fs::create_dir_all(parent).writing(parent)?;
         for n in 1_u64.. {
             let folder = parent.join(format!("{name}-{n}"));
             match fs::create_dir(&folder) {
                 Ok(()) => {
                     let mut claim = Claim::of(&folder, Duration::ZERO)?;
-                    claim.made = true;
+                    claim.made = std::iter::once(folder).chain(made).collect();
                     return Ok(claim);
                 }
                 Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
@@ -103,7 +104,7 @@ impl Claim {
 
     /// A folder by name, made if it is not there.
     fn of(folder: &Path, patience: Duration) -> Result<Claim> {
-        let made = !folder.exists();
+        let made = missing(folder);
         fs::create_dir_all(folder).writing(folder)?;
         let start = Instant::now();
         loop {
@@ -127,12 +128,16 @@ impl Drop for Claim {
         let written = fs::read_dir(&self.folder).map_or(true, |mut entries| entries.any(others));
         if !written {
             let _ = fs::remove_file(self.folder.join(LOCK));
-            if self.made {
-                // Only an empty folder is removed.
-                let _ = fs::remove_dir(&self.folder);
-            }
+            // Only empty folders are removed.
+            self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         }
     }
+}
+
+/// A folder and those around it that are not there.
+fn missing(folder: &Path) -> Vec<PathBuf> {
+    let named = folder.ancestors().filter(|p| !p.as_os_str().is_empty());
+    named.take_while(|p| !p.exists()).map(Path::to_owned).collect()
 }
 
 /// The lock of a file that is made if it is not there; `None` while another process has it.

@@ -17,7 +17,7 @@ use crate::ops::Lora;
 use crate::weights::{BlockId, blocks};
 
 pub use merge::merge;
-pub use peft::{AdapterConfig, base_model, read_config};
+pub use peft::{AdapterConfig, MOST_ALPHA, base_model, read_config};
 pub use target::Targets;
 
 /// No linear is as wide; products of a rank and the widths of a model stay far from the end of the numbers.
@@ -50,29 +50,40 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
-    pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
+    /// The sites of a new adapter without its parameters, for a plan.
+    pub fn planned(graph: &ModelGraph, config: AdapterConfig) -> Result<Adapter> {
         if !(1..=MOST_RANK).contains(&config.rank) {
             let what = format!("should be from 1 to {MOST_RANK}, not {}", config.rank);
             return Err(Error::input(what).at("--lora-rank").help("8 to 64 is usual"));
         }
-        let sites = sites(graph, &config)?;
-        let parameters = size(&sites, config.rank);
+        Ok(Adapter { sites: sites(graph, &config)?, params: Vec::new(), config })
+    }
+
+    /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
+    pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
+        let mut adapter = Adapter::planned(graph, config)?;
+        let rank = adapter.config.rank;
         // With its gradient and the two moments of AdamW.
-        let bytes = parameters.saturating_mul(4 * size_of::<f32>());
+        let bytes = adapter.parameters().saturating_mul(4 * size_of::<f32>());
         if let Some(free) = free_memory().filter(|free| bytes > *free) {
             let (needs, free) = (memory::size(bytes), memory::size(free));
-            let what = format!("an adapter of rank {} needs {needs} to be trained, there are {free}", config.rank);
-            return Err(Error::input(what).at("--lora-rank").help("lower it: 8 to 64 is usual"));
+            return Err(Error::input(format!("an adapter of rank {rank} needs {needs} to be trained, there are {free}"))
+                .at("--lora-rank")
+                .help("lower it: 8 to 64 is usual"));
         }
-        let mut adapter = Adapter { params: vec![0.0; parameters], sites, config };
+        adapter.params = vec![0.0; adapter.parameters()];
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for site in &adapter.sites {
             let bound = (site.inputs as f32).powf(-0.5);
-            let a = site.offset..site.offset + adapter.config.rank * site.inputs;
+            let a = site.offset..site.offset + rank * site.inputs;
             adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
         }
         Ok(adapter)
+    }
+
+    /// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
+    pub fn parameters(&self) -> usize {
+        self.sites.last().map_or(0, |s| s.offset + self.config.rank * (s.inputs + s.outputs))
     }
 
     /// An adapter that changes nothing, for a device that needs one.
@@ -116,11 +127,6 @@ impl Adapter {
         let middle = site.offset + self.config.rank * site.inputs;
         [site.offset..middle, middle..middle + self.config.rank * site.outputs]
     }
-}
-
-/// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
-fn size(sites: &[Site], rank: usize) -> usize {
-    sites.last().map_or(0, |s| s.offset + rank * (s.inputs + s.outputs))
 }
 
 /// The linears of a graph that the targets name.
