@@ -196,6 +196,11 @@ fn code_that_cannot_be_stopped_costs_a_line() {
             });
         }
     });
+    let (model, rows) = (dpo_tests::golden("trajectories/qwen2/model"), dpo_tests::golden("trajectories/qwen2/prefs.jsonl"));
+    let data = ["data", "--model", model.to_str().unwrap(), "--dataset", rows.to_str().unwrap()];
+    let quit = sandbox.run(&[&data[..], &["--dataset-format", "quits", "--plugin-dir", folder]].concat());
+    assert_eq!(quit.code, 1, "{}", quit.stderr);
+    assert!(quit.stderr.contains("hostile_unstoppable") && quit.stderr.contains("ended the process"), "{}", quit.stderr);
     // Nothing of a plugin that is not used runs but what it says of itself.
     sandbox.ok(&["describe", "qwen2", "--plugin-dir", folder]);
 }

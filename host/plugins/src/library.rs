@@ -1,8 +1,9 @@
 //! One library: opened, verified, and called.
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Once, OnceLock};
 
 use abi_stable::library::AbiHeaderRef;
 use abi_stable::std_types::{RResult, RString};
@@ -12,6 +13,7 @@ use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use super::helper;
+use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::graph::refuse_unknown_features;
 
@@ -45,6 +47,8 @@ pub struct Library {
     pub manifest: Manifest,
     /// SHA-256 of a file, in hex.
     pub sha256: Option<String>,
+    /// Where it came from, in words that live as long as the process.
+    name: &'static str,
 }
 
 enum Code {
@@ -63,7 +67,7 @@ impl Library {
         let linked = |l: &Linked| {
             let module = (l.module)();
             let manifest = manifest(&reply(module.call()("manifest".into(), 0, "".into()))?)?;
-            Ok(Library { code: Code::Linked(module), origin: Origin::BuiltIn, manifest, sha256: None })
+            Ok(Library { code: Code::Linked(module), origin: Origin::BuiltIn, manifest, sha256: None, name: "built-in" })
         };
         let mut all: Vec<Result<Library>> = inventory::iter::<Linked>().map(linked).collect();
         // The order in which the linker collects them differs between builds.
@@ -79,12 +83,14 @@ impl Library {
         let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         let code = Code::File { path: path.to_owned(), helper: helper.map(Path::to_owned), module: OnceLock::new() };
         let manifest = manifest(&code.call_bounded("manifest", 0, "")?)?;
-        Ok(Library { code, origin: Origin::File(path.to_owned()), manifest, sha256: Some(sha256) })
+        let name = path.display().to_string().leak();
+        Ok(Library { code, origin: Origin::File(path.to_owned()), manifest, sha256: Some(sha256), name })
     }
 
     /// Calls a JSON function of one item.
     pub(super) fn call<T: DeserializeOwned>(&self, what: &str, item: usize, input: &str) -> Result<T> {
-        parsed(what, &reply(self.code.module()?.call()(what.into(), item, input.into()))?)
+        let module = self.code.module()?;
+        parsed(what, &reply(self.blamed(|| module.call()(what.into(), item, input.into())))?)
     }
 
     /// As [`call`](Self::call), for what is called once: a file's code then runs in a process of its own.
@@ -94,7 +100,16 @@ impl Library {
 
     /// Calls a loss.
     pub(super) fn eval(&self, item: usize, call: RawLossCall<'_>) -> Result<RawLossResult> {
-        reply(self.code.module()?.eval()(item, call))
+        let module = self.code.module()?;
+        reply(self.blamed(|| module.eval()(item, call)))
+    }
+
+    /// Runs a call. Should the library end the process in the middle of it, it is named.
+    fn blamed<T>(&self, call: impl FnOnce() -> T) -> T {
+        let before = CALLED.replace(Some(self.name));
+        let answer = call();
+        CALLED.set(before);
+        answer
     }
 
     /// Package, version and, of a file, the beginning of its hash.
@@ -128,7 +143,26 @@ pub(super) fn call_here(path: &Path, what: &str, item: usize, input: &str) -> Re
     Ok(reply(load(path)?.call()(what.into(), item, input.into()))?.into())
 }
 
+thread_local! {
+    /// The library that this thread is in.
+    static CALLED: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// A library that exits would otherwise end a run without a word, and with the exit code of success.
+extern "C" fn name_who_exits() {
+    if let Some(name) = CALLED.get() {
+        console::error(&Error::run("the plugin ended the process in the middle of a call").at(name));
+        // SAFETY: ends the process at once, as it was about to.
+        unsafe { libc::_exit(1) };
+    }
+}
+
 fn load(path: &Path) -> Result<PluginModule_Ref> {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the function lives as long as the process. Where it is not taken, exits are not named.
+        unsafe { libc::atexit(name_who_exits) };
+    });
     let symbol = plugin_symbol(&std::fs::read(path).reading(path)?)?;
     // SAFETY: loading runs the library's constructors. A file in a plugin folder that exports our symbol is code which
     // the user chose to run; README says so.

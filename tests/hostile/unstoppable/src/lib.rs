@@ -44,4 +44,32 @@ impl ModelFamily for Unstoppable {
     }
 }
 
-plugin! { models: [Unstoppable("hangs"), Unstoppable("exits"), Unstoppable("aborts"), Unstoppable("hoards")] }
+/// A format that ends the process where it should read a row.
+pub struct Quits;
+
+impl DatasetFormat for Quits {
+    fn name(&self) -> &'static str {
+        "quits"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn examples(&self) -> &'static str {
+        ""
+    }
+
+    fn recognises(&self, _: &Row) -> u8 {
+        0
+    }
+
+    fn records(&self, _: &Row) -> Result<Vec<Record>> {
+        std::process::exit(0)
+    }
+}
+
+plugin! {
+    models: [Unstoppable("hangs"), Unstoppable("exits"), Unstoppable("aborts"), Unstoppable("hoards")],
+    datasets: [Quits],
+}
