@@ -1,7 +1,8 @@
 //! Files that are there whole or not at all, and the user's cache folder.
 
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, IoContext, Result};
@@ -96,6 +97,13 @@ pub fn remove_leftovers(folder: &Path) {
             let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+/// Opens a file to read it, in a folder that others may write: a link, which may lead anywhere, and what is no regular file,
+/// such as a pipe that nobody writes into, is an error.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
 }
 
 /// Where results that can be computed again are kept: `$XDG_CACHE_HOME/dpo-host`, by default under `~/.cache`.
