@@ -14,6 +14,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Result};
+use crate::progress;
 
 /// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
 const SAMPLE: usize = 4096;
@@ -115,6 +116,7 @@ impl Checkpoint {
     /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
     /// checked.
     pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
+        progress::advance();
         let name = format!("{prefix}{}", weight.tensor);
         let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
             return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))

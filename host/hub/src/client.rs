@@ -13,6 +13,7 @@ use ureq::http::{Response, Uri};
 use super::protocol::{Hub, Remote, variable};
 use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::progress;
 
 /// Tries without progress before it is given up.
 const TRIES: u32 = 5;
@@ -165,6 +166,7 @@ impl Client {
         let of = file.size.map(|size| format!(" of {size}")).unwrap_or_default();
         loop {
             at(have);
+            progress::advance();
             let read = match body.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(read) => read,

@@ -31,6 +31,7 @@ const FREE: &[&str] = &[
     "model",
     "output_dir",
     "plugin",
+    "progress_timeout",
     "recompute",
     "rendezvous",
     "resume_from_checkpoint",
