@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use sha2::{Digest, Sha256};
 
 use super::handshake::Secret;
-use super::secret::Source;
+use super::secret::{SECRET, Source};
 use dpo_core::error::{Error, Result};
 
 /// This process's place among the ranks of a run.
@@ -92,8 +92,6 @@ const ATTEMPTS: &[&str] = &[ATTEMPT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTAR
 pub(super) const ATTEMPT: &str = "DPO_HOST_ATTEMPT";
 /// Set by our own launcher, which holds a leash.
 pub(super) const LAUNCHED: &str = "DPO_HOST_LAUNCHED";
-/// The variable with the shared secret of a run.
-pub(super) const SECRET: &str = "DPO_HOST_SECRET";
 
 /// Steps of this number and above are Slurm's own: batch scripts, interactive shells.
 const SLURM_OWN_STEPS: u64 = 0xffff_fff0;

@@ -10,10 +10,12 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::environment::SECRET;
 use super::handshake::{self, Refused, Secret};
 use dpo_core::error::{IoContext, Result};
 use dpo_core::files;
+
+/// The variable with the secret of a run.
+pub(super) const SECRET: &str = "DPO_HOST_SECRET";
 
 /// Characters of a secret in a file.
 const LENGTH: usize = 64;
