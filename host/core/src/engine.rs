@@ -97,9 +97,10 @@ impl Engine {
     }
 
     /// Changes the adapter's parameters.
-    pub fn update(&mut self, change: impl FnOnce(&mut [f32])) -> Result<()> {
-        change(&mut self.adapter.params);
-        self.refresh()
+    pub fn update<T>(&mut self, change: impl FnOnce(&mut [f32]) -> T) -> Result<T> {
+        let answer = change(&mut self.adapter.params);
+        self.refresh()?;
+        Ok(answer)
     }
 
     fn refresh(&mut self) -> Result<()> {

@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod base;
 pub mod batch;
+pub mod cache;
 pub mod collective;
 pub mod console;
 pub mod cpu_decoder;

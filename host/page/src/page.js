@@ -411,7 +411,9 @@ const setting = (value) => (value === null || value === undefined ? "" : Array.i
 
 function drawSettings(runs) {
   const told = runs.filter((run) => run.files["args.json"]);
-  const names = [...new Set(told.flatMap((run) => Object.keys(run.files["args.json"])))];
+  // What the flags came to stands beside them, as an object.
+  const isFlag = ([, value]) => value === null || typeof value !== "object" || Array.isArray(value);
+  const names = [...new Set(told.flatMap((run) => Object.entries(run.files["args.json"]).filter(isFlag).map(([name]) => name)))];
   const row = (name) => told.map((run) => setting(run.files["args.json"][name]));
   const list = (some) => make("dl", {}, ...some.filter((name) => row(name)[0]).map((name) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, row(name)[0]))));

@@ -216,7 +216,11 @@ fn histogram(counts: &Value) -> String {
 }
 
 fn settings(args: &Value) -> String {
-    let set = args.as_object().into_iter().flatten().filter(|(_, v)| !v.is_null() && **v != Value::Array(Vec::new()));
+    let set = args
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(_, v)| !v.is_null() && !v.is_object() && **v != Value::Array(Vec::new()));
     let rows: String = set
         .map(|(name, value)| {
             let value = match value {

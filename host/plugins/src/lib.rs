@@ -2,10 +2,12 @@
 //!
 //! Linked-in plugins and shared libraries pass through the same checks and are called through the same two functions.
 
+mod helper;
 mod library;
 mod registry;
 pub mod shapes;
 
+pub use helper::{COMMAND, answer};
 pub use library::{Library, Origin, user_folder};
 pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry, Row as ListRow};
 

@@ -8,10 +8,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
 use super::handshake::{self, Refused, Secret};
-use dpo_core::error::{IoContext, Result};
+use dpo_core::cache;
+use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::files;
 
 /// The variable with the secret of a run.
@@ -27,32 +26,32 @@ pub(super) enum Source {
     Given(Secret),
     /// All ranks can make it, and perhaps others.
     Guessable(Secret),
-    /// Rank 0 leaves it there for the other ranks of its host.
-    File(PathBuf),
+    /// Rank 0 leaves it in a file of this name for the other ranks of its host.
+    File(String),
 }
 
 /// A secret that the other ranks can have, for as long as this lives.
-pub(super) struct Offered<'a> {
+pub(super) struct Offered {
     pub(super) secret: Secret,
-    file: Option<&'a Path>,
+    file: Option<PathBuf>,
 }
 
 impl Source {
     /// A file that ranks with the same text in common find.
     pub(super) fn file(shared: &str) -> Source {
-        let name: String = Sha256::digest(shared)[..16].iter().map(|b| format!("{b:02x}")).collect();
-        Source::File(files::cache_folder().join("ranks").join(name))
+        Source::File(cache::name(&[shared.as_bytes()]))
     }
 
     /// At rank 0, before it answers any other rank: who is answered finds the secret of this run and none of an earlier one.
-    pub(super) fn offer(&self) -> Result<Offered<'_>> {
-        let path = match self {
+    pub(super) fn offer(&self) -> Result<Offered> {
+        let name = match self {
             Source::Given(secret) | Source::Guessable(secret) => {
                 return Ok(Offered { secret: secret.clone(), file: None });
             }
-            Source::File(path) => path,
+            Source::File(name) => name,
         };
-        let text = write(path).map_err(|e| {
+        let written = path(name).and_then(|path| Ok((write(&path)?, path)));
+        let (text, path) = written.map_err(|e| {
             e.help(format!("the ranks' secret is kept there; where that cannot be, set {SECRET} to a random text"))
         })?;
         Ok(Offered { secret: Secret::new(text.as_bytes()), file: Some(path) })
@@ -62,25 +61,29 @@ impl Source {
     pub(super) fn find(&self) -> std::result::Result<Secret, Refused> {
         match self {
             Source::Given(secret) | Source::Guessable(secret) => Ok(secret.clone()),
-            Source::File(path) => read(path).map(|text| Secret::new(text.as_bytes())).map_err(|e| {
-                Refused::Unauthenticated(format!("left no secret for this rank in {}: {e}", path.display()))
-            }),
+            Source::File(name) => {
+                let failed = |e: Error| Refused::Unauthenticated(format!("left no secret for this rank: {e}"));
+                let path = path(name).map_err(failed)?;
+                let text = read(&path).reading(&path).map_err(failed)?;
+                Ok(Secret::new(text.as_bytes()))
+            }
         }
     }
 }
 
-impl Drop for Offered<'_> {
+impl Drop for Offered {
     fn drop(&mut self) {
-        if let Some(path) = self.file {
+        if let Some(path) = &self.file {
             let _ = fs::remove_file(path);
         }
     }
 }
 
+fn path(name: &str) -> Result<PathBuf> {
+    Ok(cache::folder("ranks")?.join(name))
+}
+
 fn write(path: &Path) -> Result<String> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder).writing(folder)?;
-    }
     // Of a run that was killed.
     let _ = fs::remove_file(path);
     let text: String = handshake::random().writing(path)?.iter().map(|b| format!("{b:02x}")).collect();
@@ -110,25 +113,22 @@ mod tests {
     #[test]
     fn a_secret_is_of_one_user_and_one_run() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, other) = (folder.path().join("ranks/of a run"), folder.path().join("other"));
-        let source = Source::File(path.clone());
-        assert!(source.find().is_err());
-        fs::create_dir(path.parent().unwrap()).unwrap();
+        let (path, other) = (folder.path().join("of a run"), folder.path().join("other"));
+        assert!(read(&path).is_err());
         // What lies there is neither taken nor written into.
         fs::write(&other, "0".repeat(LENGTH)).unwrap();
         symlink(&other, &path).unwrap();
-        assert!(source.find().is_err());
-        let offered = source.offer().unwrap();
+        assert!(read(&path).is_err());
+        let text = write(&path).unwrap();
         assert_eq!(fs::read_to_string(&other).unwrap(), "0".repeat(LENGTH));
         assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        assert!(source.find().is_ok_and(|found| found == offered.secret));
+        assert_eq!(read(&path).unwrap(), text);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(source.find().is_err());
-        drop(offered);
-        assert!(!path.exists());
-        let again = source.offer().unwrap();
-        assert!(source.find().is_ok_and(|found| found == again.secret));
+        assert!(read(&path).is_err());
+        assert_ne!(write(&path).unwrap(), text);
         fs::write(&path, "short").unwrap();
-        assert!(source.find().is_err());
+        assert!(read(&path).is_err());
+        drop(Offered { secret: Secret::new(b""), file: Some(path.clone()) });
+        assert!(!path.exists());
     }
 }

@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
-use crate::args::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
+use crate::args::{ABOVE_0, ALPHA, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::{backends, demo};
 
 /// Flags of `dpo-host train`. The field docs are the manual.
@@ -255,7 +255,12 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let folder = model::locate(&config.model, Need::Weights)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
     let output = dpo_train::output_of(&config.output, &folder)?;
-    ranks::launch(args.gpus, &["--output-dir".into(), output.into()], args.max_restarts)
+    let ended = ranks::launch(args.gpus, &["--output-dir".into(), output.clone().into()], args.max_restarts);
+    if ended.is_err() && config.output.dir.is_none() {
+        // Only an empty folder is removed: one whose run was refused.
+        let _ = std::fs::remove_dir(&output);
+    }
+    ended
 }
 
 impl TrainArgs {
@@ -321,7 +326,7 @@ impl TrainArgs {
             ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
             ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
             ("--lora-rank", self.lora_rank.map(|n| n as f64), ABOVE_0, "8 to 64 is usual"),
-            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            ("--lora-alpha", self.lora_alpha, ALPHA, "two to four times the rank is usual"),
             (
                 "--split-dataset-ratio",
                 Some(self.split_dataset_ratio),
