@@ -12,7 +12,7 @@ use dpo_tests::{Ended, Numbers, Sandbox, golden, log};
 use serde_json::Value;
 
 /// Kills of one test unless `DPO_CAMPAIGN` says otherwise.
-const KILLS: usize = 10;
+const KILLS: usize = 5;
 const LATEST: [&str; 2] = ["--resume-from-checkpoint", "latest"];
 /// About a second of training with many checkpoints.
 const BUSY: [&str; 8] =
