@@ -160,3 +160,34 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
     }
     Ok(sites)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use dpo_plugin_api::builder::GraphBuilder;
+    use dpo_plugin_api::model::Config;
+
+    use super::*;
+
+    /// A model that reads one matrix at two places, such as a shared MLP.
+    #[test]
+    fn a_linear_that_is_used_twice_is_not_adapted() {
+        let mut graph = GraphBuilder::decoder(8, 16);
+        graph.embed(|b, tokens| b.embedding("embed", tokens, 16, 8));
+        let block = graph.block("block", |b, x| {
+            let (h, other) = (b.linear("shared", x, 8), b.linear("own", x, 8));
+            let h = b.linear("shared", h, 8);
+            b.add(h, other)
+        });
+        graph.layer(block, "0.");
+        graph.head(|b, x| b.lm_head("head", x, 16));
+        let graph = graph.finish(&Config::parse("{}").unwrap()).unwrap();
+        let adapter = |targets| {
+            let config = AdapterConfig { rank: 2, alpha: 4.0, rslora: false, targets };
+            Adapter::new(&graph, config, 0).map(|a| a.sites.len()).map_err(|e| e.to_string())
+        };
+        assert!(adapter(Targets::AllLinear).unwrap_err().contains("two linears of the name '0.shared'"));
+        assert_eq!(adapter(Targets::Names(vec!["own".into()])), Ok(1));
+    }
+}
