@@ -1,5 +1,5 @@
 //! What goes wrong and what then becomes of a run: kills, corrupt checkpoints, full disks, signals, NaN and infinite values, and
-//! input that means harm. `DPO_KILLS` says how often a run is killed.
+//! input that means harm. `DPO_CAMPAIGN` says how often a run is killed.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::fs;
@@ -11,8 +11,8 @@ use dpo_data::ChatTokenizer;
 use dpo_tests::{Ended, Numbers, Sandbox, golden, log};
 use serde_json::Value;
 
-/// Kills of one test unless `DPO_KILLS` says otherwise.
-const KILLS: usize = 10;
+/// Kills of one test unless `DPO_CAMPAIGN` says otherwise.
+const KILLS: usize = 5;
 const LATEST: [&str; 2] = ["--resume-from-checkpoint", "latest"];
 /// About a second of training with many checkpoints.
 const BUSY: [&str; 8] =
@@ -167,7 +167,7 @@ fn a_run_killed_at_any_moment_comes_to_the_same_end() {
     let start = Instant::now();
     ok(&sandbox, &train(&whole, &[&BUSY]));
     let time = start.elapsed().as_secs_f64();
-    let kills = std::env::var("DPO_KILLS").map_or(KILLS, |n| n.parse().unwrap());
+    let kills = std::env::var("DPO_CAMPAIGN").map_or(KILLS, |n| n.parse().unwrap());
     let mut moments = Numbers::new(std::process::id().into());
     let (mut killed, mut ends) = (0, 0);
     while killed < kills {
@@ -397,7 +397,12 @@ fn a_pair_whose_loss_is_no_number_is_named_and_its_step_is_skipped() {
     let output = sandbox.path("all");
     let model = broken_model(&sandbox, "every", |_| true);
     let args = train(&output, &[&["--num-epochs", "2", "--save-steps", "100"], &["--model", &model]]);
-    says(&sandbox, &args, 2, &["no log-prob", "number 0 of tensor 'model.embed_tokens.weight'", "help: the checkpoint is broken"]);
+    says(
+        &sandbox,
+        &args,
+        2,
+        &["no log-prob", "number 0 of tensor 'model.embed_tokens.weight'", "help: the checkpoint is broken"],
+    );
     assert!(!Path::new(&output).exists());
 
     // Numbers that f32 does not have: the third step that is not taken ends the run, and nothing of it is saved.

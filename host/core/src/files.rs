@@ -1,7 +1,8 @@
 //! Files that are there whole or not at all.
 
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::error::{Error, IoContext, Result};
@@ -89,4 +90,11 @@ pub fn remove_leftovers(folder: &Path) {
             let _ = fs::remove_file(entry.path());
         }
     }
+}
+
+/// Opens a file to read it, in a folder that others may write: a link, which may lead anywhere, and what is no regular file,
+/// such as a pipe that nobody writes into, is an error.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
 }

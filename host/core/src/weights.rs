@@ -14,6 +14,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Result};
+use crate::progress;
 
 /// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
 const SAMPLE: usize = 4096;
@@ -125,6 +126,7 @@ impl Checkpoint {
     /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
     /// checked.
     pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
+        progress::advance();
         let name = format!("{prefix}{}", weight.tensor);
         let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
             return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
@@ -209,14 +211,18 @@ impl Checkpoint {
             let Entry { dtype, shape, bytes } = self.shards[*shard].entry(name)?;
             // The numbers whose exponent's bits are all set.
             let at = match dtype {
-                Dtype::F32 => bytes.as_chunks().0.iter().position(|b| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000),
+                Dtype::F32 => {
+                    bytes.as_chunks().0.iter().position(|b| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)
+                }
                 Dtype::BF16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7f80 == 0x7f80),
                 Dtype::F16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7c00 == 0x7c00),
                 _ => None,
             };
             if let Some(at) = at {
                 let file = self.shards[*shard].path.display();
-                return Ok(Some(format!("number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite")));
+                return Ok(Some(format!(
+                    "number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite"
+                )));
             }
         }
         Ok(None)

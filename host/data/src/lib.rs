@@ -147,6 +147,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
         .par_iter()
         .map(|item| {
             bar.inc(1);
+            dpo_core::progress::advance();
             tokenizer.encode_record(&item.record)
         })
         .collect();

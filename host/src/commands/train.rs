@@ -104,6 +104,9 @@ pub(crate) struct TrainArgs {
     /// Seconds without a heartbeat after which a process counts as lost
     #[arg(long, value_name = "SECONDS", default_value_t = 8.0, help_heading = "Ranks")]
     watchdog: f64,
+    /// Seconds without progress on any process after which the run is stuck and ends
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800.0, help_heading = "Ranks")]
+    progress_timeout: f64,
     /// Seconds that processes wait for each other at the start
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, help_heading = "Ranks")]
     rendezvous: f64,
@@ -203,7 +206,7 @@ enum ScheduleArg {
     Constant,
 }
 
-/// What is told where several hosts meet without a secret of the user's.
+/// What is told where a run's secret can be guessed.
 const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to the same random text for every rank";
 
 /// Trains: as one of the ranks that the environment names, alone, or by launching ranks.
@@ -231,7 +234,7 @@ pub(crate) fn train(registry: &Registry, mut args: TrainArgs) -> Result<()> {
         }
     }
     let mut ranks = Ranks::join(&place, args.timeouts()?)?;
-    console::line(format!("ranks       {}{}", place.size, if place.exposed() { GUESSABLE } else { "" }));
+    console::line(format!("ranks       {}{}", place.size, if place.is_guessable() { GUESSABLE } else { "" }));
     let result = backends::open(&args.device()?, Some(place.local_rank)).and_then(|backend| {
         let config = args.resolve(Some(&place), backend.is_gpu())?;
         dpo_train::train(registry, config, &mut ranks, backend.as_ref(), place.attempt)
@@ -361,6 +364,7 @@ impl TrainArgs {
         Ok(Timeouts {
             rendezvous: seconds("--rendezvous", self.rendezvous)?,
             watchdog: seconds("--watchdog", self.watchdog)?,
+            progress: seconds("--progress-timeout", self.progress_timeout)?,
         })
     }
 

@@ -33,6 +33,7 @@ const FREE: &[&str] = &[
     "model",
     "output_dir",
     "plugin",
+    "progress_timeout",
     "recompute",
     "rendezvous",
     "resume_from_checkpoint",
@@ -80,7 +81,8 @@ pub(super) fn decisive(
     ];
     let flags = flags.into_iter().map(|(name, value)| (format!("--{}", name.replace('_', "-")), value));
     let contents = contents.map(|(name, value)| (name.to_owned(), value)).into_iter();
-    let losses = objective.packages().into_iter().map(|(loss, package)| (format!("the plugin of loss '{loss}'"), package));
+    let losses =
+        objective.packages().into_iter().map(|(loss, package)| (format!("the plugin of loss '{loss}'"), package));
     flags.chain(contents.chain(losses).map(|(name, value)| (name, json!(value)))).collect()
 }
 
