@@ -64,7 +64,8 @@ fn two_starts_never_share_a_folder() {
         let named = sandbox.path("run");
         let named: &[&str] = if time % 2 == 0 { &["--output-dir", &named] } else { &[] };
         // The second takes other steps, so that a shared folder would show.
-        let args = |seed: &str| train(&model(), &[named, &["--num-epochs", "30", "--logging-steps", "1", "--seed", seed]]);
+        let args =
+            |seed: &str| train(&model(), &[named, &["--num-epochs", "30", "--logging-steps", "1", "--seed", seed]]);
         let first = spawn(&sandbox, &args("1"));
         std::thread::sleep(wait);
         let second = spawn(&sandbox, &args("2"));
@@ -76,7 +77,11 @@ fn two_starts_never_share_a_folder() {
             assert!([[Some(0), Some(2)], [Some(2), Some(0)]].contains(&codes), "{codes:?}\n{said:?}");
             let held = refused.contains("another run writes this folder: process ");
             assert!(held || refused.contains("holds a run already"), "{refused}");
-            if held { beside += 1 } else { after += 1 }
+            if held {
+                beside += 1
+            } else {
+                after += 1
+            }
             assert_eq!(log(&sandbox.path("run")).len(), 120, "the run lost lines");
         } else {
             assert_eq!(codes, [Some(0), Some(0)], "{said:?}");
@@ -95,7 +100,8 @@ fn a_refused_run_leaves_no_folder_and_a_killed_one_no_lock() {
     let sandbox = sandbox();
     let bad = sandbox.write("bad.jsonl", "{\"prompt\": \"a\"}\n");
     let output = sandbox.path("runs/deep/run");
-    let args = ["train", "--device", "cpu", "--model", &model(), "--dataset", &bad, "--output-dir", &output].map(str::to_owned);
+    let args = ["train", "--device", "cpu", "--model", &model(), "--dataset", &bad, "--output-dir", &output]
+        .map(str::to_owned);
     refuses(&sandbox, &args, &["bad.jsonl"]);
     assert!(!Path::new(&sandbox.path("runs")).exists(), "folders stay");
     fs::create_dir_all(&output).unwrap();
@@ -106,7 +112,11 @@ fn a_refused_run_leaves_no_folder_and_a_killed_one_no_lock() {
     while !Path::new(&output).join("args.json").exists() {
         std::thread::sleep(Duration::from_millis(5));
     }
-    refuses(&sandbox, &train(&model(), &[&["--output-dir", &output], &LATEST]), &["another run writes this folder: process"]);
+    refuses(
+        &sandbox,
+        &train(&model(), &[&["--output-dir", &output], &LATEST]),
+        &["another run writes this folder: process"],
+    );
     child.kill().unwrap();
     child.wait().unwrap();
     ok(&sandbox, &train(&model(), &[&["--output-dir", &output, "--max-steps", "2"], &LATEST]));
@@ -124,7 +134,10 @@ fn a_run_is_resumed_with_the_plugins_that_it_began_with() {
     assert_eq!(resolved["package"], format!("dpo-model-qwen2 {}", env!("CARGO_PKG_VERSION")));
     assert_eq!(resolved["settings"]["dpo-host"], env!("CARGO_PKG_VERSION"));
     assert!(resolved["settings"]["the plugin's graph of the model"].is_string(), "{resolved:#}");
-    assert!(resolved["settings"]["the plugin of loss 'sigmoid'"].as_str().unwrap().starts_with("dpo-losses "), "{resolved:#}");
+    assert!(
+        resolved["settings"]["the plugin of loss 'sigmoid'"].as_str().unwrap().starts_with("dpo-losses "),
+        "{resolved:#}"
+    );
 
     // The same loss from a library of another build.
     let plugins = sandbox.path("plugins");
@@ -133,7 +146,11 @@ fn a_run_is_resumed_with_the_plugins_that_it_began_with() {
     let beside = std::env::current_exe().unwrap().with_file_name(&library);
     fs::copy(beside, Path::new(&plugins).join(&library)).unwrap();
     let with = [&steps[..], &LATEST, &["--plugin-dir", &plugins]].concat();
-    refuses(&sandbox, &train(&model(), &[&with]), &["is of another run", "the plugin of loss 'sigmoid' was dpo-losses", "(sha256 "]);
+    refuses(
+        &sandbox,
+        &train(&model(), &[&with]),
+        &["is of another run", "the plugin of loss 'sigmoid' was dpo-losses", "(sha256 "],
+    );
 
     // Another graph of the same weights.
     copy(&golden("trajectories/qwen2/model"), Path::new(&other));
@@ -141,7 +158,11 @@ fn a_run_is_resumed_with_the_plugins_that_it_began_with() {
     let mut config: Value = serde_json::from_str(&config).unwrap();
     config["rms_norm_eps"] = json!(0.1);
     fs::write(format!("{other}/config.json"), config.to_string()).unwrap();
-    refuses(&sandbox, &train(&other, &[&steps, &LATEST]), &["is of another run", "the plugin's graph of the model was "]);
+    refuses(
+        &sandbox,
+        &train(&other, &[&steps, &LATEST]),
+        &["is of another run", "the plugin's graph of the model was "],
+    );
     ok(&sandbox, &train(&model(), &[&steps, &LATEST]));
 }
 
@@ -177,7 +198,8 @@ fn a_cached_reference_is_what_was_written_or_computed_again() {
 
     // Other numbers of the same length, and a file that is cut short.
     let whole = fs::read(&file).unwrap();
-    let planted: Vec<u8> = whole.iter().enumerate().map(|(i, b)| if i > 40 && i % 4 == 2 { b ^ 1 } else { *b }).collect();
+    let planted: Vec<u8> =
+        whole.iter().enumerate().map(|(i, b)| if i > 40 && i % 4 == 2 { b ^ 1 } else { *b }).collect();
     for bytes in [&planted[..], &whole[..whole.len() - 4], &[]] {
         fs::write(&file, bytes).unwrap();
         let (loss, said) = run();
@@ -213,7 +235,8 @@ fn a_cache_that_others_can_write_is_not_used() {
     let mut command = sandbox.command(&["train", "--device", "cpu", "--max-steps", "1"]);
     let temporary = sandbox.path("tmp");
     fs::create_dir_all(&temporary).unwrap();
-    let ended = command.env_remove("XDG_CACHE_HOME").env("HOME", "/dev/null").env("TMPDIR", &temporary).output().unwrap();
+    let ended =
+        command.env_remove("XDG_CACHE_HOME").env("HOME", "/dev/null").env("TMPDIR", &temporary).output().unwrap();
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     assert!(fs::read_dir(&temporary).unwrap().next().is_none());
 }

@@ -39,7 +39,8 @@ fn rows() -> String {
 #[test]
 fn a_config_is_compared_with_the_weights_before_anything_is_allocated() {
     let (sandbox, rows) = (sandbox(), rows());
-    let keys = ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"];
+    let keys =
+        ["num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "head_dim"];
     for key in keys {
         for size in [1_000_u64, 1_000_000_000, 1 << 31, 1 << 62, u64::MAX] {
             let start = Instant::now();
@@ -51,7 +52,8 @@ fn a_config_is_compared_with_the_weights_before_anything_is_allocated() {
             assert!(start.elapsed().as_secs() < 10, "{name} took {:?}", start.elapsed());
         }
     }
-    let model = changed(&sandbox, "wide", "qwen2/model", "config.json", |c| c["intermediate_size"] = json!(1_000_000_000));
+    let model =
+        changed(&sandbox, "wide", "qwen2/model", "config.json", |c| c["intermediate_size"] = json!(1_000_000_000));
     sandbox.refuses(&train(&model, &rows, &[]), &["has shape", "the model needs [1000000000,"]);
     let model = changed(&sandbox, "deep", "qwen2/model", "config.json", |c| c["num_hidden_layers"] = json!(10_000_000));
     sandbox.refuses(&train(&model, &rows, &[]), &["num_hidden_layers is 10000000"]);
@@ -75,7 +77,8 @@ fn a_window_beyond_every_row_is_none() {
     };
     assert_eq!(loss((1 << 31) - 1), loss(100_000));
     let model = windowed("beyond", 1 << 32);
-    sandbox.refuses(&train(&model, &rows, &[]), &["'sliding_window' should be a whole number below 2^31", "4294967296"]);
+    sandbox
+        .refuses(&train(&model, &rows, &[]), &["'sliding_window' should be a whole number below 2^31", "4294967296"]);
 }
 
 #[test]
@@ -89,7 +92,9 @@ fn a_rank_is_compared_with_what_there_is() {
     // Within the range, but beyond most machines.
     let plan = ["plan", "--model", "qwen2.5-7b", "--lora-rank", "65536", "--device", "cpu", "--gpu-memory", "64GiB"];
     sandbox.refuses(&plan, &["needs", "adapter", "GiB", "--lora-rank"]);
-    for (flag, value) in [("--lora-alpha", "0"), ("--lora-alpha", "-8"), ("--lora-alpha", "1e308"), ("--loss-weights", "nan")] {
+    for (flag, value) in
+        [("--lora-alpha", "0"), ("--lora-alpha", "-8"), ("--lora-alpha", "1e308"), ("--loss-weights", "nan")]
+    {
         sandbox.refuses(&train(&model, &rows, &[flag, value]), &[flag]);
     }
     sandbox.refuses(&train(&model, &rows, &["--loss-option", "beta=nan"]), &["beta", "nan"]);
@@ -122,7 +127,10 @@ fn an_adapter_of_another_kind_is_refused_by_name() {
     ];
     for (i, (key, value, text)) in refused.iter().enumerate() {
         let adapter = with(&format!("refused-{i}"), key, value);
-        sandbox.refuses(&["eval", "--model", &model, "--adapter", &adapter, "--dataset", &rows], &["adapter_config.json", text]);
+        sandbox.refuses(
+            &["eval", "--model", &model, "--adapter", &adapter, "--dataset", &rows],
+            &["adapter_config.json", text],
+        );
     }
     let harmless = [
         ("init_lora_weights", json!("gaussian")),

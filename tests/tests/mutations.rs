@@ -69,9 +69,26 @@ fn mutated(bytes: &[u8], numbers: &mut Numbers) -> Vec<u8> {
 /// Another value in the place of one.
 fn value(numbers: &mut Numbers) -> Value {
     let hard = [
-        json!(null), json!(true), json!(0), json!(-1), json!(1), json!(3), json!(1e308), json!(u64::MAX), json!(1_u64 << 31),
-        json!(65_536), json!("x"), json!(""), json!([]), json!({}), json!([1, [2, {"a": null}]]), json!("full_attention"),
-        json!({"rope_type": "yarn", "factor": 1e300}), json!({"rope_type": "linear", "factor": 0}), json!(0.5), json!(1e-320),
+        json!(null),
+        json!(true),
+        json!(0),
+        json!(-1),
+        json!(1),
+        json!(3),
+        json!(1e308),
+        json!(u64::MAX),
+        json!(1_u64 << 31),
+        json!(65_536),
+        json!("x"),
+        json!(""),
+        json!([]),
+        json!({}),
+        json!([1, [2, {"a": null}]]),
+        json!("full_attention"),
+        json!({"rope_type": "yarn", "factor": 1e300}),
+        json!({"rope_type": "linear", "factor": 0}),
+        json!(0.5),
+        json!(1e-320),
     ];
     hard[numbers.below(hard.len())].clone()
 }
@@ -92,7 +109,13 @@ fn changed(config: &Value, numbers: &mut Numbers) -> Value {
 }
 
 /// Runs a command on so many changed files; what each ended with is counted.
-fn campaign(what: &str, usual: usize, mut write: impl FnMut(&Sandbox, &mut Numbers) -> Vec<u8>, args: &[&str], file: &str) {
+fn campaign(
+    what: &str,
+    usual: usize,
+    mut write: impl FnMut(&Sandbox, &mut Numbers) -> Vec<u8>,
+    args: &[&str],
+    file: &str,
+) {
     let (sandbox, mut numbers) = (sandbox(), Numbers::new(20_261_126));
     let case = golden("trajectories/qwen2");
     for name in ["model", "init_adapter"] {
@@ -114,8 +137,19 @@ fn campaign(what: &str, usual: usize, mut write: impl FnMut(&Sandbox, &mut Numbe
 }
 
 const TRAIN: [&str; 13] = [
-    "train", "--device", "cpu", "--model", "model", "--dataset", "prefs.jsonl", "--max-steps", "1", "--batch-size", "2",
-    "--max-length", "64",
+    "train",
+    "--device",
+    "cpu",
+    "--model",
+    "model",
+    "--dataset",
+    "prefs.jsonl",
+    "--max-steps",
+    "1",
+    "--batch-size",
+    "2",
+    "--max-length",
+    "64",
 ];
 const EVAL: [&str; 7] = ["eval", "--model", "model", "--dataset", "prefs.jsonl#2", "--adapter", "init_adapter"];
 

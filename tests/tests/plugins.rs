@@ -148,7 +148,18 @@ fn broken_plugins_cost_a_line_each() {
         assert!(line.starts_with(folder.path().to_str().unwrap()), "no file: {line}");
     }
 
-    let sound = ["model panics", "model sound", "model unknown-attribute", "model unknown-feature", "model unknown-op", "model wrong-widths", "dataset panicking-format", "loss index-loss", "loss nan-loss", "loss panicking-loss"];
+    let sound = [
+        "model panics",
+        "model sound",
+        "model unknown-attribute",
+        "model unknown-feature",
+        "model unknown-op",
+        "model wrong-widths",
+        "dataset panicking-format",
+        "loss index-loss",
+        "loss nan-loss",
+        "loss panicking-loss",
+    ];
     assert_eq!(listed(&found, true), sound);
     let alone = discover(tempfile::tempdir().unwrap().path());
     assert_eq!(refusals(&alone), Vec::<String>::new());
@@ -179,7 +190,12 @@ fn code_that_cannot_be_stopped_costs_a_line() {
     let sandbox = dpo_tests::Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
     let folder = folder(&["hostile_unstoppable"]);
     let folder = folder.path().to_str().unwrap();
-    let ways = [("hangs", "within 5 s"), ("exits", "exit status: 0"), ("aborts", "SIGABRT"), ("hoards", "memory allocation of")];
+    let ways = [
+        ("hangs", "within 5 s"),
+        ("exits", "exit status: 0"),
+        ("aborts", "SIGABRT"),
+        ("hoards", "memory allocation of"),
+    ];
     std::thread::scope(|scope| {
         for (way, cause) in ways {
             let sandbox = &sandbox;
@@ -188,19 +204,28 @@ fn code_that_cannot_be_stopped_costs_a_line() {
                 let mut command = sandbox.command(&["list", "--plugin-dir", folder]);
                 let listed = command.env("HOSTILE_MANIFEST", way).output().unwrap();
                 let text = String::from_utf8_lossy(&listed.stdout);
-                let refused = text.lines().find(|l| l.starts_with("refused")).unwrap_or_else(|| panic!("{way}: {text}"));
-                assert!(listed.status.success() && refused.contains("its manifest") && refused.contains(cause), "{refused}");
+                let refused =
+                    text.lines().find(|l| l.starts_with("refused")).unwrap_or_else(|| panic!("{way}: {text}"));
+                assert!(
+                    listed.status.success() && refused.contains("its manifest") && refused.contains(cause),
+                    "{refused}"
+                );
                 assert!(text.contains("Qwen2ForCausalLM"), "{text}");
                 sandbox.refuses(&["describe", way, "--plugin-dir", folder], &["its graph", cause]);
                 assert!(start.elapsed().as_secs() < 30, "{way} took {:?}", start.elapsed());
             });
         }
     });
-    let (model, rows) = (dpo_tests::golden("trajectories/qwen2/model"), dpo_tests::golden("trajectories/qwen2/prefs.jsonl"));
+    let (model, rows) =
+        (dpo_tests::golden("trajectories/qwen2/model"), dpo_tests::golden("trajectories/qwen2/prefs.jsonl"));
     let data = ["data", "--model", model.to_str().unwrap(), "--dataset", rows.to_str().unwrap()];
     let quit = sandbox.run(&[&data[..], &["--dataset-format", "quits", "--plugin-dir", folder]].concat());
     assert_eq!(quit.code, 1, "{}", quit.stderr);
-    assert!(quit.stderr.contains("hostile_unstoppable") && quit.stderr.contains("ended the process"), "{}", quit.stderr);
+    assert!(
+        quit.stderr.contains("hostile_unstoppable") && quit.stderr.contains("ended the process"),
+        "{}",
+        quit.stderr
+    );
     // Nothing of a plugin that is not used runs but what it says of itself.
     sandbox.ok(&["describe", "qwen2", "--plugin-dir", folder]);
 }

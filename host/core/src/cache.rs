@@ -90,7 +90,10 @@ fn refuse_shared(folder: &Path) -> Result<()> {
     if owner == user && meta.mode() & 0o022 == 0 {
         return Ok(());
     }
-    let what = format!("is of user {owner} with mode {:o}: what lies there may be another's than user {user}'s", meta.mode() & 0o777);
+    let what = format!(
+        "is of user {owner} with mode {:o}: what lies there may be another's than user {user}'s",
+        meta.mode() & 0o777
+    );
     Err(Error::run(what).at(folder.display()).help(format!("take the right to write from others, or {NAME_ONE}")))
 }
 

@@ -76,7 +76,9 @@ fn check_sizes(graph: &ModelGraph) -> Result<()> {
                 None => {
                     let (name, shape) = (format!("{prefix}{}", weight.tensor), &weight.shape);
                     let most = size(MOST_BYTES);
-                    return Err(Error::input(format!("with tensor '{name}' of shape {shape:?} the weights exceed {most}")));
+                    return Err(Error::input(format!(
+                        "with tensor '{name}' of shape {shape:?} the weights exceed {most}"
+                    )));
                 }
             };
         }

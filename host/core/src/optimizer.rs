@@ -119,10 +119,14 @@ mod tests {
     #[test]
     fn a_step_to_what_is_not_finite_changes_nothing() {
         let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 0.0, weight_decay: 0.1 };
-        for (gradient, rate) in [([0.0, 1.0], 0.1), ([1.0, f32::MAX], 0.1), ([1.0, 1.0], 1e39), ([f32::NAN, 1.0], 0.1)] {
+        for (gradient, rate) in [([0.0, 1.0], 0.1), ([1.0, f32::MAX], 0.1), ([1.0, 1.0], 1e39), ([f32::NAN, 1.0], 0.1)]
+        {
             let (mut p, mut moments) = (vec![1.0, -2.0], Moments::new(2));
             assert!(!adam.step(&mut p, &gradient, &mut moments, rate), "{gradient:?} at {rate}");
-            assert_eq!((p, moments.first, moments.second, moments.steps), (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2], 0));
+            assert_eq!(
+                (p, moments.first, moments.second, moments.steps),
+                (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2], 0)
+            );
         }
     }
 

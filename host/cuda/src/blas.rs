@@ -10,8 +10,8 @@ use std::mem::MaybeUninit;
 use cudarc::cublaslt::{result, sys};
 
 use super::gpu::{Address, Gpu, Memory, View};
-use dpo_core::error::{Error, Result};
 use dpo_core::cache;
+use dpo_core::error::{Error, Result};
 
 /// Scratch of the matmuls.
 pub(super) const WORKSPACE: usize = 64 << 20;

@@ -6,8 +6,8 @@ use cudarc::nvrtc::{result, sys};
 use rayon::prelude::*;
 
 use super::gpu::{Gpu, Kernel};
-use dpo_core::error::{Error, Result};
 use dpo_core::cache;
+use dpo_core::error::{Error, Result};
 
 /// A source file and the kernels in it.
 pub(crate) struct Source {

@@ -12,8 +12,11 @@ use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{Moments, Rates};
 use dpo_core::weights::BlockId;
 
-pub(super) static SOURCE: Source =
-    Source::plain("adamw", include_str!("adamw.cu"), &["adamw", "adamw_overflows", "sum_squares", "spread", "collect", "random"]);
+pub(super) static SOURCE: Source = Source::plain(
+    "adamw",
+    include_str!("adamw.cu"),
+    &["adamw", "adamw_overflows", "sum_squares", "spread", "collect", "random"],
+);
 
 /// A LoRA matrix in the flat buffer and in a stack: `struct Part` of `adamw.cu`.
 pub(super) type Part = [u64; 8];

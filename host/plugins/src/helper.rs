@@ -9,26 +9,21 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use dpo_core::error::{Error, Result};
-use rustix::process::{Resource, Rlimit, setrlimit};
 use serde::{Deserialize, Serialize};
-
-use super::library;
 
 /// The first argument of a process that calls a library: behind it stand the library, the function and the item.
 pub const COMMAND: &str = "plugin-call";
 /// Put before the answer, to tell it from what the library prints.
-const MARK: &str = "answer: ";
+pub(super) const MARK: &str = "answer: ";
 
 /// How long a call may take.
-const TIME: Duration = Duration::from_secs(5);
-/// Address space of the process, in bytes; the host's own code takes some hundred MiB of it.
-const MEMORY: u64 = 4 << 30;
+pub(super) const TIME: Duration = Duration::from_secs(5);
 /// Longest answer: the graph of a model of a thousand layers has some MiB.
 const ANSWER: u64 = 64 << 20;
 
 /// What a process answers.
 #[derive(Serialize, Deserialize)]
-enum Answer {
+pub(super) enum Answer {
     Value(String),
     Error { message: String, help: Option<String> },
 }
@@ -67,9 +62,15 @@ pub(super) fn call(helper: &Path, library: &Path, what: &str, item: usize, input
         }
         None => {
             let said = said.join().unwrap_or_default();
-            let last = said.lines().rfind(|l| !l.trim().is_empty() && !l.starts_with("note:")).map(|l| format!(": {}", l.trim()));
+            let last = said
+                .lines()
+                .rfind(|l| !l.trim().is_empty() && !l.starts_with("note:"))
+                .map(|l| format!(": {}", l.trim()));
             let how = status.map_or_else(|| "it was ended".to_owned(), |s| s.to_string());
-            Err(Error::input(format!("its {what} ends the process that asks for it ({how}){}", last.unwrap_or_default())))
+            Err(Error::input(format!(
+                "its {what} ends the process that asks for it ({how}){}",
+                last.unwrap_or_default()
+            )))
         }
     }
 }
@@ -93,25 +94,4 @@ fn end(child: &mut Child) -> Option<ExitStatus> {
     let _ = child.kill();
     let _ = child.wait();
     None
-}
-
-/// In a process of [`COMMAND`]: limits itself, calls what its arguments name with the text on standard input, and prints the answer.
-///
-/// # Errors
-/// Arguments that are none of [`COMMAND`]'s.
-pub fn answer(args: &[String]) -> Result<()> {
-    let [library, what, item] = args else { return Err(Error::input(format!("{COMMAND} is the host's own"))) };
-    let item = item.parse().map_err(|_| Error::input(format!("{COMMAND}: '{item}' is not the number of an item")))?;
-    for (resource, most) in [(Resource::As, MEMORY), (Resource::Cpu, TIME.as_secs()), (Resource::Core, 0)] {
-        // Where a limit cannot be set, that of the time remains.
-        let _ = setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) });
-    }
-    let mut input = String::new();
-    io::stdin().read_to_string(&mut input).map_err(|e| Error::input(format!("{COMMAND}: {e}")))?;
-    let answer = match library::call_here(Path::new(library), what, item, &input) {
-        Ok(value) => Answer::Value(value),
-        Err(e) => Answer::Error { message: e.message().to_owned(), help: e.advice().map(str::to_owned) },
-    };
-    println!("\n{MARK}{}", serde_json::to_string(&answer).unwrap_or_default());
-    Ok(())
 }

@@ -67,7 +67,13 @@ impl Library {
         let linked = |l: &Linked| {
             let module = (l.module)();
             let manifest = manifest(&reply(module.call()("manifest".into(), 0, "".into()))?)?;
-            Ok(Library { code: Code::Linked(module), origin: Origin::BuiltIn, manifest, sha256: None, name: "built-in" })
+            Ok(Library {
+                code: Code::Linked(module),
+                origin: Origin::BuiltIn,
+                manifest,
+                sha256: None,
+                name: "built-in",
+            })
         };
         let mut all: Vec<Result<Library>> = inventory::iter::<Linked>().map(linked).collect();
         // The order in which the linker collects them differs between builds.

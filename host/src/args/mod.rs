@@ -13,8 +13,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use dpo_core::error::{Error, Result};
-use serde::Serialize;
 use dpo_core::lora::MOST_ALPHA;
+use serde::Serialize;
 use serde_json::Value;
 
 /// A setting that follows from others unless it is given: `auto` or a value.

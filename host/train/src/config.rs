@@ -165,7 +165,12 @@ impl TrainConfig {
 
     /// The record of the run's flags, and of what they came to: the packing, the family's package, and everything that decides
     /// the steps, as `args.json` has it.
-    pub(crate) fn args_json(&self, packing: Packing, package: &Value, settings: &Map<String, Value>) -> Result<Vec<u8>> {
+    pub(crate) fn args_json(
+        &self,
+        packing: Packing,
+        package: &Value,
+        settings: &Map<String, Value>,
+    ) -> Result<Vec<u8>> {
         let mut all = self.flags.clone();
         all.insert(RESOLVED.to_owned(), json!({PACKING: packing, "package": package, "settings": settings}));
         let text = serde_json::to_string_pretty(&all);

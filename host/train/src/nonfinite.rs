@@ -43,7 +43,8 @@ pub(super) fn look_at_weights(checkpoint: &Checkpoint, logps: &[f32]) -> Result<
 /// What to do about losses and gradients that are not finite.
 pub(super) const LOWER: &str = "lower --learning-rate and look at the rows that were named";
 /// What to do about steps of the optimizer that are not finite.
-pub(super) const USUAL: &str = "lower --learning-rate; --adam-epsilon 1e-8 is usual, and f32 has no number between 0 and 1e-45";
+pub(super) const USUAL: &str =
+    "lower --learning-rate; --adam-epsilon 1e-8 is usual, and f32 has no number between 0 and 1e-45";
 
 /// The error that ends a run.
 pub(super) fn end(what: &str, place: &str, help: &str) -> Error {

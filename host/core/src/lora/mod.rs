@@ -67,9 +67,11 @@ impl Adapter {
         let bytes = adapter.parameters().saturating_mul(4 * size_of::<f32>());
         if let Some(free) = free_memory().filter(|free| bytes > *free) {
             let (needs, free) = (memory::size(bytes), memory::size(free));
-            return Err(Error::input(format!("an adapter of rank {rank} needs {needs} to be trained, there are {free}"))
-                .at("--lora-rank")
-                .help("lower it: 8 to 64 is usual"));
+            return Err(Error::input(format!(
+                "an adapter of rank {rank} needs {needs} to be trained, there are {free}"
+            ))
+            .at("--lora-rank")
+            .help("lower it: 8 to 64 is usual"));
         }
         adapter.params = vec![0.0; adapter.parameters()];
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -141,8 +143,9 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             if config.targets.name(&module) {
                 // An adapter's file names parameters by module.
                 if sites.iter().any(|s: &Site| s.module == module) {
-                    return Err(Error::input(format!("the graph has two linears of the name '{module}'"))
-                        .help("a linear that a model uses twice cannot be adapted: leave it out of the target modules"));
+                    return Err(Error::input(format!("the graph has two linears of the name '{module}'")).help(
+                        "a linear that a model uses twice cannot be adapted: leave it out of the target modules",
+                    ));
                 }
                 let inputs = *inputs;
                 let outputs = node.width;

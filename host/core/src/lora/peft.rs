@@ -109,8 +109,10 @@ fn parse_config(text: &str) -> Result<AdapterConfig> {
         None | Some(Value::Null | Value::Bool(_)) => {}
         Some(Value::String(init)) if PLAIN_INIT.contains(&init.as_str()) => {}
         Some(init) => {
-            return Err(Error::input(format!("'init_lora_weights': {init} changes the base model, which is not changed here"))
-                .help(CONVERT));
+            return Err(Error::input(format!(
+                "'init_lora_weights': {init} changes the base model, which is not changed here"
+            ))
+            .help(CONVERT));
         }
     }
     if let Some(bias) = keys.get("bias").filter(|b| b.as_str() != Some("none")) {
