@@ -10,6 +10,7 @@ pub mod tokens;
 use std::collections::{HashMap, HashSet};
 
 use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
+use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use indicatif::ProgressBar;
 use rand::SeedableRng;
@@ -25,6 +26,7 @@ pub use tokens::{ChatTokenizer, Truncation};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::{Answer, Example};
+use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_plugins::{Format, Registry};
 use report::{FileReport, Joined};
 use source::{Columns, Source, SourceRow, first_columns, rename};
@@ -68,6 +70,8 @@ pub struct DataOptions {
     pub columns: Columns,
     /// Most tokens of a prompt and an answer.
     pub max_length: usize,
+    /// Tokens that the model has: examples with others end everything. `None` where a tokenizer alone is at hand.
+    pub vocabulary: Option<usize>,
     /// What happens to longer ones.
     pub truncation: Truncation,
     /// Whether the first bad row ends everything.
@@ -76,6 +80,15 @@ pub struct DataOptions {
     pub shuffle: bool,
     /// For the sample.
     pub seed: u64,
+}
+
+impl DataOptions {
+    /// The same for a model: rows are no longer than it takes, and have no token that it does not have.
+    #[must_use]
+    pub fn of_model(self, graph: &ModelGraph) -> DataOptions {
+        let max_length = self.max_length.min(graph.max_positions.unwrap_or(usize::MAX));
+        DataOptions { max_length, vocabulary: Some(vocabulary(graph)), ..self }
+    }
 }
 
 /// Examples to train on.
@@ -344,6 +357,9 @@ fn collect(
                 report.cut_alike += usize::from(alike(&example));
             }
         }
+        // No row's fault, but of a tokenizer that is not the model's.
+        refuse_foreign_tokens(example.parts().flatten(), options.vocabulary.unwrap_or(usize::MAX))
+            .map_err(|e| e.at(&place))?;
         for end in ends {
             report.eos.answers += 1;
             match end {

@@ -19,6 +19,7 @@ fn options(path: &Path) -> DataOptions {
         wanted: Wanted::default(),
         columns: Default::default(),
         max_length: usize::MAX,
+        vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
         shuffle: false,
