@@ -152,7 +152,14 @@ fn broken_plugins_cost_a_line_each() {
         assert!(line.starts_with(folder.path().to_str().unwrap()), "no file: {line}");
     }
 
-    let sound = ["model sound", "dataset panicking-format", "loss index-loss", "loss nan-loss", "loss panicking-loss"];
+    let sound = [
+        "model sound",
+        "dataset flooding-format",
+        "dataset panicking-format",
+        "loss index-loss",
+        "loss nan-loss",
+        "loss panicking-loss",
+    ];
     assert_eq!(listed(&found, true), sound);
     let alone = discover(tempfile::tempdir().unwrap().path());
     assert_eq!(refusals(&alone), Vec::<String>::new());
@@ -167,6 +174,7 @@ fn a_call_that_fails_is_an_error() {
         ("evals", "panicking-loss", ["panicked at", "no loss comes to mind"]),
         ("evals", "index-loss", ["panicked at", "index is 1000"]),
         ("records", "panicking-format", ["panicked at", "no record comes to mind"]),
+        ("records", "flooding-format", ["1000000 records of one row", "more than 10000"]),
     ];
     for (call, name, parts) in parts {
         let error = found[call][name].as_str().unwrap_or_else(|| panic!("{name}: {}", found[call][name]));

@@ -1,10 +1,15 @@
-//! From files to examples: [`source`] reads rows, a format plugin makes records of them, [`chat`] renders them,
-//! [`tokens`] gives ids, [`report`] says what became of everything.
+//! From files to examples: [`source`] finds files, [`read`] reads their rows, a format plugin makes records of them,
+//! [`columns`] sees that nothing of them is lost, [`chat`] renders them, [`tokens`] gives ids, [`report`] says what became of
+//! everything.
 
+mod bounded;
 pub mod chat;
+pub mod columns;
 mod python;
+pub mod read;
 pub mod report;
 pub mod source;
+mod tokenizer;
 pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
@@ -19,17 +24,19 @@ use rayon::prelude::*;
 
 pub use chat::read_json;
 pub use chat::{ChatTemplate, Rendering};
+pub use columns::parse_columns;
 pub use report::Report;
-pub use source::parse_columns;
 pub use tokens::{ChatTokenizer, Truncation};
 
+use columns::{Columns, first_columns, refuse_lost, rename};
 use dpo_core::console;
-use dpo_core::error::{Error, Result};
+use dpo_core::error::{Error, Kind, Result};
 use dpo_core::example::{Answer, Example};
 use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_plugins::{Format, Registry};
+use read::SourceRow;
 use report::{FileReport, Joined};
-use source::{Columns, Source, SourceRow, first_columns, rename};
+use source::Source;
 use tokens::Encoded;
 
 /// Rows that are shown to the formats to find out which one it is.
@@ -156,14 +163,17 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     }
     report.plain_examples = items.iter().filter(|item| matches!(item.record.prompt, Text::Plain(_))).count();
     let bar = progress(items.len());
-    let encoded: Vec<Result<Encoded>> = items
-        .par_iter()
-        .map(|item| {
-            bar.inc(1);
-            tokenizer.encode_record(&item.record)
-        })
-        .collect();
+    let encode = |item: &Item| {
+        bar.inc(1);
+        match tokenizer.encode_record(&item.record) {
+            // What did not come to an end may only have been slow, so it is no matter of one row.
+            Err(error) if error.kind == Kind::Run => Err(error.at(&item.place)),
+            made => Ok(made),
+        }
+    };
+    let encoded = items.par_iter().map(encode).collect::<Result<Vec<Result<Encoded>>>>();
     bar.finish_and_clear();
+    let encoded = encoded?;
     let examples = collect(items, encoded, &mut report, options, tokenizer)?;
     report.measure(&examples, tokenizer);
     if examples.is_empty() {
@@ -208,8 +218,12 @@ fn choose<'a>(
 
 /// Records of every row, in order.
 fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<(String, Result<Vec<Record>>)> {
-    let records = |row: SourceRow| (row.place, row.row.and_then(|row| format.records(&row)));
-    rows.into_par_iter().map(records).collect()
+    let records = |row: Row| {
+        let records = format.records(&row)?;
+        refuse_lost(&format.name, &row, &records, |other| format.records(other))?;
+        Ok(records)
+    };
+    rows.into_par_iter().map(|row| (row.place, row.row.and_then(records))).collect()
 }
 
 /// Counts a row that makes no example by its own fault, or ends everything.
@@ -264,8 +278,9 @@ fn learned(record: &Record) -> &[RecordAnswer] {
     &record.answers[..count]
 }
 
-/// Makes pairs of single answers: every liked one with every disliked one to the same prompt. They follow the records that
-/// had more answers before.
+/// Makes pairs of single answers to the same prompt: the first liked one with the first disliked one, and so on; where one
+/// side has fewer, it begins again. So each answer is in a pair, and there are as many as the longer side has. They follow the
+/// records that had more answers before.
 fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>> {
     let single = |item: &Item| item.record.answers.len() == 1;
     let (single, mut all): (Vec<Item>, Vec<Item>) = items.into_iter().partition(single);
@@ -298,7 +313,8 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
                 )?;
             }
         }
-        for (good, bad) in liked.iter().flat_map(|good| disliked.iter().map(move |bad| (good, bad))) {
+        let count = liked.len().max(disliked.len());
+        for (good, bad) in liked.iter().cycle().zip(disliked.iter().cycle()).take(count) {
             let answers = [&good.record, &bad.record].map(|record| record.answers.clone()).concat();
             let record = Record { answers, ..good.record.clone() };
             all.push(Item { record, file: good.file, place: format!("{} and {}", good.place, bad.place) });
