@@ -434,3 +434,49 @@ pub fn split(examples: Vec<Example>, ratio: f64, seed: u64) -> (Vec<Example>, Ve
     let (val, train): (Vec<_>, Vec<_>) = examples.into_iter().enumerate().partition(|(i, _)| held.contains(i));
     (train.into_iter().map(|(_, e)| e).collect(), val.into_iter().map(|(_, e)| e).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use std::path::Path;
+
+    use super::*;
+
+    /// Fewer rows than there are would be another run, and which ones are left would depend on the machine.
+    #[test]
+    fn a_row_whose_rendering_does_not_end_ends_the_run_and_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trl/model/tokenizer.json");
+        std::fs::copy(golden, dir.path().join("tokenizer.json")).unwrap();
+        let template = "{% set n = namespace(a=['x'], b=['x']) %}{% for m in messages %}{% if 'slow' in m.content %}\
+            {% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}\
+            {% endif %}{{ m.content }}<|im_end|>{% endfor %}";
+        let config = serde_json::json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string();
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        let row = |answer: &str| {
+            let turns =
+                serde_json::json!([{"role": "user", "content": "why?"}, {"role": "assistant", "content": answer}]);
+            serde_json::json!({"messages": turns, "rejected_response": "no"}).to_string()
+        };
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, [row("ok"), row("slow"), row("so")].join("\n")).unwrap();
+        let options = DataOptions {
+            paths: vec![path.display().to_string()],
+            format: None,
+            wanted: Wanted::default(),
+            columns: Columns::default(),
+            max_length: usize::MAX,
+            vocabulary: None,
+            truncation: Truncation::Delete,
+            strict: false,
+            shuffle: false,
+            seed: 0,
+        };
+        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+        let error = load(&options, &Registry::discover(&[]), &tokenizer).unwrap_err();
+        assert_eq!(error.kind, Kind::Run);
+        let expected = format!("{}:2: the chat template does not come to an end within 2 seconds", path.display());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+    }
+}

@@ -4,6 +4,7 @@
 //! A few normalizers of a line each, one behind the other, make gigabytes of a word. So the file's own texts are checked to be
 //! short before the library reads it, and every step is checked to stay within a multiple of the text.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use base64::Engine;
@@ -52,6 +53,10 @@ impl Tokenizer {
         }
         let opened = guard(|| Ok(serde_json::from_str(&text))).map_err(|e| broken(e.message))?;
         let mut tokenizer: TokenizerImpl<_, _, _, _, _> = opened.map_err(|e| broken(e.to_string()))?;
+        // Some added tokens are normalised.
+        if let Some(why) = REFUSED.take() {
+            return Err(broken(why));
+        }
         // transformers ignores what the file says about cutting and filling unless it is asked for.
         tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?.with_padding(None);
         Ok(Tokenizer(tokenizer))
@@ -59,8 +64,12 @@ impl Tokenizer {
 
     /// Ids of a text, with what the tokenizer puts around it where `special` asks for that.
     pub(super) fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        guarded(|| self.0.encode_fast(text, special).map(|e| e.get_ids().to_vec()))
-            .map_err(|what| Error::input(format!("cannot be tokenised: {what}")))
+        let encode = || {
+            REFUSED.set(None);
+            let encoding = self.0.encode_fast(text, special)?;
+            REFUSED.take().map_or_else(|| Ok(encoding.get_ids().to_vec()), |why| Err(why.into()))
+        };
+        guarded(encode).map_err(|what| Error::input(format!("cannot be tokenised: {what}")))
     }
 
     /// The text of ids, with special tokens or without; `None` where there is none.
@@ -148,6 +157,11 @@ fn longest_written(map: &str) -> Option<usize> {
     texts.split(|byte| *byte == 0).map(<[u8]>::len).max()
 }
 
+thread_local! {
+    /// Why a text was refused while it was normalised: the library drops errors of normalizers.
+    static REFUSED: Cell<Option<String>> = const { Cell::new(None) };
+}
+
 /// The file's normalizer, step by step.
 #[derive(Deserialize)]
 #[serde(transparent)]
@@ -155,7 +169,7 @@ struct Normalizers(NormalizerWrapper);
 
 impl Normalizer for Normalizers {
     fn normalize(&self, text: &mut NormalizedString) -> tokenizers::Result<()> {
-        normalize(&self.0, text, text.get().len())
+        normalize(&self.0, text, text.get().len()).inspect_err(|e| REFUSED.set(Some(e.to_string())))
     }
 }
 

@@ -146,6 +146,17 @@ fn parquet_is_read_with_every_compression() {
     }
 }
 
+/// Files of the campaign in `campaign.rs` over which the parquet crate panics.
+#[test]
+fn a_file_over_which_its_reader_panics_is_named() {
+    for name in ["negative.parquet", "dictionary.parquet"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/broken").join(name);
+        let error = read_file(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}: cannot be read, its reader failed: it panicked at")), "{error}");
+        assert!(error.contains("help: the file is broken"), "{error}");
+    }
+}
+
 #[test]
 fn csv_cells_are_text_or_conversations() {
     let dir = tempfile::tempdir().unwrap();
