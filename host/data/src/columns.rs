@@ -154,52 +154,49 @@ pub(super) fn refuse_lost(
     records: &[Record],
     again: impl Fn(&Row) -> Result<Vec<Record>>,
 ) -> Result<()> {
-    let turns = || row.values().flat_map(turns);
-    let media = |(name, value): (&String, &Value)| {
-        (MEDIA.contains(&plain(name).as_str()) && !is_empty(value)).then(|| name.clone())
-    };
-    if let Some(name) = row.iter().find_map(media) {
-        return Err(aside(
-            Error::input(format!("column '{name}' is filled, and models are trained on text alone")),
-            &name,
-        ));
-    }
-    if let Some(name) = turns().flatten().find_map(media) {
-        return Err(Error::input(format!("a message has '{name}', and models are trained on text alone"))
-            .help("leave such rows out"));
-    }
+    refuse_media(row)?;
     let is_read = |without: Row| again(&without).map_or(true, |other| other != records);
     for (name, value) in row.iter().filter(|(name, value)| says_something(name, value)) {
-        if !is_repeated(value, row, records)
-            && !is_read(row.iter().filter(|(n, _)| *n != name).map(|(n, v)| (n.clone(), v.clone())).collect())
-        {
+        if !is_repeated(value, row, records) && !is_read(without_column(row, name)) {
             let error = Error::input(format!("column '{name}' would be lost: the format '{format}' does not read it"));
-            return Err(aside(error, name));
+            return Err(aside(error, name, &format!("name what it is with --columns '{{\"{name}\": \"…\"}}', ")));
         }
     }
-    let of_turn = |(name, value): (&String, &Value)| {
-        (OF_TURNS.contains(&name.as_str()) && !is_empty(value)).then(|| name.clone())
-    };
-    let lost = turns().flatten().find_map(of_turn).or_else(|| row.values().find_map(unlike_learned));
-    match lost.filter(|name| !is_read(without_key(row, name))) {
-        Some(name) if LEARNED.contains(&name.as_str()) => {
-            let what = format!(
-                "'{name}' of a message says otherwise than is done: the answer is learned, and nothing before it"
-            );
-            Err(Error::input(what).help("leave such rows out, or the key"))
-        }
-        Some(name) => {
-            Err(Error::input(format!("'{name}' of a message would be lost: the format '{format}' does not read it"))
-                .help("write it into the text, or leave the key out"))
-        }
+    let said = row
+        .values()
+        .flat_map(turns)
+        .flatten()
+        .filter(|(name, value)| OF_TURNS.contains(&name.as_str()) && !is_empty(value));
+    if let Some((name, _)) = said.into_iter().find(|(name, _)| !is_read(without_key(row, name))) {
+        let what = format!("'{name}' of a message would be lost: the format '{format}' does not read it");
+        return Err(Error::input(what).help("write it into the text, or leave the key out"));
+    }
+    if let Some(name) = row.values().filter_map(unlike_learned).find(|name| !is_read(without_key(row, name))) {
+        let what =
+            format!("'{name}' of a message says otherwise than is done: the answer is learned, and nothing before it");
+        return Err(Error::input(what).help("leave such rows out, or the key"));
+    }
+    Ok(())
+}
+
+/// Refuses what no format can read.
+fn refuse_media(row: &Row) -> Result<()> {
+    let filled = |(name, value): &(&String, &Value)| MEDIA.contains(&plain(name).as_str()) && !is_empty(value);
+    if let Some((name, _)) = row.iter().find(filled) {
+        let error = Error::input(format!("column '{name}' is filled, and models are trained on text alone"));
+        return Err(aside(error, name, ""));
+    }
+    match row.values().flat_map(turns).flatten().find(filled) {
+        Some((name, _)) => Err(Error::input(format!("a message has '{name}', and models are trained on text alone"))
+            .help("leave such rows out")),
         None => Ok(()),
     }
 }
 
-fn aside(error: Error, name: &str) -> Error {
+/// Says how to go on without a column; `or_named` is what else can be done.
+fn aside(error: Error, name: &str, or_named: &str) -> Error {
     error.help(format!(
-        "leave such rows out, name what the column is with --columns '{{\"{name}\": \"…\"}}', or put it aside with \
-         --columns '{{\"{name}\": \"unused\"}}'"
+        "leave such rows out, {or_named}or put the column aside with --columns '{{\"{name}\": \"unused\"}}'"
     ))
 }
 
@@ -271,19 +268,21 @@ fn role(turn: &Row) -> Option<&str> {
 }
 
 /// A key of a conversation's turn that says that it is learned, or not, where the opposite is done.
-fn unlike_learned(column: &Value) -> Option<String> {
+fn unlike_learned(column: &Value) -> Option<&'static str> {
     let turns = turns(column);
     let asks = |turn: &&Row| matches!(role(turn), Some("user" | "human" | "system"));
     let answer = turns.iter().rposition(asks).map_or(0, |last| last + 1);
     let learned = |at: usize| at >= answer && matches!(role(turns[at]), Some("assistant" | "gpt" | "bot" | "model"));
     let says = |value: &Value| value.as_f64().or_else(|| Some(f64::from(u8::from(value.as_bool()?))));
     let unlike = |(at, turn): (usize, &&Row)| {
-        let key = LEARNED
-            .iter()
-            .find(|key| turn.get(**key).and_then(says).is_some_and(|s| s != f64::from(u8::from(learned(at)))));
-        key.map(|key| (*key).to_owned())
+        let done = f64::from(u8::from(learned(at)));
+        LEARNED.into_iter().find(|key| turn.get(*key).and_then(says).is_some_and(|said| said != done))
     };
     turns.iter().enumerate().find_map(unlike)
+}
+
+fn without_column(row: &Row, column: &str) -> Row {
+    row.iter().filter(|(name, _)| *name != column).map(|(name, value)| (name.clone(), value.clone())).collect()
 }
 
 /// A row whose messages lack a key.
