@@ -21,7 +21,7 @@ use abi_stable::std_types::{RResult, RSlice, RStr, RString, RVec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::dataset::{DatasetFormat, Row};
+use crate::dataset::{DatasetFormat, Row, check_records};
 use crate::loss::{
     AlignmentLoss, Answer, Example, LossBatch, LossOption, MAX_STATISTICS, Needs, Options, Totals, check_answers,
 };
@@ -259,7 +259,12 @@ impl Exports {
             ("manifest", _) => Ok(to_value(&self.manifest())),
             ("graph", Some(Export::Model(m))) => Ok(to_value(&m.graph(&Config::parse(input)?)?)),
             ("recognises", Some(Export::Dataset(d))) => Ok(d.recognises(&row(input)?).into()),
-            ("records", Some(Export::Dataset(d))) => Ok(to_value(&d.records(&row(input)?)?)),
+            ("records", Some(Export::Dataset(d))) => {
+                let records = d.records(&row(input)?)?;
+                // Before they become text, which is many times as large.
+                check_records(&records)?;
+                Ok(to_value(&records))
+            }
             _ => bail!("the plugin has no '{what}' for its item {item}"),
         }
     }
@@ -349,8 +354,8 @@ thread_local! {
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Runs an author's code; a panic becomes an error that says where it happened.
-fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs code of others; a panic becomes an error that says where it happened, and prints nothing.
+pub fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = std::panic::take_hook();

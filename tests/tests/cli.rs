@@ -110,6 +110,38 @@ fn broken_checkpoints_are_named() {
     refuses("config.json", &replaced("Qwen2ForCausalLM", "GPT2LMHeadModel"), &["GPT2LMHeadModel"]);
 }
 
+/// A tokenizer with a token more than the model has rows for, as one that was added to the tokenizer alone.
+#[test]
+fn a_token_that_the_model_does_not_have_is_refused_wherever_it_is_read() {
+    let s = sandbox();
+    let model = broken_model(&s, "tokenizer.json", |bytes| {
+        let mut tokenizer: Value = serde_json::from_slice(&bytes).unwrap();
+        tokenizer["model"]["vocab"]["<|more|>"] = 407.into();
+        let mut token = tokenizer["added_tokens"][0].clone();
+        (token["id"], token["content"]) = (407.into(), "<|more|>".into());
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+        tokenizer.to_string().into_bytes()
+    });
+    let sound = s.write("sound.jsonl", &ROW.repeat(2).replace("}{", "}\n{"));
+    let says = |place: &str| {
+        [place.to_owned(), "token id 407 is beyond the model's vocabulary of 320".into(), "help: the tokenizer".into()]
+    };
+    for (part, row) in [("prompt", ROW.replace("hi", "hi <|more|>")), ("answer", ROW.replace("no\"", "no <|more|>\""))]
+    {
+        let rows = s.write(&format!("{part}.jsonl"), &format!("{ROW}\n{row}\n"));
+        let [place, id, help] = says(&format!("{part}.jsonl:2: "));
+        let refuses = |args: &[&str]| s.refuses(args, &[&place, &id, &help]);
+        refuses(&["train", "--model", &model, "--dataset", &rows]);
+        refuses(&["train", "--model", &model, "--dataset", &sound, "--val-dataset", &rows]);
+        refuses(&["eval", "--model", &model, "--dataset", &rows]);
+        refuses(&["data", "--model", &model, &rows]);
+    }
+    s.refuses(
+        &["chat", "--model", &model, "--prompt", "hi <|more|>"],
+        &says("")[1..].iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+}
+
 #[test]
 fn a_folder_with_a_run_is_left_alone() {
     let (s, model, rows) = (sandbox(), model(), rows());

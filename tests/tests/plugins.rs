@@ -155,6 +155,7 @@ fn broken_plugins_cost_a_line_each() {
         "model unknown-feature",
         "model unknown-op",
         "model wrong-widths",
+        "dataset flooding-format",
         "dataset panicking-format",
         "loss index-loss",
         "loss nan-loss",
@@ -238,6 +239,7 @@ fn a_call_that_fails_is_an_error() {
         ("evals", "panicking-loss", ["panicked at", "no loss comes to mind"]),
         ("evals", "index-loss", ["panicked at", "index is 1000"]),
         ("records", "panicking-format", ["panicked at", "no record comes to mind"]),
+        ("records", "flooding-format", ["1000000 records of one row", "more than 10000"]),
     ];
     for (call, name, parts) in parts {
         let error = found[call][name].as_str().unwrap_or_else(|| panic!("{name}: {}", found[call][name]));

@@ -3,9 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
 use dpo_plugin_api::dataset::Message;
@@ -15,6 +13,7 @@ use minijinja::{Environment, ErrorKind, State, Value as Jinja};
 use regex::Regex;
 use serde_json::{Map, Value};
 
+use super::bounded::bounded;
 use super::python::{Dumps, repr, strftime_now};
 use dpo_core::error::{Error, IoContext, Result};
 
@@ -22,26 +21,28 @@ use dpo_core::error::{Error, IoContext, Result};
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
-/// What a rendering may cost, so that no template runs for ever or eats the memory: an instruction costs 1, and so do 64
-/// bytes of text. Published templates take about 100 a turn, and less than 1 for a byte of the conversation.
+/// What it is called in messages.
+const WHAT: &str = "the chat template";
+/// Most bytes of a template. Published ones have up to 40,000.
+const MOST_TEXT: usize = 1 << 17;
+/// What a rendering may cost: an instruction costs 1, and so do 64 bytes of text. Published templates take about 100 a turn, and
+/// less than 1 for a byte of the conversation. It is the same for a row wherever and whenever it is rendered.
 const FUEL: u64 = 1 << 18;
-/// Stack of a rendering, in bytes. A list in a list in a list is walked by recursion, at up to 400 bytes a level; with so
-/// much fuel a template can make some 60,000 of them.
-const STACK: usize = 1 << 26;
 /// Most bytes of JSON that a value may become. Lists that hold a list twice, level upon level, are small until then.
 const MOST_JSON: usize = 1 << 24;
-/// What fuel does not count: a filter or a comparison that walks lists of lists within a single instruction. A rendering has
-/// so many ticks of this time; a process that was stopped for a while loses one of them.
-const TICK: Duration = Duration::from_millis(100);
-const TICKS: u32 = 30;
+/// What fuel does not count: a comparison or `~` that walks lists of lists within a single instruction. A rendering within its
+/// fuel takes milliseconds, so one that takes this long never ends.
+const LONGEST: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 60 });
+/// How long compiling may take: milliseconds, unless an expression has ten thousand operators.
+const LONGEST_COMPILING: Duration = Duration::from_secs(10);
 /// Most spaces of indentation.
 const MOST_INDENT: usize = 16;
+/// Most letters of what a template says when it refuses a conversation.
+const MOST_SAID: usize = 500;
 
 /// A checkpoint's chat template, ready to render.
 pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
-    /// Whether a rendering was given up: its thread still runs, and one is enough.
-    runs_away: AtomicBool,
     /// Where it was found: a file, or the family's own.
     pub origin: String,
     special_tokens: Map<String, Value>,
@@ -100,33 +101,25 @@ impl ChatTemplate {
         origin: String,
         special_tokens: Map<String, Value>,
     ) -> Result<ChatTemplate> {
-        let mut environment = environment()?;
         let any = |what: &str| texts.values().any(|text| text.contains(what));
         let (takes_call_text, reads_clock) = (any("arguments is string"), any("strftime_now"));
-        for (name, text) in texts {
-            environment.add_template_owned(name, without_generation_tags(&text)).map_err(|e| {
-                let line = e.line().map(|l| format!(" in line {l}")).unwrap_or_default();
-                Error::input(format!("the chat template cannot be read{line}: {}", cause(&e))).at(&origin)
-            })?;
+        if let Some(long) = texts.values().map(String::len).find(|bytes| *bytes > MOST_TEXT) {
+            return Err(Error::input(format!("the chat template has {long} bytes, more than {MOST_TEXT}")).at(&origin));
         }
+        let environment =
+            bounded(WHAT, LONGEST_COMPILING, || compiled(texts)).and_then(|done| done).map_err(|e| e.at(&origin))?;
         if environment.get_template(DEFAULT).is_err() {
             return Err(Error::input(format!("there is no chat template named '{DEFAULT}'")).at(&origin));
         }
         let environment = Arc::new(environment);
-        Ok(ChatTemplate {
-            environment,
-            runs_away: AtomicBool::new(false),
-            origin,
-            special_tokens,
-            takes_call_text,
-            reads_clock,
-        })
+        Ok(ChatTemplate { environment, origin, special_tokens, takes_call_text, reads_clock })
     }
 
     /// The text of a conversation.
     ///
     /// # Errors
-    /// What the template itself refuses, such as roles that do not alternate.
+    /// What the template itself refuses, such as roles that do not alternate, and a rendering that costs too much. A run error
+    /// for one that does not come to an end.
     pub fn render(&self, messages: &[Message], with: Rendering<'_>) -> Result<String> {
         let mut variables = self.special_tokens.clone();
         let turns = messages.iter().map(|m| self.turn(m)).collect();
@@ -139,35 +132,14 @@ impl ChatTemplate {
         }
         let name =
             if with.tools.is_some() && self.environment.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
-        self.bounded(name, variables).map_err(|cause| {
-            Error::input(format!("the chat template refuses the conversation: {cause}"))
-                .help(format!("the template is from {}", self.origin))
-        })
-    }
-
-    /// Renders on a thread of its own, which is left behind if it does not come to an end.
-    fn bounded(&self, name: &'static str, variables: Map<String, Value>) -> std::result::Result<String, String> {
-        let endless = || Err("it does not come to an end".to_owned());
-        if self.runs_away.load(Ordering::Relaxed) {
-            return endless();
-        }
-        let (sender, receiver) = mpsc::sync_channel(1);
         let environment = Arc::clone(&self.environment);
         let render = move || {
             let text = environment.get_template(name).and_then(|t| t.render(Jinja::from(Serde(&variables))));
-            // Nobody listens any more where this took too long.
-            let _ = sender.send(text.map_err(|e| cause(&e)));
+            text.map_err(|e| Error::input(format!("the chat template refuses the conversation: {}", cause(&e))))
         };
-        thread::Builder::new().stack_size(STACK).spawn(render).map_err(|e| e.to_string())?;
-        for _ in 0..TICKS {
-            match receiver.recv_timeout(TICK) {
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
-                Err(mpsc::RecvTimeoutError::Disconnected) => return Err("the template engine panicked".into()),
-                Ok(text) => return text,
-            }
-        }
-        self.runs_away.store(true, Ordering::Relaxed);
-        endless()
+        bounded(WHAT, LONGEST, render)
+            .and_then(|text| text)
+            .map_err(|e| e.help(format!("the template is from {}", self.origin)))
     }
 
     /// A turn as the template sees it.
@@ -206,31 +178,78 @@ fn parse_arguments(call: &mut Value) {
     }
 }
 
-/// transformers' environment.
+/// The environment with its templates.
+fn compiled(texts: BTreeMap<String, String>) -> Result<Environment<'static>> {
+    let mut environment = environment()?;
+    for (name, text) in texts {
+        environment.add_template_owned(name, without_generation_tags(&text)).map_err(|e| {
+            let line = e.line().map(|l| format!(" in line {l}")).unwrap_or_default();
+            Error::input(format!("the chat template cannot be read{line}: {}", cause(&e)))
+        })?;
+    }
+    Ok(environment)
+}
+
+/// transformers' environment, in which everything that a template makes counts against its fuel.
 fn environment() -> Result<Environment<'static>> {
     let mut environment = Environment::new();
     let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.map_err(|e| Error::run(format!("jinja syntax: {e}")))?);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.set_fuel(Some(FUEL));
-    environment.set_formatter(|out, state, value| {
-        if let Some(text) = value.as_str() {
-            out.write_str(text)?;
-        } else if !value.is_undefined() {
-            out.write_str(&repr(&plain(state, value)?))?;
-        }
-        Ok(())
+    environment.set_unknown_method_callback(|state, value, method, args| {
+        pay_for_text(state, value, method, args)?;
+        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
     });
-    environment.add_filter("string", |state: &State<'_, '_>, value: &Jinja| match value.as_str() {
+    environment.set_fuel(Some(FUEL));
+    environment.set_formatter(|out, state, value| match value.is_undefined() {
+        true => Ok(()),
+        false => Ok(out.write_str(&to_text(state, value)?)?),
+    });
+    environment.add_filter("string", to_text);
+    environment.add_filter("pprint", to_text);
+    environment.add_filter("tojson", to_json);
+    // Not of Jinja2, and what they make is not counted.
+    environment.remove_filter("chain");
+    environment.remove_global("debug");
+    environment.add_function("raise_exception", |state: &State<'_, '_>, message: &Jinja| {
+        Err::<Jinja, _>(minijinja::Error::new(ErrorKind::InvalidOperation, to_text(state, message)?))
+    });
+    environment.add_function("strftime_now", |format: &str| strftime_now(format));
+    Ok(environment)
+}
+
+/// Python's `str`.
+fn to_text(state: &State<'_, '_>, value: &Jinja) -> std::result::Result<String, minijinja::Error> {
+    match value.as_str() {
         Some(text) => Ok(text.to_owned()),
         None => plain(state, value).map(|value| repr(&value)),
-    });
-    environment.add_filter("tojson", to_json);
-    environment.add_function("raise_exception", |message: String| -> std::result::Result<Jinja, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-    });
-    environment.add_function("strftime_now", |format: String| strftime_now(&format));
-    Ok(environment)
+    }
+}
+
+/// Takes the fuel for what a method of a text makes before it is made, where that is more than the engine counts: lists
+/// become text, and `format` fills to any width and repeats its arguments.
+fn pay_for_text(
+    state: &State<'_, '_>,
+    value: &Jinja,
+    method: &str,
+    args: &[Jinja],
+) -> std::result::Result<(), minijinja::Error> {
+    let Some(text) = value.as_str() else { return Ok(()) };
+    let mut longest = 0;
+    for arg in args {
+        let bytes = match arg.as_str() {
+            Some(text) => text.len(),
+            None => json_of(arg)?.len(),
+        };
+        state.consume_fuel(bytes as u64 / 64)?;
+        longest = longest.max(bytes as u64);
+    }
+    if method == "format" {
+        let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
+        let widest = numbers.map(|digits| digits.parse().unwrap_or(u64::MAX)).max().unwrap_or(0);
+        let fields = text.matches('{').count() as u64;
+        state.consume_fuel(fields.saturating_mul(longest.saturating_add(widest)) / 64)?;
+    }
+    Ok(())
 }
 
 /// transformers' `tojson`: `json.dumps` that keeps `<`, `&` and letters beyond ASCII.
@@ -245,16 +264,26 @@ fn to_json(state: &State<'_, '_>, value: &Jinja, args: Kwargs) -> std::result::R
     dumps.sort_keys = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
     dumps.ensure_ascii = args.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
     args.assert_all_used()?;
-    Ok(dumps.text(&plain(state, value)?))
+    dumps.text(&plain(state, value)?, MOST_JSON).ok_or_else(too_large)
 }
 
-/// A value as JSON.
+/// A value as JSON, which is paid for.
 fn plain(state: &State<'_, '_>, value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
-    let failed = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let text = json_of(value)?;
+    state.consume_fuel(text.len() as u64 / 64)?;
+    serde_json::from_slice(&text).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+fn json_of(value: &Jinja) -> std::result::Result<Vec<u8>, minijinja::Error> {
     let mut text = Capped(Vec::new());
-    serde_json::to_writer(&mut text, value).map_err(failed)?;
-    state.consume_fuel(text.0.len() as u64 / 64)?;
-    serde_json::from_slice(&text.0).map_err(failed)
+    serde_json::to_writer(&mut text, value).map_err(|e| {
+        if e.is_io() { too_large() } else { minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()) }
+    })?;
+    Ok(text.0)
+}
+
+fn too_large() -> minijinja::Error {
+    minijinja::Error::new(ErrorKind::InvalidOperation, format!("a value has more than {MOST_JSON} bytes of text"))
 }
 
 /// Bytes that do not grow beyond [`MOST_JSON`].
@@ -287,7 +316,11 @@ fn without_generation_tags(text: &str) -> String {
 
 /// The innermost message: what `raise_exception` said, without the engine's words around it.
 fn cause(error: &minijinja::Error) -> String {
-    error.detail().map_or_else(|| error.kind().to_string(), str::to_owned)
+    if error.kind() == ErrorKind::OutOfFuel {
+        return "rendering it costs more than a template may use".into();
+    }
+    let said = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    said.chars().take(MOST_SAID).collect()
 }
 
 /// `chat_template` as text, or as a list of named ones.
@@ -321,4 +354,30 @@ pub fn read_json(path: &Path) -> Result<Value> {
     }
     let text = std::fs::read_to_string(path).reading(path)?;
     serde_json::from_str(&text).map_err(|e| Error::input(format!("is not JSON: {e}")).at(path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use dpo_core::error::Kind;
+
+    use super::*;
+
+    /// What walks lists of lists within an instruction has no end and costs no fuel: it ends the run, and drops no row.
+    #[test]
+    fn a_rendering_without_end_is_no_fault_of_a_row() {
+        let doubled = "{% set n = namespace(a=['x'], b=['x']) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}\
+            {% set n.b = [n.b, n.b] %}{% endfor %}";
+        let turns = [Message::new("user", "hi")];
+        for end in ["{{ n.a == n.b }}", "{{ '' ~ n.a }}"] {
+            let template = ChatTemplate::from_text(&format!("{doubled}{end}"), Map::new()).unwrap();
+            let error = template.render(&turns, Rendering::default()).unwrap_err();
+            assert_eq!(error.kind, Kind::Run, "{end}: {error}");
+            assert!(error.message().starts_with("the chat template does not come to an end"), "{end}: {error}");
+        }
+        // The next rendering has a thread of its own.
+        let template = ChatTemplate::from_text("{{ messages[0].content }}", Map::new()).unwrap();
+        assert_eq!(template.render(&turns, Rendering::default()).unwrap(), "hi");
+    }
 }

@@ -1,15 +1,21 @@
-//! From files to examples: [`source`] reads rows, a format plugin makes records of them, [`chat`] renders them,
-//! [`tokens`] gives ids, [`report`] says what became of everything.
+//! From files to examples: [`source`] finds files, [`read`] reads their rows, a format plugin makes records of them,
+//! [`columns`] sees that nothing of them is lost, [`chat`] renders them, [`tokens`] gives ids, [`report`] says what became of
+//! everything.
 
+mod bounded;
 pub mod chat;
+pub mod columns;
 mod python;
+pub mod read;
 pub mod report;
 pub mod source;
+mod tokenizer;
 pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
 
 use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
+use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use indicatif::ProgressBar;
 use rand::SeedableRng;
@@ -18,16 +24,19 @@ use rayon::prelude::*;
 
 pub use chat::read_json;
 pub use chat::{ChatTemplate, Rendering};
+pub use columns::parse_columns;
 pub use report::Report;
-pub use source::parse_columns;
 pub use tokens::{ChatTokenizer, Truncation};
 
+use columns::{Columns, first_columns, refuse_lost, rename};
 use dpo_core::console;
-use dpo_core::error::{Error, Result};
+use dpo_core::error::{Error, Kind, Result};
 use dpo_core::example::{Answer, Example};
+use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_plugins::{Format, Registry};
+use read::SourceRow;
 use report::{FileReport, Joined};
-use source::{Columns, Source, SourceRow, first_columns, rename};
+use source::Source;
 use tokens::Encoded;
 
 /// Rows that are shown to the formats to find out which one it is.
@@ -68,6 +77,8 @@ pub struct DataOptions {
     pub columns: Columns,
     /// Most tokens of a prompt and an answer.
     pub max_length: usize,
+    /// Tokens that the model has: examples with others end everything. `None` where a tokenizer alone is at hand.
+    pub vocabulary: Option<usize>,
     /// What happens to longer ones.
     pub truncation: Truncation,
     /// Whether the first bad row ends everything.
@@ -76,6 +87,15 @@ pub struct DataOptions {
     pub shuffle: bool,
     /// For the sample.
     pub seed: u64,
+}
+
+impl DataOptions {
+    /// The same for a model: rows are no longer than it takes, and have no token that it does not have.
+    #[must_use]
+    pub fn of_model(self, graph: &ModelGraph) -> DataOptions {
+        let max_length = self.max_length.min(graph.max_positions.unwrap_or(usize::MAX));
+        DataOptions { max_length, vocabulary: Some(vocabulary(graph)), ..self }
+    }
 }
 
 /// Examples to train on.
@@ -143,15 +163,18 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     }
     report.plain_examples = items.iter().filter(|item| matches!(item.record.prompt, Text::Plain(_))).count();
     let bar = progress(items.len());
-    let encoded: Vec<Result<Encoded>> = items
-        .par_iter()
-        .map(|item| {
-            bar.inc(1);
-            dpo_core::progress::advance();
-            tokenizer.encode_record(&item.record)
-        })
-        .collect();
+    let encode = |item: &Item| {
+        bar.inc(1);
+        dpo_core::progress::advance();
+        match tokenizer.encode_record(&item.record) {
+            // What did not come to an end may only have been slow, so it is no matter of one row.
+            Err(error) if error.kind == Kind::Run => Err(error.at(&item.place)),
+            made => Ok(made),
+        }
+    };
+    let encoded = items.par_iter().map(encode).collect::<Result<Vec<Result<Encoded>>>>();
     bar.finish_and_clear();
+    let encoded = encoded?;
     let examples = collect(items, encoded, &mut report, options, tokenizer)?;
     report.measure(&examples, tokenizer);
     if examples.is_empty() {
@@ -196,8 +219,12 @@ fn choose<'a>(
 
 /// Records of every row, in order.
 fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<(String, Result<Vec<Record>>)> {
-    let records = |row: SourceRow| (row.place, row.row.and_then(|row| format.records(&row)));
-    rows.into_par_iter().map(records).collect()
+    let records = |row: Row| {
+        let records = format.records(&row)?;
+        refuse_lost(&format.name, &row, &records, |other| format.records(other))?;
+        Ok(records)
+    };
+    rows.into_par_iter().map(|row| (row.place, row.row.and_then(records))).collect()
 }
 
 /// Counts a row that makes no example by its own fault, or ends everything.
@@ -252,8 +279,9 @@ fn learned(record: &Record) -> &[RecordAnswer] {
     &record.answers[..count]
 }
 
-/// Makes pairs of single answers: every liked one with every disliked one to the same prompt. They follow the records that
-/// had more answers before.
+/// Makes pairs of single answers to the same prompt: the first liked one with the first disliked one, and so on; where one
+/// side has fewer, it begins again. So each answer is in a pair, and there are as many as the longer side has. They follow the
+/// records that had more answers before.
 fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>> {
     let single = |item: &Item| item.record.answers.len() == 1;
     let (single, mut all): (Vec<Item>, Vec<Item>) = items.into_iter().partition(single);
@@ -286,7 +314,8 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
                 )?;
             }
         }
-        for (good, bad) in liked.iter().flat_map(|good| disliked.iter().map(move |bad| (good, bad))) {
+        let count = liked.len().max(disliked.len());
+        for (good, bad) in liked.iter().cycle().zip(disliked.iter().cycle()).take(count) {
             let answers = [&good.record, &bad.record].map(|record| record.answers.clone()).concat();
             let record = Record { answers, ..good.record.clone() };
             all.push(Item { record, file: good.file, place: format!("{} and {}", good.place, bad.place) });
@@ -345,6 +374,9 @@ fn collect(
                 report.cut_alike += usize::from(alike(&example));
             }
         }
+        // No row's fault, but of a tokenizer that is not the model's.
+        refuse_foreign_tokens(example.parts().flatten(), options.vocabulary.unwrap_or(usize::MAX))
+            .map_err(|e| e.at(&place))?;
         for end in ends {
             report.eos.answers += 1;
             match end {
@@ -402,4 +434,50 @@ pub fn split(examples: Vec<Example>, ratio: f64, seed: u64) -> (Vec<Example>, Ve
     let held: HashSet<usize> = rand::seq::index::sample(&mut random, examples.len(), wanted).into_iter().collect();
     let (val, train): (Vec<_>, Vec<_>) = examples.into_iter().enumerate().partition(|(i, _)| held.contains(i));
     (train.into_iter().map(|(_, e)| e).collect(), val.into_iter().map(|(_, e)| e).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use std::path::Path;
+
+    use super::*;
+
+    /// Fewer rows than there are would be another run, and which ones are left would depend on the machine.
+    #[test]
+    fn a_row_whose_rendering_does_not_end_ends_the_run_and_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/trl/model/tokenizer.json");
+        std::fs::copy(golden, dir.path().join("tokenizer.json")).unwrap();
+        let template = "{% set n = namespace(a=['x'], b=['x']) %}{% for m in messages %}{% if 'slow' in m.content %}\
+            {% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}\
+            {% endif %}{{ m.content }}<|im_end|>{% endfor %}";
+        let config = serde_json::json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string();
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        let row = |answer: &str| {
+            let turns =
+                serde_json::json!([{"role": "user", "content": "why?"}, {"role": "assistant", "content": answer}]);
+            serde_json::json!({"messages": turns, "rejected_response": "no"}).to_string()
+        };
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, [row("ok"), row("slow"), row("so")].join("\n")).unwrap();
+        let options = DataOptions {
+            paths: vec![path.display().to_string()],
+            format: None,
+            wanted: Wanted::default(),
+            columns: Columns::default(),
+            max_length: usize::MAX,
+            vocabulary: None,
+            truncation: Truncation::Delete,
+            strict: false,
+            shuffle: false,
+            seed: 0,
+        };
+        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+        let error = load(&options, &Registry::discover(&[], None), &tokenizer).unwrap_err();
+        assert_eq!(error.kind, Kind::Run);
+        let expected = format!("{}:2: the chat template does not come to an end within 2 seconds", path.display());
+        assert!(error.to_string().starts_with(&expected), "{error}");
+    }
 }

@@ -28,14 +28,15 @@ impl Dumps {
         Dumps { indent, item_separator, key_separator: ": ".into(), sort_keys: false, ensure_ascii: false }
     }
 
-    /// The text of a value.
-    pub(super) fn text(&self, value: &Value) -> String {
+    /// The text of a value; `None` if it has more than `most` bytes.
+    pub(super) fn text(&self, value: &Value, most: usize) -> Option<String> {
         let mut out = String::new();
-        self.write(value, 0, &mut out);
-        out
+        self.write(value, 0, most, &mut out);
+        (out.len() <= most).then_some(out)
     }
 
-    fn write(&self, value: &Value, level: usize, out: &mut String) {
+    /// Stops soon after `most` bytes: separators may have any length.
+    fn write(&self, value: &Value, level: usize, most: usize, out: &mut String) {
         match value {
             Value::Null => out.push_str("null"),
             Value::Bool(flag) => out.push_str(if *flag { "true" } else { "false" }),
@@ -46,8 +47,11 @@ impl Dumps {
             Value::Array(list) => {
                 out.push('[');
                 for (i, item) in list.iter().enumerate() {
+                    if out.len() > most {
+                        return;
+                    }
                     self.part(i, level + 1, out);
-                    self.write(item, level + 1, out);
+                    self.write(item, level + 1, most, out);
                 }
                 self.newline(level, out);
                 out.push(']');
@@ -59,10 +63,13 @@ impl Dumps {
                 }
                 out.push('{');
                 for (i, (key, item)) in entries.into_iter().enumerate() {
+                    if out.len() > most {
+                        return;
+                    }
                     self.part(i, level + 1, out);
                     self.write_text(key, out);
                     out.push_str(&self.key_separator);
-                    self.write(item, level + 1, out);
+                    self.write(item, level + 1, most, out);
                 }
                 self.newline(level, out);
                 out.push('}');
@@ -243,6 +250,8 @@ fn civil(days: u64) -> (u64, u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
     use serde_json::json;
 
     use super::*;
@@ -252,10 +261,13 @@ mod tests {
         // Python 3.11: json.dumps(value, ensure_ascii=False) and with indent=2.
         let value = json!({"b": [1, 2.0, 1e16, 1e-5, true, null], "a": "<é>\n\"\\\u{1}", "e": {}, "l": []});
         let line = r#"{"b": [1, 2.0, 1e+16, 1e-05, true, null], "a": "<é>\n\"\\\u0001", "e": {}, "l": []}"#;
-        assert_eq!(Dumps::new(None).text(&value), line);
-        assert_eq!(Dumps::new(Some(2)).text(&json!({"a": [1, {}]})), "{\n  \"a\": [\n    1,\n    {}\n  ]\n}");
+        assert_eq!(Dumps::new(None).text(&value, 1000).unwrap(), line);
+        assert_eq!(
+            Dumps::new(Some(2)).text(&json!({"a": [1, {}]}), 1000).unwrap(),
+            "{\n  \"a\": [\n    1,\n    {}\n  ]\n}"
+        );
         let ascii = Dumps { ensure_ascii: true, sort_keys: true, ..Dumps::new(None) };
-        assert_eq!(ascii.text(&json!({"b": "😀", "a": "é"})), r#"{"a": "\u00e9", "b": "\ud83d\ude00"}"#);
+        assert_eq!(ascii.text(&json!({"b": "😀", "a": "é"}), 1000).unwrap(), r#"{"a": "\u00e9", "b": "\ud83d\ude00"}"#);
     }
 
     #[test]

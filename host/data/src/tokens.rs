@@ -6,9 +6,9 @@ use std::path::Path;
 use dpo_plugin_api::dataset::{Message, Record, Text};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
 
 use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
+use super::tokenizer::Tokenizer;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::{Example, answer_name};
 
@@ -77,15 +77,10 @@ impl ChatTokenizer {
                 .at(dir.display())
                 .help("save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"));
         }
-        let broken = |e: tokenizers::Error| {
-            Error::input(format!("broken tokenizer: {e}")).at(path.display()).help("fetch tokenizer.json again")
-        };
-        let mut tokenizer = Tokenizer::from_file(&path).map_err(broken)?;
-        // transformers ignores what the file says about cutting and filling unless it is asked for.
-        tokenizer.with_truncation(None).map_err(broken)?.with_padding(None);
+        let tokenizer = Tokenizer::open(&path)?;
         let tokens = special_tokens(&read_json(&dir.join("tokenizer_config.json"))?);
         let named = |name: &str| tokens.get(name).and_then(Value::as_str).map(str::to_owned);
-        let mut eos_ids: Vec<u32> = named("eos_token").and_then(|t| tokenizer.token_to_id(&t)).into_iter().collect();
+        let mut eos_ids: Vec<u32> = named("eos_token").and_then(|t| tokenizer.id(&t)).into_iter().collect();
         for file in ["generation_config.json", "config.json"] {
             let ids = match read_json(&dir.join(file))?.get("eos_token_id") {
                 Some(Value::Array(ids)) => ids.clone(),
@@ -96,12 +91,11 @@ impl ChatTokenizer {
         }
         let mut seen = std::collections::HashSet::new();
         eos_ids.retain(|id| seen.insert(*id));
-        let added = tokenizer.get_added_tokens_decoder();
         Ok(ChatTokenizer {
             template: ChatTemplate::find(dir, fallback_template)?,
-            eos: named("eos_token").or_else(|| tokenizer.id_to_token(*eos_ids.first()?)),
-            bos_id: named("bos_token").and_then(|t| tokenizer.token_to_id(&t)),
-            special_ids: added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect(),
+            eos: named("eos_token").or_else(|| tokenizer.token(*eos_ids.first()?)),
+            bos_id: named("bos_token").and_then(|t| tokenizer.id(&t)),
+            special_ids: tokenizer.special_ids(),
             eos_ids,
             tokenizer,
         })
@@ -133,18 +127,17 @@ impl ChatTokenizer {
     /// # Errors
     /// A text that the tokenizer cannot take apart.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, special);
-        encoding.map(|e| e.get_ids().to_vec()).map_err(|e| Error::input(format!("cannot be tokenised: {e}")))
+        self.tokenizer.encode(text, special)
     }
 
     /// The text of ids, with special tokens or without.
     pub fn decode(&self, ids: &[u32], special: bool) -> String {
-        self.tokenizer.decode(ids, !special).unwrap_or_else(|_| format!("{ids:?}"))
+        self.tokenizer.decode(ids, special).unwrap_or_else(|| format!("{ids:?}"))
     }
 
     /// The text of one token.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.tokenizer.id_to_token(id)
+        self.tokenizer.token(id)
     }
 
     /// The text of a conversation.

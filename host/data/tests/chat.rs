@@ -1,6 +1,8 @@
 //! Renderings against transformers' own: `golden/chat.json`, made by `tests/oracle/render_chat.py`.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
+use std::time::{Duration, Instant};
+
 use dpo_data::{ChatTemplate, Rendering};
 use dpo_plugin_api::dataset::Message;
 use serde_json::{Map, Value, json};
@@ -85,36 +87,82 @@ fn the_folder_of_a_checkpoint_is_searched_in_order() {
     assert_eq!(said(None), "jinja");
 }
 
-/// What such a template would do without limits: run for days, fill the memory, overflow the stack.
+/// What such a template would do without limits: run for days, fill the memory, overflow the stack. All of it costs fuel, so
+/// that a row is refused alike on every machine.
 #[test]
 fn a_hostile_template_is_stopped() {
     let count = "{% for a in range(10000) %}{% for b in range(10000) %}{% for c in range(10000) %}";
     let ends = "{% endfor %}".repeat(3);
     let namespace = "{% set n = namespace(a='x', b='x') %}";
+    let doubled = format!("{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}");
     let templates = [
         format!("{count}{ends}"),
         format!("{count}{{{{ a }}}}{ends}"),
         format!("{namespace}{count}{{% set n.a = n.a ~ n.a %}}{ends}"),
+        format!("{namespace}{count}{{% set n.a = n.a + n.a %}}{ends}"),
         format!("{namespace}{count}{{% set n.a = [n.a] %}}{ends}"),
         format!("{namespace}{count}{{% set n.a = [n.a, n.a] %}}{{{{ n.a }}}}{ends}"),
-        format!(
-            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | tojson }}}}"
-        ),
-        format!(
-            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | string }}}}"
-        ),
-        format!(
-            "{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% set n.b = [n.b, n.b] %}}{{% endfor %}}{{{{ n.a == n.b }}}}"
-        ),
-        format!("{namespace}{{% for i in range(60) %}}{{% set n.a = [n.a, n.a] %}}{{% endfor %}}{{{{ n.a | join }}}}"),
+        format!("{namespace}{count}{{% set b %}}{{{{ n.a }}}}{{{{ n.a }}}}{{% endset %}}{{% set n.a = b %}}{ends}"),
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".to_owned(),
         "{{ 'x' * 10000000000 }}".to_owned(),
+        "{{ ([1] * 1000000000000)|list }}".to_owned(),
+        "{{ range(1000000000000)|list }}".to_owned(),
+        "{{ [1]|batch(1000000000, 'x')|list }}".to_owned(),
+        "{{ [1]|slice(1000000000)|list }}".to_owned(),
+        "{{ 'a\nb'|indent(10000000000) }}".to_owned(),
         "{{ ('x' * 1000000).replace('x', 'y' * 1000000) }}".to_owned(),
-    ];
+        "{{ ('x' * 1000000)|replace('x', 'y' * 1000000) }}".to_owned(),
+        "{{ ('x' * 1000000).join(range(100000)) }}".to_owned(),
+        "{{ '{:>100000000000}'.format('a') }}".to_owned(),
+        "{{ '{:.1000000000f}'.format(1.5) }}".to_owned(),
+        "{{ '{:99999999999999999999999999}'.format(1) }}".to_owned(),
+        "{% set a = 'x' * 1000000 %}{{ ('{0}' * 1000000).format(a) }}".to_owned(),
+        "{{ '%100000000000s'|format('a') }}".to_owned(),
+        "{{ [1, 2, 3]|tojson(separators=['x' * 10000000, ':']) }}".to_owned(),
+        "{{ (range(100000)|list)|tojson(separators=['x' * 1000000, ':']) }}".to_owned(),
+        "{{ {'a': 1, 'b': 2, 'c': 3}|tojson(separators=[',', 'x' * 10000000]) }}".to_owned(),
+        format!("{doubled}{{{{ debug() }}}}"),
+        format!("{doubled}{{{{ n.a|chain(n.a) }}}}"),
+    ]
+    .into_iter()
+    .chain(
+        [
+            "{{ n.a }}",
+            "{{ n.a|tojson }}",
+            "{{ n.a|string }}",
+            "{{ n.a|pprint }}",
+            "{{ [n.a]|map('string')|list }}",
+            "{{ '{}'.format(n.a) }}",
+            "{{ '{a}'.format(a=n.a) }}",
+            "{{ ','.join([n.a]) }}",
+            "{{ raise_exception(n.a) }}",
+            "{{ strftime_now(n.a) }}",
+        ]
+        .map(|end| format!("{doubled}{end}")),
+    );
     for text in templates {
+        let started = Instant::now();
         let answer = render(&text, &[Message::new("user", "hi")]);
         assert!(answer.as_ref().is_err_and(|e| e.starts_with("the chat template refuses")), "{text}: {answer:?}");
+        assert!(started.elapsed() < Duration::from_secs(10), "{text}: {:?}", started.elapsed());
     }
     let indented = render("{{ [[1]] | tojson(indent=1000000000) }}", &[]).unwrap();
     assert!(indented.len() < 200, "{}", indented.len());
+    let said = render("{{ raise_exception('x' * 1000000) }}", &[]).unwrap_err();
+    assert!(said.len() < 1000, "{}", said.len());
+}
+
+/// Expressions are compiled by recursion, over any number of operators.
+#[test]
+fn a_long_expression_does_not_overflow_the_stack() {
+    for (before, link, after) in
+        [("", "a+", "a"), ("", "a~", "a"), ("a", ".a", ""), ("a", "|e", ""), ("a", "()", ""), ("a", "[0]", "")]
+    {
+        // Operators are compiled in quadratic time.
+        let count = if after.is_empty() { 40_000 } else { 8_000 };
+        let _ = render(&format!("{{{{ {before}{}{after} }}}}", link.repeat(count)), &[]);
+    }
+    let _ = render(&format!("{{% if a %}}{}{{% endif %}}", "{%elif a%}".repeat(13_000)), &[]);
+    let error = render(&"x".repeat(1 << 20), &[]).unwrap_err();
+    assert!(error.contains("the chat template has 1048576 bytes, more than 131072"), "{error}");
 }

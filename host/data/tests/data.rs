@@ -19,6 +19,7 @@ fn options(path: &Path) -> DataOptions {
         wanted: Wanted::default(),
         columns: Default::default(),
         max_length: usize::MAX,
+        vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
         shuffle: false,
@@ -213,6 +214,140 @@ fn judged_answers_are_joined_by_their_prompt() {
     let dropped = &done.report.dropped[0];
     assert_eq!(dropped.cause, "no answer of the other kind to the same prompt");
     assert!(dropped.places[0].ends_with("rows.jsonl:2"));
+}
+
+/// As many pairs as the longer side has, not as their product; every answer is in one.
+#[test]
+fn many_answers_to_one_prompt_make_as_many_pairs() {
+    let judged = |answer: String, liked: bool| {
+        json!({"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": answer}], "label": liked})
+            .to_string()
+    };
+    let liked = (0..3000).map(|i| judged(format!("ok {i}"), true));
+    let rows: Vec<String> = liked.chain((0..2000).map(|i| judged(format!("not {i}"), false))).collect();
+    let done = load_rows(&rows.join("\n")).unwrap();
+    assert_eq!(done.examples.len(), 3000);
+    let distinct = |side| (0..3000).map(|i| answer(&done, i, side)).collect::<std::collections::HashSet<_>>().len();
+    assert_eq!((distinct(0), distinct(1)), (3000, 2000));
+}
+
+/// A row that costs more than a template may use is refused like any bad row: the same one whatever else runs, and no other.
+#[test]
+fn a_row_that_costs_too_much_is_the_only_one_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("trl/model/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+    let template = "{% for m in messages %}{% if 'slow' in m.content %}{% for a in range(10000) %}{% for b in range(10000) %}\
+        {% endfor %}{% endfor %}{% endif %}{{ m.content }}<|im_end|>{% endfor %}";
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string();
+    std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+    let rows: Vec<String> = (0..20).map(|i| row(if i == 7 { "slow" } else { "ok" }, &format!("not {i}"))).collect();
+    let path = dir.path().join("rows.jsonl");
+    std::fs::write(&path, rows.join("\n")).unwrap();
+    let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+    for threads in [1, 2, 5] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let done = pool.install(|| load(&options(&path), &Registry::discover(&[], None), &tokenizer)).unwrap();
+        assert_eq!((done.examples.len(), done.report.dropped.len()), (19, 1));
+        let dropped = &done.report.dropped[0];
+        assert!(dropped.cause.ends_with("rendering it costs more than a template may use"), "{}", dropped.cause);
+        assert!(dropped.places[0].ends_with("rows.jsonl:8"), "{}", dropped.places[0]);
+    }
+}
+
+/// Both answers of a row, and what the row has beside them.
+fn with_columns(columns: &Value) -> String {
+    let mut row: Value = serde_json::from_str(&row("ok", "not")).unwrap();
+    row.as_object_mut().unwrap().extend(columns.as_object().unwrap().clone());
+    row.to_string()
+}
+
+#[test]
+fn a_column_that_changes_the_row_is_refused_by_name() {
+    let cases = [
+        (json!({"images": ["a.png"]}), "column 'images'"),
+        (json!({"image": {"bytes": "iVBOR", "path": "a.png"}}), "column 'image'"),
+        (json!({"Videos": ["a.mp4"]}), "column 'Videos'"),
+        (json!({"audio": "a.wav"}), "column 'audio'"),
+        (json!({"objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}), "column 'objects'"),
+        (json!({"system": "Answer in French, and only in French."}), "column 'system'"),
+        (json!({"context": [{"role": "user", "content": "What was said before"}]}), "column 'context'"),
+        (json!({"question": "Is it?"}), "column 'question'"),
+        (json!({"label": false}), "column 'label'"),
+        (json!({"margin": 0.5}), "column 'margin'"),
+        (json!({"weight": "0.1"}), "column 'weight'"),
+        (json!({"overall_preference": -2}), "column 'overall_preference'"),
+    ];
+    for (columns, named) in cases {
+        let rows = [with_columns(&columns), row("ok", "mat")].join("\n");
+        let done = load_rows(&rows).unwrap();
+        assert_eq!(done.examples.len(), 1, "{columns}");
+        let message = &done.report.messages[0];
+        assert!(
+            message.contains("rows.jsonl:1: ") && message.contains(named) && message.contains("--columns"),
+            "{message}"
+        );
+        let error = load_with(|o| o.strict = true, &rows).unwrap_err();
+        assert!(error.contains(named), "{error}");
+        // What the user puts aside is not asked about.
+        let name = columns.as_object().unwrap().keys().next().unwrap().clone();
+        let aside = load_with(|o| o.columns = [(name.clone(), "unused".to_owned())].into(), &rows).unwrap();
+        assert_eq!(aside.examples.len(), 2, "{columns}");
+    }
+}
+
+#[test]
+fn a_turn_that_says_more_is_refused() {
+    let turns = |user: Value, assistant: Value| {
+        let mut turns = json!([{"role": "user", "content": "why not?"}, {"role": "assistant", "content": "ok"}]);
+        turns[0].as_object_mut().unwrap().extend(user.as_object().unwrap().clone());
+        turns[1].as_object_mut().unwrap().extend(assistant.as_object().unwrap().clone());
+        json!({"messages": turns, "rejected_response": "not"}).to_string()
+    };
+    let cases = [
+        (turns(json!({"images": ["a.png"]}), json!({})), "a message has 'images'"),
+        (
+            turns(json!({"content": [{"type": "text", "text": "?"}, {"type": "image", "image": "a"}]}), json!({})),
+            "not text",
+        ),
+        (turns(json!({}), json!({"loss": false})), "'loss' of a message says otherwise"),
+        (turns(json!({}), json!({"weight": 0})), "'weight' of a message says otherwise"),
+        (turns(json!({}), json!({"thinking": "Well, let me see."})), "'thinking' of a message would be lost"),
+        (turns(json!({}), json!({"function_call": {"name": "f", "arguments": "{}"}})), "'function_call' of a message"),
+    ];
+    for (row, named) in cases {
+        let error = load_with(|o| o.strict = true, &row).unwrap_err();
+        assert!(error.starts_with("rows.jsonl:1: ") && error.contains(named), "{error}");
+    }
+    let harmless = turns(
+        json!({"images": [], "loss": false, "name": "Ann"}),
+        json!({"loss": true, "weight": 1, "thinking": null}),
+    );
+    assert_eq!(load_with(|o| o.strict = true, &harmless).unwrap().examples.len(), 1);
+}
+
+#[test]
+fn harmless_columns_are_never_refused() {
+    let columns = json!({"id": 7, "prompt_id": "x", "source": "web", "score_chosen": 1.5, "chosen-rating": 2, "model": "m",
+        "images": [], "image": null, "videos": "", "audios": [null], "system": "", "tools": "[]", "history": [],
+        "weight": 1.0, "margin": 0, "metadata": {"images": "two"}, "image_count": 2, "lang": "en", "tokens": 12,
+        // What the messages say already.
+        "prompt": "why not?", "question": "why not?", "conversations": [{"from": "human", "value": "why not?"}]});
+    let done = load_with(|o| o.strict = true, &with_columns(&columns)).unwrap();
+    assert_eq!(done.examples.len(), 1);
+    // A column that the format makes another text of is read.
+    let alpaca = json!({"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4", "system": "Be brief."});
+    assert_eq!(load_with(|o| o.strict = true, &alpaca.to_string()).unwrap().report.files[0].format, "llama-factory");
+}
+
+/// TRL's rows without a prompt would take what both answers share for one.
+#[test]
+fn a_question_that_no_format_reads_is_not_lost() {
+    let row = json!({"system": "", "question": "Who wrote the book of love?", "chosen": "The monks did.", "rejected": "The dog."});
+    let error = load_rows(&row.to_string()).unwrap_err();
+    let expected = "column 'question' would be lost: the format 'trl' does not read it";
+    assert!(error.contains(expected) && error.contains(r#"--columns '{"question": "#), "{error}");
+    let done = load_with(|o| o.columns = [("question".into(), "prompt".into())].into(), &row.to_string()).unwrap();
+    assert_eq!(done.examples.len(), 1);
 }
 
 #[test]

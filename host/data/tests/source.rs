@@ -1,9 +1,18 @@
 //! Reading files: kinds, samples, places and broken rows.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use dpo_data::source::{Source, SourceRow, parse_columns, read_file, rename};
+use dpo_data::columns::{parse_columns, rename};
+use dpo_data::read::{SourceRow, read_file};
+use dpo_data::source::Source;
+use parquet::basic::Compression;
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
 use serde_json::json;
 
 fn file(dir: &Path, name: &str, text: &str) -> PathBuf {
@@ -42,6 +51,110 @@ fn a_broken_element_costs_one_row() {
     assert!(error.contains("b.json:2: broken JSON at column 10: trailing comma\n  help: "), "{error}");
     let error = read_file(&file(dir.path(), "c.json", "[{\"n\": 1},\n{\"n\": \"2}]")).unwrap_err().to_string();
     assert!(error.contains("c.json:2: broken JSON: the array does not end"), "{error}");
+}
+
+/// What follows an array would be lost.
+#[test]
+fn nothing_may_follow_an_array() {
+    let dir = tempfile::tempdir().unwrap();
+    for (text, line) in [
+        ("[{\"n\": 1}][{\"n\": 2}, {\"n\": 3}]", 1),
+        ("[\n{\"n\": 1}\n]\n\n  [{\"n\": 2}]\n", 5),
+        ("[{\"n\": 1}]\nthe end", 2),
+        ("[{\"n\": 1}]]", 1),
+        ("[{\"n\": 1}],\n{\"n\": 2}", 1),
+    ] {
+        let error = read_file(&file(dir.path(), "b.json", text)).unwrap_err().to_string();
+        assert!(error.contains(&format!("b.json:{line}: the array ends, and more follows here\n  help: ")), "{error}");
+    }
+    for text in ["[{\"n\": 1}]\n \t\r\n", "\u{feff}[{\"n\": 1}]"] {
+        assert_eq!(read_file(&file(dir.path(), "b.json", text)).unwrap().len(), 1);
+    }
+}
+
+#[test]
+fn a_csv_column_that_is_there_twice_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = read_file(&file(dir.path(), "a.csv", "prompt,chosen,chosen\na,b,c\n")).unwrap_err().to_string();
+    assert!(error.contains("a.csv:1: column 'chosen' is there twice"), "{error}");
+}
+
+fn gzip(text: &str) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    packed.write_all(text.as_bytes()).unwrap();
+    packed.finish().unwrap()
+}
+
+#[test]
+fn packed_texts_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        read_file(&path)
+    };
+    let lines = "{\"n\": 1}\n\n{\"n\": 2}";
+    let rows = write("a.jsonl.gz", &gzip(lines)).unwrap();
+    assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), ["a.jsonl.gz:1", "a.jsonl.gz:3"]);
+    // Two members, as `cat a.gz b.gz` makes them.
+    assert_eq!(write("b.JSONL.GZ", &[gzip("{\"n\": 1}\n"), gzip("{\"n\": 2}")].concat()).unwrap().len(), 2);
+    assert_eq!(
+        write("c.json.zst", &zstd::encode_all("[{\"n\": 1}, {\"n\": 2}]".as_bytes(), 0).unwrap()).unwrap().len(),
+        2
+    );
+    assert_eq!(write("d.csv.gz", &gzip("n\n1\n2\n")).unwrap().len(), 2);
+    let cut = gzip(&lines.repeat(100));
+    for (name, bytes) in [("e.jsonl.gz", &cut[..cut.len() / 2]), ("e.json.zst", b"no zstd".as_slice())] {
+        let error = write(name, bytes).unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("cannot read"), "{error}");
+    }
+    assert!(write("f.parquet.gz", &gzip("PAR1")).unwrap_err().to_string().contains("unknown kind"));
+}
+
+/// A parquet file with a column of texts.
+fn parquet(compression: Compression, texts: &[&str]) -> Vec<u8> {
+    let schema = parse_message_type("message row { required binary prompt (UTF8); }").unwrap();
+    let properties = WriterProperties::builder().set_compression(compression).build();
+    let mut file = SerializedFileWriter::new(Vec::new(), Arc::new(schema), Arc::new(properties)).unwrap();
+    let mut group = file.next_row_group().unwrap();
+    let mut column = group.next_column().unwrap().unwrap();
+    let texts: Vec<ByteArray> = texts.iter().map(|text| ByteArray::from(*text)).collect();
+    column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+    column.close().unwrap();
+    group.close().unwrap();
+    file.into_inner().unwrap()
+}
+
+#[test]
+fn parquet_is_read_with_every_compression() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = [
+        Compression::UNCOMPRESSED,
+        Compression::SNAPPY,
+        Compression::GZIP(Default::default()),
+        Compression::BROTLI(Default::default()),
+        Compression::LZ4,
+        Compression::LZ4_RAW,
+        Compression::ZSTD(Default::default()),
+    ];
+    for compression in all {
+        let path = dir.path().join("a.parquet");
+        std::fs::write(&path, parquet(compression, &["why?", &"so ".repeat(1000)])).unwrap();
+        let rows = read_file(&path).unwrap();
+        assert_eq!(rows[0].row.as_ref().unwrap()["prompt"], json!("why?"), "{compression:?}");
+        assert_eq!(rows.len(), 2);
+    }
+}
+
+/// Files of the campaign in `campaign.rs` over which the parquet crate panics.
+#[test]
+fn a_file_over_which_its_reader_panics_is_named() {
+    for name in ["negative.parquet", "dictionary.parquet"] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/broken").join(name);
+        let error = read_file(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}: cannot be read, its reader failed: it panicked at")), "{error}");
+        assert!(error.contains("help: the file is broken"), "{error}");
+    }
 }
 
 #[test]
@@ -104,7 +217,15 @@ fn a_folder_is_all_its_data_files() {
     file(dir.path(), "b.jsonl", "{\"n\": 2}");
     file(dir.path(), "a.json", "[{\"n\": 1}]");
     file(dir.path(), "README.md", "no data");
+    // Of an editor, or of the system that the folder was packed on.
+    file(dir.path(), ".b.jsonl", "{\"n\": 9}");
+    file(dir.path(), "._b.jsonl", "Mac OS X");
     assert_eq!(numbers(&source.read(false, 0).unwrap()), [1, 2]);
+    std::fs::write(dir.path().join("c.jsonl.gz"), gzip("{\"n\": 3}")).unwrap();
+    assert_eq!(numbers(&source.read(false, 0).unwrap()), [1, 2, 3]);
+    file(dir.path(), "d.jsonl.xz", "packed");
+    let error = source.read(false, 0).unwrap_err().to_string();
+    assert!(error.contains("d.jsonl.xz: files packed as .xz are not read\n  help: unpack it"), "{error}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ use serde_json::Value;
 use dpo_core::backend::Backend;
 use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
+use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_core::lora::Adapter;
 use dpo_core::weights::Checkpoint;
 use dpo_data::{ChatTokenizer, Rendering};
@@ -134,7 +135,7 @@ impl Generator {
         let mut ends = tokenizer.eos_ids().to_vec();
         // A base model's EOS ends a document; the template says what ends a turn, and answers are trained to end with it.
         ends.extend(tokenizer.turn_end().filter(|end| !ends.contains(end)));
-        Generator { decoder, ends, tokenizer, length, vocabulary: model.graph.vocab_size, heard: Default::default() }
+        Generator { decoder, ends, tokenizer, length, vocabulary: vocabulary(&model.graph), heard: Default::default() }
     }
 
     /// What computes.
@@ -164,11 +165,7 @@ impl Generator {
         if prompt >= length {
             return Err(Error::input(format!("the conversation has {prompt} tokens, the model is made for {length}")));
         }
-        if let Some(id) = ids.iter().find(|id| **id as usize >= self.vocabulary) {
-            let vocabulary = self.vocabulary;
-            return Err(Error::input(format!("token id {id} is beyond the model's vocabulary of {vocabulary}"))
-                .help("the tokenizer is not this model's"));
-        }
+        refuse_foreign_tokens(&ids, self.vocabulary)?;
         // What is the same as last time is not computed again, but for one token, after which logits are needed.
         let heard = &mut self.heard[variant as usize];
         let same = heard.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1);

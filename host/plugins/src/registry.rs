@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use abi_stable::std_types::RSlice;
 use dpo_plugin_api::abi::{Item, RawExample, RawLossCall, RawLossResult, RawTotals};
-use dpo_plugin_api::dataset::{Record, Row as DataRow};
+use dpo_plugin_api::dataset::{Record, Row as DataRow, check_records};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{LossOption, Needs};
 use serde::Serialize;
@@ -86,7 +86,9 @@ impl Format {
 
     /// The records of a row.
     pub fn records(&self, row: &DataRow) -> Result<Vec<Record>> {
-        self.handle.call("records", &text(row))
+        let records: Vec<Record> = self.handle.call("records", &text(row))?;
+        check_records(&records)?;
+        Ok(records)
     }
 }
 

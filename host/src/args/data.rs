@@ -48,19 +48,19 @@ enum TruncationArg {
 }
 
 impl DataArgs {
-    /// What the data side is asked for, with rows from `paths`, a family's limit on their length, and what
-    /// the losses want.
+    /// What the data side is asked for, with rows from `paths`, for any model, and what the losses want.
     ///
     /// # Errors
     /// `--columns` that is not a JSON object of names.
-    pub(crate) fn options(&self, paths: &[String], limit: Option<usize>, wanted: &Wanted) -> Result<DataOptions> {
+    pub(crate) fn options(&self, paths: &[String], wanted: &Wanted) -> Result<DataOptions> {
         let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
         Ok(DataOptions {
             paths: paths.to_vec(),
             wanted: wanted.clone(),
             format: self.dataset_format.clone(),
             columns,
-            max_length: self.max_length.min(limit.unwrap_or(usize::MAX)),
+            max_length: self.max_length,
+            vocabulary: None,
             truncation: match self.truncation_strategy {
                 TruncationArg::Delete => Truncation::Delete,
                 TruncationArg::Left => Truncation::Left,

@@ -43,10 +43,11 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
         (None, None) => None,
     };
     let tokenizer = ChatTokenizer::open(&folder, family.and_then(|f| f.chat_template.as_deref()))?;
-    let limit = model.as_ref().and_then(|m| m.graph.max_positions);
     let loss = ObjectiveOptions { losses: vec![command.loss.clone()], ..ObjectiveOptions::default() };
     let wanted = Objective::new(registry, &loss)?.wanted()?;
-    let dataset = data::load(&command.args.options(&paths, limit, &wanted)?, registry, &tokenizer)?;
+    let options = command.args.options(&paths, &wanted)?;
+    let options = if let Some(model) = &model { options.of_model(&model.graph) } else { options };
+    let dataset = data::load(&options, registry, &tokenizer)?;
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");

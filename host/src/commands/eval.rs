@@ -87,7 +87,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     };
     let wanted = objective.wanted()?;
     let load = |path: &&[String]| {
-        let rows = options.data.options(path, model.graph.max_positions, &wanted)?;
+        let rows = options.data.options(path, &wanted)?.of_model(&model.graph);
         Ok(data::load(&rows, registry, &tokenizer)?.examples)
     };
     let files = paths.iter().map(load).collect::<Result<Vec<Vec<Example>>>>()?;

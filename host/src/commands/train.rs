@@ -374,7 +374,7 @@ impl TrainArgs {
             model: self.model.clone().unwrap_or_default(),
             plugin: self.plugin.clone(),
             adapter: self.starting_adapter()?,
-            data: self.data.options(&[], None, &Wanted::default())?,
+            data: self.data.options(&[], &Wanted::default())?,
             dataset: self.data.dataset.clone(),
             val_dataset: self.val_dataset.clone(),
             split_dataset_ratio: self.split_dataset_ratio,

@@ -7,6 +7,7 @@ use dpo_core::lora::Targets;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_data::{DataOptions, Wanted};
+use dpo_plugin_api::graph::ModelGraph;
 use serde_json::{Map, Value, json};
 
 use crate::objective::ObjectiveOptions;
@@ -153,14 +154,9 @@ pub enum Dashboard {
 }
 
 impl TrainConfig {
-    /// What the data side is asked for, with rows from `paths`, a family's limit on their length and what the losses want.
-    pub(crate) fn rows(&self, paths: &[String], limit: Option<usize>, wanted: &Wanted) -> DataOptions {
-        DataOptions {
-            paths: paths.to_vec(),
-            wanted: wanted.clone(),
-            max_length: self.data.max_length.min(limit.unwrap_or(usize::MAX)),
-            ..self.data.clone()
-        }
+    /// What the data side is asked for, with rows from `paths` for a model and what the losses want.
+    pub(crate) fn rows(&self, paths: &[String], graph: &ModelGraph, wanted: &Wanted) -> DataOptions {
+        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), ..self.data.clone() }.of_model(graph)
     }
 
     /// The record of the run's flags, and of what they came to: the packing, the family's package, and everything that decides

@@ -165,11 +165,7 @@ impl Data {
         model: &Model<'_>,
         tokenizer: &ChatTokenizer,
     ) -> Result<Data> {
-        let load = |paths: &[String]| {
-            let dataset = data::load(&config.rows(paths, model.graph.max_positions, wanted), registry, tokenizer)?;
-            refuse_foreign_tokens(&dataset.examples, model.graph.vocab_size)?;
-            Ok::<_, Error>(dataset)
-        };
+        let load = |paths: &[String]| data::load(&config.rows(paths, &model.graph, wanted), registry, tokenizer);
         let dataset = load(&config.dataset)?;
         console::line(format!("model       {} ({})", model.folder.display(), model.family.name));
         console::line(format!("data        {}", dataset.report.line()));
@@ -293,16 +289,5 @@ fn warn_of_overlap(examples: &[Example], validation: &[Example]) {
             Remark::from(what)
                 .help("evaluate on other rows, or hold some out from training with --split-dataset-ratio 0.1"),
         );
-    }
-}
-
-/// A token id beyond the projection would read other memory's row.
-fn refuse_foreign_tokens(examples: &[Example], vocab: usize) -> Result<()> {
-    let most = |e: &Example| e.parts().flatten().copied().max().unwrap_or(0);
-    match examples.iter().find(|e| most(e) as usize >= vocab) {
-        Some(e) => Err(Error::input(format!("token id {} is beyond the model's vocabulary of {vocab}", most(e)))
-            .at(&e.place)
-            .help("the tokenizer is not this model's")),
-        None => Ok(()),
     }
 }

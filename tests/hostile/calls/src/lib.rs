@@ -51,11 +51,37 @@ impl DatasetFormat for PanickingFormat {
     }
 }
 
+/// A format that makes more records of a row than there can be.
+pub struct FloodingFormat;
+
+impl DatasetFormat for FloodingFormat {
+    fn name(&self) -> &'static str {
+        "flooding-format"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn examples(&self) -> &'static str {
+        r#"{"hostile": true}"#
+    }
+
+    fn recognises(&self, _: &Row) -> u8 {
+        0
+    }
+
+    fn records(&self, _: &Row) -> Result<Vec<Record>> {
+        let text = || Text::Plain(String::new());
+        Ok((0..1_000_000).map(|_| Record::pair(text(), text(), text())).collect())
+    }
+}
+
 plugin! {
     losses: [
         Failing { name: "panicking-loss", eval: |_| panic!("no loss comes to mind") },
         Failing { name: "nan-loss", eval: |batch| batch.each_pair(|_| f64::NAN.into()) },
         Failing { name: "index-loss", eval: |batch| batch.each_pair(|p| f64::from(p.chosen.policy[1000]).into()) },
     ],
-    datasets: [PanickingFormat],
+    datasets: [PanickingFormat, FloodingFormat],
 }
