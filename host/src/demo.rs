@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 
 use dpo_core::error::Result;
-use dpo_core::files;
+use dpo_core::{cache, files};
 
 /// Files by name, and what is in them.
 macro_rules! embed {
@@ -35,11 +35,14 @@ pub(crate) struct Demo {
     pub(crate) val_dataset: PathBuf,
 }
 
-/// Writes the demo into the cache folder.
+/// Writes the demo into the cache folder, as far as it is not there.
 pub(crate) fn write() -> Result<Demo> {
-    let folder = files::cache_folder().join("demo");
+    let folder = cache::folder("demo")?;
     for (name, bytes) in FILES {
-        files::write(&folder.join(name), bytes)?;
+        let path = folder.join(name);
+        if std::fs::read(&path).map_or(true, |there| there != *bytes) {
+            files::write(&path, bytes)?;
+        }
     }
     let at = |name| folder.join(name);
     Ok(Demo { model: at("model"), dataset: at("prefs.jsonl"), val_dataset: at("val.jsonl") })

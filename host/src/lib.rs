@@ -126,11 +126,19 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     }
 }
 
+/// The plugins that a command finds. This program is the helper that asks them.
+pub(crate) fn discover(dirs: &[PathBuf]) -> Registry {
+    Registry::discover(dirs, std::env::current_exe().ok().as_deref())
+}
+
 /// Commands that may run as ranks.
 const RANKED: &[&str] = &["train", "bench", "selftest"];
 
 fn run(args: Vec<OsString>) -> Result<()> {
-    let args = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    let args: Vec<String> = args.into_iter().map(|a| a.to_string_lossy().into_owned()).collect();
+    if args.get(1).is_some_and(|first| first == dpo_plugins::COMMAND) {
+        return dpo_plugins::answer(&args[2..]);
+    }
     let mut command = Cli::command();
     let flags = resolve::resolve(args, &mut command)?;
     let ranked = resolve::command_at(&flags.args).is_some_and(|at| RANKED.contains(&flags.args[at].as_str()));
@@ -169,7 +177,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
     if !launched {
         flags.notes.iter().for_each(|note| console::note(note.as_str()));
     }
-    let registry = Registry::discover(&cli.plugin_dir);
+    let registry = discover(&cli.plugin_dir);
     if !matches!(cli.command, Command::List(_)) && !launched {
         for refusal in &registry.refusals {
             console::warning(format!("plugin {} is left out: {}", refusal.place, refusal.cause));

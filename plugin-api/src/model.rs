@@ -8,6 +8,11 @@ use serde_json::{Map, Value};
 use crate::graph::ModelGraph;
 use crate::{Error, Result, bail};
 
+/// Largest whole number of a config.
+const LARGEST: u64 = i32::MAX as u64;
+/// Most layers of a model; published ones have up to some hundred.
+const MOST_LAYERS: usize = 4096;
+
 /// A family of checkpoints that share their arithmetic.
 pub trait ModelFamily: Send + Sync + 'static {
     /// What `--plugin` takes and `dpo-host list` prints, such as `qwen2`.
@@ -66,9 +71,18 @@ impl Config {
         self.opt_int(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A whole number, if there.
+    /// A whole number, if there. No size of a model is above 2³¹ - 1; products of two such sizes do not overflow.
     pub fn opt_int(&self, key: &str) -> Result<Option<usize>> {
-        self.typed(key, "a whole number", |v| v.as_u64().map(|n| n as usize))
+        let sized = |v: &Value| v.as_u64().filter(|n| *n <= LARGEST).map(|n| n as usize);
+        self.typed(key, "a whole number below 2^31", sized)
+    }
+
+    /// `num_hidden_layers`, which must be there.
+    pub fn layers(&self) -> Result<usize> {
+        match self.int("num_hidden_layers")? {
+            layers @ 1..=MOST_LAYERS => Ok(layers),
+            other => bail!("config.json: num_hidden_layers is {other}; models of 1 to {MOST_LAYERS} layers are read"),
+        }
     }
 
     /// A number that must be there.

@@ -7,6 +7,9 @@ use std::f64::consts::PI;
 use crate::model::Config;
 use crate::{Result, bail};
 
+/// Most columns of a head; published models have up to 512.
+const MOST_COLUMNS: usize = 1 << 16;
+
 /// Angle per position for each pair of columns, and the factor on the rotated values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
@@ -28,6 +31,9 @@ impl Rope {
     /// The rule a checkpoint's config states: transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`), with
     /// the types `default`, `linear`, `dynamic`, `llama3` and `yarn`.
     pub fn from_config(config: &Config, head_dim: usize, default_theta: f64) -> Result<Rope> {
+        if head_dim > MOST_COLUMNS {
+            return bail!("config.json: heads of {head_dim} columns; up to {MOST_COLUMNS} are read");
+        }
         let outer_theta = config.opt_float("rope_theta")?;
         let scaling = config.opt_object("rope_parameters")?;
         let scaling = match config.opt_object("rope_scaling")? {

@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
 use serde_json::{Value, json};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 /// How the next request for a file ends, instead of well.
@@ -24,12 +25,18 @@ pub struct State {
     pub files: Vec<(String, Vec<u8>)>,
     /// What goes wrong with a file, one after the other.
     pub troubles: HashMap<String, Vec<Trouble>>,
+    /// Answers every request for a file from its beginning, and ends after so many bytes.
+    pub cuts: Option<usize>,
+    /// Where requests for files are sent on to, in place of an answer: the address of a server.
+    pub redirect: Option<String>,
     /// Files of which another hash is told.
     pub lies: Vec<String>,
     /// Paths that are listed and are not there.
     pub listed: Vec<String>,
     /// What has to be shown to be let in.
     pub token: Option<String>,
+    /// Tokens that were shown.
+    pub shown: Vec<String>,
     /// Requests for files: path, and from which byte on.
     pub asked: Vec<(String, u64)>,
 }
@@ -76,6 +83,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> Option<()> {
     let headers: HashMap<String, String> = headers.collect();
     let mut state = state.lock().ok()?;
     let shown = headers.get("authorization").and_then(|v| v.strip_prefix("Bearer "));
+    state.shown.extend(shown.map(str::to_owned));
     if state.token.is_some() && shown != state.token.as_deref() {
         return send(&mut stream, 401, &[], b"{}");
     }
@@ -89,8 +97,17 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> Option<()> {
         (None, None) if path.starts_with("/api/v1/") => return json(&mut stream, &modelscope(&state)),
         (None, None) => return json(&mut stream, &hugging_face(&state)),
     };
+    if let Some(server) = state.redirect.as_ref().filter(|_| !target.starts_with("/renamed/")) {
+        let location = ("location", format!("{server}/renamed{target}"));
+        return send(&mut stream, 302, &[location], b"");
+    }
     let from = headers.get("range").and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     state.asked.push((file.clone(), from.unwrap_or(0)));
+    if let Some(length) = state.cuts {
+        let (_, bytes) = state.files.iter().find(|(path, _)| *path == file)?;
+        head(&mut stream, 200, &[], bytes.len())?;
+        return stream.write_all(&bytes[..length.min(bytes.len())]).ok();
+    }
     let trouble = state.troubles.get_mut(&file).filter(|t| !t.is_empty()).map(|t| t.remove(0));
     let (_, bytes) = state.files.iter().find(|(path, _)| *path == file)?;
     let rest = &bytes[from.unwrap_or(0) as usize..];
@@ -121,15 +138,20 @@ fn json(stream: &mut TcpStream, value: &Value) -> Option<()> {
 }
 
 fn hash(state: &State, path: &str, bytes: &[u8]) -> String {
-    let hash = format!("{:x}", Sha256::digest(bytes));
+    told(state, path, format!("{:x}", Sha256::digest(bytes)))
+}
+
+fn told(state: &State, path: &str, hash: String) -> String {
     if state.lies.iter().any(|l| l == path) { hash.chars().rev().collect() } else { hash }
 }
 
 fn hugging_face(state: &State) -> Value {
     let file = |(path, bytes): &(String, Vec<u8>)| {
-        let hash = hash(state, path, bytes);
-        let mut file = json!({"rfilename": path, "size": bytes.len(), "blobId": &hash[..40]});
+        let git = Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
+        let git = told(state, path, format!("{git:x}"));
+        let mut file = json!({"rfilename": path, "size": bytes.len(), "blobId": git});
         if path.ends_with(".safetensors") {
+            let hash = hash(state, path, bytes);
             file["lfs"] = json!({"sha256": hash, "size": bytes.len(), "pointerSize": 135});
         }
         file

@@ -69,7 +69,7 @@ pub const CONFIGS: &[(&str, &str)] = &[
 
 /// The graph of a built-in family for a config.
 pub fn graph(family: &str, config: &str) -> ModelGraph {
-    let registry = Registry::discover(&[]);
+    let registry = Registry::discover(&[], None);
     let family = registry.family(family).expect("a built-in family");
     dpo_hub::model::graph_of(family, config).expect("a graph")
 }

@@ -185,6 +185,42 @@ fn ms_swifts_script_means_the_same() {
     s.refuses(&["train", "--tuner_type", "full"], &["--tuner_type full", "lora"]);
 }
 
+/// Its batch is of one process; ours is of all.
+#[test]
+fn ms_swifts_batch_is_of_all_processes() {
+    let (s, model, rows) = (sandbox(), model(), rows());
+    let run = |name: &str, more: &[&str], variables: &[(&str, &str)]| {
+        let output = s.path(name);
+        let fixed = ["train", "--device", "cpu", "--model", &model, "--dataset", &rows, "--output_dir", &output];
+        let mut command = s.command(&[&fixed, &["--max_steps", "1"][..], more].concat());
+        let ended = command.envs(variables.iter().copied()).output().unwrap();
+        let text = String::from_utf8_lossy(&ended.stderr).into_owned();
+        (ended.status.code(), text, output)
+    };
+    let each: &[&str] = &["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "3"];
+    let two = ["--gpus", "2"];
+    for (name, more, variables, batch) in [
+        ("one", each, &[][..], 3),
+        ("two", &[each, &two].concat()[..], &[], 6),
+        ("before", &[&two, each].concat(), &[], 6),
+        ("swift", each, &[("NPROC_PER_NODE", "2")], 6),
+        ("default", &["--per_device_train_batch_size", "3"], &[("NPROC_PER_NODE", "2")], 18),
+    ] {
+        let (code, text, output) = run(name, more, variables);
+        assert_eq!(code, Some(0), "{text}");
+        assert_eq!(resolved(&output)["batch_size"], batch, "{name}");
+        assert_eq!(text.matches(&format!("note: --batch-size {batch}: ")).count(), 1, "{name}: {text}");
+        assert_eq!(text.contains("NPROC_PER_NODE=2 is taken as --gpus 2"), !variables.is_empty(), "{name}: {text}");
+    }
+    for (variable, value, says) in [
+        ("NPROC_PER_NODE", "gpu", "NPROC_PER_NODE: 'gpu' should be a whole number"),
+        ("NNODES", "2", "NNODES: 2 machines, but no launcher"),
+    ] {
+        let (code, text, _) = run("refused", each, &[(variable, value)]);
+        assert!(code == Some(2) && text.contains(says), "{text}");
+    }
+}
+
 /// The args.json of a run.
 fn resolved(output: &str) -> Value {
     serde_json::from_str(&std::fs::read_to_string(Path::new(output).join("args.json")).unwrap()).unwrap()

@@ -26,7 +26,7 @@ fn registry() -> Registry {
     let folder = tempfile::tempdir().unwrap();
     let file = format!("{}frozen_plugin{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
     std::fs::copy(target_folder().join("release").join(&file), folder.path().join(&file)).unwrap();
-    let registry = Registry::discover(&[folder.path().to_owned()]);
+    let registry = Registry::discover(&[folder.path().to_owned()], None);
     assert!(registry.refusals.is_empty(), "{:?}", registry.refusals);
     registry
 }

@@ -33,7 +33,7 @@ fn cases() -> Vec<String> {
 
 /// A golden model with its trained adapter.
 fn engine(case: &str) -> Engine {
-    let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
+    let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), None).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
     let base = Base::load(&model.graph, &Checkpoint::open(&folder.join("model")).unwrap()).unwrap();
@@ -92,7 +92,7 @@ fn remembered_tokens_give_the_log_probs_of_training() {
 #[test]
 fn weights_kept_in_bf16_give_the_same_log_probs() {
     for case in ["qwen2", "llama3", "qwen3-tied-bias"] {
-        let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
+        let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
         let narrow = tempfile::tempdir().unwrap();
         let cpu = candle_core::Device::Cpu;
         let mut tensors = candle_core::safetensors::load(folder.join("model/model.safetensors"), &cpu).unwrap();
@@ -234,7 +234,7 @@ fn words_of_sentencepiece_keep_their_spaces() {
 
 /// A generator over a golden model.
 fn generator(case: &str) -> Generator {
-    let (registry, folder) = (Registry::discover(&[]), golden("trajectories").join(case));
+    let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), None).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
     Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, None).unwrap()
@@ -309,7 +309,7 @@ impl Decoder for Parrot {
 /// Also at an end that only the template names.
 #[test]
 fn a_turn_ends_where_the_model_ends_it() {
-    let (registry, folder) = (Registry::discover(&[]), golden("trajectories/qwen2/model"));
+    let (registry, folder) = (Registry::discover(&[], None), golden("trajectories/qwen2/model"));
     let model = Model::open(&registry, &folder, None).unwrap();
     let tokenizer = || ChatTokenizer::open(&folder, None).unwrap();
     for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {

@@ -127,6 +127,52 @@ fn a_broken_connection_goes_on_where_it_broke() {
 }
 
 #[test]
+fn a_hub_that_never_comes_further_is_given_up() {
+    let (s, hub) = (sandbox(), Hub::start(model()));
+    ok(&run(&s, &hub, &["data", &rows().display().to_string(), "--model", "tiny/qwen2"], &[]));
+    hub.state.lock().unwrap().cuts = Some(5_000);
+    hub.asked();
+    let ended = eval(&s, &hub, "tiny/qwen2", &[]);
+    says(&ended, 1, &["model.safetensors", "after 5000 of 118464 bytes", "each answer begins anew", "HF_ENDPOINT"]);
+    assert_eq!(hub.asked().len(), 5);
+}
+
+#[test]
+fn a_token_is_shown_to_its_hub_alone() {
+    let (s, hub, other) = (sandbox(), Hub::start(model()), Hub::start(model()));
+    let token = [("HF_TOKEN", "let-me-in")];
+    let state = |hub: &Hub, token: Option<&str>, redirect: &Hub| {
+        let mut state = hub.state.lock().unwrap();
+        (state.token, state.redirect) = (token.map(str::to_owned), Some(redirect.address.clone()));
+    };
+    // A model that was renamed, on the same hub.
+    state(&hub, Some("let-me-in"), &hub);
+    ok(&run(&s, &hub, &["plan", "--model", "tiny/renamed", "--device", "cpu"], &token));
+    // Files on another port of the same host.
+    state(&hub, Some("let-me-in"), &other);
+    ok(&eval(&s, &hub, "tiny/qwen2", &token));
+    assert!(!other.asked().is_empty() && !hub.state.lock().unwrap().shown.is_empty());
+    assert_eq!(other.state.lock().unwrap().shown, Vec::<String>::new());
+    // One that leads in circles.
+    other.state.lock().unwrap().redirect = Some(format!("{}/x", other.address));
+    hub.state.lock().unwrap().redirect = Some(format!("{}/x", other.address));
+    says(&eval(&s, &hub, "tiny/circles", &token), 1, &["leads on and on"]);
+}
+
+#[test]
+fn a_mistyped_folder_is_no_name_on_a_hub() {
+    let (s, hub) = (sandbox(), Hub::start(model()));
+    std::fs::create_dir_all(s.path("models/qwen3")).unwrap();
+    says(
+        &eval(&s, &hub, "models/qwen2", &[]),
+        2,
+        &["--model: 'models' is a folder, 'models/qwen2' is not", "hf::models/qwen2"],
+    );
+    assert_eq!(asked(&hub), Vec::<String>::new());
+    ok(&eval(&s, &hub, "hf::models/qwen2", &[]));
+}
+
+#[test]
 fn a_command_that_was_given_up_is_gone_on_with() {
     let (s, hub) = (sandbox(), Hub::start(model()));
     let troubles = [&[Trouble::Breaks][..], &[Trouble::Status(500); 4]].concat();
@@ -166,6 +212,10 @@ fn another_file_than_the_hub_says_is_not_taken() {
         hub.state.lock().unwrap().lies.clear();
         ok(&eval(&s, &hub, name, &[]));
     }
+    // A small one is known by the name that git gave it.
+    let (s, hub) = (sandbox(), Hub::start(model()));
+    hub.state.lock().unwrap().lies.push("tokenizer.json".into());
+    says(&eval(&s, &hub, "tiny/qwen2", &[]), 1, &["tokenizer.json", "git hash", "is another file"]);
 }
 
 fn files(folder: &Path) -> Vec<String> {

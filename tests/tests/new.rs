@@ -28,7 +28,7 @@ fn a_new_crate_builds_passes_its_tests_and_loads() {
         let tests = cargo(&dir, "test");
         assert!(tests.contains("test result: ok") && !tests.contains("warning"), "{tests}");
         cargo(&dir, "build");
-        let registry = Registry::discover(&[target_folder().join("release")]);
+        let registry = Registry::discover(&[target_folder().join("release")], None);
         let row = registry.rows.iter().find(|r| r.kind == word && r.name == name);
         let row = row.unwrap_or_else(|| panic!("{name} is not listed: {:?} {:?}", registry.rows, registry.refusals));
         assert_eq!(row.version, "0.1.0");

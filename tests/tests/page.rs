@@ -3,12 +3,12 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use dpo_tests::{Sandbox, golden};
+use dpo_tests::{Numbers, Sandbox, golden};
 use serde_json::{Value, json};
 
 fn sandbox() -> Sandbox {
@@ -215,4 +215,127 @@ fn texts_of_data_stay_texts() {
         assert!((logps.iter().sum::<f64>() - score["sum"].as_f64().unwrap()).abs() < 0.1, "{line}");
     }
     assert_ne!(lines[0]["scores"], lines[2]["scores"]);
+}
+
+/// The most memory that a process had, in MiB.
+fn peak_memory(process: u32) -> usize {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() >> 10
+}
+
+#[test]
+fn slow_readers_are_in_nobodys_way() {
+    let sandbox = sandbox();
+    let run = write_run(&sandbox, "run");
+    let line = |length: usize, step: usize| format!("{{\"global_step\":{step},\"x\":\"{}\"}}\n", "x".repeat(length));
+    sandbox.write("run/samples.jsonl", &line(1_000_000, 1).repeat(60));
+    sandbox.write("run/logging.jsonl", &line(300, 1).repeat(200_000));
+    sandbox.write("run/args.json", &line(60_000_000, 1));
+    let page = Page::start(&sandbox, &["ui", &run, "--listen", "0"], "page");
+    let slow: Vec<TcpStream> = (0..60)
+        .map(|i| {
+            let mut stream = TcpStream::connect(&page.address).unwrap();
+            let file = ["samples.jsonl", "logging.jsonl", "args.json"][i % 3];
+            write!(stream, "GET /runs/0/{file} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+            stream
+        })
+        .collect();
+    for _ in 0..25 {
+        let start = Instant::now();
+        assert_eq!(page.json("/runs")["runs"][0]["id"], 0);
+        assert_eq!(page.get("/page.js", "").0, 200);
+        assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
+    }
+    let peak = peak_memory(page.child.id());
+    assert!(peak < 400, "{peak} MiB");
+    drop(slow);
+}
+
+#[test]
+fn what_is_no_file_of_the_run_is_not_shown() {
+    let sandbox = sandbox();
+    let (run, secret) = (write_run(&sandbox, "run"), sandbox.write("secret.jsonl", "{\"secret\":1}\n"));
+    let file = |name: &str| Path::new(&run).join(name);
+    fs::remove_file(file("args.json")).unwrap();
+    for (name, place) in [("args.json", secret.as_str()), ("run.json", "/dev/zero")] {
+        std::os::unix::fs::symlink(place, file(name)).unwrap();
+    }
+    fs::create_dir(file("answers.jsonl")).unwrap();
+    assert!(Command::new("mkfifo").arg(file("samples.jsonl")).status().unwrap().success());
+    let page = Page::start(&sandbox, &["ui", &run, "--listen", "0"], "page");
+    let start = Instant::now();
+    for name in ["args.json", "run.json", "samples.jsonl", "answers.jsonl"] {
+        let (status, text) = page.get(&format!("/runs/0/{name}"), "");
+        assert!(status == 200 && text.ends_with("\r\n\r\n"), "{name}: {text}");
+    }
+    let files = page.json("/runs")["runs"][0]["files"].as_object().unwrap().clone();
+    assert_eq!(files.keys().collect::<Vec<_>>(), ["logging.jsonl"]);
+    assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
+}
+
+#[test]
+fn the_end_of_a_long_log_is_shown() {
+    let sandbox = sandbox();
+    let run = write_run(&sandbox, "run");
+    let line = |step: usize| format!("{{\"global_step\":{step},\"x\":\"{}\"}}\n", "x".repeat(1000));
+    sandbox.write("run/logging.jsonl", &(line(1).repeat(70_000) + &line(2)));
+    let page = Page::start(&sandbox, &["ui", &run, "--listen", "0"], "page");
+    let (status, text) = page.get("/runs/0/logging.jsonl", "");
+    assert!(status == 200 && text.ends_with(&line(2)), "{} bytes", text.len());
+    let told = page.json("/runs")["runs"][0]["left_out"].clone();
+    assert_eq!(told, json!(["of logging.jsonl the last 64 MiB are shown"]));
+}
+
+/// Requests that somebody made up: right ones with bytes changed, repeated, cut out, and parts of others put in.
+#[test]
+fn requests_that_mean_harm_end_nothing() {
+    let sandbox = sandbox();
+    let mut page = Page::start(&sandbox, &["ui", &write_run(&sandbox, "run"), "--listen", "0"], "page");
+    let head =
+        |target: &str| format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nCookie: a=b; c\r\n\r\n").into_bytes();
+    let right: Vec<Vec<u8>> =
+        ["/", "/runs", "/runs/0/logging.jsonl", "/runs/0/../x", "/?token=0", "/page.js"].map(head).to_vec();
+    let pieces: [&[u8]; 12] = [
+        b"\r\n",
+        b"\r\n\r\n",
+        b"\0",
+        b"\xff\xfe",
+        b"%2e%2e/",
+        b"Host: a\r\n",
+        b"Content-Length: 99999999999\r\n",
+        b"Transfer-Encoding: chunked\r\n",
+        b"/runs/18446744073709551616/",
+        b"HTTP/1.1",
+        b"://[::1",
+        b"POST ",
+    ];
+    let mut numbers = Numbers::new(7);
+    let start = Instant::now();
+    for _ in 0..2_000 {
+        let mut request = right[numbers.below(right.len())].clone();
+        for _ in 0..=numbers.below(6) {
+            let at = numbers.below(request.len() + 1);
+            match numbers.below(5) {
+                0 => request.truncate(at),
+                1 => drop(request.splice(at..at, pieces[numbers.below(pieces.len())].iter().copied())),
+                2 => drop(request.splice(at..at, vec![b'A'; numbers.below(9_000)])),
+                3 => drop(request.drain(at..(at + numbers.below(20)).min(request.len()))),
+                _ => request.iter_mut().skip(at).take(1).for_each(|b| *b ^= 1 << numbers.below(8)),
+            }
+        }
+        let mut stream = TcpStream::connect(&page.address).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // Who is refused may be so before all is sent, and what was not read breaks the connection.
+        let _ = stream.write_all(&request).and_then(|()| stream.shutdown(Shutdown::Write));
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer).map_err(|e| e.kind());
+        let hangs = [std::io::ErrorKind::WouldBlock, std::io::ErrorKind::TimedOut];
+        assert!(!ended.is_err_and(|e| hangs.contains(&e)), "no end to {:?}", String::from_utf8_lossy(&request));
+        assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 "), "{:?}", String::from_utf8_lossy(&answer));
+        assert!(!answer.windows(6).any(|w| w == b"secret"), "{:?}", String::from_utf8_lossy(&request));
+    }
+    println!("2,000 requests in {:?}", start.elapsed());
+    assert_eq!(page.json("/runs")["runs"][0]["id"], 0);
+    assert!(page.child.try_wait().unwrap().is_none(), "the server has ended");
 }

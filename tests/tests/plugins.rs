@@ -57,7 +57,7 @@ fn discover(folder: &Path) -> Value {
 #[test]
 fn child() {
     let Some(folder) = std::env::var_os(FOLDER) else { return };
-    let registry = Registry::discover(&[folder.into()]);
+    let registry = Registry::discover(&[folder.into()], None);
     let evals = registry.losses.iter().map(|loss| {
         let (logps, ones) = (RSlice::from_slice(&[-1.0_f32, -2.0]), RSlice::from_slice(&[1.0_f32; 2]));
         let answer = |label| RawAnswer {
@@ -84,7 +84,8 @@ fn child() {
         (format.name.clone(), format.records(&row).map_or_else(|e| json!(e.to_string()), |r| json!(r.len())))
     });
     let graphs = registry.families.iter().map(|family| {
-        (family.name.clone(), family.graph(&family.example_config).map_or_else(|e| json!(e.to_string()), |g| json!(g)))
+        let graph = dpo_hub::model::graph_of(family, &family.example_config);
+        (family.name.clone(), graph.map_or_else(|e| json!(e.to_string()), |g| json!(g)))
     });
     let found = json!({
         "evals": evals.collect::<serde_json::Map<_, _>>(),
@@ -125,18 +126,13 @@ fn broken_plugins_cost_a_line_each() {
     std::fs::write(folder.path().join("README.txt"), "not even by name").unwrap();
     let found = discover(folder.path());
 
-    let expected: [(&str, &[&str]); 11] = [
+    let expected: [(&str, &[&str]); 6] = [
         ("notes", &["is not a shared library"]),
         ("hostile_later", &["requires the feature 'foresight'"]),
         ("hostile_no_plugin", &["is not a plugin", "dpo_plugin_*"]),
         ("hostile_other_layout", &["built with another layout", "RawLossCall"]),
         ("hostile_panicking_manifest", &["panicked at", "lib.rs:", "no name comes to mind"]),
         ("hostile_taken_name", &["'qwen2' is taken by dpo-model-qwen2 (built-in)"]),
-        (": panics", &["hostile_graphs", "panicked at", "no graph comes to mind"]),
-        (": unknown-op", &["hostile_graphs", "hyper_norm"]),
-        (": unknown-attribute", &["hostile_graphs", "rms_norm", "momentum"]),
-        (": wrong-widths", &["hostile_graphs", "linear", "9"]),
-        (": unknown-feature", &["hostile_graphs", "'telepathy'"]),
     ];
     let lines = refusals(&found);
     for (of, parts) in expected {
@@ -153,7 +149,12 @@ fn broken_plugins_cost_a_line_each() {
     }
 
     let sound = [
+        "model panics",
         "model sound",
+        "model unknown-attribute",
+        "model unknown-feature",
+        "model unknown-op",
+        "model wrong-widths",
         "dataset flooding-format",
         "dataset panicking-format",
         "loss index-loss",
@@ -164,6 +165,70 @@ fn broken_plugins_cost_a_line_each() {
     let alone = discover(tempfile::tempdir().unwrap().path());
     assert_eq!(refusals(&alone), Vec::<String>::new());
     assert_eq!(listed(&found, false), listed(&alone, false), "a broken plugin took a built-in one with it");
+}
+
+/// A family is called when it is used, and then its graph is checked.
+#[test]
+fn a_graph_that_cannot_be_run_costs_its_family_alone() {
+    let found = discover(folder(&["hostile_graphs"]).path());
+    let expected: [(&str, &[&str]); 5] = [
+        ("panics", &["panicked at", "no graph comes to mind"]),
+        ("unknown-op", &["hyper_norm"]),
+        ("unknown-attribute", &["rms_norm", "momentum"]),
+        ("wrong-widths", &["linear", "9"]),
+        ("unknown-feature", &["'telepathy'"]),
+    ];
+    for (family, parts) in expected {
+        let error = found["graphs"][family].as_str().unwrap_or_else(|| panic!("{family}: {}", found["graphs"][family]));
+        assert!(parts.iter().all(|p| error.contains(p)), "{family}: {error}");
+    }
+    assert!(found["graphs"]["sound"]["layers"].is_array());
+}
+
+/// What a plugin says of itself, and its graphs, are asked for where no loop, exit, abort or hunger for memory can end a command.
+#[test]
+fn code_that_cannot_be_stopped_costs_a_line() {
+    let sandbox = dpo_tests::Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
+    let folder = folder(&["hostile_unstoppable"]);
+    let folder = folder.path().to_str().unwrap();
+    let ways = [
+        ("hangs", "within 5 s"),
+        ("exits", "exit status: 0"),
+        ("aborts", "SIGABRT"),
+        ("hoards", "memory allocation of"),
+    ];
+    std::thread::scope(|scope| {
+        for (way, cause) in ways {
+            let sandbox = &sandbox;
+            scope.spawn(move || {
+                let start = std::time::Instant::now();
+                let mut command = sandbox.command(&["list", "--plugin-dir", folder]);
+                let listed = command.env("HOSTILE_MANIFEST", way).output().unwrap();
+                let text = String::from_utf8_lossy(&listed.stdout);
+                let refused =
+                    text.lines().find(|l| l.starts_with("refused")).unwrap_or_else(|| panic!("{way}: {text}"));
+                assert!(
+                    listed.status.success() && refused.contains("its manifest") && refused.contains(cause),
+                    "{refused}"
+                );
+                assert!(text.contains("Qwen2ForCausalLM"), "{text}");
+                sandbox.refuses(&["describe", way, "--plugin-dir", folder], &["its graph", cause]);
+                assert!(start.elapsed().as_secs() < 30, "{way} took {:?}", start.elapsed());
+            });
+        }
+    });
+    let (model, rows) =
+        (dpo_tests::golden("trajectories/qwen2/model"), dpo_tests::golden("trajectories/qwen2/prefs.jsonl"));
+    let data = ["data", "--model", model.to_str().unwrap(), "--dataset", rows.to_str().unwrap()];
+    let quit = sandbox.run(&[&data[..], &["--dataset-format", "quits", "--plugin-dir", folder]].concat());
+    assert_eq!(quit.code, 1, "{}", quit.stderr);
+    assert!(
+        quit.stderr.contains("hostile_unstoppable") && quit.stderr.contains("ended the process"),
+        "{}",
+        quit.stderr
+    );
+    // Nothing of a plugin that is not used runs but what it says of itself.
+    sandbox.ok(&["describe", "qwen2", "--plugin-dir", folder]);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Plan};
 use dpo_plugin_api::graph::ModelGraph;
+use dpo_ranks::handshake::{Hello, Purpose, Refused, Secret, call};
 use dpo_tests::{Sandbox, golden, graph, log, weights};
 
 const BATCH: &[&str] = &["--batch-size", "4", "--num-epochs", "2", "--split-dataset-ratio", "0.2"];
@@ -132,7 +134,10 @@ fn ranks_of_another_launcher_take_the_same_steps() {
     let (one, two) = (sandbox.path("one"), sandbox.path("two"));
     ok(&sandbox, &train("llama3", &one, &[BATCH]));
     // As torchrun's own ports, these are not among those that the system chooses from, where a rank's ring may come to lie.
-    let (args, port) = (train("llama3", &two, &[BATCH]), 20_000 + (std::process::id() % 1_000) as u16 * 10);
+    // In ms-swift's words, of which one counts for each rank.
+    let batch: &[&str] = &["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"];
+    let (args, port) =
+        (train("llama3", &two, &[&BATCH[2..], batch]), 20_000 + (std::process::id() % 1_000) as u16 * 10);
     // torchrun's own store has the port that it names.
     let _store = TcpListener::bind(("127.0.0.1", port));
     let start = |r| rank(&sandbox, &args, r, 2, port).env("TORCHELASTIC_RUN_ID", "none").spawn().unwrap();
@@ -254,6 +259,19 @@ fn a_rank_that_computes_for_long_is_not_missed() {
     // The third rank has no pair and waits for the others, longer than a rank may be silent.
     let ranks: &[&str] = &["--batch-size", "2", "--gpus", "3", "--watchdog", "1"];
     ok(&sandbox, &train("qwen2", &sandbox.path("run"), &[slow, ranks]));
+    // Nor is a run stuck that goes on slowly, for longer than it may stand still.
+    let ranks: &[&str] = &["--batch-size", "4", "--gpus", "2", "--progress-timeout", "3", "--micro-batch-tokens", "1"];
+    ok(&sandbox, &train("qwen2", &sandbox.path("slowly"), &[slow, ranks]));
+}
+
+#[test]
+fn a_rank_that_lives_and_does_not_move_is_named() {
+    let sandbox = sandbox();
+    let plugins = test_losses(&sandbox);
+    let more: &[&str] = &["--loss", "stuck", "--plugin-dir", &plugins, "--progress-timeout", "1.5"];
+    let (args, port) = (train("qwen2", &sandbox.path("run"), &[BATCH, more]), free_port());
+    let ranks = (0..3).map(|r| rank(&sandbox, &args, r, 3, port).spawn().unwrap()).collect();
+    assert_named(ranks, 1, "is stuck: it has made no progress for 1.5 s");
 }
 
 #[test]
@@ -395,6 +413,41 @@ fn strangers_are_refused_and_the_run_goes_on() {
         assert_eq!(lines, 1, "'{cause}':\n{text}");
     }
     assert_equal_logs(&one, &two, "a run that strangers called");
+}
+
+/// What a launcher tells its ranks can be known to others of the host; what rank 0 tells them cannot.
+#[test]
+fn a_stranger_of_the_same_host_who_knows_the_run_is_refused() {
+    let sandbox = sandbox();
+    let (args, port) = (train("qwen2", &sandbox.path("run"), &[BATCH]), free_port());
+    let start = |r| {
+        let mut rank = rank(&sandbox, &args, r, 2, port);
+        rank.env_remove("DPO_HOST_SECRET").spawn().unwrap()
+    };
+    let (folder, first) = (sandbox.path("cache/dpo-host/ranks"), start(0));
+    let files = || std::fs::read_dir(&folder).into_iter().flatten().map(|e| e.unwrap().path()).collect::<Vec<_>>();
+    wait_for("a secret", || files().iter().any(|f| f.metadata().unwrap().len() == 64));
+    assert_eq!(files()[0].metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let shared = format!("torchrun [] 127.0.0.1 {:?} 2", port..=port);
+    let guessed = Secret::new(shared.as_bytes());
+    let hello = Hello {
+        version: env!("CARGO_PKG_VERSION").into(),
+        rank: 1,
+        size: 2,
+        attempt: 0,
+        process: "stranger:1".into(),
+        purpose: Purpose::Join,
+        port: 1,
+    };
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    assert!(matches!(call(&mut stream, || Ok(guessed), &hello), Err(Refused::Unauthenticated(_))));
+    let second = start(1);
+    for child in [second, first] {
+        let (code, text) = ended(child);
+        assert_eq!(code, 0, "{text}");
+        assert!(!text.contains("DPO_HOST_SECRET"), "{text}");
+    }
+    assert_eq!(files(), Vec::<std::path::PathBuf>::new());
 }
 
 #[test]

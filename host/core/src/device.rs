@@ -57,8 +57,9 @@ pub trait Device {
     /// The gradient's norm.
     fn gradient_norm(&mut self) -> Result<f64>;
 
-    /// A step of the optimizer with `clip` times the gradient.
-    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()>;
+    /// A step of the optimizer with `clip` times the gradient. One after which a parameter or a moment would not be finite is
+    /// not taken: then nothing changes, and the answer is false.
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<bool>;
 
     /// Brings adapter and moments up to date.
     fn fetch(&mut self) -> Result<()>;
@@ -156,7 +157,7 @@ impl Device for CpuDevice {
         Ok(self.gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt())
     }
 
-    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()> {
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<bool> {
         if clip < 1.0 {
             self.gradient.iter_mut().for_each(|g| *g *= clip as f32);
         }

@@ -16,6 +16,7 @@ use crate::error::{Error, Result};
 use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
 use crate::ops::{self, Call, Gradients, Kernel, KvCache, Lora, lm_head};
+use crate::progress;
 use crate::weights::BlockId;
 
 /// Columns of a model that keep a thread busy: on 16 cores a model of 192 takes twice as long with all of them as with 4.
@@ -96,9 +97,10 @@ impl Engine {
     }
 
     /// Changes the adapter's parameters.
-    pub fn update(&mut self, change: impl FnOnce(&mut [f32])) -> Result<()> {
-        change(&mut self.adapter.params);
-        self.refresh()
+    pub fn update<T>(&mut self, change: impl FnOnce(&mut [f32]) -> T) -> Result<T> {
+        let answer = change(&mut self.adapter.params);
+        self.refresh()?;
+        Ok(answer)
     }
 
     fn refresh(&mut self) -> Result<()> {
@@ -240,6 +242,7 @@ impl Engine {
     }
 
     fn call<'a>(&'a self, work: &'a Work<'_>, index: usize, values: &'a [Tensor]) -> Call<'a> {
+        progress::advance();
         let node = &work.nodes[index];
         Call {
             node,

@@ -1,8 +1,9 @@
-//! Files that are there whole or not at all, and the user's cache folder.
+//! Files that are there whole or not at all.
 
 use std::fs::{self, File, TryLockError};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use crate::error::{Error, IoContext, Result};
 
@@ -28,13 +29,6 @@ pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     placed?;
     path.parent().map_or(Ok(()), sync_folder)
-}
-
-/// Refuses a folder that cannot be written, before any work is done for it. It need not be there yet.
-pub fn refuse_unwritable(folder: &Path) -> Result<()> {
-    let there = folder.ancestors().find(|p| p.exists()).unwrap_or(Path::new("."));
-    let probe = there.join(format!(".dpo-host.{}.tmp", std::process::id()));
-    File::create(&probe).and_then(|_| fs::remove_file(&probe)).writing(folder)
 }
 
 /// Writes a folder beside its place and renames it, so that what is there under its name is whole. The place is new or an empty
@@ -98,9 +92,9 @@ pub fn remove_leftovers(folder: &Path) {
     }
 }
 
-/// Where results that can be computed again are kept: `$XDG_CACHE_HOME/dpo-host`, by default under `~/.cache`.
-pub fn cache_folder() -> PathBuf {
-    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    cache.or_else(home).unwrap_or_else(std::env::temp_dir).join("dpo-host")
+/// Opens a file to read it, in a folder that others may write: a link, which may lead anywhere, and what is no regular file,
+/// such as a pipe that nobody writes into, is an error.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
 }

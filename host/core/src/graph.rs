@@ -4,7 +4,12 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
+use crate::memory::size;
 use crate::ops;
+use crate::weights::blocks;
+
+/// Most bytes of a model's weights in f32: 256 TiB.
+const MOST_BYTES: usize = 1 << 48;
 
 /// Features of graphs and manifests that this host has, for plugins that name what they require.
 const FEATURES: &[&str] = &[];
@@ -39,6 +44,7 @@ pub fn check(graph: &ModelGraph) -> Result<()> {
         return Err(Error::input(format!("layer '{}' is of block {}, which is not there", layer.prefix, layer.block)));
     }
     check_block(&graph.head, graph.hidden_size, graph.vocab_size)?;
+    check_sizes(graph)?;
     let ends =
         |block: &Block| block.nodes.last().is_some_and(|n| n.op == "lm_head") && block.output == block.nodes.len();
     let elsewhere = |block: &Block| block.nodes.iter().rev().skip(1).any(|n| n.op == "lm_head");
@@ -54,6 +60,27 @@ pub fn check(graph: &ModelGraph) -> Result<()> {
             if ops::find(&node.op)?.reads_layout {
                 return Err(Error::input(format!("the {place} has the op '{}', which needs whole rows", node.op)));
             }
+        }
+    }
+    Ok(())
+}
+
+/// Refuses weights of more bytes than any machine has: what is computed from sizes after this does not overflow.
+fn check_sizes(graph: &ModelGraph) -> Result<()> {
+    let mut total = 0_usize;
+    for (_, prefix, nodes) in blocks(graph) {
+        for weight in nodes.iter().flat_map(|n| &n.weights) {
+            let bytes = weight.shape.iter().try_fold(size_of::<f32>(), |n, columns| n.checked_mul(*columns));
+            total = match bytes.and_then(|bytes| total.checked_add(bytes)).filter(|bytes| *bytes <= MOST_BYTES) {
+                Some(total) => total,
+                None => {
+                    let (name, shape) = (format!("{prefix}{}", weight.tensor), &weight.shape);
+                    let most = size(MOST_BYTES);
+                    return Err(Error::input(format!(
+                        "with tensor '{name}' of shape {shape:?} the weights exceed {most}"
+                    )));
+                }
+            };
         }
     }
     Ok(())

@@ -4,6 +4,7 @@
 pub mod backend;
 pub mod base;
 pub mod batch;
+pub mod cache;
 pub mod collective;
 pub mod console;
 pub mod cpu_decoder;
@@ -20,6 +21,7 @@ pub mod memory;
 pub mod ops;
 pub mod optimizer;
 pub mod plan;
+pub mod progress;
 pub mod storage;
 pub mod testing;
 pub mod weights;

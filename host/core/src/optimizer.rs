@@ -68,17 +68,25 @@ impl AdamW {
         }
     }
 
-    /// One step at a learning rate.
-    pub fn step(&self, params: &mut [f32], gradient: &[f32], moments: &mut Moments, learning_rate: f64) {
+    /// One step at a learning rate. One after which a parameter or a moment would not be finite is not taken: then nothing
+    /// changes, and the answer is false.
+    pub fn step(&self, params: &mut [f32], gradient: &[f32], moments: &mut Moments, learning_rate: f64) -> bool {
+        let Rates { size, root, keep, b1, r1, b2, r2, eps } = self.rates(moments.steps + 1, learning_rate);
+        let after = |p: f32, g: f32, m: f32, v: f32| {
+            let (m, v) = (b1 * m + r1 * g, b2 * v + r2 * g * g);
+            (p * keep - size * m / (v.sqrt() / root + eps), m, v)
+        };
+        let state = moments.first.iter().zip(&moments.second);
+        let mut numbers = params.iter().zip(gradient).zip(state).map(|((p, g), (m, v))| after(*p, *g, *m, *v));
+        if !numbers.all(|(p, m, v)| p.is_finite() && m.is_finite() && v.is_finite()) {
+            return false;
+        }
         moments.steps += 1;
-        let Rates { size, root, keep, b1, r1, b2, r2, eps } = self.rates(moments.steps, learning_rate);
         let state = moments.first.iter_mut().zip(&mut moments.second);
         for ((p, g), (m, v)) in params.iter_mut().zip(gradient).zip(state) {
-            *p *= keep;
-            *m = b1 * *m + r1 * g;
-            *v = b2 * *v + r2 * g * g;
-            *p -= size * *m / (v.sqrt() / root + eps);
+            (*p, *m, *v) = after(*p, *g, *m, *v);
         }
+        true
     }
 }
 
@@ -107,6 +115,20 @@ mod tests {
     }
 
     const TORCH: [f32; 2] = [0.934_438_4, -1.963_862_8];
+
+    #[test]
+    fn a_step_to_what_is_not_finite_changes_nothing() {
+        let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 0.0, weight_decay: 0.1 };
+        for (gradient, rate) in [([0.0, 1.0], 0.1), ([1.0, f32::MAX], 0.1), ([1.0, 1.0], 1e39), ([f32::NAN, 1.0], 0.1)]
+        {
+            let (mut p, mut moments) = (vec![1.0, -2.0], Moments::new(2));
+            assert!(!adam.step(&mut p, &gradient, &mut moments, rate), "{gradient:?} at {rate}");
+            assert_eq!(
+                (p, moments.first, moments.second, moments.steps),
+                (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2], 0)
+            );
+        }
+    }
 
     #[test]
     fn clipping_keeps_short_gradients() {

@@ -14,6 +14,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Result};
+use crate::progress;
 
 /// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
 const SAMPLE: usize = 4096;
@@ -96,8 +97,18 @@ impl Checkpoint {
         Ok(Checkpoint { shards, tensors, folder: folder.to_owned() })
     }
 
-    /// Refuses tensors that the graph does not read, but for those it names as unused.
-    pub fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
+    /// Opens the checkpoint of a graph: it has every tensor of it in its shape, and no other but those that the graph names as
+    /// unused. Only headers are read, so that nothing is allocated for sizes that a config alone states.
+    pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
+        let checkpoint = Checkpoint::open(folder)?;
+        checkpoint.refuse_extra(graph)?;
+        for (_, prefix, nodes) in blocks(graph) {
+            nodes.iter().flat_map(|n| &n.weights).try_for_each(|weight| checkpoint.raw(prefix, weight).map(drop))?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
         let mut needed: Vec<String> = Vec::new();
         for (_, prefix, nodes) in blocks(graph) {
             needed.extend(nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
@@ -115,6 +126,7 @@ impl Checkpoint {
     /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
     /// checked.
     pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
+        progress::advance();
         let name = format!("{prefix}{}", weight.tensor);
         let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
             return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
@@ -167,14 +179,15 @@ impl Checkpoint {
         Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
     }
 
-    /// A text that changes when the weights do: path, size and time of change of every file.
+    /// A text that changes when the weights do: path, size and times of every file. The time of its last change in any respect cannot be
+    /// set, so that a file which was written over, with its old time of modification put back, is another.
     pub fn identity(&self) -> Result<String> {
         let mut text = String::new();
         for shard in &self.shards {
             let meta = std::fs::metadata(&shard.path).reading(&shard.path)?;
             let path = std::fs::canonicalize(&shard.path).reading(&shard.path)?;
             let time = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
-            text += &format!("{} {} {:?}\n", path.display(), meta.len(), time);
+            text += &format!("{} {} {time:?} {}\n", path.display(), meta.len(), changed(&meta));
         }
         Ok(text)
     }
@@ -189,6 +202,30 @@ impl Checkpoint {
             text += &format!("{name} {} {hash:x}\n", shard.map.len());
         }
         Ok(text)
+    }
+
+    /// The first number that is NaN or infinite, with its tensor: reads every tensor from end to end, which is for a run that does not know why
+    /// its numbers are not finite.
+    pub fn first_not_finite(&self) -> Result<Option<String>> {
+        for (name, shard) in &self.tensors {
+            let Entry { dtype, shape, bytes } = self.shards[*shard].entry(name)?;
+            // The numbers whose exponent's bits are all set.
+            let at = match dtype {
+                Dtype::F32 => {
+                    bytes.as_chunks().0.iter().position(|b| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)
+                }
+                Dtype::BF16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7f80 == 0x7f80),
+                Dtype::F16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7c00 == 0x7c00),
+                _ => None,
+            };
+            if let Some(at) = at {
+                let file = self.shards[*shard].path.display();
+                return Ok(Some(format!(
+                    "number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite"
+                )));
+            }
+        }
+        Ok(None)
     }
 
     /// Every file, for one that is to be like it.
@@ -212,6 +249,20 @@ fn in_huge_pages<T>(room: &mut Vec<T>) {
     if first < end {
         // SAFETY: these addresses are of `room` alone, and the advice changes no value there. One that is not taken costs nothing.
         unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
+    }
+}
+
+/// When a file was last changed in any respect, and its number, where the system knows them.
+fn changed(meta: &std::fs::Metadata) -> String {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        format!("{} {}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = meta;
+        String::new()
     }
 }
 

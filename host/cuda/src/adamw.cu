@@ -14,15 +14,39 @@ extern "C" __global__ void sum_squares(const float* g, double* partial, long lon
     if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
 }
 
-// AdamW (Loshchilov and Hutter 2019, algorithm 2) as torch.optim.AdamW computes it; `clip` scales the gradient.
+// A parameter and its moments after a step of AdamW (Loshchilov and Hutter 2019, algorithm 2) as torch.optim.AdamW computes it.
+struct AdamW {
+    float keep, size, root, b1, r1, b2, r2, eps;
+
+    __device__ void step(float d, float& p, float& m, float& v) const {
+        m = b1 * m + r1 * d;
+        v = b2 * v + r2 * d * d;
+        p = p * keep - size * m / (sqrtf(v) / root + eps);
+    }
+};
+
+// A step; `clip` scales the gradient.
 extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, long long count, float clip, float keep,
                                  float size, float root, float b1, float r1, float b2, float r2, float eps) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= count) return;
-    float d = g[i] * clip;
-    m[i] = b1 * m[i] + r1 * d;
-    v[i] = b2 * v[i] + r2 * d * d;
-    p[i] = p[i] * keep - size * m[i] / (sqrtf(v[i]) / root + eps);
+    AdamW adam = {keep, size, root, b1, r1, b2, r2, eps};
+    adam.step(g[i] * clip, p[i], m[i], v[i]);
+}
+
+// Of every block 1 where that step would make a number that is not finite, else 0.
+extern "C" __global__ void adamw_overflows(const float* p, const float* g, const float* m, const float* v, long long count,
+                                           float clip, float keep, float size, float root, float b1, float r1, float b2,
+                                           float r2, float eps, double* partial) {
+    AdamW adam = {keep, size, root, b1, r1, b2, r2, eps};
+    int overflows = 0;
+    for (long long i = (long long)blockIdx.x * 256 + threadIdx.x; i < count; i += (long long)gridDim.x * 256) {
+        float q = p[i], first = m[i], second = v[i];
+        adam.step(g[i] * clip, q, first, second);
+        overflows |= !(isfinite(q) && isfinite(first) && isfinite(second));
+    }
+    overflows = __syncthreads_or(overflows);
+    if (threadIdx.x == 0) partial[blockIdx.x] = overflows;
 }
 
 // One LoRA matrix in the flat buffer of parameters, `rows` by `columns`, and its place in a stacked matrix.

@@ -6,13 +6,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::fs::File;
 use std::mem::MaybeUninit;
-use std::path::{Path, PathBuf};
 
 use cudarc::cublaslt::{result, sys};
 
 use super::gpu::{Address, Gpu, Memory, View};
+use dpo_core::cache;
 use dpo_core::error::{Error, Result};
-use dpo_core::files;
 
 /// Scratch of the matmuls.
 pub(super) const WORKSPACE: usize = 64 << 20;
@@ -26,7 +25,8 @@ pub(super) struct Blas {
     tuned: RefCell<BTreeMap<String, [u64; 8]>>,
     /// Whether algorithms are timed: results are then of no use.
     tuning: Cell<bool>,
-    cache: PathBuf,
+    /// Of the cache's entry: the card and the library.
+    name: String,
 }
 
 /// Rows of a class of shapes are a multiple of this.
@@ -80,24 +80,26 @@ fn failed(matmul: &Matmul) -> impl FnOnce(result::CublasError) -> Error + '_ {
 }
 
 /// Algorithms that were found before. What cannot be read is timed again.
-fn read(cache: &Path) -> BTreeMap<String, [u64; 8]> {
-    std::fs::read(cache).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+fn read(name: &str) -> BTreeMap<String, [u64; 8]> {
+    cache::read(CACHE, name).and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
+
+/// Where algorithms are cached.
+const CACHE: &str = "products";
 
 impl Blas {
     pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
         let handle = result::create_handle().map_err(|e| Error::run(format!("cuBLASLt does not start: {e:?}")))?;
         // SAFETY: takes nothing and returns a number.
         let version = unsafe { sys::cublasLtGetVersion() };
-        let name = format!("{}-cublas-{version}.json", gpu.name.replace(' ', "-"));
-        let cache = files::cache_folder().join("products").join(name);
+        let name = format!("{}-cublas-{version}", gpu.name.replace(' ', "-"));
         Ok(Blas {
             handle,
             workspace: gpu.allocate(WORKSPACE)?,
             plans: RefCell::default(),
-            tuned: RefCell::new(read(&cache)),
+            tuned: RefCell::new(read(&name)),
             tuning: Cell::new(false),
-            cache,
+            name,
         })
     }
 
@@ -106,7 +108,7 @@ impl Blas {
     /// found: other algorithms round otherwise.
     pub(super) fn tune(&self, body: impl FnOnce() -> Result<()>) -> Result<()> {
         let _lock = self.lock();
-        for (class, algorithm) in read(&self.cache) {
+        for (class, algorithm) in read(&self.name) {
             self.tuned.borrow_mut().entry(class).or_insert(algorithm);
         }
         let before = self.tuned.borrow().len();
@@ -118,15 +120,14 @@ impl Blas {
         if self.tuned.borrow().len() > before {
             let text = serde_json::to_vec(&*self.tuned.borrow()).map_err(|e| Error::run(e.to_string()))?;
             // A cache that cannot be written costs seconds in the next run, not this run.
-            let _ = files::write(&self.cache, &text);
+            let _ = cache::write(CACHE, &self.name, &text);
         }
         Ok(())
     }
 
     /// Held by the process that tunes. Where files cannot be locked, none.
     fn lock(&self) -> Option<File> {
-        let path = self.cache.with_extension("lock");
-        std::fs::create_dir_all(path.parent()?).ok()?;
+        let path = cache::folder(CACHE).ok()?.join(format!("{}.lock", self.name));
         let lock = File::options().create(true).truncate(false).write(true).open(path).ok()?;
         lock.lock().ok().map(|()| lock)
     }

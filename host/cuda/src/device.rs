@@ -102,13 +102,16 @@ impl Device for CudaDevice {
         self.optimizer.norm(&self.gpu, &self.kernels)
     }
 
-    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<()> {
+    fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<bool> {
         self.optimizer.collect(&self.gpu, &self.kernels)?;
+        let rates = optimizer.rates(self.moments.steps + 1, learning_rate);
+        if !self.optimizer.step(&self.gpu, &self.kernels, rates, clip)? {
+            return Ok(false);
+        }
         self.moments.steps += 1;
         self.plain = false;
-        let step = (optimizer, self.moments.steps);
-        self.optimizer.step(&self.gpu, &self.kernels, step, clip, learning_rate)?;
-        self.spread()
+        self.spread()?;
+        Ok(true)
     }
 
     fn fetch(&mut self) -> Result<()> {

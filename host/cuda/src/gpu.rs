@@ -10,6 +10,7 @@ use std::ptr;
 use cudarc::driver::{result, sys};
 
 use dpo_core::error::{Error, Result};
+use dpo_core::progress;
 
 /// An address on the device, or in host memory that the device can read.
 pub(super) type Address = u64;
@@ -269,7 +270,9 @@ impl Gpu {
     /// Waits for everything that was started.
     pub fn finish(&self) -> Result<()> {
         // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("running"))
+        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("running"))?;
+        progress::advance();
+        Ok(())
     }
 
     /// Kernels of a compiled module, by name.

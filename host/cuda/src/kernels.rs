@@ -1,15 +1,13 @@
 //! Kernels: sources in the binary, compiled by NVRTC for the card at hand, kept on disk as cubins.
 
 use std::ffi::{CStr, CString};
-use std::path::PathBuf;
 
 use cudarc::nvrtc::{result, sys};
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 
 use super::gpu::{Gpu, Kernel};
+use dpo_core::cache;
 use dpo_core::error::{Error, Result};
-use dpo_core::files;
 
 /// A source file and the kernels in it.
 pub(crate) struct Source {
@@ -149,17 +147,20 @@ pub(super) fn check(sources: impl Iterator<Item = &'static Source>, capability: 
 fn image(variant: &Variant, capability: u32) -> Result<Vec<u8>> {
     let (text, architecture, file) = (variant.text(), variant.architecture(capability), variant.source.file);
     let compiler = version()?;
-    let hash = Sha256::digest(format!("{architecture} {compiler:?} {}\n{text}", OPTIONS.join(" ")));
-    let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-    let path: PathBuf = files::cache_folder().join("kernels").join(format!("{file}-{name}.cubin"));
-    if let Ok(image) = std::fs::read(&path) {
+    let version = format!("{compiler:?}");
+    let of = [architecture.as_bytes(), version.as_bytes(), &OPTIONS.join(" ").into_bytes(), text.as_bytes()];
+    let name = format!("{file}-{}", cache::name(&of));
+    if let Some(image) = cache::read(CACHE, &name) {
         return Ok(image);
     }
     let (image, _) = compile(file, &text, &architecture)?;
     // A cache that cannot be written costs a second in the next run, not this run.
-    let _ = files::write(&path, &image);
+    let _ = cache::write(CACHE, &name, &image);
     Ok(image)
 }
+
+/// Where images are cached.
+const CACHE: &str = "kernels";
 
 const OPTIONS: &[&str] = &["--std=c++17", "--ptxas-options=-v"];
 

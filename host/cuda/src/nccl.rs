@@ -10,6 +10,7 @@ use super::libraries;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
+use dpo_core::progress;
 
 /// This GPU among those of a run.
 pub struct Nccl {
@@ -78,6 +79,7 @@ impl Nccl {
 
     /// Puts every rank's `part` bytes, in the order of ranks, at `to`, in a side stream.
     pub(super) fn gather(&self, side: &SideStream, own: Address, to: Address, part: usize) -> Result<()> {
+        progress::enter_collective();
         let (own, to) = (own as *const std::ffi::c_void, to as *mut std::ffi::c_void);
         let bytes = sys::ncclDataType_t::ncclUint8;
         // SAFETY: addresses of the device, `to` with room for every rank's part.
@@ -121,6 +123,7 @@ impl Nccl {
 
     /// Puts the sum over ranks into every rank's f32 values.
     pub(super) fn sum(&self, gpu: &Gpu, at: Address, count: usize) -> Result<()> {
+        progress::enter_collective();
         let (float, add) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
         let values = at as *mut std::ffi::c_void;
         // SAFETY: addresses of the device with so many values; in place, which NCCL allows.

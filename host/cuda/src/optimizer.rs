@@ -9,11 +9,14 @@ use super::gpu::{Address, Args, Gpu, Memory, View};
 use super::kernels::{Kernels, Source};
 use dpo_core::error::Result;
 use dpo_core::lora::Adapter;
-use dpo_core::optimizer::{AdamW, Moments};
+use dpo_core::optimizer::{Moments, Rates};
 use dpo_core::weights::BlockId;
 
-pub(super) static SOURCE: Source =
-    Source::plain("adamw", include_str!("adamw.cu"), &["adamw", "sum_squares", "spread", "collect", "random"]);
+pub(super) static SOURCE: Source = Source::plain(
+    "adamw",
+    include_str!("adamw.cu"),
+    &["adamw", "adamw_overflows", "sum_squares", "spread", "collect", "random"],
+);
 
 /// A LoRA matrix in the flat buffer and in a stack: `struct Part` of `adamw.cu`.
 pub(super) type Part = [u64; 8];
@@ -21,7 +24,7 @@ pub(super) type Part = [u64; 8];
 /// Bytes of a part.
 const PART: usize = size_of::<Part>();
 
-/// Partial sums of the gradient's norm.
+/// Blocks that a sum over all parameters is made of.
 const PARTIAL: usize = 1024;
 
 /// Parameters, gradient and moments in f32, each `[parameters]`, and the parts of the adapter.
@@ -87,26 +90,31 @@ impl Optimizer {
         let args = Args::default().with(self.gradient.address).with(self.partial.address).with(self.count as i64);
         gpu.launch(kernels.get("sum_squares")?, [PARTIAL, 1, 1], [256, 1, 1], 0, args)?;
         gpu.mark("optimizer")?;
-        let mut partial = vec![0.0_f64; PARTIAL];
-        gpu.download(self.partial.address, &mut partial)?;
-        Ok(partial.iter().sum::<f64>().sqrt())
+        Ok(self.partial_sum(gpu)?.sqrt())
     }
 
-    /// The step of a number, with the gradient scaled by `clip`.
-    pub(super) fn step(
-        &self,
-        gpu: &Gpu,
-        kernels: &Kernels,
-        (optimizer, steps): (&AdamW, u64),
-        clip: f64,
-        learning_rate: f64,
-    ) -> Result<()> {
-        let rates = optimizer.rates(steps, learning_rate);
-        let args = Args::default().with(self.params.address).with(self.gradient.address).with(self.first.address);
-        let args = args.with(self.second.address).with(self.count as i64).with(clip as f32);
-        let args = args.with(rates.keep).with(rates.size);
-        let args = args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps);
-        gpu.launch(kernels.get("adamw")?, [self.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args)
+    /// A step with the gradient scaled by `clip`. One after which a number would not be finite is not taken: then the answer is
+    /// false.
+    pub(super) fn step(&self, gpu: &Gpu, kernels: &Kernels, rates: Rates, clip: f64) -> Result<bool> {
+        let args = || {
+            let args = Args::default().with(self.params.address).with(self.gradient.address).with(self.first.address);
+            let args = args.with(self.second.address).with(self.count as i64).with(clip as f32);
+            let args = args.with(rates.keep).with(rates.size);
+            args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps)
+        };
+        let checked = args().with(self.partial.address);
+        gpu.launch(kernels.get("adamw_overflows")?, [PARTIAL, 1, 1], [256, 1, 1], 0, checked)?;
+        if self.partial_sum(gpu)? > 0.0 {
+            return Ok(false);
+        }
+        gpu.launch(kernels.get("adamw")?, [self.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args())?;
+        Ok(true)
+    }
+
+    fn partial_sum(&self, gpu: &Gpu) -> Result<f64> {
+        let mut partial = vec![0.0_f64; PARTIAL];
+        gpu.download(self.partial.address, &mut partial)?;
+        Ok(partial.iter().sum())
     }
 
     /// Parameters and moments from the GPU.

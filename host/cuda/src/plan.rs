@@ -112,8 +112,8 @@ impl GpuPlan {
         let footprint = Footprint::new(graph, &lowered);
         let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
         let table = lowered.table(graph, table(Place::Resident));
-        let optimizer = adapter.params.len() * 8;
-        let adapter = lowered.adapter(graph, adapter.params.len());
+        let optimizer = adapter.parameters() * 8;
+        let adapter = lowered.adapter(graph, adapter.parameters());
         let allowed = match options.recompute {
             Some(true) => &SavedActivations::ALL[3..],
             Some(false) => &SavedActivations::ALL[..1],

@@ -346,7 +346,7 @@ fn log_prob(hidden: &[f32], table: &[f32], target: usize) -> (f32, Vec<f32>) {
 /// Every graph of the self-test, at every level of what is saved and in just as many bytes as a mixture of levels takes.
 #[test]
 fn programs_compute_what_the_cpu_computes() {
-    let registry = Registry::discover(&[]);
+    let registry = Registry::discover(&[], None);
     let families =
         FAMILIES.iter().map(|(name, config)| (name.to_string(), registry.family(name).unwrap().graph(config).unwrap()));
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
@@ -379,7 +379,7 @@ fn programs_compute_what_the_cpu_computes() {
 /// A plan stays within its memory, and more memory never makes it slower.
 #[test]
 fn plans_use_what_there_is() {
-    let registry = Registry::discover(&[]);
+    let registry = Registry::discover(&[], None);
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family).unwrap().graph(config).unwrap();
     let adapter = adapter(&graph, true).unwrap();
@@ -401,7 +401,7 @@ fn plans_use_what_there_is() {
 /// Layers that ranks share take a part of their bytes on each, and the places of two layers.
 #[test]
 fn a_shared_base_fits_where_a_whole_one_does_not() {
-    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[])).unwrap();
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
     let adapter = adapter(&graph, true).unwrap();
     let plan = |ranks: usize| {
         GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, MemoryOptions::default())

@@ -165,6 +165,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let bar = progress(items.len());
     let encode = |item: &Item| {
         bar.inc(1);
+        dpo_core::progress::advance();
         match tokenizer.encode_record(&item.record) {
             // What did not come to an end may only have been slow, so it is no matter of one row.
             Err(error) if error.kind == Kind::Run => Err(error.at(&item.place)),

@@ -38,7 +38,7 @@ fn load_with(change: impl Fn(&mut DataOptions), rows: &str) -> Result<Dataset, S
     let mut options = options(&path);
     change(&mut options);
     let folder = format!("{}/", dir.path().display());
-    load(&options, &Registry::discover(&[]), &tokenizer()).map_err(|e| {
+    load(&options, &Registry::discover(&[], None), &tokenizer()).map_err(|e| {
         assert_eq!(e.kind, Kind::Input);
         e.to_string().replace(&folder, "")
     })
@@ -65,7 +65,7 @@ fn ids(value: &Value) -> Vec<u32> {
 /// Every row of a trajectory made by TRL: `prefs.jsonl`, `model/` and the ids in `expected.json`.
 fn equals_trajectory(dir: &Path) {
     let tokenizer = ChatTokenizer::open(&dir.join("model"), None).unwrap();
-    let done = load(&options(&dir.join("prefs.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
+    let done = load(&options(&dir.join("prefs.jsonl")), &Registry::discover(&[], None), &tokenizer).unwrap();
     let expected: Value = serde_json::from_str(&std::fs::read_to_string(dir.join("expected.json")).unwrap()).unwrap();
     let expected = expected["rows"].as_array().unwrap();
     assert_eq!(done.examples.len(), expected.len(), "{}", dir.display());
@@ -114,7 +114,7 @@ fn ids_are_those_of_trl_for_every_kind_of_row() {
         let rows: Vec<String> = case["rows"].as_array().unwrap().iter().map(Value::to_string).collect();
         std::fs::write(dir.path().join("rows.jsonl"), rows.join("\n")).unwrap();
         let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
-        let done = load(&options(&dir.path().join("rows.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap();
+        let done = load(&options(&dir.path().join("rows.jsonl")), &Registry::discover(&[], None), &tokenizer).unwrap();
         let expected = case["expected"].as_array().unwrap();
         assert_eq!(done.examples.len(), expected.len(), "{}", case["name"]);
         for (pair, row) in done.examples.iter().zip(expected) {
@@ -387,7 +387,7 @@ fn a_checkpoint_without_template_cannot_take_conversations() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(golden("trl/model/tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
     let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
-    let error = load(&options(&golden("trl/prefs.jsonl")), &Registry::discover(&[]), &tokenizer).unwrap_err();
+    let error = load(&options(&golden("trl/prefs.jsonl")), &Registry::discover(&[], None), &tokenizer).unwrap_err();
     assert!(error.message().contains("no chat template"), "{error}");
 }
 

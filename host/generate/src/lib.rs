@@ -122,8 +122,7 @@ impl Generator {
         memory: Option<usize>,
     ) -> Result<Generator> {
         let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
-        let checkpoint = Checkpoint::open(&model.folder)?;
-        checkpoint.refuse_extra(&model.graph)?;
+        let checkpoint = Checkpoint::of(&model.folder, &model.graph)?;
         let decoder = backend.decoder(&model.graph, &checkpoint, adapter, memory)?;
         Ok(Generator::of(model, tokenizer, decoder))
     }

@@ -3,8 +3,7 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest, Sha256};
-
+use super::hash::Hash;
 use super::protocol::{Layout, Remote};
 use super::{Content, Name};
 use dpo_core::error::{Error, IoContext, Result};
@@ -86,8 +85,8 @@ impl Cache {
         let place = self.place(file);
         let Ok(meta) = fs::metadata(&place) else { return false };
         let same = file.size.is_none_or(|size| size == meta.len());
-        let hash = |sha256: &String| hash(&place).is_ok_and(|is| is.eq_ignore_ascii_case(sha256));
-        same && (self.layout == Layout::Blobs || file.sha256.as_ref().is_none_or(hash))
+        let right = |hash: &Hash| hash.of(&place).is_ok_and(|is| hash.is(&is));
+        same && (self.layout == Layout::Blobs || file.hash.as_ref().is_none_or(right))
     }
 
     /// Held by the one process that fetches a file, also among Hugging Face's own tools. Where files cannot be locked, none.
@@ -126,13 +125,6 @@ fn link(blob: &str, depth: usize, _: &Path, view: &Path) -> std::io::Result<()> 
 #[cfg(not(unix))]
 fn link(_: &str, _: usize, place: &Path, view: &Path) -> std::io::Result<()> {
     fs::hard_link(place, view).or_else(|_| fs::copy(place, view).map(|_| ()))
-}
-
-/// The SHA-256 of a file.
-pub(super) fn hash(path: &Path) -> std::io::Result<String> {
-    let mut hash = Sha256::new();
-    std::io::copy(&mut File::open(path)?, &mut hash)?;
-    Ok(format!("{:x}", hash.finalize()))
 }
 
 /// Paths of all files in a folder and below, relative to it.

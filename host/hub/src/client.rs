@@ -8,16 +8,21 @@ use std::time::Duration;
 use serde_json::Value;
 use ureq::Agent;
 use ureq::Body;
-use ureq::config::RedirectAuthHeaders;
-use ureq::http::Response;
+use ureq::http::{Response, Uri};
 
-use super::cache;
 use super::protocol::{Hub, Remote, variable};
 use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::progress;
 
-/// Tries without a byte of progress before it is given up.
+/// Tries without progress before it is given up.
 const TRIES: u32 = 5;
+
+/// Bytes beyond those that had arrived before, which make progress.
+const PROGRESS: u64 = 64 << 10;
+
+/// Redirects that are followed.
+const REDIRECTS: usize = 10;
 
 /// The first pause between two tries; each further one is twice as long.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -32,7 +37,20 @@ const SILENCE: Duration = Duration::from_secs(30);
 pub(super) struct Client {
     agent: Agent,
     hub: &'static Hub,
-    secret: Option<String>,
+    /// The token, and where it may be shown: files come from other hosts, which it is none of the business of.
+    secret: Option<(String, Origin)>,
+}
+
+/// Scheme, host and port of an address.
+#[derive(PartialEq)]
+struct Origin(String, String, u16);
+
+impl Origin {
+    fn of(address: &Uri) -> Option<Origin> {
+        let (scheme, host) = (address.scheme_str()?.to_lowercase(), address.host()?.to_lowercase());
+        let port = address.port_u16().unwrap_or(if scheme == "https" { 443 } else { 80 });
+        Some(Origin(scheme, host, port))
+    }
 }
 
 /// How a try failed.
@@ -66,13 +84,14 @@ impl Client {
     pub(super) fn of(hub: &'static Hub) -> Client {
         let config = Agent::config_builder()
             .http_status_as_error(false)
-            // Files come from other hosts, which the token is none of the business of.
-            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
             .timeout_connect(Some(SILENCE))
             .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
             .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
-        Client { agent: config.build().into(), hub, secret: (hub.secret)() }
+        let origin = (hub.endpoint)().parse().ok().and_then(|endpoint| Origin::of(&endpoint));
+        Client { agent: config.build().into(), hub, secret: (hub.secret)().zip(origin) }
     }
 
     /// What is at an address, as JSON.
@@ -98,8 +117,9 @@ impl Client {
         let bar =
             console::bar(file.size.unwrap_or(0), "{msg} {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left");
         bar.set_message(file.path.clone());
+        let mut furthest = fs::metadata(part).map_or(0, |m| m.len());
         let result = patiently(|| {
-            self.append(address, file, part, |at| bar.set_position(at))?;
+            self.append(address, file, part, &mut furthest, |at| bar.set_position(at))?;
             verify(file, part)?;
             Ok(())
         });
@@ -109,12 +129,14 @@ impl Client {
         place.parent().map_or(Ok(()), dpo_core::files::sync_folder)
     }
 
-    /// Adds to the part of a file that is there what it lacks.
+    /// Adds to the part of a file that is there what it lacks. `furthest` is how much of it there has been at most: who always
+    /// begins anew and never comes further makes no progress.
     fn append(
         &self,
         address: &str,
         file: &Remote,
         part: &Path,
+        furthest: &mut u64,
         mut at: impl FnMut(u64),
     ) -> std::result::Result<(), Failure> {
         let there = fs::metadata(part).map_or(0, |m| m.len());
@@ -134,16 +156,21 @@ impl Client {
         out.set_len(have).writing(part)?;
         let mut body = response.body_mut().as_reader();
         let mut buffer = vec![0; 1 << 18];
-        let started = have;
+        let mut broken = |cause: String, have: u64| {
+            let anew =
+                if from > 0 && !goes_on { "; each answer begins anew instead of where the last one ended" } else { "" };
+            let progress = have >= *furthest + PROGRESS;
+            *furthest = have.max(*furthest);
+            Err(Failure::Passing { cause: format!("{cause}{anew}"), pause: None, progress })
+        };
+        let of = file.size.map(|size| format!(" of {size}")).unwrap_or_default();
         loop {
             at(have);
+            progress::advance();
             let read = match body.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(read) => read,
-                Err(e) => {
-                    let cause = format!("the connection broke: {e}");
-                    return Err(Failure::Passing { cause, pause: None, progress: have > started });
-                }
+                Err(e) => return broken(format!("the connection broke after {have}{of} bytes: {e}"), have),
             };
             have += read as u64;
             if file.size.is_some_and(|size| have > size) {
@@ -154,26 +181,44 @@ impl Client {
         }
         out.sync_all().writing(part)?;
         match file.size {
-            Some(size) if have < size => {
-                let cause = format!("the connection ended after {have} of {size} bytes");
-                Err(Failure::Passing { cause, pause: None, progress: have > started })
-            }
+            Some(size) if have < size => broken(format!("the connection ended after {have}{of} bytes"), have),
             _ => Ok(()),
         }
     }
 
     fn get(&self, address: &str, from: u64) -> std::result::Result<Response<Body>, Failure> {
-        let mut request = self.agent.get(address);
-        if let Some(secret) = &self.secret {
-            request = request.header("authorization", format!("Bearer {secret}"));
+        let wrong = |what: String| Failure::Final(Error::input(format!("{address} is not an address: {what}")));
+        let mut place: Uri = address.parse().map_err(|e| wrong(format!("{e}")))?;
+        for _ in 0..=REDIRECTS {
+            let mut request = self.agent.get(&place);
+            if let Some((secret, origin)) = &self.secret
+                && Origin::of(&place).is_some_and(|to| to == *origin)
+            {
+                request = request.header("authorization", format!("Bearer {secret}"));
+            }
+            if from > 0 {
+                request = request.header("range", format!("bytes={from}-"));
+            }
+            let response = request.call().map_err(|e| match e {
+                ureq::Error::BadUri(what) => wrong(what),
+                e => passing(format!("{} does not answer: {e}", place.authority().map_or(address, |a| a.as_str()))),
+            })?;
+            let location = response.headers().get("location").and_then(|v| v.to_str().ok());
+            match location.filter(|_| matches!(response.status().as_u16(), 301..=303 | 307 | 308)) {
+                Some(location) => {
+                    place = joined(&place, location)
+                        .ok_or_else(|| Error::run(format!("{address} leads to '{location}', which is no address")))?;
+                }
+                None => return self.accepted(address, response),
+            }
         }
-        if from > 0 {
-            request = request.header("range", format!("bytes={from}-"));
-        }
-        let response = request.call().map_err(|e| match e {
-            ureq::Error::BadUri(what) => Failure::Final(Error::input(format!("{address} is not an address: {what}"))),
-            e => passing(format!("{} does not answer: {e}", host(address))),
-        })?;
+        Err(Error::run(format!("{address} leads on and on, {REDIRECTS} times"))
+            .help("is there a proxy or a login page between? HF_ENDPOINT names a mirror")
+            .into())
+    }
+
+    /// An answer that is one, or why there is none.
+    fn accepted(&self, address: &str, response: Response<Body>) -> std::result::Result<Response<Body>, Failure> {
         let status = response.status().as_u16();
         match status {
             200..=299 => Ok(response),
@@ -231,14 +276,25 @@ fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) ->
 
 /// Whether what arrived is the file. What is not is removed, so that the next try begins anew.
 fn verify(file: &Remote, part: &Path) -> Result<()> {
-    let Some(sha256) = &file.sha256 else { return Ok(()) };
-    let is = cache::hash(part).reading(part)?;
-    if is.eq_ignore_ascii_case(sha256) {
+    let Some(hash) = &file.hash else { return Ok(()) };
+    let is = hash.of(part).reading(part)?;
+    if hash.is(&is) {
         return Ok(());
     }
     let _ = fs::remove_file(part);
-    let what = format!("what arrived is another file: its SHA-256 is {is}, the hub says {sha256}");
+    let what = format!("what arrived is another file: its {hash} is {is}, the hub says {}", hash.text());
     Err(Error::run(what).help("it is removed; run it again, or try another mirror"))
+}
+
+/// Where an address leads from another one.
+fn joined(from: &Uri, to: &str) -> Option<Uri> {
+    let (scheme, authority) = (from.scheme_str()?, from.authority()?);
+    let address = match to {
+        to if to.starts_with("//") => format!("{scheme}:{to}"),
+        to if to.starts_with('/') => format!("{scheme}://{authority}{to}"),
+        to => to.to_owned(),
+    };
+    address.parse().ok().filter(|address| Origin::of(address).is_some())
 }
 
 fn host(address: &str) -> &str {

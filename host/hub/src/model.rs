@@ -119,12 +119,18 @@ pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
             .at(format!("--model {model}"))
             .help("name the folder with config.json, tokenizer.json and safetensors; GGUF files cannot be trained"));
     }
-    match Name::parse(model) {
-        Some(name) if !name.is_inside() => crate::model(&name, need),
-        _ => Err(Error::input(format!("'{model}' is not a folder, and cannot be the name of a model on a hub"))
+    let name = Name::parse(model).filter(|name| !name.is_inside()).ok_or_else(|| {
+        Error::input(format!("'{model}' is not a folder, and cannot be the name of a model on a hub"))
             .at("--model")
-            .help("name a folder, owner/name[@revision] of Hugging Face, or ms::owner/name of ModelScope")),
+            .help("name a folder, owner/name[@revision] of Hugging Face, or ms::owner/name of ModelScope")
+    })?;
+    // Whoever has a folder of the owner's name means what is in it.
+    if let Some((owner, _)) = model.split_once('/').filter(|(owner, _)| Path::new(owner).is_dir()) {
+        return Err(Error::input(format!("'{owner}' is a folder, '{model}' is not"))
+            .at("--model")
+            .help(format!("is the path right? hf::{model} is a model of Hugging Face")));
     }
+    crate::model(&name, need)
 }
 
 /// The checked graph of a checkpoint: every key of its config understood, every op known. `config` is the text of its

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::hash::Hash;
 use super::{Content, Name};
 use dpo_core::error::{Error, Result};
 
@@ -15,7 +16,7 @@ pub(super) struct Listing {
 pub(super) struct Remote {
     pub(super) path: String,
     pub(super) size: Option<u64>,
-    pub(super) sha256: Option<String>,
+    pub(super) hash: Option<Hash>,
     /// What a cache may call its content.
     pub(super) blob: String,
 }
@@ -79,11 +80,14 @@ pub(super) const HUBS: &[Hub] = &[
         },
         read: |_, reply| {
             let file = |f: &Value| {
-                let sha256 = f.pointer("/lfs/sha256").and_then(Value::as_str).map(str::to_owned);
                 // Hugging Face's own tools name a blob by the ETag, which is this.
-                let blob = sha256.clone().or_else(|| Some(f.get("blobId")?.as_str()?.to_owned()))?;
+                let (hash, blob) = match (f.pointer("/lfs/sha256"), f.get("blobId")) {
+                    (Some(Value::String(sha256)), _) => (Some(Hash::Sha256(sha256.clone())), sha256.clone()),
+                    (_, Some(Value::String(id))) => (Hash::of_git(id), id.clone()),
+                    _ => return None,
+                };
                 let path = f.get("rfilename")?.as_str()?.to_owned();
-                Some(Remote { path, size: f.get("size").and_then(Value::as_u64), sha256, blob })
+                Some(Remote { path, size: f.get("size").and_then(Value::as_u64), hash, blob })
             };
             let files = reply.get("siblings")?.as_array()?.iter().map(file).collect::<Option<_>>()?;
             Some(Listing { commit: reply.get("sha")?.as_str()?.to_owned(), files })
@@ -115,7 +119,7 @@ pub(super) const HUBS: &[Hub] = &[
                 let sha256 = f.get("Sha256").and_then(Value::as_str).filter(|s| !s.is_empty()).map(str::to_owned);
                 let path = f.get("Path")?.as_str()?.to_owned();
                 let blob = sha256.clone().unwrap_or_default();
-                Some(Remote { path, size: f.get("Size").and_then(Value::as_u64), sha256, blob })
+                Some(Remote { path, size: f.get("Size").and_then(Value::as_u64), hash: sha256.map(Hash::Sha256), blob })
             };
             let files = reply.pointer("/Data/Files")?.as_array()?.iter().filter(|f| f["Type"] != "tree");
             Some(Listing { commit: name.revision.clone(), files: files.map(file).collect::<Option<_>>()? })

@@ -4,6 +4,8 @@
 //! that was copied from another machine look the same.
 
 mod chart;
+mod connections;
+mod excerpt;
 mod report;
 mod runs;
 mod server;

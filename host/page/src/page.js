@@ -90,6 +90,7 @@ async function refresh(told) {
   const run = page.runs.get(told.id);
   const before = `${run.name} ${run.done}`;
   Object.assign(run, { name: told.name, folder: told.folder, done: told.done, silent: told.silent_s, told: Date.now() });
+  run.leftOut = told.left_out;
   const stale = Object.keys(told.files).filter((name) => told.files[name] !== run.stamps[name]);
   await Promise.all(stale.map(async (name) => {
     const text = await (await ask(`/runs/${told.id}/${name}`)).text();
@@ -148,13 +149,13 @@ const summary = ({ step, total, text }) => [text, total ? `step ${step} of ${tot
 
 function about(run) {
   const f = facts(run);
-  if (!f.model) return "";
+  if (!f.model) return run.leftOut.join(" · ");
   const parts = [f.family, f.model.split("/").slice(-2).join("/"), f.device];
   if (f.ranks > 1) parts.push(`${f.ranks} ranks`);
   parts.push(`${f.examples} examples`);
   if (f.validation_examples) parts.push(`${f.validation_examples} to evaluate on`);
   parts.push(`${f.parameters.toLocaleString("en")} adapter parameters`);
-  return parts.join(" · ");
+  return [...parts, ...run.leftOut].join(" · ");
 }
 
 function figures(run) {
@@ -410,7 +411,9 @@ const setting = (value) => (value === null || value === undefined ? "" : Array.i
 
 function drawSettings(runs) {
   const told = runs.filter((run) => run.files["args.json"]);
-  const names = [...new Set(told.flatMap((run) => Object.keys(run.files["args.json"])))];
+  // What the flags came to stands beside them, as an object.
+  const isFlag = ([, value]) => value === null || typeof value !== "object" || Array.isArray(value);
+  const names = [...new Set(told.flatMap((run) => Object.entries(run.files["args.json"]).filter(isFlag).map(([name]) => name)))];
   const row = (name) => told.map((run) => setting(run.files["args.json"][name]));
   const list = (some) => make("dl", {}, ...some.filter((name) => row(name)[0]).map((name) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, row(name)[0]))));

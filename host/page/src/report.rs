@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::chart::{CHARTS, short};
-use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES, STYLE, runs};
+use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES, STYLE, excerpt};
 use dpo_core::error::Result;
 use dpo_core::files;
 
@@ -14,15 +14,15 @@ type Line = Map<String, Value>;
 
 /// Writes the report of a run from the files of its folder.
 pub fn write(output: &Path) -> Result<()> {
-    let object = |name: &str| serde_json::from_str::<Value>(&runs::read(output, name)).unwrap_or_default();
+    let object = |name: &str| serde_json::from_str::<Value>(&excerpt::read(output, name)).unwrap_or_default();
     let (args, facts) = (object(ARGS), object(FACTS));
-    let lines = runs::lines(output, LOG);
+    let lines = excerpt::lines(output, LOG);
     let name = output.file_name().unwrap_or(output.as_os_str()).to_string_lossy();
     let sections = [
-        ("Remarks", remarks(&runs::lines(output, REMARKS))),
+        ("Remarks", remarks(&excerpt::lines(output, REMARKS))),
         ("Curves", CHARTS.iter().map(|chart| chart.figure(&lines)).collect()),
-        ("Sample examples", samples(&runs::lines(output, SAMPLES))),
-        ("Answers", answers(&runs::lines(output, ANSWERS))),
+        ("Sample examples", samples(&excerpt::lines(output, SAMPLES))),
+        ("Answers", answers(&excerpt::lines(output, ANSWERS))),
         ("Data", data(&facts)),
         ("Settings", settings(&args)),
     ];
@@ -36,7 +36,7 @@ pub fn write(output: &Path) -> Result<()> {
          <meta http-equiv=content-security-policy content=\"default-src 'none'; style-src 'unsafe-inline'\">\
          <title>{name} – dpo-host</title>\n<style>\n{STYLE}</style>\n<main class=r0><header><h1>{name}</h1>\
          <p class=muted>{}</p></header>\n<div class=figures>{}</div>\n{}</main></html>\n",
-        escaped(&about(&facts)),
+        escaped(&[vec![about(&facts)], excerpt::left_out(output)].concat().join(" · ")),
         figures(&lines, &facts),
         sections.iter().filter(|(_, body)| !body.is_empty()).map(section).collect::<String>(),
         name = escaped(&name),
@@ -216,7 +216,11 @@ fn histogram(counts: &Value) -> String {
 }
 
 fn settings(args: &Value) -> String {
-    let set = args.as_object().into_iter().flatten().filter(|(_, v)| !v.is_null() && **v != Value::Array(Vec::new()));
+    let set = args
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(_, v)| !v.is_null() && !v.is_object() && **v != Value::Array(Vec::new()));
     let rows: String = set
         .map(|(name, value)| {
             let value = match value {

@@ -3,9 +3,8 @@
 //! It reads files of runs and holds nothing but their places. A page of another origin cannot read its answers (no CORS),
 //! nor a name that was bent to this machine (the `Host` header), and who comes over the network needs the token.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,14 +12,14 @@ use std::time::{Duration, Instant};
 use rand::TryRngCore;
 use rand::rngs::OsRng;
 
+use super::connections::{Connections, send};
 use super::{Runs, STYLE};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 
 /// Where the page is unless told otherwise; where that is taken, any free port of it.
 const ADDRESS: &str = "127.0.0.1:6868";
-/// Connections at once, bytes of a request's head, and how long it may take.
-const CONNECTIONS: usize = 32;
+/// Bytes of a request's head, and how long it may take.
 const HEAD: usize = 8 << 10;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long the end of a run waits for a page that is open; it asks every two seconds.
@@ -141,25 +140,15 @@ impl Server {
 
     /// Serves runs, for good.
     pub fn serve(self, runs: Runs) {
-        let shared = Arc::new((runs, self.door, AtomicUsize::new(0), self.watchers));
+        let (shared, connections) = (Arc::new((runs, self.door, self.watchers)), Connections::default());
         for stream in self.listener.incoming() {
             let Ok(stream) = stream else {
                 // No more files may be opened just now.
                 thread::sleep(Duration::from_millis(100));
                 continue;
             };
-            if shared.2.load(Ordering::Relaxed) >= CONNECTIONS {
-                continue;
-            }
-            shared.2.fetch_add(1, Ordering::Relaxed);
             let own = shared.clone();
-            let begun = thread::Builder::new().name("page".into()).spawn(move || {
-                let _ = converse(stream, &own.0, &own.1, &own.3);
-                own.2.fetch_sub(1, Ordering::Relaxed);
-            });
-            if begun.is_err() {
-                shared.2.fetch_sub(1, Ordering::Relaxed);
-            }
+            connections.serve(stream, move |stream| converse(stream, &own.0, &own.1, &own.2));
         }
     }
 }
@@ -178,9 +167,8 @@ fn token() -> std::io::Result<String> {
 }
 
 /// Reads the head of a request and answers it.
-fn converse(mut stream: TcpStream, runs: &Runs, door: &Door, watchers: &Watchers) -> std::io::Result<()> {
+fn converse(mut stream: &TcpStream, runs: &Runs, door: &Door, watchers: &Watchers) -> std::io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
     let (start, mut head, mut part) = (Instant::now(), Vec::new(), [0; 2048]);
     while !head.windows(4).any(|w| w == b"\r\n\r\n") {
         let read = stream.read(&mut part)?;
@@ -198,9 +186,8 @@ fn converse(mut stream: TcpStream, runs: &Runs, door: &Door, watchers: &Watchers
         "HTTP/1.1 {status} {}\r\ncontent-type: {kind}; charset=utf-8\r\ncontent-length: {length}\r\n{HEADERS}{more}\r\n",
         if status < 400 { "OK" } else { "No" }
     );
-    stream.write_all(head.as_bytes())?;
-    stream.write_all(&body)?;
-    stream.flush()
+    send(stream, head.as_bytes())?;
+    send(stream, &body)
 }
 
 fn answer(head: &[u8], runs: &Runs, door: &Door, watchers: &Watchers) -> Answer {

@@ -2,10 +2,14 @@
 //!
 //! Linked-in plugins and shared libraries pass through the same checks and are called through the same two functions.
 
+mod answer;
+mod helper;
 mod library;
 mod registry;
 pub mod shapes;
 
+pub use answer::answer;
+pub use helper::COMMAND;
 pub use library::{Library, Origin, user_folder};
 pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry, Row as ListRow};
 

@@ -1,15 +1,19 @@
 //! One library: opened, verified, and called.
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Once, OnceLock};
 
 use abi_stable::library::AbiHeaderRef;
 use abi_stable::std_types::{RResult, RString};
 use dpo_plugin_api::abi::{Linked, Manifest, PluginModule_Ref, RawLossCall, RawLossResult};
 use object::{Object, ObjectSymbol};
 use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
 
+use super::helper;
+use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::graph::refuse_unknown_features;
 
@@ -34,68 +38,167 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A verified library with its manifest.
+/// A library by its manifest. The code of a file is loaded when one of its items is first called.
 pub struct Library {
-    module: PluginModule_Ref,
+    code: Code,
     /// Where it came from.
     pub origin: Origin,
     /// What it says of itself.
     pub manifest: Manifest,
+    /// SHA-256 of a file, in hex.
+    pub sha256: Option<String>,
+    /// Where it came from, in words that live as long as the process.
+    name: &'static str,
+}
+
+enum Code {
+    Linked(PluginModule_Ref),
+    File {
+        path: PathBuf,
+        /// The program that calls it in a process of its own.
+        helper: Option<PathBuf>,
+        module: OnceLock<Result<PluginModule_Ref>>,
+    },
 }
 
 impl Library {
     /// The libraries linked into this binary, by package name.
     pub(super) fn linked() -> Vec<Result<Library>> {
-        let mut all: Vec<_> =
-            inventory::iter::<Linked>().map(|l| Library::verified((l.module)(), Origin::BuiltIn)).collect();
+        let linked = |l: &Linked| {
+            let module = (l.module)();
+            let manifest = manifest(&reply(module.call()("manifest".into(), 0, "".into()))?)?;
+            Ok(Library {
+                code: Code::Linked(module),
+                origin: Origin::BuiltIn,
+                manifest,
+                sha256: None,
+                name: "built-in",
+            })
+        };
+        let mut all: Vec<Result<Library>> = inventory::iter::<Linked>().map(linked).collect();
         // The order in which the linker collects them differs between builds.
         all.sort_by_key(|l| l.as_ref().map(|l| l.manifest.package.clone()).unwrap_or_default());
         all
     }
 
-    /// Opens a shared library. One that is no plugin is never loaded, so none of its code runs.
-    pub(super) fn open(path: &Path) -> Result<Library> {
-        let symbol = plugin_symbol(path)?;
-        // SAFETY: loading runs the library's constructors. A file in a plugin folder that exports our symbol is code which
-        // the user chose to run; README says so.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
-            let source = std::error::Error::source(&e).map(ToString::to_string);
-            Error::input(format!("cannot be loaded: {}", source.unwrap_or_else(|| e.to_string())))
-        })?;
-        // SAFETY: `AbiHeaderRef` is what `plugin!` exports under this name; `upgrade` checks abi_stable's magic and version
-        // before anything behind the header is read.
-        let header = unsafe { library.get::<AbiHeaderRef>(symbol.as_bytes()) }.map(|h| *h);
-        let header = header.map_err(|_| Error::input(format!("symbol {symbol} is not data of a plugin")))?;
-        // Plugins are never unloaded: their statics and panic hook may be referred to until the process ends.
-        std::mem::forget(library);
-        let header = header.upgrade().map_err(|e| Error::input(condensed(&e.to_string())))?;
-        let module =
-            header.init_root_module::<PluginModule_Ref>().map_err(|e| Error::input(condensed(&e.to_string())))?;
-        Library::verified(module, Origin::File(path.to_owned()))
-    }
-
-    fn verified(module: PluginModule_Ref, origin: Origin) -> Result<Library> {
-        let text = reply(module.call()("manifest".into(), 0, "".into()))?;
-        let manifest: Manifest =
-            serde_json::from_str(&text).map_err(|e| Error::input(format!("its manifest cannot be read: {e}")))?;
-        let (ours, theirs) = (major(dpo_plugin_api::VERSION), major(&manifest.api));
-        if ours != theirs {
-            return Err(Error::input(format!("it was built for plugin-api {}, this host has {ours}.x", manifest.api)));
-        }
-        refuse_unknown_features(&manifest.requires)?;
-        Ok(Library { module, origin, manifest })
+    /// What a shared library says of itself, asked in a process of its own where there is a `helper`. One that is no plugin is
+    /// never loaded, so none of its code runs.
+    pub(super) fn open(path: &Path, helper: Option<&Path>) -> Result<Library> {
+        let bytes = std::fs::read(path).reading(path)?;
+        plugin_symbol(&bytes)?;
+        let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        let code = Code::File { path: path.to_owned(), helper: helper.map(Path::to_owned), module: OnceLock::new() };
+        let manifest = manifest(&code.call_bounded("manifest", 0, "")?)?;
+        let name = path.display().to_string().leak();
+        Ok(Library { code, origin: Origin::File(path.to_owned()), manifest, sha256: Some(sha256), name })
     }
 
     /// Calls a JSON function of one item.
     pub(super) fn call<T: DeserializeOwned>(&self, what: &str, item: usize, input: &str) -> Result<T> {
-        let text = reply(self.module.call()(what.into(), item, input.into()))?;
-        serde_json::from_str(&text).map_err(|e| Error::input(format!("its {what} cannot be read: {e}")))
+        let module = self.code.module()?;
+        parsed(what, &reply(self.blamed(|| module.call()(what.into(), item, input.into())))?)
+    }
+
+    /// As [`call`](Self::call), for what is called once: a file's code then runs in a process of its own.
+    pub(super) fn call_bounded<T: DeserializeOwned>(&self, what: &str, item: usize, input: &str) -> Result<T> {
+        parsed(what, &self.code.call_bounded(what, item, input)?)
     }
 
     /// Calls a loss.
     pub(super) fn eval(&self, item: usize, call: RawLossCall<'_>) -> Result<RawLossResult> {
-        reply(self.module.eval()(item, call))
+        let module = self.code.module()?;
+        reply(self.blamed(|| module.eval()(item, call)))
     }
+
+    /// Runs a call. Should the library end the process in the middle of it, it is named.
+    fn blamed<T>(&self, call: impl FnOnce() -> T) -> T {
+        let before = CALLED.replace(Some(self.name));
+        let answer = call();
+        CALLED.set(before);
+        answer
+    }
+
+    /// Package, version and, of a file, the beginning of its hash.
+    pub(super) fn identity(&self) -> String {
+        let Manifest { package, version, .. } = &self.manifest;
+        match &self.sha256 {
+            Some(hash) => format!("{package} {version} (sha256 {})", &hash[..12]),
+            None => format!("{package} {version}"),
+        }
+    }
+}
+
+impl Code {
+    fn module(&self) -> Result<PluginModule_Ref> {
+        match self {
+            Code::Linked(module) => Ok(*module),
+            Code::File { path, module, .. } => module.get_or_init(|| load(path)).clone(),
+        }
+    }
+
+    fn call_bounded(&self, what: &str, item: usize, input: &str) -> Result<String> {
+        match self {
+            Code::File { path, helper: Some(helper), .. } => helper::call(helper, path, what, item, input),
+            _ => Ok(reply(self.module()?.call()(what.into(), item, input.into()))?.into()),
+        }
+    }
+}
+
+/// Loads a library into this process, and calls a JSON function of one item.
+pub(super) fn call_here(path: &Path, what: &str, item: usize, input: &str) -> Result<String> {
+    Ok(reply(load(path)?.call()(what.into(), item, input.into()))?.into())
+}
+
+thread_local! {
+    /// The library that this thread is in.
+    static CALLED: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// A library that exits would otherwise end a run without a word, and with the exit code of success.
+extern "C" fn name_who_exits() {
+    if let Some(name) = CALLED.get() {
+        console::error(&Error::run("the plugin ended the process in the middle of a call").at(name));
+        // SAFETY: ends the process at once, as it was about to.
+        unsafe { libc::_exit(1) };
+    }
+}
+
+fn load(path: &Path) -> Result<PluginModule_Ref> {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: the function lives as long as the process. Where it is not taken, exits are not named.
+        unsafe { libc::atexit(name_who_exits) };
+    });
+    let symbol = plugin_symbol(&std::fs::read(path).reading(path)?)?;
+    // SAFETY: loading runs the library's constructors. A file in a plugin folder that exports our symbol is code which
+    // the user chose to run; README says so.
+    let library = unsafe { libloading::Library::new(path) }.map_err(|e| {
+        let source = std::error::Error::source(&e).map(ToString::to_string);
+        Error::input(format!("cannot be loaded: {}", source.unwrap_or_else(|| e.to_string())))
+    })?;
+    // SAFETY: `AbiHeaderRef` is what `plugin!` exports under this name; `upgrade` checks abi_stable's magic and version
+    // before anything behind the header is read.
+    let header = unsafe { library.get::<AbiHeaderRef>(symbol.as_bytes()) }.map(|h| *h);
+    let header = header.map_err(|_| Error::input(format!("symbol {symbol} is not data of a plugin")))?;
+    // Plugins are never unloaded: their statics and panic hook may be referred to until the process ends.
+    std::mem::forget(library);
+    let header = header.upgrade().map_err(|e| Error::input(condensed(&e.to_string())))?;
+    header.init_root_module::<PluginModule_Ref>().map_err(|e| Error::input(condensed(&e.to_string())))
+}
+
+/// A manifest that this host can work with.
+fn manifest(text: &str) -> Result<Manifest> {
+    let manifest: Manifest = parsed("manifest", text)?;
+    let (ours, theirs) = (major(dpo_plugin_api::VERSION), major(&manifest.api));
+    if ours != theirs {
+        return Err(Error::input(format!("it was built for plugin-api {}, this host has {ours}.x", manifest.api)));
+    }
+    refuse_unknown_features(&manifest.requires)?;
+    Ok(manifest)
+}
+
+fn parsed<T: DeserializeOwned>(what: &str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| Error::input(format!("its {what} cannot be read: {e}")))
 }
 
 fn reply<T>(reply: RResult<T, RString>) -> Result<T> {
@@ -112,10 +215,9 @@ fn major(version: &str) -> &str {
     version.split('.').next().unwrap_or(version)
 }
 
-/// The name of the symbol a plugin exports, read from the file without loading it.
-fn plugin_symbol(path: &Path) -> Result<String> {
-    let bytes = std::fs::read(path).reading(path)?;
-    let file = object::File::parse(&*bytes).map_err(|_| Error::input("is not a shared library"))?;
+/// The name of the symbol a plugin exports, read without loading it.
+fn plugin_symbol(library: &[u8]) -> Result<String> {
+    let file = object::File::parse(library).map_err(|_| Error::input("is not a shared library"))?;
     let names = file.dynamic_symbols().filter(|s| s.is_definition()).filter_map(|s| s.name().ok());
     // Mach-O puts an underscore before every name.
     let found = names.map(|n| n.strip_prefix('_').unwrap_or(n)).find(|n| n.starts_with(SYMBOL_PREFIX));

@@ -67,9 +67,14 @@ struct Handle {
 }
 
 impl Family {
+    /// The package that it is of: name, version, and the hash of its file.
+    pub fn package(&self) -> String {
+        self.handle.library.identity()
+    }
+
     /// The graph for the text of a `config.json`. Not yet checked against the ops of this host.
     pub fn graph(&self, config: &str) -> Result<ModelGraph> {
-        self.handle.call("graph", config)
+        self.handle.library.call_bounded("graph", self.handle.item, config)
     }
 }
 
@@ -115,6 +120,11 @@ pub struct LossResult {
 }
 
 impl Loss {
+    /// The package that computes it: name, version, and the hash of its file.
+    pub fn package(&self) -> String {
+        self.handle.library.identity()
+    }
+
     /// Losses and derivatives of some examples.
     ///
     /// # Errors
@@ -197,8 +207,10 @@ struct Candidate {
 }
 
 impl Registry {
-    /// Finds plugins: `dirs` are the user's `--plugin-dir`s. Broken ones become [`Refusal`]s.
-    pub fn discover(dirs: &[PathBuf]) -> Registry {
+    /// Finds plugins: `dirs` are the user's `--plugin-dir`s. Broken ones become [`Refusal`]s. With a `helper`, a program that
+    /// passes its arguments behind [`COMMAND`](crate::COMMAND) to [`answer`](crate::answer), what files say of themselves and the graphs of their
+    /// families are asked for in a process of their own; without, in this one.
+    pub fn discover(dirs: &[PathBuf], helper: Option<&Path>) -> Registry {
         let mut registry = Registry::default();
         let mut first = dirs.to_vec();
         if let Some(path) = std::env::var_os("DPO_PLUGIN_PATH") {
@@ -210,14 +222,14 @@ impl Registry {
         first.extend(user_folder());
         let last = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("plugins")));
         let mut libraries: Vec<Shared> = Vec::new();
-        registry.open_all(&first, &mut libraries);
+        registry.open_all(&first, helper, &mut libraries);
         for library in Library::linked() {
             match library {
                 Ok(library) => libraries.push(Arc::new(library)),
                 Err(e) => registry.refuse("built-in".into(), &e.to_string()),
             }
         }
-        registry.open_all(last.as_slice(), &mut libraries);
+        registry.open_all(last.as_slice(), helper, &mut libraries);
         let candidates = registry.candidates(&libraries);
         registry.settle(candidates);
         registry
@@ -228,21 +240,28 @@ impl Registry {
         self.refusals.push(Refusal { place, cause });
     }
 
-    fn open_all(&mut self, dirs: &[PathBuf], libraries: &mut Vec<Shared>) {
-        for path in dirs.iter().flat_map(|d| shared_libraries(d)) {
-            match Library::open(&path) {
+    fn open_all(&mut self, dirs: &[PathBuf], helper: Option<&Path>, libraries: &mut Vec<Shared>) {
+        let paths: Vec<PathBuf> = dirs.iter().flat_map(|d| shared_libraries(d)).collect();
+        // At the same time: each may take a process, and a bad one all of its time.
+        let opened: Vec<Result<Library>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = paths.iter().map(|path| scope.spawn(move || Library::open(path, helper))).collect();
+            let gone = || Err(Error::run("the thread that opened it is gone"));
+            threads.into_iter().map(|t| t.join().unwrap_or_else(|_| gone())).collect()
+        });
+        for (path, library) in paths.iter().zip(opened) {
+            match library {
                 Ok(library) => libraries.push(Arc::new(library)),
                 Err(e) => self.refuse(path.display().to_string(), &e.to_string()),
             }
         }
     }
 
-    /// Items that can be read and, for families, whose example gives a graph that this host can run.
+    /// Items that can be read. Whether a family's graph can be run shows when it is used: its code does not run before.
     fn candidates(&mut self, libraries: &[Shared]) -> Vec<Candidate> {
         let mut candidates = Vec::new();
         for library in libraries {
             for (item, value) in library.manifest.items.iter().enumerate() {
-                match accept(library, item, value) {
+                match accept(value) {
                     Ok(parsed) => candidates.push(Candidate { library: library.clone(), item, parsed }),
                     Err(e) => {
                         let name = value.get("name").and_then(Value::as_str).unwrap_or("?");
@@ -347,7 +366,7 @@ fn kind_of(item: &Item) -> &'static str {
 }
 
 /// Reads an item and checks what can be checked before it is used.
-fn accept(library: &Shared, item: usize, value: &Value) -> Result<Item> {
+fn accept(value: &Value) -> Result<Item> {
     let parsed: Item = serde_json::from_value(value.clone())
         .map_err(|e| Error::input(format!("this host does not know such an item: {e}")))?;
     let name = parsed.name();
@@ -357,13 +376,8 @@ fn accept(library: &Shared, item: usize, value: &Value) -> Result<Item> {
             "the name '{name}' should be of lower-case letters, digits, '-', '_' and '.'"
         )));
     }
-    match &parsed {
-        Item::Model { example_config, .. } => {
-            let graph: ModelGraph = library.call("graph", item, example_config)?;
-            dpo_core::graph::check(&graph)?;
-        }
-        Item::Loss { needs, .. } => dpo_core::graph::check_statistics(&needs.statistics)?,
-        Item::Dataset { .. } => {}
+    if let Item::Loss { needs, .. } = &parsed {
+        dpo_core::graph::check_statistics(&needs.statistics)?;
     }
     Ok(parsed)
 }

@@ -6,6 +6,7 @@ use std::ops::RangeInclusive;
 use sha2::{Digest, Sha256};
 
 use super::handshake::Secret;
+use super::secret::{SECRET, Source};
 use dpo_core::error::{Error, Result};
 
 /// This process's place among the ranks of a run.
@@ -30,9 +31,7 @@ pub struct Place {
     pub(super) host: String,
     /// Where rank 0 listens: on the first of these ports that is free.
     pub(super) ports: RangeInclusive<u16>,
-    pub(super) secret: Secret,
-    /// Whether the secret can be guessed.
-    pub(super) guessable: bool,
+    pub(super) secret: Source,
     /// The variable that moves the port.
     pub(super) port_variable: &'static str,
 }
@@ -45,6 +44,8 @@ struct Launcher {
     size: &'static [&'static str],
     local_rank: &'static str,
     local_size: &'static str,
+    /// Hosts of the run, where there is a variable for it.
+    hosts: Option<&'static str>,
     /// Set for every rank; together they tell runs apart.
     run: &'static [&'static str],
     /// Without this variable the others do not make a rank: a shell inside an allocation has them too.
@@ -58,6 +59,7 @@ const LAUNCHERS: &[Launcher] = &[
         size: &["WORLD_SIZE"],
         local_rank: "LOCAL_RANK",
         local_size: "LOCAL_WORLD_SIZE",
+        hosts: None,
         run: &["TORCHELASTIC_RUN_ID"],
         only_with: None,
     },
@@ -67,6 +69,7 @@ const LAUNCHERS: &[Launcher] = &[
         size: &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"],
         local_rank: "SLURM_LOCALID",
         local_size: "SLURM_NTASKS_PER_NODE",
+        hosts: Some("SLURM_STEP_NUM_NODES"),
         run: &["SLURM_JOB_ID", "SLURM_STEP_ID"],
         only_with: Some("SLURM_STEP_ID"),
     },
@@ -76,6 +79,7 @@ const LAUNCHERS: &[Launcher] = &[
         size: &["OMPI_COMM_WORLD_SIZE"],
         local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
+        hosts: None,
         run: &["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"],
         only_with: None,
     },
@@ -88,8 +92,6 @@ const ATTEMPTS: &[&str] = &[ATTEMPT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTAR
 pub(super) const ATTEMPT: &str = "DPO_HOST_ATTEMPT";
 /// Set by our own launcher, which holds a leash.
 pub(super) const LAUNCHED: &str = "DPO_HOST_LAUNCHED";
-/// The variable with the shared secret of a run.
-pub(super) const SECRET: &str = "DPO_HOST_SECRET";
 
 /// Steps of this number and above are Slurm's own: batch scripts, interactive shells.
 const SLURM_OWN_STEPS: u64 = 0xffff_fff0;
@@ -106,10 +108,14 @@ impl Place {
         Place::of(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
     }
 
-    /// Whether an unauthenticated peer could pass for a rank: the secret can be guessed, and other hosts can connect.
-    pub fn exposed(&self) -> bool {
-        let here = self.host == "localhost" || self.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback());
-        self.guessable && !here
+    /// Whether a stranger could pass for a rank, since the secret can be guessed.
+    pub fn is_guessable(&self) -> bool {
+        matches!(self.secret, Source::Guessable(_))
+    }
+
+    /// Whether ranks meet where only this host's processes can.
+    pub(super) fn on_loopback(&self) -> bool {
+        is_loopback(&self.host)
     }
 
     fn of(get: impl Fn(&str) -> Option<String>) -> Result<Option<Place>> {
@@ -131,7 +137,12 @@ impl Place {
         let (ports, port_variable) = launcher.ports(&get, &run.concat())?;
         // What all ranks of the run have, and no other run has.
         let shared = format!("{} {run:?} {host} {ports:?} {size}", launcher.name);
-        let given = get(SECRET);
+        let on_one_host = is_loopback(&host) || local_size == Some(size) || launcher.has_one_host(&get)?;
+        let secret = match get(SECRET) {
+            Some(given) => Source::Given(Secret::new(given.as_bytes())),
+            None if on_one_host => Source::file(&shared),
+            None => Source::Guessable(Secret::new(shared.as_bytes())),
+        };
         let attempt = ATTEMPTS.iter().find(|n| get(n).is_some()).map(|n| number(&get, n)).transpose()?.flatten();
         let attempt = attempt.unwrap_or(0) as u64;
         Ok(Some(Place {
@@ -142,8 +153,7 @@ impl Place {
             attempt,
             generation: if get("TORCHELASTIC_RUN_ID").is_some() { 0 } else { attempt },
             launched: get(LAUNCHED).is_some(),
-            guessable: given.is_none(),
-            secret: Secret::new(given.unwrap_or(shared).as_bytes()),
+            secret,
             host,
             ports,
             port_variable,
@@ -160,6 +170,10 @@ impl Launcher {
         }
         // Slurm sets the number of tasks in a shell as well; who has no rank there is none.
         get(self.rank).is_some() || (self.only_with.is_none() && self.size.iter().any(|n| get(n).is_some()))
+    }
+
+    fn has_one_host(&self, get: &impl Fn(&str) -> Option<String>) -> Result<bool> {
+        Ok(self.hosts.map(|name| number(get, name)).transpose()?.flatten() == Some(1))
     }
 
     fn host(&self, get: &impl Fn(&str) -> Option<String>, all_here: bool) -> Result<String> {
@@ -197,6 +211,10 @@ impl Launcher {
             }
         }
     }
+}
+
+fn is_loopback(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn missing(set: &str, name: &str) -> Error {
@@ -319,6 +337,28 @@ mod tests {
         assert_eq!(of(0, 7), of(1, 7));
         assert_ne!(of(0, 7).0, of(0, 8).0);
         assert_ne!(of(0, 7).1, of(0, 8).1);
+    }
+
+    #[test]
+    fn where_a_secret_comes_from() {
+        for (variables, is) in [
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=7", "guessable"),
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=7 LOCAL_WORLD_SIZE=1", "guessable"),
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=7 LOCAL_WORLD_SIZE=2", "file"),
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.2 MASTER_PORT=7", "file"),
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=7 DPO_HOST_SECRET=s", "given"),
+            ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=h MASTER_PORT=7 DPO_HOST_SECRET=s", "given"),
+            ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_STEP_ID=0 SLURM_NODELIST=a,b SLURM_STEP_NUM_NODES=2", "guessable"),
+            ("SLURM_PROCID=0 SLURM_NTASKS=2 SLURM_STEP_ID=0 SLURM_NODELIST=a SLURM_STEP_NUM_NODES=1", "file"),
+            ("OMPI_COMM_WORLD_RANK=1 OMPI_COMM_WORLD_SIZE=2 OMPI_COMM_WORLD_LOCAL_SIZE=2", "file"),
+        ] {
+            let secret = match place(variables).unwrap().unwrap().secret {
+                Source::Given(_) => "given",
+                Source::Guessable(_) => "guessable",
+                Source::File(_) => "file",
+            };
+            assert_eq!(secret, is, "{variables}");
+        }
     }
 
     #[test]

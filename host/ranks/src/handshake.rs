@@ -139,12 +139,17 @@ impl From<io::Error> for Refused {
     }
 }
 
-/// The caller's side.
-pub fn call(stream: &mut impl Transport, secret: &Secret, hello: &Hello) -> Result<(), Refused> {
+/// The caller's side. The secret is asked for once the other side has answered; it is returned if both know it.
+pub fn call(
+    stream: &mut impl Transport,
+    secret: impl FnOnce() -> Result<Secret, Refused>,
+    hello: &Hello,
+) -> Result<Secret, Refused> {
     let deadline = Instant::now() + HANDSHAKE_TIMEOUT;
     let own = random()?;
     stream.write_all(&[&MAGIC[..], &own].concat())?;
     let other = opening(stream, deadline)?;
+    let secret = secret()?;
     let body = serde_json::to_vec(hello).map_err(io::Error::other)?;
     stream.write_all(&secret.proof(&[b"call", &own, &other, &body]))?;
     write_frame(stream, &body)?;
@@ -154,7 +159,7 @@ pub fn call(stream: &mut impl Transport, secret: &Secret, hello: &Hello) -> Resu
     if !same(proof, &secret.proof(&[b"answer", &own, &other, &body, verdict])) {
         return Err(Refused::Unauthenticated("has another secret: it belongs to another run".into()));
     }
-    if text.is_empty() { Ok(()) } else { Err(Refused::ByRank(text)) }
+    if text.is_empty() { Ok(secret) } else { Err(Refused::ByRank(text)) }
 }
 
 /// The other side: `check` says what is wrong with a caller who knows the secret, if anything is.

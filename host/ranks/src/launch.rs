@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::environment::{ATTEMPT, LAUNCHED, SECRET};
+use super::environment::{ATTEMPT, LAUNCHED};
 use super::handshake;
+use super::secret::SECRET;
 use crate::interrupt::Interrupt;
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};

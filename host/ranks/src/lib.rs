@@ -10,6 +10,7 @@ mod interrupt;
 mod launch;
 mod rendezvous;
 mod ring;
+mod secret;
 mod watchdog;
 
 use std::io;
@@ -24,6 +25,7 @@ use self::ring::Ring;
 use self::watchdog::Watchdog;
 use dpo_core::collective::{ProcessGroup, Shards};
 use dpo_core::error::{Error, Result};
+use dpo_core::progress;
 
 /// How long ranks wait for each other.
 #[derive(Clone, Copy, Debug)]
@@ -32,11 +34,14 @@ pub struct Timeouts {
     pub rendezvous: Duration,
     /// Without a heartbeat, after which a rank counts as lost.
     pub watchdog: Duration,
+    /// Without progress on any rank, after which the run is stuck.
+    pub progress: Duration,
 }
 
 impl Default for Timeouts {
     fn default() -> Timeouts {
-        Timeouts { rendezvous: Duration::from_secs(60), watchdog: Duration::from_secs(8) }
+        let seconds = Duration::from_secs;
+        Timeouts { rendezvous: seconds(60), watchdog: seconds(8), progress: seconds(1800) }
     }
 }
 
@@ -75,7 +80,10 @@ pub struct Parts(Wire);
 
 impl Wire {
     fn round<T>(&mut self, work: impl FnOnce(&mut Ring) -> io::Result<T>) -> Result<T> {
-        work(&mut self.ring).map_err(|e| {
+        progress::enter_collective();
+        let done = work(&mut self.ring);
+        progress::advance();
+        done.map_err(|e| {
             // Only a connection that broke has a rank to blame.
             let verdict = if e.kind() == io::ErrorKind::InvalidData { None } else { self.watchdog.verdict() };
             verdict
@@ -139,7 +147,7 @@ impl Ranks {
         let met = rendezvous::meet(place, timeouts.rendezvous)?;
         let handles = met.rings.iter().map(Ring::handles).collect::<io::Result<Vec<_>>>();
         let handles = handles.map_err(|e| Error::run(e.to_string()))?.into_iter().flatten().collect();
-        let watchdog = Watchdog::start(place.rank, &met.processes, met.control, handles, timeouts.watchdog)?;
+        let watchdog = Watchdog::start(place.rank, &met.processes, met.control, handles, timeouts)?;
         let [wire, parts] = met.rings.map(|ring| Wire { rank: place.rank, ring, watchdog: watchdog.clone() });
         Ok(Ranks { rank: place.rank, processes: met.processes, wire: Some(wire), parts: Some(Parts(parts)) })
     }

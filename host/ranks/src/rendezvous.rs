@@ -48,7 +48,9 @@ pub(super) fn meet(place: &Place, timeout: Duration) -> Result<Met> {
     let deadline = Instant::now() + timeout;
     let process = process();
     if place.rank == 0 {
-        let peers_in = PeerListener::open(listen(place)?, place, &process)?;
+        let listener = listen(place)?;
+        let offered = place.secret.offer()?;
+        let peers_in = PeerListener::open(listener, place, &process, &offered.secret)?;
         let peers = peers_in.peers(place, timeout, deadline)?;
         let mut list = vec![Member { address: peers_in.address, process }];
         for (stream, hello) in &peers {
@@ -59,11 +61,13 @@ pub(super) fn meet(place: &Place, timeout: Duration) -> Result<Met> {
         tell(&control, &Ok(list.clone()))?;
         return close_rings(place, &peers_in, list, control, Instant::now() + timeout);
     }
-    let mut stream = PeerListener::call_rank_0(place, &process, deadline)?;
-    let at = stream.0.peer_addr().map_err(|e| gone(0, &place.host, &e))?;
+    let listener = TcpListener::bind((any_address(place), 0)).map_err(|e| cannot_listen(&e))?;
+    let (mut stream, secret) = call_rank_0(place, &hello(place, &process, &listener)?, deadline)?;
+    let peers_in = PeerListener::open(listener, place, &process, &secret)?;
+    let at = stream.peer_addr().map_err(|e| gone(0, &place.host, &e))?;
     // Rank 0 has not waited longer than this rank will from now on, and says when it gives up.
     let deadline = Instant::now() + timeout + HANDSHAKE_TIMEOUT;
-    let received = read_frame(&mut stream.0, LARGEST_LIST, Some(deadline)).map_err(|e| gone(0, &at.to_string(), &e))?;
+    let received = read_frame(&mut stream, LARGEST_LIST, Some(deadline)).map_err(|e| gone(0, &at.to_string(), &e))?;
     let list: List = serde_json::from_slice(&received)
         .map_err(|e| Error::run(format!("rank 0 sent a list of ranks that cannot be read: {e}")).at(at))?;
     let mut list = list.map_err(|text| Error::run(text).at("rank 0"))?;
@@ -77,7 +81,7 @@ pub(super) fn meet(place: &Place, timeout: Duration) -> Result<Met> {
         }
     }
     list[0].address = at;
-    close_rings(place, &stream.1, list, vec![(0, stream.0)], Instant::now() + timeout)
+    close_rings(place, &peers_in, list, vec![(0, stream)], Instant::now() + timeout)
 }
 
 /// Calls the next rank and waits for the one before, once for each ring.
@@ -91,7 +95,8 @@ fn close_rings(
     let next = (place.rank + 1) % place.size;
     let before = (place.rank + place.size - 1) % place.size;
     let ring = |at: usize| {
-        let right = call_next(next, &list[next], &place.secret, &peers_in.hello(place, Purpose::Ring(at)), deadline)?;
+        let hello = Hello { purpose: Purpose::Ring(at), ..peers_in.hello.clone() };
+        let right = call_next(next, &list[next], &peers_in.secret, &hello, deadline)?;
         let left = peers_in.wait(deadline, |slots| slots.left[at].take()).ok_or_else(|| {
             Error::run(format!("rank {before} ({}) never called", list[before].process)).help("look at what it printed")
         })?;
@@ -104,8 +109,8 @@ fn close_rings(
 /// Calls the next rank until it answers.
 fn call_next(next: usize, member: &Member, secret: &Secret, hello: &Hello, deadline: Instant) -> Result<TcpStream> {
     loop {
-        match call(member.address, secret, hello) {
-            Ok(stream) => return Ok(stream),
+        match call(member.address, || Ok(secret.clone()), hello) {
+            Ok((stream, _)) => return Ok(stream),
             Err(Refused::ByRank(text) | Refused::Unauthenticated(text)) => {
                 return Err(Error::run(format!("rank {next} refuses this rank: {text}")).at(member.address));
             }
@@ -128,16 +133,78 @@ fn tell(control: &[(usize, TcpStream)], list: &List) -> Result<()> {
     Ok(())
 }
 
+/// The address at which the ranks before this one reach it.
+fn any_address(place: &Place) -> IpAddr {
+    match place.host.as_str() {
+        "localhost" => Ipv4Addr::LOCALHOST.into(),
+        host => match host.parse::<IpAddr>() {
+            Ok(ip) if ip.is_loopback() => ip,
+            Ok(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
+            _ => Ipv4Addr::UNSPECIFIED.into(),
+        },
+    }
+}
+
+/// What a rank that takes connections at a listener says of itself to rank 0.
+fn hello(place: &Place, process: &str, listener: &TcpListener) -> Result<Hello> {
+    Ok(Hello {
+        version: env!("CARGO_PKG_VERSION").into(),
+        rank: place.rank,
+        size: place.size,
+        attempt: place.generation,
+        process: process.into(),
+        purpose: Purpose::Join,
+        port: listener.local_addr().map_err(|e| cannot_listen(&e))?.port(),
+    })
+}
+
+fn cannot_listen(e: &std::io::Error) -> Error {
+    Error::run(format!("cannot take connections: {e}"))
+}
+
+/// Calls rank 0 until it answers.
+fn call_rank_0(place: &Place, hello: &Hello, deadline: Instant) -> Result<(TcpStream, Secret)> {
+    let mut last = format!("{} is not known", place.host);
+    while Instant::now() < deadline {
+        for port in place.ports.clone() {
+            for address in (place.host.as_str(), port).to_socket_addrs().into_iter().flatten() {
+                let at = |e: Error| e.at(address).help("every rank needs the same command line and environment");
+                match call(address, || place.secret.find(), hello) {
+                    Ok(called) => return Ok(called),
+                    // After a restart the ranks of the attempt before may still be on their way out.
+                    Err(Refused::ByRank(text)) if place.attempt == 0 => {
+                        return Err(at(Error::run(format!("rank 0 refuses this rank: {text}"))));
+                    }
+                    Err(Refused::Unauthenticated(text)) if place.attempt == 0 && place.ports.len() == 1 => {
+                        return Err(at(Error::run(format!("what should be rank 0 {text}"))));
+                    }
+                    Err(Refused::ByRank(text) | Refused::Unauthenticated(text) | Refused::Absent(text)) => {
+                        last = format!("{address} {text}");
+                    }
+                }
+            }
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    Err(Error::run(format!("rank 0 was not found: {last}"))
+        .at(format!("{}:{}", place.host, place.ports.start()))
+        .help("it listens at MASTER_ADDR; look at what it printed; --rendezvous SECONDS waits longer"))
+}
+
 fn gone(rank: usize, process: &str, e: &std::io::Error) -> Error {
     Error::run(format!("rank {rank} ({process}) {} before the run began", plain(e))).help("look at what it printed")
 }
 
-fn call(address: SocketAddr, secret: &Secret, hello: &Hello) -> std::result::Result<TcpStream, Refused> {
+fn call(
+    address: SocketAddr,
+    secret: impl FnOnce() -> std::result::Result<Secret, Refused>,
+    hello: &Hello,
+) -> std::result::Result<(TcpStream, Secret), Refused> {
     let mut stream = TcpStream::connect_timeout(&address, HANDSHAKE_TIMEOUT)?;
     stream.set_nodelay(true)?;
-    handshake::call(&mut stream, secret, hello)?;
+    let secret = handshake::call(&mut stream, secret, hello)?;
     stream.set_read_timeout(None)?;
-    Ok(stream)
+    Ok((stream, secret))
 }
 
 /// Rank 0's listener, on the first port that is free.
@@ -160,7 +227,7 @@ fn listen(place: &Place) -> Result<TcpListener> {
 
 /// On the loopback device if the ranks meet there, else on all.
 fn bind(place: &Place, port: u16) -> std::io::Result<TcpListener> {
-    if place.host == "localhost" || place.host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback()) {
+    if place.on_loopback() {
         return TcpListener::bind((place.host.as_str(), port));
     }
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).or_else(|e| match e.kind() {
@@ -178,7 +245,9 @@ fn process() -> String {
 /// Where a rank takes connections.
 struct PeerListener {
     address: SocketAddr,
-    process: String,
+    /// What this rank says of itself to those it calls.
+    hello: Hello,
+    secret: Secret,
     slots: Arc<Slots>,
 }
 
@@ -213,14 +282,13 @@ impl Taken {
 }
 
 impl PeerListener {
-    fn open(listener: TcpListener, place: &Place, process: &str) -> Result<PeerListener> {
-        let failed = |e: std::io::Error| Error::run(format!("cannot take connections: {e}"));
-        let address = listener.local_addr().map_err(failed)?;
+    fn open(listener: TcpListener, place: &Place, process: &str, secret: &Secret) -> Result<PeerListener> {
+        let address = listener.local_addr().map_err(|e| cannot_listen(&e))?;
+        let me = hello(place, process, &listener)?;
         let taken = Taken { joined: vec![None; place.size], ..Taken::default() };
         let slots = Arc::new(Slots { taken: Mutex::new(taken), changed: Condvar::new() });
-        let peers_in = PeerListener { address, process: process.into(), slots: slots.clone() };
-        let me = peers_in.hello(place, Purpose::Join);
-        let secret = place.secret.clone();
+        let peers_in = PeerListener { address, hello: me.clone(), secret: secret.clone(), slots: slots.clone() };
+        let secret = secret.clone();
         let callers = Arc::new(AtomicUsize::new(0));
         let take = move || {
             for stream in listener.incoming().flatten() {
@@ -236,20 +304,8 @@ impl PeerListener {
                 }
             }
         };
-        thread::Builder::new().name("listener".into()).spawn(take).map_err(failed)?;
+        thread::Builder::new().name("listener".into()).spawn(take).map_err(|e| cannot_listen(&e))?;
         Ok(peers_in)
-    }
-
-    fn hello(&self, place: &Place, purpose: Purpose) -> Hello {
-        Hello {
-            version: env!("CARGO_PKG_VERSION").into(),
-            rank: place.rank,
-            size: place.size,
-            attempt: place.generation,
-            process: self.process.clone(),
-            purpose,
-            port: self.address.port(),
-        }
     }
 
     /// Waits until something is there, at most to a deadline.
@@ -285,46 +341,6 @@ impl PeerListener {
         Err(Error::run(text)
             .at(format!("{}:{}", place.host, self.address.port()))
             .help("look at what they printed; --rendezvous SECONDS waits longer"))
-    }
-
-    /// Calls rank 0 until it answers. The listener has the address that reaches rank 0.
-    fn call_rank_0(place: &Place, process: &str, deadline: Instant) -> Result<(TcpStream, PeerListener)> {
-        let any: IpAddr = match place.host.as_str() {
-            "localhost" => Ipv4Addr::LOCALHOST.into(),
-            host => match host.parse::<IpAddr>() {
-                Ok(ip) if ip.is_loopback() => ip,
-                Ok(IpAddr::V6(_)) => Ipv6Addr::UNSPECIFIED.into(),
-                _ => Ipv4Addr::UNSPECIFIED.into(),
-            },
-        };
-        let listener = TcpListener::bind((any, 0)).map_err(|e| Error::run(format!("cannot take connections: {e}")))?;
-        let peers_in = PeerListener::open(listener, place, process)?;
-        let hello = peers_in.hello(place, Purpose::Join);
-        let mut last = format!("{} is not known", place.host);
-        while Instant::now() < deadline {
-            for port in place.ports.clone() {
-                for address in (place.host.as_str(), port).to_socket_addrs().into_iter().flatten() {
-                    let at = |e: Error| e.at(address).help("every rank needs the same command line and environment");
-                    match call(address, &place.secret, &hello) {
-                        Ok(stream) => return Ok((stream, peers_in)),
-                        // After a restart the ranks of the attempt before may still be on their way out.
-                        Err(Refused::ByRank(text)) if place.attempt == 0 => {
-                            return Err(at(Error::run(format!("rank 0 refuses this rank: {text}"))));
-                        }
-                        Err(Refused::Unauthenticated(text)) if place.attempt == 0 && place.ports.len() == 1 => {
-                            return Err(at(Error::run(format!("what should be rank 0 {text}"))));
-                        }
-                        Err(Refused::ByRank(text) | Refused::Unauthenticated(text) | Refused::Absent(text)) => {
-                            last = format!("{address} {text}");
-                        }
-                    }
-                }
-            }
-            thread::sleep(Duration::from_millis(50));
-        }
-        Err(Error::run(format!("rank 0 was not found: {last}"))
-            .at(format!("{}:{}", place.host, place.ports.start()))
-            .help("it listens at MASTER_ADDR; look at what it printed; --rendezvous SECONDS waits longer"))
     }
 }
 

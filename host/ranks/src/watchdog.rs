@@ -1,8 +1,8 @@
 //! Notices that a rank has died or hangs, and ends the run on every rank with its name.
 //!
 //! A thread of every rank sends a heartbeat once in a while, on a control connection to rank 0: a rank that only
-//! computes for long is heard all the same. What rank 0 finds out it tells to all others. They notice rank 0's end
-//! themselves.
+//! computes for long is heard all the same. It tells how far the rank has come, so that rank 0 notices a run in which all live
+//! and none moves. What rank 0 finds out it tells to all others. They notice rank 0's end themselves.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -11,15 +11,18 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use super::Timeouts;
 use super::handshake::{read_frame, write_frame};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
+use dpo_core::progress::{self, Progress};
 
 /// Largest message on a control connection, in bytes.
 const LARGEST_MESSAGE: usize = 1 << 16;
 /// How long a rank may take to end by itself once it knows; a kernel that waits for another GPU never does.
 const GRACE: Duration = Duration::from_secs(1);
 
+/// Followed by two numbers: how far the rank has come.
 const BEAT: u8 = 0;
 const BYE: u8 = 1;
 /// A rank died or hangs; followed by a text, as is the next one.
@@ -57,6 +60,10 @@ pub(super) struct Watchdog {
 
 struct Shared {
     rank: usize,
+    /// `host:pid` of every rank.
+    processes: Vec<String>,
+    /// How far every rank has come, as rank 0 knows.
+    progress: Mutex<Vec<Progress>>,
     verdict: Mutex<Option<Verdict>>,
     told: Condvar,
     /// Whether the run is at its end, so that nobody is missed any more.
@@ -66,19 +73,22 @@ struct Shared {
 }
 
 impl Watchdog {
-    /// Begins to watch. `control` leads to every other rank at rank 0, to rank 0 elsewhere; a rank that is silent for `limit`
-    /// hangs.
+    /// Begins to watch. `control` leads to every other rank at rank 0, to rank 0 elsewhere; a rank that is silent for too long
+    /// hangs, and the run is stuck when none has come any further for as long as that may take.
     pub(super) fn start(
         rank: usize,
         processes: &[String],
         control: Vec<(usize, TcpStream)>,
         rings: Vec<TcpStream>,
-        limit: Duration,
+        timeouts: Timeouts,
     ) -> Result<Watchdog> {
+        let limit = timeouts.watchdog;
         let failed = |e: io::Error| Error::run(format!("the watchdog cannot start: {e}"));
         let writers = control.iter().map(|(_, s)| s.try_clone()).collect::<io::Result<Vec<_>>>().map_err(failed)?;
         let shared = Arc::new(Shared {
             rank,
+            processes: processes.to_vec(),
+            progress: Mutex::new(vec![Progress::default(); processes.len()]),
             verdict: Mutex::new(None),
             told: Condvar::new(),
             over: AtomicBool::new(false),
@@ -88,15 +98,24 @@ impl Watchdog {
         for (other, stream) in control {
             stream.set_read_timeout(Some(limit)).map_err(failed)?;
             stream.set_write_timeout(Some(limit)).map_err(failed)?;
-            let (shared, name) = (shared.clone(), format!("rank {other} ({})", processes[other]));
-            let listen = move || shared.listen(stream, &name, limit);
+            let shared = shared.clone();
+            let listen = move || shared.listen(stream, other, limit);
             thread::Builder::new().name(format!("watch {other}")).spawn(listen).map_err(failed)?;
         }
         let beating = shared.clone();
-        let pause = (limit / 4).min(Duration::from_secs(1));
+        let pause = (limit / 4).min(timeouts.progress / 4).min(Duration::from_secs(1));
         let beat = move || {
+            // In pauses that this process was there for, so that one that was stopped, and the others with it, is not stuck.
+            let (mut before, mut still) = (Vec::new(), Duration::ZERO);
             while !beating.over.load(Ordering::Relaxed) {
-                beating.send(&[BEAT]);
+                let now = progress::now();
+                beating.send(&[&[BEAT][..], &now.advances.to_le_bytes(), &now.collectives.to_le_bytes()].concat());
+                let all = beating.note(rank, now);
+                still = if all == before { still + pause } else { Duration::ZERO };
+                before = all;
+                if rank == 0 && still > timeouts.progress && !beating.over.load(Ordering::Relaxed) {
+                    beating.end(&beating.stuck(&before, timeouts.progress));
+                }
                 thread::sleep(pause);
             }
         };
@@ -138,7 +157,35 @@ impl Shared {
         }
     }
 
-    fn listen(&self, mut stream: TcpStream, name: &str, limit: Duration) {
+    /// Notes how far a rank has come; answers how far all have.
+    fn note(&self, rank: usize, progress: Progress) -> Vec<Progress> {
+        let mut all = self.progress.lock().unwrap_or_else(PoisonError::into_inner);
+        all[rank] = progress;
+        all.clone()
+    }
+
+    fn name(&self, rank: usize) -> String {
+        format!("rank {rank} ({})", self.processes[rank])
+    }
+
+    /// Who keeps a run in which nobody moves: ranks that did not enter the collective in which the others wait for them.
+    fn stuck(&self, all: &[Progress], limit: Duration) -> Verdict {
+        let furthest = all.iter().map(|p| p.collectives).max().unwrap_or(0);
+        let late: Vec<String> =
+            (0..all.len()).filter(|rank| all[*rank].collectives < furthest).map(|rank| self.name(rank)).collect();
+        let seconds = limit.as_secs_f64();
+        let text = match late.as_slice() {
+            [] => format!(
+                "no rank has made progress for {seconds} s, all in the same collective: a connection or a GPU hangs"
+            ),
+            [one] => format!("{one} is stuck: it has made no progress for {seconds} s, and the others wait for it"),
+            some => format!("{} are stuck: no progress for {seconds} s, and the others wait for them", some.join(", ")),
+        };
+        Verdict { kind: LOST, text }
+    }
+
+    fn listen(&self, mut stream: TcpStream, other: usize, limit: Duration) {
+        let name = self.name(other);
         let lost = |text: String| Verdict { kind: LOST, text };
         let verdict = loop {
             match read_frame(&mut stream, LARGEST_MESSAGE, None) {
@@ -149,6 +196,12 @@ impl Shared {
                         // Rank 0 passes on what it was told, with the name of who said it.
                         let text = if self.rank == 0 { format!("{name} failed: {text}") } else { text.into_owned() };
                         break Verdict { kind: *kind, text };
+                    }
+                    Some((&BEAT, numbers)) => {
+                        if let ([advances, collectives], []) = numbers.as_chunks() {
+                            let [advances, collectives] = [advances, collectives].map(|n| u64::from_le_bytes(*n));
+                            self.note(other, Progress { advances, collectives });
+                        }
                     }
                     _ => {}
                 },

@@ -8,7 +8,7 @@ use toml::Spanned;
 
 use super::flag::Flag;
 use dpo_core::error::{Error, IoContext, Result};
-use dpo_train::config::PACKING;
+use dpo_train::config::RESOLVED;
 
 /// The flags of a file, in its order, each with its line.
 pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
@@ -24,8 +24,8 @@ pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
         let values = match value {
             // args.json says so of what was not given.
             Value::Null => continue,
-            // What was planned, which is no flag: it is for runs that resume.
-            _ if key == PACKING => continue,
+            // What the flags came to, which is no flag: it is for runs that resume.
+            _ if key == RESOLVED => continue,
             Value::Array(list) if list.is_empty() => continue,
             Value::Array(list) => list.into_iter().map(plain).collect(),
             value => plain(value).map(|v| vec![v]),

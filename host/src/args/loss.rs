@@ -6,7 +6,7 @@ use dpo_train::ObjectiveOptions;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
-use super::{ABOVE_0, BELOW_1, FROM_0, SHARE, refuse_out_of_range};
+use super::{ABOVE_0, ANY, BELOW_1, FROM_0, SHARE, refuse_out_of_range};
 
 /// The losses, their weights and options.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -58,6 +58,9 @@ impl LossArgs {
             ("--rpo-alpha", self.rpo_alpha, FROM_0, "0.1 to 1 is usual"),
             ("--ld-alpha", self.ld_alpha, SHARE, "1 is plain DPO"),
         ])?;
+        for weight in &self.loss_weights {
+            refuse_out_of_range(&[("--loss-weights", Some(*weight), ANY, "1 is usual")])?;
+        }
         let mut options = Map::new();
         let numbers = [("beta", self.beta), ("label_smoothing", self.label_smoothing)];
         options.extend(numbers.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value?)))));
@@ -68,7 +71,9 @@ impl LossArgs {
                     .at("--loss-option")
                     .help("`dpo-host describe LOSS` names a loss's options"));
             };
-            options.insert(name.into(), value.parse::<f64>().map_or_else(|_| json!(value), |n| json!(n)));
+            // What is no finite number is a text, and the loss says what it thinks of that.
+            let number = value.parse::<f64>().ok().filter(|n| n.is_finite());
+            options.insert(name.into(), number.map_or_else(|| json!(value), |n| json!(n)));
         }
         Ok(ObjectiveOptions {
             losses: self.names.clone(),

@@ -2,6 +2,7 @@
 
 use super::flag::Flag;
 use dpo_core::error::{Error, Result};
+use dpo_ranks::Place;
 
 /// Theirs and ours, where more than the spelling differs. `swift rlhf` writes snake_case.
 const RENAMED: &[(&str, &str)] = &[
@@ -17,6 +18,7 @@ const RENAMED: &[(&str, &str)] = &[
     ("data_seed", "seed"),
     ("dataset_shuffle", "shuffle"),
     ("train_dataloader_shuffle", "shuffle"),
+    ("ddp_timeout", "progress-timeout"),
 ];
 
 /// Values that are spelled otherwise.
@@ -97,11 +99,22 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
 
 const PER_DEVICE: &str = "per_device_train_batch_size";
 const ACCUMULATION: &str = "gradient_accumulation_steps";
+const GPUS: &str = "--gpus";
+/// From how many processes on a machine ms-swift launches them, where no launcher has.
+const PER_NODE: &str = "NPROC_PER_NODE";
 
 /// Rewrites flags of `train`; returns what the user should know about them as well.
 pub(super) fn translate(flags: Vec<Flag>) -> Result<(Vec<Flag>, Vec<String>)> {
     let (mut ours, mut notes) = (Vec::new(), Vec::new());
-    let (mut per_device, mut accumulation) = (None, None);
+    let (mut per_device, mut accumulation, mut batch) = (None, None, None);
+    let processes = match processes(&flags)? {
+        Processes::Told(count) => count,
+        Processes::ToStart(count) => {
+            notes.push(format!("{PER_NODE}={count} is taken as --gpus {count}: so many processes are started"));
+            ours.push(Flag { name: GPUS.to_owned(), values: vec![count.to_string()], place: None });
+            count
+        }
+    };
     for flag in flags {
         let Some(theirs) = flag.name.strip_prefix("--").map(|f| f.replace('-', "_")) else {
             ours.push(flag);
@@ -122,9 +135,14 @@ pub(super) fn translate(flags: Vec<Flag>) -> Result<(Vec<Flag>, Vec<String>)> {
         if theirs == PER_DEVICE || theirs == ACCUMULATION {
             let number = number(&flag)?;
             *(if theirs == PER_DEVICE { &mut per_device } else { &mut accumulation }) = Some(number);
-            // ms-swift accumulates up to 16 pairs where it is not told otherwise.
-            let each = per_device.unwrap_or(1).max(1);
-            let pairs = each * accumulation.unwrap_or_else(|| 16_usize.div_ceil(each));
+            // ms-swift accumulates up to 16 pairs over all processes where it is not told otherwise.
+            let each = per_device.unwrap_or(1);
+            let most = each.saturating_mul(processes);
+            let times = accumulation.unwrap_or_else(|| 16_usize.div_ceil(most));
+            let pairs = most.saturating_mul(times);
+            batch = Some(format!(
+                "--batch-size {pairs}: {PER_DEVICE} {each} x {ACCUMULATION} {times} x world size {processes}"
+            ));
             ours.push(Flag { name: "--batch-size".to_owned(), values: vec![pairs.to_string()], place: flag.place });
             continue;
         }
@@ -137,7 +155,42 @@ pub(super) fn translate(flags: Vec<Flag>) -> Result<(Vec<Flag>, Vec<String>)> {
         let values = flag.values.into_iter().map(value).collect();
         ours.push(Flag { name: format!("--{name}"), values, place: flag.place });
     }
+    notes.extend(batch);
     Ok((ours, notes))
+}
+
+/// How many processes a run has, and whether somebody says so or ms-swift would start them.
+enum Processes {
+    Told(usize),
+    ToStart(usize),
+}
+
+fn processes(flags: &[Flag]) -> Result<Processes> {
+    if let Some(place) = Place::from_environment().ok().flatten() {
+        return Ok(Processes::Told(place.size));
+    }
+    if let Some(flag) = flags.iter().rev().find(|flag| flag.name == GPUS) {
+        // What is no number is refused when flags are parsed.
+        return Ok(Processes::Told(flag.values.first().and_then(|v| v.parse().ok()).unwrap_or(1).max(1)));
+    }
+    let variable = |name: &str| match std::env::var(name).ok().filter(|v| !v.is_empty()) {
+        None => Ok(1),
+        Some(text) => text.parse().ok().filter(|n| *n > 0).ok_or_else(|| {
+            Error::input(format!("'{text}' should be a whole number above 0")).at(name).help("or unset it: see --gpus")
+        }),
+    };
+    // A process that a launcher has started alone starts no others.
+    let (here, nodes) = match std::env::var_os("WORLD_SIZE") {
+        Some(_) => (1, 1),
+        None => (variable(PER_NODE)?, variable("NNODES")?),
+    };
+    match nodes {
+        1 if here == 1 => Ok(Processes::Told(1)),
+        1 => Ok(Processes::ToStart(here)),
+        _ => Err(Error::input(format!("{nodes} machines, but no launcher has started this process")).at("NNODES").help(
+            format!("start it on each with torchrun --no-python --nnodes {nodes} --nproc-per-node {here} and where they meet"),
+        )),
+    }
 }
 
 fn number(flag: &Flag) -> Result<usize> {

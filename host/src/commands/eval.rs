@@ -93,10 +93,9 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let files = paths.iter().map(load).collect::<Result<Vec<Vec<Example>>>>()?;
     let adapter =
         options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
-    let params = adapter.params.len();
+    let params = adapter.parameters();
     let backend = backends::open(&options.device, None)?;
-    let checkpoint = Checkpoint::open(&folder)?;
-    checkpoint.refuse_extra(&model.graph)?;
+    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let workload = Workload::of(files.iter().flatten());
     let (graph, memory) = (model.graph, MemoryOptions::default());
     let mut device = backend.trainer(&mut Alone, graph, &checkpoint, adapter, workload, memory)?;

@@ -34,8 +34,7 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
     let folder = model::locate(&model::named(options.model.as_deref(), Some(&options.adapter))?, Need::Weights)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
-    let checkpoint = Checkpoint::open(&folder)?;
-    checkpoint.refuse_extra(&model.graph)?;
+    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let bar = console::bar(checkpoint.bytes() as u64, "merging     {bar:30} {bytes}/{total_bytes} {eta} left");
     files::write_folder(&options.output_dir, |output| {
         lora::merge(&model.graph, &checkpoint, &adapter, output, |bytes| bar.inc(bytes as u64))?;

@@ -5,7 +5,6 @@ use std::path::Path;
 use clap::ValueEnum;
 
 use dpo_core::error::{Error, IoContext, Result};
-use dpo_plugins::Registry;
 
 /// What a plugin brings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -87,7 +86,7 @@ fn check_name(kind: Kind, name: &str) -> Result<()> {
         return Err(Error::input(format!("'{name}' cannot be the name of a plugin"))
             .help("a lower-case letter, then lower-case letters, digits, '-' and '_'"));
     }
-    let registry = Registry::discover(&[]);
+    let registry = crate::discover(&[]);
     match registry.rows.iter().find(|r| r.kind == kind.listed_as() && r.name == name) {
         Some(taken) => Err(Error::input(format!("the {} name '{name}' is taken", kind.word()))
             .help(format!("by {} ({}); choose another", taken.package, taken.origin))),

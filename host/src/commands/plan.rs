@@ -73,7 +73,7 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
     }
     let memory_options = MemoryOptions { limit: memory, ..MemoryOptions::default() };
-    let plan = |ranks| Plan::new(&graph, adapter.params.len(), longest(options), ranks, memory_options);
+    let plan = |ranks| Plan::new(&graph, adapter.parameters(), longest(options), ranks, memory_options);
     print(&whole_or_shared(options.gpus, plan)?, options.json)
 }
 
@@ -98,7 +98,7 @@ fn longest(options: &PlanOptions) -> usize {
 
 fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
     let config = AdapterConfig { rank: options.lora_rank, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
-    Adapter::new(graph, config, 0)
+    Adapter::planned(graph, config)
 }
 
 /// A plan for the longest pairs there can be, all of whose tokens may be an answer's.

@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
-use crate::args::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
+use crate::args::{ABOVE_0, ALPHA, Auto, BELOW_1, DeviceArg, FROM_0, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::{backends, demo};
 
 /// Flags of `dpo-host train`. The field docs are the manual.
@@ -104,6 +104,9 @@ pub(crate) struct TrainArgs {
     /// Seconds without a heartbeat after which a process counts as lost
     #[arg(long, value_name = "SECONDS", default_value_t = 8.0, help_heading = "Ranks")]
     watchdog: f64,
+    /// Seconds without progress on any process after which the run is stuck and ends
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800.0, help_heading = "Ranks")]
+    progress_timeout: f64,
     /// Seconds that processes wait for each other at the start
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, help_heading = "Ranks")]
     rendezvous: f64,
@@ -203,7 +206,7 @@ enum ScheduleArg {
     Constant,
 }
 
-/// What is told where several hosts meet without a secret of the user's.
+/// What is told where a run's secret can be guessed.
 const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to the same random text for every rank";
 
 /// Trains: as one of the ranks that the environment names, alone, or by launching ranks.
@@ -231,7 +234,7 @@ pub(crate) fn train(registry: &Registry, mut args: TrainArgs) -> Result<()> {
         }
     }
     let mut ranks = Ranks::join(&place, args.timeouts()?)?;
-    console::line(format!("ranks       {}{}", place.size, if place.exposed() { GUESSABLE } else { "" }));
+    console::line(format!("ranks       {}{}", place.size, if place.is_guessable() { GUESSABLE } else { "" }));
     let result = backends::open(&args.device()?, Some(place.local_rank)).and_then(|backend| {
         let config = args.resolve(Some(&place), backend.is_gpu())?;
         dpo_train::train(registry, config, &mut ranks, backend.as_ref(), place.attempt)
@@ -252,7 +255,12 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let folder = model::locate(&config.model, Need::Weights)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
     let output = dpo_train::output_of(&config.output, &folder)?;
-    ranks::launch(args.gpus, &["--output-dir".into(), output.into()], args.max_restarts)
+    let ended = ranks::launch(args.gpus, &["--output-dir".into(), output.clone().into()], args.max_restarts);
+    if ended.is_err() && config.output.dir.is_none() {
+        // Only an empty folder is removed: one whose run was refused.
+        let _ = std::fs::remove_dir(&output);
+    }
+    ended
 }
 
 impl TrainArgs {
@@ -318,7 +326,7 @@ impl TrainArgs {
             ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
             ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
             ("--lora-rank", self.lora_rank.map(|n| n as f64), ABOVE_0, "8 to 64 is usual"),
-            ("--lora-alpha", self.lora_alpha, ABOVE_0, "two to four times the rank is usual"),
+            ("--lora-alpha", self.lora_alpha, ALPHA, "two to four times the rank is usual"),
             (
                 "--split-dataset-ratio",
                 Some(self.split_dataset_ratio),
@@ -356,6 +364,7 @@ impl TrainArgs {
         Ok(Timeouts {
             rendezvous: seconds("--rendezvous", self.rendezvous)?,
             watchdog: seconds("--watchdog", self.watchdog)?,
+            progress: seconds("--progress-timeout", self.progress_timeout)?,
         })
     }
 

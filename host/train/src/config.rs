@@ -13,8 +13,10 @@ use serde_json::{Map, Value, json};
 use crate::objective::ObjectiveOptions;
 use crate::schedule::Schedule;
 
-/// The key of `args.json` under which the packing stands beside the flags.
-pub const PACKING: &str = "packing";
+/// The key of `args.json` under which stands what the flags came to, beside them.
+pub const RESOLVED: &str = "resolved";
+/// Its key of the packing.
+pub(crate) const PACKING: &str = "packing";
 
 /// Everything that a run is told.
 #[derive(Clone, Debug)]
@@ -157,10 +159,16 @@ impl TrainConfig {
         DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), ..self.data.clone() }.of_model(graph)
     }
 
-    /// The record of the run's flags and of what was planned, as `args.json` has it.
-    pub(crate) fn args_json(&self, packing: Packing) -> Result<Vec<u8>> {
+    /// The record of the run's flags, and of what they came to: the packing, the family's package, and everything that decides
+    /// the steps, as `args.json` has it.
+    pub(crate) fn args_json(
+        &self,
+        packing: Packing,
+        package: &Value,
+        settings: &Map<String, Value>,
+    ) -> Result<Vec<u8>> {
         let mut all = self.flags.clone();
-        all.insert(PACKING.to_owned(), json!(packing));
+        all.insert(RESOLVED.to_owned(), json!({PACKING: packing, "package": package, "settings": settings}));
         let text = serde_json::to_string_pretty(&all);
         Ok(text.map_err(|e| dpo_core::error::Error::run(e.to_string()))?.into_bytes())
     }

@@ -156,6 +156,11 @@ impl<'r> Objective<'r> {
         })
     }
 
+    /// Of every loss its name and the package that computes it.
+    pub fn packages(&self) -> Vec<(String, String)> {
+        self.terms.iter().map(|t| (t.loss.name.clone(), t.loss.package())).collect()
+    }
+
     /// Whether an example's loss depends on the other examples of its step.
     pub fn whole_batch(&self) -> bool {
         self.terms.iter().any(|t| t.loss.needs.whole_batch)
@@ -225,6 +230,10 @@ impl<'r> Objective<'r> {
                 all.examples[e].finite &= finite;
             }
             all.remembers |= !result.state.is_empty();
+            if result.state.iter().any(|value| !value.is_finite()) {
+                // It would be read by every step to come.
+                return Ok(Evaluated { loss: f64::NAN, dlogps: vec![0.0; policy.logps.len()], ..all });
+            }
             if learn {
                 term.state = result.state;
             }

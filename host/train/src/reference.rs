@@ -1,22 +1,18 @@
 //! Log-probs and statistics under the reference: the adapter as it was at the start. They are computed once, before the first step, and
 //! kept on disk under a hash of everything they depend on, so that further epochs and runs read them.
 
-use std::path::PathBuf;
-
-use sha2::{Digest, Sha256};
-
 use super::step::score;
+use dpo_core::cache;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::Result;
 use dpo_core::example::Example;
-use dpo_core::files;
 use dpo_core::logprobs::STATISTICS;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
 
-/// Changed whenever the same inputs would give other numbers or another file.
-const FORMAT: &str = "reference log-probs 2";
+/// Where they are cached.
+const CACHE: &str = "reference";
 
 /// Log-probs of every example's answer tokens under the reference, with their statistics.
 pub struct Reference {
@@ -40,8 +36,8 @@ impl Reference {
         mut done: impl FnMut(usize),
     ) -> Result<Reference> {
         let offsets = AnswerOffsets::of(examples);
-        let path = group.is_first().then(|| cache_file(device, model, examples));
-        let cached = path.as_ref().and_then(|p| std::fs::read(p).ok()).unwrap_or_default();
+        let name = group.is_first().then(|| cache_name(device, model, examples));
+        let cached = name.as_ref().and_then(|name| cache::read(CACHE, name)).unwrap_or_default();
         let cached: Vec<f32> = group.broadcast(cached)?.chunks_exact(4).map(f32_of).collect();
         let logps = match AnswerLogProbs::from_values(offsets, &cached) {
             Some(logps) => {
@@ -51,7 +47,7 @@ impl Reference {
             None => {
                 let logps = score(group, device, &examples.iter().collect::<Vec<_>>(), done)?;
                 // A cache that cannot be written costs time in the next run, not this run.
-                if let Some(Err(e)) = path.map(|p| files::write(&p, &bytes(&logps.values()))) {
+                if let Some(Err(e)) = name.map(|name| cache::write(CACHE, &name, &bytes(&logps.values()))) {
                     console::warning(Remark::because("reference log-probs are not cached", &e));
                 }
                 logps
@@ -79,23 +75,22 @@ fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-fn cache_file(device: &dyn Device, model: &str, examples: &[Example]) -> PathBuf {
-    let mut hash = Sha256::new();
-    let mut text = |t: &str| hash.update(format!("{}\n{t}\n", t.len()));
-    text(FORMAT);
-    text(env!("CARGO_PKG_VERSION"));
-    text(&STATISTICS.join(" "));
-    text(&device.name());
-    text(&serde_json::to_string(&device.packing()).unwrap_or_default());
-    text(model);
-    text(&serde_json::to_string(device.graph()).unwrap_or_default());
+/// The name of the cache's entry, from everything that log-probs depend on.
+fn cache_name(device: &dyn Device, model: &str, examples: &[Example]) -> String {
     let adapter = device.adapter();
-    text(&format!("{} {:?}", adapter.config.scale(), adapter.sites.iter().map(|s| &s.module).collect::<Vec<_>>()));
+    let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
     // With B zero the update is zero whatever A is, so that runs with other seeds share a reference.
-    if !adapter.changes_nothing() {
-        adapter.params.iter().for_each(|p| hash.update(p.to_le_bytes()));
-    }
-    examples.iter().for_each(|e| hash.update(e.content()));
-    let name: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
-    files::cache_folder().join("reference").join(format!("{name}.f32"))
+    let params = if adapter.changes_nothing() { Vec::new() } else { bytes(&adapter.params) };
+    let examples: Vec<u8> = examples.iter().flat_map(Example::content).collect();
+    cache::name(&[
+        env!("CARGO_PKG_VERSION").as_bytes(),
+        STATISTICS.join(" ").as_bytes(),
+        device.name().as_bytes(),
+        &serde_json::to_vec(&device.packing()).unwrap_or_default(),
+        model.as_bytes(),
+        &serde_json::to_vec(device.graph()).unwrap_or_default(),
+        format!("{} {}", adapter.config.scale(), modules.join(" ")).as_bytes(),
+        &params,
+        &examples,
+    ])
 }

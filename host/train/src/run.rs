@@ -32,6 +32,14 @@ use dpo_ranks::{Announcement, Interrupt};
 /// What is said at the first Ctrl-C.
 const SAVES: &str = "the run is saved after this step, and ends; once more ends it at once";
 
+/// Why a step is not taken.
+enum Skipped {
+    /// Its loss or its gradient is not finite.
+    Gradient,
+    /// A parameter or a moment would not be finite after it.
+    Update,
+}
+
 /// A run in progress.
 pub(super) struct Run<'r> {
     pub(super) group: &'r mut dyn ProcessGroup,
@@ -61,7 +69,8 @@ impl Run<'_> {
         if !self.group.is_first() {
             return Ok(());
         }
-        files::write(&self.output.join(page::ARGS), &self.config.args_json(self.device.packing())?)
+        let args = self.config.args_json(self.device.packing(), &self.facts["package"], &self.settings)?;
+        files::write(&self.output.join(page::ARGS), &args)
     }
 
     pub(super) fn resume(&mut self, folder: &Path) -> Result<()> {
@@ -112,17 +121,22 @@ impl Run<'_> {
             let losses = self.objective.states();
             let (step, tokens) = self.gradient()?;
             let norm = self.device.gradient_norm()?;
-            let sound = step.loss.is_finite() && norm.is_finite();
-            if sound {
-                let clip = clip(norm, self.config.optimizer.max_grad_norm);
-                self.device.update(&self.config.optimizer.adamw, clip, learning_rate)?;
-                self.window.add(step.loss, step.sums, tokens);
-                self.skipped = 0;
+            let clip = clip(norm, self.config.optimizer.max_grad_norm);
+            let cause = if !(step.loss.is_finite() && norm.is_finite()) {
+                Some(Skipped::Gradient)
+            } else if !self.device.update(&self.config.optimizer.adamw, clip, learning_rate)? {
+                Some(Skipped::Update)
             } else {
+                None
+            };
+            if let Some(cause) = cause {
                 self.objective.restore(losses);
-                let what = self.skip(&step, norm).inspect_err(|_| bar.finish_and_clear())?;
+                let what = self.skip(&cause, &step, norm).inspect_err(|_| bar.finish_and_clear())?;
                 warn(what.clone());
                 log.iter_mut().for_each(|log| log.remark(self.done + 1, "warning", &what));
+            } else {
+                self.window.add(step.loss, step.sums, tokens);
+                self.skipped = 0;
             }
             self.done += 1;
             bar.inc(1);
@@ -186,6 +200,11 @@ impl Run<'_> {
             console::line(format!("loss        {first:.4} → {last:.4} in {} steps", self.done));
         }
         self.device.fetch()?;
+        if self.device.moments().steps == 0 && self.done > 0 {
+            return Err(Error::run("every step was skipped: the adapter is the one of the start")
+                .at(self.output.display())
+                .help("the warnings above name the rows, or the flags"));
+        }
         match log {
             Some(_) => self.device.adapter().save(&self.output, &self.base_model),
             None => Ok(()),
@@ -193,13 +212,22 @@ impl Run<'_> {
     }
 
     /// What to say of a step that is skipped; too many in a row are an error.
-    fn skip(&mut self, step: &Step, norm: f64) -> Result<Remark> {
+    fn skip(&mut self, cause: &Skipped, step: &Step, norm: f64) -> Result<Remark> {
         self.skipped += 1;
-        let worst = nonfinite::worst_example(self.group, step)?;
-        let place = self.next_examples().get(worst).map(|e| self.examples[*e].place.clone()).unwrap_or_default();
         let what = format!("step {} has loss {} and a gradient of norm {norm}", self.done + 1, step.loss);
+        let (place, what, help) = match cause {
+            Skipped::Gradient => {
+                let worst = nonfinite::worst_example(self.group, step)?;
+                let row = self.next_examples().get(worst).map(|e| self.examples[*e].place.clone());
+                (row.unwrap_or_default(), what, nonfinite::LOWER)
+            }
+            Skipped::Update => {
+                (String::new(), format!("{what}, but AdamW's step makes numbers that are not finite"), nonfinite::USUAL)
+            }
+        };
         match self.skipped {
-            nonfinite::LIMIT.. => Err(nonfinite::end(&what, &place)),
+            nonfinite::LIMIT.. => Err(nonfinite::end(&what, &place, help)),
+            _ if place.is_empty() => Ok(format!("{what}: the step is skipped").into()),
             _ => Ok(format!("{place}: {what}: the step is skipped").into()),
         }
     }

@@ -1,15 +1,27 @@
-//! Where a run is written, and where one that goes on has been.
+//! The folder of a run: claimed before any work is done for it, and held until the process ends, so that no two runs share one.
 
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use dpo_core::console;
+use dpo_core::error::{Error, IoContext, Result};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
 use super::config::{OutputConfig, Resume};
-use dpo_core::error::{Error, Result};
-use dpo_core::files;
 
-/// Where a run is written, and the checkpoint it goes on from.
+/// The file whose lock a run holds, and in which it says who it is.
+const LOCK: &str = ".lock";
+/// What only a run leaves in a folder.
+const OF_A_RUN: [&str; 3] = ["args.json", "logging.jsonl", ADAPTER];
+/// What only a run leaves that came to its end.
+const ADAPTER: &str = "adapter_model.safetensors";
+/// How long a run that is started again waits for what is left of the one before.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Where a run is written, and the checkpoint it resumes from.
 #[derive(Serialize, Deserialize)]
 pub(super) struct RunDir {
     pub(super) output: PathBuf,
@@ -17,50 +29,155 @@ pub(super) struct RunDir {
 }
 
 impl RunDir {
-    /// A run that is started again finds its own folder, and resumes from the last checkpoint there if there is one.
-    pub(super) fn of(config: &OutputConfig, model: &Path, attempt: u64) -> Result<RunDir> {
-        let again = config.dir.clone().filter(|_| attempt > 0);
-        let latest = again.as_ref().map_or(Ok(None), |output| checkpoint::find(Some(output), &Resume::Latest))?;
+    /// Claims the folder of a run, for as long as the claim lives. A run that is started again (`attempt` above 0) finds its own
+    /// folder, and resumes from the last checkpoint there if there is one.
+    pub(super) fn claim(config: &OutputConfig, model: &Path, attempt: u64) -> Result<(RunDir, Claim)> {
+        let again = attempt > 0 && config.dir.is_some();
+        let patience = if again { PATIENCE } else { Duration::ZERO };
+        let named = match (&config.dir, &config.resume) {
+            (Some(dir), _) => Some(dir.clone()),
+            (None, Some(resume)) => checkpoint::find(None, resume)?.and_then(|c| Some(c.parent()?.to_owned())),
+            (None, None) => None,
+        };
+        let claim = named.map_or_else(|| Claim::free(model), |dir| Claim::of(&dir, patience))?;
+        let latest = if again { checkpoint::find(Some(&claim.folder), &Resume::Latest)? } else { None };
         let resumed = match &config.resume {
-            Some(resume) if latest.is_none() && !(again.is_some() && *resume == Resume::Latest) => {
-                checkpoint::find(config.dir.as_deref(), resume)?
-            }
+            Some(Resume::Latest) if again => latest,
+            Some(resume) if latest.is_none() => checkpoint::find(config.dir.as_deref(), resume)?,
             _ => latest,
         };
-        let output = again.map_or_else(|| output_folder(config, model, resumed.as_deref()), Ok)?;
-        files::refuse_unwritable(&output)?;
-        Ok(RunDir { output, resumed })
+        let holds = |files: &[&str]| files.iter().any(|f| claim.folder.join(f).exists());
+        // One that was killed before its first checkpoint begins again; one that has an adapter came to its end.
+        let begins_again = again || (config.resume.is_some() && !holds(&[ADAPTER]));
+        if resumed.is_none() && holds(&OF_A_RUN) && !begins_again {
+            return Err(Error::input("holds a run already")
+                .at(claim.folder.display())
+                .help("name another folder, or go on with --resume-from-checkpoint latest"));
+        }
+        Ok((RunDir { output: claim.folder.clone(), resumed }, claim))
     }
 }
 
-/// Where a run goes that launches ranks: rank 0 looks for the checkpoint to resume from, and says what it finds.
+/// The folder that ranks of a launcher are told to write into, made now where it is not named: the first of them claims it.
 ///
 /// # Errors
-/// A folder that holds a run already or cannot be written.
+/// A folder that holds a run already, is another run's, or cannot be written.
 pub fn output_of(config: &OutputConfig, model: &Path) -> Result<PathBuf> {
-    match &config.dir {
-        Some(dir) if config.resume.is_some() => Ok(dir.clone()),
-        _ => Ok(RunDir::of(config, model, 0)?.output),
+    if let (Some(dir), Some(_)) = (&config.dir, &config.resume) {
+        return Ok(dir.clone());
+    }
+    let (RunDir { output, .. }, mut claim) = RunDir::claim(config, model, 0)?;
+    claim.made.clear();
+    Ok(output)
+}
+
+/// A folder that this process alone writes. Dropped before anything was written there, it leaves nothing.
+pub(super) struct Claim {
+    folder: PathBuf,
+    /// Folders of this claim's making, from this one outwards.
+    made: Vec<PathBuf>,
+    /// The lock goes with the handle, however this process ends.
+    _lock: File,
+}
+
+impl Claim {
+    /// The next free `output/<model>-N`.
+    fn free(model: &Path) -> Result<Claim> {
+        let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+        let (parent, name) = (Path::new("output"), name.unwrap_or_else(|| "run".into()));
+        let made = missing(parent);
+        fs::create_dir_all(parent).writing(parent)?;
+        for n in 1_u64.. {
+            let folder = parent.join(format!("{name}-{n}"));
+            match fs::create_dir(&folder) {
+                Ok(()) => {
+                    let mut claim = Claim::of(&folder, Duration::ZERO)?;
+                    claim.made = std::iter::once(folder).chain(made).collect();
+                    return Ok(claim);
+                }
+                Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
+                made => made.writing(&folder)?,
+            }
+        }
+        Err(Error::run("no free folder under output"))
+    }
+
+    /// A folder by name, made if it is not there.
+    fn of(folder: &Path, patience: Duration) -> Result<Claim> {
+        let made = missing(folder);
+        fs::create_dir_all(folder).writing(folder)?;
+        let start = Instant::now();
+        loop {
+            match lock(&folder.join(LOCK)).writing(folder)? {
+                Some(lock) => return Ok(Claim { folder: folder.to_owned(), made, _lock: lock }),
+                None if start.elapsed() < patience => std::thread::sleep(Duration::from_millis(100)),
+                None => {
+                    let holder = fs::read_to_string(folder.join(LOCK)).unwrap_or_default();
+                    return Err(Error::input(format!("another run writes this folder: {}", holder.trim()))
+                        .at(folder.display())
+                        .help("wait for it or end it, or name another folder with --output-dir"));
+                }
+            }
+        }
     }
 }
 
-/// Where the run goes: what was named, unless it holds a run; else the next free folder.
-fn output_folder(config: &OutputConfig, model: &Path, resumed: Option<&Path>) -> Result<PathBuf> {
-    let holds_run =
-        |p: &Path| ["args.json", "logging.jsonl", "adapter_model.safetensors"].iter().any(|f| p.join(f).exists());
-    // With `latest`, a run that was killed before its first checkpoint; one that has an adapter came to its end.
-    let begins_again = |p: &Path| config.resume.is_some() && !p.join("adapter_model.safetensors").exists();
-    match (&config.dir, resumed) {
-        (Some(folder), None) if holds_run(folder) && !begins_again(folder) => Err(Error::input("holds a run already")
-            .at(folder.display())
-            .help("name another folder, or go on with --resume-from-checkpoint latest")),
-        (Some(folder), _) => Ok(folder.clone()),
-        (None, Some(checkpoint)) => Ok(checkpoint.parent().unwrap_or(Path::new(".")).to_owned()),
-        (None, None) => {
-            let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
-            let name = name.unwrap_or_else(|| "run".into());
-            let free = (1..).map(|n| PathBuf::from("output").join(format!("{name}-{n}"))).find(|p| !p.exists());
-            free.ok_or_else(|| Error::run("no free folder under output"))
+impl Drop for Claim {
+    fn drop(&mut self) {
+        let others = |e: io::Result<fs::DirEntry>| e.map_or(true, |e| e.file_name() != LOCK);
+        let written = fs::read_dir(&self.folder).map_or(true, |mut entries| entries.any(others));
+        if !written {
+            let _ = fs::remove_file(self.folder.join(LOCK));
+            // Only empty folders are removed.
+            self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         }
     }
+}
+
+/// A folder and those around it that are not there.
+fn missing(folder: &Path) -> Vec<PathBuf> {
+    let named = folder.ancestors().filter(|p| !p.as_os_str().is_empty());
+    named.take_while(|p| !p.exists()).map(Path::to_owned).collect()
+}
+
+/// The lock of a file that is made if it is not there; `None` while another process has it.
+fn lock(path: &Path) -> io::Result<Option<File>> {
+    loop {
+        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(e)) => {
+                let what = format!("{} cannot be locked ({e}): no other run may write this folder", path.display());
+                console::warning(what);
+            }
+        }
+        // Between opening and locking it, who had it before may have removed it.
+        if is_at(&file, path) {
+            file.set_len(0)?;
+            file.write_all(holder().as_bytes())?;
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// Whether an open file is the one under its name.
+fn is_at(file: &File, path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+        file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|named| same(&own, &named)))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = (file, path); // An open file cannot be removed there.
+        true
+    }
+}
+
+/// Who this process is, for those who find the folder taken.
+fn holder() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("process {} on {}\n", std::process::id(), if host.is_empty() { "this host" } else { host.trim() })
 }

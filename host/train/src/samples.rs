@@ -23,6 +23,8 @@ const TOKENS: usize = 256;
 pub(super) struct Samples {
     count: usize,
     start: Map<String, Value>,
+    /// Log-probs at the start.
+    pub(super) logps: AnswerLogProbs,
 }
 
 impl Samples {
@@ -42,7 +44,7 @@ impl Samples {
         };
         let mut start = line(0, &logps, first.len());
         start.insert("examples".into(), first.iter().map(|example| described(example, tokenizer)).collect());
-        Ok(Samples { count: first.len(), start })
+        Ok(Samples { count: first.len(), start, logps })
     }
 
     /// Log-probs now.

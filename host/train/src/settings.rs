@@ -6,9 +6,11 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::manifest::hex;
+use super::objective::Objective;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::lora::Adapter;
+use dpo_plugin_api::graph::ModelGraph;
 
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
 /// `adapter` by content.
@@ -31,6 +33,7 @@ const FREE: &[&str] = &[
     "model",
     "output_dir",
     "plugin",
+    "progress_timeout",
     "recompute",
     "rendezvous",
     "resume_from_checkpoint",
@@ -44,6 +47,8 @@ const FREE: &[&str] = &[
     "watchdog",
 ];
 
+/// The version of this program.
+const HOST: &str = "dpo-host";
 /// How the device computes, which is known last.
 pub(super) const ARITHMETIC: &str = "the arithmetic";
 
@@ -51,7 +56,8 @@ pub(super) const ARITHMETIC: &str = "the arithmetic";
 /// weights by content.
 pub(super) fn decisive(
     flags: &Map<String, Value>,
-    model: &str,
+    (model, graph): (&str, &ModelGraph),
+    objective: &Objective<'_>,
     adapter: &Adapter,
     examples: &[Example],
 ) -> Map<String, Value> {
@@ -63,14 +69,21 @@ pub(super) fn decisive(
     let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
     let content: Vec<u8> = examples.iter().flat_map(Example::content).collect();
+    // Text keys in the order of their fields: the same graph has the same text.
+    let graph = serde_json::to_vec(graph).unwrap_or_default();
     let contents = [
+        (HOST, env!("CARGO_PKG_VERSION").to_owned()),
+        ("the plugin's graph of the model", short(&graph)),
         ("the model", short(model.as_bytes())),
         ("the data", format!("{} examples, {}", examples.len(), short(&content))),
         ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
         ("the adapter at the start", short(&params)),
     ];
     let flags = flags.into_iter().map(|(name, value)| (format!("--{}", name.replace('_', "-")), value));
-    flags.chain(contents.map(|(name, value)| (name.to_owned(), json!(value)))).collect()
+    let contents = contents.map(|(name, value)| (name.to_owned(), value)).into_iter();
+    let losses =
+        objective.packages().into_iter().map(|(loss, package)| (format!("the plugin of loss '{loss}'"), package));
+    flags.chain(contents.chain(losses).map(|(name, value)| (name, json!(value)))).collect()
 }
 
 /// Enough of a hash to tell things apart.

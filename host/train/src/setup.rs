@@ -21,14 +21,14 @@ use dpo_plugins::Registry;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::load_state;
-use crate::config::{Dashboard, PACKING, StartAdapter, TrainConfig};
+use crate::config::{Dashboard, PACKING, RESOLVED, StartAdapter, TrainConfig};
 use crate::metrics::Window;
 use crate::objective::Objective;
 use crate::reference::Reference;
 use crate::run::Run;
 use crate::run_dir::RunDir;
 use crate::samples::Samples;
-use crate::{before_after, next_steps, settings};
+use crate::{before_after, next_steps, nonfinite, settings};
 
 /// Trains as one of some ranks, on the device of a backend; returns the folder with the result. `attempt` counts how often a
 /// launcher has started these ranks again.
@@ -47,29 +47,31 @@ pub fn train(
     let model = Model::open(registry, &folder, config.plugin.as_deref())?;
     let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
+    let mut claim = None;
     let RunDir { output, resumed } = group.broadcast_from_first(|| {
         server = serve(&config.dashboard, attempt)?;
-        RunDir::of(&config.output, &folder, attempt)
+        let (folder, claimed) = RunDir::claim(&config.output, &folder, attempt)?;
+        claim = Some(claimed);
+        Ok(folder)
     })?;
     let watchers = server.map(|server| {
         console::line(format!("dashboard   {}", server.url()));
         server.serve_beside(Runs::one(&output))
     });
+    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let adapter = starting_adapter(&model, &config)?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let wanted = objective.wanted()?;
     let Data { examples, validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
-    let checkpoint = Checkpoint::open(&folder)?;
-    checkpoint.refuse_extra(&model.graph)?;
-    console::line(format!("adapter     {} parameters at {} linears", adapter.params.len(), adapter.sites.len()));
+    console::line(format!("adapter     {} parameters at {} linears", adapter.parameters(), adapter.sites.len()));
     let content = format!("{}{}", checkpoint.content()?, model.config);
-    let mut settings = settings::decisive(&config.flags, &content, &adapter, &examples);
+    let mut settings = settings::decisive(&config.flags, (&content, &model.graph), &objective, &adapter, &examples);
     if let Some(folder) = &resumed {
         // Before weights are loaded and references computed.
         settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
     }
     config.memory.packing = group.broadcast_from_first(|| packing_before(&output, resumed.as_deref(), &config))?;
-    let (family, graph) = (model.family.name.clone(), model.graph);
+    let (family, package, graph) = (model.family.name.clone(), model.family.package(), model.graph);
     let workload = Workload::of(examples.iter().chain(&validation));
     let mut device = backend.trainer(group, graph, &checkpoint, adapter, workload, config.memory)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
@@ -80,12 +82,16 @@ pub fn train(
     let (seen, seen_reference) =
         if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
     let samples = Samples::take(group, device.as_mut(), &tokenizer, seen, seen_reference)?;
+    for logps in [reference.all(), validation_reference.all(), Some(&samples.logps)].into_iter().flatten() {
+        nonfinite::look_at_weights(&checkpoint, &logps.logps)?;
+    }
     let steps = config.optimizer.steps(examples.len());
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": folder.display().to_string(),
         "family": family,
-        "parameters": device.adapter().params.len(),
+        "package": package,
+        "parameters": device.adapter().parameters(),
         "device": device.name(),
         "ranks": group.size(),
         "examples": examples.len(),
@@ -121,6 +127,7 @@ pub fn train(
     run.train()?;
     let output = finish(registry, run, &checkpoint, backend)?;
     watchers.iter().for_each(Watchers::farewell);
+    drop(claim);
     Ok(output)
 }
 
@@ -131,7 +138,7 @@ fn packing_before(output: &Path, resumed: Option<&Path>, config: &TrainConfig) -
         // One that was cut short by a kill says nothing.
         None => data::read_json(&output.join(ARGS))
             .ok()
-            .and_then(|args| serde_json::from_value(args.get(PACKING)?.clone()).ok()),
+            .and_then(|args| serde_json::from_value(args.get(RESOLVED)?.get(PACKING)?.clone()).ok()),
     };
     match (packing, config.memory.micro_batch_tokens) {
         (Some(Packing { micro_batch_tokens: was, .. }), Some(is)) if was != is => {

@@ -212,10 +212,13 @@ fn batch_by_batch(
     own[..Sums::SIZE].copy_from_slice(&Sums::of(&known).to_array());
     own[Sums::SIZE..].copy_from_slice(&[loss, f64::from(u8::from(remembers))]);
     let all = group.all_reduce_f64(own)?;
-    let [.., loss, remember] = all;
+    let [.., mut loss, remember] = all;
     if remember > 0.0 {
         fill_in(&mut logps, group, &split)?;
-        objective.eval(examples, &logps, reference, totals, true)?;
+        let evaluated = objective.eval(examples, &logps, reference, totals, true)?;
+        if !evaluated.loss.is_finite() {
+            loss = evaluated.loss;
+        }
     }
     let mut sums = [0.0; Sums::SIZE];
     sums.copy_from_slice(&all[..Sums::SIZE]);

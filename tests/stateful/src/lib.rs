@@ -1,5 +1,5 @@
 //! A loss with a memory: BCO as it was first published (Jung et al. 2024, eq. 8), whose reward shift is a running mean. One that
-//! takes its time, one that overflows, and a format of rankings.
+//! takes its time, one that never ends on a rank, one that overflows, and a format of rankings.
 
 use dpo_plugin_api::dataset::{column, plain_text};
 use dpo_plugin_api::prelude::*;
@@ -48,6 +48,30 @@ impl AlignmentLoss for Slow {
 
     fn eval(&self, batch: &LossBatch<'_>, _: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
         std::thread::sleep(std::time::Duration::from_secs(2));
+        Ok(batch.each_pair(|p| -(p.chosen_ratio() - p.rejected_ratio()).log_sigmoid()))
+    }
+}
+
+/// A loss that rank 1 never gets.
+pub struct Stuck;
+
+impl AlignmentLoss for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests: sigmoid, for which rank 1 computes for ever"
+    }
+
+    fn formula(&self) -> &'static str {
+        "-ls(rw - rl)"
+    }
+
+    fn eval(&self, batch: &LossBatch<'_>, _: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
+        while std::env::var("RANK").is_ok_and(|rank| rank == "1") {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
         Ok(batch.each_pair(|p| -(p.chosen_ratio() - p.rejected_ratio()).log_sigmoid()))
     }
 }
@@ -107,6 +131,6 @@ impl DatasetFormat for Rankings {
 }
 
 plugin! {
-    losses: [Shifted, Slow, Overflowing],
+    losses: [Shifted, Slow, Stuck, Overflowing],
     datasets: [Rankings],
 }

@@ -12,12 +12,16 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
+use crate::memory::{self, free_memory};
 use crate::ops::Lora;
 use crate::weights::{BlockId, blocks};
 
 pub use merge::merge;
-pub use peft::{AdapterConfig, base_model, read_config};
+pub use peft::{AdapterConfig, MOST_ALPHA, base_model, read_config};
 pub use target::Targets;
+
+/// No linear is as wide; products of a rank and the widths of a model stay far from the end of the numbers.
+pub(crate) const MOST_RANK: usize = 1 << 16;
 
 /// A linear that is adapted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,17 +50,42 @@ pub struct Adapter {
 }
 
 impl Adapter {
+    /// The sites of a new adapter without its parameters, for a plan.
+    pub fn planned(graph: &ModelGraph, config: AdapterConfig) -> Result<Adapter> {
+        if !(1..=MOST_RANK).contains(&config.rank) {
+            let what = format!("should be from 1 to {MOST_RANK}, not {}", config.rank);
+            return Err(Error::input(what).at("--lora-rank").help("8 to 64 is usual"));
+        }
+        Ok(Adapter { sites: sites(graph, &config)?, params: Vec::new(), config })
+    }
+
     /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
     pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
-        let sites = sites(graph, &config)?;
-        let mut adapter = Adapter { params: vec![0.0; size(&sites, config.rank)], sites, config };
+        let mut adapter = Adapter::planned(graph, config)?;
+        let rank = adapter.config.rank;
+        // With its gradient and the two moments of AdamW.
+        let bytes = adapter.parameters().saturating_mul(4 * size_of::<f32>());
+        if let Some(free) = free_memory().filter(|free| bytes > *free) {
+            let (needs, free) = (memory::size(bytes), memory::size(free));
+            return Err(Error::input(format!(
+                "an adapter of rank {rank} needs {needs} to be trained, there are {free}"
+            ))
+            .at("--lora-rank")
+            .help("lower it: 8 to 64 is usual"));
+        }
+        adapter.params = vec![0.0; adapter.parameters()];
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for site in &adapter.sites {
             let bound = (site.inputs as f32).powf(-0.5);
-            let a = site.offset..site.offset + adapter.config.rank * site.inputs;
+            let a = site.offset..site.offset + rank * site.inputs;
             adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
         }
         Ok(adapter)
+    }
+
+    /// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
+    pub fn parameters(&self) -> usize {
+        self.sites.last().map_or(0, |s| s.offset + self.config.rank * (s.inputs + s.outputs))
     }
 
     /// An adapter that changes nothing, for a device that needs one.
@@ -102,10 +131,6 @@ impl Adapter {
     }
 }
 
-fn size(sites: &[Site], rank: usize) -> usize {
-    sites.last().map_or(0, |s| s.offset + rank * (s.inputs + s.outputs))
-}
-
 /// The linears of a graph that the targets name.
 fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
     let mut sites = Vec::new();
@@ -116,6 +141,12 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
             let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
             if config.targets.name(&module) {
+                // An adapter's file names parameters by module.
+                if sites.iter().any(|s: &Site| s.module == module) {
+                    return Err(Error::input(format!("the graph has two linears of the name '{module}'")).help(
+                        "a linear that a model uses twice cannot be adapted: leave it out of the target modules",
+                    ));
+                }
                 let inputs = *inputs;
                 let outputs = node.width;
                 sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (block, index) });
@@ -131,4 +162,35 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
         return Err(Error::unknown("target module", &unused, last));
     }
     Ok(sites)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use dpo_plugin_api::builder::GraphBuilder;
+    use dpo_plugin_api::model::Config;
+
+    use super::*;
+
+    /// A model that reads one matrix at two places, such as a shared MLP.
+    #[test]
+    fn a_linear_that_is_used_twice_is_not_adapted() {
+        let mut graph = GraphBuilder::decoder(8, 16);
+        graph.embed(|b, tokens| b.embedding("embed", tokens, 16, 8));
+        let block = graph.block("block", |b, x| {
+            let (h, other) = (b.linear("shared", x, 8), b.linear("own", x, 8));
+            let h = b.linear("shared", h, 8);
+            b.add(h, other)
+        });
+        graph.layer(block, "0.");
+        graph.head(|b, x| b.lm_head("head", x, 16));
+        let graph = graph.finish(&Config::parse("{}").unwrap()).unwrap();
+        let adapter = |targets| {
+            let config = AdapterConfig { rank: 2, alpha: 4.0, rslora: false, targets };
+            Adapter::new(&graph, config, 0).map(|a| a.sites.len()).map_err(|e| e.to_string())
+        };
+        assert!(adapter(Targets::AllLinear).unwrap_err().contains("two linears of the name '0.shared'"));
+        assert_eq!(adapter(Targets::Names(vec!["own".into()])), Ok(1));
+    }
 }

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
-use super::{Adapter, Targets};
+use super::{Adapter, MOST_RANK, Targets};
 use crate::error::{Error, IoContext, Result};
 use crate::files;
 use crate::weights::read_f32;
@@ -15,8 +15,8 @@ use crate::weights::read_f32;
 const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
 
-/// No linear is as wide; products of a rank and a width stay far from the end of the numbers.
-const MOST_RANK: u64 = 1 << 20;
+/// Largest alpha: a scale beyond it is an accident, and far beyond it not a number.
+pub const MOST_ALPHA: f64 = 1e6;
 
 /// What an adapter is made of.
 #[derive(Clone, Debug)]
@@ -39,22 +39,32 @@ impl AdapterConfig {
     }
 }
 
-/// Keys of a PEFT config with the only values under which its adapter means what ours does.
-const PLAIN: &[(&str, Value)] = &[
-    ("use_dora", Value::Bool(false)),
-    ("lora_bias", Value::Bool(false)),
-    ("fan_in_fan_out", Value::Bool(false)),
-    ("use_qalora", Value::Bool(false)),
-    ("modules_to_save", Value::Null),
-    ("layers_to_transform", Value::Null),
-    ("layer_replication", Value::Null),
-    ("exclude_modules", Value::Null),
-    ("target_parameters", Value::Null),
-    ("trainable_token_indices", Value::Null),
-    ("alora_invocation_tokens", Value::Null),
-    ("arrow_config", Value::Null),
-    ("use_bdlora", Value::Null),
+/// Keys of a PEFT config (`peft/tuners/lora/config.py`) that are read, or say nothing of what the adapter's tensors mean. Every
+/// other key has to be off: null, false, or empty.
+const UNDERSTOOD: &[&str] = &[
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
 ];
+
+/// Ways to begin an adapter that leave the base as it is. Others change it, so that the adapter is right on the changed base alone.
+const PLAIN_INIT: &[&str] = &["gaussian", "orthogonal", "eva"];
 
 /// Reads the config in an adapter folder, refusing kinds of adapter that are not plain LoRA.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
@@ -86,27 +96,49 @@ fn parse_config(text: &str) -> Result<AdapterConfig> {
         Some("LORA") => {}
         other => return Err(Error::input(format!("peft_type is {other:?}, only LORA is supported"))),
     }
-    for (key, plain) in PLAIN {
-        if let Some(value) = keys.get(*key).filter(|v| *v != plain && !v.is_null() && *v != &Value::Bool(false)) {
-            return refuse(key, value);
-        }
+    let off = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Object(map) => map.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
+    };
+    if let Some((key, value)) = keys.iter().find(|(key, value)| !UNDERSTOOD.contains(&key.as_str()) && !off(value)) {
+        return refuse(key, value);
     }
-    for key in ["rank_pattern", "alpha_pattern"] {
-        if let Some(value) = keys.get(key).filter(|v| v.as_object().is_some_and(|m| !m.is_empty())) {
-            return refuse(key, value);
+    match keys.get("init_lora_weights") {
+        None | Some(Value::Null | Value::Bool(_)) => {}
+        Some(Value::String(init)) if PLAIN_INIT.contains(&init.as_str()) => {}
+        Some(init) => {
+            return Err(Error::input(format!(
+                "'init_lora_weights': {init} changes the base model, which is not changed here"
+            ))
+            .help(CONVERT));
         }
     }
     if let Some(bias) = keys.get("bias").filter(|b| b.as_str() != Some("none")) {
         return refuse("bias", bias);
     }
-    let rank = keys.get("r").and_then(Value::as_u64).filter(|r| (1..=MOST_RANK).contains(r));
-    let (Some(rank), Some(alpha)) = (rank, keys.get("lora_alpha").and_then(Value::as_f64)) else {
-        return Err(Error::input(format!("'r' and 'lora_alpha' should be numbers above 0, 'r' up to {MOST_RANK}")));
+    let rank = keys.get("r").and_then(Value::as_u64).filter(|r| (1..=MOST_RANK as u64).contains(r));
+    let alpha = keys.get("lora_alpha").and_then(Value::as_f64).filter(|a| *a > 0.0 && *a <= MOST_ALPHA);
+    let (Some(rank), Some(alpha)) = (rank, alpha) else {
+        let text = |key: &str| keys.get(key).map_or_else(|| "missing".to_owned(), Value::to_string);
+        let what = format!("'r' is {}, 'lora_alpha' is {}", text("r"), text("lora_alpha"));
+        return Err(Error::input(what).help(format!(
+            "'r' is a whole number from 1 to {MOST_RANK}, 'lora_alpha' a number above 0 and up to {MOST_ALPHA:e}"
+        )));
     };
-    let rslora = keys.get("use_rslora").and_then(Value::as_bool).unwrap_or(false);
+    let rslora = match keys.get("use_rslora") {
+        None | Some(Value::Null) => false,
+        Some(Value::Bool(rslora)) => *rslora,
+        Some(other) => return refuse("use_rslora", other),
+    };
     let targets = Targets::from_json(keys.get("target_modules").unwrap_or(&Value::Null))?;
     Ok(AdapterConfig { rank: rank as usize, alpha, rslora, targets })
 }
+
+/// How an adapter of a changed base becomes a plain one.
+const CONVERT: &str = "convert it where it was trained: PEFT's model.save_pretrained(folder, \
+                       path_initial_model_for_weight_conversion=the adapter as it was at the start) writes a plain adapter";
 
 fn names(module: &str) -> [String; 2] {
     ["lora_A", "lora_B"].map(|part| format!("base_model.model.{module}.{part}.weight"))

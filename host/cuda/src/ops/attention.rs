@@ -125,7 +125,7 @@ impl Attention {
             heads: self.heads as i32,
             share: (self.heads / self.kv_heads) as i32,
             tokens: on.batch.tokens as i32,
-            window: self.window as i32,
+            window: self.window.min(i32::MAX as usize) as i32,
             scale: self.scale,
             softcap: self.softcap,
         };

@@ -29,7 +29,7 @@ impl ModelFamily for Llama3 {
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
         let (width, ffn, vocab) =
             (config.int("hidden_size")?, config.int("intermediate_size")?, config.int("vocab_size")?);
-        let (heads, layers) = (config.int("num_attention_heads")?, config.int("num_hidden_layers")?);
+        let (heads, layers) = (config.int("num_attention_heads")?, config.layers()?);
         let kv_heads = config.opt_int("num_key_value_heads")?.unwrap_or(heads);
         let head_dim = config.opt_int("head_dim")?.unwrap_or(width / heads);
         let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
