@@ -475,7 +475,7 @@ mod tests {
             seed: 0,
         };
         let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
-        let error = load(&options, &Registry::discover(&[]), &tokenizer).unwrap_err();
+        let error = load(&options, &Registry::discover(&[], None), &tokenizer).unwrap_err();
         assert_eq!(error.kind, Kind::Run);
         let expected = format!("{}:2: the chat template does not come to an end within 2 seconds", path.display());
         assert!(error.to_string().starts_with(&expected), "{error}");

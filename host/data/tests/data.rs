@@ -246,7 +246,7 @@ fn a_row_that_costs_too_much_is_the_only_one_refused() {
     let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
     for threads in [1, 2, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let done = pool.install(|| load(&options(&path), &Registry::discover(&[]), &tokenizer)).unwrap();
+        let done = pool.install(|| load(&options(&path), &Registry::discover(&[], None), &tokenizer)).unwrap();
         assert_eq!((done.examples.len(), done.report.dropped.len()), (19, 1));
         let dropped = &done.report.dropped[0];
         assert!(dropped.cause.ends_with("rendering it costs more than a template may use"), "{}", dropped.cause);
