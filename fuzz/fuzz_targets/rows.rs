@@ -8,7 +8,7 @@ use dpo_plugins::Registry;
 use dpo_plugin_api::dataset::Row;
 use libfuzzer_sys::fuzz_target;
 
-static REGISTRY: LazyLock<Registry> = LazyLock::new(|| Registry::discover(&[]));
+static REGISTRY: LazyLock<Registry> = LazyLock::new(|| Registry::discover(&[], None));
 
 fuzz_target!(|data: &[u8]| {
     let Some((choice, json)) = data.split_first() else { return };
