@@ -122,6 +122,18 @@ fn a_refused_run_leaves_no_folder_and_a_killed_one_no_lock() {
     ok(&sandbox, &train(&model(), &[&["--output-dir", &output, "--max-steps", "2"], &LATEST]));
 }
 
+/// Killed between the two renames that put a checkpoint in the place of another of the same step.
+#[test]
+fn a_checkpoint_that_was_moved_aside_is_put_back() {
+    let sandbox = sandbox();
+    let output = sandbox.path("run");
+    let steps = ["--output-dir", &output, "--max-steps", "2", "--save-steps", "1"];
+    ok(&sandbox, &train(&model(), &[&steps]));
+    fs::rename(format!("{output}/checkpoint-2"), format!("{output}/.checkpoint-2.old")).unwrap();
+    let said = ok(&sandbox, &train(&model(), &[&steps, &LATEST]));
+    assert!(said.contains("resuming") && said.contains("checkpoint-2"), "{said}");
+}
+
 /// What decided a run's steps is on record, and a run is resumed with the same or not at all.
 #[test]
 fn a_run_is_resumed_with_the_plugins_that_it_began_with() {

@@ -159,6 +159,7 @@ fn broken_plugins_cost_a_line_each() {
         "dataset panicking-format",
         "loss index-loss",
         "loss nan-loss",
+        "loss nan-state-loss",
         "loss panicking-loss",
     ];
     assert_eq!(listed(&found, true), sound);
@@ -249,6 +250,31 @@ fn a_call_that_fails_is_an_error() {
     assert_eq!(found["evals"]["nan-loss"], json!([null]));
     let sigmoid = found["evals"]["sigmoid"][0].as_f64().unwrap();
     assert!((sigmoid - std::f64::consts::LN_2).abs() < 1e-12, "a broken loss took a built-in one with it: {sigmoid}");
+}
+
+/// A loss that is not finite, and one that leaves such a state: steps are skipped and told, and the third in a row ends the run.
+#[test]
+fn a_loss_that_is_not_finite_ends_a_run_after_three_steps() {
+    let sandbox = dpo_tests::Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
+    let folder = folder(&["hostile_calls"]);
+    let case = dpo_tests::golden("trajectories/qwen2");
+    let [model, rows] = ["model", "prefs.jsonl"].map(|name| case.join(name).display().to_string());
+    for (loss, first) in [("nan-loss", 1), ("nan-state-loss", 2)] {
+        let output = sandbox.path(loss);
+        let args = ["train", "--device", "cpu", "--model", &model, "--dataset", &rows, "--output-dir", &output];
+        let more =
+            ["--loss", loss, "--batch-size", "2", "--save-steps", "1", "--plugin-dir", folder.path().to_str().unwrap()];
+        let ended = sandbox.run(&[&args[..], &more].concat());
+        assert_eq!(ended.code, 1, "{}", ended.stderr);
+        for step in first..first + 3 {
+            assert!(ended.stderr.contains(&format!("step {step} has loss NaN")), "{loss}: {}", ended.stderr);
+        }
+        assert!(ended.stderr.contains("as had the 2 steps before"), "{loss}: {}", ended.stderr);
+        // A checkpoint holds no such state, and a run goes on from it.
+        let state = std::fs::read_to_string(format!("{output}/checkpoint-{}/trainer_state.json", first + 1)).unwrap();
+        let state: Value = serde_json::from_str(&state).unwrap();
+        assert!(state["losses"][0].as_array().unwrap().iter().all(Value::is_number), "{state}");
+    }
 }
 
 #[test]

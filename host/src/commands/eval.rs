@@ -136,6 +136,11 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
             *value = of_run.clone();
         }
     }
+    if let Some(start) = run.get("init_adapter").and_then(Value::as_str) {
+        console::note(format!(
+            "rewards are measured from the model without an adapter; the run's own were measured from {start}, which it began with"
+        ));
+    }
     let loss: LossArgs =
         serde_json::from_value(loss.into()).map_err(|e| Error::input(e.to_string()).at(args.display()))?;
     let numbers = [("--beta", loss.beta), ("--rpo-alpha", loss.rpo_alpha), ("--ld-alpha", loss.ld_alpha)];

@@ -139,14 +139,19 @@ pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<Path
     Ok(None)
 }
 
-/// Removes what a killed run left half done.
+/// Removes what a killed run left half done, and puts back what it had moved aside.
 pub(super) fn remove_leftovers(output: &Path) {
     files::remove_leftovers(output);
     for entry in fs::read_dir(output).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let left = |n: &str| n.starts_with(".checkpoint-") && (n.ends_with(".tmp") || n.ends_with(".old"));
         if name.to_str().is_some_and(left) {
-            let _ = fs::remove_dir_all(entry.path());
+            // One that was moved aside for another of its step, which then did not come.
+            let moved = name.to_str().and_then(|n| n.strip_prefix('.')?.strip_suffix(".old"));
+            let back = moved.is_some_and(|name| fs::rename(entry.path(), output.join(name)).is_ok());
+            if !back {
+                let _ = fs::remove_dir_all(entry.path());
+            }
         }
     }
 }

@@ -90,7 +90,6 @@ impl Run<'_> {
         let mut doctor = Doctor::default();
         let mut log = match self.group.is_first() {
             true => {
-                checkpoint::remove_leftovers(&self.output);
                 files::write(&self.output.join(page::FACTS), self.facts.to_string().as_bytes())?;
                 let (log, before) = Log::open(&self.output, self.done, self.samples.start())?;
                 before.iter().for_each(|line| drop(doctor.look(line, false)));

@@ -40,6 +40,7 @@ impl RunDir {
             (None, None) => None,
         };
         let claim = named.map_or_else(|| Claim::free(model), |dir| Claim::of(&dir, patience))?;
+        checkpoint::remove_leftovers(&claim.folder);
         let latest = if again { checkpoint::find(Some(&claim.folder), &Resume::Latest)? } else { None };
         let resumed = match &config.resume {
             Some(Resume::Latest) if again => latest,

@@ -16,7 +16,7 @@ const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
 
 /// Largest alpha: a scale beyond it is an accident, and far beyond it not a number.
-pub const MOST_ALPHA: f64 = 1e6;
+pub const MOST_ALPHA: f64 = 1e12;
 
 /// What an adapter is made of.
 #[derive(Clone, Debug)]

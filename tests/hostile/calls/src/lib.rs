@@ -77,10 +77,33 @@ impl DatasetFormat for FloodingFormat {
     }
 }
 
+/// A loss whose state is not finite from the second step on.
+pub struct Forgetful;
+
+impl AlignmentLoss for Forgetful {
+    fn name(&self) -> &'static str {
+        "nan-state-loss"
+    }
+
+    fn summary(&self) -> &'static str {
+        "for tests"
+    }
+
+    fn formula(&self) -> &'static str {
+        "0"
+    }
+
+    fn eval(&self, batch: &LossBatch<'_>, _: &Options, state: &mut Vec<f64>) -> Result<LossGrad> {
+        *state = vec![if state.is_empty() { 1.0 } else { f64::NAN }];
+        Ok(batch.zero())
+    }
+}
+
 plugin! {
     losses: [
         Failing { name: "panicking-loss", eval: |_| panic!("no loss comes to mind") },
         Failing { name: "nan-loss", eval: |batch| batch.each_pair(|_| f64::NAN.into()) },
+        Forgetful,
         Failing { name: "index-loss", eval: |batch| batch.each_pair(|p| f64::from(p.chosen.policy[1000]).into()) },
     ],
     datasets: [PanickingFormat, FloodingFormat],
