@@ -85,18 +85,26 @@ fn a_process_stays_within_its_plan() {
         let row =
             json!({"prompt": text(prompt, "xq#7 "), "chosen": text(answer, "k9! "), "rejected": text(answer, "z?0 ")});
         let rows = sandbox.write(&format!("rows-{i}.jsonl"), &format!("{row}\n").repeat(2));
+        // All rows in one micro-batch, which the plan then is of.
+        let said =
+            sandbox.ok(&["data", "--json", "--model", &folder, "--dataset", &rows, "--max-length", "30000"]).stdout;
+        let said: Value = serde_json::from_str(&said).unwrap();
+        let of_row: u64 = said["parts"].as_array().unwrap().iter().map(|p| p["lengths"]["max"].as_u64().unwrap()).sum();
+        let tokens = &(2 * of_row).to_string();
         for recompute in ["false", "true"] {
             let output = sandbox.path(&format!("run-{i}-{recompute}"));
             let args = ["train", "--device", "cpu", "--max-steps", "1", "--batch-size", "2", "--max-length", "30000"];
             let more = ["--model", &folder, "--dataset", &rows, "--output-dir", &output, "--recompute", recompute];
-            let ended = sandbox.ok(&[&args[..], &more].concat());
+            let ended = sandbox.ok(&[&args[..], &more, &["--micro-batch-tokens", tokens]].concat());
             let line =
                 ended.stderr.lines().find(|l| l.starts_with("memory")).unwrap_or_else(|| panic!("{}", ended.stderr));
             let planned = mib(line.split(", ").nth(1).unwrap().trim_end_matches("planned"));
             let peak = log(&output).last().and_then(|l: &Value| l["memory_gib"].as_f64()).unwrap() * 1024.0;
-            println!("{shape:?} recompute {recompute}: planned {planned:.0} MiB, peak {peak:.0} MiB");
+            let told =
+                format!("{shape:?}, {tokens} tokens, recompute {recompute}: planned {planned:.0} MiB, peak {peak:.0}");
+            println!("{told}");
             if peak > planned {
-                beyond.push(format!("{shape:?} recompute {recompute}: planned {planned:.0} MiB, peak {peak:.0} MiB"));
+                beyond.push(told);
             }
         }
         fs::remove_dir_all(&folder).unwrap();

@@ -9,6 +9,8 @@ use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 use half::bf16;
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -153,7 +155,23 @@ impl Checkpoint {
     /// A weight of the graph as a CPU tensor in f32.
     pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
         let (dtype, bytes) = self.raw(prefix, weight)?;
-        Ok(Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?)
+        let tensor = Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?;
+        self.leave(bytes);
+        Ok(tensor)
+    }
+
+    /// Gives back the pages of a file's bytes that were copied: the weights would else be in memory twice while they load.
+    fn leave(&self, bytes: &[u8]) {
+        #[cfg(unix)]
+        for map in self.shards.iter().map(|s| &s.map) {
+            let Some(first) = (bytes.as_ptr() as usize).checked_sub(map.as_ptr() as usize) else { continue };
+            if first + bytes.len() <= map.len() {
+                // SAFETY: the mapping is of a file and only read, so that a page which is left is read from the file again.
+                let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, bytes.len()) };
+            }
+        }
+        #[cfg(not(unix))]
+        let _ = bytes;
     }
 
     /// As [`load`](Self::load), but a matrix in bf16 stays what it is.
@@ -164,6 +182,7 @@ impl Checkpoint {
                 #[cfg(target_os = "linux")]
                 in_huge_pages(&mut values);
                 values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)));
+                self.leave(bytes);
                 Ok(Tensor::from_vec(values, weight.shape.as_slice(), &Device::Cpu)?)
             }
             _ => self.load(prefix, weight),
@@ -175,8 +194,9 @@ impl Checkpoint {
         let (dtype, bytes) = self.raw(prefix, weight)?;
         let size = dtype.size_in_bytes();
         let own = &bytes[range.start * size..range.end * size];
-        let tensor = Tensor::from_raw_buffer(own, dtype, &[range.len()], &Device::Cpu)?;
-        Ok(tensor.to_dtype(DType::F32)?.to_vec1()?)
+        let values = Tensor::from_raw_buffer(own, dtype, &[range.len()], &Device::Cpu)?.to_dtype(DType::F32)?;
+        self.leave(own);
+        Ok(values.to_vec1()?)
     }
 
     /// A text that changes when the weights do: path, size and times of every file. The time of its last change in any respect cannot be
