@@ -77,6 +77,19 @@ impl Config {
         self.typed(key, "a whole number below 2^31", sized)
     }
 
+    /// A size that must be there: a whole number above 0.
+    pub fn size(&self, key: &str) -> Result<usize> {
+        self.opt_size(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A size, if there: a whole number above 0.
+    pub fn opt_size(&self, key: &str) -> Result<Option<usize>> {
+        match self.opt_int(key)? {
+            Some(0) => bail!("config.json: '{}{key}' should be above 0", self.path),
+            size => Ok(size),
+        }
+    }
+
     /// `num_hidden_layers`, which must be there.
     pub fn layers(&self) -> Result<usize> {
         match self.int("num_hidden_layers")? {

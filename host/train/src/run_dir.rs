@@ -113,8 +113,7 @@ impl Claim {
                 Some(lock) => return Ok(Claim { folder: folder.to_owned(), made, _lock: lock }),
                 None if start.elapsed() < patience => std::thread::sleep(Duration::from_millis(100)),
                 None => {
-                    let holder = fs::read_to_string(folder.join(LOCK)).unwrap_or_default();
-                    return Err(Error::input(format!("another run writes this folder: {}", holder.trim()))
+                    return Err(Error::input(format!("another run writes this folder: {}", holder_of(folder)))
                         .at(folder.display())
                         .help("wait for it or end it, or name another folder with --output-dir"));
                 }
@@ -175,6 +174,18 @@ fn is_at(file: &File, path: &Path) -> bool {
         let _ = (file, path); // An open file cannot be removed there.
         true
     }
+}
+
+/// Who holds a folder's lock. One that has just taken it has a moment to say so.
+fn holder_of(folder: &Path) -> String {
+    for _ in 0..20 {
+        let holder = fs::read_to_string(folder.join(LOCK)).unwrap_or_default();
+        if holder.ends_with('\n') {
+            return holder.trim().to_owned();
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    "a process that does not say its name".into()
 }
 
 /// Who this process is, for those who find the folder taken.

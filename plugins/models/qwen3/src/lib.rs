@@ -28,10 +28,10 @@ impl ModelFamily for Qwen3 {
 
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
         let (width, ffn, vocab) =
-            (config.int("hidden_size")?, config.int("intermediate_size")?, config.int("vocab_size")?);
-        let (heads, layers) = (config.int("num_attention_heads")?, config.layers()?);
-        let kv_heads = config.opt_int("num_key_value_heads")?.unwrap_or(heads);
-        let head_dim = config.opt_int("head_dim")?.unwrap_or(128);
+            (config.size("hidden_size")?, config.size("intermediate_size")?, config.size("vocab_size")?);
+        let (heads, layers) = (config.size("num_attention_heads")?, config.layers()?);
+        let kv_heads = config.opt_size("num_key_value_heads")?.unwrap_or(heads);
+        let head_dim = config.opt_size("head_dim")?.unwrap_or(128);
         let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
         let bias = config.flag("attention_bias", false)?;
         let activation = config.opt_text("hidden_act")?.unwrap_or_else(|| "silu".into());

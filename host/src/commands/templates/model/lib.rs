@@ -34,13 +34,13 @@ impl ModelFamily for Family {
     /// `config.json` that is not read here refuses the checkpoint, for it may change the
     /// arithmetic.
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        let width = config.int("hidden_size")?;
-        let ffn = config.int("intermediate_size")?;
-        let vocab = config.int("vocab_size")?;
-        let heads = config.int("num_attention_heads")?;
-        let layers = config.int("num_hidden_layers")?;
-        let kv_heads = config.opt_int("num_key_value_heads")?.unwrap_or(heads);
-        let head_dim = config.opt_int("head_dim")?.unwrap_or(width / heads);
+        let width = config.size("hidden_size")?;
+        let ffn = config.size("intermediate_size")?;
+        let vocab = config.size("vocab_size")?;
+        let heads = config.size("num_attention_heads")?;
+        let layers = config.layers()?;
+        let kv_heads = config.opt_size("num_key_value_heads")?.unwrap_or(heads);
+        let head_dim = config.opt_size("head_dim")?.unwrap_or(width / heads);
         let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
         let activation = config.opt_text("hidden_act")?;
         let activation = activation.as_deref().unwrap_or("silu");
