@@ -148,3 +148,73 @@ fn an_adapter_of_another_kind_is_refused_by_name() {
         sandbox.ok(&["eval", "--model", &model, "--adapter", &adapter, "--dataset", &rows]);
     }
 }
+
+/// What is no regular file is not read, not written, and not waited for.
+#[test]
+fn links_pipes_and_devices_are_no_files() {
+    let (sandbox, rows) = (sandbox(), rows());
+    let model = golden("trajectories/qwen2/model").display().to_string();
+    let pipe = |name: &str| {
+        let path = sandbox.path(name);
+        fs::create_dir_all(Path::new(&path).parent().unwrap()).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        path
+    };
+    let start = Instant::now();
+    pipe("plugins/x.so");
+    std::os::unix::fs::symlink("/dev/zero", sandbox.path("plugins/y.so")).unwrap();
+    let said = sandbox.ok(&["list", "--plugin-dir", &sandbox.path("plugins")]).stdout;
+    assert_eq!(said.matches("is not a regular file").count(), 2, "{said}");
+    sandbox.refuses(&["data", &pipe("x.jsonl"), "--model", &model], &["x.jsonl: is not a regular file"]);
+    pipe("adapter/adapter_config.json");
+    let adapter = sandbox.path("adapter");
+    sandbox
+        .refuses(&["eval", "--model", &model, "--adapter", &adapter, "--dataset", &rows], &["is not a regular file"]);
+    sandbox.refuses(&["train", "--config", "/dev/zero"], &["/dev/zero: is not a regular file"]);
+    sandbox.refuses(&["describe", "qwen2", "--config", "/dev/zero"], &["/dev/zero: is not a regular file"]);
+
+    // A lock that leads to another's file.
+    let (output, other) = (sandbox.path("run"), sandbox.write("other", "precious"));
+    fs::create_dir_all(&output).unwrap();
+    std::os::unix::fs::symlink(&other, Path::new(&output).join(".lock")).unwrap();
+    let ended = sandbox.run(&train(&model, &rows, &["--output-dir", &output]));
+    assert_eq!((ended.code, fs::read_to_string(&other).unwrap().as_str()), (1, "precious"), "{}", ended.stderr);
+    pipe("piped/.lock");
+    assert_eq!(sandbox.run(&train(&model, &rows, &["--output-dir", &sandbox.path("piped")])).code, 1);
+    assert!(start.elapsed().as_secs() < 10, "something was waited for: {:?}", start.elapsed());
+}
+
+#[test]
+fn counts_beyond_every_machine_are_refused() {
+    let (sandbox, rows) = (sandbox(), rows());
+    let model = golden("trajectories/qwen2/model").display().to_string();
+    for gpus in ["257", "4000000000", "18446744073709551615"] {
+        sandbox.refuses(&train(&model, &rows, &["--gpus", gpus]), &["--gpus"]);
+    }
+    for wanted in ["100000001", "4294967296", "9223372036854775807"] {
+        let data = format!("{rows}#{wanted}");
+        sandbox.refuses(&["data", &data, "--model", &model], &["asks for more than"]);
+    }
+    let pairs = ["--per_device_train_batch_size", "4294967296", "--gradient_accumulation_steps", "4294967297"];
+    sandbox.refuses(&train(&model, &rows, &pairs), &["pairs a step"]);
+    sandbox.refuses(&train(&model, &rows, &["--gpus", "2", "--rendezvous", "1e19"]), &["--rendezvous"]);
+}
+
+/// A broken adapter is told of where it is only looked at, and a run does not go into the model's folder.
+#[test]
+fn what_is_broken_is_told_where_it_is_used() {
+    let (sandbox, rows) = (sandbox(), rows());
+    let model = golden("trajectories/qwen2/model").display().to_string();
+    let adapter = changed(&sandbox, "adapter", "qwen2/init_adapter", "adapter_config.json", |_| {});
+    let path = Path::new(&adapter).join("adapter_model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let first = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[first..first + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(&path, bytes).unwrap();
+    let ended = sandbox.run(&["eval", "--model", &model, "--adapter", &adapter, "--dataset", &rows]);
+    assert_eq!(ended.code, 1, "{}", ended.stderr);
+    assert!(ended.stderr.contains("prefs.jsonl:1: the log-probs of this row are not finite"), "{}", ended.stderr);
+
+    let own = changed(&sandbox, "own", "qwen2/model", "config.json", |_| {});
+    sandbox.refuses(&train(&own, &rows, &["--output-dir", &own]), &["is the model's folder"]);
+}

@@ -92,6 +92,34 @@ pub fn remove_leftovers(folder: &Path) {
     }
 }
 
+/// The bytes of a file of a stranger's: a regular one, as what a link leads to may be, of up to so many bytes.
+pub fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>> {
+    let meta = fs::metadata(path).reading(path)?;
+    let wrong = |what: String| Err(Error::input(what).at(path.display()));
+    match meta.len() {
+        _ if !meta.is_file() => wrong("is not a regular file".into()),
+        long if long > most => wrong(format!("has {long} bytes, more than {most}")),
+        _ => fs::read(path).reading(path),
+    }
+}
+
+/// The text of such a file: a config has some KiB.
+pub fn read_text(path: &Path) -> Result<String> {
+    String::from_utf8(read_bounded(path, MOST_TEXT)?)
+        .map_err(|_| Error::input("is not a text in UTF-8").at(path.display()))
+}
+
+/// Most bytes of a config.
+const MOST_TEXT: u64 = 64 << 20;
+
+/// Opens a file to write it, made if it is not there: no link, which may lead to another's, and no pipe.
+pub fn open_own(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.create(true).truncate(false).write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("not a regular file")) }
+}
+
 /// Opens a file to read it, in a folder that others may write: a link, which may lead anywhere, and what is no regular file,
 /// such as a pipe that nobody writes into, is an error.
 pub fn open_regular(path: &Path) -> io::Result<File> {

@@ -14,6 +14,7 @@ use regex::Regex;
 use serde_json::{Map, Value};
 
 use super::bounded::bounded;
+use super::namespace;
 use super::python::{Dumps, repr, strftime_now};
 use dpo_core::error::{Error, IoContext, Result};
 
@@ -74,7 +75,7 @@ impl ChatTemplate {
         let special_tokens = special_tokens(&config);
         let jinja = dir.join("chat_template.jinja");
         let found = if jinja.is_file() {
-            let text = std::fs::read_to_string(&jinja).reading(&jinja)?;
+            let text = dpo_core::files::read_text(&jinja)?;
             Some((BTreeMap::from([(DEFAULT.to_owned(), text)]), jinja.display().to_string()))
         } else {
             let other = dir.join("chat_template.json");
@@ -106,6 +107,7 @@ impl ChatTemplate {
         if let Some(long) = texts.values().map(String::len).find(|bytes| *bytes > MOST_TEXT) {
             return Err(Error::input(format!("the chat template has {long} bytes, more than {MOST_TEXT}")).at(&origin));
         }
+        texts.values().try_for_each(|text| namespace::refuse_as_value(text)).map_err(|e| e.at(&origin))?;
         let environment =
             bounded(WHAT, LONGEST_COMPILING, || compiled(texts)).and_then(|done| done).map_err(|e| e.at(&origin))?;
         if environment.get_template(DEFAULT).is_err() {
@@ -352,7 +354,7 @@ pub fn read_json(path: &Path) -> Result<Value> {
     if !path.is_file() {
         return Ok(Value::Null);
     }
-    let text = std::fs::read_to_string(path).reading(path)?;
+    let text = dpo_core::files::read_text(path)?;
     serde_json::from_str(&text).map_err(|e| Error::input(format!("is not JSON: {e}")).at(path.display()))
 }
 

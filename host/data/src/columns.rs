@@ -15,7 +15,10 @@ use super::read::SourceRow;
 use dpo_core::error::{Error, Result};
 
 /// What is seen or heard, in a row or in a message. No format can read it.
-const MEDIA: [&str; 24] = [
+const MEDIA: [&str; 27] = [
+    "image_bytes",
+    "video_bytes",
+    "audio_bytes",
     "image",
     "images",
     "image_path",
@@ -181,7 +184,10 @@ pub(super) fn refuse_lost(
 
 /// Refuses what no format can read.
 fn refuse_media(row: &Row) -> Result<()> {
-    let filled = |(name, value): &(&String, &Value)| MEDIA.contains(&plain(name).as_str()) && !is_empty(value);
+    // `image_0` is an image as well.
+    let is_medium =
+        |name: &str| MEDIA.contains(&plain(name).trim_end_matches(|c: char| c.is_ascii_digit() || c == '_'));
+    let filled = |(name, value): &(&String, &Value)| is_medium(name) && !is_empty(value);
     if let Some((name, _)) = row.iter().find(filled) {
         let error = Error::input(format!("column '{name}' is filled, and models are trained on text alone"));
         return Err(aside(error, name, ""));
@@ -209,7 +215,7 @@ fn plain(name: &str) -> String {
 fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
-        Value::String(text) => matches!(text.trim(), "" | "[]" | "{}" | "null" | "None" | "nan"),
+        Value::String(text) => matches!(text.trim(), "" | "[]" | "{}" | "null" | "None" | "nan" | "NaN"),
         Value::Array(list) => list.iter().all(is_empty),
         Value::Object(keys) => keys.values().all(is_empty),
         _ => false,

@@ -109,6 +109,10 @@ pub fn read_file(path: &Path) -> Result<Vec<SourceRow>> {
         let what = if path.exists() { "unknown kind of data file" } else { "cannot read: no such file or directory" };
         Error::input(what).at(path.display()).help(known_kinds())
     })?;
+    if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+        // A pipe would be waited for, and a device has no end.
+        return Err(Error::input("is not a regular file").at(path.display()));
+    }
     let rows = guard(|| Ok(read(path)))
         .unwrap_or_else(|e| Err(Error::input(format!("cannot be read, its reader failed: {}", e.message))))
         .map_err(|e| e.at(path.display()).help("the file is broken: write or fetch it again"))?;

@@ -19,6 +19,9 @@ pub struct Source {
     pub rows: Option<usize>,
 }
 
+/// Most rows of `#N`.
+const MOST_ROWS: usize = 100_000_000;
+
 impl Source {
     /// Reads `PATH` or `PATH#N`. A path that exists as it is written is never cut.
     ///
@@ -29,6 +32,11 @@ impl Source {
         match cut.filter(|_| !Path::new(argument).exists()) {
             Some((_, 0)) => {
                 Err(Error::input("'#0' asks for no row").at(argument).help("name how many rows to take, as in #500"))
+            }
+            Some((_, rows)) if rows > MOST_ROWS => {
+                Err(Error::input(format!("'#{rows}' asks for more than {MOST_ROWS} rows"))
+                    .at(argument)
+                    .help("name fewer, as in #500"))
             }
             Some((path, rows)) => Ok(Source { path: path.into(), rows: Some(rows) }),
             None => Ok(Source { path: argument.into(), rows: None }),

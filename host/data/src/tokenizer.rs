@@ -39,7 +39,7 @@ impl Tokenizer {
     /// # Errors
     /// A file that is missing or broken, that makes texts too long, or other tokens each time.
     pub(super) fn open(path: &Path) -> Result<Tokenizer> {
-        let text = std::fs::read_to_string(path).reading(path)?;
+        let text = dpo_core::files::read_text(path)?;
         let help = "fetch tokenizer.json again, or save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)";
         let broken = |what: String| Error::input(format!("broken tokenizer: {what}")).at(path.display()).help(help);
         let parts: Parts = serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;

@@ -6,7 +6,7 @@ use dpo_plugin_api::graph::ModelGraph;
 use serde_json::{Map, Value};
 
 use crate::{Name, Need};
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
 use dpo_core::graph;
 use dpo_core::lora;
 use dpo_plugins::{Family, Registry};
@@ -16,6 +16,7 @@ use dpo_plugins::{Family, Registry};
 const HARMLESS_CONFIG: &[&str] = &[
     "_name_or_path",
     "architectures",
+    "attn_implementation",
     "attention_dropout", // off while aligning, as TRL, LLaMA-Factory and ms-swift have it
     "auto_map",
     "bos_token_id",
@@ -28,9 +29,11 @@ const HARMLESS_CONFIG: &[&str] = &[
     "id2label",
     "initializer_range",
     "is_encoder_decoder",
+    "is_llama_config",
     "keys_to_ignore_at_inference",
     "label2id",
     "max_position_embeddings",
+    "max_sequence_length",
     "max_window_layers",
     "model_type",
     "output_attentions",
@@ -44,6 +47,7 @@ const HARMLESS_CONFIG: &[&str] = &[
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
+    "transformers.js_config",
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
@@ -72,7 +76,7 @@ impl<'r> Model<'r> {
                 "a model folder holds config.json, tokenizer.json and safetensors files, as published checkpoints do",
             ));
         }
-        let config = std::fs::read_to_string(&path).reading(&path)?;
+        let config = dpo_core::files::read_text(&path)?;
         let place = path.display();
         let value: Value = serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
         let architecture = value.pointer("/architectures/0").and_then(Value::as_str);
@@ -140,7 +144,13 @@ pub fn graph_of(family: &Family, config: &str) -> Result<ModelGraph> {
     graph::check(&graph)?;
     let values: Map<String, Value> =
         serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
-    let off = |key: &str| values.get(key).is_some_and(|v| v == &Value::Bool(false));
+    let is_off = |value: &Value| match value {
+        Value::Bool(on) => !on,
+        Value::Object(map) => map.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        _ => false,
+    };
+    let off = |key: &str| values.get(key).is_some_and(is_off);
     let harmless = |key: &str| HARMLESS_CONFIG.contains(&key) || key.starts_with('_') || off(key);
     match graph.unread_config.iter().find(|k| !harmless(k)) {
         Some(key) => Err(Error::input(format!("key '{key}' is not understood by the plugin '{}'", family.name))

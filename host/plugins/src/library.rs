@@ -14,9 +14,12 @@ use sha2::{Digest, Sha256};
 
 use super::helper;
 use dpo_core::console;
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
+use dpo_core::files;
 use dpo_core::graph::refuse_unknown_features;
 
+/// Most bytes of a library.
+const MOST_BYTES: u64 = 1 << 30;
 /// Every plugin exports one symbol of this prefix and its crate's name.
 const SYMBOL_PREFIX: &str = "dpo_plugin_";
 
@@ -84,7 +87,7 @@ impl Library {
     /// What a shared library says of itself, asked in a process of its own where there is a `helper`. One that is no plugin is
     /// never loaded, so none of its code runs.
     pub(super) fn open(path: &Path, helper: Option<&Path>) -> Result<Library> {
-        let bytes = std::fs::read(path).reading(path)?;
+        let bytes = files::read_bounded(path, MOST_BYTES)?;
         plugin_symbol(&bytes)?;
         let sha256 = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
         let code = Code::File { path: path.to_owned(), helper: helper.map(Path::to_owned), module: OnceLock::new() };
@@ -169,7 +172,7 @@ fn load(path: &Path) -> Result<PluginModule_Ref> {
         // SAFETY: the function lives as long as the process. Where it is not taken, exits are not named.
         unsafe { libc::atexit(name_who_exits) };
     });
-    let symbol = plugin_symbol(&std::fs::read(path).reading(path)?)?;
+    let symbol = plugin_symbol(&files::read_bounded(path, MOST_BYTES)?)?;
     // SAFETY: loading runs the library's constructors. A file in a plugin folder that exports our symbol is code which
     // the user chose to run; README says so.
     let library = unsafe { libloading::Library::new(path) }.map_err(|e| {

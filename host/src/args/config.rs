@@ -7,13 +7,13 @@ use serde_json::{Map, Value, json};
 use toml::Spanned;
 
 use super::flag::Flag;
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
 use dpo_train::config::RESOLVED;
 
 /// The flags of a file, in its order, each with its line.
 pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
     let path = Path::new(file);
-    let text = std::fs::read_to_string(path).reading(path)?;
+    let text = dpo_core::files::read_text(path)?;
     let keys = if path.extension().is_some_and(|e| e == "json") { json_keys(&text) } else { toml_keys(&text) };
     let at = |line: usize| format!("{file}:{line}");
     let keys = keys.map_err(|(line, cause)| {

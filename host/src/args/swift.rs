@@ -97,6 +97,8 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
         .chain([PER_DEVICE, ACCUMULATION])
 }
 
+/// Most pairs of a step.
+const MOST_PAIRS: usize = 1 << 24;
 const PER_DEVICE: &str = "per_device_train_batch_size";
 const ACCUMULATION: &str = "gradient_accumulation_steps";
 const GPUS: &str = "--gpus";
@@ -139,7 +141,13 @@ pub(super) fn translate(flags: Vec<Flag>) -> Result<(Vec<Flag>, Vec<String>)> {
             let each = per_device.unwrap_or(1);
             let most = each.saturating_mul(processes);
             let times = accumulation.unwrap_or_else(|| 16_usize.div_ceil(most));
-            let pairs = most.saturating_mul(times);
+            let Some(pairs) = most.checked_mul(times).filter(|pairs| *pairs <= MOST_PAIRS) else {
+                return Err(Error::input(format!(
+                    "{each} x {times} x {processes} processes is more than {MOST_PAIRS} pairs a step"
+                ))
+                .at(flag.spelled())
+                .help("16 to 64 are usual"));
+            };
             batch = Some(format!(
                 "--batch-size {pairs}: {PER_DEVICE} {each} x {ACCUMULATION} {times} x world size {processes}"
             ));

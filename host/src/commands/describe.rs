@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
 use dpo_hub::model::graph_of;
 use dpo_plugins::{Family, Format, Loss, Registry};
 
@@ -39,7 +39,7 @@ fn describe_family(family: &Family, options: &DescribeOptions) -> Result<()> {
     let (text, place) = match &options.config {
         Some(path) => {
             let path = if path.is_dir() { path.join("config.json") } else { path.clone() };
-            (std::fs::read_to_string(&path).reading(&path)?, path.display().to_string())
+            (dpo_core::files::read_text(&path)?, path.display().to_string())
         }
         None => (family.example_config.clone(), "its example config".to_owned()),
     };

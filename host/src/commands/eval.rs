@@ -107,6 +107,14 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         }
         None => policy.clone(),
     };
+    for (file, logps) in files.iter().zip(&policy).chain(files.iter().zip(&reference)) {
+        let whole = |e: &usize| logps.logps[logps.offsets.example(*e)].iter().all(|l| l.is_finite());
+        if let Some(example) = (0..file.len()).find(|e| !whole(e)) {
+            return Err(Error::run("the log-probs of this row are not finite")
+                .at(&file[example].place)
+                .help("a weight of the model or of the adapter is broken, or a number in them is too large"));
+        }
+    }
     let mut rows: Vec<(String, usize, Map<String, Value>)> = Vec::new();
     let mut row = |name: &str, examples: &[&Example], policy: &AnswerLogProbs, reference: &AnswerLogProbs| {
         let mut means = mean_metrics(&mut objective, examples, policy, reference)?;

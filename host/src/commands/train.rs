@@ -206,6 +206,11 @@ enum ScheduleArg {
     Constant,
 }
 
+/// Most processes that are started on one host.
+const MOST_PROCESSES: usize = 256;
+/// Most seconds that processes wait for each other: thirty years.
+const LONGEST_WAIT: f64 = 1e9;
+
 /// What is told where a run's secret can be guessed.
 const GUESSABLE: &str = "; on a network with strangers, set DPO_HOST_SECRET to the same random text for every rank";
 
@@ -304,6 +309,14 @@ impl TrainArgs {
     }
 
     fn refuse_unsupported(&self) -> Result<()> {
+        if self.gpus > MOST_PROCESSES {
+            return Err(Error::input(format!(
+                "{} processes on one host; up to {MOST_PROCESSES} are started",
+                self.gpus
+            ))
+            .at("--gpus")
+            .help("the number of GPUs that this host has, or leave it out under torchrun, srun or mpirun"));
+        }
         if self.gpus == 0 {
             return Err(Error::input("should be above 0").at("--gpus").help("say --device cpu to compute without one"));
         }
@@ -356,10 +369,12 @@ impl TrainArgs {
     /// How ranks wait for each other.
     fn timeouts(&self) -> Result<Timeouts> {
         let seconds = |flag: &str, value: f64| match Duration::try_from_secs_f64(value) {
-            Ok(time) if !time.is_zero() => Ok(time),
-            _ => Err(Error::input(format!("{value} should be a number of seconds above 0"))
-                .at(flag)
-                .help("10 is ten seconds")),
+            Ok(time) if !time.is_zero() && value <= LONGEST_WAIT => Ok(time),
+            _ => {
+                Err(Error::input(format!("{value:e} should be a number of seconds above 0 and up to {LONGEST_WAIT:e}"))
+                    .at(flag)
+                    .help("10 is ten seconds"))
+            }
         };
         Ok(Timeouts {
             rendezvous: seconds("--rendezvous", self.rendezvous)?,

@@ -1,12 +1,13 @@
 //! The folder of a run: claimed before any work is done for it, and held until the process ends, so that no two runs share one.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::files;
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint;
@@ -40,6 +41,11 @@ impl RunDir {
             (None, None) => None,
         };
         let claim = named.map_or_else(|| Claim::free(model), |dir| Claim::of(&dir, patience))?;
+        if claim.folder.canonicalize().is_ok_and(|own| model.canonicalize().is_ok_and(|model| own == model)) {
+            return Err(Error::input("is the model's folder")
+                .at(claim.folder.display())
+                .help("name another folder for the run"));
+        }
         checkpoint::remove_leftovers(&claim.folder);
         let latest = if again { checkpoint::find(Some(&claim.folder), &Resume::Latest)? } else { None };
         let resumed = match &config.resume {
@@ -143,7 +149,7 @@ fn missing(folder: &Path) -> Vec<PathBuf> {
 /// The lock of a file that is made if it is not there; `None` while another process has it.
 fn lock(path: &Path) -> io::Result<Option<File>> {
     loop {
-        let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        let mut file = files::open_own(path)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Ok(None),

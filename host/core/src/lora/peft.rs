@@ -8,7 +8,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
 use super::{Adapter, MOST_RANK, Targets};
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
 use crate::files;
 use crate::weights::read_f32;
 
@@ -82,7 +82,7 @@ pub fn base_model(folder: &Path) -> Result<Option<String>> {
 }
 
 fn read(config: &Path) -> Result<String> {
-    std::fs::read_to_string(config).reading(config).map_err(|e| {
+    files::read_text(config).map_err(|e| {
         e.help("an adapter is a folder with adapter_config.json and adapter_model.safetensors: that of a run, or a checkpoint in it")
     })
 }
