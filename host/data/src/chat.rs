@@ -16,7 +16,7 @@ use serde_json::{Map, Value};
 use super::bounded::bounded;
 use super::namespace;
 use super::python::{Dumps, repr, strftime_now};
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
 
 /// Names of the templates that a checkpoint may have: the usual one and the one for conversations with tools.
 const DEFAULT: &str = "default";

@@ -17,7 +17,7 @@ use tokenizers::{
     PreTokenizerWrapper, TokenizerImpl,
 };
 
-use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::error::{Error, Result};
 
 /// Most bytes that a normalizer or a decoder may write for what it finds. Published ones write up to 33.
 const MOST_WRITTEN: usize = 64;
