@@ -4,6 +4,7 @@
 //! was written under its name is computed again. Folders that others could write are not used, and none lies in the temporary folder.
 
 use std::fs;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -70,21 +71,12 @@ pub fn folder(kind: &str) -> Result<PathBuf> {
 
 const NAME_ONE: &str = "name a folder of your own with XDG_CACHE_HOME";
 
-#[cfg(unix)]
 fn make(folder: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).writing(folder)
 }
 
-#[cfg(not(unix))]
-fn make(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).writing(folder)
-}
-
 /// Refuses a folder of another user's, or into which others can write.
-#[cfg(unix)]
 fn refuse_shared(folder: &Path) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
     let meta = fs::metadata(folder).reading(folder)?;
     let (owner, user) = (meta.uid(), rustix::process::geteuid().as_raw());
     if owner == user && meta.mode() & 0o022 == 0 {
@@ -95,9 +87,4 @@ fn refuse_shared(folder: &Path) -> Result<()> {
         meta.mode() & 0o777
     );
     Err(Error::run(what).at(folder.display()).help(format!("take the right to write from others, or {NAME_ONE}")))
-}
-
-#[cfg(not(unix))]
-fn refuse_shared(_: &Path) -> Result<()> {
-    Ok(()) // A profile is its user's.
 }

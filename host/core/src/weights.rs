@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 use half::bf16;
-use memmap2::Mmap;
-#[cfg(unix)]
-use memmap2::UncheckedAdvice;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -162,7 +161,6 @@ impl Checkpoint {
 
     /// Gives back the pages of a file's bytes that were copied: the weights would else be in memory twice while they load.
     fn leave(&self, bytes: &[u8]) {
-        #[cfg(unix)]
         for map in self.shards.iter().map(|s| &s.map) {
             let Some(first) = (bytes.as_ptr() as usize).checked_sub(map.as_ptr() as usize) else { continue };
             if first + bytes.len() <= map.len() {
@@ -170,8 +168,6 @@ impl Checkpoint {
                 let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, bytes.len()) };
             }
         }
-        #[cfg(not(unix))]
-        let _ = bytes;
     }
 
     /// As [`load`](Self::load), but a matrix in bf16 stays what it is.
@@ -199,8 +195,8 @@ impl Checkpoint {
         Ok(values.to_vec1()?)
     }
 
-    /// A text that changes when the weights do: path, size and times of every file. The time of its last change in any respect cannot be
-    /// set, so that a file which was written over, with its old time of modification put back, is another.
+    /// A text that changes when the weights do: path, size and times of every file. The time of its last change in any respect
+    /// cannot be set, so that a file which was written over, with its old time of modification put back, is another.
     pub fn identity(&self) -> Result<String> {
         let mut text = String::new();
         for shard in &self.shards {
@@ -224,8 +220,8 @@ impl Checkpoint {
         Ok(text)
     }
 
-    /// The first number that is NaN or infinite, with its tensor: reads every tensor from end to end, which is for a run that does not know why
-    /// its numbers are not finite.
+    /// The first number that is NaN or infinite, with its tensor. It reads every tensor from end to end, for a run that does not
+    /// know why its numbers are not finite.
     pub fn first_not_finite(&self) -> Result<Option<String>> {
         for (name, shard) in &self.tensors {
             let Entry { dtype, shape, bytes } = self.shards[*shard].entry(name)?;
@@ -272,18 +268,9 @@ fn in_huge_pages<T>(room: &mut Vec<T>) {
     }
 }
 
-/// When a file was last changed in any respect, and its number, where the system knows them.
+/// The number of a file, and when it was last changed in any respect.
 fn changed(meta: &std::fs::Metadata) -> String {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        format!("{} {}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = meta;
-        String::new()
-    }
+    format!("{} {}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
 }
 
 /// A block of a model, in the order in which they run.

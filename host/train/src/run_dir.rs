@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -169,17 +170,8 @@ fn lock(path: &Path) -> io::Result<Option<File>> {
 
 /// Whether an open file is the one under its name.
 fn is_at(file: &File, path: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
-        file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|named| same(&own, &named)))
-    }
-    #[cfg(not(unix))]
-    {
-        let _ = (file, path); // An open file cannot be removed there.
-        true
-    }
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    file.metadata().is_ok_and(|own| fs::metadata(path).is_ok_and(|named| same(&own, &named)))
 }
 
 /// Who holds a folder's lock. One that has just taken it has a moment to say so.
