@@ -9,20 +9,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use dpo_tests::{Numbers, Sandbox, golden, log};
+use dpo_tests::{Numbers, Sandbox, copy, golden, log};
 use serde_json::{Value, json};
 
 const LATEST: [&str; 2] = ["--resume-from-checkpoint", "latest"];
 
 fn sandbox() -> Sandbox {
     Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 fn model() -> String {

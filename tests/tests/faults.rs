@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use dpo_data::ChatTokenizer;
-use dpo_tests::{Ended, Numbers, Sandbox, golden, log};
+use dpo_tests::{Ended, Numbers, Sandbox, copy, golden, log};
 use serde_json::Value;
 
 /// Kills of one test unless `DPO_CAMPAIGN` says otherwise.
@@ -124,14 +124,6 @@ fn same_tale(whole: &str, other: &str) -> String {
     assert_eq!(text(whole, "samples.jsonl"), text(other, "samples.jsonl"), "the samples differ");
     assert_eq!(text(whole, "remarks.jsonl"), text(other, "remarks.jsonl"), "the remarks differ");
     text(whole, "remarks.jsonl")
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let (path, to) = (entry.path(), to.join(entry.file_name()));
-        if path.is_dir() { copy(&path, &to) } else { assert!(fs::copy(&path, &to).is_ok()) }
-    }
 }
 
 /// A small disk in memory, where this user may mount one.

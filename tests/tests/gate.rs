@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use dpo_tests::{Sandbox, golden};
+use dpo_tests::{Sandbox, copy, golden};
 use serde_json::{Value, json};
 
 fn sandbox() -> Sandbox {
@@ -14,11 +14,8 @@ fn sandbox() -> Sandbox {
 
 /// A folder of a golden case, copied and with a file of JSON changed.
 fn changed(sandbox: &Sandbox, name: &str, from: &str, file: &str, change: impl Fn(&mut Value)) -> String {
-    let (from, to) = (golden("trajectories").join(from), sandbox.path(name));
-    fs::create_dir_all(&to).unwrap();
-    for entry in fs::read_dir(&from).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), Path::new(&to).join(entry.file_name())).unwrap();
-    }
+    let to = sandbox.path(name);
+    copy(&golden("trajectories").join(from), Path::new(&to));
     let path = Path::new(&to).join(file);
     let mut value: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     change(&mut value);

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use dpo_tests::{Numbers, Sandbox, golden};
+use dpo_tests::{Numbers, Sandbox, copy, golden};
 use serde_json::{Value, json};
 
 /// Longest time of a command.
@@ -19,13 +19,6 @@ fn count(usual: usize) -> usize {
 
 fn sandbox() -> Sandbox {
     Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
-}
-
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
-        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
 }
 
 /// How a command ended: its exit code, which it has to have, and what it said.
