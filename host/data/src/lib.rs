@@ -15,7 +15,7 @@ pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
 
-use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
+use dpo_plugin_api::dataset::{Message, Record, RecordAnswer, Row, Text};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use indicatif::ProgressBar;
@@ -84,6 +84,8 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Whether the first bad row ends everything.
     pub strict: bool,
+    /// The system message of conversations that have none.
+    pub system: Option<String>,
     /// Whether `#N` takes rows at random. Examples always come in the order of their files.
     pub shuffle: bool,
     /// For the sample.
@@ -135,6 +137,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
         max_length: options.max_length,
         truncation: options.truncation,
         template: template.map(|t| t.origin.clone()),
+        template_is_borrowed: template.is_some_and(ChatTemplate::is_borrowed),
         template_reads_clock: template.is_some_and(|t| t.reads_clock),
         ..Report::default()
     };
@@ -155,6 +158,9 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
                 Err(error) => refuse(&mut report, error, &place, options.strict)?,
             }
         }
+    }
+    if let Some(system) = &options.system {
+        items.iter_mut().try_for_each(|item| add_system(item, system))?;
     }
     let items = shape(items, options, &mut report)?;
     let conversations = items.iter().any(|item| matches!(item.record.prompt, Text::Messages(_)));
@@ -234,6 +240,20 @@ fn refuse(report: &mut Report, error: Error, place: &str, strict: bool) -> Resul
         return Err(error.at(place));
     }
     report.drop(&error, place);
+    Ok(())
+}
+
+/// Puts a system message before a conversation that has none.
+fn add_system(item: &mut Item, system: &str) -> Result<()> {
+    match &mut item.record.prompt {
+        Text::Messages(messages) if messages.first().is_some_and(|m| m.role == "system") => {}
+        Text::Messages(messages) => messages.insert(0, Message::new("system", system)),
+        Text::Plain(_) => {
+            return Err(Error::input("the prompt is plain text, which takes no system message")
+                .at(&item.place)
+                .help("leave --system out, or write prompts as messages"));
+        }
+    }
     Ok(())
 }
 
@@ -472,6 +492,7 @@ mod tests {
             vocabulary: None,
             truncation: Truncation::Delete,
             strict: false,
+            system: None,
             shuffle: false,
             seed: 0,
         };

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::tokens::{ChatTokenizer, Truncation};
+use dpo_core::console::Remark;
 use dpo_core::error::Error;
 use dpo_core::example::{Answer, Example, answer_name};
 
@@ -61,6 +62,8 @@ pub struct Report {
     /// Where the chat template is from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// Whether it is the family plugin's, since the checkpoint has none.
+    pub template_is_borrowed: bool,
     /// Whether the template writes the date, so that another day gives other tokens.
     pub template_reads_clock: bool,
     /// Examples of plain text, to which no chat template applies.
@@ -251,6 +254,54 @@ impl Report {
             text += &format!("\n            dropped {}: {}, first at {first}", dropped.count, dropped.cause);
         }
         text
+    }
+
+    /// What of the data makes training other than it seems.
+    pub fn warnings(&self) -> Vec<Remark> {
+        let mut warnings = Vec::new();
+        let mut warn = |text: String, help: &str| warnings.push(Remark::from(text).help(help));
+        if self.plain_examples > 0 && self.template.is_some() {
+            warn(
+                format!(
+                    "{} of plain text: the model's chat template is not applied to them",
+                    n(self.plain_examples, self.noun)
+                ),
+                "chat models answer in their template: write a prompt as messages, [{\"role\": \"user\", \"content\": \"…\"}]",
+            );
+        }
+        if self.template_is_borrowed {
+            warn(
+                "the checkpoint has no chat template: the plugin's is used".into(),
+                "see in `dpo-host data` whether it is this model's; a chat_template.jinja in its folder is used instead",
+            );
+        }
+        if let Some(place) = &self.eos.first {
+            warn(
+                format!("{} of {} answers have no end, first {place}", self.eos.without, self.eos.answers),
+                "the model would not learn to stop: end them with the checkpoint's eos_token",
+            );
+        } else if let Some(token) = self.eos.token.as_ref().filter(|_| !self.eos.stops) {
+            warn(
+                format!("answers end with {token}, where generation does not stop"),
+                "add it to eos_token_id in generation_config.json",
+            );
+        }
+        if let Some(token) = self.bos.token.as_ref().filter(|_| self.bos.twice > 0) {
+            warn(
+                format!("{} begin with {token} twice", n(self.bos.twice, "prompt")),
+                "the rows have it, and the tokenizer adds it: leave it out of the rows",
+            );
+        }
+        if let Some(place) = &self.prompt_prefix.first {
+            warn(
+                format!(
+                    "the template renders {} otherwise before an answer, first {place}",
+                    n(self.prompt_prefix.rows, "prompt")
+                ),
+                "training reads another context than generation: `dpo-host data` shows the difference",
+            );
+        }
+        warnings
     }
 
     /// Rows that make no example.

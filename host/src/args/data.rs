@@ -24,6 +24,9 @@ pub(crate) struct DataArgs {
     /// What to do with longer examples
     #[arg(long, value_enum, default_value_t = TruncationArg::Delete)]
     truncation_strategy: TruncationArg,
+    /// System message of conversations that have none [default: none]
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
     /// Shuffle the examples in every epoch
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     shuffle: bool,
@@ -67,6 +70,7 @@ impl DataArgs {
                 TruncationArg::Right => Truncation::Right,
             },
             strict: self.strict,
+            system: self.system.clone(),
             shuffle: self.shuffle,
             seed: self.seed,
         })

@@ -75,7 +75,8 @@ const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejecte
 
 pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let name = model::named(options.model.as_deref(), options.adapter.as_deref())?;
-    let folder = model::locate(&name, Need::Weights)?;
+    // What can be told without weights is told before they are fetched.
+    let folder = model::locate(&name, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let loss = as_in_run(options)?;
@@ -95,10 +96,10 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
     let params = adapter.parameters();
     let backend = backends::open(&options.device, None)?;
-    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let workload = Workload::of(files.iter().flatten());
-    let (graph, memory) = (model.graph, MemoryOptions::default());
-    let mut device = backend.trainer(&mut Alone, graph, &checkpoint, adapter, workload, memory)?;
+    let planned = backend.plan(&mut Alone, model.graph.clone(), adapter, workload, MemoryOptions::default())?;
+    let folder = model::locate(&name, Need::Weights)?;
+    let mut device = planned.load(&mut Alone, &Checkpoint::of(&folder, &model.graph)?)?;
     let policy = scores(device.as_mut(), &files)?;
     let reference = match options.adapter {
         Some(_) => {

@@ -8,6 +8,18 @@ use serde_json::{Map, Value, json};
 use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
 
+/// What is logged of a step and of an evaluation, under the names TRL and ms-swift give them.
+pub(super) const NAMES: [&str; 8] = [
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+];
+
 /// One example's numbers. Where it has more than two answers, the best one stands as the chosen answer, and the mean of the
 /// others as the rejected one.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -136,7 +148,7 @@ impl Window {
         self.sums = Sums::from_array(all);
     }
 
-    /// Means, under the names TRL and ms-swift give them, with `prefix` before each. Examples of one answer have no rejected
+    /// Means, under their [`NAMES`] with `prefix` before each. Examples of one answer have no rejected
     /// one, and nothing that compares the two.
     pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
         let sums = &self.sums;
@@ -145,16 +157,16 @@ impl Window {
         let compared = sums.compared > 0.0 || count == 0.0;
         let [chosen, rejected] = sums.rewards.map(|r| r / count);
         let values = [
-            ("loss", self.loss / self.steps as f64, true),
-            ("rewards/chosen", chosen, true),
-            ("rewards/rejected", rejected, compared),
-            ("rewards/accuracies", sums.correct / count, compared),
-            ("rewards/margins", chosen - rejected, compared),
-            ("logps/chosen", sums.logps[0] / count, true),
-            ("logps/rejected", sums.logps[1] / count, compared),
-            ("nll_loss", -sums.best_sum / sums.best_tokens, true),
+            (self.loss / self.steps as f64, true),
+            (chosen, true),
+            (rejected, compared),
+            (sums.correct / count, compared),
+            (chosen - rejected, compared),
+            (sums.logps[0] / count, true),
+            (sums.logps[1] / count, compared),
+            (-sums.best_sum / sums.best_tokens, true),
         ];
-        let told = values.into_iter().filter(|(_, _, told)| *told);
-        told.map(|(name, value, _)| (format!("{prefix}{name}"), json!(value))).collect()
+        let told = NAMES.into_iter().zip(values).filter(|(_, (_, told))| *told);
+        told.map(|(name, (value, _))| (format!("{prefix}{name}"), json!(value))).collect()
     }
 }

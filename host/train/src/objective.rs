@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
 use dpo_plugin_api::loss::{Answers, MAX_STATISTICS};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::metrics::ExampleMetrics;
 use dpo_core::error::{Error, Result};
@@ -154,6 +154,12 @@ impl<'r> Objective<'r> {
                     .help("a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes"))
             }
         })
+    }
+
+    /// Of every loss its name, weight and options, as they were resolved.
+    pub fn resolved(&self) -> Value {
+        let options = |t: &Term<'_>| serde_json::from_str::<Value>(&t.options).unwrap_or_default();
+        self.terms.iter().map(|t| json!({"loss": t.loss.name, "weight": t.weight, "options": options(t)})).collect()
     }
 
     /// Of every loss its name and the package that computes it.
