@@ -50,11 +50,13 @@ pub struct Wanted {
     pub answers: Answers,
     /// The loss that says so, for messages.
     pub loss: String,
+    /// Whether each has, detached, an answer to another prompt.
+    pub mismatched: bool,
 }
 
 impl Default for Wanted {
     fn default() -> Wanted {
-        Wanted { answers: Answers::Pair, loss: "sigmoid".into() }
+        Wanted { answers: Answers::Pair, loss: "sigmoid".into(), mismatched: false }
     }
 }
 
@@ -74,6 +76,8 @@ pub struct DataOptions {
     pub format: Option<String>,
     /// What the records of the rows become.
     pub wanted: Wanted,
+    /// Examples of a step: a mismatched answer is of another example of so many that follow each other.
+    pub batch_size: usize,
     /// Names that formats read for the names in the files.
     pub columns: Columns,
     /// Most tokens of a prompt and an answer.
@@ -182,8 +186,11 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let encoded = items.par_iter().map(encode).collect::<Result<Vec<Result<Encoded>>>>();
     bar.finish_and_clear();
     let encoded = encoded?;
-    let examples = collect(items, encoded, &mut report, options, tokenizer)?;
-    report.measure(&examples, tokenizer);
+    let mut examples = collect(items, encoded, &mut report, options, tokenizer)?;
+    if options.wanted.mismatched {
+        examples = with_mismatched(examples, options)?;
+    }
+    report.measure(&examples, options.wanted.answers == Answers::Labelled, tokenizer);
     if examples.is_empty() {
         return Err(no_examples(&report));
     }
@@ -262,7 +269,10 @@ fn add_system(item: &mut Item, system: &str) -> Result<()> {
 /// # Errors
 /// A record with another number of answers: rows and loss do not fit, whatever else is in them.
 fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result<Vec<Item>> {
-    let Wanted { answers, loss } = &options.wanted;
+    let Wanted { answers, loss, .. } = &options.wanted;
+    if *answers == Answers::Labelled {
+        return Ok(items.into_iter().flat_map(each_answer).collect());
+    }
     if *answers == Answers::One {
         let mut liked = Vec::new();
         for item in items {
@@ -292,6 +302,38 @@ fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result
         }
     }
     Ok(items)
+}
+
+/// The learned answers of a record, a record each.
+fn each_answer(item: Item) -> Vec<Item> {
+    let Item { record, file, place } = item;
+    let alone = |answer: &RecordAnswer| Record { answers: vec![answer.clone()], ..record.clone() };
+    learned(&record).iter().map(|answer| Item { record: alone(answer), file, place: place.clone() }).collect()
+}
+
+/// Gives every example, detached, the answer of the one before it among as many as a step has, and the first of them that of the last, as
+/// TRL's `KTOTrainer` does; where the last step has one example alone, the answer of the one before it.
+fn with_mismatched(examples: Vec<Example>, options: &DataOptions) -> Result<Vec<Example>> {
+    let count = examples.len();
+    if count == 1 {
+        return Err(
+            Error::input(format!("'{}' needs two examples and more", options.wanted.loss)).at(&examples[0].place)
+        );
+    }
+    let batch = options.batch_size.max(2);
+    let other = |i: usize| match (i % batch, i / batch * batch) {
+        (0, first) => Some((first + batch).min(count) - 1).filter(|last| *last != i).unwrap_or(i - 1),
+        _ => i - 1,
+    };
+    let answers: Vec<Vec<u32>> = examples.iter().map(|e| e.answers()[0].ids.clone()).collect();
+    let with = |(i, example): (usize, Example)| {
+        let mut ids = answers[other(i)].clone();
+        ids.truncate(options.max_length.saturating_sub(example.prompt().len()).max(1));
+        let own = example.answers().iter().cloned();
+        let answers = own.chain([Answer { ids, label: 0.0, detached: true }]).collect();
+        Example::new(example.prompt().to_vec(), answers, example.place.clone())
+    };
+    examples.into_iter().enumerate().map(with).collect()
 }
 
 /// The answers of a record that are learned, best first; detached ones come behind them.
@@ -487,6 +529,7 @@ mod tests {
             paths: vec![path.display().to_string()],
             format: None,
             wanted: Wanted::default(),
+            batch_size: 16,
             columns: Columns::default(),
             max_length: usize::MAX,
             vocabulary: None,

@@ -43,6 +43,9 @@ pub struct Report {
     /// The first of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_opposed: Option<String>,
+    /// Of single answers with a label, those that were liked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub liked: Option<usize>,
     /// Of pairs, those whose chosen answer has more tokens than the rejected one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chosen_longer: Option<usize>,
@@ -275,6 +278,13 @@ impl Report {
                 "see in `dpo-host data` whether it is this model's; a chat_template.jinja in its folder is used instead",
             );
         }
+        if self.liked.is_some_and(|liked| liked == 0 || liked == self.examples()) {
+            let which = if self.liked == Some(0) { "no answer was" } else { "all answers were" };
+            warn(
+                format!("{which} liked: there is nothing to tell them apart by"),
+                "rows of liked and of disliked answers are needed; a column of ratings can be made a label of true and false",
+            );
+        }
         if let Some(place) = &self.eos.first {
             warn(
                 format!("{} of {} answers have no end, first {place}", self.eos.without, self.eos.answers),
@@ -310,7 +320,7 @@ impl Report {
     }
 
     /// Counts over the examples that remain.
-    pub(super) fn measure(&mut self, examples: &[Example], tokenizer: &ChatTokenizer) {
+    pub(super) fn measure(&mut self, examples: &[Example], labelled: bool, tokenizer: &ChatTokenizer) {
         self.unique_tokens = examples.iter().map(Example::unique_tokens).sum();
         let most = examples.iter().map(|e| e.learned().len()).max().unwrap_or(0);
         let names: &[&str] = match most {
@@ -326,9 +336,12 @@ impl Report {
         self.parts = parts.map(|(name, tokens)| Part { name, lengths: Lengths::new(tokens.into_iter()) }).collect();
         let longer = |e: &&Example| e.learned()[0].ids.len() > e.learned()[1].ids.len();
         self.chosen_longer = (most == 2).then(|| examples.iter().filter(longer).count());
+        let is_liked = |e: &&Example| e.learned()[0].label > 0.0;
+        self.liked = labelled.then(|| examples.iter().filter(is_liked).count());
         let mut seen: HashSet<Vec<&[u32]>> = HashSet::new();
         for example in examples {
-            let parts: Vec<&[u32]> = example.parts().collect();
+            let learned = example.learned().iter().map(|a| a.ids.as_slice());
+            let parts: Vec<&[u32]> = std::iter::once(example.prompt()).chain(learned).collect();
             if let [prompt, chosen, rejected] = parts[..]
                 && seen.contains([prompt, rejected, chosen].as_slice())
             {
@@ -405,6 +418,9 @@ impl fmt::Display for Report {
         if let Some(place) = &self.first_opposed {
             let pairs = n(self.opposed, "pair");
             writeln!(f, "  contradictions: {pairs} prefer what a pair before rejects, first {place}")?;
+        }
+        if let Some(liked) = self.liked {
+            writeln!(f, "  liked: {liked} of {}", n(self.examples(), "answer"))?;
         }
         if let Some(longer) = self.chosen_longer {
             let longer = 100.0 * longer as f64 / self.examples().max(1) as f64;

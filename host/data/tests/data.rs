@@ -17,6 +17,7 @@ fn options(path: &Path) -> DataOptions {
         paths: vec![path.display().to_string()],
         format: None,
         wanted: Wanted::default(),
+        batch_size: 16,
         columns: Default::default(),
         max_length: usize::MAX,
         vocabulary: None,

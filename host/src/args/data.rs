@@ -38,6 +38,9 @@ pub(crate) struct DataArgs {
     strict: bool,
 }
 
+/// Examples of a step, where none are taken.
+const USUAL_BATCH: usize = 16;
+
 /// What happens to an example that is longer than `--max-length`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -60,6 +63,7 @@ impl DataArgs {
         Ok(DataOptions {
             paths: paths.to_vec(),
             wanted: wanted.clone(),
+            batch_size: USUAL_BATCH,
             format: self.dataset_format.clone(),
             columns,
             max_length: self.max_length,

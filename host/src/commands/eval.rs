@@ -129,7 +129,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     row("all", &files.iter().flatten().collect::<Vec<_>>(), &joined(&policy), &joined(&reference))?;
     show(&rows, options.json);
     match &options.output {
-        Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
+        Some(path) => files::write(path, lines(files.iter().flatten(), &joined(&policy)).as_bytes()),
         None => Ok(()),
     }
 }
@@ -145,9 +145,10 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
             *value = of_run.clone();
         }
     }
-    if let Some(start) = run.get("init_adapter").and_then(Value::as_str) {
+    let named = |flag: &str| run.get(flag).and_then(Value::as_str);
+    if let Some(reference) = named("ref_adapter").or_else(|| named("ref_model")).or_else(|| named("init_adapter")) {
         console::note(format!(
-            "rewards are measured from the model without an adapter; the run's own were measured from {start}, which it began with"
+            "rewards are measured from the model without an adapter; the run's own were measured from {reference}"
         ));
     }
     let loss: LossArgs =
@@ -201,15 +202,15 @@ fn joined(files: &[AnswerLogProbs]) -> AnswerLogProbs {
 }
 
 /// A line of JSON for every example: of a pair, by the names of its answers.
-fn lines(logps: &AnswerLogProbs) -> String {
+fn lines<'a>(examples: impl Iterator<Item = &'a Example>, logps: &AnswerLogProbs) -> String {
     let sum = |at: Range<usize>| logps.logps[at].iter().map(|l| f64::from(*l)).sum::<f64>();
-    let line = |example| {
-        let sums: Vec<f64> = logps.offsets.answers(example).map(sum).collect();
+    let line = |(i, example): (usize, &Example)| {
+        let sums: Vec<f64> = logps.offsets.answers(i).take(example.learned().len()).map(sum).collect();
         let line = match sums[..] {
             [chosen, rejected] => json!({"chosen": chosen, "rejected": rejected}),
             _ => json!({"answers": sums}),
         };
         format!("{line}\n")
     };
-    (0..logps.offsets.len()).map(line).collect()
+    examples.enumerate().map(line).collect()
 }

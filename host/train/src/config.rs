@@ -217,7 +217,8 @@ pub enum Dashboard {
 impl TrainConfig {
     /// What the data side is asked for, with rows from `paths` for a model and what the losses want.
     pub(crate) fn rows(&self, paths: &[String], graph: &ModelGraph, wanted: &Wanted) -> DataOptions {
-        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), ..self.data.clone() }.of_model(graph)
+        let batch_size = self.optimizer.batch_size;
+        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), batch_size, ..self.data.clone() }.of_model(graph)
     }
 
     /// The record of the run's flags, and of what they came to: the packing, the `losses` with all of their options, what is

@@ -37,7 +37,7 @@ mod tests {
     fn names_with_spaces_are_words() {
         let text =
             commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false, &["my plugins".into()]);
-        assert!(text.contains("dpo-host --plugin-dir 'my plugins' chat "), "{text}");
+        assert!(text.contains(" --plugin-dir 'my plugins' chat "), "{text}");
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"

@@ -139,7 +139,11 @@ impl<'r> Objective<'r> {
     /// # Errors
     /// Losses that take different numbers of answers.
     pub fn wanted(&self) -> Result<Wanted> {
-        let of = |t: &Term<'_>| Wanted { answers: t.loss.needs.answers, loss: t.loss.name.clone() };
+        let of = |t: &Term<'_>| Wanted {
+            answers: t.loss.needs.answers,
+            loss: t.loss.name.clone(),
+            mismatched: self.terms.iter().any(|t| t.loss.needs.mismatched),
+        };
         let mut all = self.terms.iter().map(of);
         let first = all.next().unwrap_or_default();
         all.try_fold(first, |wanted, own| match (wanted.answers, own.answers) {
