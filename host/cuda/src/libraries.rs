@@ -19,7 +19,8 @@ pub struct Library {
     pub needed: bool,
     /// Versions in names of files, and the first CUDA whose driver it runs with.
     versions: &'static [(&'static str, i32)],
-    functions: &'static [&'static str],
+    /// Its functions that are called. A file that lacks one is not used.
+    pub functions: &'static [&'static str],
 }
 
 /// All of them. The driver is the first.
