@@ -255,7 +255,7 @@ fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
 }
 
 fn listing(name: &Name, content: Content) -> Result<(Client, Listing)> {
-    let client = Client::of(name.hub);
+    let client = Client::of(name.hub)?;
     let address = format!("{}{}", (name.hub.endpoint)(), (name.hub.listing)(name, content));
     let reply = client.json(&address).map_err(|e| e.at(name.place()))?;
     let listing = protocol::listing(name, &reply).map_err(|e| e.at(name.place()))?;

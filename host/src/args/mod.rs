@@ -110,7 +110,8 @@ impl FromStr for SizeArg {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<SizeArg, String> {
-        let bytes = dpo_core::memory::parse_size(text).map_err(|e| e.message().to_owned() + ": write it as 24GiB")?;
+        let bytes = dpo_core::memory::parse_size(text)
+            .map_err(|e| format!("{}: {}", e.message(), e.advice().unwrap_or_default()))?;
         Ok(SizeArg { text: text.to_owned(), bytes })
     }
 }
