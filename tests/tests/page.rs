@@ -313,7 +313,9 @@ fn a_run_whose_process_is_gone_has_ended() {
     }
     let other = Page::start(&sandbox, &["ui", &output, "--listen", "0"], "page");
     // Of a run that goes on, its own page and another one say so.
-    [&page, &other].iter().for_each(|page| assert_eq!(told(page)["ended"], false));
+    for own in [&page, &other] {
+        assert_eq!(told(own)["ended"], false);
+    }
     page.child.kill().unwrap();
     page.child.wait().unwrap();
     let run = told(&other);

@@ -209,7 +209,9 @@ function mark() {
     for (const curve of curves) {
       for (const { set, mark, points } of curve.held) {
         const now = there ? points.findLast((one) => one.x === page.at) : points.findLast((one) => one.x <= x1);
-        if (now) held.push({ run: curve.run, set, text: `${MARKS[mark]} ${short(now.value)}` });
+        const alike = held.find((one) => one.run === curve.run && one.set === set);
+        if (now && alike) alike.text += ` / ${short(now.value)}`;
+        else if (now) held.push({ run: curve.run, set, text: [MARKS[mark], set, short(now.value)].filter(Boolean).join(" ") });
       }
       const now = curve.curve.findLast((one) => one.x <= (there ? page.at : x1));
       if (!now) continue;
@@ -228,7 +230,7 @@ function mark() {
 function legend(held, names) {
   const few = held.length > 0 && held.length <= 4;
   if (!few) return names.some(Boolean) ? [names.map((set, i) => `${MARKS[i % MARKS.length]} ${set || "all"}`).join(" ")] : [];
-  return ["eval", ...held.map(({ run, set, text }) => make("span", { class: `key ${run.look}` }, ` ${set ? `${set} ` : ""}${text}`))];
+  return ["eval", ...held.map(({ run, text }) => make("span", { class: `key ${run.look}` }, ` ${text}`))];
 }
 
 addEventListener("keydown", (event) => {
