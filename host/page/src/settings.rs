@@ -103,7 +103,8 @@ mod tests {
             "losses sigmoid options beta=0.3",
         ];
         let mut told: Vec<&str> = told.iter().map(String::as_str).collect();
-        (told.sort_unstable(), all.sort_unstable());
+        told.sort_unstable();
+        all.sort_unstable();
         assert_eq!(told, all);
     }
 }
