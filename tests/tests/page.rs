@@ -90,7 +90,18 @@ fn known_names_are_served_to_known_hosts() {
     let (status, text) = page.get("/", "");
     assert_eq!(status, 200);
     assert!(text.contains("content-security-policy: default-src 'none'") && text.contains("<!doctype html>"), "{text}");
-    ["/page.css", "/page.js"].iter().for_each(|p| assert_eq!(page.get(p, "").0, 200, "{p}"));
+    // Whatever the page's modules name is served, and is a module of its own.
+    let mut modules = vec!["/page.css".to_owned(), "/page.js".to_owned()];
+    let mut read = 0;
+    while let Some(path) = modules.get(read).cloned() {
+        let (status, text) = page.get(&path, "");
+        assert_eq!(status, 200, "{path}");
+        let named = text.split(" from \"./").skip(1).filter_map(|rest| rest.split_once('"'));
+        let new: Vec<String> = named.map(|(name, _)| format!("/{name}")).filter(|p| !modules.contains(p)).collect();
+        modules.extend(new);
+        read += 1;
+    }
+    assert!(read > 5, "{modules:?}");
     let list = page.json("/runs");
     let names: Vec<_> = list["runs"].as_array().unwrap().iter().map(|r| r["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["a", "b"]);
@@ -285,6 +296,34 @@ fn the_end_of_a_long_log_is_shown() {
     assert!(status == 200 && text.ends_with(&line(2)), "{} bytes", text.len());
     let told = page.json("/runs")["runs"][0]["left_out"].clone();
     assert_eq!(told, json!(["of logging.jsonl the last 64 MiB are shown"]));
+}
+
+#[test]
+fn a_run_whose_process_is_gone_has_ended() {
+    let sandbox = sandbox();
+    let (model, rows, output) = (case("model"), case("prefs.jsonl"), sandbox.path("run"));
+    let more =
+        ["--num-epochs", "1000000", "--save-steps", "2", "--save-total-limit", "2", "--dashboard", "127.0.0.1:0"];
+    let mut page = Page::start(&sandbox, &train(&model, &rows, &output, &more), "dashboard");
+    let told = |page: &Page| page.json("/runs")["runs"][0].clone();
+    let start = Instant::now();
+    while told(&page)["saved_step"].is_null() {
+        assert!(start.elapsed() < Duration::from_secs(60), "nothing is saved");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let other = Page::start(&sandbox, &["ui", &output, "--listen", "0"], "page");
+    // Of a run that goes on, its own page and another one say so.
+    for own in [&page, &other] {
+        assert_eq!(told(own)["ended"], false);
+    }
+    page.child.kill().unwrap();
+    page.child.wait().unwrap();
+    let run = told(&other);
+    assert!(run["ended"] == true && run["done"] == false && run["saved_step"].as_u64() >= Some(2), "{run}");
+    // Whoever looks at it is not in the way of the run that goes on from there.
+    let resumed = [&more[..6], &["--resume-from-checkpoint", "latest", "--dashboard", "127.0.0.1:0"]].concat();
+    let _page = Page::start(&sandbox, &train(&model, &rows, &output, &resumed), "dashboard");
+    assert_eq!(told(&other)["ended"], false);
 }
 
 /// Requests that somebody made up: right ones with bytes changed, repeated, cut out, and parts of others put in.

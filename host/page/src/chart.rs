@@ -1,11 +1,15 @@
 //! The charts: which there are, for the page and the report alike, and how the report draws one as SVG.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-/// A chart. A series that evaluations have too, under the same name with `eval_` before it, shows them as points.
+use super::escaped;
+
+/// A chart. A series that evaluations have too, as `eval_NAME` or, of an evaluation set with a name, as `eval_SET_NAME`, shows
+/// them as points.
 #[derive(Serialize)]
 pub(super) struct Chart {
     title: &'static str,
@@ -36,6 +40,7 @@ pub(super) const CHARTS: &[Chart] = &[
     chart("Accuracy", &[series("rewards/accuracies", "")], Some(0.5)),
     chart("Rewards", &[series("rewards/chosen", "chosen"), series("rewards/rejected", "rejected")], Some(0.0)),
     chart("Log-probs", &[series("logps/chosen", "chosen"), series("logps/rejected", "rejected")], None),
+    chart("NLL of chosen", &[series("nll_loss", "")], None),
     chart("Gradient norm", &[series("grad_norm", "")], None),
     chart("Learning rate", &[series("learning_rate", "")], None),
     chart("Tokens per second", &[series("tokens_per_second", "")], None),
@@ -51,18 +56,52 @@ const BOTTOM: f64 = 22.0;
 /// Between labels at the ends of curves.
 const LABEL: f64 = 13.0;
 
+/// Marks of evaluation sets, in the order of their names; as text, and as a path around a place.
+const MARKS: [(&str, &str); 4] = [
+    ("○", "m-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0 -5 0z"),
+    ("□", "m-2.5 -2.5h5v5h-5z"),
+    ("△", "m0 -3.5l3.5 6h-7z"),
+    ("◇", "m0 -3.5l3.5 3.5l-3.5 3.5l-3.5 -3.5z"),
+];
+
 type Points = Vec<[f64; 2]>;
+
+/// The points of a number in some lines of the log.
+fn points(lines: &[Map<String, Value>], name: &str) -> Points {
+    let point = |l: &Map<String, Value>| Some([l.get("global_step")?.as_f64()?, l.get(name)?.as_f64()?]);
+    lines.iter().filter_map(point).collect()
+}
+
+/// Evaluations of a number: by the name of the set, which is empty for one without, the name of the series.
+fn evaluations(lines: &[Map<String, Value>], name: &str) -> BTreeMap<String, String> {
+    let keys: BTreeSet<&str> = lines.iter().flat_map(|l| l.keys().map(String::as_str)).collect();
+    let charted = CHARTS.iter().flat_map(|c| c.series.iter().map(|s| s.name));
+    let known: Vec<&str> = charted.chain(keys.iter().copied().filter(|k| !k.starts_with("eval_"))).collect();
+    // `nll_loss` is a number of its own, not the loss of a set `nll`.
+    let longest = |rest: &str| known.iter().filter(|k| rest.ends_with(&format!("_{k}"))).map(|k| k.len()).max();
+    let set = |key: &&str| {
+        let rest = key.strip_prefix("eval_")?;
+        let set = rest.strip_suffix(name)?;
+        let named = !known.contains(&rest) && longest(rest) == Some(name.len());
+        let set = if set.is_empty() { "" } else { set.strip_suffix('_').filter(|_| named)? };
+        Some((set.to_owned(), (*key).to_owned()))
+    };
+    keys.iter().filter_map(set).collect()
+}
+
+/// The evaluation with the lowest loss, of the first set where the sets have names: its step and its loss.
+pub(super) fn best(lines: &[Map<String, Value>]) -> Option<[f64; 2]> {
+    let (_, key) = evaluations(lines, "loss").pop_first()?;
+    points(lines, &key).into_iter().min_by(|a, b| a[1].total_cmp(&b[1]))
+}
 
 impl Chart {
     /// The chart of some lines of the log; nothing where they have none of its numbers.
     pub(super) fn draw(&self, lines: &[Map<String, Value>]) -> String {
-        let points = |name: &str| -> Points {
-            let point = |l: &Map<String, Value>| Some([l.get("global_step")?.as_f64()?, l.get(name)?.as_f64()?]);
-            lines.iter().filter_map(point).collect()
-        };
-        let curves: Vec<(&Series, Points, Points)> =
-            self.series.iter().map(|s| (s, points(s.name), points(&format!("eval_{}", s.name)))).collect();
-        let all = || curves.iter().flat_map(|(_, curve, held)| curve.iter().chain(held));
+        let held = |s: &Series| evaluations(lines, s.name).values().map(|key| points(lines, key)).collect();
+        let curves: Vec<(&Series, Points, Vec<Points>)> =
+            self.series.iter().map(|s| (s, points(lines, s.name), held(s))).collect();
+        let all = || curves.iter().flat_map(|(_, curve, held)| curve.iter().chain(held.iter().flatten()));
         let range = |axis: usize| {
             let low = all().map(|p| p[axis]).fold(f64::INFINITY, f64::min);
             (low, all().map(|p| p[axis]).fold(f64::NEG_INFINITY, f64::max))
@@ -91,11 +130,15 @@ impl Chart {
         }
         let mut labels = Vec::new();
         for (i, (series, curve, held)) in curves.iter().enumerate() {
-            let path: String = curve.iter().map(|[s, v]| format!("{:.1},{:.1} ", x(*s), y(*v))).collect();
-            let dashed = if i > 0 { " dashed" } else { "" };
-            let _ = write!(svg, "<polyline class=\"curve{dashed}\" points=\"{path}\"/>");
-            for [step, value] in held {
-                let _ = write!(svg, "<circle class=dot cx={:.1} cy={:.1} r=2.5 />", x(*step), y(*value));
+            let path =
+                |all: &Points| all.iter().map(|[s, v]| format!("{:.1},{:.1} ", x(*s), y(*v))).collect::<String>();
+            let second = if i > 0 { " second" } else { "" };
+            let _ = write!(svg, "<polyline class=\"curve{second}\" points=\"{}\"/>", path(curve));
+            for (held, (_, mark)) in held.iter().zip(MARKS.iter().cycle()) {
+                let _ = write!(svg, "<polyline class=held points=\"{}\"/>", path(held));
+                for [step, value] in held {
+                    let _ = write!(svg, "<path class=dot d=\"M{:.1} {:.1}{mark}\"/>", x(*step), y(*value));
+                }
             }
             if let Some([_, value]) = curve.last() {
                 let text = if series.label.is_empty() { short(*value) } else { series.label.to_owned() };
@@ -117,11 +160,18 @@ impl Chart {
         if drawn.is_empty() {
             return drawn;
         }
-        let last = |name: String| lines.iter().rev().find_map(|l| l.get(&name)?.as_f64()).map(short);
-        let held: Vec<String> = self.series.iter().filter_map(|s| last(format!("eval_{}", s.name))).collect();
+        let last = |key: &String| points(lines, key).last().map(|[_, value]| short(*value));
+        let mut sets = BTreeMap::<String, Vec<String>>::new();
+        for (set, key) in self.series.iter().flat_map(|s| evaluations(lines, s.name)) {
+            sets.entry(set).or_default().extend(last(&key));
+        }
+        let told = |((set, values), (mark, _)): ((&String, &Vec<String>), &(&str, &str))| {
+            format!(" {mark} {}{}{}", escaped(set), if set.is_empty() { "" } else { " " }, values.join(" / "))
+        };
+        let held: String = sets.iter().zip(MARKS.iter().cycle()).map(told).collect();
         let held = match held.is_empty() {
             true => String::new(),
-            false => format!("<span class=now>eval <span class=key>○ {}</span></span>", held.join(" / ")),
+            false => format!("<span class=now>eval<span class=key>{held}</span></span>"),
         };
         format!("<figure class=chart><figcaption><b>{}</b>{held}</figcaption>{drawn}</figure>", self.title)
     }
@@ -142,13 +192,17 @@ fn ticks((low, high): (f64, f64), about: usize) -> Vec<f64> {
     (first..).map(|n| n as f64 * step).take_while(|v| *v <= high + step * 1e-9).take(2 * about + 2).collect()
 }
 
-/// A tick with the digits that set it apart from the next.
+/// A tick with the digits that set it apart from the next, written as the others of its axis.
 fn tick(value: f64, all: &[f64]) -> String {
-    let step = if let [a, b, ..] = all { b - a } else { value };
+    let step = if let [a, b, ..] = all { b - a } else { value }.abs();
+    let largest = all.iter().fold(0.0_f64, |most, v| most.max(v.abs()));
+    let power = |v: f64| (v.abs().log10() + 1e-9).floor();
     match value.abs() {
-        size if size < step.abs() / 2.0 => "0".into(),
-        size if !(1e-3..1e5).contains(&size) => format!("{value:.1e}"),
-        _ => format!("{value:.*}", (-step.abs().log10() + 1e-9).ceil().clamp(0.0, 7.0) as usize),
+        size if size < step / 2.0 => "0".into(),
+        size if !(1e-3..1e5).contains(&largest) => {
+            format!("{value:.*e}", (power(size) - power(step)).clamp(0.0, 12.0) as usize)
+        }
+        _ => format!("{value:.*}", (-power(step)).clamp(0.0, 12.0) as usize),
     }
 }
 
@@ -186,7 +240,9 @@ mod tests {
         assert_eq!(texts(&[0.6925, 0.693, 0.6935]), ["0.6925", "0.6930", "0.6935"]);
         assert_eq!(texts(&[-0.5, 0.0, 0.5]), ["-0.5", "0", "0.5"]);
         assert_eq!(texts(&[1000.0, 2000.0]), ["1000", "2000"]);
-        assert_eq!(texts(&[0.0, 5e-7, 1e-6]), ["0", "5.0e-7", "1.0e-6"]);
+        assert_eq!(texts(&[0.0, 5e-7, 1e-6]), ["0", "5e-7", "1.0e-6"]);
+        assert_eq!(texts(&[1e5, 1.05e5]), ["1.00e5", "1.05e5"]);
+        assert_eq!(texts(&[0.0, 0.0005, 0.001]), ["0", "0.0005", "0.0010"]);
     }
 
     #[test]
@@ -212,5 +268,24 @@ mod tests {
             .collect();
         assert!(CHARTS[0].draw(&lines).contains("<polyline class=\"curve\" points=\""));
         assert_eq!(CHARTS[1].figure(&lines), "");
+    }
+
+    #[test]
+    fn evaluation_sets_have_marks_of_their_own() {
+        let line = |text: &str| serde_json::from_str::<Map<String, Value>>(text).unwrap_or_default();
+        let lines = [
+            line(
+                "{\"global_step\":0,\"eval_loss\":0.7,\"eval_easy_loss\":0.6,\"eval_nll_loss\":2,\"eval_easy_nll_loss\":3}",
+            ),
+            line("{\"global_step\":9,\"eval_loss\":0.5,\"eval_easy_loss\":0.4,\"eval_<b>_loss\":0.3}"),
+            line("{\"global_step\":12,\"eval_loss\":0.6}"),
+        ];
+        let sets = |name: &str| evaluations(&lines, name).into_keys().collect::<Vec<_>>();
+        assert_eq!(sets("loss"), ["", "<b>", "easy"]);
+        assert_eq!(sets("nll_loss"), ["", "easy"]);
+        let figure = CHARTS[0].figure(&lines);
+        assert!(figure.contains("eval<span class=key> ○ 0.6 □ &lt;b&gt; 0.3 △ easy 0.4</span>"), "{figure}");
+        assert_eq!(figure.matches("class=dot").count(), 6);
+        assert_eq!(best(&lines), Some([9.0, 0.5]));
     }
 }

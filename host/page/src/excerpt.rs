@@ -99,8 +99,8 @@ fn thinned(mut text: impl BufRead, most: usize) -> io::Result<Vec<u8>> {
     Ok(kept.into_iter().map(|(_, line)| line).collect::<Vec<_>>().concat())
 }
 
-/// What the line of an evaluation has.
-const EVALUATION: &[u8] = b"\"eval_loss\"";
+/// What the line of an evaluation has: `eval_loss`, or that of an evaluation set with a name.
+const EVALUATION: &[u8] = b"\"eval_";
 
 /// Lines with their places.
 type Lines = Vec<(u64, Vec<u8>)>;

@@ -9,6 +9,7 @@ mod excerpt;
 mod report;
 mod runs;
 mod server;
+mod settings;
 
 pub use report::write as write_report;
 pub use runs::Runs;
@@ -28,3 +29,19 @@ pub const SAMPLES: &str = "samples.jsonl";
 pub const ANSWERS: &str = "answers.jsonl";
 
 const STYLE: &str = include_str!("page.css");
+
+/// Text of data, as text.
+fn escaped(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for letter in text.chars() {
+        match letter {
+            '&' => safe += "&amp;",
+            '<' => safe += "&lt;",
+            '>' => safe += "&gt;",
+            '"' => safe += "&quot;",
+            '\'' => safe += "&#39;",
+            letter => safe.push(letter),
+        }
+    }
+    safe
+}

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::chart::{CHARTS, short};
-use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES, STYLE, excerpt};
+use super::chart::{CHARTS, best, short};
+use super::settings::{flat, settings};
+use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES, STYLE, escaped, excerpt};
 use dpo_core::error::Result;
 use dpo_core::files;
 
@@ -24,7 +25,7 @@ pub fn write(output: &Path) -> Result<()> {
         ("Sample examples", samples(&excerpt::lines(output, SAMPLES))),
         ("Answers", answers(&excerpt::lines(output, ANSWERS))),
         ("Data", data(&facts)),
-        ("Settings", settings(&args)),
+        ("Settings", args.as_object().map(|args| list(settings(args).into_iter())).unwrap_or_default()),
     ];
     let section = |(title, body): &(&str, String)| {
         let class = title.to_lowercase().replace(' ', "-");
@@ -78,6 +79,9 @@ fn figures(lines: &[Line], facts: &Value) -> String {
             let held = values(&format!("eval_{name}")).last().map(|v| format!(", eval {}", short(*v)));
             figure(title, short(*last), format!("from {}{}", short(*first), held.unwrap_or_default()));
         }
+    }
+    if let Some([step, loss]) = best(lines) {
+        figure("Best eval loss", short(loss), format!("at step {step}"));
     }
     if let Some(seconds) = values("elapsed_s").last() {
         let speeds = values("tokens_per_second");
@@ -201,8 +205,13 @@ fn data(facts: &Value) -> String {
     }
     let line = cell(&facts["data_line"]);
     let _ = write!(html, "</table></div><p class=pre>{line}</p>");
-    html
+    let told = |name: &String| !ELSEWHERE.contains(&name.as_str());
+    let rest = flat(data).into_iter().filter(|(path, _)| path.first().is_some_and(told));
+    html + &list(rest.map(|(path, value)| (path.join(" ").replace('_', " "), value)))
 }
+
+/// What of the data report is not in its list.
+const ELSEWHERE: [&str; 6] = ["noun", "files", "parts", "dropped", "messages", "sample"];
 
 fn histogram(counts: &Value) -> String {
     let counts: Vec<f64> = counts.as_array().into_iter().flatten().filter_map(Value::as_f64).collect();
@@ -215,42 +224,12 @@ fn histogram(counts: &Value) -> String {
     svg + "</svg>"
 }
 
-fn settings(args: &Value) -> String {
-    let set = args
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter(|(_, v)| !v.is_null() && !v.is_object() && **v != Value::Array(Vec::new()));
-    let rows: String = set
-        .map(|(name, value)| {
-            let value = match value {
-                Value::String(text) => text.clone(),
-                Value::Array(list) => {
-                    let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
-                    list.iter().map(text).collect::<Vec<_>>().join(" ")
-                }
-                value => value.to_string(),
-            };
-            format!("<div><dt>{}</dt><dd>{}</dd></div>", escaped(name), escaped(&value))
-        })
-        .collect();
+/// Names and values in columns.
+fn list(pairs: impl Iterator<Item = (String, String)>) -> String {
+    let row =
+        |(name, value): (String, String)| format!("<div><dt>{}</dt><dd>{}</dd></div>", escaped(&name), escaped(&value));
+    let rows: String = pairs.map(row).collect();
     if rows.is_empty() { rows } else { format!("<dl>{rows}</dl>") }
-}
-
-/// Text of data, as text.
-fn escaped(text: &str) -> String {
-    let mut safe = String::with_capacity(text.len());
-    for letter in text.chars() {
-        match letter {
-            '&' => safe += "&amp;",
-            '<' => safe += "&lt;",
-            '>' => safe += "&gt;",
-            '"' => safe += "&quot;",
-            '\'' => safe += "&#39;",
-            letter => safe.push(letter),
-        }
-    }
-    safe
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Folders of runs: which there are, and what has changed in them.
 
+use std::collections::HashMap;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
@@ -9,7 +11,13 @@ use serde_json::{Map, Value, json};
 use super::chart::CHARTS;
 use super::{ARGS, FACTS, LOG, excerpt};
 use dpo_core::error::{Error, Result};
+use dpo_core::files;
 
+/// The file whose lock a run holds for as long as its process lives, and in which it says `process N on HOST`.
+const LOCK: &str = ".lock";
+/// The file that names the newest checkpoint, and what stands in it before the step.
+const LATEST: &str = "latest";
+const CHECKPOINT: &str = "checkpoint-";
 /// Folders deep that runs are looked for, and runs that are shown.
 const DEPTH: usize = 2;
 const RUNS: usize = 100;
@@ -19,12 +27,14 @@ pub struct Runs {
     roots: Vec<PathBuf>,
     /// In the order in which they were found, so that a place in the list names a run for good.
     found: Mutex<Vec<PathBuf>>,
+    /// Runs whose process has ended, with the time at which it had claimed its folder.
+    ended: Mutex<HashMap<PathBuf, SystemTime>>,
 }
 
 impl Runs {
     /// A run that begins, of which there may be no file yet.
     pub fn one(output: &Path) -> Runs {
-        Runs { roots: Vec::new(), found: Mutex::new(vec![output.to_owned()]) }
+        Runs { roots: Vec::new(), found: Mutex::new(vec![output.to_owned()]), ended: Mutex::default() }
     }
 
     /// Runs in these folders and below them; those that begin later come to them.
@@ -44,7 +54,7 @@ impl Runs {
         }
         // `.` has no name.
         let roots = roots.iter().map(|root| root.canonicalize().unwrap_or_else(|_| root.clone())).collect();
-        let runs = Runs { roots, found: Mutex::default() };
+        let runs = Runs { roots, found: Mutex::default(), ended: Mutex::default() };
         runs.folders();
         Ok(runs)
     }
@@ -72,17 +82,44 @@ impl Runs {
                 Some((name.to_owned(), json!(format!("{}-{}", meta.len(), time.as_nanos()))))
             };
             let spoke = [LOG, FACTS].iter().find_map(|name| excerpt::metadata(folder, name)?.modified().ok());
+            let done = folder.join("adapter_model.safetensors").is_file();
             json!({
                 "id": id,
                 "name": short(folder, &folders),
                 "folder": folder.display().to_string(),
                 "silent_s": spoke.and_then(|t| t.elapsed().ok()).map(|t| t.as_secs_f64()),
-                "done": folder.join("adapter_model.safetensors").is_file(),
+                "done": done,
+                "ended": !done && self.has_ended(folder),
+                "saved_step": saved_step(folder),
                 "left_out": excerpt::left_out(folder),
                 "files": excerpt::names().filter_map(changed).collect::<Map<String, Value>>(),
             })
         });
         json!({"charts": CHARTS, "runs": runs.collect::<Vec<_>>()})
+    }
+
+    /// Whether the process of a run is gone; not known of one on another machine. After a claim of the folder, its lock is
+    /// found free only once, so as not to be in the way of a run that is started again.
+    fn has_ended(&self, folder: &Path) -> bool {
+        let told = || -> io::Result<_> {
+            let file = files::open_regular(&folder.join(LOCK))?;
+            let (claimed, mut holder) = (file.metadata()?.modified()?, String::new());
+            (&file).take(1000).read_to_string(&mut holder)?;
+            Ok((file, claimed, holder))
+        };
+        let Ok((file, claimed, holder)) = told() else { return false };
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if ended.get(folder) == Some(&claimed) {
+            return true;
+        }
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let here = !host.is_empty() && holder.trim_end().ends_with(&format!(" on {}", host.trim()));
+        // The lock goes again with the file.
+        let free = here && file.try_lock_shared().is_ok();
+        if free {
+            ended.insert(folder.to_owned(), claimed);
+        }
+        free
     }
 
     /// A file of a run, where both are known.
@@ -92,6 +129,13 @@ impl Runs {
         drop(found);
         excerpt::names().any(|known| known == name).then(|| excerpt::read(&folder, name))
     }
+}
+
+/// The step of a run's newest checkpoint.
+fn saved_step(folder: &Path) -> Option<u64> {
+    let mut text = String::new();
+    files::open_regular(&folder.join(LATEST)).ok()?.take(1000).read_to_string(&mut text).ok()?;
+    text.trim().strip_prefix(CHECKPOINT)?.parse().ok()
 }
 
 /// Folders of runs in a folder. A run is not looked into: its checkpoints are no runs.
@@ -118,8 +162,42 @@ fn short(folder: &Path, all: &[PathBuf]) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)] // In a test, a panic is the report.
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_has_ended_when_its_lock_is_free() {
+        let folder = tempfile::tempdir().unwrap();
+        let folder = folder.path();
+        let runs = Runs::one(folder);
+        assert!(!runs.has_ended(folder), "nothing is known without a lock");
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        let claim = |host: &str, time: u64| {
+            let file = std::fs::File::create(folder.join(LOCK)).unwrap();
+            file.try_lock().unwrap();
+            std::fs::write(folder.join(LOCK), format!("process 7 on {}\n", host.trim())).unwrap();
+            file.set_modified(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(time)).unwrap();
+            file
+        };
+        let held = claim(&host, 1);
+        assert!(!runs.has_ended(folder));
+        drop(held);
+        assert!(runs.has_ended(folder));
+        let again = claim(&host, 2);
+        assert!(!runs.has_ended(folder), "a run that was resumed goes on");
+        drop(again);
+        drop(claim("another.example", 3));
+        assert!(!runs.has_ended(folder), "nothing is known of another machine");
+    }
+
+    #[test]
+    fn the_newest_checkpoint_has_a_step() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(saved_step(folder.path()), None);
+        std::fs::write(folder.path().join(LATEST), "checkpoint-14\n").unwrap();
+        assert_eq!(saved_step(folder.path()), Some(14));
+    }
 
     #[test]
     fn names_set_runs_apart() {

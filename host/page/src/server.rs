@@ -30,6 +30,12 @@ const ASSETS: &[(&str, &str, &str)] = &[
     ("/", "text/html", include_str!("page.html")),
     ("/page.css", "text/css", STYLE),
     ("/page.js", "text/javascript", include_str!("page.js")),
+    ("/shared.js", "text/javascript", include_str!("shared.js")),
+    ("/numbers.js", "text/javascript", include_str!("numbers.js")),
+    ("/table.js", "text/javascript", include_str!("table.js")),
+    ("/curves.js", "text/javascript", include_str!("curves.js")),
+    ("/details.js", "text/javascript", include_str!("details.js")),
+    ("/download.js", "text/javascript", include_str!("download.js")),
 ];
 
 /// Of every answer. Nothing but the page's own files is loaded, and nobody else's page shows them.
