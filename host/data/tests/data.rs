@@ -22,6 +22,7 @@ fn options(path: &Path) -> DataOptions {
         vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
+        max_samples: None,
         shuffle: false,
         seed: 0,
     }

@@ -29,7 +29,7 @@ use crate::{backends, demo};
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub(crate) struct TrainArgs {
-    /// Flags from a file, TOML or the args.json of a run; those of the command line win
+    /// Flags from a file, TOML, YAML or the args.json of a run; those of the command line win
     #[arg(long, value_name = "FILE", help_heading = "Options")]
     #[serde(skip)]
     config: Option<PathBuf>,
@@ -63,6 +63,9 @@ pub(crate) struct TrainArgs {
     /// Where the run is written [default: the next free folder output/<model>-N]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
+    /// Write into a new folder inside of --output-dir, as ms-swift does: v0-TIME, v1-TIME
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
+    add_version: bool,
 
     #[command(flatten)]
     #[serde(flatten)]
@@ -260,8 +263,9 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let folder = model::locate(&config.model, Need::Weights)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
     let output = dpo_train::output_of(&config.output, &folder)?;
-    let ended = ranks::launch(args.gpus, &["--output-dir".into(), output.clone().into()], args.max_restarts);
-    if ended.is_err() && config.output.dir.is_none() {
+    let told = ["--output-dir".into(), output.clone().into(), "--add-version".into(), "false".into()];
+    let ended = ranks::launch(args.gpus, &told, args.max_restarts);
+    if ended.is_err() && config.output.dir.as_ref() != Some(&output) {
         // Only an empty folder is removed: one whose run was refused.
         let _ = std::fs::remove_dir(&output);
     }
@@ -462,6 +466,7 @@ impl TrainArgs {
     fn output(&self) -> OutputConfig {
         OutputConfig {
             dir: self.output_dir.clone(),
+            version: self.add_version,
             logging_steps: self.logging_steps,
             eval_steps: self.eval_steps.unwrap_or(self.save_steps),
             save_steps: self.save_steps,
