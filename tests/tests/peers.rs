@@ -483,3 +483,19 @@ fn names_of_several_tools_bring_no_habits() {
         json!({"learning_rate": 1e-4, "loss": ["hinge"], "lr_scheduler": "linear", "max_length": 2048}),
     );
 }
+
+/// Lists have spaces or commas between their values; a file whose name has a comma is one file.
+#[test]
+fn lists_may_have_commas() {
+    let s = sandbox();
+    let text = std::fs::read_to_string(rows()).unwrap();
+    let files = ["one.jsonl", "two.jsonl", "one,two.jsonl"].map(|name| s.write(name, &text));
+    for (dataset, count) in [(format!("{},{}", files[0], files[1]), 32), (files[2].clone(), 16)] {
+        let output = s.path(&format!("run{count}"));
+        let more =
+            ["--target-modules", "q_proj,v_proj", "--max-steps", "1", "--device", "cpu", "--output-dir", &output];
+        let ended = s.ok(&[&["train", "--model", &model(), "--dataset", &dataset][..], &more].concat());
+        assert!(ended.stderr.contains(&format!("data        {count} pairs")), "{}", ended.stderr);
+        has(&output, json!({"target_modules": ["q_proj", "v_proj"]}));
+    }
+}

@@ -130,7 +130,7 @@ mod tests {
     fn what_is_no_list_of_keys_is_told_with_its_line() {
         for (text, line, says) in [
             ("a: 1\nb: [1, 2\nc: 3\n", 3, ""),
-            ("a: 1\nb: *c\n", 2, "aliases"),
+            ("a: 1\nb: *c\n", 2, "anchor"),
             ("a: &x 1\nb: *x\n", 2, "aliases"),
             ("- a\n- b\n", 1, "keys with values"),
             ("a: 1\na: 2\n", 2, "twice"),
@@ -140,7 +140,8 @@ mod tests {
             let (at, cause) = keys(text).unwrap_err();
             assert!(cause.contains(says) && at >= line, "{text}: {at} {cause}");
         }
-        let deep = format!("a: {}", "[".repeat(100_000));
-        assert!(keys(&deep).unwrap_err().1.contains("inside of each other"));
+        let deep = |depth: usize| format!("a: {}{}", "[".repeat(depth), "]".repeat(depth));
+        assert!(keys(&deep(DEEPEST - 1)).is_ok() && keys(&deep(100_000)).is_err());
+        assert!(keys(&deep(DEEPEST + 1)).unwrap_err().1.contains("inside of each other"));
     }
 }

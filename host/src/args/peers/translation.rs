@@ -104,6 +104,9 @@ impl<'a> Translation<'a> {
 
     /// An argument that is a flag of ours.
     fn is(&mut self, argument: &Argument, flag: Flag) -> Result<()> {
+        if says_none(&flag) {
+            return Ok(());
+        }
         let name = argument.flag().unwrap_or_default();
         let refused = |value: &String| REFUSED.iter().find(|(f, v, ..)| *f == name && v == value);
         if let Some((.., why, instead)) = flag.values.iter().find_map(refused) {
