@@ -421,7 +421,15 @@ fn what_llama_factory_asks_for_and_is_not_done_is_refused() {
     ] {
         s.refuses(&["train", &yaml(&s, "wrong", more)], &[says]);
     }
-    // The label of the loss; it is known where the loss is.
+    let file = s.write(
+        "lost.yaml",
+        &format!("stage: dpo\nmodel_name_or_path: {}\ndataset_dir: lost\ndataset: pairs\n", model()),
+    );
+    s.refuses(
+        &["train", &file],
+        &["lost/dataset_info.json: cannot read", "lost.yaml:4: --dataset pairs names datasets", "dataset_dir"],
+    );
+    // Where there is the loss kto, it is trained.
     let ended = s.run(&[
         "train",
         &yaml(&s, "kto", "stage: kto\ndataset: labelled\nkto_chosen_weight: 2.0\n"),

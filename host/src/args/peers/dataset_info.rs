@@ -48,7 +48,7 @@ type Written = (&'static str, BTreeMap<String, String>);
 
 /// `dataset`, `eval_dataset` and `dataset_dir` as rows with their format and columns. A file of that name is taken as it is.
 pub(super) fn datasets(t: &mut Translation, modelscope: bool) -> Result<()> {
-    let (dir, dir_flag) = t.take_value("dataset_dir");
+    let (dir, _) = t.take_value("dataset_dir");
     let dir = dir.unwrap_or_else(|| "data".into());
     let mut info = None;
     let mut written: Option<(String, Written)> = None;
@@ -68,7 +68,7 @@ pub(super) fn datasets(t: &mut Translation, modelscope: bool) -> Result<()> {
             }
             let info = match &info {
                 Some(info) => info,
-                None => info.insert(read(&dir, dir_flag.as_ref().unwrap_or(&flag))?),
+                None => info.insert(read(&dir, &flag)?),
             };
             let Some(Value::Object(entry)) = info.get(name) else {
                 if exists(name) {
@@ -107,7 +107,10 @@ pub(super) fn datasets(t: &mut Translation, modelscope: bool) -> Result<()> {
 fn read(dir: &str, flag: &Flag) -> Result<Map<String, Value>> {
     let path = Path::new(dir).join(INFO);
     let text = dpo_core::files::read_text(&path).map_err(|e| {
-        e.help(format!("{} names datasets of this file: say in which folder it is with dataset_dir", flag.spelled()))
+        Error::input(e.message()).at(path.display()).help(format!(
+            "{} names datasets of this file, or files: say in which folder it is with dataset_dir",
+            flag.spelled()
+        ))
     })?;
     serde_json::from_str(&text).map_err(|e| Error::input(e.to_string()).at(path.display()))
 }

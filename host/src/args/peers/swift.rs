@@ -383,7 +383,9 @@ fn names(t: &mut Translation) -> Result<()> {
         let Some(mut flag) = flag else { continue };
         for value in &mut flag.values {
             *value = named(value, false);
-            if let Some(revision) = revision.as_ref().and_then(|flag| flag.values.first()) {
+            if !exists(value)
+                && let Some(revision) = revision.as_ref().and_then(|flag| flag.values.first())
+            {
                 *value = format!("{value}@{revision}");
             }
         }
