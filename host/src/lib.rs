@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use args::resolve;
+use args::train::TrainArgs;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
@@ -43,7 +44,7 @@ enum Command {
     /// Arguments of ms-swift, LLaMA-Factory and TRL are taken under their own names; those without a meaning here are
     /// reported. Flags may also be written in a file, TOML or YAML: --config run.toml.
     #[command(args_override_self = true)]
-    Train(Box<train::TrainArgs>),
+    Train(Box<TrainArgs>),
     /// List plugins: what was found, and where
     List(list::ListOptions),
     /// Describe a plugin: a family's graph, a format's rows, a loss's formula and options
@@ -165,6 +166,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
     }
     if let (Command::Train(options), Some((_, matches))) = (&mut cli.command, matches.subcommand()) {
         options.given = given(matches);
+        options.plugin_dir.clone_from(&cli.plugin_dir);
         if options.json {
             console::json();
         }

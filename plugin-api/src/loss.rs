@@ -52,13 +52,15 @@ pub enum Answers {
     Pair,
     /// A ranking of 2 to [`MAX_ANSWERS`], best first.
     Ranked,
+    /// One, liked or not, as its label says: above 0 where it was. Each answer of a pair is an example of its own.
+    Labelled,
 }
 
 impl Answers {
     /// Whether so many answers will do.
     pub fn takes(self, count: usize) -> bool {
         match self {
-            Answers::One => count == 1,
+            Answers::One | Answers::Labelled => count == 1,
             Answers::Pair => count == 2,
             Answers::Ranked => (2..=MAX_ANSWERS).contains(&count),
         }
@@ -70,6 +72,7 @@ impl Answers {
             Answers::One => "1 answer".into(),
             Answers::Pair => "2 answers".into(),
             Answers::Ranked => format!("2 to {MAX_ANSWERS} answers"),
+            Answers::Labelled => "1 answer, liked or not".into(),
         }
     }
 }
@@ -85,6 +88,10 @@ pub struct Needs {
     pub reference: bool,
     /// Whether an example's loss depends on other examples; then the loss is called once a step with all of them.
     pub whole_batch: bool,
+    /// Whether each example has a mismatched answer behind its own, detached: that of another prompt, from which KTO estimates how
+    /// far the policy has gone from the reference.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub mismatched: bool,
     /// Further statistics of each answer token, by name, under the policy and under the reference; an unknown one refuses the
     /// loss.
     #[serde(default)]
@@ -94,7 +101,7 @@ pub struct Needs {
 impl Default for Needs {
     /// Pairs, the reference, example by example, no further statistics.
     fn default() -> Needs {
-        Needs { answers: Answers::Pair, reference: true, whole_batch: false, statistics: Vec::new() }
+        Needs { answers: Answers::Pair, reference: true, whole_batch: false, mismatched: false, statistics: Vec::new() }
     }
 }
 
@@ -180,6 +187,11 @@ impl Answer<'_> {
     /// Tokens.
     pub fn count(&self) -> f64 {
         self.policy.len() as f64
+    }
+
+    /// `log π / π_ref`, as a number without a gradient.
+    pub fn ratio(&self) -> f64 {
+        self.weighted(self.policy) - self.weighted(self.reference)
     }
 
     fn weighted(&self, logps: &[f32]) -> f64 {

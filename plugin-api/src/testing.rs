@@ -4,7 +4,7 @@
 
 use crate::dataset::{DatasetFormat, Row};
 use crate::graph::{Block, ModelGraph};
-use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Options};
+use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Needs, Options};
 use crate::model::{Config, ModelFamily};
 
 /// The graph of the family's example config, after checking that it is whole: every value is made before it is read, every
@@ -88,9 +88,13 @@ pub fn check_loss(loss: &dyn AlignmentLoss) {
 /// With the token and both derivatives.
 pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
     for tail in [1.0, 0.3] {
-        let batch = SyntheticBatch::new(loss.needs().answers, tail);
+        let batch = SyntheticBatch::new(&loss.needs(), tail);
         let grad = batch.eval(loss, options, None).grad();
         for (token, exact) in grad.iter().enumerate() {
+            if batch.is_detached(token) {
+                assert!(*exact == 0.0, "{}: token {token} of a detached answer has a derivative", loss.name());
+                continue;
+            }
             // f32 log-probs near -2 carry an error of 2e-7 each; a step of 2e-3 keeps that out of the quotient.
             let h = 2e-3_f32;
             let total = |by: f32| batch.eval(loss, options, Some((token, by))).losses().iter().sum::<f64>();
@@ -110,18 +114,23 @@ pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
 struct SyntheticBatch {
     /// Answers of every example.
     counts: [usize; 3],
+    /// Whether the last of them is detached, and belongs to another prompt.
+    mismatched: bool,
+    answers: Answers,
     policy: Vec<Vec<f32>>,
     reference: Vec<Vec<f32>>,
     weights: Vec<Vec<f32>>,
 }
 
 impl SyntheticBatch {
-    fn new(answers: Answers, tail: f32) -> SyntheticBatch {
-        let counts = match answers {
-            Answers::One => [1; 3],
+    fn new(needs: &Needs, tail: f32) -> SyntheticBatch {
+        let Needs { answers, mismatched, .. } = *needs;
+        let learned = match answers {
+            Answers::One | Answers::Labelled => [1; 3],
             Answers::Pair => [2; 3],
             Answers::Ranked => [2, 5, 3],
         };
+        let counts = learned.map(|count| count + usize::from(mismatched));
         let lengths = [3_usize, 2, 1, 4, 2, 2, 5, 1, 3, 2];
         // The second term keeps log-ratios of different answers apart: where two are equal, a loss that sorts has a bend.
         let value = |i: usize, j: usize, k: usize| {
@@ -137,7 +146,14 @@ impl SyntheticBatch {
             weights.extend(own.iter().map(|n| (0..*n).map(weight).collect()));
             first += count;
         }
-        SyntheticBatch { counts, policy: rows(0), reference: rows(1), weights }
+        SyntheticBatch { counts, mismatched, answers, policy: rows(0), reference: rows(1), weights }
+    }
+
+    /// Whether a token is a detached answer's.
+    fn is_detached(&self, token: usize) -> bool {
+        let of = |count: usize| (0..count).map(move |i| self.mismatched && i + 1 == count);
+        let answers = self.counts.into_iter().flat_map(of).zip(&self.policy);
+        answers.flat_map(|(detached, tokens)| tokens.iter().map(move |_| detached)).nth(token).unwrap_or(false)
     }
 
     fn eval(&self, loss: &dyn AlignmentLoss, options: &Options, nudge: Option<(usize, f32)>) -> LossGrad {
@@ -147,14 +163,18 @@ impl SyntheticBatch {
             *value.unwrap_or_else(|| panic!("token {token} is not there")) += by;
         }
         let statistics = [-1.0_f32; 8];
-        let mut first = 0;
+        let (mut first, mut liked) = (0, false);
         let examples = self.counts.map(|count| {
+            liked = !liked;
             let answers = (first..first + count).map(|i| Answer {
                 policy: &policy[i],
                 reference: &self.reference[i],
                 weights: &self.weights[i],
-                label: (first + count - 1 - i) as f64,
-                detached: false,
+                label: match self.answers {
+                    Answers::Labelled => f64::from(u8::from(liked)),
+                    _ => (first + count - 1 - i) as f64,
+                },
+                detached: self.mismatched && i + 1 == first + count,
                 statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
                 reference_statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
             });

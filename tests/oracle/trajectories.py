@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 BATCH, STEPS, RATE, RANK = 4, 4, 2e-3, 4
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -40,7 +40,10 @@ FOLDERS = {
     "llama-linear-bias": ("llama", dict(head_dim=12, attention_bias=True, mlp_bias=True,
                                         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)), {
         "": {}, "ld-truncated": dict(ld_alpha=0.3, max_length=40)}),
+    "qwen2-unpaired": ("qwen2", dict(tie_word_embeddings=True), {
+        "": dict(loss_type=["kto"]), "apo_zero_unpaired": dict(loss_type=["apo_zero_unpaired"])}),
 }
+UNPAIRED = ("kto", "apo_zero_unpaired")  # losses of KTOTrainer, over answers that were liked or not
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WORDS = "早上 好 谢谢 你 我们 明天 见 the kettle is on and a bird sang 🌱 🎈 yes perhaps not now 7 2048 snake_case ok sure no hi".split()
@@ -90,10 +93,15 @@ def main():
                 if "lora_" in key: weight.copy_(torch.randn_like(weight) * 0.05)
         start.save_pretrained(f"{folder}/init_adapter")
         data = list(rows(rng, BATCH * STEPS))
+        unpaired = cases[""].get("loss_type", [""])[0] in UNPAIRED
+        if unpaired:
+            answer = lambda i, r: r["messages"][-1:] if i % 3 else [{"role": "assistant", "content": r["rejected_response"]}]
+            data = [{"messages": r["messages"][:-1] + answer(i, r), "label": bool(i % 3)} for i, r in enumerate(data)]
         with open(f"{folder}/prefs.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
         split = [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:],
-                  "rejected": [{"role": "assistant", "content": r["rejected_response"]}]} for r in data]
+                  "rejected": [{"role": "assistant", "content": r["rejected_response"]}]} for r in data if not unpaired]
+        split = split or [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:], "label": r["label"]} for r in data]
         for case, settings in cases.items():
             run(folder, case, settings, split, tok)
         for path in ("init_adapter/README.md", "final_adapter/README.md", "model/generation_config.json"):
@@ -108,14 +116,16 @@ def run(folder, case, settings, split, tok):
     base = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, f"{folder}/init_adapter", is_trainable=True)
     args = {"loss_type": ["sigmoid"], "max_length": 512, "beta": 0.1, **settings}
-    config = DPOConfig(
+    unpaired = args["loss_type"][0] in UNPAIRED
+    Trainer, Config = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
+    config = Config(
         output_dir=f"{folder}/trl", per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=STEPS, learning_rate=RATE,
         lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
-        gradient_checkpointing=False, train_sampling_strategy="sequential", **args)
+        gradient_checkpointing=False, train_sampling_strategy="sequential", **{**args, **({"loss_type": args["loss_type"][0]} if unpaired else {})})
     losses = []
 
-    class Exact(DPOTrainer):
+    class Exact(Trainer):
         def training_step(self, *a, **k):
             losses.append(float(loss := super().training_step(*a, **k)))
             return loss
@@ -125,12 +135,13 @@ def run(folder, case, settings, split, tok):
     if not case: model.save_pretrained(f"{folder}/final_adapter", selected_adapters=["default"])
     keep = ("grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
     logs = [line for line in trainer.state.log_history if "loss" in line]
-    steps = [{"loss": loss, **{k: line[k] for k in keep}} for loss, line in zip(losses, logs)]
+    steps = [{"loss": loss, **{k: line[k] for k in keep if k in line}} for loss, line in zip(losses, logs)]
     named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
              **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
     expected = {"args": named, "steps": steps}
     if not case:
-        expected["rows"] = [{k: r[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")} for r in trainer.train_dataset]
+        ids = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
+        expected["rows"] = [{k: r[k] for k in ids if k in r} for r in trainer.train_dataset]
     json.dump(expected, open(f"{folder}/expected{'-' + case if case else ''}.json", "w"))
 
 

@@ -192,6 +192,10 @@ fn refusals_say_what_to_do() {
     for no_name in ["./nowhere", "a/b/c", "a/..", "../b", "xx::a/b", "name"] {
         says(&eval(&s, &hub, no_name, &[]), 2, &["--model", no_name, "is not a folder"]);
     }
+    for (file, why) in [("nowhere.pem", "cannot be read"), ("no.pem", "no certificates")] {
+        let path = if file == "no.pem" { s.write(file, "words") } else { s.path(file) };
+        says(&eval(&s, &hub, "tiny/qwen2", &[("SSL_CERT_FILE", &path)]), 2, &["SSL_CERT_FILE=", file, why]);
+    }
     hub.state.lock().unwrap().token = Some("let-me-in".into());
     says(&eval(&s, &hub, "tiny/qwen2", &[]), 2, &["401", "HF_TOKEN"]);
     let wrong = eval(&s, &hub, "tiny/qwen2", &[("HF_TOKEN", "guessed")]);

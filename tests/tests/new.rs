@@ -36,6 +36,28 @@ fn a_new_crate_builds_passes_its_tests_and_loads() {
 }
 
 #[test]
+fn a_new_crate_needs_no_source_tree() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().join("fresh");
+    new(Kind::Loss, "fresh", &dir).unwrap();
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let files = |dir: &Path| {
+        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let (original, copy) = (ours.join("plugin-api/src"), dir.join("plugin-api/src"));
+    assert_eq!(files(&original), files(&copy));
+    for file in files(&original) {
+        assert_eq!(std::fs::read(original.join(&file)).unwrap(), std::fs::read(copy.join(&file)).unwrap(), "{file:?}");
+    }
+    for manifest in ["Cargo.toml", "plugin-api/Cargo.toml"] {
+        let text = std::fs::read_to_string(dir.join(manifest)).unwrap();
+        assert!(!text.contains(&*ours.to_string_lossy()) && !text.contains("workspace = true"), "{manifest}:\n{text}");
+    }
+}
+
+#[test]
 fn what_is_there_stays() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("precious");

@@ -196,7 +196,7 @@ fn a_run_goes_on_with_another_number_of_ranks() {
     std::fs::remove_dir_all(Path::new(&cut).join("checkpoint-6")).unwrap();
     let latest: &[&str] = &["--resume-from-checkpoint", "latest"];
     let printed = ok(&sandbox, &train("qwen2", &cut, &[BATCH, settings, latest, &["--gpus", "2"]]));
-    assert!(!printed.contains("step 3 ") && printed.contains("step 4 "), "{printed}");
+    assert!(!printed.contains("step 3/") && printed.contains("step 4/"), "{printed}");
     assert_equal_logs(&whole, &cut, "three ranks, then two");
 }
 
@@ -460,7 +460,7 @@ fn a_run_that_is_put_back_goes_on_or_begins() {
     let args = train("qwen2", &cut, &[BATCH, settings, latest]);
     ok(&sandbox, &args);
     // What a run leaves that was killed before and after its first checkpoint.
-    for (kept, first) in [(None, "step 1 "), (Some("checkpoint-3"), "step 4 ")] {
+    for (kept, first) in [(None, "step 1/"), (Some("checkpoint-3"), "step 4/")] {
         ["checkpoint-3", "checkpoint-6", "checkpoint-8"].iter().filter(|c| Some(**c) != kept).for_each(|c| {
             let _ = std::fs::remove_dir_all(Path::new(&cut).join(c));
         });
@@ -481,7 +481,7 @@ fn a_run_that_is_put_back_goes_on_or_begins() {
     for child in [again(0), again(1)] {
         let (code, text) = ended(child);
         assert_eq!(code, 0, "{text}");
-        assert!(!text.contains("step 6 "), "{text}");
+        assert!(!text.contains("step 6/"), "{text}");
     }
     assert_equal_logs(&whole, &cut, "two ranks that go on");
 }

@@ -41,24 +41,23 @@ pub trait Backend {
     /// Whether answers cost little whatever the size of the model.
     fn is_gpu(&self) -> bool;
 
-    /// Plans memory, prints the plan, and loads a model for training.
+    /// Plans the memory of training, and prints the plan. No weight is read for it.
     ///
     /// # Errors
-    /// A model that does not fit, with the numbers; a checkpoint or device that fails; a rank that is lost.
-    fn trainer(
+    /// A model that does not fit, with the numbers; a device that fails; a rank that is lost.
+    fn plan(
         &self,
         group: &mut dyn ProcessGroup,
         graph: ModelGraph,
-        checkpoint: &Checkpoint,
         adapter: Adapter,
         workload: Workload,
         options: MemoryOptions,
-    ) -> Result<Box<dyn Device>>;
+    ) -> Result<Box<dyn Planned>>;
 
     /// Loads a model that answers, with so many bytes of memory at most.
     ///
     /// # Errors
-    /// As [`trainer`](Self::trainer).
+    /// As [`plan`](Self::plan) and [`Planned::load`].
     fn decoder(
         &self,
         graph: &ModelGraph,
@@ -68,23 +67,57 @@ pub trait Backend {
     ) -> Result<Box<dyn Decoder>>;
 }
 
+/// A model that fits: its memory is planned, and its weights come next.
+pub trait Planned {
+    /// How much it computes at once.
+    fn packing(&self) -> Packing;
+
+    /// Loads the weights.
+    ///
+    /// # Errors
+    /// A checkpoint or a device that fails; a rank that is lost.
+    fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>>;
+}
+
 /// The CPU, in float32.
 pub struct Cpu;
+
+struct PlannedOnCpu {
+    graph: ModelGraph,
+    adapter: Adapter,
+    plan: Plan,
+}
+
+impl Planned for PlannedOnCpu {
+    fn packing(&self) -> Packing {
+        self.plan.packing()
+    }
+
+    fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {
+        let PlannedOnCpu { graph, adapter, plan } = *self;
+        let base = match group.shards().filter(|_| plan.parts > 1) {
+            Some(shards) => Base::load_part(&graph, checkpoint, shards)?,
+            None => Base::load(&graph, checkpoint)?,
+        };
+        let mut engine = Engine::new(graph, base, adapter)?;
+        engine.recompute(plan.recomputed);
+        Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)?))
+    }
+}
 
 impl Backend for Cpu {
     fn is_gpu(&self) -> bool {
         false
     }
 
-    fn trainer(
+    fn plan(
         &self,
         group: &mut dyn ProcessGroup,
         graph: ModelGraph,
-        checkpoint: &Checkpoint,
         adapter: Adapter,
         workload: Workload,
         options: MemoryOptions,
-    ) -> Result<Box<dyn Device>> {
+    ) -> Result<Box<dyn Planned>> {
         let plan = |parts| Plan::new(&graph, adapter.parameters(), workload.longest, parts, options);
         let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         let packing = agree_on_packing(group, plan.packing())?;
@@ -93,13 +126,7 @@ impl Backend for Cpu {
             plan = Plan::new(&graph, adapter.parameters(), workload.longest, plan.parts, options)?;
         }
         console::line(&plan);
-        let base = match group.shards().filter(|_| plan.parts > 1) {
-            Some(shards) => Base::load_part(&graph, checkpoint, shards)?,
-            None => Base::load(&graph, checkpoint)?,
-        };
-        let mut engine = Engine::new(graph, base, adapter)?;
-        engine.recompute(plan.recomputed);
-        Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)?))
+        Ok(Box::new(PlannedOnCpu { graph, adapter, plan }))
     }
 
     fn decoder(

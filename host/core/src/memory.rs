@@ -27,6 +27,9 @@ pub fn size(bytes: usize) -> String {
     }
 }
 
+/// The least number without a unit that is taken for bytes; a smaller one is a unit forgotten.
+const LEAST_BYTES: f64 = (1 << 20) as f64;
+
 /// Bytes of a text such as `24GiB`, `900MB` or a plain number.
 pub fn parse_size(text: &str) -> Result<usize> {
     let wrong = || Error::input(format!("'{text}' is not a size")).help("write it as 24GiB");
@@ -43,6 +46,9 @@ pub fn parse_size(text: &str) -> Result<usize> {
         _ => return Err(wrong()),
     };
     let number: f64 = number.parse().map_err(|_| wrong())?;
+    if unit.is_empty() && number < LEAST_BYTES {
+        return Err(Error::input(format!("'{text}' has no unit")).help(format!("write it as {text}GiB")));
+    }
     Ok((number * factor) as usize)
 }
 
@@ -54,7 +60,11 @@ mod tests {
     fn sizes() {
         assert_eq!(parse_size("24GiB").unwrap(), 24 << 30);
         assert_eq!(parse_size("1.5 GB").unwrap(), 1_500_000_000);
+        assert_eq!(parse_size("25769803776").unwrap(), 24 << 30);
+        assert_eq!(parse_size("64B").unwrap(), 64);
         assert!(parse_size("much").is_err());
+        let bare = parse_size("24").unwrap_err();
+        assert!(bare.message().contains("no unit") && bare.advice() == Some("write it as 24GiB"), "{bare}");
         assert_eq!(size(3 << 29), "1.5 GiB");
     }
 }

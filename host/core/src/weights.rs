@@ -338,8 +338,8 @@ impl Shard {
 
     fn part(&self) -> Result<Part<'_>> {
         let (length, header) = SafeTensors::read_metadata(&self.map).map_err(|e| {
-            let help = "fetch it again: it may be cut short, or a pointer of Git LFS in the place of the file";
-            Error::input(format!("is not a safetensors file: {e}")).at(self.path.display()).help(help)
+            let cause = cut_tensor(&self.map).unwrap_or_else(|| format!("is not a safetensors file: {e}"));
+            Error::input(cause).at(self.path.display()).help("download or copy the file again")
         })?;
         // The length is eight bytes itself.
         let (first, data) = self.map.split_at(8 + length);
@@ -361,6 +361,9 @@ impl Shard {
 
 /// The first tensor whose bytes a cut file no longer holds.
 fn cut_tensor(file: &[u8]) -> Option<String> {
+    if file.starts_with(b"version https://git-lfs") {
+        return Some("is a pointer of Git LFS, not the file itself: `git lfs pull` in its folder fetches that".into());
+    }
     let length = u64::from_le_bytes(file.get(..8)?.try_into().ok()?) as usize;
     let Some(header) = file.get(8..8usize.checked_add(length)?) else {
         return Some(format!("is cut short: its header has {length} bytes, the file {}", file.len()));

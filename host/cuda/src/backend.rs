@@ -1,13 +1,13 @@
 //! A GPU as a backend of this program.
 
-use dpo_core::backend::{Backend, Workload, agree_on_packing, whole_or_sharded};
+use dpo_core::backend::{Backend, Planned, Workload, agree_on_packing, whole_or_sharded};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
 use dpo_core::decoder::Decoder;
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
-use dpo_core::plan::MemoryOptions;
+use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::weights::Checkpoint;
 use dpo_plugin_api::graph::ModelGraph;
 
@@ -19,20 +19,43 @@ const BAR: &str = "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
 /// The GPU of an index, in bfloat16.
 pub struct Cuda(pub usize);
 
+struct PlannedOnGpu {
+    gpu: Gpu,
+    nccl: Option<Nccl>,
+    graph: ModelGraph,
+    adapter: Adapter,
+    plan: GpuPlan,
+}
+
+impl Planned for PlannedOnGpu {
+    fn packing(&self) -> Packing {
+        self.plan.packing()
+    }
+
+    fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {
+        let PlannedOnGpu { gpu, nccl, graph, adapter, plan } = *self;
+        let bar = console::bar(checkpoint.bytes() as u64, BAR);
+        let source = Source::Checkpoint(checkpoint);
+        let mut device = CudaDevice::load(gpu, graph, &source, adapter, (plan, group.rank()), &bar)?;
+        bar.finish_and_clear();
+        device.warm_up()?;
+        Ok(Box::new(device.join(nccl)))
+    }
+}
+
 impl Backend for Cuda {
     fn is_gpu(&self) -> bool {
         true
     }
 
-    fn trainer(
+    fn plan(
         &self,
         group: &mut dyn ProcessGroup,
         graph: ModelGraph,
-        checkpoint: &Checkpoint,
         adapter: Adapter,
         workload: Workload,
         options: MemoryOptions,
-    ) -> Result<Box<dyn Device>> {
+    ) -> Result<Box<dyn Planned>> {
         let gpu = Gpu::open(self.0)?;
         let nccl = Nccl::join(&gpu, group)?;
         let room = room(&gpu, options.limit, nccl.as_ref())?;
@@ -53,12 +76,7 @@ impl Backend for Cuda {
             plan = GpuPlan::new(&graph, &adapter, longest, answers, room, plan.ranks, options)?;
         }
         console::line(format!("device      {}, compute capability {}\n{plan}", gpu.name, gpu.capability));
-        let bar = console::bar(checkpoint.bytes() as u64, BAR);
-        let mut device =
-            CudaDevice::load(gpu, graph, &Source::Checkpoint(checkpoint), adapter, (plan, group.rank()), &bar)?;
-        bar.finish_and_clear();
-        device.warm_up()?;
-        Ok(Box::new(device.join(nccl)))
+        Ok(Box::new(PlannedOnGpu { gpu, nccl, graph, adapter, plan }))
     }
 
     fn decoder(

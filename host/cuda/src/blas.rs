@@ -3,13 +3,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
+use std::fmt::{self, Display};
 use std::fs::File;
-use std::mem::MaybeUninit;
+use std::ptr;
 
-use cudarc::cublaslt::{result, sys};
-
+use super::api::{self, Algorithm, CublasLt, Handle, Heuristic, Status};
 use super::gpu::{Address, Gpu, Memory, View};
+use super::libraries;
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 
@@ -18,11 +19,12 @@ pub(super) const WORKSPACE: usize = 64 << 20;
 
 /// cuBLASLt on one GPU.
 pub(super) struct Blas {
-    handle: sys::cublasLtHandle_t,
+    handle: Handle,
+    library: &'static CublasLt,
     workspace: Memory,
     plans: RefCell<HashMap<Matmul, Plan>>,
     /// Algorithms by [`Matmul::class`].
-    tuned: RefCell<BTreeMap<String, [u64; 8]>>,
+    tuned: RefCell<BTreeMap<String, Algorithm>>,
     /// Whether algorithms are timed: results are then of no use.
     tuning: Cell<bool>,
     /// Of the cache's entry: the card and the library.
@@ -58,9 +60,9 @@ pub(super) struct Matmul {
 }
 
 struct Plan {
-    description: sys::cublasLtMatmulDesc_t,
-    layouts: [sys::cublasLtMatrixLayout_t; 4],
-    algorithm: sys::cublasLtMatmulAlgo_t,
+    description: Handle,
+    layouts: [Handle; 4],
+    algorithm: Algorithm,
 }
 
 /// Matrices of a matmul. `c` is read where something is added; it may be `d`.
@@ -73,14 +75,24 @@ pub(super) struct Operands {
     pub bias: Address,
 }
 
-fn failed(matmul: &Matmul) -> impl FnOnce(result::CublasError) -> Error + '_ {
-    move |e| {
-        Error::run(format!("cuBLASLt: matmul of [{}, {}] and [{}, {}]: {e:?}", matmul.m, matmul.k, matmul.k, matmul.n))
+/// What a function of cuBLASLt returned, as a result.
+fn done(library: &CublasLt, what: impl Display, status: Status) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: cuBLASLt returns a text that it keeps.
+    let said = unsafe { api::text((library.cublasLtGetStatusName)(status)) };
+    Err(Error::run(format!("cuBLASLt: {what}: {said}")))
+}
+
+impl Display for Matmul {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(to, "matmul of [{}, {}] and [{}, {}]", self.m, self.k, self.k, self.n)
     }
 }
 
 /// Algorithms that were found before. What cannot be read is timed again.
-fn read(name: &str) -> BTreeMap<String, [u64; 8]> {
+fn read(name: &str) -> BTreeMap<String, Algorithm> {
     cache::read(CACHE, name).and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
@@ -89,12 +101,16 @@ const CACHE: &str = "products";
 
 impl Blas {
     pub(super) fn new(gpu: &Gpu) -> Result<Blas> {
-        let handle = result::create_handle().map_err(|e| Error::run(format!("cuBLASLt does not start: {e:?}")))?;
+        let library = libraries::table::<CublasLt>()?;
+        let mut handle = ptr::null_mut();
+        // SAFETY: writes one handle.
+        done(library, "starting", unsafe { (library.cublasLtCreate)(&mut handle) })?;
         // SAFETY: takes nothing and returns a number.
-        let version = unsafe { sys::cublasLtGetVersion() };
+        let version = unsafe { (library.cublasLtGetVersion)() };
         let name = format!("{}-cublas-{version}", gpu.name.replace(' ', "-"));
         Ok(Blas {
             handle,
+            library,
             workspace: gpu.allocate(WORKSPACE)?,
             plans: RefCell::default(),
             tuned: RefCell::new(read(&name)),
@@ -135,7 +151,7 @@ impl Blas {
     /// Drops plans, which were made for shapes that will not come again.
     fn forget(&self) -> Result<()> {
         for (matmul, plan) in self.plans.borrow_mut().drain() {
-            plan.destroy().map_err(failed(&matmul))?;
+            self.destroy(&matmul, plan)?;
         }
         Ok(())
     }
@@ -164,23 +180,23 @@ impl Blas {
         // the matmul reads Dᵀ = op(B)ᵀ · op(A)ᵀ.
         unsafe {
             if matmul.bias {
-                result::set_matmul_desc_attribute(
+                let status = (self.library.cublasLtMatmulDescSetAttribute)(
                     plan.description,
-                    sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
+                    api::CUBLASLT_MATMUL_DESC_BIAS_POINTER,
                     (&raw const on.bias).cast(),
                     size_of::<Address>(),
-                )
-                .map_err(failed(matmul))?;
+                );
+                done(self.library, matmul, status)?;
             }
-            result::matmul(
+            let status = (self.library.cublasLtMatmul)(
                 self.handle,
                 plan.description,
                 number(&alpha),
-                number(&beta),
                 at(on.b.at),
                 plan.layouts[1],
                 at(on.a.at),
                 plan.layouts[0],
+                number(&beta),
                 at(if matmul.add { on.c.at } else { on.d.at }),
                 plan.layouts[2],
                 on.d.at as *mut c_void,
@@ -188,105 +204,104 @@ impl Blas {
                 &plan.algorithm,
                 self.workspace.address as *mut c_void,
                 WORKSPACE,
-                gpu.stream().cast(),
-            )
-            .map_err(failed(matmul))
+                gpu.stream(),
+            );
+            done(self.library, matmul, status)
         }
     }
 
     fn plan(&self, gpu: &Gpu, p: &Matmul, on: Operands) -> Result<Plan> {
-        use sys::cublasLtMatmulDescAttributes_t as Desc;
-        use sys::cublasLtMatmulPreferenceAttributes_t as Pref;
-        let narrow = sys::cudaDataType_t::CUDA_R_16BF;
-        let out = if p.wide { sys::cudaDataType_t::CUDA_R_32F } else { narrow };
+        let library = self.library;
+        let narrow = api::CUDA_R_16BF;
+        let out = if p.wide { api::CUDA_R_32F } else { narrow };
         // Rows of ours are columns of cuBLASLt's.
-        let layout = |rows: usize, columns: usize, ld: i64, dtype| {
-            result::create_matrix_layout(dtype, columns as u64, rows as u64, ld).map_err(failed(p))
+        let layout = |rows: usize, columns: usize, ld: i64, dtype| -> Result<Handle> {
+            let mut layout = ptr::null_mut();
+            let (rows, columns) = (columns as u64, rows as u64);
+            // SAFETY: writes one handle.
+            done(library, p, unsafe { (library.cublasLtMatrixLayoutCreate)(&mut layout, dtype, rows, columns, ld) })?;
+            Ok(layout)
         };
         let a = if p.a_transposed { layout(p.k, p.m, p.lds[0], narrow) } else { layout(p.m, p.k, p.lds[0], narrow) }?;
         let b = if p.b_transposed { layout(p.n, p.k, p.lds[1], narrow) } else { layout(p.k, p.n, p.lds[1], narrow) }?;
         let layouts =
             [a, b, layout(p.m, p.n, if p.add { p.lds[2] } else { p.lds[3] }, out)?, layout(p.m, p.n, p.lds[3], out)?];
-        let description =
-            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
-                .map_err(failed(p))?;
-        let preference = result::create_matmul_pref().map_err(failed(p))?;
+        let (mut description, mut preference) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: writes one handle each.
+        unsafe {
+            let (sums, scales) = (api::CUBLAS_COMPUTE_32F, api::CUDA_R_32F);
+            done(library, p, (library.cublasLtMatmulDescCreate)(&mut description, sums, scales))?;
+            done(library, p, (library.cublasLtMatmulPreferenceCreate)(&mut preference))?;
+        }
         let operation = |transposed: bool| -> i32 { i32::from(transposed) };
         // SAFETY: every attribute is given with its type's size; handles are alive.
         unsafe {
             let set = |which, value: *const c_void, size| {
-                result::set_matmul_desc_attribute(description, which, value, size).map_err(failed(p))
+                done(library, p, (library.cublasLtMatmulDescSetAttribute)(description, which, value, size))
             };
             // cuBLASLt's first matrix is our B.
             let (first, second) = (operation(p.b_transposed), operation(p.a_transposed));
-            set(Desc::CUBLASLT_MATMUL_DESC_TRANSA, (&raw const first).cast(), 4)?;
-            set(Desc::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const second).cast(), 4)?;
+            set(api::CUBLASLT_MATMUL_DESC_TRANSA, (&raw const first).cast(), 4)?;
+            set(api::CUBLASLT_MATMUL_DESC_TRANSB, (&raw const second).cast(), 4)?;
             if p.bias {
-                let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS;
-                set(Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, (&raw const epilogue).cast(), size_of_val(&epilogue))?;
+                let epilogue = api::CUBLASLT_EPILOGUE_BIAS;
+                set(api::CUBLASLT_MATMUL_DESC_EPILOGUE, (&raw const epilogue).cast(), size_of_val(&epilogue))?;
                 let dtype = narrow;
-                set(Desc::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, (&raw const dtype).cast(), size_of_val(&dtype))?;
+                set(api::CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, (&raw const dtype).cast(), size_of_val(&dtype))?;
             }
             let prefer = |which, value: *const c_void, size| {
-                result::set_matmul_pref_attribute(preference, which, value, size).map_err(failed(p))
+                done(library, p, (library.cublasLtMatmulPreferenceSetAttribute)(preference, which, value, size))
             };
             let bytes = WORKSPACE;
-            prefer(Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of_val(&bytes))?;
+            prefer(api::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, (&raw const bytes).cast(), size_of_val(&bytes))?;
             // Sums over parts go through the workspace in a fixed order: two runs are equal bit for bit.
-            let reduction = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
-            prefer(Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reduction).cast(), 4)?;
+            let reduction = api::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+            prefer(api::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, (&raw const reduction).cast(), 4)?;
             let sides = [
-                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, p.alignments[1]),
-                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, p.alignments[0]),
-                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, p.alignments[if p.add { 2 } else { 3 }]),
-                (Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, p.alignments[3]),
+                (api::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, p.alignments[1]),
+                (api::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, p.alignments[0]),
+                (api::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, p.alignments[if p.add { 2 } else { 3 }]),
+                (api::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, p.alignments[3]),
             ];
             for (which, bytes) in sides {
                 prefer(which, (&raw const bytes).cast(), 4)?;
             }
-            let mut plan = Plan { description, layouts, algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] } };
-            let known = self.tuned.borrow().get(&p.class()).map(|data| sys::cublasLtMatmulAlgo_t { data: *data });
+            let mut plan = Plan { description, layouts, algorithm: [0; 8] };
+            let known = self.tuned.borrow().get(&p.class()).copied();
             if let Some(algorithm) = known.filter(|a| self.fits(&plan, a)) {
                 plan.algorithm = algorithm;
             } else {
-                let mut candidates = self.candidates(&plan, preference).map_err(failed(p))?;
+                let mut candidates = self.candidates(p, &plan, preference)?;
                 if self.tuning.get() {
                     self.time(gpu, p, &mut plan, &mut candidates, on)?;
-                    self.tuned.borrow_mut().insert(p.class(), candidates[0].data);
+                    self.tuned.borrow_mut().insert(p.class(), candidates[0]);
                 }
                 plan.algorithm = candidates[0];
             }
-            result::destroy_matmul_pref(preference).map_err(failed(p))?;
+            done(library, p, (library.cublasLtMatmulPreferenceDestroy)(preference))?;
             Ok(plan)
         }
     }
 
     /// Whether an algorithm that was timed for a class can run this shape.
-    fn fits(&self, plan: &Plan, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+    fn fits(&self, plan: &Plan, algorithm: &Algorithm) -> bool {
         let [a, b, c, d] = plan.layouts;
-        let mut answer = MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed();
-        // SAFETY: handles are alive; the answer is plain numbers, for which zeros are valid.
-        let (status, answer) = unsafe {
-            let status =
-                sys::cublasLtMatmulAlgoCheck(self.handle, plan.description, b, a, c, d, algorithm, answer.as_mut_ptr());
-            (status, answer.assume_init())
-        };
-        status.result().is_ok() && answer.workspaceSize <= WORKSPACE
+        let mut answer = Heuristic::default();
+        let check = self.library.cublasLtMatmulAlgoCheck;
+        // SAFETY: handles are alive; writes one answer.
+        let status = unsafe { check(self.handle, plan.description, b, a, c, d, algorithm, &mut answer) };
+        status == 0 && answer.workspaceSize <= WORKSPACE
     }
 
     /// Algorithms for a shape, as cuBLASLt ranks them; at least one.
-    fn candidates(
-        &self,
-        plan: &Plan,
-        preference: sys::cublasLtMatmulPreference_t,
-    ) -> std::result::Result<Vec<sys::cublasLtMatmulAlgo_t>, result::CublasError> {
+    fn candidates(&self, matmul: &Matmul, plan: &Plan, preference: Handle) -> Result<Vec<Algorithm>> {
         let [a, b, c, d] = plan.layouts;
         let asked = if self.tuning.get() { CANDIDATES } else { 1 };
-        let mut found = vec![MaybeUninit::<sys::cublasLtMatmulHeuristicResult_t>::zeroed(); asked];
+        let mut found = vec![Heuristic::default(); asked];
         let mut count = 0;
-        // SAFETY: handles are alive; `found` has room for as many as are asked for, and zeros are valid in it.
-        let found: Vec<_> = unsafe {
-            sys::cublasLtMatmulAlgoGetHeuristic(
+        // SAFETY: handles are alive; `found` has room for as many as are asked for.
+        let status = unsafe {
+            (self.library.cublasLtMatmulAlgoGetHeuristic)(
                 self.handle,
                 plan.description,
                 b,
@@ -294,18 +309,26 @@ impl Blas {
                 c,
                 d,
                 preference,
-                asked as i32,
-                found.as_mut_ptr().cast(),
+                asked as c_int,
+                found.as_mut_ptr(),
                 &mut count,
             )
-            .result()?;
-            found.into_iter().map(|f| f.assume_init()).take(count as usize).collect()
         };
-        let good: Vec<_> = found.iter().filter(|f| f.state.result().is_ok()).map(|f| f.algo).collect();
+        done(self.library, matmul, status)?;
+        let good: Vec<_> = found.iter().take(count as usize).filter(|f| f.state == 0).map(|f| f.algo).collect();
         if good.is_empty() {
-            return Err(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED));
+            done(self.library, matmul, api::CUBLAS_STATUS_NOT_SUPPORTED)?;
         }
         Ok(good)
+    }
+
+    fn destroy(&self, matmul: &Matmul, plan: Plan) -> Result<()> {
+        let library = self.library;
+        // SAFETY: made by `plan`, destroyed once.
+        unsafe {
+            done(library, matmul, (library.cublasLtMatmulDescDestroy)(plan.description))?;
+            plan.layouts.iter().try_for_each(|l| done(library, matmul, (library.cublasLtMatrixLayoutDestroy)(*l)))
+        }
     }
 
     /// Sorts algorithms by their time; the median of three runs after one.
@@ -314,7 +337,7 @@ impl Blas {
         gpu: &Gpu,
         matmul: &Matmul,
         plan: &mut Plan,
-        candidates: &mut [sys::cublasLtMatmulAlgo_t],
+        candidates: &mut [Algorithm],
         on: Operands,
     ) -> Result<()> {
         let mut times = Vec::new();
@@ -333,19 +356,6 @@ impl Blas {
         // Within its spread a time says nothing: then cuBLASLt's ranking stays.
         if times[0].0 < first * 0.98 {
             candidates.swap(0, times[0].1);
-        }
-        Ok(())
-    }
-}
-
-impl Plan {
-    fn destroy(self) -> std::result::Result<(), result::CublasError> {
-        // SAFETY: made by `Blas::plan`, destroyed once.
-        unsafe {
-            result::destroy_matmul_desc(self.description)?;
-            for layout in self.layouts {
-                result::destroy_matrix_layout(layout)?;
-            }
         }
         Ok(())
     }
@@ -392,6 +402,6 @@ impl Drop for Blas {
         // An error here means that the context is gone, and the plans with it.
         let _ = self.forget();
         // SAFETY: made in `new`, destroyed once.
-        let _ = unsafe { result::destroy_handle(self.handle) };
+        let _ = unsafe { (self.library.cublasLtDestroy)(self.handle) };
     }
 }

@@ -1,14 +1,14 @@
 //! One GPU: its context, its stream, its memory, launches and their times.
 //!
-//! This, `blas.rs`, `kernels.rs` and `nccl.rs` are the only places that call CUDA. Addresses on the device are plain numbers: a wrong one is an
+//! This, `blas.rs`, `kernels.rs` and `nccl.rs` are the only places that call the functions of `api.rs`. Addresses on the device are plain numbers: a wrong one is an
 //! error of the device, which ends the run, and never touches memory of this process.
 
 use std::cell::RefCell;
-use std::ffi::{CString, c_void};
+use std::ffi::{CString, c_char, c_int, c_void};
 use std::ptr;
 
-use cudarc::driver::{result, sys};
-
+use super::api::{self, Driver, Handle, Status};
+use super::libraries;
 use dpo_core::error::{Error, Result};
 use dpo_core::progress;
 
@@ -23,21 +23,22 @@ pub struct Gpu {
     pub capability: u32,
     /// The same for a card wherever it is seen from.
     pub uuid: [u8; 16],
-    stream: sys::CUstream,
+    stream: Handle,
     /// Times of labelled work, where somebody asked for them.
     trace: RefCell<Option<Trace>>,
+    driver: &'static Driver,
 }
 
 /// Events between labelled pieces of work.
 #[derive(Default)]
 struct Trace {
-    marks: Vec<(&'static str, sys::CUevent)>,
+    marks: Vec<(&'static str, Handle)>,
 }
 
 /// A compiled kernel.
 #[derive(Clone, Copy)]
 pub struct Kernel {
-    function: sys::CUfunction,
+    function: Handle,
     name: &'static str,
 }
 
@@ -45,18 +46,20 @@ pub struct Kernel {
 pub struct Memory {
     pub address: Address,
     pub bytes: usize,
+    driver: &'static Driver,
 }
 
 /// Host memory that the device reads and writes directly.
 pub struct Pinned {
     start: *mut u8,
     bytes: usize,
+    driver: &'static Driver,
 }
 
 /// A second stream, for work beside that of the main one.
 pub(super) struct SideStream {
-    pub(super) stream: sys::CUstream,
-    event: sys::CUevent,
+    pub(super) stream: Handle,
+    event: Handle,
 }
 
 /// Arguments of a kernel, laid out one after the other.
@@ -117,25 +120,45 @@ impl Args {
     }
 }
 
-fn failed(what: &str) -> impl FnOnce(result::DriverError) -> Error + '_ {
-    move |e| {
-        let text = e.error_string().map_or_else(|_| format!("{e:?}"), |t| t.to_string_lossy().into_owned());
-        Error::run(format!("CUDA: {what}: {text}"))
+/// What a function of the driver returned, as a result.
+fn done(what: &str, status: Status) -> Result<()> {
+    if status == 0 {
+        return Ok(());
     }
+    let mut said = ptr::null();
+    // SAFETY: the driver writes the address of a text that it keeps, or null.
+    let said = unsafe {
+        (libraries::table::<Driver>()?.cuGetErrorString)(status, &mut said);
+        api::text(said)
+    };
+    Err(Error::run(format!("CUDA: {what}: {said} ({status})")))
 }
 
 /// How many GPUs the driver shows. The libraries have been found before.
 pub fn count() -> Result<usize> {
-    result::init().map_err(failed("starting the driver"))?;
-    Ok(result::device::get_count().map_err(failed("counting GPUs"))? as usize)
+    let driver = libraries::table::<Driver>()?;
+    let mut count = 0;
+    // SAFETY: 0 is the only flag there is; writes one number.
+    unsafe {
+        done("starting the driver", (driver.cuInit)(0))?;
+        done("counting GPUs", (driver.cuDeviceGetCount)(&mut count))?;
+    }
+    Ok(count as usize)
 }
 
-/// Version of CUDA that the driver is for, such as 12040.
-pub fn driver_version() -> Result<i32> {
-    let mut version = 0;
-    // SAFETY: writes one number.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(failed("asking for the driver's version"))?;
-    Ok(version)
+/// A further stream, which does not wait for the one that has no name.
+fn new_stream(driver: &Driver) -> Result<Handle> {
+    let mut stream = ptr::null_mut();
+    // SAFETY: a context is current; writes one handle.
+    done("opening a stream", unsafe { (driver.cuStreamCreate)(&mut stream, api::CU_STREAM_NON_BLOCKING) })?;
+    Ok(stream)
+}
+
+fn new_event(driver: &Driver, flags: u32) -> Result<Handle> {
+    let mut event = ptr::null_mut();
+    // SAFETY: a context is current; writes one handle.
+    done("making an event", unsafe { (driver.cuEventCreate)(&mut event, flags) })?;
+    Ok(event)
 }
 
 impl Gpu {
@@ -145,76 +168,82 @@ impl Gpu {
         if index >= count {
             return Err(Error::input(format!("there is no GPU {index}: the driver shows {count}")).at("--device"));
         }
-        let device = result::device::get(index as i32).map_err(failed("opening the GPU"))?;
-        let name = result::device::get_name(device).map_err(failed("asking for the GPU's name"))?;
-        let attribute = |which| {
-            // SAFETY: the device was opened above.
-            unsafe { result::device::get_attribute(device, which) }.map_err(failed("asking what the GPU can do"))
+        let driver = libraries::table::<Driver>()?;
+        let (mut device, mut name, mut uuid): (_, [c_char; 256], _) = (0, [0; 256], [0; 16]);
+        let (mut major, mut minor): (c_int, c_int) = (0, 0);
+        let mut context = ptr::null_mut();
+        // SAFETY: the functions write what they are given the address of, at most as many bytes of the name as it has room for, which
+        // ends with a zero then. The context stays for as long as the process.
+        let name = unsafe {
+            done("opening the GPU", (driver.cuDeviceGet)(&mut device, index as c_int))?;
+            let room = name.len() as c_int;
+            done("asking for the GPU's name", (driver.cuDeviceGetName)(name.as_mut_ptr(), room, device))?;
+            done("asking for the GPU's id", (driver.cuDeviceGetUuid_v2)(&mut uuid, device))?;
+            for (to, which) in [
+                (&mut major, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
+                (&mut minor, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+            ] {
+                done("asking what the GPU can do", (driver.cuDeviceGetAttribute)(to, which, device))?;
+            }
+            done("opening the GPU", (driver.cuDevicePrimaryCtxRetain)(&mut context, device))?;
+            done("opening the GPU", (driver.cuCtxSetCurrent)(context))?;
+            api::text(name.as_ptr())
         };
-        let uuid = result::device::get_uuid(device).map_err(failed("asking for the GPU's id"))?;
-        let uuid = uuid.bytes.map(|b| b as u8);
-        use sys::CUdevice_attribute_enum as Ask;
-        let major = attribute(Ask::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Ask::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        // SAFETY: the device was opened above; its context stays for as long as the process.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("opening the GPU"))?;
-        // SAFETY: the context is alive.
-        unsafe { result::ctx::set_current(context) }.map_err(failed("opening the GPU"))?;
-        let stream =
-            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("opening a stream"))?;
-        Ok(Gpu { name, capability: (major * 10 + minor) as u32, uuid, stream, trace: RefCell::new(None) })
+        let stream = new_stream(driver)?;
+        Ok(Gpu { name, capability: (major * 10 + minor) as u32, uuid, stream, trace: RefCell::new(None), driver })
     }
 
-    pub(super) fn stream(&self) -> sys::CUstream {
+    pub(super) fn stream(&self) -> Handle {
         self.stream
     }
 
     /// A further stream.
     pub(super) fn side_stream(&self) -> Result<SideStream> {
-        let stream =
-            result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("opening a stream"))?;
-        let event =
-            result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(failed("making an event"))?;
-        Ok(SideStream { stream, event })
+        let event = new_event(self.driver, api::CU_EVENT_DISABLE_TIMING)?;
+        Ok(SideStream { stream: new_stream(self.driver)?, event })
     }
 
     /// Lets what is started from now on in a side stream wait for everything that was started in the main one.
     pub(super) fn wait_for_main(&self, side: &SideStream) -> Result<()> {
-        order(self.stream, side.stream, side.event)
+        self.order(self.stream, side.stream, side.event)
     }
 
     /// Lets what is started from now on in the main stream wait for everything in a side stream.
     pub(super) fn wait_for_side(&self, side: &SideStream) -> Result<()> {
-        order(side.stream, self.stream, side.event)
+        self.order(side.stream, self.stream, side.event)
     }
 
     /// Copies bytes on the device.
     pub(super) fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
         // SAFETY: two addresses of the device.
-        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }.map_err(failed("copying on the GPU"))
+        done("copying on the GPU", unsafe { (self.driver.cuMemcpyDtoDAsync_v2)(to, from, bytes, self.stream) })
     }
 
     /// Free and all bytes of the GPU.
     pub fn memory(&self) -> Result<(usize, usize)> {
-        result::mem_get_info().map_err(failed("asking for free memory"))
+        let (mut free, mut all) = (0, 0);
+        // SAFETY: writes two numbers.
+        done("asking for free memory", unsafe { (self.driver.cuMemGetInfo_v2)(&mut free, &mut all) })?;
+        Ok((free, all))
     }
 
     /// Memory on the device.
     pub fn allocate(&self, bytes: usize) -> Result<Memory> {
+        let mut address = 0;
         // SAFETY: the context is current; the memory is written before it is read.
-        let address = unsafe { result::malloc_sync(bytes.max(256)) }.map_err(|e| {
-            failed("allocating memory")(e).help(format!("{} were asked for", dpo_core::memory::size(bytes)))
-        })?;
-        Ok(Memory { address, bytes })
+        done("allocating memory", unsafe { (self.driver.cuMemAlloc_v2)(&mut address, bytes.max(256)) })
+            .map_err(|e| e.help(format!("{} were asked for", dpo_core::memory::size(bytes))))?;
+        Ok(Memory { address, bytes, driver: self.driver })
     }
 
     /// Host memory that the device can read.
     pub fn pinned(&self, bytes: usize) -> Result<Pinned> {
-        // SAFETY: the context is current.
-        let start = unsafe { result::malloc_host(bytes.max(256), 0) }.map_err(failed("allocating pinned memory"))?;
+        let mut start = ptr::null_mut();
+        // SAFETY: the context is current; writes one address.
+        done("allocating pinned memory", unsafe { (self.driver.cuMemHostAlloc)(&mut start, bytes.max(256), 0) })?;
         // SAFETY: the memory was just allocated with this size.
         unsafe { ptr::write_bytes(start.cast::<u8>(), 0, bytes.max(256)) };
-        Ok(Pinned { start: start.cast(), bytes })
+        Ok(Pinned { start: start.cast(), bytes, driver: self.driver })
     }
 
     /// Copies bytes of pinned memory to the device, `rows` of `row` bytes that lie `pitch` apart there.
@@ -222,17 +251,17 @@ impl Gpu {
         if from.len() < row * rows {
             return Err(Error::run("an upload is longer than its source"));
         }
-        let copy = sys::CUDA_MEMCPY2D {
+        let copy = api::Copy2d {
             srcXInBytes: 0,
             srcY: 0,
-            srcMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_HOST,
+            srcMemoryType: api::CU_MEMORYTYPE_HOST,
             srcHost: from.as_ptr().cast(),
             srcDevice: 0,
             srcArray: ptr::null_mut(),
             srcPitch: row,
             dstXInBytes: 0,
             dstY: 0,
-            dstMemoryType: sys::CUmemorytype_enum::CU_MEMORYTYPE_DEVICE,
+            dstMemoryType: api::CU_MEMORYTYPE_DEVICE,
             dstHost: ptr::null_mut(),
             dstDevice: to,
             dstArray: ptr::null_mut(),
@@ -241,14 +270,16 @@ impl Gpu {
             Height: rows,
         };
         // SAFETY: the source is as long as was checked; callers keep it until `finish`.
-        unsafe { sys::cuMemcpy2DAsync_v2(&copy, self.stream) }.result().map_err(failed("copying to the GPU"))
+        done("copying to the GPU", unsafe { (self.driver.cuMemcpy2DAsync_v2)(&copy, self.stream) })
     }
 
     /// Copies to the device.
     pub fn upload<T: Copy>(&self, from: &[T], to: Address) -> Result<()> {
         // SAFETY: plain numbers, read until the copy is done: pageable memory is staged before the call returns, and
         // pinned memory is kept until `finish`.
-        unsafe { result::memcpy_htod_async(to, from, self.stream) }.map_err(failed("copying to the GPU"))
+        let status =
+            unsafe { (self.driver.cuMemcpyHtoDAsync_v2)(to, from.as_ptr().cast(), size_of_val(from), self.stream) };
+        done("copying to the GPU", status)
     }
 
     /// Copies from the device and waits for it.
@@ -257,32 +288,36 @@ impl Gpu {
             return Ok(());
         }
         // SAFETY: `to` outlives the copy, which is waited for.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream) }.map_err(failed("copying from the GPU"))?;
+        let status =
+            unsafe { (self.driver.cuMemcpyDtoHAsync_v2)(to.as_mut_ptr().cast(), from, size_of_val(to), self.stream) };
+        done("copying from the GPU", status)?;
         self.finish()
     }
 
     /// Sets bytes to zero.
     pub fn zero(&self, at: Address, bytes: usize) -> Result<()> {
         // SAFETY: an address of the device.
-        unsafe { result::memset_d8_async(at, 0, bytes, self.stream) }.map_err(failed("clearing memory"))
+        done("clearing memory", unsafe { (self.driver.cuMemsetD8Async)(at, 0, bytes, self.stream) })
     }
 
     /// Waits for everything that was started.
     pub fn finish(&self) -> Result<()> {
         // SAFETY: the stream is alive.
-        unsafe { result::stream::synchronize(self.stream) }.map_err(failed("running"))?;
+        done("running", unsafe { (self.driver.cuStreamSynchronize)(self.stream) })?;
         progress::advance();
         Ok(())
     }
 
     /// Kernels of a compiled module, by name.
     pub fn load(&self, image: &[u8], names: &[&'static str]) -> Result<Vec<Kernel>> {
+        let mut module = ptr::null_mut();
         // SAFETY: the image is a whole cubin, as NVRTC made it. Modules are never unloaded.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(failed("loading kernels"))?;
+        done("loading kernels", unsafe { (self.driver.cuModuleLoadData)(&mut module, image.as_ptr().cast()) })?;
         let find = |name: &&'static str| {
             let text = CString::new(*name).map_err(|_| Error::run("a kernel's name has a zero"))?;
-            // SAFETY: the module is alive.
-            let function = unsafe { result::module::get_function(module, text) }.map_err(failed(name))?;
+            let mut function = ptr::null_mut();
+            // SAFETY: the module is alive, and the text ends with a zero.
+            done(name, unsafe { (self.driver.cuModuleGetFunction)(&mut function, module, text.as_ptr()) })?;
             Ok(Kernel { function, name })
         };
         names.iter().map(find).collect()
@@ -290,12 +325,10 @@ impl Gpu {
 
     /// Lets a kernel use this much shared memory.
     pub fn allow_shared(&self, kernel: Kernel, bytes: usize) -> Result<()> {
-        let which = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let which = api::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is alive.
-        unsafe { result::function::set_function_attribute(kernel.function, which, bytes as i32) }.map_err(|e| {
-            failed(kernel.name)(e)
-                .help(format!("this GPU cannot give {} of shared memory", dpo_core::memory::size(bytes)))
-        })
+        done(kernel.name, unsafe { (self.driver.cuFuncSetAttribute)(kernel.function, which, bytes as c_int) })
+            .map_err(|e| e.help(format!("this GPU cannot give {} of shared memory", dpo_core::memory::size(bytes))))
     }
 
     /// Starts a kernel.
@@ -313,17 +346,25 @@ impl Gpu {
         let grid = grid.map(|g| g as u32);
         let mut pointers: Vec<*mut c_void> = args.words.iter_mut().map(|w| w.as_mut_ptr().cast()).collect();
         // SAFETY: every pointer is to an argument, which is copied before the call returns.
-        unsafe {
-            result::launch_kernel(
+        let status = unsafe {
+            let ([x, y, z], [width, height, depth]) = (grid, block);
+            let (arguments, none) = (pointers.as_mut_ptr(), ptr::null_mut());
+            let shared = shared as u32;
+            (self.driver.cuLaunchKernel)(
                 kernel.function,
-                (grid[0], grid[1], grid[2]),
-                (block[0], block[1], block[2]),
-                shared as u32,
+                x,
+                y,
+                z,
+                width,
+                height,
+                depth,
+                shared,
                 self.stream,
-                &mut pointers,
+                arguments,
+                none,
             )
-        }
-        .map_err(failed(kernel.name))
+        };
+        done(kernel.name, status)
     }
 
     /// Milliseconds that the work takes which `body` starts.
@@ -347,9 +388,9 @@ impl Gpu {
     pub fn mark(&self, label: &'static str) -> Result<()> {
         let mut trace = self.trace.borrow_mut();
         let Some(trace) = trace.as_mut() else { return Ok(()) };
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("making an event"))?;
+        let event = new_event(self.driver, api::CU_EVENT_DEFAULT)?;
         // SAFETY: event and stream are alive.
-        unsafe { result::event::record(event, self.stream) }.map_err(failed("recording an event"))?;
+        done("recording an event", unsafe { (self.driver.cuEventRecord)(event, self.stream) })?;
         trace.marks.push((label, event));
         Ok(())
     }
@@ -360,32 +401,32 @@ impl Gpu {
         let Some(trace) = self.trace.borrow_mut().take() else { return Ok(Vec::new()) };
         let mut times = Vec::new();
         for pair in trace.marks.windows(2) {
+            let mut time = 0.0;
             // SAFETY: both events were recorded and are past.
-            let time = unsafe { result::event::elapsed(pair[0].1, pair[1].1) }.map_err(failed("reading an event"))?;
+            done("reading an event", unsafe { (self.driver.cuEventElapsedTime)(&mut time, pair[0].1, pair[1].1) })?;
             times.push((pair[1].0, time));
         }
         for (_, event) in trace.marks {
             // SAFETY: nobody else has the event.
-            unsafe { result::event::destroy(event) }.map_err(failed("freeing an event"))?;
+            done("freeing an event", unsafe { (self.driver.cuEventDestroy_v2)(event) })?;
         }
         Ok(times)
     }
-}
 
-/// The event may serve again at once: a wait is for what it was recorded after when the wait was asked for.
-fn order(before: sys::CUstream, after: sys::CUstream, event: sys::CUevent) -> Result<()> {
-    // SAFETY: streams and event are alive for as long as the context.
-    unsafe {
-        result::event::record(event, before).map_err(failed("recording an event"))?;
-        result::stream::wait_event(after, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT)
-            .map_err(failed("waiting for an event"))
+    /// The event may serve again at once: a wait is for what it was recorded after when the wait was asked for.
+    fn order(&self, before: Handle, after: Handle, event: Handle) -> Result<()> {
+        // SAFETY: streams and event are alive for as long as the context.
+        unsafe {
+            done("recording an event", (self.driver.cuEventRecord)(event, before))?;
+            done("waiting for an event", (self.driver.cuStreamWaitEvent)(after, event, api::CU_EVENT_WAIT_DEFAULT))
+        }
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
         // SAFETY: allocated by `Gpu::allocate`, freed once. An error here means that the context is gone, and the memory with it.
-        let _ = unsafe { result::free_sync(self.address) };
+        let _ = unsafe { (self.driver.cuMemFree_v2)(self.address) };
     }
 }
 
@@ -409,6 +450,6 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         // SAFETY: allocated by `Gpu::pinned`, freed once.
-        let _ = unsafe { result::free_host(self.start.cast()) };
+        let _ = unsafe { (self.driver.cuMemFreeHost)(self.start.cast()) };
     }
 }

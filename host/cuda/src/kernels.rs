@@ -1,11 +1,13 @@
 //! Kernels: sources in the binary, compiled by NVRTC for the card at hand, kept on disk as cubins.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CString, c_char, c_int};
+use std::ptr;
 
-use cudarc::nvrtc::{result, sys};
 use rayon::prelude::*;
 
+use super::api::{self, Nvrtc, Status};
 use super::gpu::{Gpu, Kernel};
+use super::libraries;
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 
@@ -134,6 +136,7 @@ impl Kernels {
 
 /// Compiles every kernel for a card, and returns what the assembler says of each file: registers, spills.
 pub(super) fn check(sources: impl Iterator<Item = &'static Source>, capability: u32) -> Result<Vec<(String, String)>> {
+    require_known(capability)?;
     let all: Vec<Variant> = sources.flat_map(|s| s.variants(capability)).collect();
     let check = |variant: &Variant| {
         let file = variant.source.file;
@@ -153,6 +156,7 @@ fn image(variant: &Variant, capability: u32) -> Result<Vec<u8>> {
     if let Some(image) = cache::read(CACHE, &name) {
         return Ok(image);
     }
+    require_known(capability)?;
     let (image, _) = compile(file, &text, &architecture)?;
     // A cache that cannot be written costs a second in the next run, not this run.
     let _ = cache::write(CACHE, &name, &image);
@@ -164,36 +168,94 @@ const CACHE: &str = "kernels";
 
 const OPTIONS: &[&str] = &["--std=c++17", "--ptxas-options=-v"];
 
+/// What a function of NVRTC returned, as a result.
+fn done(nvrtc: &Nvrtc, what: &str, file: &str, status: Status) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: NVRTC returns a text that it keeps.
+    let said = unsafe { api::text((nvrtc.nvrtcGetErrorString)(status)) };
+    Err(Error::run(format!("NVRTC: {what} {file}: {said}")))
+}
+
 /// NVRTC's version.
 pub fn version() -> Result<(i32, i32)> {
+    let nvrtc = libraries::table::<Nvrtc>()?;
     let (mut major, mut minor) = (0, 0);
     // SAFETY: writes two numbers.
-    unsafe { sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| Error::run(format!("NVRTC: {e:?}")))?;
+    done(nvrtc, "asking for", "its version", unsafe { (nvrtc.nvrtcVersion)(&mut major, &mut minor) })?;
     Ok((major, minor))
+}
+
+/// Whether NVRTC knows a card; the error says how to get one that does.
+///
+/// # Errors
+/// An NVRTC that is older, or much newer, than the card.
+pub fn require_known(capability: u32) -> Result<()> {
+    let nvrtc = libraries::table::<Nvrtc>()?;
+    let mut count = 0;
+    let mut known: Vec<c_int> = Vec::new();
+    // SAFETY: writes one number, then as many as that.
+    unsafe {
+        done(nvrtc, "asking for", "its cards", (nvrtc.nvrtcGetNumSupportedArchs)(&mut count))?;
+        known.resize(count.max(1) as usize, 0);
+        done(nvrtc, "asking for", "its cards", (nvrtc.nvrtcGetSupportedArchs)(known.as_mut_ptr()))?;
+    }
+    if known.contains(&(capability as c_int)) {
+        return Ok(());
+    }
+    let (major, minor) = version()?;
+    let newest = known.iter().max().copied().unwrap_or_default();
+    let what = format!("NVRTC {major}.{minor} does not know cards of compute capability {capability}");
+    let upgrade = libraries::pip_upgrade_nvrtc();
+    Err(Error::run(format!("{what}; the newest that it knows is {newest}")).help(upgrade))
 }
 
 /// A cubin, and what the compiler said.
 fn compile(file: &str, text: &str, architecture: &str) -> Result<(Vec<u8>, String)> {
-    let failed = |what: &str, e: result::NvrtcError| Error::run(format!("NVRTC: {what} {file}.cu: {e:?}"));
+    let nvrtc = libraries::table::<Nvrtc>()?;
+    let file = format!("{file}.cu");
     let source = CString::new(text).map_err(|_| Error::run("a kernel's source has a zero"))?;
-    let name = CString::new(format!("{file}.cu")).map_err(|_| Error::run("a kernel's name has a zero"))?;
-    let program = result::create_program(source.as_c_str(), Some(name.as_c_str())).map_err(|e| failed("reading", e))?;
-    let mut options = vec![format!("--gpu-architecture={architecture}")];
-    options.extend(OPTIONS.iter().map(|o| (*o).to_owned()));
-    // SAFETY: the program lives until it is destroyed below; buffers have the sizes NVRTC asked for.
+    let name = CString::new(file.as_str()).map_err(|_| Error::run("a kernel's name has a zero"))?;
+    let architecture = format!("--gpu-architecture={architecture}");
+    let options = std::iter::once(architecture.as_str()).chain(OPTIONS.iter().copied()).map(CString::new);
+    let options: Vec<CString> =
+        options.collect::<std::result::Result<_, _>>().map_err(|_| Error::run("an option has a zero"))?;
+    let options: Vec<*const c_char> = options.iter().map(|o| o.as_ptr()).collect();
+    let mut program = ptr::null_mut();
+    // SAFETY: the texts end with a zero and outlive the call; there are no headers.
+    let status = unsafe {
+        let (source, name) = (source.as_ptr(), name.as_ptr());
+        (nvrtc.nvrtcCreateProgram)(&mut program, source, name, 0, ptr::null(), ptr::null())
+    };
+    done(nvrtc, "reading", &file, status)?;
+    let ok = |status| done(nvrtc, "compiling", &file, status);
+    // SAFETY: the program lives until it is destroyed here; buffers have the sizes NVRTC asked for.
     unsafe {
-        let outcome = result::compile_program(program, &options);
-        let log = result::get_program_log(program).map_err(|e| failed("compiling", e))?;
-        let log = CStr::from_ptr(log.as_ptr()).to_string_lossy().into_owned();
-        if let Err(e) = outcome {
-            let _ = result::destroy_program(program);
-            return Err(failed("compiling", e).help(log));
-        }
-        let mut size = 0;
-        sys::nvrtcGetCUBINSize(program, &mut size).result().map_err(|e| failed("compiling", e))?;
-        let mut image = vec![0_u8; size];
-        sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result().map_err(|e| failed("compiling", e))?;
-        result::destroy_program(program).map_err(|e| failed("compiling", e))?;
-        Ok((image, log))
+        let outcome = (nvrtc.nvrtcCompileProgram)(program, options.len() as c_int, options.as_ptr());
+        let log = buffer(
+            ok,
+            |size| (nvrtc.nvrtcGetProgramLogSize)(program, size),
+            |to| (nvrtc.nvrtcGetProgramLog)(program, to),
+        );
+        let image =
+            buffer(ok, |size| (nvrtc.nvrtcGetCUBINSize)(program, size), |to| (nvrtc.nvrtcGetCUBIN)(program, to));
+        (nvrtc.nvrtcDestroyProgram)(&mut program);
+        let log = String::from_utf8_lossy(&log?).trim_end_matches('\0').to_owned();
+        ok(outcome).map_err(|e| e.help(log.clone()))?;
+        Ok((image?, log))
     }
+}
+
+/// Bytes whose number is asked for first.
+fn buffer(
+    ok: impl Fn(Status) -> Result<()>,
+    size: impl FnOnce(*mut usize) -> Status,
+    fill: impl FnOnce(*mut c_char) -> Status,
+) -> Result<Vec<u8>> {
+    let mut bytes = 0;
+    ok(size(&mut bytes))?;
+    let mut all = vec![0_u8; bytes];
+    ok(fill(all.as_mut_ptr().cast()))?;
+    Ok(all)
 }

@@ -1,10 +1,11 @@
 //! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
 //!
-//! `libraries` finds what the driver and pip bring; `gpu` and `blas` call it; `kernels` compiles the sources that lie beside the
+//! `libraries` finds what the driver and pip bring, `api` has its functions; `gpu` and `blas` call them; `kernels` compiles the sources that lie beside the
 //! files of `ops`. `lowering` turns a block into a `program` of steps, each op as its file says; `saved`, `liveness`, `footprint`
 //! and `plan` say what is saved and where everything lies. `weights` holds the frozen ones, `optimizer` the adapter, `inputs` what
 //! a batch brings. `engine` runs the layers and `head` what follows them; `device` trains, `decoder` answers, `nccl` sums over GPUs.
 
+mod api;
 mod arena;
 mod backend;
 mod blas;
@@ -37,7 +38,7 @@ mod weights;
 pub use backend::Cuda;
 pub use decoder::CudaDecoder;
 pub use engine::CudaDevice;
-pub use gpu::{Gpu, count, driver_version};
+pub use gpu::{Gpu, count};
 pub use loading::{Given, Source};
 pub use nccl::Nccl;
 pub use plan::{GpuPlan, Room};
@@ -50,8 +51,7 @@ use dpo_core::error::Result;
 /// # Errors
 /// A driver that does not answer.
 pub fn first_usable() -> Result<Option<usize>> {
-    let driver = libraries::find().iter().any(|f| f.library.name == "cuda" && f.path.is_some());
-    if !driver || gpu_count() == 0 {
+    if libraries::driver_version().is_none() || gpu_count() == 0 {
         return Ok(None);
     }
     match libraries::require() {

@@ -1,10 +1,9 @@
 //! NCCL: sums over the GPUs of a run's ranks, from GPU to GPU. Where it cannot be had, sums go through the hosts.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
 use std::ptr;
 
-use cudarc::nccl::{result, sys};
-
+use super::api::{self, Handle, NcclTable, Status, UniqueId};
 use super::gpu::{Address, Gpu, SideStream};
 use super::libraries;
 use dpo_core::collective::ProcessGroup;
@@ -14,16 +13,23 @@ use dpo_core::progress;
 
 /// This GPU among those of a run.
 pub struct Nccl {
-    communicator: sys::ncclComm_t,
+    communicator: Handle,
     /// Bytes that it took on the GPU.
     pub memory: usize,
+    library: &'static NcclTable,
 }
 
 /// Values of the first sum, which takes the memory that all later ones use.
 const FIRST: usize = 16 << 20;
 
-fn failed(what: &str) -> impl FnOnce(result::NcclError) -> Error + '_ {
-    move |e| Error::run(format!("NCCL: {what}: {:?}", e.0)).help("NCCL_DEBUG=INFO makes it say more")
+/// What a function of NCCL returned, as a result.
+fn done(library: &NcclTable, what: &str, status: Status) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: NCCL returns a text that it keeps.
+    let said = unsafe { api::text((library.ncclGetErrorString)(status)) };
+    Err(Error::run(format!("NCCL: {what}: {said}")).help("NCCL_DEBUG=INFO makes it say more"))
 }
 
 impl Nccl {
@@ -44,18 +50,20 @@ impl Nccl {
             console::line(format!("gradients   are summed through the hosts: {obstacle}"));
             return Ok(None);
         }
+        let library = libraries::table::<NcclTable>()?;
+        let mut unique = UniqueId { internal: [0; 128] };
         let id = group.broadcast_from_first(|| {
-            let id = result::get_uniqueid().map_err(failed("starting"))?;
-            Ok(id.internal.iter().map(|c| *c as u8).collect::<Vec<u8>>())
+            // SAFETY: writes one id.
+            done(library, "starting", unsafe { (library.ncclGetUniqueId)(&mut unique) })?;
+            Ok(unique.internal.map(|c| c as u8).to_vec())
         })?;
-        let (free, _) = gpu.memory()?;
-        let mut unique = sys::ncclUniqueId { internal: [0; 128] };
         unique.internal.iter_mut().zip(&id).for_each(|(to, byte)| *to = *byte as c_char);
+        let (free, _) = gpu.memory()?;
         let mut communicator = ptr::null_mut();
         let (size, rank) = (group.size() as i32, group.rank() as i32);
         // SAFETY: writes one handle; the id is rank 0's, and every rank calls this with its own number.
-        unsafe { result::comm_init_rank(&mut communicator, size, unique, rank) }.map_err(failed("joining"))?;
-        let mut nccl = Nccl { communicator, memory: 0 };
+        done(library, "joining", unsafe { (library.ncclCommInitRank)(&mut communicator, size, unique, rank) })?;
+        let mut nccl = Nccl { communicator, memory: 0, library };
         nccl.first_rounds(gpu, group.size())?;
         nccl.memory = free.saturating_sub(gpu.memory()?.0);
         console::line(format!("gradients   are summed by NCCL over {size} GPUs"));
@@ -80,11 +88,11 @@ impl Nccl {
     /// Puts every rank's `part` bytes, in the order of ranks, at `to`, in a side stream.
     pub(super) fn gather(&self, side: &SideStream, own: Address, to: Address, part: usize) -> Result<()> {
         progress::enter_collective();
-        let (own, to) = (own as *const std::ffi::c_void, to as *mut std::ffi::c_void);
-        let bytes = sys::ncclDataType_t::ncclUint8;
+        let (own, to) = (own as *const c_void, to as *mut c_void);
         // SAFETY: addresses of the device, `to` with room for every rank's part.
-        let status = unsafe { result::all_gather(own, to, part, bytes, self.communicator, side.stream.cast()) };
-        status.map(|_| ()).map_err(failed("gathering weights"))
+        let status =
+            unsafe { (self.library.ncclAllGather)(own, to, part, api::NCCL_UINT8, self.communicator, side.stream) };
+        done(self.library, "gathering weights", status)
     }
 
     /// Sums and gathers `count` values of every rank both here and through the hosts; returns how far the sums are apart,
@@ -124,19 +132,18 @@ impl Nccl {
     /// Puts the sum over ranks into every rank's f32 values.
     pub(super) fn sum(&self, gpu: &Gpu, at: Address, count: usize) -> Result<()> {
         progress::enter_collective();
-        let (float, add) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
-        let values = at as *mut std::ffi::c_void;
+        let (float, add) = (api::NCCL_FLOAT32, api::NCCL_SUM);
+        let values = at as *mut c_void;
         // SAFETY: addresses of the device with so many values; in place, which NCCL allows.
-        let status = unsafe {
-            sys::ncclAllReduce(values, values, count, float, add, self.communicator, gpu.stream().cast()).result()
-        };
-        status.map(|_| ()).map_err(failed("summing gradients"))
+        let status =
+            unsafe { (self.library.ncclAllReduce)(values, values, count, float, add, self.communicator, gpu.stream()) };
+        done(self.library, "summing gradients", status)
     }
 }
 
 impl Drop for Nccl {
     fn drop(&mut self) {
         // SAFETY: made in `join`, ended once. Abort does not wait for ranks that are gone.
-        let _ = unsafe { result::comm_abort(self.communicator) };
+        let _ = unsafe { (self.library.ncclCommAbort)(self.communicator) };
     }
 }

@@ -208,6 +208,10 @@ impl GpuPlan {
             ))
             .help(match options.packing {
                 Some(_) => RESUMED,
+                // No setting helps where the weights alone do not fit.
+                None if weights > available && ranks == 1 => {
+                    "the weights alone do not fit: --gpus N shards them over N GPUs, or take a smaller model"
+                }
                 None => "lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory",
             })
         })
@@ -302,7 +306,7 @@ impl fmt::Display for GpuPlan {
         };
         write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, saved(&self.saved[0]))?;
         if self.most_tokens > self.micro_batch_tokens && self.saved[1] != self.saved[0] {
-            write!(f, "\n            {} tokens: {}", self.most_tokens, saved(&self.saved[1]))?;
+            write!(f, "\nlongest     {} tokens, alone in a micro-batch: {}", self.most_tokens, saved(&self.saved[1]))?;
         }
         Ok(())
     }

@@ -22,6 +22,9 @@ use dpo_core::error::{Error, Result};
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
+/// Where the template of a checkpoint that has none comes from.
+const OF_FAMILY: &str = "the family";
+
 /// What it is called in messages.
 const WHAT: &str = "the chat template";
 /// Most bytes of a template. Published ones have up to 40,000.
@@ -82,11 +85,15 @@ impl ChatTemplate {
             let place = |path: &Path| path.display().to_string();
             let in_config = templates(config.get("chat_template")).zip(Some(place(&dir.join("tokenizer_config.json"))));
             let in_file = templates(read_json(&other)?.get("chat_template")).zip(Some(place(&other)));
-            let own =
-                fallback.map(|text| (BTreeMap::from([(DEFAULT.to_owned(), text.to_owned())]), "the family".into()));
+            let own = fallback.map(|text| (BTreeMap::from([(DEFAULT.to_owned(), text.to_owned())]), OF_FAMILY.into()));
             in_config.or(in_file).or(own)
         };
         found.map(|(texts, origin)| ChatTemplate::new(texts, origin, special_tokens)).transpose()
+    }
+
+    /// Whether it is the family's, since the checkpoint has none.
+    pub fn is_borrowed(&self) -> bool {
+        self.origin == OF_FAMILY
     }
 
     /// A template from its text, for tests and tools.

@@ -15,7 +15,7 @@ pub mod tokens;
 
 use std::collections::{HashMap, HashSet};
 
-use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
+use dpo_plugin_api::dataset::{Message, Record, RecordAnswer, Row, Text};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use indicatif::ProgressBar;
@@ -51,11 +51,13 @@ pub struct Wanted {
     pub answers: Answers,
     /// The loss that says so, for messages.
     pub loss: String,
+    /// Whether each has, detached, an answer to another prompt.
+    pub mismatched: bool,
 }
 
 impl Default for Wanted {
     fn default() -> Wanted {
-        Wanted { answers: Answers::Pair, loss: "sigmoid".into() }
+        Wanted { answers: Answers::Pair, loss: "sigmoid".into(), mismatched: false }
     }
 }
 
@@ -75,6 +77,8 @@ pub struct DataOptions {
     pub format: Option<String>,
     /// What the records of the rows become.
     pub wanted: Wanted,
+    /// Examples of a step: a mismatched answer is of another example of so many that follow each other.
+    pub batch_size: usize,
     /// Names that formats read for the names in the files.
     pub columns: Columns,
     /// Most tokens of a prompt and an answer.
@@ -87,6 +91,8 @@ pub struct DataOptions {
     pub strict: bool,
     /// Most rows of each source: the first ones.
     pub max_samples: Option<usize>,
+    /// The system message of conversations that have none.
+    pub system: Option<String>,
     /// Whether `#N` takes rows at random. Examples always come in the order of their files.
     pub shuffle: bool,
     /// For the sample.
@@ -143,6 +149,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
         max_length: options.max_length,
         truncation: options.truncation,
         template: template.map(|t| t.origin.clone()),
+        template_is_borrowed: template.is_some_and(ChatTemplate::is_borrowed),
         template_reads_clock: template.is_some_and(|t| t.reads_clock),
         ..Report::default()
     };
@@ -164,6 +171,9 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
             }
         }
     }
+    if let Some(system) = &options.system {
+        items.iter_mut().try_for_each(|item| add_system(item, system))?;
+    }
     let items = shape(items, options, &mut report)?;
     let conversations = items.iter().any(|item| matches!(item.record.prompt, Text::Messages(_)));
     if conversations {
@@ -184,8 +194,11 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let encoded = items.par_iter().map(encode).collect::<Result<Vec<Result<Encoded>>>>();
     bar.finish_and_clear();
     let encoded = encoded?;
-    let examples = collect(items, encoded, &mut report, options, tokenizer)?;
-    report.measure(&examples, tokenizer);
+    let mut examples = collect(items, encoded, &mut report, options, tokenizer)?;
+    if options.wanted.mismatched {
+        examples = with_mismatched(examples, options)?;
+    }
+    report.measure(&examples, options.wanted.answers == Answers::Labelled, tokenizer);
     if examples.is_empty() {
         return Err(no_examples(&report));
     }
@@ -245,12 +258,29 @@ fn refuse(report: &mut Report, error: Error, place: &str, strict: bool) -> Resul
     Ok(())
 }
 
+/// Puts a system message before a conversation that has none.
+fn add_system(item: &mut Item, system: &str) -> Result<()> {
+    match &mut item.record.prompt {
+        Text::Messages(messages) if messages.first().is_some_and(|m| m.role == "system") => {}
+        Text::Messages(messages) => messages.insert(0, Message::new("system", system)),
+        Text::Plain(_) => {
+            return Err(Error::input("the prompt is plain text, which takes no system message")
+                .at(&item.place)
+                .help("leave --system out, or write prompts as messages"));
+        }
+    }
+    Ok(())
+}
+
 /// Makes the examples that are wanted of the records that there are.
 ///
 /// # Errors
 /// A record with another number of answers: rows and loss do not fit, whatever else is in them.
 fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result<Vec<Item>> {
-    let Wanted { answers, loss } = &options.wanted;
+    let Wanted { answers, loss, .. } = &options.wanted;
+    if *answers == Answers::Labelled {
+        return Ok(items.into_iter().flat_map(each_answer).collect());
+    }
     if *answers == Answers::One {
         let mut liked = Vec::new();
         for item in items {
@@ -280,6 +310,38 @@ fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result
         }
     }
     Ok(items)
+}
+
+/// The learned answers of a record, a record each.
+fn each_answer(item: Item) -> Vec<Item> {
+    let Item { record, file, place } = item;
+    let alone = |answer: &RecordAnswer| Record { answers: vec![answer.clone()], ..record.clone() };
+    learned(&record).iter().map(|answer| Item { record: alone(answer), file, place: place.clone() }).collect()
+}
+
+/// Gives every example, detached, the answer of the one before it among as many as a step has, and the first of them that of the last, as
+/// TRL's `KTOTrainer` does; where the last step has one example alone, the answer of the one before it.
+fn with_mismatched(examples: Vec<Example>, options: &DataOptions) -> Result<Vec<Example>> {
+    let count = examples.len();
+    if count == 1 {
+        return Err(
+            Error::input(format!("'{}' needs two examples and more", options.wanted.loss)).at(&examples[0].place)
+        );
+    }
+    let batch = options.batch_size.max(2);
+    let other = |i: usize| match (i % batch, i / batch * batch) {
+        (0, first) => Some((first + batch).min(count) - 1).filter(|last| *last != i).unwrap_or(i - 1),
+        _ => i - 1,
+    };
+    let answers: Vec<Vec<u32>> = examples.iter().map(|e| e.answers()[0].ids.clone()).collect();
+    let with = |(i, example): (usize, Example)| {
+        let mut ids = answers[other(i)].clone();
+        ids.truncate(options.max_length.saturating_sub(example.prompt().len()).max(1));
+        let own = example.answers().iter().cloned();
+        let answers = own.chain([Answer { ids, label: 0.0, detached: true }]).collect();
+        Example::new(example.prompt().to_vec(), answers, example.place.clone())
+    };
+    examples.into_iter().enumerate().map(with).collect()
 }
 
 /// The answers of a record that are learned, best first; detached ones come behind them.
@@ -475,12 +537,14 @@ mod tests {
             paths: vec![path.display().to_string()],
             format: None,
             wanted: Wanted::default(),
+            batch_size: 16,
             columns: Columns::default(),
             max_length: usize::MAX,
             vocabulary: None,
             truncation: Truncation::Delete,
             strict: false,
             max_samples: None,
+            system: None,
             shuffle: false,
             seed: 0,
         };

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::tokens::{ChatTokenizer, Truncation};
+use dpo_core::console::Remark;
 use dpo_core::error::Error;
 use dpo_core::example::{Answer, Example, answer_name};
 
@@ -42,6 +43,9 @@ pub struct Report {
     /// The first of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_opposed: Option<String>,
+    /// Of single answers with a label, those that were liked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub liked: Option<usize>,
     /// Of pairs, those whose chosen answer has more tokens than the rejected one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chosen_longer: Option<usize>,
@@ -61,6 +65,8 @@ pub struct Report {
     /// Where the chat template is from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
+    /// Whether it is the family plugin's, since the checkpoint has none.
+    pub template_is_borrowed: bool,
     /// Whether the template writes the date, so that another day gives other tokens.
     pub template_reads_clock: bool,
     /// Examples of plain text, to which no chat template applies.
@@ -253,13 +259,68 @@ impl Report {
         text
     }
 
+    /// What of the data makes training other than it seems.
+    pub fn warnings(&self) -> Vec<Remark> {
+        let mut warnings = Vec::new();
+        let mut warn = |text: String, help: &str| warnings.push(Remark::from(text).help(help));
+        if self.plain_examples > 0 && self.template.is_some() {
+            warn(
+                format!(
+                    "{} of plain text: the model's chat template is not applied to them",
+                    n(self.plain_examples, self.noun)
+                ),
+                "chat models answer in their template: write a prompt as messages, [{\"role\": \"user\", \"content\": \"…\"}]",
+            );
+        }
+        if self.template_is_borrowed {
+            warn(
+                "the checkpoint has no chat template: the plugin's is used".into(),
+                "see in `dpo-host data` whether it is this model's; a chat_template.jinja in its folder is used instead",
+            );
+        }
+        if self.liked.is_some_and(|liked| liked == 0 || liked == self.examples()) {
+            let which = if self.liked == Some(0) { "no answer was" } else { "all answers were" };
+            warn(
+                format!("{which} liked: there is nothing to tell them apart by"),
+                "rows of liked and of disliked answers are needed; a column of ratings can be made a label of true and false",
+            );
+        }
+        if let Some(place) = &self.eos.first {
+            warn(
+                format!("{} of {} answers have no end, first {place}", self.eos.without, self.eos.answers),
+                "the model would not learn to stop: end them with the checkpoint's eos_token",
+            );
+        } else if let Some(token) = self.eos.token.as_ref().filter(|_| !self.eos.stops) {
+            warn(
+                format!("answers end with {token}, where generation does not stop"),
+                "add it to eos_token_id in generation_config.json",
+            );
+        }
+        if let Some(token) = self.bos.token.as_ref().filter(|_| self.bos.twice > 0) {
+            warn(
+                format!("{} begin with {token} twice", n(self.bos.twice, "prompt")),
+                "the rows have it, and the tokenizer adds it: leave it out of the rows",
+            );
+        }
+        if let Some(place) = &self.prompt_prefix.first {
+            warn(
+                format!(
+                    "the template renders {} otherwise before an answer, first {place}",
+                    n(self.prompt_prefix.rows, "prompt")
+                ),
+                "training reads another context than generation: `dpo-host data` shows the difference",
+            );
+        }
+        warnings
+    }
+
     /// Rows that make no example.
     pub fn dropped_rows(&self) -> usize {
         self.dropped.iter().map(|d| d.count).sum()
     }
 
     /// Counts over the examples that remain.
-    pub(super) fn measure(&mut self, examples: &[Example], tokenizer: &ChatTokenizer) {
+    pub(super) fn measure(&mut self, examples: &[Example], labelled: bool, tokenizer: &ChatTokenizer) {
         self.unique_tokens = examples.iter().map(Example::unique_tokens).sum();
         let most = examples.iter().map(|e| e.learned().len()).max().unwrap_or(0);
         let names: &[&str] = match most {
@@ -275,9 +336,12 @@ impl Report {
         self.parts = parts.map(|(name, tokens)| Part { name, lengths: Lengths::new(tokens.into_iter()) }).collect();
         let longer = |e: &&Example| e.learned()[0].ids.len() > e.learned()[1].ids.len();
         self.chosen_longer = (most == 2).then(|| examples.iter().filter(longer).count());
+        let is_liked = |e: &&Example| e.learned()[0].label > 0.0;
+        self.liked = labelled.then(|| examples.iter().filter(is_liked).count());
         let mut seen: HashSet<Vec<&[u32]>> = HashSet::new();
         for example in examples {
-            let parts: Vec<&[u32]> = example.parts().collect();
+            let learned = example.learned().iter().map(|a| a.ids.as_slice());
+            let parts: Vec<&[u32]> = std::iter::once(example.prompt()).chain(learned).collect();
             if let [prompt, chosen, rejected] = parts[..]
                 && seen.contains([prompt, rejected, chosen].as_slice())
             {
@@ -354,6 +418,9 @@ impl fmt::Display for Report {
         if let Some(place) = &self.first_opposed {
             let pairs = n(self.opposed, "pair");
             writeln!(f, "  contradictions: {pairs} prefer what a pair before rejects, first {place}")?;
+        }
+        if let Some(liked) = self.liked {
+            writeln!(f, "  liked: {liked} of {}", n(self.examples(), "answer"))?;
         }
         if let Some(longer) = self.chosen_longer {
             let longer = 100.0 * longer as f64 / self.examples().max(1) as f64;

@@ -91,7 +91,15 @@ fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
         return hub::dataset(&name, &kinds.iter().map(String::as_str).collect::<Vec<_>>());
     }
     if !path.is_dir() {
-        return Ok(vec![path.to_owned()]);
+        // Whoever knows other tools writes no prefix.
+        let id =
+            path.to_str().filter(|text| !path.exists() && path.extension().is_none() && Name::parse(text).is_some());
+        return match id {
+            Some(id) => Err(Error::input("is neither a file nor a folder")
+                .at(id)
+                .help(format!("a dataset of Hugging Face is named --dataset hf::{id}"))),
+            None => Ok(vec![path.to_owned()]),
+        };
     }
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).reading(path)? {

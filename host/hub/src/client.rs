@@ -3,12 +3,14 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
 use ureq::Agent;
 use ureq::Body;
 use ureq::http::{Response, Uri};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 
 use super::protocol::{Hub, Remote, variable};
 use dpo_core::console;
@@ -80,8 +82,36 @@ pub(super) fn offline() -> bool {
     on("HF_HUB_OFFLINE") || on("TRANSFORMERS_OFFLINE")
 }
 
+/// The variables that name a file of certificates, as OpenSSL and Python's requests have them.
+const CERTIFICATES: [&str; 2] = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"];
+
+/// Authorities whose certificates are taken: the program's own, or those of the file that a variable names, which is how a
+/// company's proxy makes itself known.
+fn trusted() -> Result<RootCerts> {
+    let Some((name, path)) = CERTIFICATES.iter().find_map(|name| Some((name, variable(name)?))) else {
+        return Ok(RootCerts::WebPki);
+    };
+    let place = format!("{name}={path}");
+    let unread = |e: std::io::Error| Error::input(format!("cannot be read: {e}")).at(&place);
+    // Requests take a folder of such files too.
+    let files = match fs::read_dir(&path) {
+        Ok(entries) => entries.flatten().map(|e| e.path()).filter(|p| p.is_file()).collect(),
+        Err(_) => vec![path.into()],
+    };
+    let mut certificates: Vec<Certificate> = Vec::new();
+    for file in files {
+        let text = fs::read(file).map_err(unread)?;
+        let items = ureq::tls::parse_pem(&text).flatten();
+        certificates.extend(items.filter_map(|i| if let PemItem::Certificate(c) = i { Some(c) } else { None }));
+    }
+    if certificates.is_empty() {
+        return Err(Error::input("has no certificates in PEM").at(&place));
+    }
+    Ok(RootCerts::Specific(Arc::new(certificates)))
+}
+
 impl Client {
-    pub(super) fn of(hub: &'static Hub) -> Client {
+    pub(super) fn of(hub: &'static Hub) -> Result<Client> {
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -89,9 +119,10 @@ impl Client {
             .timeout_connect(Some(SILENCE))
             .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
+            .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
             .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
         let origin = (hub.endpoint)().parse().ok().and_then(|endpoint| Origin::of(&endpoint));
-        Client { agent: config.build().into(), hub, secret: (hub.secret)().zip(origin) }
+        Ok(Client { agent: config.build().into(), hub, secret: (hub.secret)().zip(origin) })
     }
 
     /// What is at an address, as JSON.
@@ -264,8 +295,8 @@ fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) ->
             Err(Failure::Passing { cause, pause, progress }) => {
                 tries = if progress { 1 } else { tries + 1 };
                 if tries >= TRIES {
-                    let help = "run it again: it goes on where it ended. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy; \
-                                without a network, name a folder";
+                    let help = "run it again: it goes on where it ended. HF_ENDPOINT names a mirror, HTTPS_PROXY a proxy, SSL_CERT_FILE \
+                                its certificates; without a network, name a folder";
                     return Err(Error::run(format!("given up after {TRIES} tries: {cause}")).help(help));
                 }
                 std::thread::sleep(pause.unwrap_or(PAUSE * 2_u32.pow(tries - 1)));

@@ -15,6 +15,7 @@ use cache::Cache;
 use client::Client;
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
+use dpo_core::files::free_space;
 use dpo_core::memory::size;
 use dpo_core::weights::{FILES, INDEX, SINGLE, shard_names};
 use protocol::{Hub, Listing, Remote};
@@ -26,6 +27,8 @@ pub enum Need {
     Config,
     /// All but the weights.
     Tokenizer,
+    /// All but the weights, which could be fetched: there are some, and there is room for them.
+    WeightsToCome,
     /// Everything.
     Weights,
 }
@@ -81,13 +84,21 @@ impl Name {
 /// file that is not what the hub says.
 pub fn model(name: &Name, need: Need) -> Result<PathBuf> {
     let cache = Cache::of(name, Content::Model)?;
-    let here = |folder: &Path| lacking(folder, need);
+    // Weights that are to come are here, or the hub is asked for them.
+    let (here, after) = match need {
+        Need::WeightsToCome => (Need::Weights, Need::Tokenizer),
+        need => (need, need),
+    };
+    let here = |folder: &Path| lacking(folder, here);
     local_or_fetched(name, &cache, here, || {
         let (client, listing) = listing(name, Content::Model)?;
         let have = |file: &str| listing.files.iter().any(|f| f.path == file);
         if !have("config.json") {
             let what = "is not a model that transformers can read: it has no config.json";
             return Err(Error::input(what).at(name.place()));
+        }
+        if need == Need::WeightsToCome {
+            room_for_weights(name, &cache, &listing)?;
         }
         let beside = if need == Need::Config { &FILES[..1] } else { FILES };
         let fetch = |files: &[&str]| fetch(&client, name, &cache, &listing, |f| files.contains(&f.path.as_str()));
@@ -101,13 +112,35 @@ pub fn model(name: &Name, need: Need) -> Result<PathBuf> {
         }
         cache.remember(&name.revision, &listing.commit)?;
         let folder = cache.view(&listing.commit);
-        match lacking(&folder, need) {
+        match lacking(&folder, after) {
             missing if missing.is_empty() => Ok(folder),
             missing => Err(Error::input(format!("lacks {}", missing.join(", ")))
                 .at(name.place())
                 .help("models are read whose tokenizer is a tokenizer.json and whose weights are safetensors")),
         }
     })
+}
+
+/// Whether a listing has weights that can be read, and the cache room for those that it lacks.
+fn room_for_weights(name: &Name, cache: &Cache, listing: &Listing) -> Result<()> {
+    let weights =
+        |f: &&Remote| f.path.starts_with("model") && f.path.ends_with(".safetensors") && !f.path.contains('/');
+    let weights: Vec<&Remote> = listing.files.iter().filter(weights).collect();
+    if weights.is_empty() {
+        return Err(Error::input("has no model*.safetensors")
+            .at(name.place())
+            .help("only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained"));
+    }
+    let absent: u64 = weights.into_iter().filter(|f| !cache.has(f)).filter_map(|f| f.size).sum();
+    match free_space(cache.folder()).filter(|free| absent > *free) {
+        Some(free) => {
+            let (absent, free) = (size(absent as usize), size(free as usize));
+            Err(Error::input(format!("its weights take {absent} on the disk, where {free} are free"))
+                .at(cache.folder().display())
+                .help("make room, or move the cache: HF_HOME for Hugging Face, MODELSCOPE_CACHE for ModelScope"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The data files of a dataset: those of its training split if it has splits, of the first of these kinds that it has.
@@ -171,6 +204,11 @@ fn local_or_fetched<M: std::fmt::Display>(
     }
 }
 
+/// Whether a model's folder has its weights.
+pub fn has_weights(folder: &Path) -> bool {
+    lacking(folder, Need::Weights).is_empty()
+}
+
 /// Files that a model's folder lacks.
 fn lacking(folder: &Path, need: Need) -> Vec<String> {
     let mut missing = Vec::new();
@@ -215,7 +253,7 @@ fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
 const MOST_PAGES: usize = 500;
 
 fn listing(name: &Name, content: Content) -> Result<(Client, Listing)> {
-    let client = Client::of(name.hub);
+    let client = Client::of(name.hub)?;
     let page = |number: usize| {
         let address = format!("{}{}", (name.hub.endpoint)(), (name.hub.listing)(name, content, number));
         let reply = client.json(&address).map_err(|e| e.at(name.place()))?;

@@ -197,6 +197,8 @@ pub struct Registry {
     pub refusals: Vec<Refusal>,
     /// Every accepted item, used or shadowed.
     pub rows: Vec<Row>,
+    /// Folders that libraries were looked for in.
+    pub searched: Vec<PathBuf>,
 }
 
 /// Items come in the order of precedence; `place` says where built-in ones stand in it.
@@ -230,6 +232,7 @@ impl Registry {
             }
         }
         registry.open_all(last.as_slice(), helper, &mut libraries);
+        registry.searched = first.into_iter().chain(last).collect();
         let candidates = registry.candidates(&libraries);
         registry.settle(candidates);
         registry
@@ -332,32 +335,45 @@ impl Registry {
 
     /// The family of a name.
     pub fn family(&self, name: &str) -> Result<&Family> {
-        let known = || self.families.iter().map(|f| f.name.as_str());
-        self.families.iter().find(|f| f.name == name).ok_or_else(|| Error::unknown("plugin", name, known()))
+        let known = self.families.iter().map(|f| f.name.as_str());
+        self.families.iter().find(|f| f.name == name).ok_or_else(|| self.unknown("plugin", name, known))
+    }
+
+    /// A name that no plugin has: the nearest one, and where plugins were looked for.
+    fn unknown<'a>(&self, what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> Error {
+        let error = Error::unknown(what, name, known);
+        let known = error.advice().unwrap_or_default().to_owned();
+        let folders: Vec<String> = self.searched.iter().map(|folder| folder.display().to_string()).collect();
+        let help = format!("{known}; libraries of plugins were looked for in {}", folders.join(", "));
+        Error::input(error.message()).help(help)
     }
 
     /// The family that answers for an architecture of a `config.json`.
     pub fn family_for(&self, architecture: &str) -> Result<&Family> {
         self.families.iter().find(|f| f.claims.iter().any(|c| c == architecture)).ok_or_else(|| {
-            let known = self.families.iter().flat_map(|f| f.claims.iter().map(String::as_str));
-            Error::unknown("architecture", architecture, known)
+            let known: Vec<String> =
+                self.families.iter().map(|f| format!("{} ({})", f.name, f.claims.join(", "))).collect();
+            Error::input(format!("no plugin answers for the architecture '{architecture}'")).help(format!(
+                "families that do for theirs: {}; `dpo-host new model NAME` begins another, see docs/plugins.md",
+                known.join(", ")
+            ))
         })
     }
 
     /// The format of a name.
     pub fn format(&self, name: &str) -> Result<&Format> {
-        let known = || self.formats.iter().map(|f| f.name.as_str());
-        self.formats.iter().find(|f| f.name == name).ok_or_else(|| Error::unknown("dataset format", name, known()))
+        let known = self.formats.iter().map(|f| f.name.as_str());
+        self.formats.iter().find(|f| f.name == name).ok_or_else(|| self.unknown("dataset format", name, known))
     }
 
     /// The loss of a name.
     pub fn loss(&self, name: &str) -> Result<&Loss> {
-        let known = || self.losses.iter().map(|l| l.name.as_str());
+        let known = self.losses.iter().map(|l| l.name.as_str());
         self.losses.iter().find(|l| l.name == name).ok_or_else(|| {
             let lower = name.to_lowercase();
             match ELSEWHERE.iter().find(|(other, _)| *other == lower) {
                 Some((_, ours)) => Error::input(format!("unknown loss '{name}'")).help(*ours),
-                None => Error::unknown("loss", name, known()),
+                None => self.unknown("loss", name, known),
             }
         })
     }

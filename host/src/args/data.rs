@@ -25,6 +25,9 @@ pub(crate) struct DataArgs {
     /// What to do with longer examples
     #[arg(long, value_enum, default_value_t = TruncationArg::Delete)]
     truncation_strategy: TruncationArg,
+    /// System message of conversations that have none [default: none]
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
     /// Shuffle the examples in every epoch
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     shuffle: bool,
@@ -38,6 +41,9 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     strict: bool,
 }
+
+/// Examples of a step, where none are taken.
+const USUAL_BATCH: usize = 16;
 
 /// What happens to an example that is longer than `--max-length`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -61,6 +67,7 @@ impl DataArgs {
         Ok(DataOptions {
             paths: paths.to_vec(),
             wanted: wanted.clone(),
+            batch_size: USUAL_BATCH,
             format: self.dataset_format.clone(),
             columns,
             max_length: self.max_length,
@@ -72,6 +79,7 @@ impl DataArgs {
             },
             strict: self.strict,
             max_samples: self.max_samples,
+            system: self.system.clone(),
             shuffle: self.shuffle,
             seed: self.seed,
         })

@@ -8,6 +8,7 @@ pub(crate) mod loss;
 pub mod peers;
 pub(crate) mod resolve;
 pub(crate) mod sampling;
+pub(crate) mod train;
 mod yaml;
 
 use std::fmt;
@@ -110,7 +111,8 @@ impl FromStr for SizeArg {
     type Err = String;
 
     fn from_str(text: &str) -> std::result::Result<SizeArg, String> {
-        let bytes = dpo_core::memory::parse_size(text).map_err(|e| e.message().to_owned() + ": write it as 24GiB")?;
+        let bytes = dpo_core::memory::parse_size(text)
+            .map_err(|e| format!("{}: {}", e.message(), e.advice().unwrap_or_default()))?;
         Ok(SizeArg { text: text.to_owned(), bytes })
     }
 }
@@ -127,6 +129,7 @@ pub(crate) const ANY: Range = (|_| true, "a finite number");
 pub(crate) const FROM_0: Range = (|x| x >= 0.0, "0 or more");
 pub(crate) const ABOVE_0: Range = (|x| x > 0.0, "above 0");
 pub(crate) const ALPHA: Range = (|x| x > 0.0 && x <= MOST_ALPHA, "above 0 and up to 1e12");
+pub(crate) const MINUTES: Range = (|x| x > 0.0 && x <= 1e6, "above 0 and up to 1e6");
 pub(crate) const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");
 pub(crate) const BELOW_1: Range = (|x| (0.0..1.0).contains(&x), "from 0 to below 1");
 

@@ -23,25 +23,22 @@ pub(crate) fn doctor(options: &DoctorOptions) -> Result<()> {
         return check_kernels();
     }
     for found in libraries::find() {
-        let library = found.library;
-        let name = format!("lib{}", library.name);
-        match &found.path {
-            Some(path) => println!("{name:<12} {:<32} {}", library.purpose, path.display()),
-            None => println!("{name:<12} {:<32} missing: {}", library.purpose, library.remedy),
+        let (library, name) = (found.library, format!("lib{}", found.library.name));
+        match &found.opened {
+            Ok(opened) => println!("{name:<12} {:<32} {}", library.purpose, opened.path.display()),
+            Err(why) => println!("{name:<12} {:<32} {why}", library.purpose),
         }
     }
-    let usable = libraries::require();
-    if usable.is_ok() {
+    if libraries::require_one("nvrtc").is_ok() {
         let (major, minor) = kernels::version()?;
         println!("nvrtc        version {major}.{minor}");
     }
-    let driver = libraries::find().iter().any(|f| f.library.name == "cuda" && f.path.is_some());
-    if driver {
-        let version = cuda::driver_version()?;
-        let (major, minor) = (version / 1000, version % 1000 / 10);
-        println!("driver       for CUDA {major}.{minor}");
-        if version < 12040 {
-            println!("             too old: {}", libraries::LIBRARIES[0].remedy);
+    if let Some(version) = libraries::driver_version() {
+        println!("driver       for CUDA {}.{}", version / 1000, version % 1000 / 10);
+        if version < libraries::OLDEST_DRIVER {
+            println!("             too old: {}", libraries::DRIVER_REMEDY);
+        } else if libraries::find().iter().any(|f| f.opened.is_err()) {
+            println!("             what is missing comes with: {}", libraries::pip_install());
         }
         let count = cuda::count().unwrap_or(0);
         for index in 0..count {
@@ -53,11 +50,15 @@ pub(crate) fn doctor(options: &DoctorOptions) -> Result<()> {
                 println!(
                     "             too old: bf16 on the matrix units needs compute capability 80 (Ampere) or newer"
                 );
+            } else if let Err(e) = kernels::require_known(capability) {
+                println!("             {e}");
             }
         }
         if count == 0 {
             println!("no GPU is visible: see nvidia-smi and CUDA_VISIBLE_DEVICES");
         }
+    } else {
+        println!("driver       none, so nothing else is needed: {} to use an NVIDIA GPU", libraries::DRIVER_REMEDY);
     }
     match (&options.device, backends::gpu(&options.device, None)) {
         (DeviceArg::Auto | DeviceArg::Cpu, Ok(None)) => println!("training runs on the CPU"),
@@ -74,7 +75,13 @@ pub(crate) fn doctor(options: &DoctorOptions) -> Result<()> {
 fn check_kernels() -> Result<()> {
     libraries::require_one("nvrtc")?;
     let mut spilled = 0;
+    let mut unknown = Vec::new();
     for capability in kernels::ARCHITECTURES {
+        if let Err(e) = kernels::require_known(*capability) {
+            println!("sm_{capability}: {e}");
+            unknown.push(format!("sm_{capability}"));
+            continue;
+        }
         for (file, notes) in cuda::check_kernels(*capability)? {
             let spills = notes.lines().filter(|l| l.contains("spill stores") && !l.contains(" 0 bytes spill stores"));
             for line in spills {
@@ -85,5 +92,8 @@ fn check_kernels() -> Result<()> {
         println!("sm_{capability}: all kernels compile");
     }
     println!("{spilled} kernels spill registers");
+    if !unknown.is_empty() {
+        return Err(Error::run(format!("not compiled for {}", unknown.join(", "))).help(libraries::pip_upgrade_nvrtc()));
+    }
     Ok(())
 }

@@ -75,7 +75,8 @@ const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejecte
 
 pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let name = model::named(options.model.as_deref(), options.adapter.as_deref())?;
-    let folder = model::locate(&name, Need::Weights)?;
+    // What can be told without weights is told before they are fetched.
+    let folder = model::locate(&name, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let loss = as_in_run(options)?;
@@ -95,10 +96,10 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         options.adapter.as_ref().map_or_else(|| Adapter::idle(&model.graph), |a| Adapter::load(&model.graph, a))?;
     let params = adapter.parameters();
     let backend = backends::open(&options.device, None)?;
-    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let workload = Workload::of(files.iter().flatten());
-    let (graph, memory) = (model.graph, MemoryOptions::default());
-    let mut device = backend.trainer(&mut Alone, graph, &checkpoint, adapter, workload, memory)?;
+    let planned = backend.plan(&mut Alone, model.graph.clone(), adapter, workload, MemoryOptions::default())?;
+    let folder = model::locate(&name, Need::Weights)?;
+    let mut device = planned.load(&mut Alone, &Checkpoint::of(&folder, &model.graph)?)?;
     let policy = scores(device.as_mut(), &files)?;
     let reference = match options.adapter {
         Some(_) => {
@@ -128,7 +129,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     row("all", &files.iter().flatten().collect::<Vec<_>>(), &joined(&policy), &joined(&reference))?;
     show(&rows, options.json);
     match &options.output {
-        Some(path) => files::write(path, lines(&joined(&policy)).as_bytes()),
+        Some(path) => files::write(path, lines(files.iter().flatten(), &joined(&policy)).as_bytes()),
         None => Ok(()),
     }
 }
@@ -144,9 +145,10 @@ fn as_in_run(options: &EvalOptions) -> Result<LossArgs> {
             *value = of_run.clone();
         }
     }
-    if let Some(start) = run.get("init_adapter").and_then(Value::as_str) {
+    let named = |flag: &str| run.get(flag).and_then(Value::as_str);
+    if let Some(reference) = named("ref_adapter").or_else(|| named("ref_model")).or_else(|| named("init_adapter")) {
         console::note(format!(
-            "rewards are measured from the model without an adapter; the run's own were measured from {start}, which it began with"
+            "rewards are measured from the model without an adapter; the run's own were measured from {reference}"
         ));
     }
     let loss: LossArgs =
@@ -200,15 +202,15 @@ fn joined(files: &[AnswerLogProbs]) -> AnswerLogProbs {
 }
 
 /// A line of JSON for every example: of a pair, by the names of its answers.
-fn lines(logps: &AnswerLogProbs) -> String {
+fn lines<'a>(examples: impl Iterator<Item = &'a Example>, logps: &AnswerLogProbs) -> String {
     let sum = |at: Range<usize>| logps.logps[at].iter().map(|l| f64::from(*l)).sum::<f64>();
-    let line = |example| {
-        let sums: Vec<f64> = logps.offsets.answers(example).map(sum).collect();
+    let line = |(i, example): (usize, &Example)| {
+        let sums: Vec<f64> = logps.offsets.answers(i).take(example.learned().len()).map(sum).collect();
         let line = match sums[..] {
             [chosen, rejected] => json!({"chosen": chosen, "rejected": rejected}),
             _ => json!({"answers": sums}),
         };
         format!("{line}\n")
     };
-    (0..logps.offsets.len()).map(line).collect()
+    examples.enumerate().map(line).collect()
 }

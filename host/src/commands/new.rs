@@ -1,4 +1,5 @@
-//! `dpo-host new`: a plugin crate that builds, passes its tests and loads, for its author to change.
+//! `dpo-host new`: a plugin crate that builds, passes its tests and loads, for its author to change. The crate `dpo-plugin-api`, of which
+//! this program has a copy, is written into it, so that it needs no source tree and stays as it is when it is moved.
 
 use std::path::Path;
 
@@ -21,6 +22,18 @@ pub enum Kind {
 type Template = (&'static str, &'static str);
 
 const SHARED: [Template; 2] = [("Cargo.toml", include_str!("templates/Cargo.toml.txt")), (".gitignore", "target/\n")];
+
+macro_rules! plugin_api {
+    ($($file:literal)*) => {
+        /// The crate `dpo-plugin-api`, but for its Cargo.toml.
+        const PLUGIN_API: &[Template] =
+            &[$((concat!("plugin-api/src/", $file), include_str!(concat!("../../../plugin-api/src/", $file)))),*];
+    };
+}
+
+plugin_api! {
+    "abi.rs" "builder.rs" "dataset.rs" "dual.rs" "error.rs" "export.rs" "graph.rs" "lib.rs" "loss.rs" "model.rs" "rope.rs" "testing.rs"
+}
 
 impl Kind {
     /// The word in package names.
@@ -57,20 +70,18 @@ impl Kind {
 pub fn new(kind: Kind, name: &str, dir: &Path) -> Result<()> {
     check_name(kind, name)?;
     let package = format!("dpo-{}-{name}", kind.word());
-    let fill = |text: &str| {
-        text.replace("@package@", &package)
-            .replace("@plugin_api@", &plugin_api())
-            .replace("@name@", name)
-            .replace("@Name@", &camel_case(name))
-    };
+    let fill =
+        |text: &str| text.replace("@package@", &package).replace("@name@", name).replace("@Name@", &camel_case(name));
     if dir.symlink_metadata().is_ok() {
         return Err(Error::input("is there already").at(dir.display()).help("name another folder with --path"));
     }
-    for (file, text) in SHARED.iter().chain(kind.templates()) {
+    let own = SHARED.iter().chain(kind.templates()).map(|(file, text)| (*file, fill(text)));
+    let plugin_api = PLUGIN_API.iter().map(|(file, text)| (*file, (*text).to_owned()));
+    for (file, text) in own.chain(plugin_api).chain([("plugin-api/Cargo.toml", plugin_api_manifest())]) {
         let path = dir.join(file);
         let folder = path.parent().unwrap_or(dir);
         std::fs::create_dir_all(folder).writing(folder)?;
-        std::fs::write(&path, fill(text)).writing(&path)?;
+        std::fs::write(&path, text).writing(&path)?;
     }
     println!("wrote {}; what to change is said in src/lib.rs. Next:", dir.display());
     println!("  cd {}", dir.display());
@@ -94,16 +105,16 @@ fn check_name(kind: Kind, name: &str) -> Result<()> {
     }
 }
 
-/// How the crate depends on `dpo-plugin-api`: on the sources this binary was built from while they are there, so that
-/// it builds offline and against the same version; else on the published crate.
-fn plugin_api() -> String {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugin-api");
-    match sources.canonicalize() {
-        Ok(path) if path.join("Cargo.toml").is_file() => {
-            format!("{{ path = {} }}", toml::Value::from(path.to_string_lossy().into_owned()))
-        }
-        _ => "\"1\"".into(),
-    }
+/// The Cargo.toml of `dpo-plugin-api`, with the workspace's values in place of references to them.
+fn plugin_api_manifest() -> String {
+    let workspace = include_str!("../../../Cargo.toml");
+    let own = include_str!("../../../plugin-api/Cargo.toml").replace("\n[lints]\nworkspace = true\n", "");
+    let resolved = |line: &str| {
+        let key = line.strip_suffix(".workspace = true");
+        let value = key.and_then(|key| workspace.lines().find(|l| l.starts_with(&format!("{key} = "))));
+        value.unwrap_or(line).to_owned() + "\n"
+    };
+    own.lines().map(resolved).collect()
 }
 
 /// `my-model` as `MyModel`, the way architectures are written.

@@ -57,7 +57,18 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
     let name = options.model.as_deref().unwrap_or_default();
     let graph = match Shape::named(name) {
         Ok(shape) => shape.graph(registry)?,
-        Err(_) => Model::open(registry, &model::locate(name, Need::Config)?, options.plugin.as_deref())?.graph,
+        Err(_) => {
+            // What has no slash is no name on a hub.
+            let shapes: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
+            let known = format!("name a folder, owner/name of Hugging Face, or one of {}", shapes.join(", "));
+            let folder = model::locate(name, Need::Config).map_err(|e| match name.contains('/') {
+                true => e,
+                false => Error::input(format!("'{name}' is neither a folder nor a published shape"))
+                    .at("--model")
+                    .help(known),
+            })?;
+            Model::open(registry, &folder, options.plugin.as_deref())?.graph
+        }
     };
     let adapter = adapter(&graph, options)?;
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);

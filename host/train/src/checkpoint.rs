@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::config::Resume;
+use super::evaluation::Best;
 use super::manifest;
 use super::metrics::Window;
 use dpo_core::error::{Error, IoContext, Result};
@@ -26,6 +27,8 @@ use dpo_core::{console, files, weights};
 pub(super) struct State {
     /// Steps taken.
     pub(super) global_step: u64,
+    /// Steps that the run is to take.
+    pub(super) total_steps: u64,
     /// Those of them that changed the adapter: not those that were skipped.
     pub(super) updates: u64,
     /// Steps skipped one after the other up to here.
@@ -40,6 +43,8 @@ pub(super) struct State {
     pub(super) losses: Vec<Vec<f64>>,
     /// Sums since the last line of the log.
     pub(super) window: Window,
+    /// The best evaluation, and how many have passed since.
+    pub(super) best: Best,
 }
 
 const STATE: &str = "trainer_state.json";
@@ -47,7 +52,12 @@ const MOMENTS: &str = "optimizer.safetensors";
 const LATEST: &str = "latest";
 const FLAG: &str = "--resume-from-checkpoint";
 
-/// Writes `checkpoint-N` and removes older ones beyond the limit. The output folder must be there: one that vanished is not
+/// The folder of the checkpoint behind a step.
+pub(super) fn name(step: u64) -> String {
+    format!("checkpoint-{step}")
+}
+
+/// Writes `checkpoint-N` and removes older ones beyond the limit, but for that of the best evaluation. The output folder must be there: one that vanished is not
 /// made anew under another's feet.
 pub(super) fn save(
     output: &Path,
@@ -57,7 +67,7 @@ pub(super) fn save(
     state: &State,
     keep: Option<usize>,
 ) -> Result<()> {
-    let name = format!("checkpoint-{}", state.global_step);
+    let name = name(state.global_step);
     let temporary = output.join(format!(".{name}.tmp"));
     let _ = fs::remove_dir_all(&temporary);
     let written = fs::create_dir(&temporary).writing(&temporary).and_then(|()| {
@@ -76,7 +86,8 @@ pub(super) fn save(
     files::write_into(&output.join(LATEST), format!("{name}\n").as_bytes())?;
     // Later ones are of a run that went on from an earlier checkpoint; this run comes to them yet.
     let past = list(output).into_iter().filter(|(step, _)| *step <= state.global_step);
-    for (_, old) in past.rev().skip(keep.unwrap_or(usize::MAX).max(1)) {
+    let old = past.rev().skip(keep.unwrap_or(usize::MAX).max(1));
+    for (_, old) in old.filter(|(step, _)| state.best.found.is_none_or(|(best, _)| best != *step)) {
         fs::remove_dir_all(&old).writing(&old)?;
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! The settings of a run, typed and resolved. How flags become these is the command line's business.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use dpo_core::error::Result;
 use dpo_core::lora::Targets;
@@ -32,9 +33,13 @@ pub struct TrainConfig {
     /// Rows to train on: `PATH` or `PATH#N`.
     pub dataset: Vec<String>,
     /// Rows to evaluate on.
-    pub val_dataset: Vec<String>,
+    pub val_dataset: Vec<EvalRows>,
     /// Fraction of the examples held out for evaluation, where there is no `val_dataset`.
     pub split_dataset_ratio: f64,
+    /// What evaluations decide.
+    pub evaluation: EvaluationConfig,
+    /// The reference, where it is not the model with the adapter of the start.
+    pub reference: Option<ReferenceConfig>,
     /// The losses, their weights and options.
     pub objective: ObjectiveOptions,
     /// Optimizer, learning rate, batch.
@@ -45,11 +50,65 @@ pub struct TrainConfig {
     pub output: OutputConfig,
     /// The page to serve while the run goes on.
     pub dashboard: Dashboard,
+    /// Folders of plugins that were named, for the commands that go on from the run.
+    pub plugin_dirs: Vec<PathBuf>,
     /// Every flag with its resolved value, by name: what `args.json` records.
     pub flags: Map<String, Value>,
 }
 
-/// The adapter at the start, which is also the reference.
+/// Rows to evaluate on, as one set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EvalRows {
+    /// The set's name; empty where it is the only one.
+    pub name: String,
+    /// `PATH` or `PATH#N`.
+    pub paths: Vec<String>,
+}
+
+impl EvalRows {
+    /// Sets of `--val-dataset`'s values, `[NAME=]PATH[#N]`, in the order in which they are first named.
+    pub fn parse(values: &[String]) -> Vec<EvalRows> {
+        let mut sets: Vec<EvalRows> = Vec::new();
+        for value in values {
+            let plain =
+                |name: &str| !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "-_".contains(c));
+            // A file may have such a name.
+            let named = value.split_once('=').filter(|(name, _)| plain(name) && !Path::new(value).exists());
+            let (name, path) = named.unwrap_or(("", value));
+            match sets.iter_mut().find(|set| set.name == name) {
+                Some(set) => set.paths.push(path.to_owned()),
+                None => sets.push(EvalRows { name: name.to_owned(), paths: vec![path.to_owned()] }),
+            }
+        }
+        sets
+    }
+}
+
+/// What evaluations decide, as in transformers' trainer.
+#[derive(Clone, Debug, Default)]
+pub struct EvaluationConfig {
+    /// Whether there is one before the first step.
+    pub on_start: bool,
+    /// Whether the run's adapter is that of the best evaluation, not that of the last step.
+    pub load_best: bool,
+    /// Evaluations that may pass without a better one; the run ends at the next.
+    pub patience: Option<u64>,
+    /// What is compared; `None` for the loss.
+    pub metric: Option<String>,
+    /// Whether more is better; `None` for what follows from the metric's name.
+    pub greater_is_better: Option<bool>,
+}
+
+/// A reference of its own.
+#[derive(Clone, Debug)]
+pub struct ReferenceConfig {
+    /// Checkpoint; `None` for the run's.
+    pub model: Option<String>,
+    /// Its adapter; `None` for none.
+    pub adapter: Option<PathBuf>,
+}
+
+/// The adapter at the start, which is also the reference unless that has a [`ReferenceConfig`].
 #[derive(Clone, Debug)]
 pub enum StartAdapter {
     /// A new one: A Kaiming-uniform, B zero.
@@ -128,6 +187,8 @@ pub struct OutputConfig {
     pub eval_steps: u64,
     /// Steps between checkpoints.
     pub save_steps: u64,
+    /// Time between checkpoints, beside those of `save_steps`.
+    pub save_every: Option<Duration>,
     /// Checkpoints to keep, the newest ones; `None` for all.
     pub save_total_limit: Option<usize>,
     /// The checkpoint to resume from.
@@ -158,20 +219,46 @@ pub enum Dashboard {
 impl TrainConfig {
     /// What the data side is asked for, with rows from `paths` for a model and what the losses want.
     pub(crate) fn rows(&self, paths: &[String], graph: &ModelGraph, wanted: &Wanted) -> DataOptions {
-        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), ..self.data.clone() }.of_model(graph)
+        let batch_size = self.optimizer.batch_size;
+        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), batch_size, ..self.data.clone() }.of_model(graph)
     }
 
-    /// The record of the run's flags, and of what they came to: the packing, the family's package, and everything that decides
-    /// the steps, as `args.json` has it.
+    /// The record of the run's flags, and of what they came to: the packing, the `losses` with all of their options, what is
+    /// known of the run before its first step, and everything that decides the steps, as `args.json` has it.
     pub(crate) fn args_json(
         &self,
         packing: Packing,
-        package: &Value,
+        losses: &Value,
+        facts: &Value,
         settings: &Map<String, Value>,
     ) -> Result<Vec<u8>> {
         let mut all = self.flags.clone();
-        all.insert(RESOLVED.to_owned(), json!({PACKING: packing, "package": package, "settings": settings}));
+        let mut resolved = json!({PACKING: packing, "losses": losses, "settings": settings});
+        for name in ["package", "device", "ranks", "parameters", "total_steps", "warmup_steps"] {
+            resolved[name] = facts[name].clone();
+        }
+        all.insert(RESOLVED.to_owned(), resolved);
         let text = serde_json::to_string_pretty(&all);
         Ok(text.map_err(|e| dpo_core::error::Error::run(e.to_string()))?.into_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sets_to_evaluate_on_may_have_names() {
+        let values = ["easy=a.jsonl#5", "b.jsonl", "easy=c.jsonl", "hf::owner/name", "./x=y.jsonl"].map(str::to_owned);
+        let sets: Vec<(String, Vec<String>)> =
+            EvalRows::parse(&values).into_iter().map(|s| (s.name, s.paths)).collect();
+        let paths = |paths: &[&str]| paths.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>();
+        assert_eq!(
+            sets,
+            [
+                ("easy".to_owned(), paths(&["a.jsonl#5", "c.jsonl"])),
+                (String::new(), paths(&["b.jsonl", "hf::owner/name", "./x=y.jsonl"]))
+            ]
+        );
     }
 }

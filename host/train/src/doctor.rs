@@ -75,6 +75,21 @@ impl Seen {
         self.lines >= 2 * RECENT && close && beyond(1.0) >= 3 && beyond(-1.0) >= 3
     }
 
+    /// A loss that has doubled for three lines, or that the run ends with; or one that rises slowly while the margin falls.
+    fn rises(&self) -> bool {
+        let by = |factor: f64, loss: f64| loss > factor * self.first.loss && self.first.loss > 0.0;
+        let lines = if self.last { 1 } else { 3 };
+        let doubled = self.lines > lines && self.recent.iter().rev().take(lines).all(|l| by(2.0, l.loss));
+        let slowly = self.lines >= 5 && self.now.margin < self.first.margin - 0.1;
+        by(1.3, self.recent(|l| l.loss)) && (doubled || slowly)
+    }
+
+    /// The training loss has halved, that of validation examples is about where training began.
+    fn learns_by_heart(&self) -> bool {
+        let learned = self.lines >= 3 && self.recent(|l| l.loss) < 0.5 * self.first.loss;
+        learned && self.evaluation.is_some_and(|[now, _]| now > 0.9 * self.first.loss)
+    }
+
     /// Only told of losses with a reference, where rewards begin at 0: without one, batches differ by more than a run moves.
     fn both_fall(&self) -> bool {
         let reference = self.first.rewards.iter().all(|r| r.abs() < 1e-2);
@@ -97,7 +112,7 @@ const RULES: &[Rule] = &[
     ),
     (
         "the loss is rising above where it began",
-        |s| s.lines >= 5 && s.now.margin < s.first.margin - 0.1 && s.recent(|l| l.loss) > 1.3 * s.first.loss,
+        Seen::rises,
         "lower --learning-rate; pairs that contradict each other (see `dpo-host data`) do the same",
     ),
     (
@@ -114,6 +129,11 @@ const RULES: &[Rule] = &[
         "validation pairs get worse while training pairs get better",
         |s| s.evaluation.is_some_and(|[now, least]| now > 1.1 * least && s.now.loss < least),
         "overfitting: take an earlier checkpoint, lower --num-epochs or --learning-rate, or add data",
+    ),
+    (
+        "training pairs are learned, validation pairs are not",
+        Seen::learns_by_heart,
+        "overfitting from the start: add rows, lower --num-epochs or --learning-rate; see whether both sets are of one kind",
     ),
     (
         "the loss is close to zero: there is nothing left to learn",
@@ -134,7 +154,9 @@ impl Doctor {
     pub(super) fn look(&mut self, line: &Map<String, Value>, last: bool) -> Vec<Remark> {
         let number = |name: &str| line.get(name).and_then(Value::as_f64);
         let seen = &mut self.seen;
-        if let Some(loss) = number("eval_loss") {
+        // Of several sets the first.
+        let evaluated = line.keys().find(|k| k.starts_with("eval_") && k.ends_with("loss") && !k.ends_with("nll_loss"));
+        if let Some(loss) = evaluated.and_then(|name| number(name)) {
             let least = seen.evaluation.map_or(loss, |[_, least]| least.min(loss));
             seen.evaluation = Some([loss, least]);
         } else if let (Some(loss), Some(gradient)) = (number("loss"), number("grad_norm")) {
@@ -245,6 +267,11 @@ mod tests {
             reported(&heart.collect::<Vec<_>>()),
             ["validation pairs get worse while training pairs get better"]
         );
+        let twice = of_margins([0.0, -1.5]);
+        assert_eq!(reported(&twice), ["the loss is rising above where it began"]);
+        let mut apart = of_margins((0..6).map(|n| 0.8 * f64::from(n)));
+        apart.push(json!({"eval_hard_loss": 1.27, "eval_hard_nll_loss": 0.1}));
+        assert_eq!(reported(&apart), ["training pairs are learned, validation pairs are not"]);
         let done = of_margins((0..8).map(|n| 2.0 * f64::from(n)));
         assert_eq!(reported(&done), ["the loss is close to zero: there is nothing left to learn"]);
     }

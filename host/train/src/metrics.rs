@@ -8,14 +8,28 @@ use serde_json::{Map, Value, json};
 use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
 
+/// What is logged of a step and of an evaluation, under the names TRL and ms-swift give them.
+pub(super) const NAMES: [&str; 8] = [
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+    "nll_loss",
+];
+
 /// One example's numbers. Where it has more than two answers, the best one stands as the chosen answer, and the mean of the
-/// others as the rejected one.
+/// others as the rejected one. A single answer is chosen where it was liked, else rejected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ExampleMetrics {
     /// Log-prob of the chosen and of the rejected answer under the policy, weighted as the loss sees it.
     pub logps: [f64; 2],
     /// `beta · log-ratio` of both.
     pub rewards: [f64; 2],
+    /// Whether there is a chosen answer, and a rejected one.
+    pub has: [bool; 2],
     /// Whether there is another answer than the best.
     pub compared: bool,
     /// Part of the pairs of a better and a worse answer whose rewards are in this order.
@@ -48,9 +62,11 @@ impl ExampleMetrics {
         let logps: Vec<f64> = at.iter().map(|at| sum(&policy.logps, at)).collect();
         let rewards: Vec<f64> =
             at.iter().zip(&logps).map(|(at, logp)| beta * (logp - sum(&reference.logps, at))).collect();
-        let best_and_others = |values: &[f64]| {
-            let others = values.len() - 1;
-            [values[0], if others == 0 { 0.0 } else { values[1..].iter().sum::<f64>() / others as f64 }]
+        let has = if learned.len() > 1 { [true; 2] } else { [learned[0].label > 0.0, learned[0].label <= 0.0] };
+        let sides = |values: &[f64]| match values {
+            [only] => has.map(|has| if has { *only } else { 0.0 }),
+            [best, others @ ..] => [*best, others.iter().sum::<f64>() / others.len() as f64],
+            [] => [0.0; 2],
         };
         let (mut ordered, mut pairs) = (0_u32, 0_u32);
         for (better, worse) in (0..learned.len()).flat_map(|b| (b + 1..learned.len()).map(move |w| (b, w))) {
@@ -60,13 +76,14 @@ impl ExampleMetrics {
             }
         }
         ExampleMetrics {
-            logps: best_and_others(&logps),
-            rewards: best_and_others(&rewards),
+            logps: sides(&logps),
+            rewards: sides(&rewards),
+            has,
             compared: learned.len() > 1,
             correct: if pairs == 0 { 0.0 } else { f64::from(ordered) / f64::from(pairs) },
             best_likeliest: logps[1..].iter().all(|other| logps[0] > *other),
-            best_sum: policy.logps[at[0].clone()].iter().map(|l| f64::from(*l)).sum(),
-            best_tokens: at[0].len(),
+            best_sum: if has[0] { policy.logps[at[0].clone()].iter().map(|l| f64::from(*l)).sum() } else { 0.0 },
+            best_tokens: if has[0] { at[0].len() } else { 0 },
             finite: logps.iter().chain(&rewards).all(|n| n.is_finite()),
         }
     }
@@ -76,6 +93,8 @@ impl ExampleMetrics {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sums {
     examples: f64,
+    /// Examples with a chosen answer, and with a rejected one.
+    has: [f64; 2],
     /// Examples with more than one answer.
     compared: f64,
     logps: [f64; 2],
@@ -87,7 +106,7 @@ pub struct Sums {
 
 impl Sums {
     /// Numbers of [`Sums`].
-    pub(super) const SIZE: usize = 9;
+    pub(super) const SIZE: usize = 11;
 
     pub(super) fn of(examples: &[ExampleMetrics]) -> Sums {
         let mut sums = Sums::default();
@@ -95,6 +114,7 @@ impl Sums {
             sums.examples += 1.0;
             sums.compared += f64::from(u8::from(example.compared));
             for side in 0..2 {
+                sums.has[side] += f64::from(u8::from(example.has[side]));
                 sums.logps[side] += example.logps[side];
                 sums.rewards[side] += example.rewards[side];
             }
@@ -106,13 +126,23 @@ impl Sums {
     }
 
     pub(super) fn to_array(self) -> [f64; Sums::SIZE] {
-        let Sums { examples, compared, logps: [lc, lr], rewards: [rc, rr], correct, best_sum, best_tokens } = self;
-        [examples, compared, lc, lr, rc, rr, correct, best_sum, best_tokens]
+        let Sums {
+            examples,
+            has: [hc, hr],
+            compared,
+            logps: [lc, lr],
+            rewards: [rc, rr],
+            correct,
+            best_sum,
+            best_tokens,
+        } = self;
+        [examples, hc, hr, compared, lc, lr, rc, rr, correct, best_sum, best_tokens]
     }
 
     pub(super) fn from_array(values: [f64; Sums::SIZE]) -> Sums {
-        let [examples, compared, lc, lr, rc, rr, correct, best_sum, best_tokens] = values;
-        Sums { examples, compared, logps: [lc, lr], rewards: [rc, rr], correct, best_sum, best_tokens }
+        let [examples, hc, hr, compared, lc, lr, rc, rr, correct, best_sum, best_tokens] = values;
+        let (has, logps, rewards) = ([hc, hr], [lc, lr], [rc, rr]);
+        Sums { examples, has, compared, logps, rewards, correct, best_sum, best_tokens }
     }
 }
 
@@ -136,25 +166,27 @@ impl Window {
         self.sums = Sums::from_array(all);
     }
 
-    /// Means, under the names TRL and ms-swift give them, with `prefix` before each. Examples of one answer have no rejected
-    /// one, and nothing that compares the two.
+    /// Means, under their [`NAMES`] with `prefix` before each, of what there is: no rejected answer where all were liked, and no
+    /// accuracy where nothing is compared.
     pub(super) fn means(&self, prefix: &str) -> Map<String, Value> {
         let sums = &self.sums;
         // Where every step was skipped there is nothing to tell, which JSON writes as null.
         let count = sums.examples;
         let compared = sums.compared > 0.0 || count == 0.0;
-        let [chosen, rejected] = sums.rewards.map(|r| r / count);
+        let [has_chosen, has_rejected] = sums.has.map(|has| has > 0.0 || count == 0.0);
+        let mean = |values: [f64; 2]| [values[0] / sums.has[0], values[1] / sums.has[1]];
+        let ([chosen, rejected], [chosen_logp, rejected_logp]) = (mean(sums.rewards), mean(sums.logps));
         let values = [
-            ("loss", self.loss / self.steps as f64, true),
-            ("rewards/chosen", chosen, true),
-            ("rewards/rejected", rejected, compared),
-            ("rewards/accuracies", sums.correct / count, compared),
-            ("rewards/margins", chosen - rejected, compared),
-            ("logps/chosen", sums.logps[0] / count, true),
-            ("logps/rejected", sums.logps[1] / count, compared),
-            ("nll_loss", -sums.best_sum / sums.best_tokens, true),
+            (self.loss / self.steps as f64, true),
+            (chosen, has_chosen),
+            (rejected, has_rejected),
+            (sums.correct / count, compared),
+            (chosen - rejected, has_chosen && has_rejected),
+            (chosen_logp, has_chosen),
+            (rejected_logp, has_rejected),
+            (-sums.best_sum / sums.best_tokens, has_chosen),
         ];
-        let told = values.into_iter().filter(|(_, _, told)| *told);
-        told.map(|(name, value, _)| (format!("{prefix}{name}"), json!(value))).collect()
+        let told = NAMES.into_iter().zip(values).filter(|(_, (_, told))| *told);
+        told.map(|(name, (value, _))| (format!("{prefix}{name}"), json!(value))).collect()
     }
 }

@@ -1,12 +1,13 @@
 //! What can be done with the adapter of a run: the commands, ready to be copied.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
-/// evaluated on, or `trained` on.
-pub(super) fn commands(output: &Path, rows: &[String], trained: bool) -> String {
+/// evaluated on, or `trained` on, and `plugins` the folders of plugins that the run named.
+pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &[PathBuf]) -> String {
     let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| quoted(&name));
-    let program = program.as_deref().unwrap_or("dpo-host");
+    let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(&dir.display().to_string())));
+    let program = format!("{}{}", program.as_deref().unwrap_or("dpo-host"), plugins.collect::<String>());
     let adapter = quoted(&output.display().to_string());
     let merged = quoted(&format!("{}-merged", output.display()));
     let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
@@ -34,13 +35,15 @@ mod tests {
 
     #[test]
     fn names_with_spaces_are_words() {
-        let text = commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false);
+        let text =
+            commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false, &["my plugins".into()]);
+        assert!(text.contains(" --plugin-dir 'my plugins' chat "), "{text}");
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
-        let trained = commands(Path::new("run"), &["a.jsonl".into()], true);
+        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[]);
         assert!(trained.contains("--dataset a.jsonl    # on rows that it was trained on\n"), "{trained}");
     }
 }

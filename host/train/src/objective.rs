@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
 use dpo_plugin_api::loss::{Answers, MAX_STATISTICS};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::metrics::ExampleMetrics;
 use dpo_core::error::{Error, Result};
@@ -139,7 +139,11 @@ impl<'r> Objective<'r> {
     /// # Errors
     /// Losses that take different numbers of answers.
     pub fn wanted(&self) -> Result<Wanted> {
-        let of = |t: &Term<'_>| Wanted { answers: t.loss.needs.answers, loss: t.loss.name.clone() };
+        let of = |t: &Term<'_>| Wanted {
+            answers: t.loss.needs.answers,
+            loss: t.loss.name.clone(),
+            mismatched: self.terms.iter().any(|t| t.loss.needs.mismatched),
+        };
         let mut all = self.terms.iter().map(of);
         let first = all.next().unwrap_or_default();
         all.try_fold(first, |wanted, own| match (wanted.answers, own.answers) {
@@ -154,6 +158,12 @@ impl<'r> Objective<'r> {
                     .help("a sum is of losses over the same examples; `dpo-host describe NAME` says what each takes"))
             }
         })
+    }
+
+    /// Of every loss its name, weight and options, as they were resolved.
+    pub fn resolved(&self) -> Value {
+        let options = |t: &Term<'_>| serde_json::from_str::<Value>(&t.options).unwrap_or_default();
+        self.terms.iter().map(|t| json!({"loss": t.loss.name, "weight": t.weight, "options": options(t)})).collect()
     }
 
     /// Of every loss its name and the package that computes it.

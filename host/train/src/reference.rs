@@ -26,26 +26,25 @@ impl Reference {
         Reference { logps: None }
     }
 
-    /// Reads or computes, each rank its share. `model` identifies weights and config; `done` is told how many further
-    /// examples are ready here. Rank 0 has the cache, whose bytes do not depend on the number of group.
+    /// Reads or computes, each rank its share. `model` identifies weights and config. Rank 0 has the cache, whose bytes do not
+    /// depend on the number of ranks.
     pub fn of(
         group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
         model: &str,
         examples: &[Example],
-        mut done: impl FnMut(usize),
     ) -> Result<Reference> {
         let offsets = AnswerOffsets::of(examples);
         let name = group.is_first().then(|| cache_name(device, model, examples));
         let cached = name.as_ref().and_then(|name| cache::read(CACHE, name)).unwrap_or_default();
         let cached: Vec<f32> = group.broadcast(cached)?.chunks_exact(4).map(f32_of).collect();
         let logps = match AnswerLogProbs::from_values(offsets, &cached) {
-            Some(logps) => {
-                done(examples.len());
-                logps
-            }
+            Some(logps) => logps,
             None => {
-                let logps = score(group, device, &examples.iter().collect::<Vec<_>>(), done)?;
+                let own = examples.len().div_ceil(group.size()) as u64;
+                let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
+                let logps = score(group, device, &examples.iter().collect::<Vec<_>>(), |n| bar.inc(n as u64))?;
+                bar.finish_and_clear();
                 // A cache that cannot be written costs time in the next run, not this run.
                 if let Some(Err(e)) = name.map(|name| cache::write(CACHE, &name, &bytes(&logps.values()))) {
                     console::warning(Remark::because("reference log-probs are not cached", &e));

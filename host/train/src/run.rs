@@ -1,9 +1,9 @@
 //! A run in progress: steps, lines of the log, evaluations, checkpoints, until all steps are taken or it is told to end.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use indicatif::ProgressBar;
+use indicatif::{HumanDuration, ProgressBar};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::checkpoint::{self, State};
 use super::config::{Steps, TrainConfig};
 use super::doctor::Doctor;
+use super::evaluation::{Best, EvalSet, Metric};
 use super::log::Log;
 use super::metrics::Window;
 use super::samples::Samples;
@@ -49,14 +50,16 @@ pub(super) struct Run<'r> {
     pub(super) device: Box<dyn Device>,
     pub(super) objective: Objective<'r>,
     pub(super) examples: Vec<Example>,
-    pub(super) validation: Vec<Example>,
+    pub(super) validation: Vec<EvalSet>,
     pub(super) reference: Reference,
-    pub(super) validation_reference: Reference,
     pub(super) steps: Steps,
     pub(super) settings: Map<String, Value>,
     /// What is known before the first step, for those who look at the run.
     pub(super) facts: Value,
     pub(super) samples: Samples,
+    /// What evaluations are compared by, where anything depends on it.
+    pub(super) metric: Option<Metric>,
+    pub(super) best: Best,
     pub(super) window: Window,
     /// Steps taken.
     pub(super) done: u64,
@@ -66,21 +69,33 @@ pub(super) struct Run<'r> {
 
 impl Run<'_> {
     pub(super) fn begin(&self) -> Result<()> {
-        if !self.group.is_first() {
-            return Ok(());
-        }
-        let args = self.config.args_json(self.device.packing(), &self.facts["package"], &self.settings)?;
+        if self.group.is_first() { self.write_args() } else { Ok(()) }
+    }
+
+    fn write_args(&self) -> Result<()> {
+        let (packing, losses) = (self.device.packing(), self.objective.resolved());
+        let args = self.config.args_json(packing, &losses, &self.facts, &self.settings)?;
         files::write(&self.output.join(page::ARGS), &args)
     }
 
     pub(super) fn resume(&mut self, folder: &Path) -> Result<()> {
         let state = checkpoint::load_state(folder)?;
-        settings::refuse_other(&state.settings, &self.settings, folder)?;
+        settings::refuse_other(&state, &self.settings, self.steps, folder)?;
+        if settings::prolongs(&state, self.steps) {
+            let (before, now) = (state.total_steps, self.steps.total);
+            console::note(format!(
+                "the run is prolonged from {before} to {now} steps; from here on the learning rate follows the schedule of {now} steps"
+            ));
+            if self.group.is_first() {
+                self.write_args()?;
+            }
+        }
         let adapter = Adapter::load(self.device.graph(), folder)?;
         let moments = checkpoint::load_moments(folder, adapter.params.len(), state.updates)?;
         self.group.assert_equal("checkpoint", &digest(&adapter.params, &moments))?;
         self.device.restore(&adapter.params, moments)?;
         (self.done, self.skipped, self.window) = (state.global_step, state.skipped, state.window);
+        self.best = state.best;
         self.objective.restore(state.losses);
         Ok(())
     }
@@ -113,9 +128,17 @@ impl Run<'_> {
             ));
         }
         let start = Instant::now();
-        let mut line_start = Instant::now();
+        let (mut line_start, mut saved, first) = (Instant::now(), Instant::now(), self.done);
         let eval_steps = self.config.output.eval_steps;
-        while self.done < self.steps.total {
+        let mut stops = self.lost_patience();
+        if stops {
+            console::note("the run has ended early before: raise --early-stopping-patience, or leave it out, to go on");
+        }
+        if self.done == 0 && self.config.evaluation.on_start {
+            let (line, logps) = self.evaluate()?;
+            self.tell_evaluation(&mut log, &mut doctor, line, &logps, &warn, &bar);
+        }
+        while self.done < self.steps.total && !stops {
             let learning_rate = self.learning_rate();
             let losses = self.objective.states();
             let (step, tokens) = self.gradient()?;
@@ -148,7 +171,9 @@ impl Run<'_> {
                     line.insert("memory_gib".into(), json!(self.device.memory_gib()));
                     line.insert("elapsed_s".into(), json!(start.elapsed().as_secs_f64()));
                     log.write(&line, warn);
-                    show(&bar, &line);
+                    let each = start.elapsed().as_secs_f64() / (self.done - first) as f64;
+                    let left = each * (self.steps.total - self.done) as f64;
+                    show(&bar, &line, Some((self.steps.total, left)));
                     for what in doctor.look(&line, last) {
                         warn(what.clone());
                         log.remark(self.done, "doctor", &what);
@@ -159,25 +184,23 @@ impl Run<'_> {
             }
             // What evaluations and checkpoints take does not count as slow steps.
             let pause = Instant::now();
+            let mut is_best = false;
             if self.done.is_multiple_of(eval_steps.max(1)) || last {
                 let (line, logps) = self.evaluate()?;
-                if let Some(log) = &mut log {
-                    if let Some(line) = line {
-                        log.write(&line, warn);
-                        show(&bar, &line);
-                        for what in doctor.look(&line, false) {
-                            warn(what.clone());
-                            log.remark(self.done, "doctor", &what);
-                        }
-                    }
-                    log.samples(&self.samples.line(self.done, &logps), warn);
+                if let Some((metric, line)) = self.metric.as_ref().zip(line.as_ref()) {
+                    is_best = self.best.look(self.done, metric, line);
                 }
+                stops = self.lost_patience();
+                self.tell_evaluation(&mut log, &mut doctor, line, &logps, &warn, &bar);
             }
-            let signal = interrupt.on_any(self.group)?.filter(|_| !last);
-            if self.done.is_multiple_of(self.config.output.save_steps.max(1)) || last || signal.is_some() {
+            let ends = last || stops;
+            let signal = interrupt.on_any(self.group)?.filter(|_| !ends);
+            let due = self.done.is_multiple_of(self.config.output.save_steps.max(1)) || self.is_time_to_save(saved)?;
+            if due || ends || is_best || signal.is_some() {
                 self.agree()?;
+                saved = Instant::now();
                 match log.as_mut().map_or(Ok(()), |log| log.flush().and_then(|()| self.save())) {
-                    Err(e) if !last && signal.is_none() => {
+                    Err(e) if !ends && signal.is_none() => {
                         let what = Remark::from(&e).help("the run goes on and tries again at the next checkpoint");
                         warn(what.clone());
                         log.iter_mut().for_each(|log| log.remark(self.done, "warning", &what));
@@ -197,6 +220,10 @@ impl Run<'_> {
         bar.finish_and_clear();
         if let Some([first, last]) = doctor.course() {
             console::line(format!("loss        {first:.4} → {last:.4} in {} steps", self.done));
+        }
+        if let Some(what) = self.take_best(stops)? {
+            console::line(format!("best        {}", what.text));
+            log.iter_mut().for_each(|log| log.remark(self.done, "note", &what));
         }
         self.device.fetch()?;
         if self.device.moments().steps == 0 && self.done > 0 {
@@ -267,20 +294,78 @@ impl Run<'_> {
         Map::from_iter([("global_step".to_owned(), json!(self.done)), ("epoch".to_owned(), json!(epoch))])
     }
 
+    /// Whether so many evaluations have passed without a better one that the run ends.
+    fn lost_patience(&self) -> bool {
+        self.config.evaluation.patience.is_some_and(|patience| self.best.waited >= patience)
+    }
+
+    /// Whether the time between checkpoints is over, for rank 0, whose clock is everybody's.
+    fn is_time_to_save(&mut self, saved: Instant) -> Result<bool> {
+        let Some(time) = self.config.output.save_every else { return Ok(false) };
+        let over = self.group.is_first() && saved.elapsed() >= time;
+        Ok(self.group.all_reduce_max(u64::from(over))? > 0)
+    }
+
+    /// Says what evaluations have decided: that the run `stopped`, which was the best, and that the adapter is now that one's.
+    fn take_best(&mut self, stopped: bool) -> Result<Option<Remark>> {
+        let Some((metric, (step, value))) = self.metric.as_ref().zip(self.best.found) else { return Ok(None) };
+        let mut what = format!("{} {value:.4} after step {step} of {}", metric.name, self.done);
+        if stopped {
+            what += &format!("; ended early, as {} evaluations were no better", self.best.waited);
+        }
+        if self.config.evaluation.load_best {
+            let folder = self.output.join(checkpoint::name(step));
+            if step != self.done {
+                // Rank 0 has written it; no rank reads it before.
+                self.group.barrier()?;
+                let adapter = Adapter::load(self.device.graph(), &folder)?;
+                let moments =
+                    checkpoint::load_moments(&folder, adapter.params.len(), checkpoint::load_state(&folder)?.updates)?;
+                self.device.restore(&adapter.params, moments)?;
+            }
+            what += &format!("; the adapter is that of {}", folder.display());
+        }
+        Ok(Some(what.into()))
+    }
+
+    /// Writes an evaluation's numbers, what the doctor thinks of them, and the sample examples.
+    fn tell_evaluation(
+        &self,
+        log: &mut Option<Log>,
+        doctor: &mut Doctor,
+        line: Option<Map<String, Value>>,
+        logps: &AnswerLogProbs,
+        warn: &dyn Fn(Remark),
+        bar: &ProgressBar,
+    ) {
+        let Some(log) = log else { return };
+        if let Some(line) = line {
+            log.write(&line, warn);
+            show(bar, &line, None);
+            for what in doctor.look(&line, false) {
+                warn(what.clone());
+                log.remark(self.done, "doctor", &what);
+            }
+        }
+        log.samples(&self.samples.line(self.done, logps), warn);
+    }
+
     /// A line about the validation examples, where there are any, and log-probs that begin with those of the samples.
     fn evaluate(&mut self) -> Result<(Option<Map<String, Value>>, AnswerLogProbs)> {
         if self.validation.is_empty() {
             return Ok((None, self.samples.score(self.group, self.device.as_mut(), &self.examples)?));
         }
-        let examples: Vec<&Example> = self.validation.iter().collect();
-        let reference = self.validation_reference.all();
-        let (step, logps) =
-            step::evaluate(self.group, self.device.as_mut(), &mut self.objective, &examples, reference)?;
-        let mut window = Window::default();
-        window.add(step.loss, step.sums, 0);
-        let mut line = self.place();
-        line.extend(window.means("eval_"));
-        Ok((Some(line), logps))
+        let (mut line, mut first) = (self.place(), None);
+        for EvalSet { prefix, examples, reference } in &self.validation {
+            let examples: Vec<&Example> = examples.iter().collect();
+            let device = self.device.as_mut();
+            let (step, logps) = step::evaluate(self.group, device, &mut self.objective, &examples, reference.all())?;
+            let mut window = Window::default();
+            window.add(step.loss, step.sums, 0);
+            line.extend(window.means(prefix));
+            first.get_or_insert(logps);
+        }
+        Ok((Some(line), first.unwrap_or_default()))
     }
 
     /// Every rank has what rank 0 is about to save.
@@ -295,6 +380,7 @@ impl Run<'_> {
     fn save(&mut self) -> Result<()> {
         let state = State {
             global_step: self.done,
+            total_steps: self.steps.total,
             epoch: self.done as f64 / self.steps.per_epoch as f64,
             updates: self.device.moments().steps,
             skipped: self.skipped,
@@ -302,6 +388,7 @@ impl Run<'_> {
             settings: self.settings.clone(),
             losses: self.objective.states(),
             window: self.window.clone(),
+            best: self.best,
         };
         let (adapter, moments) = (self.device.adapter(), self.device.moments());
         let keep = self.config.output.save_total_limit;
@@ -331,25 +418,31 @@ fn digest(params: &[f32], moments: &Moments) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// Puts a line of the log beside the bar, or prints it where there is none.
-fn show(bar: &ProgressBar, line: &Map<String, Value>) {
-    let number = |name: &str| line.get(name).or_else(|| line.get(&format!("eval_{name}"))).and_then(Value::as_f64);
-    let (loss, margin) = (number("loss").unwrap_or(f64::NAN), number("rewards/margins").unwrap_or(f64::NAN));
-    let accuracy = number("rewards/accuracies").unwrap_or(f64::NAN);
-    let step = number("global_step").unwrap_or(0.0);
-    let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
-    let kind = if line.contains_key("eval_loss") { "evaluation" } else { "step" };
+/// Puts a line of the log beside the bar, or prints it where there is none: that of a step with the number of all steps and the
+/// seconds that are left.
+fn show(bar: &ProgressBar, line: &Map<String, Value>, of: Option<(u64, f64)>) {
+    let number = |name: &str| line.get(name).and_then(Value::as_f64);
+    let prefix = line.keys().find_map(|k| k.strip_suffix("loss").filter(|p| !p.ends_with("nll_"))).unwrap_or_default();
+    let own = |name: &str| number(&format!("{prefix}{name}")).unwrap_or(f64::NAN);
     // Examples of one answer have nothing that is compared.
     let compared = if line.keys().any(|k| k.ends_with("rewards/margins")) {
-        format!(" margin {margin:.3} accuracy {accuracy:.2}")
+        format!(" margin {:.3} accuracy {:.2}", own("rewards/margins"), own("rewards/accuracies"))
     } else {
         String::new()
     };
-    let text = format!("loss {loss:.4}{compared}{speed}");
-    console::event(kind, line);
-    if kind == "step" && !bar.is_hidden() {
-        bar.set_message(text);
+    let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
+    let text = format!("loss {:.4}{compared}{speed}", own("loss"));
+    let step = number("global_step").unwrap_or(0.0);
+    let Some((total, left)) = of else {
+        console::event("evaluation", line);
+        bar.suspend(|| console::step(format!("evaluation {step} {text}")));
+        return;
+    };
+    console::event("step", line);
+    if bar.is_hidden() {
+        let left = HumanDuration(Duration::from_secs_f64(left.clamp(0.0, 1e9)));
+        console::step(format!("step {step}/{total} {text}, {left:#} left"));
     } else {
-        bar.suspend(|| console::step(format!("{kind} {step} {text}")));
+        bar.set_message(text);
     }
 }

@@ -21,7 +21,8 @@ const TOKENS: usize = 256;
 
 /// Examples at the head of the validation examples, or of those that are trained on.
 pub(super) struct Samples {
-    count: usize,
+    /// Of each of them, answers that are learned.
+    learned: Vec<usize>,
     start: Map<String, Value>,
     /// Log-probs at the start.
     pub(super) logps: AnswerLogProbs,
@@ -42,9 +43,10 @@ impl Samples {
             None => score(group, device, &first, |_| {})?,
             Some(known) => known,
         };
-        let mut start = line(0, &logps, first.len());
+        let learned: Vec<usize> = first.iter().map(|e| e.learned().len()).collect();
+        let mut start = line(0, &logps, &learned);
         start.insert("examples".into(), first.iter().map(|example| described(example, tokenizer)).collect());
-        Ok(Samples { count: first.len(), start, logps })
+        Ok(Samples { learned, start, logps })
     }
 
     /// Log-probs now.
@@ -54,7 +56,7 @@ impl Samples {
         device: &mut dyn Device,
         examples: &[Example],
     ) -> Result<AnswerLogProbs> {
-        score(group, device, &examples.iter().take(self.count).collect::<Vec<_>>(), |_| {})
+        score(group, device, &examples.iter().take(self.learned.len()).collect::<Vec<_>>(), |_| {})
     }
 
     /// The first line of `samples.jsonl`: texts, and log-probs at the start.
@@ -64,12 +66,12 @@ impl Samples {
 
     /// A further line, of log-probs that begin with those of the samples.
     pub(super) fn line(&self, step: u64, logps: &AnswerLogProbs) -> Map<String, Value> {
-        line(step, logps, self.count)
+        line(step, logps, &self.learned)
     }
 }
 
 /// Log-probs of the tokens shown, and the sum over all, of every answer of every example.
-fn line(step: u64, logps: &AnswerLogProbs, count: usize) -> Map<String, Value> {
+fn line(step: u64, logps: &AnswerLogProbs, learned: &[usize]) -> Map<String, Value> {
     // Four digits are more than can be seen.
     let short = |value: f64| (value * 1e4).round() / 1e4;
     let answer = |own: &[f32]| {
@@ -77,8 +79,10 @@ fn line(step: u64, logps: &AnswerLogProbs, count: usize) -> Map<String, Value> {
         let shown: Vec<f64> = own.iter().take(TOKENS).map(|l| short(f64::from(*l))).collect();
         json!({"logps": shown, "sum": sum})
     };
-    let of = |example| logps.offsets.answers(example).map(|at| answer(&logps.logps[at])).collect::<Vec<Value>>();
-    let scores: Vec<Vec<Value>> = (0..count).map(of).collect();
+    let of = |(example, learned): (usize, &usize)| {
+        logps.offsets.answers(example).take(*learned).map(|at| answer(&logps.logps[at])).collect::<Vec<Value>>()
+    };
+    let scores: Vec<Vec<Value>> = learned.iter().enumerate().map(of).collect();
     Map::from_iter([("global_step".to_owned(), json!(step)), ("scores".to_owned(), json!(scores))])
 }
 
@@ -86,7 +90,7 @@ fn line(step: u64, logps: &AnswerLogProbs, count: usize) -> Map<String, Value> {
 fn described(example: &Example, tokenizer: &ChatTokenizer) -> Value {
     let place =
         Path::new(&example.place).file_name().map_or(example.place.clone(), |n| n.to_string_lossy().into_owned());
-    let answers = example.answers();
+    let answers = example.learned();
     let answer = |(i, ids): (usize, &[u32])| {
         let shown = pieces(&ids[..ids.len().min(TOKENS)], tokenizer);
         let name = answer_name(i, answers.len());

@@ -5,6 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
+use super::checkpoint::State;
+use super::config::Steps;
 use super::manifest::hex;
 use super::objective::Objective;
 use dpo_core::error::{Error, Result};
@@ -21,26 +23,36 @@ const FREE: &[&str] = &[
     "dataset_format",
     "device",
     "dtype",
+    "early_stopping_patience",
+    "eval_on_start",
     "eval_steps",
     "gpu_memory",
     "gpus",
+    "greater_is_better",
     "init_adapter",
+    "load_best_model_at_end",
     "logging_steps",
     "lora_alpha",
     "lora_rank",
     "max_restarts",
+    "metric_for_best_model",
     "micro_batch_tokens",
     "model",
     "output_dir",
     "plugin",
+    "plugin_dir",
     "progress_timeout",
     "recompute",
+    "ref_adapter",
+    "ref_model",
     "rendezvous",
     "resume_from_checkpoint",
+    "save_minutes",
     "save_steps",
     "save_total_limit",
     "shard_base",
     "strict",
+    "system",
     "target_modules",
     "use_rslora",
     "val_dataset",
@@ -49,14 +61,28 @@ const FREE: &[&str] = &[
 
 /// The version of this program.
 const HOST: &str = "dpo-host";
-/// How the device computes, which is known last.
+/// The weights and the config of the model.
+const MODEL: &str = "the model";
+/// Those of a reference of its own, and its adapter.
+const REFERENCE: &str = "the reference";
+/// How the device computes.
 pub(super) const ARITHMETIC: &str = "the arithmetic";
+/// What is known when weights are there, or on a device: late.
+const LATE: [&str; 3] = [MODEL, REFERENCE, ARITHMETIC];
+/// How many steps there are, which a run that came to its end may have more of.
+const LENGTH: [&str; 2] = ["--max-steps", "--num-epochs"];
 
-/// The decisive settings of a run, but for the [`ARITHMETIC`], under the names that a message gives them. `model` identifies the
-/// weights by content.
+/// Adds what identifies the model and the reference, where it has one of its own.
+pub(super) fn add_models(settings: &mut Map<String, Value>, model: &str, reference: Option<&str>) {
+    settings.insert(MODEL.to_owned(), json!(short(model.as_bytes())));
+    let reference = reference.map_or_else(|| "the adapter at the start".to_owned(), |text| short(text.as_bytes()));
+    settings.insert(REFERENCE.to_owned(), json!(reference));
+}
+
+/// The decisive settings of a run that are known before its weights, under the names that a message gives them.
 pub(super) fn decisive(
     flags: &Map<String, Value>,
-    (model, graph): (&str, &ModelGraph),
+    graph: &ModelGraph,
     objective: &Objective<'_>,
     adapter: &Adapter,
     examples: &[Example],
@@ -74,7 +100,6 @@ pub(super) fn decisive(
     let contents = [
         (HOST, env!("CARGO_PKG_VERSION").to_owned()),
         ("the plugin's graph of the model", short(&graph)),
-        ("the model", short(model.as_bytes())),
         ("the data", format!("{} examples, {}", examples.len(), short(&content))),
         ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
         ("the adapter at the start", short(&params)),
@@ -91,11 +116,15 @@ fn short(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes)[..6])
 }
 
-/// Refuses settings that differ from those of a checkpoint, naming every one of them; the arithmetic as soon as it is known.
-pub(super) fn refuse_other(was: &Map<String, Value>, is: &Map<String, Value>, folder: &Path) -> Result<()> {
+/// Refuses settings that differ from those of a checkpoint, naming every one of them, as far as they are known. A run that was
+/// at its end is prolonged where it is to have more steps; other settings than their number are the same.
+pub(super) fn refuse_other(state: &State, is: &Map<String, Value>, steps: Steps, folder: &Path) -> Result<()> {
+    let was = &state.settings;
+    let longer = prolongs(state, steps);
     let names = was.keys().chain(is.keys().filter(|k| !was.contains_key(*k)));
-    let known = |k: &&String| *k != ARITHMETIC || is.contains_key(ARITHMETIC);
-    let differing = names.filter(known).filter(|k| was.get(*k) != is.get(*k));
+    let known = |k: &&String| !LATE.contains(&k.as_str()) || is.contains_key(*k);
+    let same = |k: &str| was.get(k) == is.get(k) || longer && LENGTH.contains(&k);
+    let differing = names.filter(known).filter(|k| !same(k));
     let differences: Vec<String> =
         differing.map(|k| format!("{k} was {}, is {}", text(was.get(k)), text(is.get(k)))).collect();
     if differences.is_empty() {
@@ -106,6 +135,11 @@ pub(super) fn refuse_other(was: &Map<String, Value>, is: &Map<String, Value>, fo
         "resume with the run's own flags, --config {}, or start a new run from it with --init-adapter",
         flags.display()
     )))
+}
+
+/// Whether a checkpoint is the end of a run that had fewer steps.
+pub(super) fn prolongs(state: &State, steps: Steps) -> bool {
+    state.global_step == state.total_steps && steps.total > state.total_steps
 }
 
 fn text(value: Option<&Value>) -> String {

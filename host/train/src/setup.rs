@@ -9,21 +9,26 @@ use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
+use dpo_core::files;
 use dpo_core::lora::{Adapter, AdapterConfig, read_config};
-use dpo_core::plan::Packing;
+use dpo_core::memory::size;
+use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::weights::Checkpoint;
 use dpo_data::{self as data, ChatTokenizer, Report, Wanted};
 use dpo_generate::Generator;
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_page::{ARGS, Runs, Server, Watchers};
+use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugins::Registry;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::load_state;
-use crate::config::{Dashboard, PACKING, RESOLVED, StartAdapter, TrainConfig};
+use crate::config::{Dashboard, EvalRows, OutputConfig, PACKING, RESOLVED, StartAdapter, Steps, TrainConfig};
+use crate::evaluation::{Best, EvalSet, Metric};
 use crate::metrics::Window;
 use crate::objective::Objective;
+use crate::own_reference::OwnReference;
 use crate::reference::Reference;
 use crate::run::Run;
 use crate::run_dir::RunDir;
@@ -42,8 +47,9 @@ pub fn train(
     backend: &dyn Backend,
     attempt: u64,
 ) -> Result<PathBuf> {
+    // What can be told without weights is told before the first of them is fetched or read.
     let objective = Objective::new(registry, &config.objective)?;
-    let folder = model::locate(&config.model, Need::Weights)?;
+    let folder = model::locate(&config.model, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, config.plugin.as_deref())?;
     let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
@@ -58,34 +64,80 @@ pub fn train(
         console::line(format!("dashboard   {}", server.url()));
         server.serve_beside(Runs::one(&output))
     });
-    let checkpoint = Checkpoint::of(&folder, &model.graph)?;
+    let checkpoint = checkpoint_if_here(&config.model, &folder, &model.graph)?;
     let adapter = starting_adapter(&model, &config)?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let wanted = objective.wanted()?;
-    let Data { examples, validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
+    let Data { examples, mut validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
+    let metric = Metric::of(&config.evaluation, &validation)?;
+    let steps = config.optimizer.steps(examples.len());
+    say_length(&config, &examples, &steps);
     console::line(format!("adapter     {} parameters at {} linears", adapter.parameters(), adapter.sites.len()));
-    let content = format!("{}{}", checkpoint.content()?, model.config);
-    let mut settings = settings::decisive(&config.flags, (&content, &model.graph), &objective, &adapter, &examples);
+    let mut settings = settings::decisive(&config.flags, &model.graph, &objective, &adapter, &examples);
     if let Some(folder) = &resumed {
-        // Before weights are loaded and references computed.
-        settings::refuse_other(&load_state(folder)?.settings, &settings, folder)?;
+        settings::refuse_other(&load_state(folder)?, &settings, steps, folder)?;
+    }
+    if group.is_first() {
+        room_for_checkpoints(&output, &adapter, &config.output, steps)?;
     }
     config.memory.packing = group.broadcast_from_first(|| packing_before(&output, resumed.as_deref(), &config))?;
-    let (family, package, graph) = (model.family.name.clone(), model.family.package(), model.graph);
-    let workload = Workload::of(examples.iter().chain(&validation));
-    let mut device = backend.trainer(group, graph, &checkpoint, adapter, workload, config.memory)?;
+    let everything: Vec<&Example> = examples.iter().chain(validation.iter().flat_map(|set| &set.examples)).collect();
+    let workload = Workload::of(everything.iter().copied());
+    let planned = backend.plan(group, model.graph.clone(), adapter, workload, config.memory)?;
+    let memory = MemoryOptions { packing: Some(planned.packing()), ..config.memory };
+    let own_reference = match &config.reference {
+        Some(_) if !objective.needs_reference() => {
+            console::note("the loss reads no reference: --ref-model and --ref-adapter change nothing");
+            None
+        }
+        Some(reference) => Some(OwnReference::plan(
+            registry,
+            reference,
+            (&config.model, &model, &tokenizer),
+            (group, backend),
+            &everything,
+            (workload, memory),
+        )?),
+        None => None,
+    };
+
+    // From here on there are weights.
+    let folder = same_folder(folder, model::locate(&config.model, Need::Weights)?)?;
+    let checkpoint = checkpoint.map_or_else(|| Checkpoint::of(&folder, &model.graph), Ok)?;
+    let content = format!("{}{}", checkpoint.content()?, model.config);
+    let sets = || std::iter::once(&examples).chain(validation.iter().map(|set| &set.examples));
+    let mut own = match own_reference {
+        Some(reference) => Some(reference.log_probs(group, sets())?),
+        None => None,
+    };
+    settings::add_models(&mut settings, &content, own.as_ref().map(|own| own.content.as_str()));
+    if let Some(folder) = &resumed {
+        settings::refuse_other(&load_state(folder)?, &settings, steps, folder)?;
+    }
+    let (family, package) = (model.family.name.clone(), model.family.package());
+    let mut device = planned.load(group, &checkpoint)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
     let identity = format!("{}{}", checkpoint.identity()?, model.config);
-    let [reference, validation_reference] =
-        references(group, device.as_mut(), &objective, &identity, [&examples, &validation])?;
-    let (seen, seen_reference) =
-        if validation.is_empty() { (&examples, &reference) } else { (&validation, &validation_reference) };
-    let samples = Samples::take(group, device.as_mut(), &tokenizer, seen, seen_reference)?;
-    for logps in [reference.all(), validation_reference.all(), Some(&samples.logps)].into_iter().flatten() {
+    let mut references = match &mut own {
+        Some(own) => std::mem::take(&mut own.references),
+        None => references(group, device.as_mut(), &objective, &identity, sets())?,
+    }
+    .into_iter();
+    let reference = references.next().unwrap_or_else(Reference::none);
+    validation.iter_mut().zip(references).for_each(|(set, reference)| set.reference = reference);
+    let (seen, seen_reference) = match validation.first() {
+        Some(set) => (&set.examples, &set.reference),
+        None => (&examples, &reference),
+    };
+    // What a reference of its own thinks is not what the model thinks at the start.
+    let none = Reference::none();
+    let start = if own.is_some() { &none } else { seen_reference };
+    let samples = Samples::take(group, device.as_mut(), &tokenizer, seen, start)?;
+    let known = std::iter::once(&reference).chain(validation.iter().map(|set| &set.reference));
+    for logps in known.map(Reference::all).chain([Some(&samples.logps)]).flatten() {
         nonfinite::look_at_weights(&checkpoint, &logps.logps)?;
     }
-    let steps = config.optimizer.steps(examples.len());
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "model": folder.display().to_string(),
@@ -95,8 +147,9 @@ pub fn train(
         "device": device.name(),
         "ranks": group.size(),
         "examples": examples.len(),
-        "validation_examples": validation.len(),
+        "validation_examples": validation.iter().map(|set| set.examples.len()).sum::<usize>(),
         "total_steps": steps.total,
+        "warmup_steps": steps.warmup,
         "data": report,
         "data_line": report.line(),
     });
@@ -111,11 +164,12 @@ pub fn train(
         examples,
         validation,
         reference,
-        validation_reference,
         steps,
         settings,
         facts,
         samples,
+        metric,
+        best: Best::default(),
         window: Window::default(),
         done: 0,
         skipped: 0,
@@ -129,6 +183,56 @@ pub fn train(
     watchers.iter().for_each(Watchers::farewell);
     drop(claim);
     Ok(output)
+}
+
+/// The checkpoint of a graph, where its weights are here already.
+fn checkpoint_if_here(model: &str, folder: &Path, graph: &ModelGraph) -> Result<Option<Checkpoint>> {
+    let here = Path::new(model).is_dir() || dpo_hub::has_weights(folder);
+    here.then(|| Checkpoint::of(folder, graph)).transpose()
+}
+
+/// The folder of the weights, which is that of the config: a hub may have another commit by now.
+fn same_folder(of_config: PathBuf, of_weights: PathBuf) -> Result<PathBuf> {
+    match of_config == of_weights {
+        true => Ok(of_config),
+        false => Err(Error::run("the model was changed on the hub a moment ago").help("run it again")),
+    }
+}
+
+/// Says how long the run is, and warns where it is too short to change anything.
+fn say_length(config: &TrainConfig, examples: &[Example], steps: &Steps) {
+    let Steps { per_epoch, total, warmup } = *steps;
+    let batch = config.optimizer.batch_size;
+    let warmup = if warmup > 0 { format!(", {warmup} of them warm-up") } else { String::new() };
+    console::line(format!("steps       {total}, {per_epoch} an epoch of {batch} examples each{warmup}"));
+    if total < FEW_STEPS && config.optimizer.max_steps.is_none() {
+        let what = format!("{total} steps change little: {} examples make {per_epoch} an epoch", examples.len());
+        console::warning(
+            Remark::from(what).help("raise --num-epochs, lower --batch-size, or add rows: 50 steps and more are usual"),
+        );
+    }
+}
+
+/// So few steps change nothing that could be seen.
+const FEW_STEPS: u64 = 10;
+
+/// Whether the disk has room for what the run saves.
+fn room_for_checkpoints(output: &Path, adapter: &Adapter, config: &OutputConfig, steps: Steps) -> Result<()> {
+    // The adapter, and in a checkpoint beside it the two moments.
+    let (one, saved) = (adapter.parameters() * 12, steps.total.div_ceil(config.save_steps.max(1)) as usize);
+    let kept = config.save_total_limit.map_or(saved, |limit| limit.min(saved)).max(1);
+    let Some(free) = files::free_space(output).map(|free| free as usize) else { return Ok(()) };
+    if free < one {
+        return Err(Error::input(format!("a checkpoint takes {}, of the disk {} are free", size(one), size(free)))
+            .at(output.display())
+            .help("make room, name a folder on another disk, or lower --lora-rank"));
+    }
+    if free < one.saturating_mul(kept) {
+        let (all, one, free) = (size(one.saturating_mul(kept)), size(one), size(free));
+        let what = format!("{kept} checkpoints of {one} take {all}; the disk of {} has {free} free", output.display());
+        console::warning(Remark::from(what).help("keep fewer: --save-total-limit 2, or raise --save-steps"));
+    }
+    Ok(())
 }
 
 /// The packing of the run that is resumed, or that was ended before its first checkpoint and begins again in its folder.
@@ -153,7 +257,7 @@ fn packing_before(output: &Path, resumed: Option<&Path>, config: &TrainConfig) -
 /// The examples of a run.
 struct Data {
     examples: Vec<Example>,
-    validation: Vec<Example>,
+    validation: Vec<EvalSet>,
     report: Report,
 }
 
@@ -169,11 +273,27 @@ impl Data {
         let dataset = load(&config.dataset)?;
         console::line(format!("model       {} ({})", model.folder.display(), model.family.name));
         console::line(format!("data        {}", dataset.report.line()));
+        dataset.report.warnings().into_iter().for_each(console::warning);
         let (examples, validation) = match config.val_dataset.as_slice() {
-            [] => data::split(dataset.examples, config.split_dataset_ratio, config.data.seed),
-            paths => (dataset.examples, load(paths)?.examples),
+            [] => {
+                let (examples, held_out) = data::split(dataset.examples, config.split_dataset_ratio, config.data.seed);
+                let some = (!held_out.is_empty()).then(|| EvalSet::new("", held_out));
+                (examples, some.into_iter().collect::<Vec<_>>())
+            }
+            sets => {
+                let set = |set: &EvalRows| Ok(EvalSet::new(&set.name, load(&set.paths)?.examples));
+                (dataset.examples, sets.iter().map(set).collect::<Result<_>>()?)
+            }
         };
-        warn_of_overlap(&examples, &validation);
+        for EvalSet { prefix, examples: held_out, .. } in &validation {
+            let set = prefix.trim_matches('_');
+            console::line(format!(
+                "{set:<11} {} examples to evaluate on, {} to train on",
+                held_out.len(),
+                examples.len()
+            ));
+            warn_of_overlap(&examples, held_out);
+        }
         if examples.is_empty() {
             return Err(Error::input("the split leaves no example to train on")
                 .at("--split-dataset-ratio")
@@ -183,24 +303,18 @@ impl Data {
     }
 }
 
-/// Log-probs under the reference, of training and validation examples, where a loss reads them.
-fn references(
+/// Log-probs of each set of examples under the adapter of the start, where a loss reads them.
+fn references<'a>(
     group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &Objective<'_>,
     identity: &str,
-    examples: [&Vec<Example>; 2],
-) -> Result<[Reference; 2]> {
-    let mut references = [Reference::none(), Reference::none()];
-    if objective.needs_reference() {
-        for (reference, examples) in references.iter_mut().zip(examples) {
-            let own = examples.len().div_ceil(group.size()) as u64;
-            let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
-            *reference = Reference::of(group, device, identity, examples, |n| bar.inc(n as u64))?;
-            bar.finish_and_clear();
-        }
+    sets: impl Iterator<Item = &'a Vec<Example>>,
+) -> Result<Vec<Reference>> {
+    if !objective.needs_reference() {
+        return Ok(sets.map(|_| Reference::none()).collect());
     }
-    Ok(references)
+    sets.map(|examples| Reference::of(group, device, identity, examples)).collect()
 }
 
 fn agree_on(group: &mut dyn ProcessGroup, settings: &Map<String, Value>) -> Result<()> {
@@ -210,7 +324,7 @@ fn agree_on(group: &mut dyn ProcessGroup, settings: &Map<String, Value>) -> Resu
 
 /// What follows the last step: answers for the report, where they cost little, and what can be done with the adapter.
 fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &dyn Backend) -> Result<PathBuf> {
-    let Run { group, config, output, device, examples, validation, done, .. } = run;
+    let Run { group, config, output, device, examples, validation, done, best, .. } = run;
     let adapter = output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
     // The base is what a continued adapter was before it was an adapter, not before this run.
@@ -219,7 +333,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         let adapter = device.adapter().clone();
         // A GPU may not have room for the model twice.
         drop(device);
-        let examples = if validation.is_empty() { &examples } else { &validation };
+        let examples = validation.first().map_or(&examples, |set| &set.examples);
         let generator = || {
             let folder = model::locate(&config.model, Need::Weights)?;
             let model = Model::open(registry, &folder, config.plugin.as_deref())?;
@@ -229,9 +343,16 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         written.unwrap_or_else(|e| console::warning(Remark::because("the report has no answers", &e)));
     }
     let trained = config.val_dataset.is_empty();
-    let rows = if trained { &config.dataset } else { &config.val_dataset };
-    console::line(next_steps::commands(&output, rows, trained));
-    let end = [("adapter", json!(adapter)), ("output_dir", json!(output)), ("global_step", json!(done))];
+    let held_out: Vec<String> = config.val_dataset.iter().flat_map(|set| set.paths.clone()).collect();
+    let rows = if trained { &config.dataset } else { &held_out };
+    console::line(next_steps::commands(&output, rows, trained, &config.plugin_dirs));
+    let best = best.found.map(|(step, value)| json!({"global_step": step, "value": value}));
+    let end = [
+        ("adapter", json!(adapter)),
+        ("output_dir", json!(output)),
+        ("global_step", json!(done)),
+        ("best_evaluation", json!(best)),
+    ];
     console::event("end", &end.into_iter().map(|(name, value)| (name.to_owned(), value)).collect());
     Ok(output)
 }

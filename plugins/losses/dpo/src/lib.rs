@@ -33,6 +33,15 @@ macro_rules! meaning {
     (nll) => {
         "nll = minus the mean log-prob of the answers' tokens, over the whole step"
     };
+    (ratio) => {
+        "r = log pi - log pi_ref of the answer"
+    };
+    (mismatched) => {
+        "z = max(0, mean over the step of log pi - log pi_ref of answers to other prompts); no gradient flows through it"
+    };
+    (weights) => {
+        "wd, wu = desirable_weight, undesirable_weight"
+    };
     (ranking) => {
         "r(j) = log pi - log pi_ref of answer j, best first"
     };
@@ -47,6 +56,7 @@ pub mod options;
 pub mod ranked;
 pub mod reference;
 pub mod reference_free;
+pub mod unpaired;
 
 use dpo_plugin_api::prelude::*;
 use ranked::PLACKETT_LUCE;
@@ -55,6 +65,7 @@ use reference::{
     SIGMOID_NORM, SPPO_HARD,
 };
 use reference_free::{CPO, NLL, ORPO, SFT, SIMPO};
+use unpaired::{APO_ZERO_UNPAIRED, KTO};
 
 /// A loss as a value.
 pub struct Loss {
@@ -68,13 +79,18 @@ pub struct Loss {
 
 /// What a loss needs that looks at one example at a time.
 const fn needs(answers: Answers, reference: bool) -> Needs {
-    Needs { answers, reference, whole_batch: false, statistics: Vec::new() }
+    Needs { answers, reference, whole_batch: false, mismatched: false, statistics: Vec::new() }
+}
+
+/// What a loss needs that looks at all examples of a step, and at answers to other prompts if they are asked for.
+const fn needs_whole_batch(answers: Answers, mismatched: bool) -> Needs {
+    Needs { answers, reference: true, whole_batch: true, mismatched, statistics: Vec::new() }
 }
 
 /// What most losses need: pairs and the reference.
 const PAIRWISE: Needs = needs(Answers::Pair, true);
 /// What losses need that compare the answers of different pairs.
-const WHOLE_BATCH: Needs = Needs { answers: Answers::Pair, reference: true, whole_batch: true, statistics: Vec::new() };
+const WHOLE_BATCH: Needs = needs_whole_batch(Answers::Pair, false);
 /// What losses need that know only the policy.
 const REFERENCE_FREE: Needs = needs(Answers::Pair, false);
 
@@ -116,6 +132,7 @@ macro_rules! export {
 export! {
     SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN,
     DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO, NLL, PLACKETT_LUCE,
+    KTO, APO_ZERO_UNPAIRED,
 }
 
 /// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.

@@ -17,6 +17,7 @@ fn trials(option: &str) -> Vec<Value> {
         "discopop_tau" => vec![json!(0.2), json!(1.0)],
         "simpo_gamma" => vec![json!(0.0), json!(0.5)],
         "cpo_alpha" => vec![json!(0.0), json!(0.7)],
+        "desirable_weight" | "undesirable_weight" => vec![json!(0.4), json!(1.3)],
         other => panic!("no values to try for option '{other}'"),
     }
 }
@@ -56,6 +57,8 @@ fn names_are_unique_and_formulas_explain_themselves() {
         ("NLL", "NLL ="),
         ("nll", "nll ="),
         ("r(j)", "r(j) ="),
+        (" z", "z ="),
+        ("wd", "wd, wu ="),
     ];
     for (i, loss) in ALL.iter().enumerate() {
         assert!(ALL[..i].iter().all(|other| other.name() != loss.name()), "{} is there twice", loss.name());
