@@ -62,7 +62,7 @@ enum Command {
     /// Check the GPU setup: what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
-    Eval(eval::EvalOptions),
+    Eval(Box<eval::EvalOptions>),
     /// Chat with a model, with an adapter, or compare both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
     /// Merge an adapter into its model: a checkpoint that needs no adapter

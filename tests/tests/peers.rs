@@ -256,7 +256,7 @@ fn answers_with_labels_and_what_stands_before_them() {
     let (s, model) = (sandbox(), model());
     let row = |i: usize| {
         json!({"messages": [{"role": "user", "content": format!("q {i}")}, {"role": "assistant", "content": "yes"}],
-            "label": i % 2 == 0})
+            "label": i.is_multiple_of(2)})
     };
     let rows = s.write("labelled.jsonl", &(0..8).map(|i| format!("{}\n", row(i))).collect::<String>());
     let (system, output) = (s.write("system.txt", "be kind"), s.path("output"));
