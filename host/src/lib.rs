@@ -1,6 +1,6 @@
 //! The command line of dpo-host: one subcommand a file. Flags are parsed here; what is done is in the crates beside this one.
 
-mod args;
+pub mod args;
 mod backends;
 pub mod commands;
 mod demo;
@@ -41,8 +41,8 @@ struct Cli {
 enum Command {
     /// Train an adapter. Without model and data: the built-in demo
     ///
-    /// Flags of ms-swift's `swift rlhf --rlhf_type dpo` are accepted under their own names; those without a meaning here are
-    /// reported. Flags may also be written as a TOML file: --config run.toml.
+    /// Arguments of ms-swift, LLaMA-Factory and TRL are taken under their own names; those without a meaning here are
+    /// reported. Flags may also be written in a file, TOML or YAML: --config run.toml.
     #[command(args_override_self = true)]
     Train(Box<TrainArgs>),
     /// List plugins: what was found, and where
@@ -62,7 +62,7 @@ enum Command {
     /// Check the GPU setup: what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
     /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
-    Eval(eval::EvalOptions),
+    Eval(Box<eval::EvalOptions>),
     /// Chat with a model, with an adapter, or compare both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
     /// Merge an adapter into its model: a checkpoint that needs no adapter

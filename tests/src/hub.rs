@@ -94,7 +94,7 @@ fn answer(mut stream: TcpStream, state: &Mutex<State>) -> Option<()> {
     let file = match (path.split_once("/resolve/"), query.split_once("FilePath=")) {
         (Some((_, rest)), _) => rest.split_once('/')?.1.to_owned(),
         (None, Some((_, path))) => path.replace("%2F", "/"),
-        (None, None) if path.starts_with("/api/v1/") => return json(&mut stream, &modelscope(&state)),
+        (None, None) if path.starts_with("/api/v1/") => return json(&mut stream, &modelscope(&state, query)),
         (None, None) => return json(&mut stream, &hugging_face(&state)),
     };
     if let Some(server) = state.redirect.as_ref().filter(|_| !target.starts_with("/renamed/")) {
@@ -160,8 +160,12 @@ fn hugging_face(state: &State) -> Value {
     json!({"sha": COMMIT, "siblings": state.files.iter().map(file).chain(listed).collect::<Vec<_>>()})
 }
 
-fn modelscope(state: &State) -> Value {
+fn modelscope(state: &State, query: &str) -> Value {
     let file = |(path, bytes): &(String, Vec<u8>)| json!({"Path": path, "Type": "blob", "Size": bytes.len(), "Sha256": hash(state, path, bytes)});
-    let files: Vec<Value> = state.files.iter().map(file).collect();
+    let number = |name: &str| query.split('&').find_map(|p| p.strip_prefix(name)?.strip_prefix('=')?.parse().ok());
+    let (page, size) = (number("PageNumber").unwrap_or(1), number("PageSize").unwrap_or(usize::MAX));
+    let files: Vec<Value> =
+        state.files.iter().skip((page - 1_usize).saturating_mul(size)).take(size).map(file).collect();
+    let files = if files.is_empty() { Value::Null } else { json!(files) };
     json!({"Code": 200, "Success": true, "Data": {"Files": files}})
 }

@@ -1,4 +1,4 @@
-//! The command line: what it refuses and how it says so, and ms-swift's flags.
+//! The command line: what it refuses and how it says so, and files of flags.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::path::Path;
@@ -49,6 +49,13 @@ fn unknown_names_come_with_the_nearest() {
     let with = |more: &[&'static str]| [&base[..], more].concat();
     s.refuses(&with(&["--plugin", "qwen4"]), &["--plugin", "unknown plugin 'qwen4'", "qwen2"]);
     s.refuses(&with(&["--loss", "sigmod"]), &["unknown loss 'sigmod'", "did you mean 'sigmoid'"]);
+    s.refuses(&with(&["--loss", "dpo"]), &["unknown loss 'dpo'", "DPO is --loss sigmoid"]);
+    s.refuses(&with(&["--loss", "GRPO"]), &["unknown loss 'GRPO'", "learns from answers that are there"]);
+    s.refuses(&with(&["--learnin-rate", "1"]), &["unknown flag '--learnin-rate'", "mean '--learning-rate'"]);
+    s.refuses(&with(&["--lorap-lr-ratio", "16"]), &["--lorap-lr-ratio 16: A and B have one learning rate"]);
+    s.refuses(&with(&["--warm-water", "1"]), &["unknown flag '--warm-water'", "`dpo-host train --help` lists all"]);
+    s.refuses(&["train", "--model", &model, "stray.jsonl"], &["'stray.jsonl' belongs to no flag", "--dataset"]);
+    s.refuses(&["train", "stray.jsonl", "--dataset", &rows], &["stray.jsonl: rows are named here and with --dataset"]);
     s.refuses(&with(&["--dataset-format", "msswift"]), &["msswift", "did you mean 'ms-swift'"]);
     s.refuses(&with(&["--target-modules", "q_prj"]), &["did you mean 'q_proj'"]);
     s.refuses(&with(&["--loss-option", "bta=1"]), &["bta", "did you mean 'beta'"]);
@@ -153,38 +160,6 @@ fn a_folder_with_a_run_is_left_alone() {
     assert_eq!(before, std::fs::read(Path::new(&output).join("adapter_model.safetensors")).unwrap());
 }
 
-/// ms-swift's examples/train/rlhf/dpo/lora.sh, with a model and rows that are here.
-#[test]
-fn ms_swifts_script_means_the_same() {
-    let s = sandbox();
-    let script = "train --rlhf_type dpo --tuner_type lora --load_from_cache_file true --split_dataset_ratio 0.01 --torch_dtype \
-        bfloat16 --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --learning_rate 1e-4 \
-        --lora_rank 8 --lora_alpha 32 --target_modules all-linear --gradient_accumulation_steps 16 --eval_steps 50 \
-        --save_steps 50 --save_total_limit 2 --logging_steps 5 --max_length 2048 --warmup_ratio 0.05 \
-        --dataloader_num_workers 4 --rpo_alpha 0.1 --dataset_num_proc 4";
-    let (output, model, rows) = (s.path("output"), model(), rows());
-    let given = ["--model", &model, "--dataset", &rows, "--output_dir", &output];
-    let ended = s.ok(&script.split_whitespace().chain(given).collect::<Vec<_>>());
-    for ignored in ["load_from_cache_file", "per_device_eval_batch_size", "dataloader_num_workers", "dataset_num_proc"]
-    {
-        let note = ended.stderr.lines().find(|l| l.contains(ignored) && l.contains("is ignored: "));
-        assert!(note.is_some(), "no reason for {ignored}:\n{}", ended.stderr);
-    }
-    let args: Value =
-        serde_json::from_str(&std::fs::read_to_string(Path::new(&output).join("args.json")).unwrap()).unwrap();
-    let expected = serde_json::json!({
-        "split_dataset_ratio": 0.01, "dtype": "bfloat16", "num_epochs": 1.0, "batch_size": 16, "learning_rate": 1e-4,
-        "lora_rank": 8, "lora_alpha": 32.0, "target_modules": ["all-linear"], "eval_steps": 50, "save_steps": 50,
-        "save_total_limit": 2, "logging_steps": 5, "max_length": 2048, "warmup_ratio": 0.05, "rpo_alpha": 0.1,
-        "lr_scheduler": "cosine", "weight_decay": 0.1, "adam_beta2": 0.95, "loss": ["sigmoid"],
-    });
-    for (name, value) in expected.as_object().unwrap() {
-        assert_eq!(&args[name], value, "{name}");
-    }
-    s.refuses(&["train", "--rlhf_type", "grpo"], &["--rlhf_type grpo", "dpo"]);
-    s.refuses(&["train", "--tuner_type", "full"], &["--tuner_type full", "lora"]);
-}
-
 /// Its batch is of one process; ours is of all.
 #[test]
 fn ms_swifts_batch_is_of_all_processes() {
@@ -270,7 +245,7 @@ fn a_wrong_file_of_flags_is_told_with_its_line() {
     refuses("g.toml", "loss_weights = [1, 'two']\n", &["g.toml:1: 'two' in 'loss_weights' should be a number"]);
     refuses("h.toml", "[optimizer]\nbeta = 1\n", &["h.toml:1: 'optimizer'", "without [sections]"]);
     refuses("i.toml", "shuffle = 'maybe'\n", &["i.toml:1: 'shuffle' should be true or false"]);
-    refuses("j.toml", "tuner_type = 'full'\n", &["j.toml:1: --tuner_type full: only lora"]);
+    refuses("j.toml", "tuner_type = 'full'\n", &["j.toml:1: --tuner_type full: only LoRA"]);
     refuses("k.toml", "save_steps = 1.5\n", &["k.toml:1: 'save_steps' should be a whole number, not '1.5'"]);
     refuses("l.json", "{\n  \"beta\": 0.1,\n  \"seed\": \"x\"\n}", &["l.json:3: 'seed' should be a whole number"]);
     refuses("m.json", "{\n  \"beta\": 0.1,\n}", &["m.json:3"]);

@@ -296,8 +296,15 @@ fn a_dataset_is_its_training_rows() {
     assert_eq!(asked(&hub), ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]);
     assert_eq!(data("hf::owner/pairs#2", &[("HF_HUB_OFFLINE", "1")]).iter().sum::<u64>(), 2);
     assert_eq!(data("hf::owner/pairs/data/test-00000-of-00001.jsonl", &[]), [1]);
-    let ended = run(&s, &hub, &["data", "ms::owner/pairs", "--model", &model], &[]);
-    says(&ended, 2, &["datasets of ModelScope"]);
+    // Of ModelScope they are listed page by page.
+    let page: Vec<_> = (0..400).map(|i| (format!("more/{i}.txt"), b"words".to_vec())).collect();
+    hub.state.lock().unwrap().files.splice(0..0, page);
+    hub.asked();
+    assert_eq!(data("ms::owner/pairs", &[]), [2, 1]);
+    assert_eq!(asked(&hub), ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"]);
+    assert_eq!(data("ms::owner/pairs/data/test-00000-of-00001.jsonl", &[]), [1]);
+    let ended = run(&s, &hub, &["data", "ms::owner/missing", "--model", &model], &[]);
+    says(&ended, 2, &["owner/missing@master on ModelScope", "404"]);
     let ended = run(&s, &hub, &["data", "hf::owner/missing", "--model", &model], &[]);
     says(&ended, 2, &["owner/missing@main on Hugging Face", "404"]);
 }

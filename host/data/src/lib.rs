@@ -26,6 +26,7 @@ use rayon::prelude::*;
 pub use chat::read_json;
 pub use chat::{ChatTemplate, Rendering};
 pub use columns::parse_columns;
+pub use python::strftime_now;
 pub use report::Report;
 pub use tokens::{ChatTokenizer, Truncation};
 
@@ -88,6 +89,8 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Whether the first bad row ends everything.
     pub strict: bool,
+    /// Most rows of each source: the first ones.
+    pub max_samples: Option<usize>,
     /// The system message of conversations that have none.
     pub system: Option<String>,
     /// Whether `#N` takes rows at random. Examples always come in the order of their files.
@@ -132,7 +135,12 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     }
     let mut files = Vec::new();
     for argument in &options.paths {
-        files.extend(Source::parse(argument)?.read(options.shuffle, options.seed)?);
+        let mut left = options.max_samples.unwrap_or(usize::MAX);
+        for (path, mut rows) in Source::parse(argument)?.read(options.shuffle, options.seed)? {
+            rows.truncate(left);
+            left -= rows.len();
+            files.push((path, rows));
+        }
     }
     rename(&mut files, &options.columns)?;
     let template = tokenizer.template();
@@ -535,6 +543,7 @@ mod tests {
             vocabulary: None,
             truncation: Truncation::Delete,
             strict: false,
+            max_samples: None,
             system: None,
             shuffle: false,
             seed: 0,

@@ -23,6 +23,7 @@ fn options(path: &Path) -> DataOptions {
         vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
+        max_samples: None,
         system: None,
         shuffle: false,
         seed: 0,

@@ -148,11 +148,6 @@ fn room_for_weights(name: &Name, cache: &Cache, listing: &Listing) -> Result<()>
 /// # Errors
 /// As for [`model`], and a dataset that has no file of a known kind.
 pub fn dataset(name: &Name, kinds: &[&str]) -> Result<Vec<PathBuf>> {
-    if !name.hub.datasets {
-        return Err(Error::input(format!("datasets of {} cannot be fetched", name.hub.title))
-            .at("--dataset")
-            .help("name one of Hugging Face, hf::owner/name, or a folder with its files"));
-    }
     let cache = Cache::of(name, Content::Dataset)?;
     let chosen = |folder: &Path| wanted_rows(cache::files(folder), &name.inside, kinds);
     let lacking = |folder: &Path| if chosen(folder).is_empty() { vec!["its data files".to_owned()] } else { vec![] };
@@ -254,11 +249,32 @@ fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
     if train.is_empty() { files } else { train }
 }
 
+/// Most pages of a list of files.
+const MOST_PAGES: usize = 500;
+
 fn listing(name: &Name, content: Content) -> Result<(Client, Listing)> {
     let client = Client::of(name.hub)?;
-    let address = format!("{}{}", (name.hub.endpoint)(), (name.hub.listing)(name, content));
-    let reply = client.json(&address).map_err(|e| e.at(name.place()))?;
-    let listing = protocol::listing(name, &reply).map_err(|e| e.at(name.place()))?;
+    let page = |number: usize| {
+        let address = format!("{}{}", (name.hub.endpoint)(), (name.hub.listing)(name, content, number));
+        let reply = client.json(&address).map_err(|e| e.at(name.place()))?;
+        protocol::listing(name, &reply).map_err(|e| e.at(name.place()))
+    };
+    let mut listing = page(1)?;
+    if let Some(full) = (name.hub.page)(content) {
+        for number in 2.. {
+            if listing.entries < full {
+                break;
+            }
+            if number > MOST_PAGES {
+                return Err(Error::input(format!("has more than {} files", MOST_PAGES * full))
+                    .at(name.place())
+                    .help("fetch it with the hub's own tools, and name the folder"));
+            }
+            let more = page(number)?;
+            listing.entries = more.entries;
+            listing.files.extend(more.files);
+        }
+    }
     Ok((client, listing))
 }
 

@@ -9,6 +9,8 @@ use dpo_core::error::{Error, Result};
 /// Of a revision: which commit it is, and its files.
 pub(super) struct Listing {
     pub(super) commit: String,
+    /// Entries of this page, with folders.
+    pub(super) entries: usize,
     pub(super) files: Vec<Remote>,
 }
 
@@ -40,18 +42,22 @@ pub(super) struct Hub {
     pub(super) revision: &'static str,
     /// The variable with a token.
     pub(super) token: &'static str,
-    pub(super) datasets: bool,
     pub(super) layout: Layout,
     pub(super) endpoint: fn() -> String,
     pub(super) secret: fn() -> Option<String>,
     /// The folder of all caches, if one can be told.
     pub(super) cache: fn() -> Option<String>,
-    /// Where a list of files is.
-    pub(super) listing: fn(&Name, Content) -> String,
+    /// Where a list of files is, or a page of it, from 1 on.
+    pub(super) listing: fn(&Name, Content, usize) -> String,
+    /// Entries of a full page, where there are pages: behind one that is not full there is none.
+    pub(super) page: fn(Content) -> Option<usize>,
     /// Where a file of a commit is.
     pub(super) file: fn(&Name, Content, &str, &str) -> String,
     read: fn(&Name, &Value) -> Option<Listing>,
 }
+
+/// Entries that ModelScope's own tools ask for at once.
+const MODELSCOPE_PAGE: usize = 200;
 
 /// Hubs; a name without a prefix is of the first.
 pub(super) const HUBS: &[Hub] = &[
@@ -61,7 +67,6 @@ pub(super) const HUBS: &[Hub] = &[
         title: "Hugging Face",
         revision: "main",
         token: "HF_TOKEN",
-        datasets: true,
         layout: Layout::Blobs,
         endpoint: || variable("HF_ENDPOINT").map_or("https://huggingface.co".into(), trimmed),
         secret: || {
@@ -70,7 +75,8 @@ pub(super) const HUBS: &[Hub] = &[
             variable("HF_TOKEN").or_else(saved)
         },
         cache: || variable("HF_HUB_CACHE").or_else(|| Some(hugging_face_home()? + "/hub")),
-        listing: |name, content| {
+        page: |_| None,
+        listing: |name, content, _| {
             let kind = if content == Content::Dataset { "datasets" } else { "models" };
             format!("/api/{kind}/{}/revision/{}?blobs=true", name.id, escaped(&name.revision, ""))
         },
@@ -89,8 +95,8 @@ pub(super) const HUBS: &[Hub] = &[
                 let path = f.get("rfilename")?.as_str()?.to_owned();
                 Some(Remote { path, size: f.get("size").and_then(Value::as_u64), hash, blob })
             };
-            let files = reply.get("siblings")?.as_array()?.iter().map(file).collect::<Option<_>>()?;
-            Some(Listing { commit: reply.get("sha")?.as_str()?.to_owned(), files })
+            let files = reply.get("siblings")?.as_array()?.iter().map(file).collect::<Option<Vec<_>>>()?;
+            Some(Listing { commit: reply.get("sha")?.as_str()?.to_owned(), entries: files.len(), files })
         },
     },
     // modelscope/hub/api.py
@@ -99,7 +105,6 @@ pub(super) const HUBS: &[Hub] = &[
         title: "ModelScope",
         revision: "master",
         token: "MODELSCOPE_API_TOKEN",
-        datasets: false,
         layout: Layout::Plain,
         endpoint: || {
             let domain = variable("MODELSCOPE_DOMAIN").unwrap_or_else(|| "www.modelscope.cn".into());
@@ -107,12 +112,20 @@ pub(super) const HUBS: &[Hub] = &[
         },
         secret: || variable("MODELSCOPE_API_TOKEN"),
         cache: || variable("MODELSCOPE_CACHE").or_else(|| Some(caches()? + "/modelscope/hub")),
-        listing: |name, _| {
-            format!("/api/v1/models/{}/repo/files?Revision={}&Recursive=true", name.id, escaped(&name.revision, ""))
+        page: |content| (content == Content::Dataset).then_some(MODELSCOPE_PAGE),
+        listing: |name, content, page| {
+            let (id, revision) = (&name.id, escaped(&name.revision, ""));
+            match content {
+                Content::Model => format!("/api/v1/models/{id}/repo/files?Revision={revision}&Recursive=true"),
+                Content::Dataset => format!(
+                    "/api/v1/datasets/{id}/repo/tree?Revision={revision}&Recursive=True&PageNumber={page}&PageSize={MODELSCOPE_PAGE}"
+                ),
+            }
         },
-        file: |name, _, commit, path| {
+        file: |name, content, commit, path| {
+            let kind = if content == Content::Dataset { "datasets" } else { "models" };
             let (commit, path) = (escaped(commit, ""), escaped(path, ""));
-            format!("/api/v1/models/{}/repo?Revision={commit}&FilePath={path}", name.id)
+            format!("/api/v1/{kind}/{}/repo?Revision={commit}&FilePath={path}", name.id)
         },
         read: |name, reply| {
             let file = |f: &Value| {
@@ -121,8 +134,10 @@ pub(super) const HUBS: &[Hub] = &[
                 let blob = sha256.clone().unwrap_or_default();
                 Some(Remote { path, size: f.get("Size").and_then(Value::as_u64), hash: sha256.map(Hash::Sha256), blob })
             };
-            let files = reply.pointer("/Data/Files")?.as_array()?.iter().filter(|f| f["Type"] != "tree");
-            Some(Listing { commit: name.revision.clone(), files: files.map(file).collect::<Option<_>>()? })
+            // A page behind the last one has no list.
+            let entries = reply.pointer("/Data/Files")?.as_array().map_or(&[][..], Vec::as_slice);
+            let files = entries.iter().filter(|f| f["Type"] != "tree").map(file).collect::<Option<_>>()?;
+            Some(Listing { commit: name.revision.clone(), entries: entries.len(), files })
         },
     },
 ];

@@ -369,9 +369,45 @@ impl Registry {
     /// The loss of a name.
     pub fn loss(&self, name: &str) -> Result<&Loss> {
         let known = self.losses.iter().map(|l| l.name.as_str());
-        self.losses.iter().find(|l| l.name == name).ok_or_else(|| self.unknown("loss", name, known))
+        self.losses.iter().find(|l| l.name == name).ok_or_else(|| {
+            let lower = name.to_lowercase();
+            match ELSEWHERE.iter().find(|(other, _)| *other == lower) {
+                Some((_, ours)) => Error::input(format!("unknown loss '{name}'")).help(*ours),
+                None => self.unknown("loss", name, known),
+            }
+        })
     }
 }
+
+/// What papers and other tools call a loss, or a way to train, and what it is here.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("dpo", "DPO is --loss sigmoid"),
+    ("dpo_loss", "DPO is --loss sigmoid"),
+    ("cdpo", "cDPO is --loss sigmoid --label-smoothing P"),
+    ("rpo", "RPO is --loss sigmoid --rpo-alpha W"),
+    ("ld_dpo", "LD-DPO is --loss sigmoid --ld-alpha A"),
+    ("wpo", "WPO is --loss sigmoid --use-weighting"),
+    ("mpo", "MPO is --loss sigmoid bco_pair sft --loss-weights 0.8 0.2 1"),
+    ("rso", "RSO is --loss hinge"),
+    ("slic", "SLiC is --loss hinge"),
+    ("bco", "BCO of pairs is --loss bco_pair"),
+    ("nca", "NCA of pairs is --loss nca_pair"),
+    ("exo", "EXO of pairs is --loss exo_pair"),
+    ("sppo", "SPPO is --loss sppo_hard"),
+    ("apo", "APO is --loss apo_zero or apo_down"),
+    ("aot_pair", "it is called aot_unpaired now, as in TRL"),
+    ("kto_pair", "a pair is one good and one bad answer: --loss kto learns single answers with labels"),
+    ("simpo_loss", "SimPO is --loss simpo"),
+    ("orpo_loss", "ORPO is --loss orpo"),
+    ("nll_loss", "the likelihood of chosen answers is --loss sft, of single answers nll"),
+    ("cross_entropy", "the likelihood of chosen answers is --loss sft, of single answers nll"),
+    ("ppo", ONLINE),
+    ("grpo", ONLINE),
+    ("rloo", ONLINE),
+];
+
+const ONLINE: &str =
+    "it learns from answers that are generated while it trains; this tool learns from answers that are there";
 
 fn kind_of(item: &Item) -> &'static str {
     match item {

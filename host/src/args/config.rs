@@ -1,4 +1,5 @@
-//! A file of flags, as `--config` names it: TOML, or the `args.json` of a run. Keys are the flags' names.
+//! A file of flags, as `--config` names it: TOML, YAML, or JSON such as the `args.json` of a run. Keys are the flags' names, or those
+//! of another tool's arguments.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -7,6 +8,7 @@ use serde_json::{Map, Value, json};
 use toml::Spanned;
 
 use super::flag::Flag;
+use super::yaml::{self, Keys};
 use dpo_core::error::{Error, Result};
 use dpo_train::config::RESOLVED;
 
@@ -14,10 +16,16 @@ use dpo_train::config::RESOLVED;
 pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
     let path = Path::new(file);
     let text = dpo_core::files::read_text(path)?;
-    let keys = if path.extension().is_some_and(|e| e == "json") { json_keys(&text) } else { toml_keys(&text) };
+    let (keys, nested) = match path.extension().and_then(|e| e.to_str()) {
+        Some("json") => (json_keys(&text), true),
+        Some("yaml" | "yml") => (yaml::keys(&text), true),
+        _ => (toml_keys(&text), false),
+    };
     let at = |line: usize| format!("{file}:{line}");
     let keys = keys.map_err(|(line, cause)| {
-        Error::input(cause).at(at(line)).help("a file of flags is TOML, or the args.json of a run")
+        Error::input(cause)
+            .at(at(line))
+            .help("a file of flags is TOML, YAML (.yaml), or JSON such as the args.json of a run")
     })?;
     let mut flags = Vec::new();
     for (line, key, value) in keys {
@@ -28,6 +36,8 @@ pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
             _ if key == RESOLVED => continue,
             Value::Array(list) if list.is_empty() => continue,
             Value::Array(list) => list.into_iter().map(plain).collect(),
+            // A flag reads it as JSON. In TOML it would be a section.
+            Value::Object(map) if nested => Some(vec![Value::Object(map).to_string()]),
             value => plain(value).map(|v| vec![v]),
         };
         let values = values.ok_or_else(|| {
@@ -39,9 +49,6 @@ pub(super) fn read(file: &str) -> Result<Vec<Flag>> {
     }
     Ok(flags)
 }
-
-/// Line, key and value; or a line and what is wrong with it.
-type Keys = std::result::Result<Vec<(usize, String, Value)>, (usize, String)>;
 
 fn toml_keys(text: &str) -> Keys {
     let line = |at: usize| 1 + text.bytes().take(at).filter(|b| *b == b'\n').count();
@@ -69,5 +76,15 @@ fn plain(value: Value) -> Option<String> {
         Value::String(text) => Some(text),
         Value::Number(_) | Value::Bool(_) => Some(value.to_string()),
         _ => None,
+    }
+}
+
+/// Whether a file that is named without a flag is one of flags: what ms-swift and LLaMA-Factory name first of all.
+pub(super) fn is_one(file: &str) -> bool {
+    match Path::new(file).extension().and_then(|e| e.to_str()) {
+        Some("yaml" | "yml" | "toml") => true,
+        // Rows are JSON, too, as a list or as one object a line.
+        Some("json") => dpo_core::files::read_text(Path::new(file)).is_ok_and(|text| json_keys(&text).is_ok()),
+        _ => false,
     }
 }

@@ -9,7 +9,8 @@ use serde::Serialize;
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub(crate) struct DataArgs {
-    /// Rows: files or folders of jsonl, json, csv, parquet, or hf::owner/name of Hugging Face; #N takes N of them
+    /// Rows: files or folders of jsonl, json, csv, parquet, or hf::owner/name of Hugging Face, ms::owner/name of ModelScope;
+    /// #N takes N of them
     #[arg(long, value_name = "PATH[#N]", num_args = 1..)]
     pub(crate) dataset: Vec<String>,
     /// Format of the rows (see `dpo-host list datasets`) [default: detected from the columns]
@@ -33,6 +34,9 @@ pub(crate) struct DataArgs {
     /// Random seed of the shuffling, of the split and of LoRA's A
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
+    /// Take at most the first N rows of each dataset [default: all]
+    #[arg(long, value_name = "N")]
+    max_samples: Option<usize>,
     /// End at the first row that cannot be used, instead of skipping it
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     strict: bool,
@@ -74,6 +78,7 @@ impl DataArgs {
                 TruncationArg::Right => Truncation::Right,
             },
             strict: self.strict,
+            max_samples: self.max_samples,
             system: self.system.clone(),
             shuffle: self.shuffle,
             seed: self.seed,

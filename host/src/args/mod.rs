@@ -1,14 +1,15 @@
-//! From what was written on the command line to what commands are given: files of flags, ms-swift's names, and the groups of
+//! From what was written on the command line to what commands are given: files of flags, other tools' names, and the groups of
 //! flags that several commands share.
 
 mod config;
 pub(crate) mod data;
 mod flag;
 pub(crate) mod loss;
+pub mod peers;
 pub(crate) mod resolve;
 pub(crate) mod sampling;
-mod swift;
 pub(crate) mod train;
+mod yaml;
 
 use std::fmt;
 use std::str::FromStr;

@@ -1,4 +1,4 @@
-//! From what was written to what is parsed: flags of a `--config` file before those of the command line, ms-swift's names as
+//! From what was written to what is parsed: flags of a `--config` file before those of the command line, other tools' names as
 //! ours. What comes from a file is checked here, where its line is known.
 
 use std::any::TypeId;
@@ -6,8 +6,8 @@ use std::any::TypeId;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command};
 
-use super::flag::Flag;
-use super::{config, swift};
+use super::flag::{Flag, known};
+use super::{config, peers};
 use dpo_core::error::{Error, Result};
 
 /// What is parsed, and what the user should know about it.
@@ -25,28 +25,27 @@ pub(crate) fn command_at(args: &[String]) -> Option<usize> {
 pub(crate) fn resolve(mut args: Vec<String>, cli: &mut Command) -> Result<Flags> {
     let train = command_at(&args).filter(|at| args[*at] == "train");
     let Some(at) = train else { return Ok(Flags { args, notes: Vec::new() }) };
-    let (files, given): (Vec<Flag>, Vec<Flag>) =
-        groups(&args.split_off(at + 1)).into_iter().partition(|flag| flag.name == "--config");
+    let mut written = groups(&args.split_off(at + 1));
+    name_the_first(&mut written)?;
+    let (files, given): (Vec<Flag>, Vec<Flag>) = written.into_iter().partition(|flag| flag.name == "--config");
     let written = match files.as_slice() {
         [] => Vec::new(),
         [Flag { values, .. }] if values.len() == 1 => config::read(&values[0])?,
         [_] => return Err(Error::input("needs a file").at("--config").help("--config run.toml, or a run's args.json")),
         _ => return Err(Error::input("is given twice").at("--config").help("put what the files share into one")),
     };
-    let (mut flags, notes) = swift::translate(written.into_iter().chain(given).collect())?;
     // Flags of all commands, such as --quiet, are known to a command once it is built.
     cli.build();
-    if let Some(command) = cli.find_subcommand("train") {
-        let given: Vec<&Arg> =
-            flags.iter().filter(|f| f.place.is_none()).filter_map(|f| known(command, &f.name)).collect();
-        let overruled = |f: &Flag| f.place.is_some() && known(command, &f.name).is_some_and(|a| given.contains(&a));
-        let from_files = |flag: Flag| match flag.place.clone() {
-            Some(place) => check(command, flag).map_err(|e| e.at(place)).transpose(),
-            None => Some(Ok(flag)),
-        };
-        flags = flags.into_iter().filter(|f| !overruled(f)).filter_map(from_files).collect::<Result<_>>()?;
-    }
-    for Flag { name, values, .. } in flags {
+    let Some(command) = cli.find_subcommand("train") else { return Ok(Flags { args, notes: Vec::new() }) };
+    let (flags, notes) = peers::translate(written.into_iter().chain(given).collect(), command)?;
+    let given: Vec<&Arg> = flags.iter().filter(|f| f.place.is_none()).filter_map(|f| known(command, &f.name)).collect();
+    let overruled = |f: &Flag| f.place.is_some() && known(command, &f.name).is_some_and(|a| given.contains(&a));
+    let checked = |flag: Flag| match flag.place.clone() {
+        Some(place) => check(command, flag).map_err(|e| e.at(place)).transpose(),
+        None => Some(refuse_stray(command, &flag).map(|()| flag)),
+    };
+    let flags = flags.into_iter().filter(|f| !overruled(f)).filter_map(checked);
+    for Flag { name, values, .. } in flags.collect::<Result<Vec<_>>>()? {
         match values.as_slice() {
             // A number below 0 is no flag.
             [value] if value.starts_with('-') && value.parse::<f64>().is_ok() => args.push(format!("{name}={value}")),
@@ -73,26 +72,39 @@ fn groups(args: &[String]) -> Vec<Flag> {
     groups
 }
 
-/// The argument of a name, which may be another name of it.
-fn known<'a>(command: &'a Command, flag: &str) -> Option<&'a Arg> {
-    let name = flag.strip_prefix("--")?;
-    command
-        .get_arguments()
-        .find(|a| a.get_long() == Some(name) || a.get_all_aliases().is_some_and(|aliases| aliases.contains(&name)))
+/// What is named before the first flag: files of flags, as ms-swift and LLaMA-Factory take them, or rows, as `data` does.
+fn name_the_first(flags: &mut [Flag]) -> Result<()> {
+    let named = flags.iter().any(|flag| flag.name == "--dataset");
+    let Some(first) = flags.first_mut().filter(|flag| !flag.name.starts_with('-')) else { return Ok(()) };
+    first.values.insert(0, first.name.clone());
+    let config = first.values.len() == 1 && config::is_one(&first.name);
+    if named && !config {
+        return Err(Error::input("rows are named here and with --dataset")
+            .at(first.values.join(" "))
+            .help("name all of them with --dataset"));
+    }
+    first.name = if config { "--config".into() } else { "--dataset".into() };
+    Ok(())
+}
+
+/// Refuses values of a flag of the command line that takes fewer.
+fn refuse_stray(command: &Command, flag: &Flag) -> Result<()> {
+    let most = known(command, &flag.name).map(|arg| match arg.get_action() {
+        ArgAction::Set | ArgAction::Append => arg.get_num_args().map_or(1, |n| n.max_values()),
+        _ => 0,
+    });
+    match most.and_then(|most| flag.values.get(most)) {
+        Some(stray) if !stray.starts_with('-') => Err(Error::input(format!("'{stray}' belongs to no flag"))
+            .at(flag.spelled())
+            .help("rows are named with --dataset, and a value with spaces needs quotes")),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses a flag of a file that does not exist, or whose values are not what it takes. A switch that is off is no flag.
 fn check(command: &Command, mut flag: Flag) -> Result<Option<Flag>> {
     let key = flag.name.trim_start_matches('-').replace('-', "_");
-    let Some(arg) = known(command, &flag.name) else {
-        let ours = command.get_arguments().filter_map(|a| a.get_long()).map(|name| name.replace('-', "_"));
-        let names: Vec<String> = ours.chain(swift::names().map(str::to_owned)).collect();
-        let error = Error::input(format!("unknown key '{key}'"));
-        return Err(match Error::nearest(&key, names.iter().map(String::as_str)) {
-            Some(near) => error.help(format!("did you mean '{near}'? `dpo-host train --help` lists all")),
-            None => error.help("keys are the flags of `dpo-host train --help`"),
-        });
-    };
+    let Some(arg) = known(command, &flag.name) else { return Err(Error::input(format!("unknown key '{key}'"))) };
     let values = flag.values.join(", ");
     let wrong = |expected: &str| Error::input(format!("'{key}' should be {expected}, not '{values}'"));
     let expected = expected(arg);

@@ -29,7 +29,7 @@ use crate::demo;
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
 pub(crate) struct TrainArgs {
-    /// Flags from a file, TOML or the args.json of a run; those of the command line win
+    /// Flags from a file, TOML, YAML or the args.json of a run; those of the command line win
     #[arg(long, value_name = "FILE", help_heading = "Options")]
     #[serde(skip)]
     config: Option<PathBuf>,
@@ -76,6 +76,9 @@ pub(crate) struct TrainArgs {
     /// Where the run is written [default: the next free folder output/<model>-N]
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
+    /// Write into a new folder inside of --output-dir, as ms-swift does: v0-TIME, v1-TIME
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
+    add_version: bool,
 
     #[command(flatten)]
     #[serde(flatten)]
@@ -128,13 +131,13 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "EXAMPLES", default_value_t = 16, help_heading = "Optimizer")]
     batch_size: usize,
     /// Epochs: passes over the data
-    #[arg(long, value_name = "N", default_value_t = 1.0, help_heading = "Optimizer")]
+    #[arg(long, alias = "epochs", value_name = "N", default_value_t = 1.0, help_heading = "Optimizer")]
     num_epochs: f64,
     /// Optimizer steps, in place of --num-epochs [default: what --num-epochs says]
     #[arg(long, value_name = "N", help_heading = "Optimizer")]
     max_steps: Option<u64>,
     /// Peak learning rate
-    #[arg(long, value_name = "LR", default_value_t = 1e-4, help_heading = "Optimizer")]
+    #[arg(long, alias = "lr", value_name = "LR", default_value_t = 1e-4, help_heading = "Optimizer")]
     learning_rate: f64,
     /// Learning rate schedule after the warmup
     #[arg(long, value_enum, default_value_t = ScheduleArg::Cosine, help_heading = "Optimizer")]
@@ -518,6 +521,7 @@ impl TrainArgs {
     fn output(&self) -> OutputConfig {
         OutputConfig {
             dir: self.output_dir.clone(),
+            version: self.add_version,
             logging_steps: self.logging_steps,
             eval_steps: self.eval_steps.unwrap_or(self.save_steps),
             save_steps: self.save_steps,

@@ -66,8 +66,9 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
     let output = dpo_train::output_of(&config.output, &folder)?;
-    let ended = ranks::launch(args.gpus, &["--output-dir".into(), output.clone().into()], args.max_restarts);
-    if ended.is_err() && config.output.dir.is_none() {
+    let told = ["--output-dir".into(), output.clone().into(), "--add-version".into(), "false".into()];
+    let ended = ranks::launch(args.gpus, &told, args.max_restarts);
+    if ended.is_err() && config.output.dir.as_ref() != Some(&output) {
         // Only an empty folder is removed: one whose run was refused.
         let _ = std::fs::remove_dir(&output);
     }

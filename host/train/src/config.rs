@@ -179,6 +179,8 @@ pub(crate) struct Steps {
 pub struct OutputConfig {
     /// The folder; `None` for the next free `output/<model>-N`.
     pub dir: Option<PathBuf>,
+    /// Whether a new run gets a folder of its own inside of `dir`, as ms-swift makes them: `vN-TIME`.
+    pub version: bool,
     /// Steps between lines of the log.
     pub logging_steps: u64,
     /// Steps between evaluations.

@@ -41,7 +41,11 @@ impl RunDir {
             (None, Some(resume)) => checkpoint::find(None, resume)?.and_then(|c| Some(c.parent()?.to_owned())),
             (None, None) => None,
         };
-        let claim = named.map_or_else(|| Claim::free(model), |dir| Claim::of(&dir, patience))?;
+        let claim = match named {
+            Some(dir) if config.version && config.resume.is_none() => Claim::version(&dir)?,
+            Some(dir) => Claim::of(&dir, patience)?,
+            None => Claim::free(model)?,
+        };
         if claim.folder.canonicalize().is_ok_and(|own| model.canonicalize().is_ok_and(|model| own == model)) {
             return Err(Error::input("is the model's folder")
                 .at(claim.folder.display())
@@ -92,11 +96,27 @@ impl Claim {
     /// The next free `output/<model>-N`.
     fn free(model: &Path) -> Result<Claim> {
         let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
-        let (parent, name) = (Path::new("output"), name.unwrap_or_else(|| "run".into()));
+        let name = name.unwrap_or_else(|| "run".into());
+        Claim::first(Path::new("output"), 1, |n| format!("{name}-{n}"))
+    }
+
+    /// The next `vN-TIME` inside of a folder, in UTC.
+    fn version(parent: &Path) -> Result<Claim> {
+        let number = |entry: io::Result<fs::DirEntry>| {
+            let name = entry.ok()?.file_name().to_string_lossy().into_owned();
+            name.strip_prefix('v')?.split_once('-')?.0.parse::<u64>().ok()
+        };
+        let taken = fs::read_dir(parent).map_or(None, |entries| entries.filter_map(number).max());
+        let time = dpo_data::strftime_now("%Y%m%d-%H%M%S");
+        Claim::first(parent, taken.map_or(0, |n| n + 1), |n| format!("v{n}-{time}"))
+    }
+
+    /// The first folder that is not there yet of those that are named by numbers.
+    fn first(parent: &Path, from: u64, name: impl Fn(u64) -> String) -> Result<Claim> {
         let made = missing(parent);
         fs::create_dir_all(parent).writing(parent)?;
-        for n in 1_u64.. {
-            let folder = parent.join(format!("{name}-{n}"));
+        for n in from.. {
+            let folder = parent.join(name(n));
             match fs::create_dir(&folder) {
                 Ok(()) => {
                     let mut claim = Claim::of(&folder, Duration::ZERO)?;
@@ -107,7 +127,7 @@ impl Claim {
                 made => made.writing(&folder)?,
             }
         }
-        Err(Error::run("no free folder under output"))
+        Err(Error::run(format!("no free folder in {}", parent.display())))
     }
 
     /// A folder by name, made if it is not there.

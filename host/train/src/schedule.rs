@@ -44,6 +44,8 @@ impl Schedule {
 
 #[cfg(test)]
 mod tests {
+    use std::f64::consts::FRAC_1_SQRT_2;
+
     use super::Schedule;
 
     /// `transformers.get_*_schedule_with_warmup`, 2 warm-up steps of 6.
@@ -54,7 +56,7 @@ mod tests {
             (Schedule::Cosine, [0.0, 0.5, 1.0, 0.853_553_4, 0.5, 0.146_446_6]),
             (Schedule::Constant, [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
             (Schedule::Polynomial(0.1), [0.0, 0.5, 1.0, 0.775, 0.55, 0.325]),
-            (Schedule::InverseSqrt, [0.0, 0.5, 1.0, 0.816_496_6, 0.707_106_8, 0.632_455_5]),
+            (Schedule::InverseSqrt, [0.0, 0.5, 1.0, 0.816_496_6, FRAC_1_SQRT_2, 0.632_455_5]),
             (Schedule::CosineWithMinLr(0.1), [0.0, 0.5, 1.0, 0.868_198_1, 0.55, 0.231_801_9]),
         ];
         for (schedule, factors) in cases {
