@@ -32,12 +32,18 @@ fn case(name: &str) -> [String; 3] {
 
 /// Log-probs of the first rows' answers.
 fn logps(s: &Sandbox, rows: &str, model: &[&str]) -> Vec<f64> {
+    let loss = if rows.contains("unpaired") { "apo_zero_unpaired" } else { "sigmoid" };
     let (rows, output) = (format!("{rows}#6"), s.path("scores.jsonl"));
-    let fixed = ["eval", "--device", "cpu", "--shuffle", "false", "--dataset", &rows, "--output", &output, "--model"];
-    s.ok(&[&fixed, model].concat());
+    let fixed =
+        ["eval", "--device", "cpu", "--shuffle", "false", "--loss", loss, "--dataset", &rows, "--output", &output];
+    s.ok(&[&fixed, &["--model"], model].concat());
     let lines = std::fs::read_to_string(&output).unwrap();
     let lines = lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
-    lines.flat_map(|l| ["chosen", "rejected"].map(|side| l[side].as_f64().unwrap())).collect()
+    let sums = |l: Value| match l["answers"].as_array() {
+        Some(answers) => answers.iter().map(|sum| sum.as_f64().unwrap()).collect::<Vec<f64>>(),
+        None => ["chosen", "rejected"].map(|side| l[side].as_f64().unwrap()).to_vec(),
+    };
+    lines.flat_map(sums).collect()
 }
 
 /// How far log-probs are from others, at most, relative to these.
