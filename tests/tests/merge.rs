@@ -36,7 +36,7 @@ fn logps(s: &Sandbox, rows: &str, model: &[&str]) -> Vec<f64> {
     let (rows, output) = (format!("{rows}#6"), s.path("scores.jsonl"));
     let fixed =
         ["eval", "--device", "cpu", "--shuffle", "false", "--loss", loss, "--dataset", &rows, "--output", &output];
-    s.ok(&[&fixed, &["--model"], model].concat());
+    s.ok(&[&fixed[..], &["--model"], model].concat());
     let lines = std::fs::read_to_string(&output).unwrap();
     let lines = lines.lines().map(|l| serde_json::from_str::<Value>(l).unwrap());
     let sums = |l: Value| match l["answers"].as_array() {
