@@ -29,6 +29,7 @@ fn a_mistake_costs_no_weights() {
     let rows = golden("trajectories/qwen2/prefs.jsonl").display().to_string();
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
     let unknown = sandbox.write("unknown.jsonl", "{\"a\": \"b\", \"c\": \"d\"}\n");
+    let misspelt = sandbox.write("misspelt.jsonl", "{\"prompt\": \"a\", \"choosen\": \"b\", \"rejected\": \"c\"}\n");
     let broken = sandbox.write("broken.jsonl", "{\"prompt\": \n");
     let used = sandbox.path("used");
     std::fs::create_dir(&used).unwrap();
@@ -56,6 +57,12 @@ fn a_mistake_costs_no_weights() {
             &["missing.jsonl", "cannot read", "help:"],
         ),
         ("rows of no known format", None, vec!["--dataset", &unknown], &["no known dataset format", "--columns"]),
+        (
+            "a misspelt column",
+            None,
+            vec!["--dataset", &misspelt],
+            &["did you mean 'chosen' for 'choosen'", "--columns"],
+        ),
         ("broken rows", None, vec!["--dataset", &broken], &["broken.jsonl:1"]),
         ("a misspelt format", None, with(&["--dataset-format", "trll"]), &["did you mean 'trl'"]),
         ("a misspelt loss", None, with(&["--loss", "sigmod"]), &["did you mean 'sigmoid'"]),

@@ -67,10 +67,12 @@ impl Error {
 
     /// The known name that is most like this one, if any is.
     pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-        let likeness = |n: &str| strsim::jaro_winkler(n, name);
-        // The first of those that are as near.
-        let near = known.map(|n| (likeness(n), n)).reduce(|best, n| if n.0 > best.0 { n } else { best });
-        near.filter(|(likeness, _)| *likeness > 0.7).map(|(_, n)| n)
+        most_like(name, known, 0.7)
+    }
+
+    /// The known name that this one is a misspelling of, if it is of any.
+    pub fn misspelt<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+        most_like(name, known, 0.9)
     }
 
     /// An input error for a name that is not among those known, with the nearest one as help.
@@ -111,6 +113,13 @@ impl From<candle_core::Error> for Error {
         let text = error.to_string();
         Error::run(text.lines().next().unwrap_or("tensor error"))
     }
+}
+
+/// The first of the names that are most like one, if they are more than `least` like it.
+fn most_like<'a>(name: &str, known: impl Iterator<Item = &'a str>, least: f64) -> Option<&'a str> {
+    let likeness = |n: &str| strsim::jaro_winkler(n, name);
+    let near = known.map(|n| (likeness(n), n)).reduce(|best, n| if n.0 > best.0 { n } else { best });
+    near.filter(|(likeness, _)| *likeness > least).map(|(_, n)| n)
 }
 
 /// Reading and writing files, with the path as the place.

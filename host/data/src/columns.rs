@@ -5,7 +5,7 @@
 //! of the row without it, and its text stands nowhere else, the row is refused. This needs no list of what formats read, and
 //! so holds for plugins.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use dpo_plugin_api::dataset::{Record, Row, Text};
@@ -13,6 +13,7 @@ use serde_json::Value;
 
 use super::read::SourceRow;
 use dpo_core::error::{Error, Result};
+use dpo_plugins::Registry;
 
 /// What is seen or heard, in a row or in a message. No format can read it.
 const MEDIA: [&str; 27] = [
@@ -144,6 +145,18 @@ pub fn first_columns(rows: &[SourceRow]) -> Vec<&str> {
         }
     }
     names
+}
+
+/// A column that is a misspelling of one that a format reads, and that one.
+pub fn misspelt_column(columns: &[&str], registry: &Registry) -> Option<(String, String)> {
+    let rows = registry.formats.iter().flat_map(|format| format.examples.lines());
+    let known: BTreeSet<String> = rows
+        .filter_map(|row| serde_json::from_str::<Row>(row).ok())
+        .flat_map(|row| row.into_iter().map(|(name, _)| name))
+        .collect();
+    let unknown = columns.iter().filter(|column| !known.contains(**column));
+    let known = || known.iter().map(String::as_str).filter(|name| !columns.contains(name));
+    unknown.filter_map(|column| Some(((*column).to_owned(), Error::misspelt(column, known())?.to_owned()))).next()
 }
 
 /// Refuses a row of which something is lost that changes what it means: `records` is what `format` makes of it, and `again`

@@ -30,7 +30,7 @@ pub use python::strftime_now;
 pub use report::Report;
 pub use tokens::{ChatTokenizer, Truncation};
 
-use columns::{Columns, first_columns, refuse_lost, rename};
+use columns::{Columns, first_columns, misspelt_column, refuse_lost, rename};
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
 use dpo_core::example::{Answer, Example};
@@ -227,11 +227,17 @@ fn choose<'a>(
     match best.filter(|(sure, _)| *sure > 0) {
         Some((_, format)) => Ok(format),
         None => {
+            let columns = first_columns(rows);
+            let error =
+                Error::input(format!("rows of no known dataset format; their columns are {}", columns.join(", ")));
+            let error = error.at(path.display());
+            if let Some((column, meant)) = misspelt_column(&columns, registry) {
+                let rename = format!("--columns '{{\"{column}\": \"{meant}\"}}'");
+                return Err(error.help(format!("did you mean '{meant}' for '{column}'? {rename} renames it")));
+            }
             let known: Vec<&str> = registry.formats.iter().map(|f| f.name.as_str()).collect();
-            let (columns, known) = (first_columns(rows).join(", "), known.join(", "));
-            Err(Error::input(format!("rows of no known dataset format; their columns are {columns}"))
-                .at(path.display())
-                .help(format!(
+            let known = known.join(", ");
+            Err(error.help(format!(
                     "a row needs a preferred and a rejected answer, or one with a label; known formats: {known}; `dpo-host describe NAME` shows rows of \
                      each, --columns renames columns"
                 )))
