@@ -35,6 +35,14 @@ pub(crate) struct Demo {
     pub(crate) val_dataset: PathBuf,
 }
 
+/// What a name of a model means: `demo` is the built-in one, unless there is such a folder.
+pub(crate) fn or_named(name: String) -> Result<String> {
+    match name == "demo" && !std::path::Path::new("demo").is_dir() {
+        true => Ok(write()?.model.display().to_string()),
+        false => Ok(name),
+    }
+}
+
 /// Writes the demo into the cache folder, as far as it is not there.
 pub(crate) fn write() -> Result<Demo> {
     let folder = cache::folder("demo")?;

@@ -105,3 +105,37 @@ fn a_mistake_costs_no_weights() {
     }
     println!("{most} bytes at most");
 }
+
+/// What `chat` and `merge` are told of an adapter, and where a run of a hub's model is written.
+#[test]
+fn an_adapter_is_looked_at_before_weights_and_a_run_has_the_name_of_its_model() {
+    let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
+    let (hub, rows) = (Hub::start(model()), golden("trajectories/qwen2/prefs.jsonl").display().to_string());
+    let run = |args: &[&str]| {
+        let mut command = sandbox.command(args);
+        for name in ["http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+            command.env_remove(name);
+        }
+        command.env_remove("HF_HUB_OFFLINE").env_remove("HF_HUB_CACHE").env("HF_HOME", sandbox.path("hf"));
+        command.env("HF_ENDPOINT", &hub.address).current_dir(sandbox.path("."));
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let merged = sandbox.path("merged");
+    for args in [
+        &["chat", "--prompt", "hi", "--device", "cpu", "--model", "tiny/qwen2", "--adapter", "nowhere"][..],
+        &["merge", "--output-dir", &merged, "--model", "tiny/qwen2", "--adapter", "nowhere"],
+    ] {
+        let (code, said) = run(args);
+        assert_eq!(code, Some(2), "{said}");
+        assert!(said.contains("nowhere/adapter_config.json"), "{said}");
+        assert!(hub.asked().iter().all(|(path, _)| BESIDE_WEIGHTS.contains(&path.as_str())), "{args:?}");
+    }
+    let (code, said) =
+        run(&["train", "--device", "cpu", "--model", "tiny/qwen2@main", "--dataset", &rows, "--max-steps", "1"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("adapter     output/qwen2-1/adapter_model.safetensors"), "{said}");
+    // The built-in model has a name for every command.
+    let (code, said) = run(&["data", &rows, "--model", "demo"]);
+    assert_eq!(code, Some(0), "{said}");
+}

@@ -151,7 +151,7 @@ fn a_script_of_ms_swift_trains_what_it_trains_there() {
     // Every run has a folder of its own, also with several processes; without its defaults are its own.
     let (_, second) = swift(&s, "--rlhf_type dpo --max_steps 1 --device cpu --gpus 2 --target_modules q_proj,v_proj");
     let more =
-        json!({"num_epochs": 3.0, "batch_size": 16, "max_length": 1 << 20, "target_modules": ["q_proj", "v_proj"]});
+        json!({"num_epochs": 3.0, "batch_size": 16, "max_length": "auto", "target_modules": ["q_proj", "v_proj"]});
     has(&second, more);
     let names = folders(&s.path("output"));
     assert!(names.len() == 2 && names[0].starts_with("v0-") && names[1].starts_with("v1-"), "{names:?}");
@@ -169,6 +169,18 @@ fn a_script_of_ms_swift_trains_what_it_trains_there() {
         "{}",
         ended.stderr
     );
+    // `latest` is the newest run's, and what args.json says of the folder is where it is.
+    let last = format!("{}/{}", s.path("output"), folders(&s.path("output"))[1]);
+    let before = std::fs::read(format!("{last}/adapter_model.safetensors")).unwrap();
+    let (ended, _) = swift(
+        &s,
+        "--rlhf_type dpo --max_steps 3 --resume_from_checkpoint true --device cpu --target_modules q_proj,v_proj",
+    );
+    assert!(ended.stderr.contains("prolonged from 1 to 3 steps"), "{}", ended.stderr);
+    assert_eq!(folders(&s.path("output")).len(), 2);
+    assert_ne!(before, std::fs::read(format!("{last}/adapter_model.safetensors")).unwrap());
+    let named = format!("output/{}", folders(&s.path("output"))[1]);
+    has(&last, json!({"output_dir": named, "add_version": false}));
     let (ended, _) = swift(
         &s,
         "--rlhf_type dpo --max_steps 1 --add_version false --loss_type sigmoid bco_pair sft \

@@ -125,7 +125,7 @@ impl Backend for Cpu {
             let options = MemoryOptions { packing: Some(packing), ..options };
             plan = Plan::new(&graph, adapter.parameters(), workload.longest, plan.parts, options)?;
         }
-        console::line(&plan);
+        console::line(format!("device      cpu, float32, {} threads\n{plan}", rayon::current_num_threads()));
         Ok(Box::new(PlannedOnCpu { graph, adapter, plan }))
     }
 

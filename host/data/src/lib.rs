@@ -81,8 +81,8 @@ pub struct DataOptions {
     pub batch_size: usize,
     /// Names that formats read for the names in the files.
     pub columns: Columns,
-    /// Most tokens of a prompt and an answer.
-    pub max_length: usize,
+    /// Most tokens of a prompt and an answer; `None` for what the model is made for.
+    pub max_length: Option<usize>,
     /// Tokens that the model has: examples with others end everything. `None` where a tokenizer alone is at hand.
     pub vocabulary: Option<usize>,
     /// What happens to longer ones.
@@ -102,9 +102,16 @@ pub struct DataOptions {
 impl DataOptions {
     /// The same for a model: rows are no longer than it takes, and have no token that it does not have.
     #[must_use]
-    pub fn of_model(self, graph: &ModelGraph) -> DataOptions {
-        let max_length = self.max_length.min(graph.max_positions.unwrap_or(usize::MAX));
+    pub fn of_model(self, graph: &ModelGraph, positions: Option<usize>) -> DataOptions {
+        let most = self.max_length.or(positions).unwrap_or(usize::MAX);
+        let max_length = Some(most.min(graph.max_positions.unwrap_or(usize::MAX)));
         DataOptions { max_length, vocabulary: Some(vocabulary(graph)), ..self }
+    }
+}
+
+impl DataOptions {
+    fn most_tokens(&self) -> usize {
+        self.max_length.unwrap_or(usize::MAX)
     }
 }
 
@@ -146,7 +153,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let template = tokenizer.template();
     let mut report = Report {
         noun: options.wanted.noun(),
-        max_length: options.max_length,
+        max_length: options.most_tokens(),
         truncation: options.truncation,
         template: template.map(|t| t.origin.clone()),
         template_is_borrowed: template.is_some_and(ChatTemplate::is_borrowed),
@@ -342,7 +349,7 @@ fn with_mismatched(examples: Vec<Example>, options: &DataOptions) -> Result<Vec<
     let answers: Vec<Vec<u32>> = examples.iter().map(|e| e.answers()[0].ids.clone()).collect();
     let with = |(i, example): (usize, Example)| {
         let mut ids = answers[other(i)].clone();
-        ids.truncate(options.max_length.saturating_sub(example.prompt().len()).max(1));
+        ids.truncate(options.most_tokens().saturating_sub(example.prompt().len()).max(1));
         let own = example.answers().iter().cloned();
         let answers = own.chain([Answer { ids, label: 0.0, detached: true }]).collect();
         Example::new(example.prompt().to_vec(), answers, example.place.clone())
@@ -385,7 +392,9 @@ fn join(items: Vec<Item>, report: &mut Report, strict: bool) -> Result<Vec<Item>
                 let cause = Error::input("no answer of the other kind to the same prompt");
                 refuse(
                     report,
-                    cause.help("pairs need a liked and a disliked answer to one prompt"),
+                    cause.help(
+                        "pairs need a liked and a disliked answer to one prompt; --loss kto learns from single answers",
+                    ),
                     &item.place,
                     strict,
                 )?;
@@ -440,7 +449,7 @@ fn collect(
             continue;
         }
         let ends: Vec<Option<u32>> = example.learned().iter().map(|a| tokenizer.ending(&a.ids)).collect();
-        match options.truncation.apply(&mut example, options.max_length) {
+        match options.truncation.apply(&mut example, options.most_tokens()) {
             Err(cause) => {
                 report.drop(&Error::input(cause), &place);
                 continue;
@@ -545,7 +554,7 @@ mod tests {
             wanted: Wanted::default(),
             batch_size: 16,
             columns: Columns::default(),
-            max_length: usize::MAX,
+            max_length: None,
             vocabulary: None,
             truncation: Truncation::Delete,
             strict: false,

@@ -7,6 +7,7 @@ use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 
 use super::read::{SourceRow, is_known, kinds, known_kinds, read_file};
+use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
 use dpo_hub::{self as hub, Name};
 
@@ -57,6 +58,10 @@ impl Source {
         }
         if let Some(wanted) = self.rows {
             let total = files.iter().map(|(_, rows)| rows.len()).sum();
+            if wanted > total && total > 0 {
+                let (times, path) = (wanted.div_ceil(total), self.path.display());
+                console::note(format!("{path}#{wanted}: it has {total} rows, which are taken up to {times} times"));
+            }
             let mut times = times_taken(total, wanted, shuffle, seed).into_iter();
             for (_, rows) in &mut files {
                 let counted: Vec<(SourceRow, usize)> = std::mem::take(rows).into_iter().zip(times.by_ref()).collect();

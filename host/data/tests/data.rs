@@ -19,7 +19,7 @@ fn options(path: &Path) -> DataOptions {
         wanted: Wanted::default(),
         batch_size: 16,
         columns: Default::default(),
-        max_length: usize::MAX,
+        max_length: None,
         vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
@@ -360,8 +360,9 @@ fn lengths_are_kept() {
     let (prompt, long) = (whole[0].prompt().len(), whole[0].longest());
     let [chosen, rejected] = [0, 1].map(|side| whole[0].answers()[side].ids.as_slice());
     assert!(whole[1].longest() < long - 2);
-    let cut =
-        |truncation, max_length| load_with(|o| (o.truncation, o.max_length) = (truncation, max_length), &rows).unwrap();
+    let cut = |truncation, most: usize| {
+        load_with(|o| (o.truncation, o.max_length) = (truncation, Some(most)), &rows).unwrap()
+    };
     let delete = cut(Truncation::Delete, long - 1);
     assert_eq!((delete.examples.len(), delete.report.dropped[0].cause.as_str()), (1, "longer than max_length"));
     let right = cut(Truncation::Right, long - 2);
@@ -370,7 +371,7 @@ fn lengths_are_kept() {
     let left = cut(Truncation::Left, long - 2);
     assert_eq!(left.examples[0].prompt(), &whole[0].prompt()[2..]);
     assert_eq!(answer(&left, 0, 1), rejected);
-    let error = load_with(|o| (o.truncation, o.max_length) = (Truncation::Right, prompt), &rows).unwrap_err();
+    let error = load_with(|o| (o.truncation, o.max_length) = (Truncation::Right, Some(prompt)), &rows).unwrap_err();
     assert!(error.contains("the prompt alone fills max_length (2 rows)"), "{error}");
 }
 

@@ -9,7 +9,6 @@ mod text;
 use std::time::Instant;
 
 use dpo_plugin_api::dataset::Message;
-use serde_json::Value;
 
 use dpo_core::backend::Backend;
 use dpo_core::decoder::{CHUNK, Decoder, Variant};
@@ -129,9 +128,7 @@ impl Generator {
 
     /// A model that a device has already.
     pub fn of(model: &Model<'_>, tokenizer: ChatTokenizer, decoder: Box<dyn Decoder>) -> Generator {
-        let config: Value = serde_json::from_str(&model.config).unwrap_or_default();
-        let made_for = config.get("max_position_embeddings").and_then(Value::as_u64).map(|n| n as usize);
-        let length = [model.graph.max_positions, made_for].into_iter().flatten().min().unwrap_or(usize::MAX);
+        let length = model.positions().unwrap_or(usize::MAX);
         let mut ends = tokenizer.eos_ids().to_vec();
         // A base model's EOS ends a document; the template says what ends a turn, and answers are trained to end with it.
         ends.extend(tokenizer.turn_end().filter(|end| !ends.contains(end)));

@@ -98,6 +98,22 @@ impl<'r> Model<'r> {
     }
 }
 
+impl Model<'_> {
+    /// Positions that it is made for, where its config says so: `max_position_embeddings`, or what rope scaling makes of those that
+    /// it was trained with.
+    pub fn positions(&self) -> Option<usize> {
+        let config: Value = serde_json::from_str(&self.config).ok()?;
+        let most = config.get("max_position_embeddings").and_then(Value::as_f64);
+        let rope =
+            ["rope_scaling", "rope_parameters"].iter().find_map(|key| config.get(*key).filter(|v| v.is_object()));
+        let of_rope = |name: &str| rope.and_then(|rope| rope.get(name)).and_then(Value::as_f64);
+        let trained = of_rope("original_max_position_embeddings").or(most);
+        let scaled = trained.zip(of_rope("factor")).map(|(trained, factor)| trained * factor);
+        let made_for = [most, scaled].into_iter().flatten().reduce(f64::max).map(|n| n as usize);
+        [self.graph.max_positions, made_for].into_iter().flatten().min()
+    }
+}
+
 /// What `--model` means: what it says, or the model that the adapter names as its own.
 pub fn named(model: Option<&str>, adapter: Option<&Path>) -> Result<String> {
     match (model, adapter) {

@@ -44,8 +44,9 @@ pub fn launch(size: usize, more: &[OsString], restarts: usize) -> Result<()> {
     loop {
         let Err(error) = Group::start(size, more, attempt)?.wait(&interrupt) else { return Ok(()) };
         if let Some(signal) = interrupt.signal() {
-            return Err(Error::run(format!("ended by {signal}"))
-                .help("the same command with --resume-from-checkpoint latest goes on from the last checkpoint"));
+            return Err(Error::run(format!("ended by {signal}")).help(
+                "what rank 0 says above goes on from there; else --resume-from-checkpoint latest with --output-dir",
+            ));
         }
         // Input that is wrong does not mend itself.
         if attempt == restarts || error.kind == Kind::Input {

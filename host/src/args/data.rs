@@ -5,6 +5,8 @@ use dpo_core::error::Result;
 use dpo_data::{DataOptions, Truncation, Wanted, parse_columns};
 use serde::Serialize;
 
+use super::Auto;
+
 /// How rows become examples.
 #[derive(Args, Clone, Debug, Serialize)]
 #[command(next_help_heading = "Model and data")]
@@ -19,9 +21,9 @@ pub(crate) struct DataArgs {
     /// Columns to rename before a format reads them, as JSON: '{"old": "new"}' [default: none]
     #[arg(long, value_name = "JSON")]
     columns: Option<String>,
-    /// Maximum sequence length: prompt plus one answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
-    max_length: usize,
+    /// Maximum sequence length: prompt plus one answer, in tokens; auto is what the model is made for
+    #[arg(long, value_name = "auto|TOKENS", default_value_t = Auto(Some(2048)))]
+    max_length: Auto<usize>,
     /// What to do with longer examples
     #[arg(long, value_enum, default_value_t = TruncationArg::Delete)]
     truncation_strategy: TruncationArg,
@@ -70,7 +72,7 @@ impl DataArgs {
             batch_size: USUAL_BATCH,
             format: self.dataset_format.clone(),
             columns,
-            max_length: self.max_length,
+            max_length: self.max_length.0,
             vocabulary: None,
             truncation: match self.truncation_strategy {
                 TruncationArg::Delete => Truncation::Delete,

@@ -12,7 +12,7 @@ use super::{ABOVE_0, ANY, BELOW_1, FROM_0, SHARE, refuse_out_of_range};
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct LossArgs {
     /// Losses (see `dpo-host list losses`); several are summed by --loss-weights
-    #[arg(id = "loss", long, value_name = "NAME", num_args = 1.., default_values_t = ["sigmoid".to_owned()], help_heading = "Loss")]
+    #[arg(id = "loss", long, value_name = "NAME", num_args = 1.., value_delimiter = ',', default_values_t = ["sigmoid".to_owned()], help_heading = "Loss")]
     #[serde(rename = "loss")]
     pub(crate) names: Vec<String>,
     /// Weight of each loss [default: 1]

@@ -376,7 +376,11 @@ impl TrainArgs {
         if let Some(settings) = &self.demo {
             console::note(format!("the demo has settings of its own, unless you say otherwise: {settings}"));
         }
-        if self.dtype == Dtype::Bfloat16 && self.device == DeviceArg::Cpu {
+    }
+
+    /// Says where the type that was asked for is not that of the device.
+    pub(crate) fn note_dtype(&self, on_gpu: bool) {
+        if self.dtype == Dtype::Bfloat16 && !on_gpu {
             console::note("--dtype bfloat16 is for GPUs; the CPU computes in float32");
         }
     }

@@ -3,6 +3,7 @@
 use clap::Args;
 
 use crate::args::data::DataArgs;
+use crate::demo;
 use dpo_core::error::{Error, Result};
 use dpo_data::{self as data, ChatTokenizer};
 use dpo_hub::Need;
@@ -32,7 +33,7 @@ pub(crate) struct DataCommand {
 }
 
 pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
-    let folder = model::locate(&command.model, Need::Tokenizer)?;
+    let folder = model::locate(&demo::or_named(command.model.clone())?, Need::Tokenizer)?;
     let paths: Vec<String> = command.paths.iter().chain(&command.args.dataset).cloned().collect();
     // A tokenizer alone is enough to look at data; a config adds the family's template and limits.
     let has_config = folder.join("config.json").is_file();
@@ -46,7 +47,7 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     let loss = ObjectiveOptions { losses: vec![command.loss.clone()], ..ObjectiveOptions::default() };
     let wanted = Objective::new(registry, &loss)?.wanted()?;
     let options = command.args.options(&paths, &wanted)?;
-    let options = if let Some(model) = &model { options.of_model(&model.graph) } else { options };
+    let options = if let Some(model) = &model { options.of_model(&model.graph, model.positions()) } else { options };
     let dataset = data::load(&options, registry, &tokenizer)?;
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;

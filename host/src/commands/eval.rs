@@ -10,7 +10,7 @@ use super::list::print_table;
 use crate::args::DeviceArg;
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
-use crate::backends;
+use crate::{backends, demo};
 use dpo_core::backend::Workload;
 use dpo_core::collective::Alone;
 use dpo_core::device::Device;
@@ -74,7 +74,7 @@ const COLUMNS: [(&str, &str); 6] = [
 const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejected", "nll_loss"];
 
 pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
-    let name = model::named(options.model.as_deref(), options.adapter.as_deref())?;
+    let name = demo::or_named(model::named(options.model.as_deref(), options.adapter.as_deref())?)?;
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
@@ -88,7 +88,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     };
     let wanted = objective.wanted()?;
     let load = |path: &&[String]| {
-        let rows = options.data.options(path, &wanted)?.of_model(&model.graph);
+        let rows = options.data.options(path, &wanted)?.of_model(&model.graph, model.positions());
         Ok(data::load(&rows, registry, &tokenizer)?.examples)
     };
     let files = paths.iter().map(load).collect::<Result<Vec<Vec<Example>>>>()?;

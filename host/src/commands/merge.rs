@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::demo;
 use dpo_core::error::{IoContext, Result};
 use dpo_core::lora::{self, Adapter};
 use dpo_core::weights::{Checkpoint, FILES, INDEX};
@@ -31,9 +32,12 @@ pub(crate) struct MergeOptions {
 }
 
 pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
-    let folder = model::locate(&model::named(options.model.as_deref(), Some(&options.adapter))?, Need::Weights)?;
+    let name = demo::or_named(model::named(options.model.as_deref(), Some(&options.adapter))?)?;
+    // What can be told without weights is told before they are fetched.
+    let folder = model::locate(&name, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
+    let folder = model::locate(&name, Need::Weights)?;
     let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let bar = console::bar(checkpoint.bytes() as u64, "merging     {bar:30} {bytes}/{total_bytes} {eta} left");
     files::write_folder(&options.output_dir, |output| {

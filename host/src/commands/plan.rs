@@ -1,7 +1,7 @@
 //! `dpo-host plan`: the memory of a run before it starts; for a GPU, also without one at hand.
 
 use crate::args::{DeviceArg, SizeArg};
-use crate::backends;
+use crate::{backends, demo};
 use clap::Args;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
@@ -61,11 +61,13 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
             // What has no slash is no name on a hub.
             let shapes: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
             let known = format!("name a folder, owner/name of Hugging Face, or one of {}", shapes.join(", "));
-            let folder = model::locate(name, Need::Config).map_err(|e| match name.contains('/') {
-                true => e,
-                false => Error::input(format!("'{name}' is neither a folder nor a published shape"))
-                    .at("--model")
-                    .help(known),
+            let folder = model::locate(&demo::or_named(name.to_owned())?, Need::Config).map_err(|e| {
+                match name.contains('/') {
+                    true => e,
+                    false => Error::input(format!("'{name}' is neither a folder nor a published shape"))
+                        .at("--model")
+                        .help(known),
+                }
             })?;
             Model::open(registry, &folder, options.plugin.as_deref())?.graph
         }

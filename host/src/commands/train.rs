@@ -25,6 +25,7 @@ pub(crate) fn train(registry: &Registry, mut args: TrainArgs) -> Result<()> {
             return launch(registry, &args);
         }
         let backend = backends::open(&args.device()?, None)?;
+        args.note_dtype(backend.is_gpu());
         let config = args.resolve(None, backend.is_gpu())?;
         return dpo_train::train(registry, config, &mut Ranks::alone(), backend.as_ref(), 0).map(|_| ());
     };
@@ -65,7 +66,7 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     Objective::new(registry, &config.objective)?;
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
     Model::open(registry, &folder, config.plugin.as_deref())?;
-    let output = dpo_train::output_of(&config.output, &folder)?;
+    let output = dpo_train::output_of(&config.output, &config.model, &folder)?;
     let told = ["--output-dir".into(), output.clone().into(), "--add-version".into(), "false".into()];
     let ended = ranks::launch(args.gpus, &told, args.max_restarts);
     if ended.is_err() && config.output.dir.as_ref() != Some(&output) {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use dpo_core::backend::Backend;
 use serde_json::json;
 
+use dpo_core::console::{self, Remark};
 use dpo_core::error::Result;
 use dpo_core::example::Example;
 use dpo_generate::{Generator, Sampling, compare};
@@ -29,12 +30,19 @@ pub(super) fn write(mut generator: Generator, examples: &[Example], output: &Pat
     let sampling = Sampling { max_new_tokens: TOKENS, ..Sampling::default() };
     let mut seen = HashSet::new();
     let prompts = examples.iter().map(Example::prompt).filter(|prompt| seen.insert(*prompt));
-    let (start, mut lines) = (Instant::now(), String::new());
+    let (start, mut lines, mut same) = (Instant::now(), String::new(), true);
     for prompt in prompts.take(PROMPTS).take_while(|_| start.elapsed() < PATIENCE) {
         for answers in compare(&mut generator, &[prompt], &sampling)? {
             let line = json!({"prompt": answers.prompt, "before": answers.base, "after": answers.tuned});
             lines += &format!("{line}\n");
+            same &= answers.base == answers.tuned;
         }
+    }
+    if same && !lines.is_empty() {
+        let what = "the model answers the prompts that were tried as it did before";
+        let help = "rewards compare the two answers of a row, and may be good before what is said changes: more steps, a higher \
+                    --learning-rate, or --rpo-alpha 1, which makes the chosen answers likelier";
+        console::note(Remark::from(what).help(help));
     }
     files::write_into(&output.join(page::ANSWERS), lines.as_bytes())?;
     page::write_report(output)

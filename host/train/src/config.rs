@@ -218,9 +218,15 @@ pub enum Dashboard {
 
 impl TrainConfig {
     /// What the data side is asked for, with rows from `paths` for a model and what the losses want.
-    pub(crate) fn rows(&self, paths: &[String], graph: &ModelGraph, wanted: &Wanted) -> DataOptions {
+    pub(crate) fn rows(
+        &self,
+        paths: &[String],
+        (graph, positions): (&ModelGraph, Option<usize>),
+        wanted: &Wanted,
+    ) -> DataOptions {
         let batch_size = self.optimizer.batch_size;
-        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), batch_size, ..self.data.clone() }.of_model(graph)
+        DataOptions { paths: paths.to_vec(), wanted: wanted.clone(), batch_size, ..self.data.clone() }
+            .of_model(graph, positions)
     }
 
     /// The record of the run's flags, and of what they came to: the packing, the `losses` with all of their options, what is

@@ -75,13 +75,14 @@ impl Seen {
         self.lines >= 2 * RECENT && close && beyond(1.0) >= 3 && beyond(-1.0) >= 3
     }
 
-    /// A loss that has doubled for three lines, or that the run ends with; or one that rises slowly while the margin falls.
+    /// A loss that has doubled for three lines, or that the run ends with; one five times as high; or one that rises slowly while the
+    /// margin falls.
     fn rises(&self) -> bool {
         let by = |factor: f64, loss: f64| loss > factor * self.first.loss && self.first.loss > 0.0;
         let lines = if self.last { 1 } else { 3 };
         let doubled = self.lines > lines && self.recent.iter().rev().take(lines).all(|l| by(2.0, l.loss));
         let slowly = self.lines >= 5 && self.now.margin < self.first.margin - 0.1;
-        by(1.3, self.recent(|l| l.loss)) && (doubled || slowly)
+        by(1.3, self.recent(|l| l.loss)) && (doubled || slowly || by(5.0, self.now.loss))
     }
 
     /// The training loss has halved, that of validation examples is about where training began.

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
 /// evaluated on, or `trained` on, and `plugins` the folders of plugins that the run named.
 pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &[PathBuf]) -> String {
-    let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| quoted(&name));
-    let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(&dir.display().to_string())));
+    let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| word(&name));
+    let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(dir)));
     let program = format!("{}{}", program.as_deref().unwrap_or("dpo-host"), plugins.collect::<String>());
-    let adapter = quoted(&output.display().to_string());
-    let merged = quoted(&format!("{}-merged", output.display()));
-    let rows: Vec<String> = rows.iter().map(|row| quoted(row)).collect();
+    let adapter = quoted(output);
+    let merged = word(&format!("{}-merged", output.display()));
+    let rows: Vec<String> = rows.iter().map(|row| word(row)).collect();
     let remark = if trained { "    # on rows that it was trained on" } else { "" };
     format!(
         "next        {program} chat --compare --adapter {adapter}\n            \
@@ -20,8 +20,13 @@ pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &
     )
 }
 
+/// A path as a shell takes it for one word.
+pub(super) fn quoted(path: &Path) -> String {
+    word(&path.display().to_string())
+}
+
 /// A text as a shell takes it for one word.
-fn quoted(text: &str) -> String {
+fn word(text: &str) -> String {
     let plain = |c: char| c.is_alphanumeric() || "/._-:@%+=,#".contains(c);
     match !text.is_empty() && !text.starts_with('#') && text.chars().all(plain) {
         true => text.to_owned(),

@@ -42,6 +42,7 @@ impl Reference {
             Some(logps) => logps,
             None => {
                 let own = examples.len().div_ceil(group.size()) as u64;
+                console::line(format!("reference   log-probs of {} examples", examples.len()));
                 let bar = console::bar(own, "reference   {bar:30} {pos}/{len} examples {eta} left");
                 let logps = score(group, device, &examples.iter().collect::<Vec<_>>(), |n| bar.inc(n as u64))?;
                 bar.finish_and_clear();

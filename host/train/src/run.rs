@@ -16,6 +16,7 @@ use super::doctor::Doctor;
 use super::evaluation::{Best, EvalSet, Metric};
 use super::log::Log;
 use super::metrics::Window;
+use super::next_steps::quoted;
 use super::samples::Samples;
 use super::{Objective, Reference, Step, nonfinite, settings, step};
 use dpo_core::collective::ProcessGroup;
@@ -213,7 +214,7 @@ impl Run<'_> {
                 self.group.barrier()?;
                 return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
                     .at(self.output.display())
-                    .help("the same command with --resume-from-checkpoint latest goes on from there"));
+                    .help(resume_command(&self.output)));
             }
             line_start += pause.elapsed();
         }
@@ -397,6 +398,12 @@ impl Run<'_> {
     }
 }
 
+/// How the run of a folder is gone on with.
+fn resume_command(output: &Path) -> String {
+    let (folder, args) = (quoted(output), quoted(&output.join(page::ARGS)));
+    format!("dpo-host train --config {args} --output-dir {folder} --resume-from-checkpoint latest goes on from there")
+}
+
 /// The order of examples in an epoch; the same for the same seed, wherever a run begins.
 fn order(examples: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..examples).collect();
@@ -424,12 +431,11 @@ fn show(bar: &ProgressBar, line: &Map<String, Value>, of: Option<(u64, f64)>) {
     let number = |name: &str| line.get(name).and_then(Value::as_f64);
     let prefix = line.keys().find_map(|k| k.strip_suffix("loss").filter(|p| !p.ends_with("nll_"))).unwrap_or_default();
     let own = |name: &str| number(&format!("{prefix}{name}")).unwrap_or(f64::NAN);
-    // Examples of one answer have nothing that is compared.
-    let compared = if line.keys().any(|k| k.ends_with("rewards/margins")) {
-        format!(" margin {:.3} accuracy {:.2}", own("rewards/margins"), own("rewards/accuracies"))
-    } else {
-        String::new()
-    };
+    // Examples of one answer have no accuracy, and where all are of one kind no margin. A step that was skipped has neither.
+    let there =
+        |name: &str, text: String| if line.contains_key(&format!("{prefix}{name}")) { text } else { String::new() };
+    let compared = there("rewards/margins", format!(" margin {:.3}", own("rewards/margins")))
+        + &there("rewards/accuracies", format!(" accuracy {:.2}", own("rewards/accuracies")));
     let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
     let text = format!("loss {:.4}{compared}{speed}", own("loss"));
     let step = number("global_step").unwrap_or(0.0);

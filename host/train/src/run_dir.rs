@@ -33,18 +33,21 @@ pub(super) struct RunDir {
 impl RunDir {
     /// Claims the folder of a run, for as long as the claim lives. A run that is started again (`attempt` above 0) finds its own
     /// folder, and resumes from the last checkpoint there if there is one.
-    pub(super) fn claim(config: &OutputConfig, model: &Path, attempt: u64) -> Result<(RunDir, Claim)> {
+    pub(super) fn claim(config: &OutputConfig, (name, model): (&str, &Path), attempt: u64) -> Result<(RunDir, Claim)> {
         let again = attempt > 0 && config.dir.is_some();
         let patience = if again { PATIENCE } else { Duration::ZERO };
         let named = match (&config.dir, &config.resume) {
+            (Some(_), Some(Resume::From(checkpoint))) if config.version => checkpoint.parent().map(Path::to_owned),
+            (Some(dir), Some(Resume::Latest)) if config.version => newest_version(dir),
             (Some(dir), _) => Some(dir.clone()),
             (None, Some(resume)) => checkpoint::find(None, resume)?.and_then(|c| Some(c.parent()?.to_owned())),
             (None, None) => None,
         };
-        let claim = match named {
-            Some(dir) if config.version && config.resume.is_none() => Claim::version(&dir)?,
-            Some(dir) => Claim::of(&dir, patience)?,
-            None => Claim::free(model)?,
+        let claim = match (named, &config.dir) {
+            (Some(dir), _) if config.version && config.resume.is_none() => Claim::version(&dir)?,
+            (Some(dir), _) => Claim::of(&dir, patience)?,
+            (None, Some(dir)) => Claim::version(dir)?,
+            (None, None) => Claim::free(name, model)?,
         };
         if claim.folder.canonicalize().is_ok_and(|own| model.canonicalize().is_ok_and(|model| own == model)) {
             return Err(Error::input("is the model's folder")
@@ -55,7 +58,9 @@ impl RunDir {
         let latest = if again { checkpoint::find(Some(&claim.folder), &Resume::Latest)? } else { None };
         let resumed = match &config.resume {
             Some(Resume::Latest) if again => latest,
-            Some(resume) if latest.is_none() => checkpoint::find(config.dir.as_deref(), resume)?,
+            Some(resume) if latest.is_none() => {
+                checkpoint::find(config.dir.as_ref().map(|_| claim.folder.as_path()), resume)?
+            }
             _ => latest,
         };
         let holds = |files: &[&str]| files.iter().any(|f| claim.folder.join(f).exists());
@@ -74,11 +79,11 @@ impl RunDir {
 ///
 /// # Errors
 /// A folder that holds a run already, is another run's, or cannot be written.
-pub fn output_of(config: &OutputConfig, model: &Path) -> Result<PathBuf> {
-    if let (Some(dir), Some(_)) = (&config.dir, &config.resume) {
+pub fn output_of(config: &OutputConfig, name: &str, model: &Path) -> Result<PathBuf> {
+    if let (Some(dir), Some(_), false) = (&config.dir, &config.resume, config.version) {
         return Ok(dir.clone());
     }
-    let (RunDir { output, .. }, mut claim) = RunDir::claim(config, model, 0)?;
+    let (RunDir { output, .. }, mut claim) = RunDir::claim(config, (name, model), 0)?;
     claim.made.clear();
     Ok(output)
 }
@@ -93,20 +98,18 @@ pub(super) struct Claim {
 }
 
 impl Claim {
-    /// The next free `output/<model>-N`.
-    fn free(model: &Path) -> Result<Claim> {
-        let name = model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+    /// The next free `output/<model>-N`, of the folder's own name, or of that on a hub without owner and revision.
+    fn free(name: &str, model: &Path) -> Result<Claim> {
+        let own = || model.canonicalize().ok().and_then(|p| Some(p.file_name()?.to_string_lossy().into_owned()));
+        let on_hub = || name.split('@').next()?.rsplit('/').next().filter(|part| !part.is_empty()).map(str::to_owned);
+        let name = if Path::new(name).is_dir() { own() } else { on_hub() };
         let name = name.unwrap_or_else(|| "run".into());
         Claim::first(Path::new("output"), 1, |n| format!("{name}-{n}"))
     }
 
     /// The next `vN-TIME` inside of a folder, in UTC.
     fn version(parent: &Path) -> Result<Claim> {
-        let number = |entry: io::Result<fs::DirEntry>| {
-            let name = entry.ok()?.file_name().to_string_lossy().into_owned();
-            name.strip_prefix('v')?.split_once('-')?.0.parse::<u64>().ok()
-        };
-        let taken = fs::read_dir(parent).map_or(None, |entries| entries.filter_map(number).max());
+        let taken = versions(parent).map(|(number, _)| number).max();
         let time = dpo_data::strftime_now("%Y%m%d-%H%M%S");
         Claim::first(parent, taken.map_or(0, |n| n + 1), |n| format!("v{n}-{time}"))
     }
@@ -159,6 +162,21 @@ impl Drop for Claim {
             self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
         }
     }
+}
+
+/// The folders `vN-TIME` of a folder, by their numbers.
+fn versions(parent: &Path) -> impl Iterator<Item = (u64, PathBuf)> {
+    let number = |entry: io::Result<fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        let name = path.file_name()?.to_str()?;
+        Some((name.strip_prefix('v')?.split_once('-')?.0.parse().ok()?, path))
+    };
+    fs::read_dir(parent).into_iter().flatten().filter_map(number)
+}
+
+/// The newest of them, in which a run goes on that is resumed.
+fn newest_version(parent: &Path) -> Option<PathBuf> {
+    versions(parent).max().map(|(_, path)| path)
 }
 
 /// A folder and those around it that are not there.

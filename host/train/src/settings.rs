@@ -17,6 +17,7 @@ use dpo_plugin_api::graph::ModelGraph;
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
 /// `adapter` by content.
 const FREE: &[&str] = &[
+    "add_version",
     "columns",
     "dashboard",
     "dataset",

@@ -56,10 +56,15 @@ pub fn train(
     let mut claim = None;
     let RunDir { output, resumed } = group.broadcast_from_first(|| {
         server = serve(&config.dashboard, attempt)?;
-        let (folder, claimed) = RunDir::claim(&config.output, &folder, attempt)?;
+        let (folder, claimed) = RunDir::claim(&config.output, (&config.model, &folder), attempt)?;
         claim = Some(claimed);
         Ok(folder)
     })?;
+    if config.output.version {
+        // What args.json says is where the run is, not where its folder was made.
+        config.flags.insert("output_dir".into(), json!(output));
+        config.flags.insert("add_version".into(), json!(false));
+    }
     let watchers = server.map(|server| {
         console::line(format!("dashboard   {}", server.url()));
         server.serve_beside(Runs::one(&output))
@@ -140,7 +145,7 @@ pub fn train(
     }
     let facts = json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "model": folder.display().to_string(),
+        "model": config.model,
         "family": family,
         "package": package,
         "parameters": device.adapter().parameters(),
@@ -206,7 +211,8 @@ fn say_length(config: &TrainConfig, examples: &[Example], steps: &Steps) {
     let warmup = if warmup > 0 { format!(", {warmup} of them warm-up") } else { String::new() };
     console::line(format!("steps       {total}, {per_epoch} an epoch of {batch} examples each{warmup}"));
     if total < FEW_STEPS && config.optimizer.max_steps.is_none() {
-        let what = format!("{total} steps change little: {} examples make {per_epoch} an epoch", examples.len());
+        let steps = if total == 1 { "1 step changes" } else { &format!("{total} steps change") };
+        let what = format!("{steps} little: {} examples make {per_epoch} an epoch", examples.len());
         console::warning(
             Remark::from(what).help("raise --num-epochs, lower --batch-size, or add rows: 50 steps and more are usual"),
         );
@@ -269,10 +275,13 @@ impl Data {
         model: &Model<'_>,
         tokenizer: &ChatTokenizer,
     ) -> Result<Data> {
-        let load = |paths: &[String]| data::load(&config.rows(paths, &model.graph, wanted), registry, tokenizer);
+        let load = |paths: &[String]| {
+            data::load(&config.rows(paths, (&model.graph, model.positions()), wanted), registry, tokenizer)
+        };
         let dataset = load(&config.dataset)?;
-        console::line(format!("model       {} ({})", model.folder.display(), model.family.name));
+        console::line(format!("model       {} ({})", config.model, model.family.name));
         console::line(format!("data        {}", dataset.report.line()));
+        warn_of_length(&dataset.examples, model);
         dataset.report.warnings().into_iter().for_each(console::warning);
         let (examples, validation) = match config.val_dataset.as_slice() {
             [] => {
@@ -397,6 +406,22 @@ fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> 
                 None => Adapter::load(&model.graph, folder),
             }
         }
+    }
+}
+
+/// A model knows nothing of positions beyond those that it was made for.
+fn warn_of_length(examples: &[Example], model: &Model<'_>) {
+    let Some(positions) = model.positions() else { return };
+    let longer = examples.iter().filter(|e| e.longest() > positions).count();
+    if longer > 0 {
+        let longest = examples.iter().map(Example::longest).max().unwrap_or(0);
+        let what = format!(
+            "{longer} of {} examples are longer than the {positions} positions that the model is made for, up to {longest} tokens",
+            examples.len()
+        );
+        console::warning(
+            Remark::from(what).help(format!("say --max-length {positions}, or extend its rope scaling in config.json")),
+        );
     }
 }
 

@@ -278,8 +278,8 @@ const GRPO: &str = "\
     vllm_server_group_port vllm_server_host vllm_server_pass_dataset=false vllm_server_port=8000 vllm_server_timeout=240.0 \
     vllm_speculative_config vllm_tensor_parallel_size=1 vllm_use_async_engine wandb_log_unique_prompts";
 
-/// Tokens beyond what any model takes: examples are cut to what theirs takes.
-const ALL_IT_TAKES: &str = "1048576";
+/// As long as what the model is made for.
+const ALL_IT_TAKES: &str = "auto";
 
 /// What its arguments mean together.
 pub(super) fn combine(t: &mut Translation) -> Result<()> {
@@ -295,7 +295,9 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
     match t.take("max_length") {
         Some(flag) => t.push_as("max-length", flag),
         None if !t.has("max-length") => {
-            t.notes.push(format!("--max-length {ALL_IT_TAKES}: ms-swift takes examples as long as the model takes"));
+            t.notes.push(format!(
+                "--max-length {ALL_IT_TAKES}: ms-swift takes examples as long as what the model is made for"
+            ));
             t.push("max-length", [ALL_IT_TAKES], None);
         }
         None => {}
@@ -438,12 +440,10 @@ fn adapters(t: &mut Translation) {
     }
 }
 
-/// `output_dir`, inside of which every run has a folder of its own. A resumed run goes on in its folder.
+/// `output_dir`, inside of which every run has a folder of its own. A run that is resumed goes on in its folder.
 fn output(t: &mut Translation) {
-    if let Some(checkpoint) = t.ours_of("resume-from-checkpoint").cloned() {
-        if checkpoint.values != ["latest"]
-            && let Some(dir) = t.take("output_dir")
-        {
+    if let Some(checkpoint) = t.ours_of("resume-from-checkpoint").filter(|flag| flag.values != ["latest"]).cloned() {
+        if let Some(dir) = t.take("output_dir") {
             let (dir, checkpoint) = (dir.spelled(), checkpoint.spelled());
             t.notes.push(format!("{dir} is ignored: with {checkpoint} a run goes on in its own folder"));
         }

@@ -58,12 +58,14 @@ pub(crate) struct ChatOptions {
 pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
     let name = match (&options.model, &options.adapter) {
         (None, None) => demo::write()?.model.display().to_string(),
-        (model, adapter) => model::named(model.as_deref(), adapter.as_deref())?,
+        (model, adapter) => demo::or_named(model::named(model.as_deref(), adapter.as_deref())?)?,
     };
-    let folder = model::locate(&name, Need::Weights)?;
+    // What can be told without weights is told before they are fetched.
+    let folder = model::locate(&name, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, options.plugin.as_deref())?;
     let adapter = options.adapter.as_ref().map(|folder| Adapter::load(&model.graph, folder)).transpose()?;
     let sampling = Sampling::of(&options.sampling.options(), &folder)?;
+    model::locate(&name, Need::Weights)?;
     let variants = match (&adapter, options.compare) {
         (None, _) => vec![Variant::Base],
         (Some(_), false) => vec![Variant::Tuned],
