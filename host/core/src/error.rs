@@ -166,6 +166,8 @@ const WRITING: &[(ErrorKind, &str)] = &[
     (ErrorKind::ReadOnlyFilesystem, "the disk is mounted read-only, as after a fault of the disk; see dmesg"),
     (ErrorKind::PermissionDenied, "this user may not write there"),
     (ErrorKind::NotFound, "the folder is gone: it was removed, renamed or unmounted"),
+    (ErrorKind::AlreadyExists, "a file is in its way: name a folder"),
+    (ErrorKind::NotADirectory, "a part of this path is a file: name a folder"),
 ];
 
 /// "no such file or directory" instead of "No such file or directory (os error 2)".

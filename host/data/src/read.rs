@@ -238,6 +238,12 @@ impl Piece<'_> {
         let row = match serde_json::from_str::<Value>(self.text) {
             Ok(Value::Object(row)) => Ok(row),
             Ok(other) => Err(Error::input(format!("a row should be an object, is {}", kind(&other))).at(&place)),
+            // What is in the place of a large file until Git LFS fetches it.
+            Err(_) if self.text.starts_with("version https://git-lfs") => {
+                Err(Error::input("is a pointer of Git LFS, not the file itself")
+                    .at(path.display())
+                    .help("`git lfs pull` in its folder fetches that"))
+            }
             Err(e) => {
                 let message = e.to_string();
                 let what = message.split(" at line ").next().unwrap_or_default();

@@ -255,7 +255,10 @@ impl Client {
             200..=299 => Ok(response),
             401 | 403 => Err(self.closed(status).into()),
             404 => Err(Error::input("there is no such thing, or it is private (404)")
-                .help(format!("look at its page; {} lets you in where it is private", self.hub.token))
+                .help(format!(
+                    "look at its page; {} lets you in where it is private; a folder of that name is not here",
+                    self.hub.token
+                ))
                 .into()),
             408 | 429 | 500..=599 => {
                 let asked = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());

@@ -131,7 +131,20 @@ pub fn named(model: Option<&str>, adapter: Option<&Path>) -> Result<String> {
 pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     let folder = PathBuf::from(model);
     if folder.is_dir() {
-        return Ok(folder);
+        let is_adapter = folder.join("adapter_config.json").is_file() && !folder.join("config.json").is_file();
+        return match is_adapter {
+            false => Ok(folder),
+            true => Err(Error::input("is the folder of an adapter, not of a model").at(format!("--model {model}")).help(
+                "name the model that it was trained on, and the adapter with --adapter, or in `train` --init-adapter",
+            )),
+        };
+    }
+    if let Some(id) = model.strip_prefix("https://").or_else(|| model.strip_prefix("http://")) {
+        let id: Vec<&str> = id.split('/').skip(1).filter(|part| !part.is_empty()).take(2).collect();
+        return Err(Error::input("is an address, not a name").at(format!("--model {model}")).help(format!(
+            "a model of Hugging Face is named owner/name, one of ModelScope ms::owner/name: --model {}",
+            id.join("/")
+        )));
     }
     // A file could pass for a name on a hub, which would be asked in vain.
     if folder.is_file() {

@@ -5,7 +5,7 @@ use dpo_core::error::Result;
 use dpo_data::{DataOptions, Truncation, Wanted, parse_columns};
 use serde::Serialize;
 
-use super::Auto;
+use super::{ABOVE_0, Auto, refuse_out_of_range};
 
 /// How rows become examples.
 #[derive(Args, Clone, Debug, Serialize)]
@@ -39,7 +39,7 @@ pub(crate) struct DataArgs {
     /// Take at most the first N rows of each dataset [default: all]
     #[arg(long, value_name = "N")]
     max_samples: Option<usize>,
-    /// End at the first row that cannot be used, instead of skipping it
+    /// End at the first row that cannot be used, instead of skipping it; a file with broken JSON always ends the command
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     strict: bool,
 }
@@ -65,6 +65,8 @@ impl DataArgs {
     /// # Errors
     /// `--columns` that is not a JSON object of names.
     pub(crate) fn options(&self, paths: &[String], wanted: &Wanted) -> Result<DataOptions> {
+        let samples = self.max_samples.map(|n| n as f64);
+        refuse_out_of_range(&[("--max-samples", samples, ABOVE_0, "leave it out to take all rows")])?;
         let columns = self.columns.as_deref().map(parse_columns).transpose()?.unwrap_or_default();
         Ok(DataOptions {
             paths: paths.to_vec(),

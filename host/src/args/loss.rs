@@ -6,7 +6,7 @@ use dpo_train::ObjectiveOptions;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, json};
 
-use super::{ABOVE_0, ANY, BELOW_1, FROM_0, SHARE, refuse_out_of_range};
+use super::{ABOVE_0, ANY, BELOW_HALF, FROM_0, SHARE, refuse_out_of_range};
 
 /// The losses, their weights and options.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
@@ -52,7 +52,7 @@ impl LossArgs {
             (
                 "--label-smoothing",
                 self.label_smoothing,
-                BELOW_1,
+                BELOW_HALF,
                 "the fraction of preferences that are wrong, such as 0.1",
             ),
             ("--rpo-alpha", self.rpo_alpha, FROM_0, "0.1 to 1 is usual"),

@@ -131,6 +131,7 @@ pub(crate) const ABOVE_0: Range = (|x| x > 0.0, "above 0");
 pub(crate) const ALPHA: Range = (|x| x > 0.0 && x <= MOST_ALPHA, "above 0 and up to 1e12");
 pub(crate) const MINUTES: Range = (|x| x > 0.0 && x <= 1e6, "above 0 and up to 1e6");
 pub(crate) const SHARE: Range = (|x| (0.0..=1.0).contains(&x), "from 0 to 1");
+pub(crate) const BELOW_HALF: Range = (|x| (0.0..0.5).contains(&x), "from 0 to below 0.5: at more, labels turn round");
 pub(crate) const BELOW_1: Range = (|x| (0.0..1.0).contains(&x), "from 0 to below 1");
 
 /// Refuses numbers of which nothing could make sense: flags with their numbers, the range in which these make sense, and what

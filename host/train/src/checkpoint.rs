@@ -116,6 +116,11 @@ pub(super) fn find(output: Option<&Path>, resume: &Resume) -> Result<Option<Path
         let corrupt = |cause: String| {
             Error::input(format!("the checkpoint is incomplete or corrupt: {cause}")).at(folder.display())
         };
+        if folder.join("args.json").is_file() && !folder.join(STATE).is_file() {
+            return Err(Error::input("is the folder of a run, not of a checkpoint")
+                .at(format!("{FLAG} {}", folder.display()))
+                .help(format!("--output-dir {} {FLAG} latest goes on from its last checkpoint", folder.display())));
+        }
         manifest::verify(folder)
             .map_err(|e| corrupt(e).help(format!("name another one, or let {FLAG} latest find a whole one")))?;
         return Ok(Some(folder.clone()));

@@ -1,5 +1,6 @@
 //! What is minimised: a weighted sum of losses, each called through its plugin.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 use dpo_plugin_api::abi::{RawAnswer, RawExample, RawTotals};
@@ -115,7 +116,9 @@ impl<'r> Objective<'r> {
             terms.push(Term { loss, weight, options: Value::Object(values).to_string(), state: Vec::new() });
         }
         // Rewards in the log are scaled by beta, whatever the loss makes of it.
-        let known = || terms.iter().flat_map(|t| t.loss.options.iter().map(|o| o.name.as_str())).chain(["beta"]);
+        let names = terms.iter().flat_map(|t| t.loss.options.iter().map(|o| o.name.as_str())).chain(["beta"]);
+        let names: BTreeSet<&str> = names.collect();
+        let known = || names.iter().copied();
         if let Some(unknown) = options.options.keys().find(|k| !known().any(|n| n == k.as_str())) {
             let losses = options.losses.join(", ");
             return Err(Error::unknown(&format!("option of {losses}:"), unknown, known()));

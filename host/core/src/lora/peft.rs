@@ -90,8 +90,20 @@ fn read(config: &Path) -> Result<String> {
                 "an adapter has adapter_config.json: name the folder of a run, or a checkpoint in it; a model goes to --model",
             );
         }
+        if let Some(runs) = runs_in(config.parent().unwrap_or(config)) {
+            return e.help(format!("this folder has several adapters: name one of {runs}"));
+        }
         e.help("an adapter is a folder with adapter_config.json and adapter_model.safetensors: that of a run, or a checkpoint in it")
     })
+}
+
+/// The folders in a folder that are adapters, such as the runs of `output`.
+fn runs_in(folder: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(folder).ok()?.filter_map(|e| Some(e.ok()?.path()));
+    let mut runs: Vec<String> =
+        entries.filter(|path| path.join(CONFIG).is_file()).map(|path| path.display().to_string()).collect();
+    runs.sort();
+    (!runs.is_empty()).then(|| runs.join(", "))
 }
 
 fn parse_config(text: &str) -> Result<AdapterConfig> {
