@@ -304,7 +304,7 @@ fn numbers_out_of_range_are_refused() {
         ("--beta", "-0.1", "above 0"),
         ("--num-epochs", "0", "above 0"),
         ("--max-steps", "0", "above 0"),
-        ("--label-smoothing", "1.5", "from 0 to below 1"),
+        ("--label-smoothing", "0.6", "from 0 to below 0.5"),
         ("--warmup-ratio", "5", "from 0 to 1"),
         ("--adam-beta2", "1", "from 0 to below 1"),
         ("--split-dataset-ratio", "1", "from 0 to below 1"),

@@ -214,4 +214,5 @@ fn what_is_broken_is_told_where_it_is_used() {
 
     let own = changed(&sandbox, "own", "qwen2/model", "config.json", |_| {});
     sandbox.refuses(&train(&own, &rows, &["--output-dir", &own]), &["is the model's folder"]);
+    assert!(!Path::new(&own).join(".lock").exists(), "a refused run leaves its lock");
 }

@@ -151,7 +151,7 @@ fn bad_rows_are_counted_with_their_cause_and_place() {
     assert_eq!(done.examples.len(), 1);
     let causes: Vec<(&str, usize)> = done.report.dropped.iter().map(|d| (d.cause.as_str(), d.count)).collect();
     let expected = [
-        "'messages' ends without an assistant's answer",
+        "the conversation ends without an assistant's answer",
         "both answers are the same",
         "rejected answer is empty",
         "turn 1 of the chosen conversation, of role 'user', would be learned",
@@ -160,7 +160,7 @@ fn bad_rows_are_counted_with_their_cause_and_place() {
         assert!(causes.contains(&(cause, 1)), "{cause}: {causes:?}");
     }
     assert_eq!(causes.len(), expected.len());
-    let named = |m: &String| m.contains("rows.jsonl:4: 'messages' ends");
+    let named = |m: &String| m.contains("rows.jsonl:4: the conversation ends");
     assert!(done.report.messages.iter().any(named), "{:?}", done.report.messages);
     assert!(done.report.to_string().contains("rows.jsonl: 1 pair, 5 rows of format ms-swift"), "{}", done.report);
 }
@@ -272,7 +272,6 @@ fn a_column_that_changes_the_row_is_refused_by_name() {
         (json!({"Videos": ["a.mp4"]}), "column 'Videos'"),
         (json!({"audio": "a.wav"}), "column 'audio'"),
         (json!({"objects": {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}}), "column 'objects'"),
-        (json!({"system": "Answer in French, and only in French."}), "column 'system'"),
         (json!({"context": [{"role": "user", "content": "What was said before"}]}), "column 'context'"),
         (json!({"question": "Is it?"}), "column 'question'"),
         (json!({"label": false}), "column 'label'"),

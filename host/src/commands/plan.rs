@@ -6,6 +6,7 @@ use clap::Args;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
+use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::{Adapter, AdapterConfig, Targets};
 use dpo_core::memory::size;
@@ -78,7 +79,14 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         (DeviceArg::Cpu, memory) => (false, memory),
         (_, Some(memory)) => (true, Some(memory)),
         (device, None) => match backends::gpu(device, None)? {
-            None => (false, None),
+            None => {
+                if *device == DeviceArg::Auto {
+                    console::note(
+                        "no GPU here: this plans for the CPU; --gpu-memory 24GiB plans for a card of that size",
+                    );
+                }
+                (false, None)
+            }
             Some(index) => (true, Some(cuda::room(&Gpu::open(index)?, None, None)?.available)),
         },
     };

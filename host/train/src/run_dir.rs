@@ -93,6 +93,8 @@ pub(super) struct Claim {
     folder: PathBuf,
     /// Folders of this claim's making, from this one outwards.
     made: Vec<PathBuf>,
+    /// Whether the file of the lock is of this claim's making.
+    made_lock: bool,
     /// The lock goes with the handle, however this process ends.
     _lock: File,
 }
@@ -137,10 +139,11 @@ impl Claim {
     fn of(folder: &Path, patience: Duration) -> Result<Claim> {
         let made = missing(folder);
         fs::create_dir_all(folder).writing(folder)?;
+        let made_lock = !folder.join(LOCK).exists();
         let start = Instant::now();
         loop {
             match lock(&folder.join(LOCK)).writing(folder)? {
-                Some(lock) => return Ok(Claim { folder: folder.to_owned(), made, _lock: lock }),
+                Some(lock) => return Ok(Claim { folder: folder.to_owned(), made, made_lock, _lock: lock }),
                 None if start.elapsed() < patience => std::thread::sleep(Duration::from_millis(100)),
                 None => {
                     return Err(Error::input(format!("another run writes this folder: {}", holder_of(folder)))
@@ -154,9 +157,9 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        let others = |e: io::Result<fs::DirEntry>| e.map_or(true, |e| e.file_name() != LOCK);
-        let written = fs::read_dir(&self.folder).map_or(true, |mut entries| entries.any(others));
-        if !written {
+        // What was there before is left as it was.
+        let is_run = OF_A_RUN.iter().any(|file| self.folder.join(file).exists());
+        if self.made_lock && !is_run {
             let _ = fs::remove_file(self.folder.join(LOCK));
             // Only empty folders are removed.
             self.made.iter().for_each(|folder| drop(fs::remove_dir(folder)));

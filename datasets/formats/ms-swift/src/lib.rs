@@ -31,7 +31,8 @@ impl DatasetFormat for MsSwift {
         let mut messages = conversation(row)?;
         let mut record = match there(row, "rejected_messages") {
             Some(other) => {
-                let (chosen, rejected) = (Text::Messages(messages), Text::Messages(Message::parse_list(other)?));
+                let other = with_system(Message::parse_list(other)?, row);
+                let (chosen, rejected) = (Text::Messages(messages), Text::Messages(other));
                 Record::pair(Text::Messages(Vec::new()), chosen, rejected)
             }
             None => {
@@ -56,7 +57,7 @@ fn there<'a>(row: &'a Row, name: &str) -> Option<&'a Value> {
 
 /// The turns of a row, with the system message that a column of its own has.
 fn conversation(row: &Row) -> Result<Vec<Message>> {
-    let mut messages = match there(row, "messages").or_else(|| there(row, "conversations")) {
+    let messages = match there(row, "messages").or_else(|| there(row, "conversations")) {
         Some(list) => Message::parse_list(list)?,
         None => {
             let mut messages = Vec::new();
@@ -72,11 +73,16 @@ fn conversation(row: &Row) -> Result<Vec<Message>> {
             messages
         }
     };
+    Ok(with_system(messages, row))
+}
+
+/// Turns behind the system message of a row's `system`, unless they begin with one.
+fn with_system(mut messages: Vec<Message>, row: &Row) -> Vec<Message> {
     let has_system = messages.first().is_some_and(|m| m.role == "system");
     if let Some(Value::String(system)) = there(row, "system").filter(|_| !has_system) {
         messages.insert(0, Message::new("system", system.as_str()));
     }
-    Ok(messages)
+    messages
 }
 
 /// `rejected_response` as text, or as the list of turns that it is made of.
