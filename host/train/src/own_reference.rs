@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::config::ReferenceConfig;
+use super::manifest::hex;
 use super::reference::Reference;
 use dpo_core::backend::{Backend, Planned, Workload};
 use dpo_core::collective::ProcessGroup;
@@ -19,6 +20,7 @@ use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugins::Registry;
+use sha2::{Digest, Sha256};
 
 /// A reference whose memory is planned.
 pub(super) struct OwnReference {
@@ -98,7 +100,7 @@ impl OwnReference {
         let identity = format!("{}{}", checkpoint.identity()?, self.config);
         let of = |examples: &Vec<Example>| Reference::of(group, device.as_mut(), &identity, examples);
         let references = sets.map(of).collect::<Result<_>>()?;
-        let content = format!("{}{} {:?}", checkpoint.content()?, self.config, self.params);
+        let content = format!("{}{}{}", checkpoint.content()?, self.config, hex(&Sha256::digest(&self.params)));
         Ok(Known { references, content })
     }
 }
