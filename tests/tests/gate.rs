@@ -216,3 +216,24 @@ fn what_is_broken_is_told_where_it_is_used() {
     sandbox.refuses(&train(&own, &rows, &["--output-dir", &own]), &["is the model's folder"]);
     assert!(!Path::new(&own).join(".lock").exists(), "a refused run leaves its lock");
 }
+
+#[test]
+fn folders_that_are_mixed_up_are_told_apart() {
+    let sandbox = sandbox();
+    let golden = |name: &str| golden("trajectories/qwen2").join(name).display().to_string();
+    let (model, adapter, rows) = (golden("model"), golden("init_adapter"), golden("prefs.jsonl"));
+    let config = fs::read_to_string(Path::new(&adapter).join("adapter_config.json")).unwrap();
+    sandbox.write("runs/first/adapter_config.json", &config);
+    sandbox.write("run/args.json", "{}");
+    let (runs, run) = (sandbox.path("runs"), sandbox.path("run"));
+    let eval = |model: &str, adapter: &str, texts: &[&str]| {
+        sandbox.refuses(&["eval", "--model", model, "--adapter", adapter, "--dataset", &rows], texts);
+    };
+    eval(&adapter, &adapter, &["is the folder of an adapter, not of a model", "--init-adapter"]);
+    eval(&model, &model, &["is the folder of a model, not of an adapter", "--model"]);
+    eval(&model, &runs, &["this folder has several adapters", "runs/first"]);
+    eval(&model, "nowhere", &["nowhere/adapter_config.json", "an adapter is a folder with"]);
+    eval("https://huggingface.co/owner/name/tree/main", &adapter, &["is an address", "--model owner/name"]);
+    let resumed = train(&model, &rows, &["--resume-from-checkpoint", &run]);
+    sandbox.refuses(&resumed, &["is the folder of a run", "--output-dir"]);
+}

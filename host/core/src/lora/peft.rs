@@ -82,18 +82,23 @@ pub fn base_model(folder: &Path) -> Result<Option<String>> {
 }
 
 fn read(config: &Path) -> Result<String> {
-    let is_model = config.with_file_name("config.json").is_file() && !config.exists();
     files::read_text(config).map_err(|e| {
-        if is_model {
-            let folder = config.parent().unwrap_or(config).display().to_string();
-            return Error::input("is the folder of a model, not of an adapter").at(folder).help(
+        let folder = config.parent().unwrap_or(config);
+        if config.exists() {
+            return e;
+        }
+        if folder.join("config.json").is_file() {
+            return Error::input("is the folder of a model, not of an adapter").at(folder.display()).help(
                 "an adapter has adapter_config.json: name the folder of a run, or a checkpoint in it; a model goes to --model",
             );
         }
-        if let Some(runs) = runs_in(config.parent().unwrap_or(config)) {
-            return e.help(format!("this folder has several adapters: name one of {runs}"));
+        let error = Error::input(e.message()).at(config.display());
+        match runs_in(folder) {
+            Some(runs) => error.help(format!("this folder has several adapters: name one of {runs}")),
+            None => error.help(
+                "an adapter is a folder with adapter_config.json and adapter_model.safetensors: that of a run, or a checkpoint in it",
+            ),
         }
-        e.help("an adapter is a folder with adapter_config.json and adapter_model.safetensors: that of a run, or a checkpoint in it")
     })
 }
 
