@@ -78,7 +78,7 @@ fn a_mistake_costs_no_weights() {
         ("an architecture of no plugin", Some(other_family), with(&[]), &["Gemma3ForCausalLM", "Qwen2ForCausalLM"]),
         ("a config that is not understood", Some(not_understood), with(&[]), &["logit_softcap"]),
         ("a template that does not compile", Some(bad_template), with(&[]), &["chat_template.jinja"]),
-        ("a model without safetensors", Some(no_weights), with(&[]), &["model*.safetensors"]),
+        ("a model without safetensors", Some(no_weights), with(&[]), &["neither model.safetensors nor"]),
     ];
     let mut most = 0;
     for (mistake, files, args, texts) in cases {

@@ -123,11 +123,14 @@ pub fn model(name: &Name, need: Need) -> Result<PathBuf> {
 
 /// Whether a listing has weights that can be read, and the cache room for those that it lacks.
 fn room_for_weights(name: &Name, cache: &Cache, listing: &Listing) -> Result<()> {
-    let weights =
-        |f: &&Remote| f.path.starts_with("model") && f.path.ends_with(".safetensors") && !f.path.contains('/');
-    let weights: Vec<&Remote> = listing.files.iter().filter(weights).collect();
-    if weights.is_empty() {
-        return Err(Error::input("has no model*.safetensors")
+    let has = |file: &str| listing.files.iter().any(|f| f.path == file);
+    // Which shards an index names is known when it is there; they lie beside it.
+    let weights: Vec<&Remote> = match has(SINGLE) {
+        true => listing.files.iter().filter(|f| f.path == SINGLE).collect(),
+        false => listing.files.iter().filter(|f| f.path.ends_with(".safetensors") && !f.path.contains('/')).collect(),
+    };
+    if !has(SINGLE) && !has(INDEX) {
+        return Err(Error::input("has neither model.safetensors nor model.safetensors.index.json")
             .at(name.place())
             .help("only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained"));
     }
