@@ -16,7 +16,7 @@ fn path(case: &str, name: &str) -> String {
     golden("trajectories").join(case).join(name).display().to_string()
 }
 
-/// A run on few rows that are learned by heart, evaluated on others at every step.
+/// A run on few rows that overfits, evaluated on others at every step.
 fn overfit(output: &str, more: &[&str]) -> Vec<String> {
     let rows = path("qwen2", "prefs.jsonl");
     let (few, model) = (format!("{rows}#4"), path("qwen2", "model"));
@@ -103,6 +103,8 @@ fn sets_with_names_are_evaluated_each_by_itself() {
     let margins = values(&output, "eval_all_rewards/margins")[1..].to_vec();
     let (step, best) = margins.into_iter().reduce(|a, b| if b.1 > a.1 { b } else { a }).unwrap();
     assert!(said.contains(&format!("eval_all_rewards/margins {best:.4} after step {step} of 3")), "{said}");
+    // Each set's numbers have its name.
+    assert!(said.lines().any(|l| l.starts_with("evaluation 3 few loss ") && l.contains(", all loss ")), "{said}");
     assert!(said.contains("eval_few    2 examples to evaluate on, 4 to train on"), "{said}");
     let unknown = overfit(
         &sandbox.path("x"),

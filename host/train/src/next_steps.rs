@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
 /// evaluated on, or `trained` on, and `plugins` the folders of plugins that the run named.
 pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &[PathBuf]) -> String {
-    let program = std::env::args().next().filter(|name| name.contains('/')).map(|name| word(&name));
     let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(dir)));
-    let program = format!("{}{}", program.as_deref().unwrap_or("dpo-host"), plugins.collect::<String>());
+    let program = format!("{}{}", program(), plugins.collect::<String>());
     let adapter = quoted(output);
     let merged = word(&format!("{}-merged", output.display()));
     let rows: Vec<String> = rows.iter().map(|row| word(row)).collect();
@@ -20,8 +19,19 @@ pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &
     )
 }
 
+/// The command that goes on with the run of a folder. Its `args.json` has the flags, those of plugins among them.
+pub(super) fn resume(output: &Path, args: &Path) -> String {
+    let (program, folder, args) = (program(), quoted(output), quoted(args));
+    format!("{program} train --config {args} --output-dir {folder} --resume-from-checkpoint latest")
+}
+
+/// The name that this program was called by.
+fn program() -> String {
+    std::env::args().next().filter(|name| name.contains('/')).map_or_else(|| "dpo-host".into(), |name| word(&name))
+}
+
 /// A path as a shell takes it for one word.
-pub(super) fn quoted(path: &Path) -> String {
+fn quoted(path: &Path) -> String {
     word(&path.display().to_string())
 }
 

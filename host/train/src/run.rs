@@ -16,7 +16,7 @@ use super::doctor::Doctor;
 use super::evaluation::{Best, EvalSet, Metric};
 use super::log::Log;
 use super::metrics::Window;
-use super::next_steps::quoted;
+use super::next_steps;
 use super::samples::Samples;
 use super::{Objective, Reference, Step, nonfinite, settings, step};
 use dpo_core::collective::ProcessGroup;
@@ -214,7 +214,10 @@ impl Run<'_> {
                 self.group.barrier()?;
                 return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
                     .at(self.output.display())
-                    .help(resume_command(&self.output)));
+                    .help(format!(
+                        "{} goes on from there",
+                        next_steps::resume(&self.output, &self.output.join(page::ARGS))
+                    )));
             }
             line_start += pause.elapsed();
         }
@@ -398,12 +401,6 @@ impl Run<'_> {
     }
 }
 
-/// How the run of a folder is gone on with.
-fn resume_command(output: &Path) -> String {
-    let (folder, args) = (quoted(output), quoted(&output.join(page::ARGS)));
-    format!("dpo-host train --config {args} --output-dir {folder} --resume-from-checkpoint latest goes on from there")
-}
-
 /// The order of examples in an epoch; the same for the same seed, wherever a run begins.
 fn order(examples: usize, shuffle: bool, seed: u64, epoch: u64) -> Vec<usize> {
     let mut order: Vec<usize> = (0..examples).collect();
@@ -429,15 +426,19 @@ fn digest(params: &[f32], moments: &Moments) -> [u8; 32] {
 /// seconds that are left.
 fn show(bar: &ProgressBar, line: &Map<String, Value>, of: Option<(u64, f64)>) {
     let number = |name: &str| line.get(name).and_then(Value::as_f64);
-    let prefix = line.keys().find_map(|k| k.strip_suffix("loss").filter(|p| !p.ends_with("nll_"))).unwrap_or_default();
-    let own = |name: &str| number(&format!("{prefix}{name}")).unwrap_or(f64::NAN);
     // Examples of one answer have no accuracy, and where all are of one kind no margin. A step that was skipped has neither.
-    let there =
-        |name: &str, text: String| if line.contains_key(&format!("{prefix}{name}")) { text } else { String::new() };
-    let compared = there("rewards/margins", format!(" margin {:.3}", own("rewards/margins")))
-        + &there("rewards/accuracies", format!(" accuracy {:.2}", own("rewards/accuracies")));
+    let told = |prefix: &str| {
+        let own = |name: &str| line.get(&format!("{prefix}{name}")).map(|v| v.as_f64().unwrap_or(f64::NAN));
+        let margin = own("rewards/margins").map(|n| format!(" margin {n:.3}")).unwrap_or_default();
+        let accuracy = own("rewards/accuracies").map(|n| format!(" accuracy {n:.2}")).unwrap_or_default();
+        // Of several evaluation sets each has a name.
+        let set = prefix.strip_prefix("eval_").and_then(|p| p.strip_suffix('_')).map(|set| format!("{set} "));
+        format!("{}loss {:.4}{margin}{accuracy}", set.unwrap_or_default(), own("loss").unwrap_or(f64::NAN))
+    };
+    let prefixes = line.keys().filter_map(|k| k.strip_suffix("loss")).filter(|p| !p.ends_with("nll_"));
+    let numbers = prefixes.map(told).collect::<Vec<_>>().join(", ");
     let speed = number("tokens_per_second").map(|t| format!(" {t:.0} tokens/s")).unwrap_or_default();
-    let text = format!("loss {:.4}{compared}{speed}", own("loss"));
+    let text = format!("{numbers}{speed}");
     let step = number("global_step").unwrap_or(0.0);
     let Some((total, left)) = of else {
         console::event("evaluation", line);
