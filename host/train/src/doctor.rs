@@ -86,7 +86,7 @@ impl Seen {
     }
 
     /// The training loss has halved, that of validation examples is about where training began.
-    fn learns_by_heart(&self) -> bool {
+    fn overfits_from_the_start(&self) -> bool {
         let learned = self.lines >= 3 && self.recent(|l| l.loss) < 0.5 * self.first.loss;
         learned && self.evaluation.is_some_and(|[now, _]| now > 0.9 * self.first.loss)
     }
@@ -133,7 +133,7 @@ const RULES: &[Rule] = &[
     ),
     (
         "training pairs are learned, validation pairs are not",
-        Seen::learns_by_heart,
+        Seen::overfits_from_the_start,
         "overfitting from the start: add rows, lower --num-epochs or --learning-rate; see whether both sets are of one kind",
     ),
     (
