@@ -31,6 +31,8 @@ pub struct State {
     pub redirect: Option<String>,
     /// Files of which another hash is told.
     pub lies: Vec<String>,
+    /// Sizes that are told in place of true ones.
+    pub sizes: HashMap<String, u64>,
     /// Paths that are listed and are not there.
     pub listed: Vec<String>,
     /// What has to be shown to be let in.
@@ -149,7 +151,8 @@ fn hugging_face(state: &State) -> Value {
     let file = |(path, bytes): &(String, Vec<u8>)| {
         let git = Sha1::new_with_prefix(format!("blob {}\0", bytes.len())).chain_update(bytes).finalize();
         let git = told(state, path, format!("{git:x}"));
-        let mut file = json!({"rfilename": path, "size": bytes.len(), "blobId": git});
+        let size = state.sizes.get(path).copied().unwrap_or(bytes.len() as u64);
+        let mut file = json!({"rfilename": path, "size": size, "blobId": git});
         if path.ends_with(".safetensors") {
             let hash = hash(state, path, bytes);
             file["lfs"] = json!({"sha256": hash, "size": bytes.len(), "pointerSize": 135});

@@ -31,7 +31,7 @@ fn rankings(count: impl Fn(usize) -> usize, more: impl Fn(usize, &mut Value)) ->
 }
 
 fn arguments(plugins: &str, rows: &str, output: &str, more: &[&str]) -> Vec<String> {
-    let model = golden("trajectories/qwen2/model").display().to_string();
+    let model = model();
     let fixed = ["train", "--device", "cpu", "--model", &model, "--dataset", rows, "--output-dir", output];
     let settings = ["--plugin-dir", plugins, "--batch-size", "3", "--learning-rate", "5e-3", "--logging-steps", "1"];
     let steps = ["--num-epochs", "2", "--warmup-ratio", "0", "--shuffle", "false"];
@@ -172,4 +172,27 @@ fn a_loss_that_overflows_skips_its_step() {
     let ended = sandbox.run(&words(&arguments("ends", &["--batch-size", "6", "--num-epochs", "9"])));
     assert_eq!(ended.code, 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("rows.jsonl:5: step 3 has loss"), "{}", ended.stderr);
+}
+
+/// KTO's estimate is over the whole step, whoever computes which part of it.
+#[test]
+fn kto_takes_the_same_steps_on_ranks_and_in_micro_batches() {
+    let (sandbox, plugins) = sandbox();
+    let judged =
+        |i: usize| json!({"prompt": format!("why {i}?"), "completion": ANSWERS[i % 5], "label": !i.is_multiple_of(3)});
+    let rows: String = (0..9).map(|i| format!("{}\n", judged(i))).collect();
+    let rows = sandbox.write("judged.jsonl", &rows);
+    let one = train(&sandbox, &plugins, &rows, "one", &["--loss", "kto"]);
+    let more = ["--loss", "kto", "--gpus", "3", "--micro-batch-tokens", "40"];
+    let ranks = train(&sandbox, &plugins, &rows, "ranks", &more);
+    assert_equal(&ranks, &one, &["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"]);
+    assert!((number(&one[0], "loss") - 0.5).abs() < 1e-6 && number(one.last().unwrap(), "loss") < 0.5, "{one:?}");
+    // Pairs are two answers each.
+    let pairs = sandbox.write("pairs.jsonl", &rankings(|_| 2, |_, _| {}));
+    let said = sandbox.ok(&["data", &pairs, "--plugin-dir", &plugins, "--loss", "kto", "--model", &model()]).stdout;
+    assert!(said.contains("12 examples") && said.contains("liked: 6 of 12 answers"), "{said}");
+}
+
+fn model() -> String {
+    golden("trajectories/qwen2/model").display().to_string()
 }

@@ -274,6 +274,9 @@ fn a_full_disk_costs_a_warning_and_at_the_end_the_run() {
     // One checkpoint and a half.
     let Some(disk) = Disk::new(&sandbox, &format!("size={}k", size * 3 / 2 / 1024 + 64)) else { return };
     let output = format!("{}/run", disk.0);
+    // What cannot be saved even once is told before weights are read.
+    let large = train(&output, &[&SHORT, &["--lora-rank", "256"]]);
+    says(&sandbox, &large, 2, &["a checkpoint takes", "are free", "--lora-rank"]);
     let texts = ["no space left on device", "help: make room", "the run goes on and tries again", "error: "];
     says(&sandbox, &train(&output, &[&SHORT]), 1, &texts);
     disk.change("size=64m");

@@ -7,6 +7,9 @@ use dpo_tests::{Sandbox, golden};
 /// What may be fetched before a mistake is told.
 const BESIDE_WEIGHTS: [&str; 4] = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
 
+/// The mistake of a disk that has no room for the weights.
+const FULL: &str = "a disk without room";
+
 /// The files of a small model whose weights are of any size.
 fn model() -> Vec<(String, Vec<u8>)> {
     let folder = golden("trajectories/qwen2/model");
@@ -78,11 +81,15 @@ fn a_mistake_costs_no_weights() {
         ("an architecture of no plugin", Some(other_family), with(&[]), &["Gemma3ForCausalLM", "Qwen2ForCausalLM"]),
         ("a config that is not understood", Some(not_understood), with(&[]), &["logit_softcap"]),
         ("a template that does not compile", Some(bad_template), with(&[]), &["chat_template.jinja"]),
+        (FULL, None, with(&[]), &["its weights take", "are free", "HF_HOME"]),
         ("a model without safetensors", Some(no_weights), with(&[]), &["neither model.safetensors nor"]),
     ];
     let mut most = 0;
     for (mistake, files, args, texts) in cases {
         let hub = Hub::start(files.unwrap_or_else(model));
+        if mistake == FULL {
+            hub.state.lock().unwrap().sizes.insert("model.safetensors".into(), 1 << 60);
+        }
         let home = sandbox.path(&mistake.replace(' ', "-"));
         let mut command =
             sandbox.command(&[&["train", "--device", "cpu", "--model", "tiny/qwen2"], &args[..]].concat());
