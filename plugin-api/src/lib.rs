@@ -53,7 +53,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Everything an author usually needs.
 pub mod prelude {
-    pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+    pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
     pub use crate::dataset::{DatasetFormat, Message, Record, RecordAnswer, Row, Text};
     pub use crate::dual::Dual;
     pub use crate::graph::ModelGraph;

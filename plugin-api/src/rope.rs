@@ -13,10 +13,14 @@ const MOST_COLUMNS: usize = 1 << 16;
 /// Angle per position for each pair of columns, and the factor on the rotated values.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// Radians per position, `[head_dim / 2]`.
+    /// Radians per position, one for each pair of columns that turns.
     pub inv_freq: Vec<f64>,
-    /// Factor on cos and sin; 1 but for YaRN.
+    /// Factor on cos and sin; 1 but for YaRN and LongRoPE.
     pub attention_scale: f64,
+    /// Whether column `2j` turns with `2j + 1` (GLM, Cohere, ERNIE), not column `j` with `j + n` of n frequencies.
+    pub interleaved: bool,
+    /// Beta and period of `1 + beta · ln(1 + floor(position / period))`, a factor on what is turned (Llama 4, Ministral 3).
+    pub position_factor: Option<(f64, usize)>,
     /// Longest row for which the table holds, where the rule depends on the length.
     pub max_positions: Option<usize>,
 }
@@ -24,8 +28,12 @@ pub struct Rope {
 impl Rope {
     /// The plain rule: `theta^(-2j / head_dim)` (Su et al. 2021, section 3.3.2).
     pub fn plain(head_dim: usize, theta: f64) -> Rope {
-        let inv_freq = (0..head_dim / 2).map(|j| theta.powf(-((2 * j) as f64) / head_dim as f64)).collect();
-        Rope { inv_freq, attention_scale: 1.0, max_positions: None }
+        Rope::of((0..head_dim / 2).map(|j| theta.powf(-((2 * j) as f64) / head_dim as f64)).collect())
+    }
+
+    /// Frequencies as they are.
+    pub fn of(inv_freq: Vec<f64>) -> Rope {
+        Rope { inv_freq, attention_scale: 1.0, interleaved: false, position_factor: None, max_positions: None }
     }
 
     /// The rule a checkpoint's config states: transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`), with

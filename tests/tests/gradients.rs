@@ -6,7 +6,8 @@ use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
 use dpo_core::batch::{Batch, Layout};
-use dpo_core::ops::{self, Call, Kernel, Lora, OPS, check_node, lm_head};
+use dpo_core::ops::lm_head::{self, Projection};
+use dpo_core::ops::{self, Call, Kernel, Lora, OPS, check_node};
 use dpo_plugin_api::graph::{Node, Weight};
 use dpo_tests::{Numbers, examples};
 use serde_json::{Value, json};
@@ -46,15 +47,46 @@ fn cases() -> Vec<Case> {
         glu("silu"),
         glu("gelu"),
         glu("gelu_tanh"),
+        glu("relu"),
+        glu("relu2"),
+        glu("sigmoid"),
+        case("activation", &[7], 7, &[], json!({"activation": "gelu_tanh"})),
+        case("activation", &[7], 7, &[], json!({"activation": "relu2"})),
+        case("activation", &[7], 7, &[], json!({"activation": "clamp", "limit": 0.4})),
+        case("xielu", &[7], 7, &[("alpha_p", &[1]), ("alpha_n", &[1]), ("beta", &[]), ("eps", &[])], json!({})),
+        case("narrow", &[9], 4, &[], json!({"start": 3, "length": 4})),
+        case("narrow", &[9], 9, &[], json!({"length": 9})),
+        case("cat", &[3, 5], 8, &[], json!({})),
         case("layer_norm", &[10], 10, &[("weight", &[10]), ("bias", &[10])], json!({"eps": 1e-5})),
         case("layer_norm", &[9], 9, &[("weight", &[9])], json!({"eps": 1e-3})),
+        case("layer_norm", &[12], 12, &[("weight", &[3, 4])], json!({"eps": 1e-5, "offset": 1.0})),
+        case("layer_norm", &[12], 12, &[("weight", &[4]), ("bias", &[4])], json!({"eps": 1e-5})),
+        case("layer_norm", &[8], 8, &[], json!({"eps": 1e-5})),
         linear(false, false),
         linear(true, false),
         linear(true, true),
         case("rms_norm", &[10], 10, &[("weight", &[10])], json!({"eps": 1e-5})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
+        case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6, "offset": 1.0})),
+        case("rms_norm", &[12], 12, &[], json!({"eps": 1e-6, "run": 3})),
         case("rope", &[12], 12, &[], json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2})),
+        case(
+            "rope",
+            &[16],
+            16,
+            &[],
+            json!({"head_dim": 8, "inv_freq": [1.0, 0.3], "scale": 1.2, "layout": "interleaved"}),
+        ),
+        case("rope", &[16], 16, &[], json!({"head_dim": 8, "inv_freq": [1.0, 0.3], "scale": 1.0, "layout": "half"})),
+        case(
+            "rope",
+            &[12],
+            12,
+            &[],
+            json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2, "position_beta": 0.4, "position_period": 3}),
+        ),
         case("scale", &[7], 7, &[], json!({"factor": -1.7})),
+        case("scale", &[7], 7, &[("factor", &[1])], json!({"factor": 0.5})),
     ]
 }
 
@@ -161,33 +193,40 @@ fn embedding_takes_rows_and_passes_nothing_on() {
 
 #[test]
 fn lm_head_slopes_are_central_differences() {
-    let mut numbers = Numbers::new(9);
-    let (rows, width, vocab) = (5, 4, 300);
-    let (hidden, weight) = (numbers.tensor(&[rows, width]), numbers.tensor(&[vocab, width]));
-    let targets: Vec<u32> = (0..rows).map(|_| numbers.below(vocab) as u32).collect();
-    let logps = |h: &Tensor| lm_head::log_probs(h, &weight, &targets, false).unwrap();
-    let exact: Vec<Vec<f64>> =
-        lm_head::log_probs(&hidden, &weight, &targets, true).unwrap().grads.unwrap().to_vec2().unwrap();
-    let point: Vec<Vec<f64>> = hidden.to_vec2().unwrap();
-    for r in 0..rows {
-        for c in 0..width {
-            let h = 1e-5;
-            let nudged = |by: f64| {
-                let mut values = point.clone();
-                values[r][c] += by;
-                logps(&Tensor::new(values, &Device::Cpu).unwrap()).logps[r]
-            };
-            let numeric = (nudged(h) - nudged(-h)) / (2.0 * h);
-            assert!((exact[r][c] - numeric).abs() < 1e-8, "row {r} column {c}: {} {numeric}", exact[r][c]);
+    for (bias, softcap) in [(false, None), (true, None), (false, Some(1.3)), (true, Some(0.4))] {
+        let mut numbers = Numbers::new(9);
+        let (rows, width, vocab) = (5, 4, 300);
+        let (hidden, weight) = (numbers.tensor(&[rows, width]), numbers.tensor(&[vocab, width]));
+        let bias = bias.then(|| numbers.tensor(&[vocab]));
+        let projection = Projection { weight: &weight, bias: bias.as_ref(), softcap };
+        let targets: Vec<u32> = (0..rows).map(|_| numbers.below(vocab) as u32).collect();
+        let logps = |h: &Tensor| lm_head::log_probs(h, &projection, &targets, false).unwrap();
+        let exact: Vec<Vec<f64>> =
+            lm_head::log_probs(&hidden, &projection, &targets, true).unwrap().grads.unwrap().to_vec2().unwrap();
+        let point: Vec<Vec<f64>> = hidden.to_vec2().unwrap();
+        for r in 0..rows {
+            for c in 0..width {
+                let h = 1e-5;
+                let nudged = |by: f64| {
+                    let mut values = point.clone();
+                    values[r][c] += by;
+                    logps(&Tensor::new(values, &Device::Cpu).unwrap()).logps[r]
+                };
+                let numeric = (nudged(h) - nudged(-h)) / (2.0 * h);
+                assert!((exact[r][c] - numeric).abs() < 1e-8, "row {r} column {c}: {} {numeric}", exact[r][c]);
+            }
         }
-    }
-    // Against the definition, and ln Σ p² with it.
-    let logits: Vec<Vec<f64>> = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2().unwrap();
-    let out = logps(&hidden);
-    for (r, row) in logits.iter().enumerate() {
-        let norm = row.iter().map(|l| l.exp()).sum::<f64>().ln();
-        assert!((out.logps[r] - (row[targets[r] as usize] - norm)).abs() < 1e-12);
-        let squares = row.iter().map(|l| (2.0 * (l - norm)).exp()).sum::<f64>().ln();
-        assert!((out.statistics[0][r] - squares).abs() < 1e-12);
+        // Against the definition, and ln Σ p² with it.
+        let products: Vec<Vec<f64>> = hidden.matmul(&weight.t().unwrap()).unwrap().to_vec2().unwrap();
+        let bias: Vec<f64> = bias.as_ref().map_or(vec![0.0; vocab], |b| b.to_vec1().unwrap());
+        let out = logps(&hidden);
+        for (r, row) in products.iter().enumerate() {
+            let bent = |z: f64| softcap.map_or(z, |cap| cap * (z / cap).tanh());
+            let logits: Vec<f64> = row.iter().zip(&bias).map(|(z, b)| bent(z + b)).collect();
+            let norm = logits.iter().map(|l| l.exp()).sum::<f64>().ln();
+            assert!((out.logps[r] - (logits[targets[r] as usize] - norm)).abs() < 1e-12);
+            let squares = logits.iter().map(|l| (2.0 * (l - norm)).exp()).sum::<f64>().ln();
+            assert!((out.statistics[0][r] - squares).abs() < 1e-12);
+        }
     }
 }

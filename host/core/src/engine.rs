@@ -15,7 +15,8 @@ use crate::batch::{Batch, Layout};
 use crate::error::{Error, Result};
 use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
-use crate::ops::{self, Call, Gradients, Kernel, KvCache, Lora, lm_head};
+use crate::ops::lm_head::{self, Projection};
+use crate::ops::{self, Call, Gradients, Kernel, KvCache, Lora};
 use crate::progress;
 use crate::weights::BlockId;
 
@@ -151,7 +152,8 @@ impl Engine {
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let head = self.run(&work(BlockId::Head, head)?, x.index_select(&rows, 0)?)?;
         let hidden = &head[projection.inputs[0]];
-        let out = lm_head::log_probs(hidden, &base.next()?[0][0], &batch.targets, keep)?;
+        let weights = base.next()?;
+        let out = lm_head::log_probs(hidden, &Projection::of(projection, &weights[0])?, &batch.targets, keep)?;
         let kept = out.grads.filter(|_| keep).map(|grads| Kept { layers, head, grads });
         let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
         let logps = AnswerLogProbs::new(batch.answers.clone(), single(out.logps), out.statistics.map(single));
@@ -207,7 +209,9 @@ impl Engine {
         }
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let head = self.run(&work(BlockId::Head, head)?, x.narrow(0, last, 1)?)?;
-        let logits = ops::product(&head[projection.inputs[0]], &base.next()?[0][0])?;
+        let weights = base.next()?;
+        let of_head = Projection::of(projection, &weights[0])?;
+        let logits = of_head.logits(ops::product(&head[projection.inputs[0]], of_head.weight)?)?;
         cache.advance(ids.len());
         Ok(logits.flatten_all()?.to_vec1()?)
     }

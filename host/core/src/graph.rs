@@ -171,7 +171,7 @@ mod tests {
     fn ops_that_need_whole_rows_run_in_layers_alone() {
         let nothing = |_: &mut BlockBuilder, x: Var| x;
         let scale = |b: &mut BlockBuilder, x: Var| b.scale(x, 2.0);
-        let rope = Rope { inv_freq: vec![1.0, 0.5], attention_scale: 1.0, max_positions: None };
+        let rope = Rope::of(vec![1.0, 0.5]);
         let turn = |b: &mut BlockBuilder, x: Var| b.rope(x, 4, &rope);
         assert_eq!(checked([&scale, &scale]), Ok(()));
         assert!(checked([&turn, &nothing]).unwrap_err().contains("the embedding has the op 'rope'"));

@@ -2,7 +2,7 @@
 //! configs of the families, weights by name, examples of odd lengths.
 
 use candle_core::{DType, Tensor};
-use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use dpo_plugin_api::graph::{ModelGraph, Weight};
 use dpo_plugin_api::model::Config;
 use dpo_plugin_api::rope::Rope;
@@ -59,23 +59,15 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
     })?;
     case("rms_norm of heads, rope".into(), &|b, x| {
         let h = b.linear("a", x, 160);
-        let h = b.head_norm("n", h, 32, 1e-6);
-        b.rope(
-            h,
-            32,
-            &Rope { inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(), attention_scale: 1.1, max_positions: None },
-        )
+        let h = b.head_norm(Norm::rms(1e-6), "n", h, 32);
+        b.rope(h, 32, &Rope { attention_scale: 1.1, ..Rope::of((0..16).map(|j| 0.5_f64.powi(j)).collect()) })
     })?;
-    let rope = |attention_scale| Rope {
-        inv_freq: (0..16).map(|j| 0.5_f64.powi(j)).collect(),
-        attention_scale,
-        max_positions: None,
-    };
+    let rope = |attention_scale| Rope { attention_scale, ..Rope::of((0..16).map(|j| 0.5_f64.powi(j)).collect()) };
     for bias in [true, false] {
         case(format!("layer_norm{}", if bias { ", bias" } else { "" }), &|b, x| {
-            let n = b.layer_norm_if(bias, "n", x, 1e-5);
+            let n = b.norm(Norm::layer(1e-5).bias(bias), "n", x);
             let h = b.linear("a", n, 264);
-            let m = b.layer_norm_if(bias, "m", h, 1e-5);
+            let m = b.norm(Norm::layer(1e-5).bias(bias), "m", h);
             b.add(m, h)
         })?;
     }

@@ -1,19 +1,41 @@
-//! `y = w · (x - mean) / sqrt(variance + eps) + b` over the whole row (Ba et al. 2016, eq. 4, with the gain and bias of section 3.1).
+//! `y = (offset + w) · (x - mean) / sqrt(variance + eps) + b` over runs of `w`'s columns (Ba et al. 2016, eq. 4, with the gain and
+//! bias of section 3.1): the whole row, every head with one weight, or every head with its own. Nemotron's weights count from 1.
 
 use candle_core::{D, Tensor};
 
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, main_weight, number, same, weight, weight_shape};
+use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, factor, number, run, same, weight};
 use crate::error::Result;
 
 pub(super) const OP: Op = Op {
     name: "layer_norm",
-    formula: "weight · (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) + bias",
+    formula: "(offset + weight) · (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) + bias, over runs of weight's columns",
     inputs: 1,
-    weights: &[("weight", Presence::Required), ("bias", Presence::Optional)],
-    attrs: &[Attr { name: "eps", kind: AttrKind::Number, presence: Presence::Required }],
+    weights: &[("weight", Presence::Optional), ("bias", Presence::Optional)],
+    attrs: &[
+        Attr { name: "eps", kind: AttrKind::Number, presence: Presence::Required },
+        Attr { name: "offset", kind: AttrKind::Number, presence: Presence::Optional },
+        Attr { name: "run", kind: AttrKind::Count, presence: Presence::Optional },
+    ],
     check: |node, widths| {
-        weight_shape(node, "weight", &[node.width])?;
-        weight_shape(node, "bias", &[node.width])?;
+        let run = run(node);
+        if run == 0 || !node.width.is_multiple_of(run) {
+            return Err(format!("runs of {run} do not divide {} columns", node.width));
+        }
+        let shape = node.weight("weight").map(|w| w.shape.as_slice());
+        match shape {
+            None => {}
+            Some([own]) if *own == run => {}
+            Some([runs, own]) if *own == run && runs * run == node.width => {}
+            Some(other) => {
+                return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
+            }
+        }
+        match node.weight("bias").map(|b| b.shape.as_slice()) {
+            Some(bias) if Some(bias) != shape => {
+                return Err(format!("a bias of {bias:?} beside a weight of {shape:?}"));
+            }
+            _ => {}
+        }
         same("the value", node.width, widths[0])
     },
     reads_layout: false,
@@ -21,9 +43,11 @@ pub(super) const OP: Op = Op {
     kernel: Kernel::Value { forward, vjp },
 };
 
-/// Rows with mean 0 and variance 1, and `1 / sqrt(variance + eps)` of each as `[tokens, 1]`.
+/// Runs with mean 0 and variance 1 as `[tokens, runs, run]`, and `1 / sqrt(variance + eps)` of each as `[tokens, runs, 1]`.
 fn normalised(call: &Call<'_>) -> Result<[Tensor; 2]> {
-    let x = call.inputs[0];
+    let (tokens, width) = call.inputs[0].dims2()?;
+    let run = run(call.node);
+    let x = call.inputs[0].contiguous()?.reshape((tokens, width / run, run))?;
     let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
     let inverse = (centred.sqr()?.mean_keepdim(D::Minus1)? + number(call.node, "eps"))?.powf(-0.5)?;
     Ok([centred.broadcast_mul(&inverse)?, inverse])
@@ -31,18 +55,19 @@ fn normalised(call: &Call<'_>) -> Result<[Tensor; 2]> {
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let [rows, _] = normalised(call)?;
-    let y = rows.broadcast_mul(main_weight(call)?)?;
-    Ok(match weight(call, "bias") {
+    let y = factor(call, rows)?;
+    let y = match weight(call, "bias") {
         Some(bias) => y.broadcast_add(bias)?,
         None => y,
-    })
+    };
+    Ok(y.reshape(call.inputs[0].shape())?)
 }
 
-/// With `g = dy · w` and the normalised row `n`: `dx = (g - mean(g) - n · mean(g · n)) / sqrt(variance + eps)`.
+/// With `g = dy · (offset + w)` and the normalised run `n`: `dx = (g - mean(g) - n · mean(g · n)) / sqrt(variance + eps)`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let [rows, inverse] = normalised(call)?;
-    let g = dy.broadcast_mul(main_weight(call)?)?;
+    let g = factor(call, dy.contiguous()?.reshape(rows.shape())?)?;
     let along = rows.broadcast_mul(&(&g * &rows)?.mean_keepdim(D::Minus1)?)?;
     let dx = (g.broadcast_sub(&g.mean_keepdim(D::Minus1)?)? - along)?;
-    Ok(Gradients::of(vec![dx.broadcast_mul(&inverse)?]))
+    Ok(Gradients::of(vec![dx.broadcast_mul(&inverse)?.reshape(dy.shape())?]))
 }

@@ -1,23 +1,30 @@
 //! The end of the head: log-probs of the answer tokens, without ever holding all logits.
 //!
-//! `logp = l[y] - ln Σ_v exp l[v]` with `l = W·h`. The forward pass also leaves `d logp / d h = W[y] - Σ_v p[v]·W[v]` for
+//! `logp = l[y] - ln Σ_v exp l[v]` with `l = W·h + b`. The forward pass also leaves `d logp / d h = W[y] - Σ_v p[v]·W[v]` for
 //! every token, so that once the loss is known the head's backward is one scaling, and the vocabulary is walked once.
+//! With a soft cap `c` logits are `l = c·tanh(z / c)` (Gemma 2, section 2), and `1 - (l/c)²` is a factor on every row of W.
 //! Rows are taken in chunks, so that only a bounded block of logits exists at a time.
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
+use dpo_plugin_api::graph::Node;
 use rayon::prelude::*;
 
-use super::{Kernel, Op, Presence, weight_shape};
+use super::{Attr, AttrKind, Kernel, Op, Presence, number, weight_shape};
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
 
 pub(super) const OP: Op = Op {
     name: "lm_head",
-    formula: "log softmax(x · weightᵀ)[token], answer tokens only",
+    formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
     inputs: 1,
-    weights: &[("weight", Presence::Required)],
-    attrs: &[],
-    check: |node, widths| weight_shape(node, "weight", &[node.width, widths[0]]),
+    weights: &[("weight", Presence::Required), ("bias", Presence::Optional)],
+    attrs: &[Attr { name: "softcap", kind: AttrKind::Number, presence: Presence::Optional }],
+    check: |node, widths| {
+        if node.attrs.contains_key("softcap") && number(node, "softcap") <= 0.0 {
+            return Err("softcap is not positive".into());
+        }
+        weight_shape(node, "weight", &[node.width, widths[0]]).and(weight_shape(node, "bias", &[node.width]))
+    },
     reads_layout: false,
     cached_inputs: &[],
     kernel: Kernel::LogProb,
@@ -27,9 +34,46 @@ pub(super) const OP: Op = Op {
 /// fault it in again.
 const LOGITS: usize = 1 << 22;
 
-/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, and the same again on their way.
+/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, slopes of a soft cap, and the same again on their way.
 pub fn workspace(vocab: usize) -> usize {
-    4 * size_of::<f32>() * LOGITS.max(vocab)
+    6 * size_of::<f32>() * LOGITS.max(vocab)
+}
+
+/// From hidden rows to logits.
+pub struct Projection<'a> {
+    /// `[vocab, width]`.
+    pub weight: &'a Tensor,
+    /// `[vocab]`.
+    pub bias: Option<&'a Tensor>,
+    /// Logits `z` become `softcap · tanh(z / softcap)`.
+    pub softcap: Option<f64>,
+}
+
+impl<'a> Projection<'a> {
+    /// That of a checked node with its weights, in the node's order.
+    pub fn of(node: &Node, weights: &'a [Tensor]) -> Result<Projection<'a>> {
+        let weight = |role: &str| node.weights.iter().position(|w| w.role == role).and_then(|at| weights.get(at));
+        let main = weight("weight").ok_or_else(|| Error::run("lm_head runs without its weight"))?;
+        let softcap = node.attrs.get("softcap").and_then(serde_json::Value::as_f64);
+        Ok(Projection { weight: main, bias: weight("bias"), softcap })
+    }
+
+    /// Logits of products with the weight.
+    pub fn logits(&self, mut products: Tensor) -> Result<Tensor> {
+        if let Some(bias) = self.bias {
+            products = products.broadcast_add(bias)?;
+        }
+        Ok(match self.softcap {
+            Some(cap) => ((products / cap)?.tanh()? * cap)?,
+            None => products,
+        })
+    }
+
+    /// The derivative of logits by what they were before the soft cap.
+    fn slopes(&self, logits: &Tensor) -> Result<Option<Tensor>> {
+        let slope = |cap: f64| -> Result<Tensor> { Ok((1.0 - (logits / cap)?.sqr()?)?) };
+        self.softcap.map(slope).transpose()
+    }
 }
 
 /// What the head makes of hidden rows.
@@ -42,11 +86,11 @@ pub struct Head {
     pub grads: Option<Tensor>,
 }
 
-/// Log-probs of `targets` under hidden rows `[rows, width]` and the projection `[vocab, width]`.
-pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: bool) -> Result<Head> {
+/// Log-probs of `targets` under hidden rows `[rows, width]`.
+pub fn log_probs(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32], grads: bool) -> Result<Head> {
     match hidden.dtype() {
-        DType::F32 => chunks::<f32>(hidden, weight, targets, grads),
-        DType::F64 => chunks::<f64>(hidden, weight, targets, grads),
+        DType::F32 => chunks::<f32>(hidden, projection, targets, grads),
+        DType::F64 => chunks::<f64>(hidden, projection, targets, grads),
         other => Err(Error::run(format!("log-probs of {other:?} are not computed on the CPU"))),
     }
 }
@@ -54,14 +98,15 @@ pub fn log_probs(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: bool)
 /// Per row: log-prob, `ln Σ p²`, and the sum that turns `exp(l - max)` into probabilities.
 type RowSums = (f64, f64, f64);
 
-fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: bool) -> Result<Head> {
+fn chunks<T: Real>(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32], grads: bool) -> Result<Head> {
+    let weight = projection.weight;
     let vocab = weight.dim(0)?;
     let rows = (LOGITS / vocab.max(1)).max(1);
     let mut all = Head { logps: Vec::new(), statistics: Default::default(), grads: None };
     let mut grad_chunks = Vec::new();
     for (index, targets) in targets.chunks(rows).enumerate() {
         let h = hidden.narrow(0, index * rows, targets.len())?;
-        let logits = h.matmul(&weight.t()?)?;
+        let logits = projection.logits(h.matmul(&weight.t()?)?)?;
         let (exps, sums) = {
             let (storage, layout) = logits.storage_and_layout();
             let Storage::Cpu(cpu) = &*storage else { return Err(Error::run("the CPU head got a device tensor")) };
@@ -72,11 +117,16 @@ fn chunks<T: Real>(hidden: &Tensor, weight: &Tensor, targets: &[u32], grads: boo
         all.logps.extend(sums.iter().map(|s| s.0));
         all.statistics[0].extend(sums.iter().map(|s| s.1));
         if grads {
-            let exps = Tensor::from_vec(exps, (targets.len(), vocab), &Device::Cpu)?;
+            let mut exps = Tensor::from_vec(exps, (targets.len(), vocab), &Device::Cpu)?;
             let inverse: Vec<T> = sums.iter().map(|s| T::from_f64(1.0 / s.2)).collect();
             let inverse = Tensor::from_vec(inverse, (targets.len(), 1), &Device::Cpu)?;
+            let targets = Tensor::new(targets, &Device::Cpu)?;
+            let mut own = weight.index_select(&targets, 0)?;
+            if let Some(slopes) = projection.slopes(&logits)? {
+                exps = (exps * &slopes)?;
+                own = own.broadcast_mul(&slopes.gather(&targets.unsqueeze(1)?, 1)?)?;
+            }
             let expected = exps.matmul(weight)?.broadcast_mul(&inverse)?;
-            let own = weight.index_select(&Tensor::new(targets, &Device::Cpu)?, 0)?;
             grad_chunks.push((own - expected)?);
         }
     }

@@ -4,19 +4,23 @@
 //! in f64 for the gradient tests. candle's autograd is not used: it would keep gradients of frozen weights, and its fused
 //! ops silently stop gradients.
 
+mod activation;
 mod add;
 pub mod answer_mask;
 pub mod attention;
+mod cat;
 mod embedding;
 mod glu;
 mod kv_cache;
 mod layer_norm;
 mod linear;
 pub mod lm_head;
+mod narrow;
 mod product;
 mod rms_norm;
 mod rope;
 mod scale;
+mod xielu;
 
 use candle_core::Tensor;
 use dpo_plugin_api::graph::Node;
@@ -88,6 +92,8 @@ pub struct Attr {
 pub enum AttrKind {
     /// A whole number above 0.
     Count,
+    /// A whole number.
+    Index,
     /// A finite number.
     Number,
     /// Finite numbers.
@@ -144,8 +150,12 @@ pub const OPS: &[Op] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    activation::OP,
+    xielu::OP,
     add::OP,
     scale::OP,
+    narrow::OP,
+    cat::OP,
     lm_head::OP,
 ];
 
@@ -191,6 +201,7 @@ impl AttrKind {
     fn holds(self, value: &Value) -> bool {
         match self {
             AttrKind::Count => value.as_u64().is_some_and(|n| n > 0),
+            AttrKind::Index => value.as_u64().is_some(),
             AttrKind::Number => value.as_f64().is_some_and(f64::is_finite),
             AttrKind::Numbers => {
                 value.as_array().is_some_and(|l| l.iter().all(|v| v.as_f64().is_some_and(f64::is_finite)))
@@ -202,6 +213,7 @@ impl AttrKind {
     fn describe(self) -> String {
         match self {
             AttrKind::Count => "a whole number above 0".into(),
+            AttrKind::Index => "a whole number".into(),
             AttrKind::Number => "a finite number".into(),
             AttrKind::Numbers => "a list of finite numbers".into(),
             AttrKind::OneOf(texts) => format!("one of {}", texts.join(", ")),
@@ -227,6 +239,19 @@ fn weight<'a>(call: &'a Call<'_>, role: &str) -> Option<&'a Tensor> {
 /// The weight of role `weight`.
 fn main_weight<'a>(call: &'a Call<'_>) -> Result<&'a Tensor> {
     weight(call, "weight").ok_or_else(|| Error::run(format!("op '{}' runs without its weight", call.node.op)))
+}
+
+/// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
+fn run(node: &Node) -> usize {
+    let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
+    of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
+}
+
+/// A norm's rows times its factor, `offset + weight`; rows without a weight as they are.
+fn factor(call: &Call<'_>, rows: Tensor) -> Result<Tensor> {
+    let Some(weight) = weight(call, "weight") else { return Ok(rows) };
+    let offset = number(call.node, "offset");
+    Ok(if offset == 0.0 { rows.broadcast_mul(weight)? } else { rows.broadcast_mul(&(weight + offset)?)? })
 }
 
 /// Checks the shape of the weight of a role, where the node has it.

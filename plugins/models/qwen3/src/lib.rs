@@ -47,8 +47,8 @@ impl ModelFamily for Qwen3 {
                 let q = b.linear_if(bias, "self_attn.q_proj", h, heads * head_dim);
                 let k = b.linear_if(bias, "self_attn.k_proj", h, kv_heads * head_dim);
                 let v = b.linear_if(bias, "self_attn.v_proj", h, kv_heads * head_dim);
-                let q = b.head_norm("self_attn.q_norm", q, head_dim, eps);
-                let k = b.head_norm("self_attn.k_norm", k, head_dim, eps);
+                let q = b.head_norm(Norm::rms(eps), "self_attn.q_norm", q, head_dim);
+                let k = b.head_norm(Norm::rms(eps), "self_attn.k_norm", k, head_dim);
                 let (q, k) = (b.rope(q, head_dim, &rope), b.rope(k, head_dim, &rope));
                 let mixed = b.attention(q, k, v, attention.window(window));
                 let o = b.linear_if(bias, "self_attn.o_proj", mixed, width);
