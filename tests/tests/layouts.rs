@@ -7,7 +7,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use dpo_core::weights::{Checkpoint, read_f32, weights};
-use dpo_hub::model::Model;
+use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
 use dpo_tests::{Sandbox, golden, log};
 use serde_json::{Map, Value, json};
@@ -106,7 +106,7 @@ fn a_part_of_a_tensor_is_read_under_its_name() {
     let (s, model) = (sandbox(), golden("trajectories/qwen2/model"));
     let registry = Registry::discover(&[plugins(&s).into()], None);
     let wrapped = wrap(&s, &model, "wrapped", |name| Some(LAYOUTS[2](name)));
-    let opened = Model::open(&registry, Path::new(&wrapped), None).unwrap();
+    let opened = Model::open(&registry, Path::new(&wrapped), &ModelOptions::default()).unwrap();
     let checkpoint = Checkpoint::of(Path::new(&wrapped), &opened.graph).unwrap();
     let own = read_f32(&model.join("model.safetensors")).unwrap();
     for (prefix, weight) in weights(&opened.graph) {
