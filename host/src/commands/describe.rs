@@ -53,7 +53,9 @@ fn describe_family(family: &Family, options: &DescribeOptions) -> Result<()> {
         println!("{text}");
         return Ok(());
     }
-    println!("{}: {}\nanswers for {}\n", family.name, family.summary, family.claims.join(", "));
+    println!("{}: {}\nanswers for {}", family.name, family.summary, family.claims.join(", "));
+    family.checkpoints.iter().for_each(|name| println!("reads {name}"));
+    println!();
     println!("graph of {place}: {} wide, {} tokens in the vocabulary", graph.hidden_size, graph.vocab_size);
     if let Some(most) = graph.max_positions {
         println!("rows of up to {most} tokens");
