@@ -7,6 +7,7 @@ mod helper;
 mod library;
 mod registry;
 pub mod shapes;
+mod unclaimed;
 
 pub use answer::answer;
 pub use helper::COMMAND;
