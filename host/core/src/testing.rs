@@ -71,6 +71,86 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.add(m, h)
         })?;
     }
+    for (name, norm) in [("rms_norm", Norm::rms(1e-5)), ("layer_norm", Norm::layer(1e-5))] {
+        case(format!("{name} with an offset"), &|b, x| {
+            let h = b.linear("a", x, 264);
+            let h = b.norm(norm.offset(1.0), "n", h);
+            b.head_norm(norm.offset(1.0), "m", h, 88)
+        })?;
+        case(format!("{name} without weights, of rows and of runs"), &|b, x| {
+            let h = b.norm(norm.plain(), "n", x);
+            let h = b.linear("a", h, 264);
+            b.head_norm(norm.plain(), "m", h, 24)
+        })?;
+    }
+    for bias in [true, false] {
+        case(format!("layer_norm of heads, each its own weight{}", if bias { " and bias" } else { "" }), &|b, x| {
+            let h = b.linear("a", x, 192);
+            let (norm, heads) = (Norm::layer(1e-5).bias(bias), b.head_norm(Norm::layer(1e-5), "s", h, 64));
+            let apart = b.norm_of_each_head(norm, "n", heads, 48);
+            b.add(apart, h)
+        })?;
+    }
+    case("norms before and after a linear".into(), &|b, x| {
+        let norm = Norm::rms(1e-6).offset(1.0);
+        let h = b.norm(norm, "before", x);
+        let h = b.linear("a", h, 104);
+        let h = b.norm(norm, "after", h);
+        let sum = b.add(x, h);
+        let g = b.norm(norm, "again", sum);
+        let g = b.linear("b", g, 104);
+        let g = b.norm(norm, "last", g);
+        b.add(sum, g)
+    })?;
+    // Of 16 pairs of a head of 48 columns: all, eight at once; some, one by one; neighbours; far positions made longer.
+    for interleaved in [false, true] {
+        for (pairs, position_factor) in [(24, None), (8, None), (12, None), (24, Some((0.3, 3)))] {
+            let of = Rope { attention_scale: 1.1, interleaved, position_factor, ..rope(1.0) };
+            let of = Rope { inv_freq: (0..pairs).map(|j| 0.7_f64.powi(j)).collect(), ..of };
+            let layout = if interleaved { "interleaved" } else { "half" };
+            let far = if position_factor.is_some() { ", longer from 3 on" } else { "" };
+            case(format!("rope {layout} of {pairs} pairs of 24{far}"), &|b, x| {
+                let p = b.linear("a", x, 144);
+                b.rope(p, 48, &of)
+            })?;
+        }
+    }
+    case("scale by a weight".into(), &|b, x| {
+        let p = b.linear("a", x, 104);
+        let p = b.scale_by("factor", p);
+        let weight = Weight { role: "factor".into(), tensor: "both".into(), shape: vec![1] };
+        let q = b.op("scale", &[p], vec![weight], &[("factor", serde_json::json!(-0.4))], 104);
+        b.add(q, x)
+    })?;
+    for activation in ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"] {
+        case(format!("activation {activation}"), &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let h = b.linear("up", h, 336);
+            b.activation(activation, h)
+        })?;
+    }
+    case("activations of a value that is read again".into(), &|b, x| {
+        let h = b.linear("a", x, 104);
+        let (c, s) = (b.clamp(h, 0.4), b.activation("sigmoid", h));
+        let sum = b.add(c, s);
+        b.add(sum, h)
+    })?;
+    case("xielu".into(), &|b, x| {
+        let h = b.rms_norm("n", x, 1e-6);
+        let h = b.linear("up", h, 336);
+        b.xielu("act_fn", h, [&[1], &[1], &[], &[]])
+    })?;
+    case("attention and MLP of one norm".into(), &|b, x| {
+        let h = b.layer_norm("n", x, 1e-5);
+        let (q, k, v) = (b.linear("q", h, 64), b.linear("k", h, 32), b.linear("v", h, 32));
+        let (gate, up) = (b.linear("gate", h, 200), b.linear("up", h, 200));
+        let (q, k) = (b.rope(q, 32, &rope(1.0)), b.rope(k, 32, &rope(1.0)));
+        let attended = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let (attended, y) = (b.linear("o", attended, 104), b.glu("silu", gate, up));
+        let y = b.linear("down", y, 104);
+        let sum = b.add(x, attended);
+        b.add(sum, y)
+    })?;
     case("scale".into(), &|b, x| {
         let (p, q) = (b.linear("a", x, 104), b.scale(x, 0.3));
         let (p, again) = (b.scale(p, -1.5), b.scale(q, 2.0));
@@ -108,7 +188,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         };
         b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
     })?;
-    for activation in ["silu", "gelu", "gelu_tanh"] {
+    for activation in ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));

@@ -265,7 +265,8 @@ impl Loader<'_> {
         }
         for vector in &program.vectors {
             let at = arena.take(vector.bytes())?;
-            self.load(prefix, weight(&nodes[vector.node], vector.role)?, at, vector.bytes())?;
+            let weight = weight(&nodes[vector.node], vector.role)?;
+            self.load(prefix, weight, at, row_bytes(weight))?;
             own.vectors.push(at);
         }
         Ok(own)
