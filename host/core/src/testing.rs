@@ -219,25 +219,51 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
-    let (hidden, vocab) = (72, 88);
-    let mut graph = GraphBuilder::decoder(hidden, vocab);
-    graph.embed(|b, tokens| {
-        let x = b.embedding("embed.weight", tokens, vocab, hidden);
+    cases.extend(whole_graphs(&config)?);
+    Ok(cases)
+}
+
+/// Graphs whose embedding or head is the case.
+fn whole_graphs(config: &Config) -> Result<Vec<(String, ModelGraph)>> {
+    type Embed<'a> = &'a dyn Fn(&mut BlockBuilder, Var, usize) -> Var;
+    type Head<'a> = &'a dyn Fn(&mut BlockBuilder, Var, usize) -> Var;
+    let hidden = 72;
+    let graph = |vocab: usize, embed: Embed<'_>, head: Head<'_>| -> Result<ModelGraph> {
+        let mut graph = GraphBuilder::decoder(hidden, vocab);
+        graph.embed(|b, tokens| embed(b, tokens, vocab));
+        let block = graph.block("case", |b, x| {
+            let h = b.layer_norm("n", x, 1e-5);
+            let h = b.linear("a", h, hidden);
+            b.add(x, h)
+        });
+        graph.layer(block, "layers.0.");
+        graph.head(|b, x| head(b, x, vocab));
+        Ok(graph.finish(config)?)
+    };
+    let table = |b: &mut BlockBuilder, tokens: Var, vocab: usize| b.embedding("embed.weight", tokens, vocab, hidden);
+    let several = |b: &mut BlockBuilder, tokens: Var, vocab: usize| {
+        let x = table(b, tokens, vocab);
         let x = b.scale(x, 3.0);
         b.layer_norm("embed.norm", x, 1e-5)
-    });
-    let block = graph.block("case", |b, x| {
-        let h = b.layer_norm("n", x, 1e-5);
-        let h = b.linear("a", h, hidden);
-        b.add(x, h)
-    });
-    graph.layer(block, "layers.0.");
-    graph.head(|b, x| {
+    };
+    let and_several = |b: &mut BlockBuilder, x: Var, vocab: usize| {
         let h = b.layer_norm("norm", x, 1e-5);
         let h = b.scale(h, 0.5);
         b.lm_head("embed.weight", h, vocab)
-    });
-    cases.push(("embedding and head of several ops".into(), graph.finish(&config)?));
+    };
+    let mut cases = vec![("embedding and head of several ops".into(), graph(88, &several, &and_several)?)];
+    for (name, vocab, tensor, bias, softcap) in [
+        ("head with a soft cap", 88, "head.weight", None, Some(1.5)),
+        ("head with a bias", 88, "head.weight", Some("head.bias"), None),
+        ("vocabulary of 83", 83, "head.weight", None, None),
+        ("vocabulary of 81, tied, soft cap, bias", 81, "embed.weight", Some("head.bias"), Some(2.0)),
+    ] {
+        let head = |b: &mut BlockBuilder, x: Var, vocab: usize| {
+            let h = b.rms_norm("norm", x, 1e-6);
+            b.lm_head_with(tensor, h, vocab, bias, softcap)
+        };
+        cases.push((name.into(), graph(vocab, &table, &head)?));
+    }
     Ok(cases)
 }
 

@@ -153,8 +153,8 @@ impl Program {
             bundles: Vec::new(),
             gradients: vec![None; nodes.len() + 1],
             making: Vec::new(),
-            widths: vec![input, width, width],
-            program: Program { buffers: vec![edge(input), edge(width), edge(width)], ..Program::default() },
+            widths: vec![input, width, input.max(width)],
+            program: Program { buffers: vec![edge(input), edge(width), edge(input.max(width))], ..Program::default() },
         };
         lowering.homes[0] = Some(Slice::whole(INPUT, input));
         for index in 0..nodes.len() {
@@ -195,7 +195,7 @@ impl Lowering<'_> {
             (self.ops[index].backward)(self, index)?;
         }
         match self.gradients[0].take() {
-            Some(is) => self.copy(is, whole),
+            Some(is) => self.copy(is, Slice::whole(GRADIENT, is.width)),
             None => Err(Error::input(format!("block '{block}' does not read its input"))),
         }
     }
