@@ -58,7 +58,7 @@ impl LmHead {
     }
 
     /// A row of products becomes logits.
-    pub(crate) fn to_logits(&self, on: &Launch<'_>, products: Address, bias: Address) -> Result<()> {
+    pub(crate) fn to_logits(self, on: &Launch<'_>, products: Address, bias: Address) -> Result<()> {
         if !self.bias && self.softcap == 0.0 {
             return Ok(());
         }
