@@ -151,6 +151,66 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         let sum = b.add(x, attended);
         b.add(sum, y)
     })?;
+    case("fused projections".into(), &|b, x| {
+        let h = b.rms_norm("n", x, 1e-6);
+        let qkv = b.linear("qkv_proj", h, 128);
+        let [q, k, v] = b.split(qkv, [64, 32, 32]);
+        let (q, k) = (b.rope(q, 32, &rope(1.0)), b.rope(k, 32, &rope(1.0)));
+        let attended = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let h = b.linear("o_proj", attended, 104);
+        let h = b.rms_norm("m", h, 1e-6);
+        let fused = b.linear("gate_up_proj", h, 400);
+        let [gate, up] = b.split(fused, [200, 200]);
+        b.glu("silu", gate, up)
+    })?;
+    case("a part of a part, turned before the others are taken".into(), &|b, x| {
+        let all = b.linear("a", x, 192);
+        let left = b.narrow(all, 0, 128);
+        let p = b.narrow(left, 64, 64);
+        let turned = b.rope(p, 32, &rope(1.1));
+        let (q, r) = (b.narrow(left, 0, 64), b.narrow(all, 128, 64));
+        let q = b.head_norm(Norm::rms(1e-6), "n", q, 32);
+        let sum = b.add(turned, q);
+        let r = b.scale(r, 0.7);
+        b.add(sum, r)
+    })?;
+    case("parts with columns between them, one that nothing reads".into(), &|b, x| {
+        let all = b.linear("a", x, 200);
+        let _ = b.narrow(all, 0, 24);
+        let (p, q) = (b.narrow(all, 32, 64), b.narrow(all, 104, 64));
+        let turned = b.rope(q, 32, &rope(1.1));
+        b.add(turned, p)
+    })?;
+    // None of them may be turned in its place: what is read of it elsewhere would be lost.
+    case("parts that overlap".into(), &|b, x| {
+        let all = b.linear("a", x, 128);
+        let (p, q, r) = (b.narrow(all, 0, 64), b.narrow(all, 32, 64), b.narrow(all, 64, 64));
+        let (p, q) = (b.rope(p, 32, &rope(1.0)), b.rope(q, 32, &rope(0.9)));
+        let sum = b.add(p, q);
+        b.add(sum, r)
+    })?;
+    case("a part of a value that is read whole, and all of it".into(), &|b, x| {
+        let all = b.linear("a", x, 104);
+        let n = b.rms_norm("n", all, 1e-6);
+        let p = b.narrow(n, 40, 64);
+        let turned = b.rope(p, 32, &rope(1.0));
+        let (p, copy) = (b.linear("b", turned, 104), b.narrow(n, 0, 104));
+        let (q, r) = (b.linear("c", n, 104), b.linear("d", copy, 104));
+        let sum = b.add(p, q);
+        b.add(sum, r)
+    })?;
+    case("parts of the block's input, put together otherwise".into(), &|b, x| {
+        let (p, q) = (b.narrow(x, 0, 64), b.narrow(x, 64, 40));
+        let turned = b.rope(p, 32, &rope(1.0));
+        let h = b.linear("a", q, 40);
+        let h = b.cat(h, turned);
+        b.cat(h, q)
+    })?;
+    case("cat of a value and itself".into(), &|b, x| {
+        let h = b.linear("a", x, 64);
+        let twice = b.cat(h, h);
+        b.rope(twice, 32, &rope(1.0))
+    })?;
     case("scale".into(), &|b, x| {
         let (p, q) = (b.linear("a", x, 104), b.scale(x, 0.3));
         let (p, again) = (b.scale(p, -1.5), b.scale(q, 2.0));
@@ -264,7 +324,33 @@ fn whole_graphs(config: &Config) -> Result<Vec<(String, ModelGraph)>> {
         };
         cases.push((name.into(), graph(vocab, &table, &head)?));
     }
+    cases.push(("a stream that is wider than its hidden states".into(), wide_stream(config)?));
     Ok(cases)
+}
+
+/// What the embedding adds to the stream is passed through every layer, and the head reads the rest.
+fn wide_stream(config: &Config) -> Result<ModelGraph> {
+    let (hidden, more, vocab) = (72, 32, 83);
+    let mut graph = GraphBuilder::decoder(hidden + more, vocab);
+    graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden + more));
+    let block = graph.block("case", |b, x| {
+        let [x, more] = b.split(x, [hidden, more]);
+        let h = b.rms_norm("n", x, 1e-6);
+        let (gate, h) = (b.linear("gate", h, 32), b.linear("a", h, hidden));
+        let x = b.add(x, h);
+        let own = b.glu("gelu_tanh", gate, more);
+        let own = b.linear("own", own, hidden);
+        let x = b.add(x, own);
+        b.cat(x, more)
+    });
+    graph.layer(block, "layers.0.");
+    graph.layer(block, "layers.1.");
+    graph.head(|b, x| {
+        let x = b.narrow(x, 0, hidden);
+        let h = b.rms_norm("norm", x, 1e-6);
+        b.lm_head("head.weight", h, vocab)
+    });
+    Ok(graph.finish(config)?)
 }
 
 /// Small configs of the families.

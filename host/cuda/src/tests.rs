@@ -383,6 +383,21 @@ fn programs_compute_what_the_cpu_computes() {
     }
 }
 
+/// Parts of a fused projection, and their gradients, lie where the projection and its gradient do.
+#[test]
+fn parts_are_not_copied() {
+    let cases = op_cases().unwrap();
+    let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS).unwrap();
+    let program = &lowered.programs[0];
+    let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
+    let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
+    assert!(moves.is_empty(), "{moves:?}");
+    // And the gradients of gate and up lie where these were.
+    let of = |label: &str| program.backward.iter().find(|s| s.label == label).unwrap();
+    assert_eq!(of("glu vjp").reads[..2], of("glu vjp").writes);
+}
+
 /// A plan stays within its memory, and more memory never makes it slower.
 #[test]
 fn plans_use_what_there_is() {
@@ -424,7 +439,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
 }
 
 /// Ops that only the CPU has.
-const CPU_ONLY: &[&str] = &["narrow", "cat"];
+const CPU_ONLY: &[&str] = &[];
 
 /// Every op of the CPU has a file here or is listed, and no other has.
 #[test]

@@ -4,10 +4,12 @@
 mod activation;
 mod add;
 mod attention;
+mod cat;
 pub(super) mod embedding;
 mod glu;
 mod linear;
 pub(super) mod lm_head;
+mod narrow;
 mod norms;
 mod rope;
 mod scale;
@@ -39,6 +41,8 @@ pub(super) const OPS: &[CudaOp] = &[
     xielu::OP,
     add::OP,
     scale::OP,
+    narrow::OP,
+    cat::OP,
     lm_head::OP,
 ];
 
@@ -50,6 +54,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &embedding::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
+    &narrow::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
     &scale::SOURCE,
