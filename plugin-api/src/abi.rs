@@ -145,6 +145,9 @@ pub enum Item {
         summary: String,
         /// Architectures it answers for.
         claims: Vec<String>,
+        /// Published checkpoints that it is known to read.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        checkpoints: Vec<String>,
         /// A published `config.json`.
         example_config: String,
         /// Chat template for checkpoints without one.
@@ -230,7 +233,8 @@ impl Exports {
             Export::Model(m) => Item::Model {
                 name: m.name().into(),
                 summary: m.summary().into(),
-                claims: m.claims().iter().map(|c| (*c).to_owned()).collect(),
+                claims: texts(m.claims()),
+                checkpoints: texts(m.checkpoints()),
                 example_config: m.example_config().into(),
                 chat_template: m.chat_template().map(str::to_owned),
             },
@@ -299,6 +303,10 @@ fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
         statistics: raw.statistics.map(|s| s.as_slice()),
         reference_statistics: raw.reference_statistics.map(|s| s.as_slice()),
     }
+}
+
+fn texts(list: &[&str]) -> Vec<String> {
+    list.iter().map(|text| (*text).to_owned()).collect()
 }
 
 fn to_value<T: Serialize>(value: &T) -> Value {

@@ -357,6 +357,7 @@ impl GraphBuilder {
             head: empty(),
             max_positions: None,
             unused_tensors: Vec::new(),
+            layouts: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -401,9 +402,15 @@ impl GraphBuilder {
         self.graph.max_positions = rope.max_positions;
     }
 
-    /// Names a tensor that published checkpoints carry in vain; `*` stands for any text.
+    /// Names a tensor that published files carry in vain; `*` stands for any text.
     pub fn unused_tensor(&mut self, pattern: &str) {
         self.graph.unused_tensors.push(pattern.into());
+    }
+
+    /// Names another layout of published files: each of these texts of a tensor's name is replaced by its partner, in this order,
+    /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
+    pub fn layout(&mut self, replacements: &[(&str, &str)]) {
+        self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
     }
 
     /// The graph, or the first mistake.

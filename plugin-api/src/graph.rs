@@ -28,9 +28,13 @@ pub struct ModelGraph {
     /// Longest row for which this graph's arithmetic holds, where the family has such a bound.
     #[serde(default)]
     pub max_positions: Option<usize>,
-    /// Tensors that published checkpoints carry and this graph does not need; `*` stands for any text.
+    /// Tensors that published checkpoints carry and this graph does not need, as files name them; `*` stands for any text.
     #[serde(default)]
     pub unused_tensors: Vec<String>,
+    /// Other names under which published checkpoints carry these tensors, such as those of a text model in a wrapper of several
+    /// modalities. The graph's own names are tried first, then every layout in turn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layouts: Vec<Layout>,
     /// Keys of `config.json` that the plugin did not read. The host refuses those that may change the arithmetic.
     #[serde(default)]
     pub unread_config: Vec<String>,
@@ -38,6 +42,10 @@ pub struct ModelGraph {
     #[serde(default)]
     pub requires: Vec<String>,
 }
+
+/// From a graph's names of tensors to those in a checkpoint's files: pairs of a text and what stands in its place, applied to the
+/// whole name (its layer's prefix included), every pair to what the pairs before it have made.
+pub type Layout = Vec<(String, String)>;
 
 /// One layer: a kind of block, and where its weights are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,13 +87,14 @@ pub struct Node {
     pub width: usize,
 }
 
-/// A tensor of the checkpoint.
+/// A tensor of the checkpoint. A scalar has the shape `[]` or `[1]`, whichever of them the file says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weight {
     /// What the op uses it for: `weight` or `bias`.
     pub role: String,
-    /// Its name in the checkpoint; a layer's prefix is put before it.
+    /// Its name as transformers gives it, by which PEFT names the module; a layer's prefix is put before it. Files may have
+    /// another, which [`ModelGraph::layouts`] says.
     pub tensor: String,
     /// Its shape there.
     pub shape: Vec<usize>,

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
@@ -24,6 +25,11 @@ pub trait ModelFamily: Send + Sync + 'static {
     /// Entries of `architectures` in `config.json` that this family answers for, such as `Qwen2ForCausalLM`.
     fn claims(&self) -> &'static [&'static str];
 
+    /// Published checkpoints that this family is known to read, by their names on a hub, such as `Qwen/Qwen2.5-7B-Instruct`.
+    fn checkpoints(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The graph for this checkpoint. Called once before a run.
     fn graph(&self, config: &Config) -> Result<ModelGraph>;
 
@@ -36,33 +42,47 @@ pub trait ModelFamily: Send + Sync + 'static {
     }
 }
 
-/// A checkpoint's `config.json`. It remembers which keys were asked for, so that the host can refuse those that nobody
-/// understood.
+/// A checkpoint's `config.json`, or an object in it. All objects of a file remember together which keys were asked for, so that
+/// the host can judge those that nobody understood.
 #[derive(Debug)]
 pub struct Config {
     keys: Map<String, Value>,
-    /// `rope_parameters.` and the like, put before names in errors.
+    /// `rope_parameters.` and the like, put before names.
     path: String,
-    read: RefCell<BTreeSet<String>>,
+    file: Rc<ConfigFile>,
 }
+
+/// What the objects of a file share.
+#[derive(Debug)]
+struct ConfigFile {
+    keys: Map<String, Value>,
+    /// Paths of the keys that were asked for.
+    read: RefCell<BTreeSet<String>>,
+    /// Paths of the objects whose own keys count.
+    opened: RefCell<BTreeSet<String>>,
+}
+
+/// Where a wrapper of several modalities has the settings of its language model.
+const TEXT: &str = "text_config";
+/// The keys of a wrapper that count for its language model, where that has none of its own.
+const OF_WRAPPER: &[&str] = &["tie_word_embeddings"];
 
 impl Config {
     /// Parses the text of a `config.json`.
     pub fn parse(text: &str) -> Result<Config> {
         match serde_json::from_str(text) {
-            Ok(Value::Object(keys)) => Ok(Config::from_map(keys, String::new())),
+            Ok(Value::Object(keys)) => {
+                let file = ConfigFile { keys: keys.clone(), read: RefCell::default(), opened: RefCell::default() };
+                Ok(Config { keys, path: String::new(), file: Rc::new(file) })
+            }
             Ok(_) => bail!("config.json is not an object"),
             Err(e) => bail!("config.json: {e}"),
         }
     }
 
-    fn from_map(keys: Map<String, Value>, path: String) -> Config {
-        Config { keys, path, read: RefCell::default() }
-    }
-
     /// The value of a key; `null` counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.read.borrow_mut().insert(key.to_owned());
+        self.file.read.borrow_mut().insert(format!("{}{key}", self.path));
         self.keys.get(key).filter(|v| !v.is_null())
     }
 
@@ -123,10 +143,30 @@ impl Config {
         self.typed(key, "a list of texts", |v| v.as_array()?.iter().map(|t| t.as_str().map(str::to_owned)).collect())
     }
 
-    /// A nested object, if there. The reader of it must call [`refuse_unread`](Config::refuse_unread).
+    /// A nested object, if there. Its keys count one by one from now on, as `rope_parameters.factor`.
     pub fn opt_object(&self, key: &str) -> Result<Option<Config>> {
-        let map = self.typed(key, "an object", |v| v.as_object().cloned())?;
-        Ok(map.map(|m| Config::from_map(m, format!("{}{key}.", self.path))))
+        let Some(keys) = self.typed(key, "an object", |v| v.as_object().cloned())? else { return Ok(None) };
+        let path = format!("{}{key}", self.path);
+        self.file.opened.borrow_mut().insert(path.clone());
+        Ok(Some(Config { keys, path: path + ".", file: self.file.clone() }))
+    }
+
+    /// The settings of the language model: `text_config` in the checkpoint of a wrapper of several modalities (Gemma 3,
+    /// Mistral 3), the config itself in any other. Where only the wrapper says whether embeddings are tied, that counts; so do
+    /// keys that it repeats with the values of its language model.
+    pub fn text(&self) -> Result<Config> {
+        let Some(mut text) = self.opt_object(TEXT)? else {
+            return Ok(Config { keys: self.keys.clone(), path: self.path.clone(), file: self.file.clone() });
+        };
+        for (key, value) in &self.keys {
+            if OF_WRAPPER.contains(&key.as_str()) && text.keys.get(key).is_none_or(Value::is_null) {
+                text.keys.insert(key.clone(), value.clone());
+            }
+            if text.keys.get(key) == Some(value) {
+                self.get(key);
+            }
+        }
+        Ok(text)
     }
 
     /// The output projection's tensor: the embedding where `tie_word_embeddings` says so, else `lm_head.weight`.
@@ -157,19 +197,13 @@ impl Config {
         types.iter().map(one).collect()
     }
 
-    /// Keys with a value that were never asked for.
+    /// Keys of the whole file with a value that were never asked for. Of an object that was opened, every key counts, as in
+    /// `rope_parameters.factor`; of another, the object.
     pub fn unread(&self) -> Vec<String> {
-        let read = self.read.borrow();
-        let unread = self.keys.iter().filter(|(k, v)| !v.is_null() && !read.contains(*k));
-        unread.map(|(k, _)| format!("{}{k}", self.path)).collect()
-    }
-
-    /// An error where a key was never asked for.
-    pub fn refuse_unread(&self) -> Result<()> {
-        match self.unread().first() {
-            Some(key) => bail!("config.json: key '{key}' is not understood"),
-            None => Ok(()),
-        }
+        let mut unread = Vec::new();
+        self.file.unread(&self.file.keys, "", &mut unread);
+        unread.sort();
+        unread
     }
 
     fn typed<T>(&self, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
@@ -182,5 +216,56 @@ impl Config {
 
     fn missing(&self, key: &str) -> Error {
         Error::new(format!("config.json: key '{}{key}' is missing", self.path))
+    }
+}
+
+impl ConfigFile {
+    fn unread(&self, keys: &Map<String, Value>, prefix: &str, unread: &mut Vec<String>) {
+        for (key, value) in keys.iter().filter(|(_, value)| !value.is_null()) {
+            let path = format!("{prefix}{key}");
+            match value.as_object() {
+                Some(inner) if self.opened.borrow().contains(&path) => self.unread(inner, &(path + "."), unread),
+                _ if !self.read.borrow().contains(&path) => unread.push(path),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::Config;
+
+    #[test]
+    fn keys_of_opened_objects_count_one_by_one() {
+        let config =
+            r#"{"a": 1, "b": null, "c": {"d": 1, "e": 2}, "f": {"g": 1}, "h": {"i": {"j": 1}}, "k": {"l": 1}}"#;
+        let config = Config::parse(config).unwrap();
+        let inner = config.opt_object("c").unwrap().unwrap();
+        inner.int("d").unwrap();
+        config.get("f");
+        config.opt_object("h").unwrap().unwrap().opt_object("i").unwrap();
+        assert_eq!(inner.unread(), ["a", "c.e", "h.i.j", "k"]);
+        assert_eq!(config.unread(), inner.unread());
+        let error = inner.opt_text("e").unwrap_err();
+        assert!(error.message.contains("'c.e' should be a text"), "{error}");
+    }
+
+    #[test]
+    fn a_wrapper_has_its_language_model_inside() {
+        let wrapped = r#"{"tie_word_embeddings": false, "vocab_size": 9, "hidden_size": 3, "vision_config": {"hidden_size": 5},
+            "text_config": {"hidden_size": 4, "vocab_size": 9, "other": 1}}"#;
+        let config = Config::parse(wrapped).unwrap();
+        let text = config.text().unwrap();
+        assert_eq!(text.size("hidden_size").unwrap(), 4);
+        assert!(!text.flag("tie_word_embeddings", true).unwrap());
+        assert_eq!(config.unread(), ["hidden_size", "text_config.other", "text_config.vocab_size", "vision_config"]);
+        assert!(text.size("layers").unwrap_err().message.contains("'text_config.layers' is missing"));
+
+        let plain = Config::parse(r#"{"hidden_size": 4, "other": 1}"#).unwrap();
+        assert_eq!(plain.text().unwrap().size("hidden_size").unwrap(), 4);
+        assert_eq!(plain.unread(), ["other"]);
     }
 }

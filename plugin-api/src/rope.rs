@@ -91,7 +91,6 @@ impl Rope {
             }
             other => return bail!("config.json: rope type '{other}' is not supported by this family"),
         }
-        rule.refuse_unread()?;
         Ok(rope)
     }
 

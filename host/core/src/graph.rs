@@ -1,12 +1,14 @@
 //! A family's graph: checked against the ops of this host before anything is loaded.
 
+use std::collections::HashMap;
+
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
 use crate::memory::size;
 use crate::ops;
-use crate::weights::blocks;
+use crate::weights::{MOST_NAME, renamed, weights};
 
 /// Most bytes of a model's weights in f32: 256 TiB.
 const MOST_BYTES: usize = 1 << 48;
@@ -45,6 +47,7 @@ pub fn check(graph: &ModelGraph) -> Result<()> {
     }
     check_block(&graph.head, graph.hidden_size, graph.vocab_size)?;
     check_sizes(graph)?;
+    check_layouts(graph)?;
     let ends =
         |block: &Block| block.nodes.last().is_some_and(|n| n.op == "lm_head") && block.output == block.nodes.len();
     let elsewhere = |block: &Block| block.nodes.iter().rev().skip(1).any(|n| n.op == "lm_head");
@@ -68,19 +71,39 @@ pub fn check(graph: &ModelGraph) -> Result<()> {
 /// Refuses weights of more bytes than any machine has: what is computed from sizes after this does not overflow.
 fn check_sizes(graph: &ModelGraph) -> Result<()> {
     let mut total = 0_usize;
-    for (_, prefix, nodes) in blocks(graph) {
-        for weight in nodes.iter().flat_map(|n| &n.weights) {
-            let bytes = weight.shape.iter().try_fold(size_of::<f32>(), |n, columns| n.checked_mul(*columns));
-            total = match bytes.and_then(|bytes| total.checked_add(bytes)).filter(|bytes| *bytes <= MOST_BYTES) {
-                Some(total) => total,
-                None => {
-                    let (name, shape) = (format!("{prefix}{}", weight.tensor), &weight.shape);
-                    let most = size(MOST_BYTES);
-                    return Err(Error::input(format!(
-                        "with tensor '{name}' of shape {shape:?} the weights exceed {most}"
-                    )));
-                }
+    for (prefix, weight) in weights(graph) {
+        let bytes = weight.shape.iter().try_fold(size_of::<f32>(), |n, columns| n.checked_mul(*columns));
+        total = match bytes.and_then(|bytes| total.checked_add(bytes)).filter(|bytes| *bytes <= MOST_BYTES) {
+            Some(total) => total,
+            None => {
+                let (name, shape) = (format!("{prefix}{}", weight.tensor), &weight.shape);
+                let most = size(MOST_BYTES);
+                return Err(Error::input(format!("with tensor '{name}' of shape {shape:?} the weights exceed {most}")));
+            }
+        };
+    }
+    Ok(())
+}
+
+/// Refuses a layout that gives two tensors one name, or one a name that no file has.
+fn check_layouts(graph: &ModelGraph) -> Result<()> {
+    for (at, layout) in graph.layouts.iter().enumerate() {
+        let wrong = |what: String| Err(Error::input(what).at(format!("layout {at}")));
+        if layout.iter().any(|(from, to)| from.is_empty() || from.len().max(to.len()) > MOST_NAME) {
+            return wrong(format!("replaces a text that is empty, or of more than {MOST_NAME} bytes"));
+        }
+        let mut owners = HashMap::new();
+        for (prefix, weight) in weights(graph) {
+            let own = format!("{prefix}{}", weight.tensor);
+            let Some(name) = renamed(layout, &own) else {
+                return wrong(format!("makes a name of more than {MOST_NAME} bytes of '{own}'"));
             };
+            match owners.insert(name, own.clone()) {
+                Some(other) if other != own => {
+                    return wrong(format!("gives the tensors '{other}' and '{own}' the same name"));
+                }
+                _ => {}
+            }
         }
     }
     Ok(())
@@ -153,5 +176,23 @@ mod tests {
         assert_eq!(checked([&scale, &scale]), Ok(()));
         assert!(checked([&turn, &nothing]).unwrap_err().contains("the embedding has the op 'rope'"));
         assert!(checked([&nothing, &turn]).unwrap_err().contains("the head has the op 'rope'"));
+    }
+
+    #[test]
+    fn a_layout_gives_every_tensor_a_name_of_its_own() {
+        let laid_out = |layout: &[(&str, &str)]| {
+            let mut graph = GraphBuilder::decoder(8, 16);
+            graph.embed(|b, tokens| b.embedding("embed", tokens, 16, 8));
+            let block = graph.block("block", |b, x| b.linear("a", x, 8));
+            graph.layer(block, "0.");
+            graph.layer(block, "1.");
+            graph.head(|b, x| b.lm_head("embed", x, 16));
+            graph.layout(layout);
+            super::check(&graph.finish(&Config::parse("{}").unwrap()).unwrap()).map_err(|e| e.to_string())
+        };
+        assert_eq!(laid_out(&[("0.", "h.0."), ("a.", "c.")]), Ok(()));
+        assert!(laid_out(&[("0.", "1.")]).unwrap_err().contains("'0.a.weight' and '1.a.weight' the same name"));
+        assert!(laid_out(&[("", "x")]).unwrap_err().contains("empty"));
+        assert!(laid_out(&[("e", "ee"); 64]).unwrap_err().contains("more than 4096 bytes"));
     }
 }

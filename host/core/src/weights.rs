@@ -1,15 +1,16 @@
 //! A checkpoint's tensors: safetensors files, mapped into memory, read where they are needed.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
+use dpo_plugin_api::graph::{Layout, ModelGraph, Node, Weight};
 use half::bf16;
 use memmap2::{Mmap, UncheckedAdvice};
+use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -25,6 +26,9 @@ const SAMPLES: usize = 1024;
 pub const SINGLE: &str = "model.safetensors";
 /// What names the shards of one that is.
 pub const INDEX: &str = "model.safetensors.index.json";
+
+/// Most bytes of a tensor's name.
+pub(crate) const MOST_NAME: usize = 4096;
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
 pub const FILES: &[&str] = &[
@@ -44,8 +48,10 @@ pub const FILES: &[&str] = &[
 /// The safetensors of a model folder: one file, or shards with an index.
 pub struct Checkpoint {
     shards: Vec<Shard>,
-    /// Which shard holds a tensor.
-    tensors: BTreeMap<String, usize>,
+    /// Every tensor by its name in the files.
+    tensors: BTreeMap<String, Entry>,
+    /// How the files name a graph's tensors.
+    layout: Layout,
     folder: PathBuf,
 }
 
@@ -64,11 +70,14 @@ pub struct Part<'a> {
     pub tensors: Vec<(String, &'a [u8])>,
 }
 
-/// Where a tensor's bytes lie in its file.
-struct Entry<'a> {
+/// A tensor, and where it lies.
+struct Entry {
+    /// Which file.
+    shard: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: &'a [u8],
+    /// Which bytes of it.
+    bytes: Range<usize>,
 }
 
 impl Checkpoint {
@@ -88,39 +97,77 @@ impl Checkpoint {
         let shards = files.into_iter().map(Shard::open).collect::<Result<Vec<_>>>()?;
         let mut tensors = BTreeMap::new();
         for (at, shard) in shards.iter().enumerate() {
-            for name in shard.parse()?.names() {
-                if let Some(other) = tensors.insert((*name).to_owned(), at) {
+            for (name, entry) in shard.entries(at)? {
+                if let Some(Entry { shard: other, .. }) = tensors.insert(name.clone(), entry) {
                     let place = shards[other].path.display();
                     return Err(Error::input(format!("tensor '{name}' is in {place} too")).at(shard.path.display()));
                 }
             }
         }
-        Ok(Checkpoint { shards, tensors, folder: folder.to_owned() })
+        Ok(Checkpoint { shards, tensors, layout: Layout::new(), folder: folder.to_owned() })
     }
 
-    /// Opens the checkpoint of a graph: it has every tensor of it in its shape, and no other but those that the graph names as
-    /// unused. Only headers are read, so that nothing is allocated for sizes that a config alone states.
+    /// Opens the checkpoint of a graph: it has every tensor of it in its shape, by the graph's names or in one of its layouts, and
+    /// no other but those that the graph names as unused. Only headers are read, so that nothing is allocated for sizes that a
+    /// config alone states.
     pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
-        let checkpoint = Checkpoint::open(folder)?;
+        let mut checkpoint = Checkpoint::open(folder)?;
+        let own = Layout::new();
+        let misfits = |layout: &&Layout| weights(graph).filter(|(p, w)| !checkpoint.fits(layout, p, w)).count();
+        // The first of those that fit best.
+        let best =
+            std::iter::once(&own).chain(&graph.layouts).map(|l| (misfits(&l), l)).min_by_key(|(count, _)| *count);
+        let (missing, layout) = best.unwrap_or((0, &own));
+        checkpoint.layout = layout.clone();
+        weights(graph).try_for_each(|(prefix, weight)| checkpoint.entry(prefix, weight).map(drop)).map_err(|e| {
+            let (all, ways) = (weights(graph).count(), 1 + graph.layouts.len());
+            let fits = format!("{} of the model's {all} tensors are in its files", all - missing);
+            e.help(match ways {
+                1 => format!("{OTHER_MODEL}: {fits}"),
+                _ => format!("{OTHER_MODEL}: {fits} by the best of {ways} ways to name them"),
+            })
+        })?;
+        weights(graph).try_for_each(|(prefix, weight)| checkpoint.raw(prefix, weight).map(drop))?;
         checkpoint.refuse_extra(graph)?;
-        for (_, prefix, nodes) in blocks(graph) {
-            nodes.iter().flat_map(|n| &n.weights).try_for_each(|weight| checkpoint.raw(prefix, weight).map(drop))?;
-        }
         Ok(checkpoint)
     }
 
+    /// Whether a weight is there in its shape.
+    fn fits(&self, layout: &Layout, prefix: &str, weight: &Weight) -> bool {
+        let entry = renamed(layout, &format!("{prefix}{}", weight.tensor)).and_then(|name| self.tensors.get(&name));
+        entry.is_some_and(|entry| same_shape(&entry.shape, &weight.shape))
+    }
+
+    /// The name of a weight of the graph in the files.
+    pub fn name(&self, prefix: &str, weight: &Weight) -> String {
+        let own = format!("{prefix}{}", weight.tensor);
+        renamed(&self.layout, &own).unwrap_or(own)
+    }
+
     fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
-        let mut needed: Vec<String> = Vec::new();
-        for (_, prefix, nodes) in blocks(graph) {
-            needed.extend(nodes.iter().flat_map(|n| &n.weights).map(|w| format!("{prefix}{}", w.tensor)));
-        }
-        needed.sort();
+        let needed: BTreeSet<String> = weights(graph).map(|(prefix, weight)| self.name(prefix, weight)).collect();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
-        match self.tensors.iter().find(|(n, _)| needed.binary_search(n).is_err() && !unused(n)) {
-            Some((name, shard)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
-                .at(self.shards[*shard].path.display())
+        match self.tensors.iter().find(|(name, _)| !needed.contains(*name) && !unused(name)) {
+            Some((name, entry)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
+                .at(self.shards[entry.shard].path.display())
                 .help("the checkpoint has a part that the plugin does not know; training without it would be wrong")),
             None => Ok(()),
+        }
+    }
+
+    /// A weight of the graph in its shape.
+    fn entry(&self, prefix: &str, weight: &Weight) -> Result<&Entry> {
+        let name = self.name(prefix, weight);
+        match self.tensors.get(&name) {
+            Some(entry) if same_shape(&entry.shape, &weight.shape) => Ok(entry),
+            Some(Entry { shape, shard, .. }) => {
+                let what = format!("tensor '{name}' has shape {shape:?}, the model needs {:?}", weight.shape);
+                Err(Error::input(what).at(self.shards[*shard].path.display()))
+            }
+            None => {
+                let what = format!("tensor '{name}' of shape {:?} is missing", weight.shape);
+                Err(Error::input(what).at(self.folder.display()))
+            }
         }
     }
 
@@ -128,27 +175,18 @@ impl Checkpoint {
     /// checked.
     pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
         progress::advance();
-        let name = format!("{prefix}{}", weight.tensor);
-        let Some(shard) = self.tensors.get(&name).map(|at| &self.shards[*at]) else {
-            return Err(Error::input(format!("tensor '{name}' of shape {:?} is missing", weight.shape))
-                .at(self.folder.display())
-                .help(OTHER_MODEL));
-        };
-        let entry = shard.entry(&name)?;
-        if entry.shape != weight.shape {
-            let what = format!("tensor '{name}' has shape {:?}, the model needs {:?}", entry.shape, weight.shape);
-            return Err(Error::input(what).at(shard.path.display()).help(OTHER_MODEL));
-        }
+        let entry = self.entry(prefix, weight).map_err(|e| e.help(OTHER_MODEL))?;
         let dtype = match entry.dtype {
             Dtype::F32 => DType::F32,
             Dtype::F16 => DType::F16,
             Dtype::BF16 => DType::BF16,
             other => {
+                let name = self.name(prefix, weight);
                 let what = format!("tensor '{name}' is of type {other:?}; bf16, f16 and f32 are read");
-                return Err(Error::input(what).at(shard.path.display()));
+                return Err(Error::input(what).at(self.shards[entry.shard].path.display()));
             }
         };
-        Ok((dtype, entry.bytes))
+        Ok((dtype, self.shards[entry.shard].bytes(entry)))
     }
 
     /// A weight of the graph as a CPU tensor in f32.
@@ -223,10 +261,11 @@ impl Checkpoint {
     /// The first number that is NaN or infinite, with its tensor. It reads every tensor from end to end, for a run that does not
     /// know why its numbers are not finite.
     pub fn first_not_finite(&self) -> Result<Option<String>> {
-        for (name, shard) in &self.tensors {
-            let Entry { dtype, shape, bytes } = self.shards[*shard].entry(name)?;
+        for (name, entry) in &self.tensors {
+            let Shard { path, .. } = &self.shards[entry.shard];
+            let bytes = self.shards[entry.shard].bytes(entry);
             // The numbers whose exponent's bits are all set.
-            let at = match dtype {
+            let at = match entry.dtype {
                 Dtype::F32 => {
                     bytes.as_chunks().0.iter().position(|b| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)
                 }
@@ -235,7 +274,7 @@ impl Checkpoint {
                 _ => None,
             };
             if let Some(at) = at {
-                let file = self.shards[*shard].path.display();
+                let (shape, file) = (&entry.shape, path.display());
                 return Ok(Some(format!(
                     "number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite"
                 )));
@@ -297,6 +336,22 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
+/// Every weight of a graph with its layer's prefix, in the order in which blocks run; a tied one as often as it is read.
+pub fn weights(graph: &ModelGraph) -> impl Iterator<Item = (&str, &Weight)> {
+    blocks(graph).flat_map(|(_, prefix, nodes)| nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
+}
+
+/// A graph's name of a tensor as a layout has it; none if that is longer than any file's.
+pub(crate) fn renamed(layout: &Layout, own: &str) -> Option<String> {
+    let mut pairs = layout.iter();
+    pairs.try_fold(own.to_owned(), |name, (from, to)| Some(name.replace(from, to)).filter(|n| n.len() <= MOST_NAME))
+}
+
+/// Whether two shapes are the same. PyTorch saves a scalar as `[]`, others write it as a vector of one.
+fn same_shape(a: &[usize], b: &[usize]) -> bool {
+    a == b || matches!((a, b), ([], [1]) | ([1], []))
+}
+
 /// A tensor's shape and values.
 pub type Values = (Vec<usize>, Vec<f32>);
 
@@ -304,18 +359,18 @@ pub type Values = (Vec<usize>, Vec<f32>);
 pub fn read_f32(path: &Path) -> Result<BTreeMap<String, Values>> {
     let shard = Shard::open(path.to_owned())?;
     let mut tensors = BTreeMap::new();
-    for name in shard.parse()?.names() {
-        let entry = shard.entry(name)?;
+    for (name, entry) in shard.entries(0)? {
+        let bytes = shard.bytes(&entry);
         let values = match entry.dtype {
-            Dtype::F32 => entry.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::BF16 => entry.bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
+            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+            Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
             Dtype::F16 => {
-                let tensor = Tensor::from_raw_buffer(entry.bytes, DType::F16, &entry.shape, &Device::Cpu)?;
+                let tensor = Tensor::from_raw_buffer(bytes, DType::F16, &entry.shape, &Device::Cpu)?;
                 tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?
             }
             other => return Err(Error::input(format!("tensor '{name}' is of type {other:?}")).at(path.display())),
         };
-        tensors.insert((*name).to_owned(), (entry.shape, values));
+        tensors.insert(name, (entry.shape, values));
     }
     Ok(tensors)
 }
@@ -329,33 +384,39 @@ impl Shard {
         Ok(Shard { path, map })
     }
 
-    fn parse(&self) -> Result<SafeTensors<'_>> {
-        SafeTensors::deserialize(&self.map).map_err(|e| {
-            let cause = cut_tensor(&self.map).unwrap_or_else(|| format!("is not a safetensors file: {e}"));
-            Error::input(cause).at(self.path.display()).help("download or copy the file again")
-        })
-    }
-
-    fn part(&self) -> Result<Part<'_>> {
+    /// Where the file's numbers begin, and what its header says of them.
+    fn header(&self) -> Result<(usize, Metadata)> {
         let (length, header) = SafeTensors::read_metadata(&self.map).map_err(|e| {
             let cause = cut_tensor(&self.map).unwrap_or_else(|| format!("is not a safetensors file: {e}"));
             Error::input(cause).at(self.path.display()).help("download or copy the file again")
         })?;
         // The length is eight bytes itself.
-        let (first, data) = self.map.split_at(8 + length);
+        Ok((8 + length, header))
+    }
+
+    /// Every tensor of the file, which is that of this number.
+    fn entries(&self, shard: usize) -> Result<Vec<(String, Entry)>> {
+        let (first, header) = self.header()?;
+        let entry = |(name, info): (String, &TensorInfo)| {
+            let bytes = first + info.data_offsets.0..first + info.data_offsets.1;
+            (name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), bytes })
+        };
+        Ok(header.tensors().into_iter().map(entry).collect())
+    }
+
+    fn bytes(&self, entry: &Entry) -> &[u8] {
+        &self.map[entry.bytes.clone()]
+    }
+
+    fn part(&self) -> Result<Part<'_>> {
+        let (first, header) = self.header()?;
+        let (first, data) = self.map.split_at(first);
         let bytes = |name: &str| header.info(name).and_then(|t| data.get(t.data_offsets.0..t.data_offsets.1));
         let tensors = header.offset_keys().into_iter().map(|name| {
             let bytes = bytes(&name).unwrap_or_default();
             (name, bytes)
         });
         Ok(Part { path: &self.path, header: first, tensors: tensors.collect() })
-    }
-
-    fn entry(&self, name: &str) -> Result<Entry<'_>> {
-        let tensors = self.parse()?;
-        let view =
-            tensors.tensor(name).map_err(|e| Error::input(format!("tensor '{name}': {e}")).at(self.path.display()))?;
-        Ok(Entry { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data() })
     }
 }
 

@@ -27,6 +27,8 @@ pub struct Family {
     pub summary: String,
     /// Architectures it answers for.
     pub claims: Vec<String>,
+    /// Published checkpoints that it is known to read.
+    pub checkpoints: Vec<String>,
     /// A published `config.json`.
     pub example_config: String,
     /// Chat template for checkpoints without one.
@@ -321,8 +323,9 @@ impl Registry {
     fn insert(&mut self, candidate: &Candidate) {
         let handle = Handle { library: candidate.library.clone(), item: candidate.item };
         match candidate.parsed.clone() {
-            Item::Model { name, summary, claims, example_config, chat_template } => {
-                self.families.push(Family { handle, name, summary, claims, example_config, chat_template });
+            Item::Model { name, summary, claims, checkpoints, example_config, chat_template } => {
+                let family = Family { handle, name, summary, claims, checkpoints, example_config, chat_template };
+                self.families.push(family);
             }
             Item::Dataset { name, summary, examples } => {
                 self.formats.push(Format { handle, name, summary, examples });

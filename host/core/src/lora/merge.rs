@@ -64,7 +64,7 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
                 // Also of those that are copied: a checkpoint that lacks one is not to look merged.
                 let (dtype, _) = checkpoint.raw(prefix, weight)?;
                 let Some(site) = site.filter(|_| weight.role == "weight") else { continue };
-                let name = format!("{prefix}{}", weight.tensor);
+                let name = checkpoint.name(prefix, weight);
                 let what = format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
                 if adapted.insert(name, Adapted { dtype, lora: adapter.lora(site)? }).is_some() {
                     return Err(Error::input(what));
