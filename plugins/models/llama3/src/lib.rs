@@ -34,11 +34,6 @@ impl ModelFamily for Llama3 {
         let head_dim = config.opt_size("head_dim")?.unwrap_or(width / heads);
         let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
         let (bias, mlp_bias) = (config.flag("attention_bias", false)?, config.flag("mlp_bias", false)?);
-        let slices = config.opt_int("pretraining_tp")?.unwrap_or(1);
-        if slices != 1 {
-            // Sliced products round differently; no published checkpoint needs them.
-            return bail!("config.json: pretraining_tp {slices} is not supported, only 1");
-        }
         let activation = config.opt_text("hidden_act")?.unwrap_or_else(|| "silu".into());
         let rope = Rope::from_config(config, head_dim, 10_000.0)?;
         let attention = Attention::new(heads, kv_heads, head_dim);
