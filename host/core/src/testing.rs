@@ -71,6 +71,146 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.add(m, h)
         })?;
     }
+    for (name, norm) in [("rms_norm", Norm::rms(1e-5)), ("layer_norm", Norm::layer(1e-5))] {
+        case(format!("{name} with an offset"), &|b, x| {
+            let h = b.linear("a", x, 264);
+            let h = b.norm(norm.offset(1.0), "n", h);
+            b.head_norm(norm.offset(1.0), "m", h, 88)
+        })?;
+        case(format!("{name} without weights, of rows and of runs"), &|b, x| {
+            let h = b.norm(norm.plain(), "n", x);
+            let h = b.linear("a", h, 264);
+            b.head_norm(norm.plain(), "m", h, 24)
+        })?;
+    }
+    for bias in [true, false] {
+        case(format!("layer_norm of heads, each its own weight{}", if bias { " and bias" } else { "" }), &|b, x| {
+            let h = b.linear("a", x, 192);
+            let (norm, heads) = (Norm::layer(1e-5).bias(bias), b.head_norm(Norm::layer(1e-5), "s", h, 64));
+            let apart = b.norm_of_each_head(norm, "n", heads, 48);
+            b.add(apart, h)
+        })?;
+    }
+    case("norms before and after a linear".into(), &|b, x| {
+        let norm = Norm::rms(1e-6).offset(1.0);
+        let h = b.norm(norm, "before", x);
+        let h = b.linear("a", h, 104);
+        let h = b.norm(norm, "after", h);
+        let sum = b.add(x, h);
+        let g = b.norm(norm, "again", sum);
+        let g = b.linear("b", g, 104);
+        let g = b.norm(norm, "last", g);
+        b.add(sum, g)
+    })?;
+    // Of 16 pairs of a head of 48 columns: all, eight at once; some, one by one; neighbours; far positions made longer.
+    for interleaved in [false, true] {
+        for (pairs, position_factor) in [(24, None), (8, None), (12, None), (24, Some((0.3, 3)))] {
+            let of = Rope { attention_scale: 1.1, interleaved, position_factor, ..rope(1.0) };
+            let of = Rope { inv_freq: (0..pairs).map(|j| 0.7_f64.powi(j)).collect(), ..of };
+            let layout = if interleaved { "interleaved" } else { "half" };
+            let far = if position_factor.is_some() { ", longer from 3 on" } else { "" };
+            case(format!("rope {layout} of {pairs} pairs of 24{far}"), &|b, x| {
+                let p = b.linear("a", x, 144);
+                b.rope(p, 48, &of)
+            })?;
+        }
+    }
+    case("scale by a weight".into(), &|b, x| {
+        let p = b.linear("a", x, 104);
+        let p = b.scale_by("factor", p);
+        let weight = Weight { role: "factor".into(), tensor: "both".into(), shape: vec![1] };
+        let q = b.op("scale", &[p], vec![weight], &[("factor", serde_json::json!(-0.4))], 104);
+        b.add(q, x)
+    })?;
+    for activation in ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"] {
+        case(format!("activation {activation}"), &|b, x| {
+            let h = b.rms_norm("n", x, 1e-6);
+            let h = b.linear("up", h, 336);
+            b.activation(activation, h)
+        })?;
+    }
+    case("activations of a value that is read again".into(), &|b, x| {
+        let h = b.linear("a", x, 104);
+        let (c, s) = (b.clamp(h, 0.4), b.activation("sigmoid", h));
+        let sum = b.add(c, s);
+        b.add(sum, h)
+    })?;
+    case("xielu".into(), &|b, x| {
+        let h = b.rms_norm("n", x, 1e-6);
+        let h = b.linear("up", h, 336);
+        b.xielu("act_fn", h, [&[1], &[1], &[], &[]])
+    })?;
+    case("attention and MLP of one norm".into(), &|b, x| {
+        let h = b.layer_norm("n", x, 1e-5);
+        let (q, k, v) = (b.linear("q", h, 64), b.linear("k", h, 32), b.linear("v", h, 32));
+        let (gate, up) = (b.linear("gate", h, 200), b.linear("up", h, 200));
+        let (q, k) = (b.rope(q, 32, &rope(1.0)), b.rope(k, 32, &rope(1.0)));
+        let attended = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let (attended, y) = (b.linear("o", attended, 104), b.glu("silu", gate, up));
+        let y = b.linear("down", y, 104);
+        let sum = b.add(x, attended);
+        b.add(sum, y)
+    })?;
+    case("fused projections".into(), &|b, x| {
+        let h = b.rms_norm("n", x, 1e-6);
+        let qkv = b.linear("qkv_proj", h, 128);
+        let [q, k, v] = b.split(qkv, [64, 32, 32]);
+        let (q, k) = (b.rope(q, 32, &rope(1.0)), b.rope(k, 32, &rope(1.0)));
+        let attended = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let h = b.linear("o_proj", attended, 104);
+        let h = b.rms_norm("m", h, 1e-6);
+        let fused = b.linear("gate_up_proj", h, 400);
+        let [gate, up] = b.split(fused, [200, 200]);
+        b.glu("silu", gate, up)
+    })?;
+    case("a part of a part, turned before the others are taken".into(), &|b, x| {
+        let all = b.linear("a", x, 192);
+        let left = b.narrow(all, 0, 128);
+        let p = b.narrow(left, 64, 64);
+        let turned = b.rope(p, 32, &rope(1.1));
+        let (q, r) = (b.narrow(left, 0, 64), b.narrow(all, 128, 64));
+        let q = b.head_norm(Norm::rms(1e-6), "n", q, 32);
+        let sum = b.add(turned, q);
+        let r = b.scale(r, 0.7);
+        b.add(sum, r)
+    })?;
+    case("parts with columns between them, one that nothing reads".into(), &|b, x| {
+        let all = b.linear("a", x, 200);
+        let _ = b.narrow(all, 0, 24);
+        let (p, q) = (b.narrow(all, 32, 64), b.narrow(all, 104, 64));
+        let turned = b.rope(q, 32, &rope(1.1));
+        b.add(turned, p)
+    })?;
+    // None of them may be turned in its place: what is read of it elsewhere would be lost.
+    case("parts that overlap".into(), &|b, x| {
+        let all = b.linear("a", x, 128);
+        let (p, q, r) = (b.narrow(all, 0, 64), b.narrow(all, 32, 64), b.narrow(all, 64, 64));
+        let (p, q) = (b.rope(p, 32, &rope(1.0)), b.rope(q, 32, &rope(0.9)));
+        let sum = b.add(p, q);
+        b.add(sum, r)
+    })?;
+    case("a part of a value that is read whole, and all of it".into(), &|b, x| {
+        let all = b.linear("a", x, 104);
+        let n = b.rms_norm("n", all, 1e-6);
+        let p = b.narrow(n, 40, 64);
+        let turned = b.rope(p, 32, &rope(1.0));
+        let (p, copy) = (b.linear("b", turned, 104), b.narrow(n, 0, 104));
+        let (q, r) = (b.linear("c", n, 104), b.linear("d", copy, 104));
+        let sum = b.add(p, q);
+        b.add(sum, r)
+    })?;
+    case("parts of the block's input, put together otherwise".into(), &|b, x| {
+        let (p, q) = (b.narrow(x, 0, 64), b.narrow(x, 64, 40));
+        let turned = b.rope(p, 32, &rope(1.0));
+        let h = b.linear("a", q, 40);
+        let h = b.cat(h, turned);
+        b.cat(h, q)
+    })?;
+    case("cat of a value and itself".into(), &|b, x| {
+        let h = b.linear("a", x, 64);
+        let twice = b.cat(h, h);
+        b.rope(twice, 32, &rope(1.0))
+    })?;
     case("scale".into(), &|b, x| {
         let (p, q) = (b.linear("a", x, 104), b.scale(x, 0.3));
         let (p, again) = (b.scale(p, -1.5), b.scale(q, 2.0));
@@ -108,7 +248,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         };
         b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
     })?;
-    for activation in ["silu", "gelu", "gelu_tanh"] {
+    for activation in ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
@@ -139,26 +279,78 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
-    let (hidden, vocab) = (72, 88);
-    let mut graph = GraphBuilder::decoder(hidden, vocab);
-    graph.embed(|b, tokens| {
-        let x = b.embedding("embed.weight", tokens, vocab, hidden);
+    cases.extend(whole_graphs(&config)?);
+    Ok(cases)
+}
+
+/// Graphs whose embedding or head is the case.
+fn whole_graphs(config: &Config) -> Result<Vec<(String, ModelGraph)>> {
+    type Embed<'a> = &'a dyn Fn(&mut BlockBuilder, Var, usize) -> Var;
+    type Head<'a> = &'a dyn Fn(&mut BlockBuilder, Var, usize) -> Var;
+    let hidden = 72;
+    let graph = |vocab: usize, embed: Embed<'_>, head: Head<'_>| -> Result<ModelGraph> {
+        let mut graph = GraphBuilder::decoder(hidden, vocab);
+        graph.embed(|b, tokens| embed(b, tokens, vocab));
+        let block = graph.block("case", |b, x| {
+            let h = b.layer_norm("n", x, 1e-5);
+            let h = b.linear("a", h, hidden);
+            b.add(x, h)
+        });
+        graph.layer(block, "layers.0.");
+        graph.head(|b, x| head(b, x, vocab));
+        Ok(graph.finish(config)?)
+    };
+    let table = |b: &mut BlockBuilder, tokens: Var, vocab: usize| b.embedding("embed.weight", tokens, vocab, hidden);
+    let several = |b: &mut BlockBuilder, tokens: Var, vocab: usize| {
+        let x = table(b, tokens, vocab);
         let x = b.scale(x, 3.0);
         b.layer_norm("embed.norm", x, 1e-5)
-    });
-    let block = graph.block("case", |b, x| {
-        let h = b.layer_norm("n", x, 1e-5);
-        let h = b.linear("a", h, hidden);
-        b.add(x, h)
-    });
-    graph.layer(block, "layers.0.");
-    graph.head(|b, x| {
+    };
+    let and_several = |b: &mut BlockBuilder, x: Var, vocab: usize| {
         let h = b.layer_norm("norm", x, 1e-5);
         let h = b.scale(h, 0.5);
         b.lm_head("embed.weight", h, vocab)
-    });
-    cases.push(("embedding and head of several ops".into(), graph.finish(&config)?));
+    };
+    let mut cases = vec![("embedding and head of several ops".into(), graph(88, &several, &and_several)?)];
+    for (name, vocab, tensor, bias, softcap) in [
+        ("head with a soft cap", 88, "head.weight", None, Some(1.5)),
+        ("head with a bias", 88, "head.weight", Some("head.bias"), None),
+        ("vocabulary of 83", 83, "head.weight", None, None),
+        ("vocabulary of 81, tied, soft cap, bias", 81, "embed.weight", Some("head.bias"), Some(2.0)),
+    ] {
+        let head = |b: &mut BlockBuilder, x: Var, vocab: usize| {
+            let h = b.rms_norm("norm", x, 1e-6);
+            b.lm_head_with(tensor, h, vocab, bias, softcap)
+        };
+        cases.push((name.into(), graph(vocab, &table, &head)?));
+    }
+    cases.push(("a stream that is wider than its hidden states".into(), wide_stream(config)?));
     Ok(cases)
+}
+
+/// What the embedding adds to the stream is passed through every layer, and the head reads the rest.
+fn wide_stream(config: &Config) -> Result<ModelGraph> {
+    let (hidden, more, vocab) = (72, 32, 83);
+    let mut graph = GraphBuilder::decoder(hidden + more, vocab);
+    graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden + more));
+    let block = graph.block("case", |b, x| {
+        let [x, more] = b.split(x, [hidden, more]);
+        let h = b.rms_norm("n", x, 1e-6);
+        let (gate, h) = (b.linear("gate", h, 32), b.linear("a", h, hidden));
+        let x = b.add(x, h);
+        let own = b.glu("gelu_tanh", gate, more);
+        let own = b.linear("own", own, hidden);
+        let x = b.add(x, own);
+        b.cat(x, more)
+    });
+    graph.layer(block, "layers.0.");
+    graph.layer(block, "layers.1.");
+    graph.head(|b, x| {
+        let x = b.narrow(x, 0, hidden);
+        let h = b.rms_norm("norm", x, 1e-6);
+        b.lm_head("head.weight", h, vocab)
+    });
+    Ok(graph.finish(config)?)
 }
 
 /// Small configs of the families.

@@ -139,7 +139,7 @@ impl Footprint {
             levels: (0..lowered.programs.len()).map(|kind| SavedActivations::ALL.map(|l| level(kind, l))).collect(),
             embed: lowered.embed_schedule.forward.scratch_bytes,
             head: 3 * lowered.head.edge() + head.forward.saved_bytes + scratch,
-            logits: graph.vocab_size * 4,
+            logits: lowered.projection.rows * 4,
             work: kinds.iter().map(|k| lowered.programs[*k].work(&lowered.programs[*k].forward) * 3.0).sum(),
             kinds,
         }

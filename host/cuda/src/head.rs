@@ -4,7 +4,8 @@ use super::blas::{Matmul, Operands};
 use super::engine::{CudaDevice, Pass};
 use super::gpu::View;
 use super::launch::KvCache;
-use super::ops::{embedding, lm_head};
+use super::ops::embedding;
+use super::ops::lm_head::{self, LmHead};
 use super::program::{GRADIENT, INPUT, OUTPUT, Slice};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::Result;
@@ -18,7 +19,8 @@ impl CudaDevice {
     }
 
     fn of_head(&self, head: &Pass<'_>, buffer: usize) -> View {
-        head.view(Slice::whole(buffer, self.graph.hidden_size))
+        let width = if buffer == INPUT { self.graph.hidden_size } else { self.lowered.projection.inputs };
+        head.view(Slice::whole(buffer, width))
     }
 
     /// The head up to its projection, for the rows that predict.
@@ -32,20 +34,20 @@ impl CudaDevice {
     /// log-probs, to that of the last layer's output.
     pub(super) fn head_backward(&self, head: &Pass<'_>) -> Result<()> {
         let (hidden, gradient) = (self.graph.hidden_size, self.of_head(head, GRADIENT));
-        lm_head::scale_rows(&head.launch, hidden, gradient)?;
+        lm_head::scale_rows(&head.launch, self.lowered.projection.inputs, gradient)?;
         head.run(&self.lowered.head_schedule.steps)?;
         let to = View { at: self.values.address + self.arrangement.gradient as u64, ld: self.edge(0).ld };
         embedding::scatter_rows(&head.launch, hidden, gradient, to)?;
         self.gpu.mark("head vjp")
     }
 
-    /// Logits of the rows `[first, first + rows)` that predict, in f32 where the arrangement has them.
-    pub(super) fn logits(&self, head: &Pass<'_>, first: usize, rows: usize) -> Result<View> {
-        let (hidden, vocab) = (self.graph.hidden_size, self.graph.vocab_size);
+    /// Products with the projection of the rows `[first, first + count)` that predict, in f32 where the arrangement has logits.
+    pub(super) fn products(&self, head: &Pass<'_>, first: usize, count: usize) -> Result<View> {
+        let LmHead { inputs, rows, .. } = self.lowered.projection;
         let a = self.of_head(head, OUTPUT).row(first);
-        let b = View { at: self.weights.projection, ld: hidden as i64 };
-        let d = View { at: self.values.address + self.arrangement.logits as u64, ld: vocab as i64 };
-        let mut matmul = Matmul::new(rows, vocab, hidden);
+        let b = View { at: self.weights.projection, ld: inputs as i64 };
+        let d = View { at: self.values.address + self.arrangement.logits as u64, ld: rows as i64 };
+        let mut matmul = Matmul::new(count, rows, inputs);
         (matmul.b_transposed, matmul.wide) = (true, true);
         self.blas.run(&self.gpu, matmul, Operands { a, b, c: d, d, bias: 0 })?;
         self.gpu.mark("logits")?;
@@ -55,18 +57,18 @@ impl CudaDevice {
     /// Log-probs of the batch's answer tokens from the head's output, in chunks of rows; with `grad`, leaves their gradient where
     /// that of the head's output lies.
     pub(super) fn log_probs(&self, head: &Pass<'_>, grad: bool) -> Result<()> {
-        let (hidden, vocab, answers) = (self.graph.hidden_size, self.graph.vocab_size, self.inputs.at.answers);
-        let table = View { at: self.weights.projection, ld: hidden as i64 };
+        let (own, answers) = (self.lowered.projection, self.inputs.at.answers);
+        let table = View { at: self.weights.projection, ld: own.inputs as i64 };
         for first in (0..answers).step_by(self.arrangement.logits_rows) {
-            let rows = self.arrangement.logits_rows.min(answers - first);
-            let logits = self.logits(head, first, rows)?;
-            lm_head::log_probs(&head.launch, logits.at, vocab, first, rows, grad)?;
+            let count = self.arrangement.logits_rows.min(answers - first);
+            let products = self.products(head, first, count)?;
+            own.log_probs(&head.launch, (products.at, self.weights.projection_bias), first, count, grad)?;
             self.gpu.mark("log-probs")?;
             if grad {
-                let dlogits = View { at: logits.at, ld: 2 * vocab as i64 };
+                let dproducts = View { at: products.at, ld: 2 * products.ld };
                 let d = self.of_head(head, GRADIENT).row(first);
-                let matmul = Matmul::new(rows, hidden, vocab);
-                self.blas.run(&self.gpu, matmul, Operands { a: dlogits, b: table, c: d, d, bias: 0 })?;
+                let matmul = Matmul::new(count, own.inputs, own.rows);
+                self.blas.run(&self.gpu, matmul, Operands { a: dproducts, b: table, c: d, d, bias: 0 })?;
                 self.gpu.mark("logits vjp")?;
             }
         }
@@ -93,7 +95,8 @@ impl CudaDevice {
         }
         let head = self.head();
         self.head_forward(&head)?;
-        let view = self.logits(&head, 0, 1)?;
+        let view = self.products(&head, 0, 1)?;
+        self.lowered.projection.to_logits(&head.launch, view.at, self.weights.projection_bias)?;
         let mut logits = vec![0.0; self.graph.vocab_size];
         self.gpu.download(view.at, &mut logits)?;
         Ok(logits)

@@ -35,7 +35,7 @@ pub(crate) struct KvCache {
 pub(crate) struct BatchTable {
     /// What it is computed from; equal ones are one table.
     pub constants: Vec<f32>,
-    pub scale: f32,
+    pub numbers: [f32; 3],
     /// Bytes a token.
     pub bytes: usize,
     /// Computes it from its constants on the GPU.
@@ -59,7 +59,7 @@ impl KvCache {
 
 impl BatchTable {
     fn same(&self, other: &BatchTable) -> bool {
-        self.constants == other.constants && self.scale == other.scale
+        self.constants == other.constants && self.numbers == other.numbers
     }
 
     /// Every table once.

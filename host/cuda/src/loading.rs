@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use super::kernels::Kernels;
-use super::lowered::{Lowered, projection};
+use super::lowered::{Lowered, projection, table_values};
 use super::optimizer::{Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
@@ -38,8 +38,9 @@ pub(crate) struct Weights {
     pub embed: BlockWeights,
     pub layers: Vec<BlockWeights>,
     pub head: BlockWeights,
-    /// `[vocab, hidden]`.
+    /// `[vocab, hidden]`, and `[vocab]` where it has a bias.
     pub projection: Address,
+    pub projection_bias: Address,
     pub store: LayerStore,
     /// The f32 gradients of all stacks, one after the other.
     pub gradients: Memory,
@@ -144,7 +145,7 @@ impl Weights {
         let bytes: Vec<usize> = (0..graph.layers.len()).map(|layer| lowered.layer(graph, layer)).collect();
         let store = LayerStore::new(gpu, plan.layers(), &bytes, rank)?;
         let here: usize = if store.is_sharded() { 0 } else { bytes.iter().sum() };
-        let memory = gpu.allocate(here + lowered.rest(graph) + lowered.table(graph, plan.table()))?;
+        let memory = gpu.allocate(here + lowered.rest() + lowered.table(graph, plan.table()))?;
         let gradients = gpu.allocate(lowered.gradients(graph).max(256))?;
         let mut arena = Arena::of(&memory);
         // What is not written, such as B of a linear without an adapter, is zero.
@@ -180,10 +181,21 @@ impl Weights {
             None => loader.table(&mut arena, weight)?,
         };
         embed.tables.push(table);
-        let projection =
-            if tied { table } else { loader.table(&mut arena, self::weight(projection(graph)?.0, "weight")?)? };
+        let (node, _) = projection(graph)?;
+        let projection = if tied { table } else { loader.table(&mut arena, self::weight(node, "weight")?)? };
+        let projection_bias = node.weight("bias").map(|bias| loader.table(&mut arena, bias)).transpose()?.unwrap_or(0);
         gpu.finish()?;
-        Ok(Weights { embed, layers, head, projection, store, gradients, _memory: memory, _table: on_host })
+        Ok(Weights {
+            embed,
+            layers,
+            head,
+            projection,
+            projection_bias,
+            store,
+            gradients,
+            _memory: memory,
+            _table: on_host,
+        })
     }
 
     /// The adapter's matrices with their places in the stacks.
@@ -265,15 +277,16 @@ impl Loader<'_> {
         }
         for vector in &program.vectors {
             let at = arena.take(vector.bytes())?;
-            self.load(prefix, weight(&nodes[vector.node], vector.role)?, at, vector.bytes())?;
+            let weight = weight(&nodes[vector.node], vector.role)?;
+            self.load(prefix, weight, at, row_bytes(weight))?;
             own.vectors.push(at);
         }
         Ok(own)
     }
 
-    /// A table `[rows, columns]`.
+    /// A table `[rows, columns]`, or a vector of as many values as a table has rows.
     fn table(&mut self, arena: &mut Arena, weight: &Weight) -> Result<Address> {
-        let at = arena.take(NUMBERS.bytes(weight.shape.iter().product()))?;
+        let at = arena.take(NUMBERS.bytes(table_values(weight)))?;
         self.load("", weight, at, row_bytes(weight))?;
         Ok(at)
     }

@@ -1,12 +1,13 @@
 //! A model lowered for CUDA: programs of its blocks with their passes, and what its weights take.
 
-use dpo_plugin_api::graph::{ModelGraph, Node};
+use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 
 use super::arena::aligned;
 use super::launch::BatchTable;
 use super::liveness::Scheduled;
 use super::lowering::Frame;
 use super::ops;
+use super::ops::lm_head::LmHead;
 use super::program::Program;
 use super::saved::SavedActivations;
 use super::weights::{LayerStore, NUMBERS};
@@ -28,6 +29,7 @@ pub(super) struct Lowered {
     /// The head up to its projection.
     pub head: Program,
     pub head_schedule: Scheduled,
+    pub projection: LmHead,
     /// What is computed once a batch.
     pub tables: Vec<BatchTable>,
 }
@@ -51,29 +53,17 @@ impl Lowered {
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain = |width, behind, backward| Frame {
-            widths: [width, hidden],
-            behind,
-            rank,
-            adapted: &|_| false,
-            numbers,
-            backward,
-        };
+        let plain = |widths, behind, backward| Frame { widths, behind, rank, adapted: &|_| false, numbers, backward };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
-        let embed = Program::lower(&graph.embed, embed, ops::find, &plain(1, behind, false))?;
+        let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], behind, false))?;
         if embed.tables.len() != 1 {
             return Err(Error::input(format!("{} embedding tables; CUDA supports one", embed.tables.len()))
                 .help("train with --device cpu"));
         }
-        let (projection, nodes) = projection(graph)?;
-        let head = Program::lower(&graph.head, (nodes, projection.inputs[0]), ops::find, &plain(hidden, 0, true))?;
-        if !graph.vocab_size.is_multiple_of(8) {
-            return Err(Error::input(format!(
-                "a vocabulary of {} is not a multiple of 8, which CUDA needs",
-                graph.vocab_size
-            ))
-            .help("train with --device cpu"));
-        }
+        let (node, nodes) = projection(graph)?;
+        let projection = LmHead::of(node)?;
+        let frame = plain([hidden, projection.inputs], 0, true);
+        let head = Program::lower(&graph.head, (nodes, node.inputs[0]), ops::find, &frame)?;
         let nodes = graph.blocks.iter().chain([&graph.embed, &graph.head]).flat_map(|b| &b.nodes);
         let tables = nodes.map(|n| Ok((ops::find(&n.op)?.table)(n))).collect::<Result<Vec<_>>>()?;
         Ok(Lowered {
@@ -84,6 +74,7 @@ impl Lowered {
             embed,
             programs,
             head,
+            projection,
         })
     }
 
@@ -95,7 +86,7 @@ impl Lowered {
     /// Bytes of frozen weights on a rank's GPU, where layers are kept so: of the layers, the head and the projection.
     pub(super) fn weights(&self, graph: &ModelGraph, layers: Storage) -> usize {
         let each: Vec<usize> = (0..graph.layers.len()).map(|layer| self.layer(graph, layer)).collect();
-        self.rest(graph) + LayerStore::bytes(layers, &each)
+        self.rest() + LayerStore::bytes(layers, &each)
     }
 
     /// Bytes of a layer's frozen weights.
@@ -104,15 +95,16 @@ impl Lowered {
     }
 
     /// Bytes of what every rank has: of the head with the projection.
-    pub(super) fn rest(&self, graph: &ModelGraph) -> usize {
-        let projection = aligned(NUMBERS.bytes(graph.vocab_size * graph.hidden_size));
+    pub(super) fn rest(&self) -> usize {
+        let LmHead { rows, inputs, bias, .. } = self.projection;
+        let projection = aligned(NUMBERS.bytes(rows * inputs)) + if bias { aligned(NUMBERS.bytes(rows)) } else { 0 };
         self.embed.weight_bytes() + self.head.weight_bytes() + projection
     }
 
     /// Bytes on the GPU of the embedding table, where it is kept so; none where it is the projection.
     pub(super) fn table(&self, graph: &ModelGraph, storage: Storage) -> usize {
         let weight = graph.embed.nodes[self.embed.tables[0]].weight("weight").filter(|_| !self.tied(graph));
-        weight.map_or(0, |w| aligned(storage.bytes(w.shape.iter().product())))
+        weight.map_or(0, |w| aligned(storage.bytes(table_values(w))))
     }
 
     /// Whether the projection is the embedding's table.
@@ -139,6 +131,12 @@ impl Program {
         let stacks = self.stacks.iter().map(|s| aligned(s.bytes()) + aligned(s.bias_bytes()));
         stacks.chain(self.vectors.iter().map(|v| aligned(v.bytes()))).sum()
     }
+}
+
+/// Values of a table on the GPU, where zeros fill its rows up to a multiple of 8: it may be the projection.
+pub(super) fn table_values(weight: &Weight) -> usize {
+    let [rows, columns @ ..] = weight.shape.as_slice() else { return 0 };
+    rows.next_multiple_of(8) * columns.iter().product::<usize>()
 }
 
 /// The head's projection, and the nodes before it.

@@ -1,14 +1,17 @@
 //! From a block's nodes to a [`Program`]: where every value and every gradient lies, and which steps compute them.
 //!
 //! What a node becomes is said by its op's [`CudaOp`]; here is what those have in common. Values and gradients have places that
-//! ops ask for and pass on. A step that would overwrite a value or a gradient that is still read is refused.
+//! ops ask for and pass on. A step that would overwrite a value or a gradient that is still read is refused. Where gradients lie
+//! is said in `gradients`.
+
+mod gradients;
 
 use dpo_plugin_api::graph::{Block, Node};
 
 use super::arena::padded;
 use super::launch::BatchTable;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
-use super::sum::{copy, sum};
+use super::sum::copy;
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
@@ -27,6 +30,8 @@ pub(crate) struct CudaOp {
     pub backward_reads: BackwardReads,
     /// Whether its step turns a value into its own in place, and a gradient too.
     pub in_place: bool,
+    /// First column and number of those of its input that are its value: it lies there, and no step makes it.
+    pub part: fn(&Node) -> Option<(usize, usize)>,
     /// What a step that makes one of its inputs could compute in its stead.
     pub epilogue: Option<Epilogue>,
     /// Multiples of the LoRA rank that a node may claim behind a value.
@@ -63,6 +68,7 @@ impl CudaOp {
             backward,
             backward_reads: BackwardReads { inputs: false, value: false },
             in_place: false,
+            part: |_| None,
             epilogue: None,
             ranks_behind: |_, _| 0,
             table: |_| None,
@@ -112,6 +118,8 @@ pub(crate) struct Lowering<'a> {
     at: At,
     /// Where every value lies.
     homes: Vec<Option<Slice>>,
+    /// Of every value, the one whose place it has, or a part of that.
+    over: Vec<Option<usize>>,
     /// Columns that are claimed behind every value, and behind its gradient.
     behind: Vec<usize>,
     gradient_behind: Vec<usize>,
@@ -122,6 +130,8 @@ pub(crate) struct Lowering<'a> {
     bundles: Vec<Bundle>,
     /// Where the gradient of every value lies that has one.
     gradients: Vec<Option<Slice>>,
+    /// Where the gradient of a value lies whose parts have theirs in it.
+    of_parts: Vec<Option<Slice>>,
     /// Values that the node at hand makes; in the backward pass, those whose gradients it makes.
     making: Vec<usize>,
     /// Of every buffer, the columns of its value, without those behind it.
@@ -146,15 +156,17 @@ impl Program {
             output,
             at: At::Forward(0),
             homes: vec![None; nodes.len() + 1],
+            over: vec![None; nodes.len() + 1],
             behind: vec![0; nodes.len() + 1],
             gradient_behind: vec![0; nodes.len() + 1],
             computed_by: vec![None; nodes.len()],
             left: vec![Vec::new(); nodes.len()],
             bundles: Vec::new(),
             gradients: vec![None; nodes.len() + 1],
+            of_parts: vec![None; nodes.len() + 1],
             making: Vec::new(),
-            widths: vec![input, width, width],
-            program: Program { buffers: vec![edge(input), edge(width), edge(width)], ..Program::default() },
+            widths: vec![input, width, input.max(width)],
+            program: Program { buffers: vec![edge(input), edge(width), edge(input.max(width))], ..Program::default() },
         };
         lowering.homes[0] = Some(Slice::whole(INPUT, input));
         for index in 0..nodes.len() {
@@ -195,7 +207,7 @@ impl Lowering<'_> {
             (self.ops[index].backward)(self, index)?;
         }
         match self.gradients[0].take() {
-            Some(is) => self.copy(is, whole),
+            Some(is) => self.copy(is, Slice::whole(GRADIENT, is.width)),
             None => Err(Error::input(format!("block '{block}' does not read its input"))),
         }
     }
@@ -220,25 +232,33 @@ impl Lowering<'_> {
     fn is_live(&self, place: Slice) -> bool {
         let backward = matches!(self.at, At::Backward(_));
         let made = |v: usize, backward_made: bool| backward == backward_made && self.making.contains(&v);
-        let values = self.homes.iter().enumerate().filter(|(v, _)| !made(*v, false) && self.is_read_later(*v));
-        let gradients = self.gradients.iter().enumerate().filter(|(v, _)| !made(*v, true));
-        values.chain(gradients).filter_map(|(_, p)| *p).any(|p| p.overlaps(place))
+        let values = (0..self.homes.len()).filter(|v| !made(*v, false)).any(|v| self.is_read_later(v, place));
+        let mut gradients = self.gradients.iter().enumerate().filter(|(v, _)| !made(*v, true));
+        values || gradients.any(|(_, g)| g.is_some_and(|g| g.overlaps(place)))
     }
 
-    /// Whether a value is read after the node at hand.
-    fn is_read_later(&self, value: usize) -> bool {
-        let maker = value.checked_sub(1);
+    /// Whether what lies in a place is read as a part of a value after the node at hand.
+    fn is_read_later(&self, value: usize, place: Slice) -> bool {
+        let lies = || self.homes[value].is_some_and(|home| home.overlaps(place));
+        let reads = |c: usize| self.read_by(value, c).is_some_and(|read| read.overlaps(place));
         let backward_from = |last: usize| {
-            let reads = |c: usize| c < last && self.ops[c].backward_reads.inputs;
-            let makes = |m: usize| m < last && self.ops[m].backward_reads.value;
-            self.frame.backward && (self.consumers(value).any(reads) || maker.is_some_and(makes))
+            let again = |c: usize| c < last && self.ops[c].backward_reads.inputs && reads(c);
+            let makes = |m: usize| m < last && self.ops[m].backward_reads.value && lies();
+            self.frame.backward && (self.consumers(value).any(again) || value.checked_sub(1).is_some_and(makes))
         };
         match self.at {
             At::Forward(index) => {
-                self.consumers(value).any(|c| c > index) || value == self.output || backward_from(usize::MAX)
+                let ahead = self.consumers(value).any(|c| c > index && reads(c));
+                ahead || (value == self.output && lies()) || backward_from(usize::MAX)
             }
             At::Backward(index) => backward_from(index),
         }
+    }
+
+    /// Where that lies of a value which a node reads.
+    fn read_by(&self, value: usize, node: usize) -> Option<Slice> {
+        let home = self.homes[value]?;
+        Some((self.ops[node].part)(&self.nodes[node]).map_or(home, |(start, width)| home.part(start, width)))
     }
 
     /// Nodes that read a value.
@@ -275,6 +295,11 @@ impl Lowering<'_> {
     /// Claims columns behind a value.
     pub(crate) fn claim_behind(&mut self, value: usize, columns: usize) {
         self.behind[value] = self.behind[value].max(columns);
+    }
+
+    /// Claims as many behind a value as are claimed behind its gradient, which may take its place.
+    pub(crate) fn claim_behind_for_gradient(&mut self, value: usize) {
+        self.claim_behind(value, self.gradient_behind[value]);
     }
 
     /// Claims columns behind a value's gradient, as many as lie behind values between blocks.
@@ -360,12 +385,37 @@ impl Lowering<'_> {
     /// The place of a node's value: its input's, where nothing else reads that, else a new one.
     pub(crate) fn place_over_input(&mut self, index: usize) -> Result<Slice> {
         let from = self.nodes[index].inputs[0];
-        if !self.is_consumed(from) || index + 1 == self.output {
+        let home = self.home(from)?;
+        if index + 1 == self.output || !self.is_free_for(home, from, index) {
             return Ok(self.place(index));
         }
-        let home = self.home(from)?;
+        self.over[index + 1] = Some(from);
         self.make(index + 1, home);
         Ok(home)
+    }
+
+    /// The place of a value that is a part of a node's input: in that one's.
+    pub(crate) fn place_in_input(&mut self, index: usize, start: usize) -> Result<()> {
+        let from = self.nodes[index].inputs[0];
+        let home = self.home(from)?.part(start, self.nodes[index].width);
+        self.over[index + 1] = Some(from);
+        self.make(index + 1, home);
+        Ok(())
+    }
+
+    /// Whether nothing but a node reads what lies in a place as a value, or as a part of one that this one is a part of: what
+    /// is computed of it would be lost, and could not be computed again.
+    fn is_free_for(&self, place: Slice, mut value: usize, mut reader: usize) -> bool {
+        loop {
+            let Some(maker) = value.checked_sub(1) else { return false };
+            let mut others = self.consumers(value).filter(|c| *c != reader);
+            let read = others.any(|c| self.read_by(value, c).is_some_and(|read| read.overlaps(place)));
+            if read || value == self.output || self.ops[maker].backward_reads.value {
+                return false;
+            }
+            let Some(whole) = self.over[value] else { return true };
+            (value, reader) = (whole, maker);
+        }
     }
 
     /// Copies columns, unless they are there.
@@ -414,118 +464,5 @@ impl Lowering<'_> {
     pub(crate) fn stack(&self, node: usize) -> Result<(usize, &Stack)> {
         let found = self.program.stacks.iter().enumerate().find(|(_, s)| s.member(node).is_some());
         found.ok_or_else(|| Error::run("a matrix is in no stack"))
-    }
-}
-
-/// Places of gradients.
-impl Lowering<'_> {
-    /// The gradient of a node's value, which the node's backward steps use up. `None` for one that nothing reads: then what made
-    /// it has no gradient either.
-    pub(crate) fn take_gradient(&mut self, index: usize) -> Option<Slice> {
-        self.gradients[index + 1].take()
-    }
-
-    /// Where all gradients of values lie that were placed together.
-    pub(crate) fn gradients_together(&self, value: usize) -> Option<Slice> {
-        let bundle = self.bundles.iter().find(|b| b.values.contains(&value))?;
-        bundle.gradient.map(|buffer| Slice::whole(buffer, bundle.width))
-    }
-
-    /// The value whose gradient a value's gradient becomes in place.
-    fn source(&self, mut value: usize) -> usize {
-        while let Some(maker) = value.checked_sub(1).filter(|m| self.ops[*m].in_place) {
-            let from = self.nodes[maker].inputs[0];
-            if self.only_consumer(from).is_none() {
-                break;
-            }
-            value = from;
-        }
-        value
-    }
-
-    /// Where the gradient of a value has to lie, if that is not free to choose.
-    fn fixed_place(&mut self, value: usize) -> Option<Slice> {
-        let value = self.source(value);
-        let at = self.bundles.iter().position(|b| b.values.contains(&value))?;
-        let (width, behind, before) = (self.bundles[at].width, self.bundles[at].behind, self.bundles[at].gradient);
-        let buffer = before.unwrap_or_else(|| self.buffer(width, behind).buffer);
-        self.bundles[at].gradient = Some(buffer);
-        self.homes[value].map(|home| Slice { buffer, ..home })
-    }
-
-    /// Where the gradient of a value is written that has none yet.
-    fn destination(&mut self, value: usize) -> Slice {
-        if let Some(fixed) = self.fixed_place(value) {
-            return fixed;
-        }
-        let source = self.source(value);
-        let width = self.homes[source].map_or_else(|| self.nodes[source - 1].width, |h| h.width);
-        self.buffer(width, self.gradient_behind[source])
-    }
-
-    /// A further part of a value's gradient: what is added to, and where the sum goes. That is the same place unless another
-    /// value's gradient lies there too, or what is `read` meanwhile.
-    pub(crate) fn accumulate(&mut self, value: usize, read: Option<Slice>) -> (Option<Slice>, Slice) {
-        let (before, to) = match self.gradients[value] {
-            None => (None, self.destination(value)),
-            Some(before) => {
-                let others = self.gradients.iter().enumerate().filter(|(v, _)| *v != value).filter_map(|(_, g)| *g);
-                let taken = others.chain(read).any(|g| g.overlaps(before));
-                (Some(before), if taken { self.destination(value) } else { before })
-            }
-        };
-        self.gradients[value] = Some(to);
-        self.making.push(value);
-        (before, to)
-    }
-
-    /// Gives a value a gradient by a step that cannot add: where it writes, and the step that adds afterwards.
-    pub(crate) fn write_gradient(&mut self, value: usize) -> (Slice, Option<Step>) {
-        let (before, to) = self.accumulate(value, None);
-        match before {
-            None => (to, None),
-            Some(before) => {
-                let part = self.buffer(to.width, 0);
-                (part, Some(sum(before, part, to)))
-            }
-        }
-    }
-
-    /// Where a value's gradient, or a part of it, is written that is made of another gradient element by element: in that one's
-    /// place, unless it is another value's too.
-    pub(crate) fn place_over_gradient(&mut self, value: usize, gradient: Slice) -> Slice {
-        if !self.gradients.iter().flatten().any(|g| g.overlaps(gradient)) {
-            return gradient;
-        }
-        match self.gradients[value] {
-            Some(_) => self.buffer(gradient.width, 0),
-            None => self.destination(value),
-        }
-    }
-
-    /// Passes a gradient on to a value as it is.
-    pub(crate) fn pass_on(&mut self, value: usize, gradient: Slice) -> Result<()> {
-        if self.gradients[value].is_some() {
-            if let (Some(before), to) = self.accumulate(value, None) {
-                self.push(sum(before, gradient, to))?;
-            }
-            return Ok(());
-        }
-        let to = self.fixed_place(value).unwrap_or(gradient);
-        self.gradients[value] = Some(to);
-        self.making.push(value);
-        self.copy(gradient, to)
-    }
-
-    /// Values that are read for the last time where their gradients are made: those may take their place, where both lie
-    /// together.
-    pub(crate) fn reuse_places(&mut self, values: &[usize]) {
-        let consumed = values.iter().all(|v| self.is_consumed(*v));
-        let same = |b: &&mut Bundle| {
-            b.gradient.is_none() && b.values.len() == values.len() && b.values.iter().all(|v| values.contains(v))
-        };
-        if let Some(bundle) = self.bundles.iter_mut().find(same).filter(|_| consumed) {
-            bundle.gradient = Some(bundle.buffer);
-        }
     }
 }

@@ -107,6 +107,11 @@ impl Slice {
         Slice { column: self.column + self.width, width, ..self }
     }
 
+    /// Some of these columns.
+    pub(crate) fn part(self, start: usize, width: usize) -> Slice {
+        Slice { column: self.column + start, width, ..self }
+    }
+
     /// These columns and some behind them.
     pub(crate) fn with(self, more: usize) -> Slice {
         Slice { width: self.width + more, ..self }

@@ -1,4 +1,4 @@
-//! Steps that every lowering needs: a copy, and the sum of two values or of two parts of a gradient.
+//! Steps that every lowering needs: a copy, zeros, and the sum of two values or of two parts of a gradient.
 
 use super::gpu::{Args, View};
 use super::kernels::Source;
@@ -6,13 +6,17 @@ use super::launch::Launch;
 use super::program::{Execute, Slice, Step};
 use dpo_core::error::Result;
 
-pub(crate) static SOURCE: Source = Source::plain("sum", include_str!("sum.cu"), &["add", "copy"]);
+pub(crate) static SOURCE: Source = Source::plain("sum", include_str!("sum.cu"), &["add", "copy", "zero"]);
 
 struct Sum {
     width: usize,
 }
 
 struct Copy {
+    width: usize,
+}
+
+struct Zero {
     width: usize,
 }
 
@@ -24,6 +28,11 @@ pub(crate) fn sum(a: Slice, b: Slice, y: Slice) -> Step {
 /// `y = a`.
 pub(crate) fn copy(a: Slice, y: Slice) -> Step {
     Step::new("add, copy", [a], [y], Copy { width: y.width })
+}
+
+/// `y = 0`.
+pub(crate) fn zero(y: Slice) -> Step {
+    Step::new("zero", [], [y], Zero { width: y.width })
 }
 
 impl Execute for Sum {
@@ -53,5 +62,16 @@ impl Execute for Copy {
     #[cfg(test)]
     fn emulate(&self, on: &mut super::tests::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         on.each_row(reads, writes, |_, read, write| write[0] = read[0].clone());
+    }
+}
+
+impl Execute for Zero {
+    fn launch(&self, on: &Launch<'_>, _: &[View], writes: &[View]) -> Result<()> {
+        on.by_columns("zero", on.rows, self.width, Args::default().with(writes[0]).with(self.width as i32))
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::tests::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        on.each_row(reads, writes, |_, _, write| write[0] = vec![0.0; self.width]);
     }
 }

@@ -7,6 +7,7 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
 use super::lowered::Lowered;
+use super::ops::lm_head::LmHead;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::saved::SavedActivations;
@@ -210,21 +211,26 @@ impl Emulator {
         let places = elements(self.arrangement.head_places(&lowered));
         let rows = self.batch.targets.len();
         let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places, rows };
-        let of = |buffer| Slice::whole(buffer, hidden);
+        let projection = lowered.projection;
+        let of = |buffer| Slice::whole(buffer, projection.inputs);
+        let (input, input_gradient) = (Slice::whole(INPUT, hidden), Slice::whole(GRADIENT, hidden));
         let mut logps = Vec::new();
         match dlogps {
             None => {
                 for row in 0..rows {
                     let from = last + self.batch.predictors[row] as usize * ld;
                     let values = self.memory[from..from + hidden].to_vec();
-                    self.write(&pass, &of(INPUT), row, &values);
+                    self.write(&pass, &input, row, &values);
                 }
                 self.run(&pass, &lowered.head.forward);
-                let weight = graph.head.nodes.last().unwrap().weight("weight").unwrap();
-                let table = given(&weight.tensor, &weight.shape);
+                let node = graph.head.nodes.last().unwrap();
+                let [table, bias] =
+                    ["weight", "bias"].map(|role| node.weight(role).map(|w| given(&w.tensor, &w.shape)));
+                let table = table.unwrap();
                 for row in 0..rows {
                     let h = self.row(&pass, &of(OUTPUT), row);
-                    let (logp, grad) = log_prob(&h, &table, self.batch.targets[row] as usize);
+                    let target = self.batch.targets[row] as usize;
+                    let (logp, grad) = log_prob(&h, (&projection, &table, bias.as_deref()), target);
                     logps.push(logp);
                     self.write(&pass, &of(GRADIENT), row, &grad);
                 }
@@ -238,7 +244,7 @@ impl Emulator {
                 let mut sums = vec![0.0; self.batch.tokens() * hidden];
                 for row in 0..rows {
                     let to = self.batch.predictors[row] as usize * hidden;
-                    let values = self.row(&pass, &of(GRADIENT), row);
+                    let values = self.row(&pass, &input_gradient, row);
                     sums[to..to + hidden].iter_mut().zip(values).for_each(|(s, v)| *s += v);
                 }
                 for (row, values) in sums.chunks(hidden).enumerate() {
@@ -331,14 +337,15 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 }
 
 /// The log-prob of a target and its gradient by the hidden state.
-fn log_prob(hidden: &[f32], table: &[f32], target: usize) -> (f32, Vec<f32>) {
+fn log_prob(hidden: &[f32], (own, table, bias): (&LmHead, &[f32], Option<&[f32]>), target: usize) -> (f32, Vec<f32>) {
     let rows: Vec<&[f32]> = table.chunks(hidden.len()).collect();
-    let logits: Vec<f32> = rows.iter().map(|row| dot(row, hidden)).collect();
+    let mut logits: Vec<f32> = rows.iter().map(|row| dot(row, hidden)).collect();
+    own.bend(&mut logits, bias);
     let max = logits.iter().copied().fold(f32::MIN, f32::max);
     let sum = max + logits.iter().map(|z| (z - max).exp()).sum::<f32>().ln();
-    let mut grad = rows[target].to_vec();
+    let mut grad: Vec<f32> = rows[target].iter().map(|w| w * own.slope(logits[target])).collect();
     for (row, z) in rows.iter().zip(&logits) {
-        grad.iter_mut().zip(*row).for_each(|(s, w)| *s -= (z - sum).exp() * w);
+        grad.iter_mut().zip(*row).for_each(|(s, w)| *s -= (z - sum).exp() * own.slope(*z) * w);
     }
     (logits[target] - sum, grad)
 }
@@ -376,6 +383,21 @@ fn programs_compute_what_the_cpu_computes() {
     }
 }
 
+/// Parts of a fused projection, and their gradients, lie where the projection and its gradient do.
+#[test]
+fn parts_are_not_copied() {
+    let cases = op_cases().unwrap();
+    let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS).unwrap();
+    let program = &lowered.programs[0];
+    let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
+    let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
+    assert!(moves.is_empty(), "{moves:?}");
+    // And the gradients of gate and up lie where these were.
+    let of = |label: &str| program.backward.iter().find(|s| s.label == label).unwrap();
+    assert_eq!(of("glu vjp").reads[..2], of("glu vjp").writes);
+}
+
 /// A plan stays within its memory, and more memory never makes it slower.
 #[test]
 fn plans_use_what_there_is() {
@@ -410,7 +432,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
     assert!(shared.total() <= 12 << 30);
-    let rest = Lowered::new(&graph, &adapter, NUMBERS).unwrap().rest(&graph);
+    let rest = Lowered::new(&graph, &adapter, NUMBERS).unwrap().rest();
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);

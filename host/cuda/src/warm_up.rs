@@ -35,7 +35,7 @@ impl CudaDevice {
             self.once(false)?;
             let head = self.head();
             self.head_forward(&head)?;
-            self.logits(&head, 0, 1).map(|_| ())
+            self.products(&head, 0, 1).map(|_| ())
         })?;
         self.gpu.finish()
     }

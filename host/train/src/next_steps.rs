@@ -65,7 +65,7 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
-        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[]);
+        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[], &[]);
         assert!(trained.contains("--dataset a.jsonl    # on rows that it was trained on\n"), "{trained}");
     }
 }

@@ -242,7 +242,7 @@ fn main_weight<'a>(call: &'a Call<'_>) -> Result<&'a Tensor> {
 }
 
 /// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
-fn run(node: &Node) -> usize {
+pub fn run(node: &Node) -> usize {
     let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
     of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
 }

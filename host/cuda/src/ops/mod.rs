@@ -1,16 +1,19 @@
 //! The ops of a graph on the GPU: one file an op, with its kernels beside it. A file says how its op is lowered, which steps that
 //! gives, how they are launched and, for tests, emulated. What else the backend knows of an op it reads from its steps.
 
+mod activation;
 mod add;
 mod attention;
+mod cat;
 pub(super) mod embedding;
 mod glu;
-mod layer_norm;
 mod linear;
 pub(super) mod lm_head;
-mod rms_norm;
+mod narrow;
+mod norms;
 mod rope;
 mod scale;
+mod xielu;
 
 // What files of ops are written with.
 use super::blas::{Matmul, Operands};
@@ -23,33 +26,39 @@ use super::program::{Cost, Execute, Recompute, Slice, Step};
 use super::tests::Emulation;
 use super::weights::{LoadedStack, Member, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
-use dpo_core::ops::{count, number};
+use dpo_core::ops::{count, number, run};
 
 /// All ops.
 pub(super) const OPS: &[CudaOp] = &[
     embedding::OP,
     linear::OP,
-    rms_norm::OP,
-    layer_norm::OP,
+    norms::RMS,
+    norms::LAYER,
     rope::OP,
     attention::OP,
     glu::OP,
+    activation::OP,
+    xielu::OP,
     add::OP,
     scale::OP,
+    narrow::OP,
+    cat::OP,
     lm_head::OP,
 ];
 
 /// Their sources.
 pub(super) const SOURCES: &[&Source] = &[
     &super::sum::SOURCE,
+    &activation::SOURCE,
     &attention::SOURCE,
     &embedding::SOURCE,
     &glu::SOURCE,
-    &layer_norm::SOURCE,
     &lm_head::SOURCE,
-    &rms_norm::SOURCE,
+    &narrow::SOURCE,
+    &norms::SOURCE,
     &rope::SOURCE,
     &scale::SOURCE,
+    &xielu::SOURCE,
 ];
 
 /// The op of a name.

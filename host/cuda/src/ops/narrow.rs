@@ -1,0 +1,72 @@
+//! Columns `[start, start + length)` of a value. They are read where they lie; where parts of a value are all that is read of it,
+//! and have no columns in common, their gradients lie side by side in its gradient, too.
+
+use super::{Args, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, View, count, multiple_of_8};
+use dpo_core::error::Result;
+
+pub(super) static SOURCE: Source = Source::plain("narrow", include_str!("narrow.cu"), &["narrow_vjp"]);
+
+pub(super) const OP: CudaOp = CudaOp {
+    prepare,
+    part: |node| Some((count(node, "start"), count(node, "length"))),
+    ..CudaOp::new("narrow", forward, backward)
+};
+
+struct Vjp {
+    width: usize,
+    start: usize,
+    length: usize,
+}
+
+fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let from = l.nodes[index].inputs[0];
+    if l.is_parted(from) {
+        l.claim_behind_for_gradient(from);
+    }
+    Ok(())
+}
+
+fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let node = &l.nodes[index];
+    let start = multiple_of_8(node, "first column", count(node, "start"))?;
+    let [x] = l.inputs(index)?;
+    if x.width > node.width {
+        return l.place_in_input(index, start);
+    }
+    // Two values that are the same columns would claim the same ones behind them.
+    let y = l.place(index);
+    l.copy(x, y)
+}
+
+fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
+    let node = &l.nodes[index];
+    let from = node.inputs[0];
+    if l.is_parted(from) {
+        // The first part comes here last.
+        let first = l.consumers(from).next() == Some(index);
+        return if first { l.join_parts(from) } else { Ok(()) };
+    }
+    let Some(dy) = l.take_gradient(index) else { return Ok(()) };
+    let (before, dx) = l.accumulate(from, Some(dy));
+    let reads: Vec<Slice> = [dy].into_iter().chain(before).collect();
+    let run = Vjp { width: dx.width, start: count(node, "start"), length: node.width };
+    l.push(Step::new("narrow vjp", reads, [dx], run).in_place(&[(0, 1)]))
+}
+
+impl Execute for Vjp {
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let before = reads.get(1).copied().unwrap_or(View { at: 0, ld: 0 });
+        let args = Args::default().with(reads[0]).with(before).with(writes[0]);
+        let args = args.with(self.width as i32).with(self.start as i32).with(self.length as i32);
+        on.by_columns("narrow_vjp", on.rows, self.width, args)
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        on.each_row(reads, writes, |_, read, write| {
+            let mut sum = read.get(1).cloned().unwrap_or_else(|| vec![0.0; self.width]);
+            sum[self.start..self.start + self.length].iter_mut().zip(&read[0]).for_each(|(s, dy)| *s += dy);
+            write[0] = sum;
+        });
+    }
+}
