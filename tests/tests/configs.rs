@@ -83,6 +83,18 @@ fn published_configs_are_read_without_a_word() {
     opened("Qwen3ForCausalLM", &qwen).unwrap();
 }
 
+/// Families know the published files that they name as their example.
+#[test]
+fn every_familys_example_is_read_without_a_word() {
+    let s = sandbox();
+    let families = Registry::discover(&[], None).families;
+    assert!(families.len() > 30, "{} families", families.len());
+    for family in families {
+        let said = s.ok(&["describe", &family.name]);
+        assert_eq!(said.stderr, "", "{}", family.name);
+    }
+}
+
 #[test]
 fn keys_that_may_change_the_model_are_refused_all_at_once() {
     let bad = json!({"logits_scaling": 8.0, "attn_logit_softcapping": 50.0, "residual_multiplier": 0.22, "clip_qkv": 8,

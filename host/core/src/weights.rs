@@ -483,7 +483,13 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{matches, same_shape};
+
+    #[test]
+    fn a_scalar_is_a_vector_of_one() {
+        assert!(same_shape(&[], &[1]) && same_shape(&[1], &[]) && same_shape(&[2, 3], &[2, 3]));
+        assert!(!same_shape(&[], &[2]) && !same_shape(&[1, 1], &[1]));
+    }
 
     #[test]
     fn patterns() {
