@@ -266,6 +266,8 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         (128, 2, 4, Some(100), Some(2.0)),
         (256, 1, 2, None, Some(0.5)),
         (256, 2, 2, Some(33), None),
+        (512, 1, 2, None, None),
+        (512, 2, 2, Some(21), Some(2.0)),
     ];
     for (dim, kv_heads, share, window, softcap) in shapes {
         let heads = kv_heads * share;
