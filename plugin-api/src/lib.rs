@@ -37,6 +37,7 @@
 pub mod abi;
 pub mod builder;
 pub mod dataset;
+pub mod decoder;
 pub mod dual;
 mod error;
 mod export;
@@ -55,6 +56,7 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 pub mod prelude {
     pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
     pub use crate::dataset::{DatasetFormat, Message, Record, RecordAnswer, Row, Text};
+    pub use crate::decoder::{Decoder, LayerNorms, QkNorm, QkNormOver};
     pub use crate::dual::Dual;
     pub use crate::graph::ModelGraph;
     pub use crate::loss::{AlignmentLoss, Answers, Example, LossBatch, LossGrad, LossOption, Needs, Options, Pair};

@@ -169,32 +169,100 @@ impl Config {
         Ok(text)
     }
 
+    /// The same config with values for keys that it does not have, as the configuration class of transformers has them.
+    #[must_use]
+    pub fn with_defaults(&self, defaults: &[(&str, Value)]) -> Config {
+        let mut keys = self.keys.clone();
+        for (key, value) in defaults {
+            keys.entry(*key).or_insert_with(|| value.clone());
+        }
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
+    }
+
+    /// The same config with another value for a key.
+    #[must_use]
+    pub fn with_value(&self, key: &str, value: Value) -> Config {
+        let mut keys = self.keys.clone();
+        keys.insert(key.to_owned(), value);
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
+    }
+
+    /// The same config, in which the value of a key is found under another name, too: `[("num_layers", "num_hidden_layers")]`.
+    #[must_use]
+    pub fn with_names(&self, names: &[(&str, &str)]) -> Config {
+        let mut keys = self.keys.clone();
+        for (stated, name) in names {
+            if let Some(value) = self.get(stated) {
+                keys.entry(*name).or_insert_with(|| value.clone());
+            }
+        }
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
+    }
+
     /// The output projection's tensor: the embedding where `tie_word_embeddings` says so, else `lm_head.weight`.
     pub fn head_tensor<'a>(&self, embedding: &'a str, tied_by_default: bool) -> Result<&'a str> {
         Ok(if self.flag("tie_word_embeddings", tied_by_default)? { embedding } else { "lm_head.weight" })
     }
 
-    /// The attention window of every layer, as Qwen2 and its kin state it: `layer_types` in files of transformers 5, else
-    /// the layers from `max_window_layers` on; and only where `use_sliding_window` is true.
-    pub fn layer_windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
-        let used = self.flag("use_sliding_window", false)?;
-        let window = self.opt_int("sliding_window")?.filter(|_| used);
-        let first = self.opt_int("max_window_layers")?.unwrap_or(layers);
-        let Some(types) = self.opt_texts("layer_types")? else {
-            return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
-        };
+    /// Refuses a value that the family does not compute. A key that is absent or null is fine.
+    pub fn only(&self, key: &str, values: &[Value]) -> Result<()> {
+        match self.get(key) {
+            Some(value) if !values.contains(value) => {
+                let known: Vec<String> = values.iter().map(Value::to_string).collect();
+                bail!("config.json: '{}{key}' is {value}, this family computes only {}", self.path, known.join(" and "))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An activation by the name that PyTorch has for it; `default` where absent.
+    pub fn activation(&self, key: &str, default: &str) -> Result<String> {
+        let name = self.opt_text(key)?.unwrap_or_else(|| default.into());
+        Ok(match name.as_str() {
+            "swish" => "silu",
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
+            other => other,
+        }
+        .into())
+    }
+
+    /// Which layers have a sliding window: as `layer_types` says in files of transformers 5, else as `pattern` says of a layer.
+    pub fn sliding_layers(&self, layers: usize, pattern: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        let Some(types) = self.opt_texts("layer_types")? else { return Ok((0..layers).map(pattern).collect()) };
         if types.len() != layers {
             return bail!("config.json: {} layer_types for {layers} layers", types.len());
         }
-        let one = |kind: &String| match (kind.as_str(), window) {
-            ("full_attention", _) => Ok(None),
-            ("sliding_attention", Some(window)) => Ok(Some(window)),
-            ("sliding_attention", None) => {
-                bail!("config.json: a layer is of sliding_attention, but sliding_window is not set")
-            }
-            (other, _) => bail!("config.json: layer type '{other}' is not supported by this family"),
+        let slides = |kind: &String| match kind.as_str() {
+            "full_attention" => Ok(false),
+            "sliding_attention" => Ok(true),
+            other => bail!("config.json: layer type '{other}' is not supported by this family"),
         };
-        types.iter().map(one).collect()
+        types.iter().map(slides).collect()
+    }
+
+    /// The window of every layer, as Qwen2 and its kin state it: only where `use_sliding_window` is true, and without
+    /// `layer_types` in the layers from `max_window_layers` on (28 where absent).
+    pub fn layer_windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
+        let first = self.opt_int("max_window_layers")?.unwrap_or(28);
+        let stated = self.opt_size("sliding_window")?;
+        let window = match self.flag("use_sliding_window", false)? {
+            // A window of `null` is none, one that is left out is transformers' default.
+            true if !self.has("sliding_window") => Some(4096),
+            true => stated,
+            false => None,
+        };
+        let sliding = self.sliding_layers(layers, |layer| window.is_some() && layer >= first)?;
+        match window {
+            None if sliding.contains(&true) => {
+                bail!("config.json: a layer is of sliding_attention, but sliding_window is not in use")
+            }
+            _ => Ok(sliding.into_iter().map(|slides| window.filter(|_| slides)).collect()),
+        }
+    }
+
+    /// Whether a key is there, be it with the value `null`.
+    pub fn has(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
     }
 
     /// Keys of the whole file with a value that were never asked for. Of an object that was opened, every key counts, as in

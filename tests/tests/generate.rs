@@ -14,7 +14,7 @@ use dpo_core::ops::KvCache;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
 use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
-use dpo_hub::model::Model;
+use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
 use dpo_tests::{CONFIGS, Numbers, golden};
 
@@ -34,7 +34,7 @@ fn cases() -> Vec<String> {
 /// A golden model with its trained adapter.
 fn engine(case: &str) -> Engine {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
-    let model = Model::open(&registry, &folder.join("model"), None).unwrap();
+    let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
     let base = Base::load(&model.graph, &Checkpoint::open(&folder.join("model")).unwrap()).unwrap();
     Engine::new(model.graph, base, adapter).unwrap()
@@ -98,7 +98,7 @@ fn weights_kept_in_bf16_give_the_same_log_probs() {
         let mut tensors = candle_core::safetensors::load(folder.join("model/model.safetensors"), &cpu).unwrap();
         tensors.values_mut().for_each(|t| *t = t.to_dtype(candle_core::DType::BF16).unwrap());
         candle_core::safetensors::save(&tensors, narrow.path().join("model.safetensors")).unwrap();
-        let model = Model::open(&registry, &folder.join("model"), None).unwrap();
+        let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
         let adapter = || Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
         let checkpoint = Checkpoint::open(narrow.path()).unwrap();
         let base = Base::load(&model.graph, &checkpoint).unwrap();
@@ -235,7 +235,7 @@ fn words_of_sentencepiece_keep_their_spaces() {
 /// A generator over a golden model.
 fn generator(case: &str) -> Generator {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
-    let model = Model::open(&registry, &folder.join("model"), None).unwrap();
+    let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
     Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, None).unwrap()
 }
@@ -310,8 +310,8 @@ impl Decoder for Parrot {
 #[test]
 fn a_turn_ends_where_the_model_ends_it() {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories/qwen2/model"));
-    let model = Model::open(&registry, &folder, None).unwrap();
-    let tokenizer = || ChatTokenizer::open(&folder, None).unwrap();
+    let model = Model::open(&registry, &folder, &ModelOptions::default()).unwrap();
+    let tokenizer = || ChatTokenizer::open(&folder, &ModelOptions::default()).unwrap();
     for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {
         let mut generator = Generator::of(&model, tokenizer(), Box::new(Parrot(end)));
         assert_eq!(go_on(&mut generator, Variant::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
@@ -322,7 +322,8 @@ fn a_turn_ends_where_the_model_ends_it() {
 #[test]
 fn both_voices_answer_the_same_prompts() {
     let case = "qwen3";
-    let tokenizer = ChatTokenizer::open(&golden("trajectories").join(case).join("model"), None).unwrap();
+    let tokenizer =
+        ChatTokenizer::open(&golden("trajectories").join(case).join("model"), &ModelOptions::default()).unwrap();
     let prompts: Vec<Vec<u32>> = ["hello", "rice?"].iter().map(|p| tokenizer.encode(p, false).unwrap()).collect();
     let sampling = Sampling { max_new_tokens: 12, temperature: 1.0, ..Sampling::default() };
     let mut one = generator(case);

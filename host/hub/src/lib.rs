@@ -5,6 +5,7 @@
 
 mod cache;
 mod client;
+mod config;
 mod hash;
 pub mod model;
 mod protocol;

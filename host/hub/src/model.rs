@@ -5,55 +5,21 @@ use std::path::{Path, PathBuf};
 use dpo_plugin_api::graph::ModelGraph;
 use serde_json::{Map, Value};
 
+use crate::config::{self, Remarks};
 use crate::{Name, Need};
 use dpo_core::error::{Error, Result};
 use dpo_core::graph;
 use dpo_core::lora;
 use dpo_plugins::{Family, Registry};
 
-/// Keys of `config.json` that do not change what a forward pass computes. Anything else that a family did not read is
-/// refused, since it might.
-const HARMLESS_CONFIG: &[&str] = &[
-    "_name_or_path",
-    "architectures",
-    "attn_implementation",
-    "attention_dropout", // off while aligning, as TRL, LLaMA-Factory and ms-swift have it
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "dtype",
-    "embd_pdrop",
-    "eos_token_id",
-    "finetuning_task",
-    "hidden_dropout",
-    "id2label",
-    "initializer_range",
-    "is_encoder_decoder",
-    "is_llama_config",
-    "keys_to_ignore_at_inference",
-    "label2id",
-    "max_position_embeddings",
-    "max_sequence_length",
-    "max_window_layers",
-    "model_type",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "resid_pdrop",
-    "return_dict",
-    "sliding_window", // families with a window read it
-    "task_specific_params",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-];
+/// How a model's folder is read.
+#[derive(Clone, Debug, Default)]
+pub struct ModelOptions {
+    /// The family; `None` for the one that claims the architecture.
+    pub plugin: Option<String>,
+    /// Keys of `config.json` that the user says change nothing.
+    pub ignored_keys: Vec<String>,
+}
 
 /// A model before its weights are read.
 pub struct Model<'r> {
@@ -65,11 +31,15 @@ pub struct Model<'r> {
     pub graph: ModelGraph,
     /// The text of its `config.json`.
     pub config: String,
+    remarks: Remarks,
 }
 
 impl<'r> Model<'r> {
     /// Reads `config.json` and asks the family: the one named, or the one that claims the architecture.
-    pub fn open(registry: &'r Registry, folder: &Path, plugin: Option<&str>) -> Result<Model<'r>> {
+    ///
+    /// # Errors
+    /// A folder or an architecture that is not known, a quantised checkpoint, keys that may change what the model computes.
+    pub fn open(registry: &'r Registry, folder: &Path, options: &ModelOptions) -> Result<Model<'r>> {
         let path = folder.join("config.json");
         if !path.is_file() {
             return Err(Error::input("no such file").at(path.display()).help(
@@ -78,9 +48,11 @@ impl<'r> Model<'r> {
         }
         let config = dpo_core::files::read_text(&path)?;
         let place = path.display();
-        let value: Value = serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
-        let architecture = value.pointer("/architectures/0").and_then(Value::as_str);
-        let family = match (plugin, architecture) {
+        let keys: Map<String, Value> =
+            serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
+        config::refuse_quantised(&keys, Some(folder), &options.ignored_keys).map_err(|e| e.at(&place))?;
+        let architecture = keys.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+        let family = match (options.plugin.as_deref(), architecture) {
             (Some(name), _) => registry.family(name).map_err(|e| e.at("--plugin"))?,
             (None, Some(architecture)) => registry.family_for(architecture).map_err(|e| e.at(&place))?,
             (None, None) => {
@@ -93,16 +65,22 @@ impl<'r> Model<'r> {
                 .at(&place)
                 .help("leave --plugin out to have it chosen by architecture"));
         }
-        let graph = graph_of(family, &config).map_err(|e| e.at(&place))?;
-        Ok(Model { folder: folder.to_owned(), family, graph, config })
+        let (graph, remarks) = understood(family, &config, &options.ignored_keys).map_err(|e| e.at(&place))?;
+        Ok(Model { folder: folder.to_owned(), family, graph, config, remarks })
     }
 }
 
 impl Model<'_> {
+    /// Tells what of its config is taken for harmless: once a command, which may open it several times.
+    pub fn warn(&self) {
+        self.remarks.tell();
+    }
+
     /// Positions that it is made for, where its config says so: `max_position_embeddings`, or what rope scaling makes of those that
     /// it was trained with.
     pub fn positions(&self) -> Option<usize> {
         let config: Value = serde_json::from_str(&self.config).ok()?;
+        let config = config.get("text_config").unwrap_or(&config);
         let most = config.get("max_position_embeddings").and_then(Value::as_f64);
         let rope =
             ["rope_scaling", "rope_parameters"].iter().find_map(|key| config.get(*key).filter(|v| v.is_object()));
@@ -166,24 +144,19 @@ pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     crate::model(&name, need)
 }
 
-/// The checked graph of a checkpoint: every key of its config understood, every op known. `config` is the text of its
-/// `config.json`, whose values `null` and `false` count as off.
+/// The checked graph of a checkpoint: every op known, every key of its config understood or harmless. `config` is the text of its
+/// `config.json`.
 pub fn graph_of(family: &Family, config: &str) -> Result<ModelGraph> {
+    understood(family, config, &[]).map(|(graph, _)| graph)
+}
+
+/// [`graph_of`], with keys that the user says change nothing, and what should be told of the others.
+pub fn understood(family: &Family, config: &str, ignored: &[String]) -> Result<(ModelGraph, Remarks)> {
+    let keys: Map<String, Value> =
+        serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
+    config::refuse_quantised(&keys, None, ignored)?;
     let graph = family.graph(config)?;
     graph::check(&graph)?;
-    let values: Map<String, Value> =
-        serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
-    let is_off = |value: &Value| match value {
-        Value::Bool(on) => !on,
-        Value::Object(map) => map.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        _ => false,
-    };
-    let off = |key: &str| values.get(key).is_some_and(is_off);
-    let harmless = |key: &str| HARMLESS_CONFIG.contains(&key) || key.starts_with('_') || off(key);
-    match graph.unread_config.iter().find(|k| !harmless(k)) {
-        Some(key) => Err(Error::input(format!("key '{key}' is not understood by the plugin '{}'", family.name))
-            .help("it may change the arithmetic; if it does not, remove it from config.json")),
-        None => Ok(graph),
-    }
+    let remarks = config::judge((&keys, &graph.unread_config), (&family.name, &family.claims), ignored)?;
+    Ok((graph, remarks))
 }

@@ -7,6 +7,7 @@ mod helper;
 mod library;
 mod registry;
 pub mod shapes;
+mod unclaimed;
 
 pub use answer::answer;
 pub use helper::COMMAND;
@@ -18,4 +19,4 @@ use {
     dpo_format_hh_rlhf as _, dpo_format_kto as _, dpo_format_llama_factory as _, dpo_format_ms_swift as _,
     dpo_format_trl as _, dpo_format_ultrafeedback as _,
 };
-use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _};
+use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _, dpo_models_dense as _};

@@ -16,6 +16,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::library::{Library, Origin, Shared, user_folder};
+use super::unclaimed::unclaimed;
 use dpo_core::error::{Error, Result};
 
 /// A model family.
@@ -179,6 +180,9 @@ pub struct Row {
     pub package: String,
     /// Architectures a family answers for; otherwise its summary.
     pub claims: String,
+    /// Published checkpoints that a family is known to read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub checkpoints: Vec<String>,
     /// `built-in` or a file.
     pub origin: String,
     /// Where the plugin that is used in place of this one comes from.
@@ -307,8 +311,12 @@ impl Registry {
                 Item::Model { claims, .. } => claims.join(", "),
                 Item::Dataset { summary, .. } | Item::Loss { summary, .. } => summary.clone(),
             };
+            let checkpoints = match &candidate.parsed {
+                Item::Model { checkpoints, .. } => checkpoints.clone(),
+                _ => Vec::new(),
+            };
             let (version, package) = (manifest.version.clone(), manifest.package.clone());
-            self.rows.push(Row { kind, name, version, package, claims, origin, shadowed_by: winner });
+            self.rows.push(Row { kind, name, version, package, claims, checkpoints, origin, shadowed_by: winner });
         }
         for (place, cause) in refused {
             self.refuse(place, &cause);
@@ -353,14 +361,10 @@ impl Registry {
 
     /// The family that answers for an architecture of a `config.json`.
     pub fn family_for(&self, architecture: &str) -> Result<&Family> {
-        self.families.iter().find(|f| f.claims.iter().any(|c| c == architecture)).ok_or_else(|| {
-            let known: Vec<String> =
-                self.families.iter().map(|f| format!("{} ({})", f.name, f.claims.join(", "))).collect();
-            Error::input(format!("no plugin answers for the architecture '{architecture}'")).help(format!(
-                "families that do for theirs: {}; `dpo-host new model NAME` begins another, see docs/plugins.md",
-                known.join(", ")
-            ))
-        })
+        let family = self.families.iter().find(|f| f.claims.iter().any(|c| c == architecture));
+        let claims =
+            || self.families.iter().flat_map(|f| f.claims.iter().map(|claim| (f.name.as_str(), claim.as_str())));
+        family.ok_or_else(|| unclaimed(architecture, claims()))
     }
 
     /// The format of a name.

@@ -5,6 +5,7 @@ mod config;
 pub(crate) mod data;
 mod flag;
 pub(crate) mod loss;
+pub(crate) mod model;
 pub mod peers;
 pub(crate) mod resolve;
 pub(crate) mod sampling;

@@ -11,6 +11,7 @@ use dpo_core::memory::free_memory;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
 use dpo_data::Wanted;
+use dpo_hub::model::ModelOptions;
 use dpo_ranks::{Place, Timeouts};
 use dpo_train::config::{
     Dashboard, EvalRows, EvaluationConfig, OptimizerConfig, OutputConfig, ReferenceConfig, Resume, StartAdapter,
@@ -22,6 +23,7 @@ use serde_json::json;
 
 use super::data::DataArgs;
 use super::loss::LossArgs;
+use super::model::ModelArgs;
 use super::{ABOVE_0, ALPHA, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::demo;
 
@@ -48,9 +50,9 @@ pub(crate) struct TrainArgs {
     /// Folders of plugins, which are flags of all commands
     #[arg(skip)]
     pub(crate) plugin_dir: Vec<PathBuf>,
-    /// Model family (see `dpo-host list`) [default: the one that claims the checkpoint's architecture]
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    reading: ModelArgs,
     /// Checkpoint: a folder, or a model of a hub: owner/name[@revision] of Hugging Face, ms::owner/name of ModelScope; demo is
     /// the built-in one [default: demo, where --dataset is not given either]
     #[arg(long, value_name = "DIR|ID")]
@@ -417,7 +419,7 @@ impl TrainArgs {
     pub(crate) fn resolve(&self, place: Option<&Place>, on_gpu: bool) -> Result<TrainConfig> {
         Ok(TrainConfig {
             model: self.model.clone().unwrap_or_default(),
-            plugin: self.plugin.clone(),
+            reading: self.reading.options(),
             adapter: self.starting_adapter()?,
             data: self.data.options(&[], &Wanted::default())?,
             dataset: self.data.dataset.clone(),
@@ -430,8 +432,12 @@ impl TrainArgs {
                 metric: self.metric_for_best_model.clone(),
                 greater_is_better: self.greater_is_better,
             },
-            reference: (self.ref_model.is_some() || self.ref_adapter.is_some())
-                .then(|| ReferenceConfig { model: self.ref_model.clone(), adapter: self.ref_adapter.clone() }),
+            reference: (self.ref_model.is_some() || self.ref_adapter.is_some()).then(|| ReferenceConfig {
+                model: self.ref_model.clone(),
+                // Its family is that of its own architecture.
+                reading: ModelOptions { plugin: None, ..self.reading.options() },
+                adapter: self.ref_adapter.clone(),
+            }),
             objective: self.loss.objective()?,
             optimizer: self.optimizer(),
             memory: self.memory(place, on_gpu),

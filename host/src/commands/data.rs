@@ -3,6 +3,7 @@
 use clap::Args;
 
 use crate::args::data::DataArgs;
+use crate::args::model::ModelArgs;
 use crate::demo;
 use dpo_core::error::{Error, Result};
 use dpo_data::{self as data, ChatTokenizer};
@@ -19,9 +20,8 @@ pub(crate) struct DataCommand {
     /// Checkpoint whose tokenizer and chat template are used: a folder, or a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope
     #[arg(long, value_name = "DIR|ID")]
     model: String,
-    /// Model family, for a folder without config.json
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    reading: ModelArgs,
     /// Loss whose examples the rows should become: pairs, single answers or rankings
     #[arg(long, value_name = "NAME", default_value = "sigmoid")]
     loss: String,
@@ -37,8 +37,9 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     let paths: Vec<String> = command.paths.iter().chain(&command.args.dataset).cloned().collect();
     // A tokenizer alone is enough to look at data; a config adds the family's template and limits.
     let has_config = folder.join("config.json").is_file();
-    let model = if has_config { Some(Model::open(registry, &folder, command.plugin.as_deref())?) } else { None };
-    let family = match (&model, &command.plugin) {
+    let model = if has_config { Some(Model::open(registry, &folder, &command.reading.options())?) } else { None };
+    model.iter().for_each(Model::warn);
+    let family = match (&model, &command.reading.plugin) {
         (Some(model), _) => Some(model.family),
         (None, Some(name)) => Some(registry.family(name)?),
         (None, None) => None,

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
+use crate::args::model::ConfigArgs;
 use dpo_core::error::{Error, Result};
-use dpo_hub::model::graph_of;
+use dpo_hub::model::understood;
 use dpo_plugins::{Family, Format, Loss, Registry};
 
 #[derive(Args)]
@@ -16,6 +17,8 @@ pub(crate) struct DescribeOptions {
     /// A config.json, or the folder of a checkpoint, whose graph to print; by default the family's example
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    reading: ConfigArgs,
     /// Print the graph as JSON
     #[arg(long)]
     json: bool,
@@ -43,13 +46,16 @@ fn describe_family(family: &Family, options: &DescribeOptions) -> Result<()> {
         }
         None => (family.example_config.clone(), "its example config".to_owned()),
     };
-    let graph = graph_of(family, &text).map_err(|e| e.at(&place))?;
+    let (graph, remarks) = understood(family, &text, &options.reading.ignore_config_key).map_err(|e| e.at(&place))?;
+    remarks.tell();
     if options.json {
         let text = serde_json::to_string_pretty(&graph).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");
         return Ok(());
     }
-    println!("{}: {}\nanswers for {}\n", family.name, family.summary, family.claims.join(", "));
+    println!("{}: {}\nanswers for {}", family.name, family.summary, family.claims.join(", "));
+    family.checkpoints.iter().for_each(|name| println!("reads {name}"));
+    println!();
     println!("graph of {place}: {} wide, {} tokens in the vocabulary", graph.hidden_size, graph.vocab_size);
     if let Some(most) = graph.max_positions {
         println!("rows of up to {most} tokens");

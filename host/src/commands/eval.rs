@@ -10,6 +10,7 @@ use super::list::print_table;
 use crate::args::DeviceArg;
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
+use crate::args::model::ModelArgs;
 use crate::{backends, demo};
 use dpo_core::backend::Workload;
 use dpo_core::collective::Alone;
@@ -35,9 +36,8 @@ pub(crate) struct EvalOptions {
     /// that the adapter names
     #[arg(long, value_name = "DIR|ID")]
     model: Option<String>,
-    /// Model family; by default the one that claims the architecture
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    reading: ModelArgs,
     /// PEFT adapter; rewards are against the model without it. Without an adapter the model itself is scored
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
@@ -77,7 +77,8 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let name = demo::or_named(model::named(options.model.as_deref(), options.adapter.as_deref())?)?;
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;
-    let model = Model::open(registry, &folder, options.plugin.as_deref())?;
+    let model = Model::open(registry, &folder, &options.reading.options())?;
+    model.warn();
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let loss = as_in_run(options)?;
     let mut objective = Objective::new(registry, &loss.objective()?)?;

@@ -12,6 +12,9 @@ pub(crate) struct ListOptions {
     /// Which kind; by default all plugins
     #[arg(value_enum, default_value_t = Kind::All)]
     kind: Kind,
+    /// All published checkpoints that families are known to read, one a line, instead of the first of each
+    #[arg(long)]
+    all: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -22,8 +25,8 @@ enum Kind {
     /// Families, formats and losses
     All,
     /// Model families
-    #[value(alias = "models")]
-    Plugins,
+    #[value(alias = "plugins")]
+    Models,
     /// Dataset formats
     Datasets,
     /// Losses
@@ -37,7 +40,7 @@ pub(crate) fn list(registry: &Registry, options: &ListOptions) -> Result<()> {
         return ops(options.json);
     }
     let wanted = |kind: &str| match options.kind {
-        Kind::Plugins => kind == "model",
+        Kind::Models => kind == "model",
         Kind::Datasets => kind == "dataset",
         Kind::Losses => kind == "loss",
         Kind::All | Kind::Ops => true,
@@ -47,12 +50,18 @@ pub(crate) fn list(registry: &Registry, options: &ListOptions) -> Result<()> {
         println!("{:#}", json!({"plugins": rows, "refused": registry.refusals}));
         return Ok(());
     }
+    if options.all {
+        let of = |row: &&Row| row.checkpoints.iter().map(|name| [row.name.clone(), name.clone()]).collect::<Vec<_>>();
+        print_table(["FAMILY", "CHECKPOINT"], rows.iter().filter(|r| r.shadowed_by.is_none()).flat_map(of).collect());
+        return Ok(());
+    }
     let (again, rows): (Vec<&Row>, Vec<&Row>) = rows.iter().partition(|row| repeats(&rows, row));
     let table = rows.iter().map(|r| {
         let shadowed = r.shadowed_by.as_ref().map(|by| format!(" (not used: {by} comes first)")).unwrap_or_default();
-        [r.kind.to_owned(), r.name.clone(), r.version.clone(), r.claims.clone(), format!("{}{shadowed}", r.origin)]
+        let origin = format!("{}{shadowed}", r.origin);
+        [r.kind.to_owned(), r.name.clone(), r.version.clone(), r.claims.clone(), first(&r.checkpoints), origin]
     });
-    print_table(["KIND", "NAME", "VERSION", "CLAIMS", "FROM"], table.collect());
+    print_table(["KIND", "NAME", "VERSION", "CLAIMS", "SUCH AS", "FROM"], table.collect());
     if let Some(row) = again.first() {
         let (count, by) = (again.len(), row.shadowed_by.as_deref().unwrap_or_default());
         println!(
@@ -64,6 +73,15 @@ pub(crate) fn list(registry: &Registry, options: &ListOptions) -> Result<()> {
         println!("refused  {}: {}", refusal.place, refusal.cause);
     }
     Ok(())
+}
+
+/// The first of some checkpoints, and how many more there are.
+fn first(checkpoints: &[String]) -> String {
+    match checkpoints {
+        [] => String::new(),
+        [one] => one.clone(),
+        [one, more @ ..] => format!("{one} and {} more", more.len()),
+    }
 }
 
 /// Whether the plugin that is used in place of this one is of the same package and version.

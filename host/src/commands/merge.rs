@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use crate::args::model::ModelArgs;
 use crate::demo;
 use dpo_core::error::{IoContext, Result};
 use dpo_core::lora::{self, Adapter};
@@ -20,9 +21,8 @@ pub(crate) struct MergeOptions {
     /// ModelScope; by default the one that the adapter names
     #[arg(long, value_name = "DIR|ID")]
     model: Option<String>,
-    /// Model family; by default the one that claims the architecture
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    reading: ModelArgs,
     /// PEFT adapter: the output folder of a run, or one of its checkpoints
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: PathBuf,
@@ -35,7 +35,8 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
     let name = demo::or_named(model::named(options.model.as_deref(), Some(&options.adapter))?)?;
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;
-    let model = Model::open(registry, &folder, options.plugin.as_deref())?;
+    let model = Model::open(registry, &folder, &options.reading.options())?;
+    model.warn();
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
     let folder = model::locate(&name, Need::Weights)?;
     let checkpoint = Checkpoint::of(&folder, &model.graph)?;

@@ -1,5 +1,6 @@
 //! `dpo-host plan`: the memory of a run before it starts; for a GPU, also without one at hand.
 
+use crate::args::model::ModelArgs;
 use crate::args::{DeviceArg, SizeArg};
 use crate::{backends, demo};
 use clap::Args;
@@ -22,9 +23,8 @@ pub(crate) struct PlanOptions {
     /// Checkpoint: a folder, a model of a hub: owner/name of Hugging Face, ms::owner/name of ModelScope, or a published shape such as qwen2.5-7b
     #[arg(long, value_name = "DIR|ID|SHAPE", required_unless_present = "table")]
     model: Option<String>,
-    /// Model family; by default the one that claims the architecture
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    reading: ModelArgs,
     /// Maximum sequence length: prompt plus one answer, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
     max_length: usize,
@@ -70,7 +70,9 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
                         .help(known),
                 }
             })?;
-            Model::open(registry, &folder, options.plugin.as_deref())?.graph
+            let model = Model::open(registry, &folder, &options.reading.options())?;
+            model.warn();
+            model.graph
         }
     };
     let adapter = adapter(&graph, options)?;

@@ -65,7 +65,7 @@ fn launch(registry: &Registry, args: &TrainArgs) -> Result<()> {
     let config = args.resolve(None, false)?;
     Objective::new(registry, &config.objective)?;
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
-    Model::open(registry, &folder, config.plugin.as_deref())?;
+    Model::open(registry, &folder, &config.reading)?;
     let output = dpo_train::output_of(&config.output, &config.model, &folder)?;
     let told = ["--output-dir".into(), output.clone().into(), "--add-version".into(), "false".into()];
     let ended = ranks::launch(args.gpus, &told, args.max_restarts);

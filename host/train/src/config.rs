@@ -8,6 +8,7 @@ use dpo_core::lora::Targets;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_data::{DataOptions, Wanted};
+use dpo_hub::model::ModelOptions;
 use dpo_plugin_api::graph::ModelGraph;
 use serde_json::{Map, Value, json};
 
@@ -24,8 +25,8 @@ pub(crate) const PACKING: &str = "packing";
 pub struct TrainConfig {
     /// Checkpoint: a folder, or a name on a hub.
     pub model: String,
-    /// Model family; `None` for the one that claims the checkpoint's architecture.
-    pub plugin: Option<String>,
+    /// How its folder is read.
+    pub reading: ModelOptions,
     /// Adapter to start from.
     pub adapter: StartAdapter,
     /// How rows become examples.
@@ -104,6 +105,8 @@ pub struct EvaluationConfig {
 pub struct ReferenceConfig {
     /// Checkpoint; `None` for the run's.
     pub model: Option<String>,
+    /// How its folder is read.
+    pub reading: ModelOptions,
     /// Its adapter; `None` for none.
     pub adapter: Option<PathBuf>,
 }

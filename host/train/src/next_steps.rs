@@ -3,8 +3,15 @@
 use std::path::{Path, PathBuf};
 
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
-/// evaluated on, or `trained` on, and `plugins` the folders of plugins that the run named.
-pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &[PathBuf]) -> String {
+/// evaluated on, or `trained` on, `plugins` the folders of plugins that the run named, and `ignored` the keys of config.json.
+pub(super) fn commands(
+    output: &Path,
+    rows: &[String],
+    trained: bool,
+    plugins: &[PathBuf],
+    ignored: &[String],
+) -> String {
+    let ignored: String = ignored.iter().map(|key| format!(" --ignore-config-key {}", word(key))).collect();
     let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(dir)));
     let program = format!("{}{}", program(), plugins.collect::<String>());
     let adapter = quoted(output);
@@ -12,9 +19,9 @@ pub(super) fn commands(output: &Path, rows: &[String], trained: bool, plugins: &
     let rows: Vec<String> = rows.iter().map(|row| word(row)).collect();
     let remark = if trained { "    # on rows that it was trained on" } else { "" };
     format!(
-        "next        {program} chat --compare --adapter {adapter}\n            \
-         {program} eval --adapter {adapter} --dataset {}{remark}\n            \
-         {program} merge --adapter {adapter} --output-dir {merged}",
+        "next        {program} chat --compare --adapter {adapter}{ignored}\n            \
+         {program} eval --adapter {adapter} --dataset {}{ignored}{remark}\n            \
+         {program} merge --adapter {adapter} --output-dir {merged}{ignored}",
         rows.join(" ")
     )
 }
@@ -51,14 +58,14 @@ mod tests {
     #[test]
     fn names_with_spaces_are_words() {
         let text =
-            commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false, &["my plugins".into()]);
+            commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false, &["my plugins".into()], &[]);
         assert!(text.contains(" --plugin-dir 'my plugins' chat "), "{text}");
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
-        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[]);
+        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[], &[]);
         assert!(trained.contains("--dataset a.jsonl    # on rows that it was trained on\n"), "{trained}");
     }
 }

@@ -57,7 +57,8 @@ impl OwnReference {
             None => (model.config.clone(), model.graph.clone()),
             Some(other) => {
                 let folder = model::locate(other, Need::WeightsToCome).map_err(|e| e.at("--ref-model"))?;
-                let other = Model::open(registry, &folder, None)?;
+                let other = Model::open(registry, &folder, &config.reading)?;
+                other.warn();
                 let own = ChatTokenizer::open(&folder, other.family.chat_template.as_deref())?;
                 same_tokens(examples, tokenizer, &own).map_err(|e| e.at("--ref-model"))?;
                 (other.config, other.graph)

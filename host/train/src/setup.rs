@@ -50,7 +50,8 @@ pub fn train(
     // What can be told without weights is told before the first of them is fetched or read.
     let objective = Objective::new(registry, &config.objective)?;
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
-    let model = Model::open(registry, &folder, config.plugin.as_deref())?;
+    let model = Model::open(registry, &folder, &config.reading)?;
+    model.warn();
     let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
     let mut claim = None;
@@ -345,7 +346,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         let examples = validation.first().map_or(&examples, |set| &set.examples);
         let generator = || {
             let folder = model::locate(&config.model, Need::Weights)?;
-            let model = Model::open(registry, &folder, config.plugin.as_deref())?;
+            let model = Model::open(registry, &folder, &config.reading)?;
             Generator::open(&model, Some(adapter), backend, config.memory.limit)
         };
         let written = generator().and_then(|generator| before_after::write(generator, examples, &output));
@@ -354,7 +355,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
     let trained = config.val_dataset.is_empty();
     let held_out: Vec<String> = config.val_dataset.iter().flat_map(|set| set.paths.clone()).collect();
     let rows = if trained { &config.dataset } else { &held_out };
-    console::line(next_steps::commands(&output, rows, trained, &config.plugin_dirs));
+    console::line(next_steps::commands(&output, rows, trained, &config.plugin_dirs, &config.reading.ignored_keys));
     let best = best.found.map(|(step, value)| json!({"global_step": step, "value": value}));
     let end = [
         ("adapter", json!(adapter)),

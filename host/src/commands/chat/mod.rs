@@ -13,6 +13,7 @@ use serde_json::{Map, json};
 use self::columns::Columns;
 use self::screen::{Interrupt, Lines, Screen};
 use crate::args::DeviceArg;
+use crate::args::model::ModelArgs;
 use crate::args::sampling::SamplingArgs;
 use crate::{backends, demo};
 use dpo_core::console;
@@ -33,9 +34,8 @@ pub(crate) struct ChatOptions {
     /// PEFT adapter: the output folder of a run, or one of its checkpoints
     #[arg(long, visible_alias = "adapters", value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Model family; by default the one that claims the architecture
-    #[arg(long, value_name = "NAME")]
-    plugin: Option<String>,
+    #[command(flatten)]
+    reading: ModelArgs,
     /// Also show the answers of the base model, without the adapter
     #[arg(long, requires = "adapter")]
     compare: bool,
@@ -62,7 +62,8 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
     };
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;
-    let model = Model::open(registry, &folder, options.plugin.as_deref())?;
+    let model = Model::open(registry, &folder, &options.reading.options())?;
+    model.warn();
     let adapter = options.adapter.as_ref().map(|folder| Adapter::load(&model.graph, folder)).transpose()?;
     let sampling = Sampling::of(&options.sampling.options(), &folder)?;
     model::locate(&name, Need::Weights)?;

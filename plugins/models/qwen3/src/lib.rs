@@ -27,49 +27,12 @@ impl ModelFamily for Qwen3 {
     }
 
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        let (width, ffn, vocab) =
-            (config.size("hidden_size")?, config.size("intermediate_size")?, config.size("vocab_size")?);
-        let (heads, layers) = (config.size("num_attention_heads")?, config.layers()?);
-        let kv_heads = config.opt_size("num_key_value_heads")?.unwrap_or(heads);
-        let head_dim = config.opt_size("head_dim")?.unwrap_or(128);
-        let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
-        let bias = config.flag("attention_bias", false)?;
-        let activation = config.opt_text("hidden_act")?.unwrap_or_else(|| "silu".into());
-        let rope = Rope::from_config(config, head_dim, 10_000.0)?;
-        let attention = Attention::new(heads, kv_heads, head_dim);
-
-        let mut graph = GraphBuilder::decoder(width, vocab);
-        graph.embed(|b, tokens| b.embedding("model.embed_tokens.weight", tokens, vocab, width));
-        for (layer, window) in config.layer_windows(layers)?.into_iter().enumerate() {
-            let name = if window.is_some() { "decoder, sliding window" } else { "decoder" };
-            let block = graph.block_once(name, |b, x| {
-                let h = b.rms_norm("input_layernorm", x, eps);
-                let q = b.linear_if(bias, "self_attn.q_proj", h, heads * head_dim);
-                let k = b.linear_if(bias, "self_attn.k_proj", h, kv_heads * head_dim);
-                let v = b.linear_if(bias, "self_attn.v_proj", h, kv_heads * head_dim);
-                let q = b.head_norm(Norm::rms(eps), "self_attn.q_norm", q, head_dim);
-                let k = b.head_norm(Norm::rms(eps), "self_attn.k_norm", k, head_dim);
-                let (q, k) = (b.rope(q, head_dim, &rope), b.rope(k, head_dim, &rope));
-                let mixed = b.attention(q, k, v, attention.window(window));
-                let o = b.linear_if(bias, "self_attn.o_proj", mixed, width);
-                let x = b.add(x, o);
-                let h = b.rms_norm("post_attention_layernorm", x, eps);
-                let (gate, up) = (b.linear("mlp.gate_proj", h, ffn), b.linear("mlp.up_proj", h, ffn));
-                let h = b.glu(&activation, gate, up);
-                let down = b.linear("mlp.down_proj", h, width);
-                b.add(x, down)
-            });
-            graph.layer(block, format!("model.layers.{layer}."));
-        }
-        let head = config.head_tensor("model.embed_tokens.weight", false)?;
-        graph.head(|b, x| {
-            let h = b.rms_norm("model.norm", x, eps);
-            b.lm_head(head, h, vocab)
-        });
-        // A tied checkpoint may carry the projection all the same.
-        graph.unused_tensor("lm_head.weight");
-        graph.rope_limit(&rope);
-        graph.finish(config)
+        let config = config.with_defaults(&[("head_dim", json!(128))]);
+        let mut decoder = Decoder::read(&config)?;
+        decoder.attention_bias(config.flag("attention_bias", false)?);
+        decoder.qk_norm = Some(QkNorm::heads(decoder.norm));
+        decoder.windows(config.layer_windows(decoder.layers.len())?);
+        decoder.graph(&config)
     }
 }
 

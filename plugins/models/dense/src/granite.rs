@@ -1,0 +1,101 @@
+//! Granite: a Llama with multipliers.
+
+use dpo_plugin_api::prelude::*;
+
+use crate::Dense;
+
+/// transformers, `modeling_granite.py`.
+fn multiply(decoder: &mut Decoder, config: &Config) -> Result<()> {
+    let multiplier = |key: &str| Ok::<_, Error>(config.opt_float(key)?.unwrap_or(1.0));
+    decoder.embedding_scale = multiplier("embedding_multiplier")?;
+    decoder.residual_scale = multiplier("residual_multiplier")?;
+    decoder.attention_scale = multiplier("attention_multiplier")?;
+    decoder.logit_scale = 1.0 / multiplier("logits_scaling")?;
+    decoder.attention_bias(config.flag("attention_bias", false)?);
+    Ok(())
+}
+
+pub(crate) static GRANITE: Dense = Dense {
+    name: "granite",
+    summary: "Granite 3.x: multipliers of embedding, residual stream, attention and logits",
+    claims: &["GraniteForCausalLM"],
+    checkpoints: &[
+        "ibm-granite/granite-3.1-2b-instruct",
+        "ibm-granite/granite-3.3-2b-instruct",
+        "ibm-granite/granite-3.3-8b-instruct",
+    ],
+    example_config: include_str!("../configs/granite.json"),
+    graph: |config| {
+        let mut decoder = Decoder::read(config)?;
+        multiply(&mut decoder, config)?;
+        decoder.mlp_bias = config.flag("mlp_bias", false)?;
+        decoder.graph(config)
+    },
+};
+
+pub(crate) static GRANITE4: Dense = Dense {
+    name: "granite4",
+    summary: "Granite 4.0 without Mamba layers and experts: 350m, 1b, micro",
+    claims: &["GraniteMoeHybridForCausalLM"],
+    checkpoints: &["ibm-granite/granite-4.0-350m", "ibm-granite/granite-4.0-1b", "ibm-granite/granite-4.0-micro"],
+    example_config: include_str!("../configs/granite4.json"),
+    graph: granite4,
+};
+
+/// Keys of layers and experts that these checkpoints have none of.
+const OF_OTHERS: &[&str] = &[
+    "mamba_n_heads",
+    "mamba_n_groups",
+    "mamba_d_state",
+    "mamba_d_head",
+    "mamba_d_conv",
+    "mamba_expand",
+    "mamba_chunk_size",
+    "mamba_conv_bias",
+    "mamba_proj_bias",
+    "num_experts_per_tok",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "time_step_limit",
+    "time_step_min",
+    "time_step_max",
+    "intermediate_size",
+    "normalization_function",
+];
+
+/// transformers, `modeling_granitemoehybrid.py`.
+fn granite4(config: &Config) -> Result<ModelGraph> {
+    for key in ["layer_types", "layers_block_type"] {
+        let types = config.opt_texts(key)?.unwrap_or_default();
+        if let Some(other) = types.iter().find(|kind| !["attention", "full_attention"].contains(&kind.as_str())) {
+            return bail!(
+                "config.json: a layer of {key} is '{other}'; of this model only layers of attention are computed"
+            );
+        }
+    }
+    if !config.has("layer_types") && !config.has("layers_block_type") {
+        return bail!("config.json: without layer_types all layers are Mamba's, which are not computed");
+    }
+    match config.opt_int("num_local_experts")? {
+        Some(0) => {}
+        other => return bail!("config.json: num_local_experts is {}, experts are not computed", other.unwrap_or(8)),
+    }
+    for key in OF_OTHERS {
+        config.get(key);
+    }
+    let config =
+        config.with_value("intermediate_size", json!(config.opt_size("shared_intermediate_size")?.unwrap_or(1024)));
+    let mut decoder = match config.opt_text("position_embedding_type")?.as_deref() {
+        Some("rope") => Decoder::read(&config)?,
+        _ => {
+            for key in ["rope_theta", "rope_scaling", "rope_parameters"] {
+                config.get(key);
+            }
+            Decoder::without_rope(&config)?
+        }
+    };
+    multiply(&mut decoder, &config)?;
+    decoder.names.fused_gate_up = Some("shared_mlp.input_linear");
+    decoder.names.down = "shared_mlp.output_linear";
+    decoder.graph(&config)
+}
