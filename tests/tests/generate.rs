@@ -311,7 +311,7 @@ impl Decoder for Parrot {
 fn a_turn_ends_where_the_model_ends_it() {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories/qwen2/model"));
     let model = Model::open(&registry, &folder, &ModelOptions::default()).unwrap();
-    let tokenizer = || ChatTokenizer::open(&folder, &ModelOptions::default()).unwrap();
+    let tokenizer = || ChatTokenizer::open(&folder, None).unwrap();
     for end in tokenizer().eos_ids().iter().copied().chain(tokenizer().turn_end()) {
         let mut generator = Generator::of(&model, tokenizer(), Box::new(Parrot(end)));
         assert_eq!(go_on(&mut generator, Variant::Base, &[1, 2], 50), (vec![end], Some(Stop::Turn)));
@@ -322,8 +322,7 @@ fn a_turn_ends_where_the_model_ends_it() {
 #[test]
 fn both_voices_answer_the_same_prompts() {
     let case = "qwen3";
-    let tokenizer =
-        ChatTokenizer::open(&golden("trajectories").join(case).join("model"), &ModelOptions::default()).unwrap();
+    let tokenizer = ChatTokenizer::open(&golden("trajectories").join(case).join("model"), None).unwrap();
     let prompts: Vec<Vec<u32>> = ["hello", "rice?"].iter().map(|p| tokenizer.encode(p, false).unwrap()).collect();
     let sampling = Sampling { max_new_tokens: 12, temperature: 1.0, ..Sampling::default() };
     let mut one = generator(case);

@@ -12,6 +12,11 @@ fn read(config: &Config, theta: f64) -> Result<Decoder> {
         ("layer_norm_eps", json!(1e-5)),
         ("logit_scale", json!(0.0625)),
     ]);
+    config.only("position_embedding_type", &[json!("rope_gptj")])?;
+    for always in ["use_gated_activation", "use_parallel_block"] {
+        config.only(always, &[json!(true)])?;
+    }
+    config.only("rotary_pct", &[json!(1.0)])?;
     let mut decoder = Decoder::read(&config)?;
     decoder.interleave_rope();
     decoder.norm = Norm::layer(config.float("layer_norm_eps")?).bias(false);

@@ -61,6 +61,8 @@ pub(crate) static GEMMA2: Dense = Dense {
             ("final_logit_softcapping", json!(30.0)),
         ]);
         let mut decoder = read_second(&config)?;
+        // The official files say the window twice, by another name.
+        config.only("sliding_window_size", &[json!(config.opt_size("sliding_window")?)])?;
         let sliding = config.sliding_layers(decoder.layers.len(), |layer| layer % 2 == 0)?;
         decoder.slide(config.opt_size("sliding_window")?, &sliding);
         decoder.rope(&Rope::from_config(&config, decoder.head_dim, 10_000.0)?);
