@@ -33,7 +33,7 @@ DENSE = {
     "mistral": ("mistral", dict(sliding_window=12)),
     "mistral3-wrapped": ("mistral3", dict(text_config=dict(model_type="mistral", head_dim=12), vision_config=dict(
         model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14))),
-    "ministral": ("ministral", dict(sliding_window=12, layer_types=[SLIDING, FULL])),
+    "ministral": ("ministral", dict(head_dim=12, sliding_window=12, layer_types=[SLIDING, FULL])),
     "ministral3": ("ministral3", dict(head_dim=12, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3))),
     "gemma": ("gemma", dict(head_dim=12, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)),
     "gemma2": ("gemma2", dict(head_dim=12, query_pre_attn_scalar=12, sliding_window=12, final_logit_softcapping=4.0, attn_logit_softcapping=3.0, **GELU)),
@@ -41,10 +41,10 @@ DENSE = {
     "gemma3-wrapped": ("gemma3", dict(text_config=GEMMA3, vision_config=SIGLIP)),
     "gemma4": ("gemma4_text", dict(GEMMA4, attention_k_eq_v=True, final_logit_softcapping=4.0)),
     "gemma4-wrapped": ("gemma4", dict(text_config=dict(GEMMA4, hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True), vision_config=dict(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8))),
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8, position_embedding_size=16))),
     "phi": ("phi", dict(partial_rotary_factor=0.5, qk_layernorm=True, resid_pdrop=0.0, embd_pdrop=0.0)),
-    "phi3": ("phi3", dict(head_dim=16, original_max_position_embeddings=256, sliding_window=12, tie_word_embeddings=True, rope_parameters=dict(
-        rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0]))),
+    "phi3": ("phi3", dict(original_max_position_embeddings=256, sliding_window=12, tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5, short_factor=[1.0, 1.3], long_factor=[1.0, 2.0]))),
     "glm": ("glm", dict(head_dim=8)),
     "glm4": ("glm4", dict(head_dim=8)),
     "olmo": ("olmo", dict(clip_qkv=0.4)),
@@ -52,14 +52,15 @@ DENSE = {
     "olmo3": ("olmo3", dict(sliding_window=12, layer_types=[SLIDING, FULL], rope_parameters={
         FULL: dict(rope_type="yarn", factor=8.0, rope_theta=5e5, original_max_position_embeddings=64), SLIDING: dict(rope_type="default", rope_theta=5e5)})),
     "granite": ("granite", dict(embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1)),
-    "granite4": ("granitemoehybrid", dict(layer_types=[FULL] * 2, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48,
+    "granite4": ("granitemoehybrid", dict(mamba_n_heads=8, layer_types=[FULL] * 2, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48,
         position_embedding_type="rope", embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1, tie_word_embeddings=True)),
     "cohere": ("cohere", dict(use_qk_norm=True, logit_scale=0.25, tie_word_embeddings=True)),
     "cohere2": ("cohere2", dict(sliding_window=12, layer_types=[SLIDING, FULL], logit_scale=0.25, tie_word_embeddings=True)),
     "exaone": ("exaone", {}),
     "exaone4": ("exaone4", dict(head_dim=12, sliding_window=12, layer_types=[SLIDING, FULL])),
     "stablelm": ("stablelm", dict(use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True, hidden_dropout=0.0)),
-    "muse_glimmer-wrapped": ("muse_glimmer", dict(text_config=MUSE)),
+    "muse_glimmer-wrapped": ("muse_glimmer", dict(text_config=MUSE, vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pos_emb_height=2, pos_emb_width=2, max_position_embeddings=4))),
     "internlm3": ("internlm3", dict(qkv_bias=True, bias=True, head_dim=12)),
     "seed_oss": ("seed_oss", dict(head_dim=12, residual_dropout=0.0)),
     "iquestcoder": ("iquestcoder", dict(head_dim=12)),
@@ -71,7 +72,7 @@ DENSE = {
     "arcee": ("arcee", dict(hidden_act="relu2")),
     "nemotron": ("nemotron", dict(hidden_act="relu2", partial_rotary_factor=0.5)),
     "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=12, residual_dropout=0.0, embedding_dropout=0.0)),
-    "helium": ("helium", dict(head_dim=12, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
+    "helium": ("helium", dict(head_dim=8, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
 }
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
 FOLDERS = {

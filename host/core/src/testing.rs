@@ -18,6 +18,10 @@ use crate::lora::{Adapter, AdapterConfig, Targets};
 
 use crate::weights::blocks;
 
+mod families;
+
+pub use families::FAMILIES;
+
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
 pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
     type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
@@ -375,29 +379,6 @@ fn wide_stream(config: &Config) -> Result<ModelGraph> {
     });
     Ok(graph.finish(config)?)
 }
-
-/// Small configs of the families.
-pub const FAMILIES: &[(&str, &str)] = &[
-    (
-        "qwen2",
-        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
-        "num_key_value_heads":2,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":10000.0,"max_position_embeddings":4096,
-        "tie_word_embeddings":true,"use_sliding_window":true,"sliding_window":50,"max_window_layers":1,"hidden_act":"silu"}"#,
-    ),
-    (
-        "qwen3",
-        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
-        "num_key_value_heads":2,"head_dim":128,"vocab_size":1000,"rms_norm_eps":1e-6,"rope_theta":1000000.0,
-        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu"}"#,
-    ),
-    (
-        "llama3",
-        r#"{"hidden_size":256,"intermediate_size":640,"num_hidden_layers":3,"num_attention_heads":4,
-        "num_key_value_heads":1,"vocab_size":1000,"rms_norm_eps":1e-5,"rope_theta":500000.0,
-        "max_position_embeddings":4096,"tie_word_embeddings":false,"hidden_act":"silu","rope_scaling":{"rope_type":"llama3",
-        "factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}}"#,
-    ),
-];
 
 /// Weights by name, the same on both devices: values that bf16 holds.
 pub fn given(name: &str, shape: &[usize]) -> Vec<f32> {
