@@ -92,7 +92,7 @@ fn a_wrapped_model_is_trained_merged_and_read_back() {
         let sums = |model: &[&str]| {
             let fixed = ["eval", "--device", "cpu", "--json", "--dataset", &rows, "--plugin-dir", &plugins, "--model"];
             let told: Value = serde_json::from_str(&s.ok(&[&fixed[..], model].concat()).stdout).unwrap();
-            ["logps/chosen", "logps/rejected"].map(|key| told[key].as_f64().unwrap_or_else(|| panic!("{told}")))
+            ["logps/chosen", "logps/rejected"].map(|key| told[0][key].as_f64().unwrap_or_else(|| panic!("{told}")))
         };
         let (together, folded) = (sums(&[&wrapped, "--adapter", &output]), sums(&[&merged]));
         for (a, b) in together.iter().zip(folded) {
@@ -145,4 +145,23 @@ fn what_no_layout_fits_is_told_by_the_nearest() {
         &|n| Some(format!("net.{n}")),
         &["tensor 'model.embed_tokens.weight' of shape", "0 of the model's 27"],
     );
+}
+
+#[test]
+fn published_checkpoints_are_listed() {
+    let s = sandbox();
+    let plugins = plugins(&s);
+    let list = |more: &[&str]| s.ok(&[&["list", "models", "--plugin-dir", &plugins], more].concat()).stdout;
+    let table = list(&[]);
+    assert!(
+        table.contains("WrappedForConditionalGeneration") && table.contains("tests/Wrapped-1B and 4 more"),
+        "{table}"
+    );
+    let all = list(&["--all"]);
+    assert_eq!(all.lines().filter(|l| l.starts_with("wrapped ") && l.contains(" tests/Wrapped-")).count(), 5, "{all}");
+    let json: Value = serde_json::from_str(&list(&["--json"])).unwrap();
+    let row = json["plugins"].as_array().unwrap().iter().find(|row| row["name"] == "wrapped").unwrap().clone();
+    assert_eq!(row["checkpoints"].as_array().unwrap().len(), 5);
+    let described = s.ok(&["describe", "wrapped", "--plugin-dir", &plugins]).stdout;
+    assert!(described.contains("reads tests/Wrapped-5B"), "{described}");
 }

@@ -38,7 +38,7 @@ fn a_mistake_costs_no_weights() {
     std::fs::create_dir(&used).unwrap();
     std::fs::write(format!("{used}/args.json"), "{}").unwrap();
     let mut other_family = model();
-    config(&mut other_family, "architectures", serde_json::json!(["Gemma3ForCausalLM"]));
+    config(&mut other_family, "architectures", serde_json::json!(["MambaForCausalLM"]));
     let mut not_understood = model();
     config(&mut not_understood, "logit_softcap", serde_json::json!(30.0));
     let mut bad_template = model();
@@ -78,7 +78,7 @@ fn a_mistake_costs_no_weights() {
         ("a model that does not fit", None, with(&["--gpu-memory", "1MiB"]), &["needs", "there are 1.0 MiB"]),
         ("a best evaluation of none", None, with(&["--load-best-model-at-end"]), &["--val-dataset"]),
         ("an adapter that is not there", None, with(&["--ref-adapter", "nowhere"]), &["nowhere"]),
-        ("an architecture of no plugin", Some(other_family), with(&[]), &["Gemma3ForCausalLM", "Qwen2ForCausalLM"]),
+        ("an architecture of no plugin", Some(other_family), with(&[]), &["MambaForCausalLM", "list models"]),
         ("a config that is not understood", Some(not_understood), with(&[]), &["logit_softcap"]),
         ("a template that does not compile", Some(bad_template), with(&[]), &["chat_template.jinja"]),
         (FULL, None, with(&[]), &["its weights take", "are free", "HF_HOME"]),

@@ -122,14 +122,25 @@ impl Checkpoint {
         weights(graph).try_for_each(|(prefix, weight)| checkpoint.entry(prefix, weight).map(drop)).map_err(|e| {
             let (all, ways) = (weights(graph).count(), 1 + graph.layouts.len());
             let fits = format!("{} of the model's {all} tensors are in its files", all - missing);
-            e.help(match ways {
-                1 => format!("{OTHER_MODEL}: {fits}"),
-                _ => format!("{OTHER_MODEL}: {fits} by the best of {ways} ways to name them"),
-            })
+            let by = if ways == 1 { String::new() } else { format!(" by the best of {ways} ways to name them") };
+            let more = checkpoint.extra(graph).map(|(name, _)| format!(", where '{name}' is not part of the model"));
+            e.help(format!("{OTHER_MODEL}: {fits}{by}{}", more.unwrap_or_default()))
         })?;
         weights(graph).try_for_each(|(prefix, weight)| checkpoint.raw(prefix, weight).map(drop))?;
-        checkpoint.refuse_extra(graph)?;
-        Ok(checkpoint)
+        match checkpoint.extra(graph) {
+            Some((name, entry)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
+                .at(checkpoint.shards[entry.shard].path.display())
+                .help("the checkpoint has a part that the plugin does not know; training without it would be wrong")),
+            None => Ok(checkpoint),
+        }
+    }
+
+    /// A tensor that the graph neither reads nor names as unused.
+    fn extra(&self, graph: &ModelGraph) -> Option<(&str, &Entry)> {
+        let needed: BTreeSet<String> = weights(graph).map(|(prefix, weight)| self.name(prefix, weight)).collect();
+        let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
+        let mut tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
+        tensors.find(|(name, _)| !needed.contains(*name) && !unused(name))
     }
 
     /// Whether a weight is there in its shape.
@@ -142,17 +153,6 @@ impl Checkpoint {
     pub fn name(&self, prefix: &str, weight: &Weight) -> String {
         let own = format!("{prefix}{}", weight.tensor);
         renamed(&self.layout, &own).unwrap_or(own)
-    }
-
-    fn refuse_extra(&self, graph: &ModelGraph) -> Result<()> {
-        let needed: BTreeSet<String> = weights(graph).map(|(prefix, weight)| self.name(prefix, weight)).collect();
-        let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
-        match self.tensors.iter().find(|(name, _)| !needed.contains(*name) && !unused(name)) {
-            Some((name, entry)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
-                .at(self.shards[entry.shard].path.display())
-                .help("the checkpoint has a part that the plugin does not know; training without it would be wrong")),
-            None => Ok(()),
-        }
     }
 
     /// A weight of the graph in its shape.
@@ -483,7 +483,13 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::matches;
+    use super::{matches, same_shape};
+
+    #[test]
+    fn a_scalar_is_a_vector_of_one() {
+        assert!(same_shape(&[], &[1]) && same_shape(&[1], &[]) && same_shape(&[2, 3], &[2, 3]));
+        assert!(!same_shape(&[], &[2]) && !same_shape(&[1, 1], &[1]));
+    }
 
     #[test]
     fn patterns() {

@@ -142,6 +142,7 @@ const HARMLESS: &[&str] = &[
     "original_max_position_embeddings",
     "seq_length",
     "sliding_window",
+    "sliding_window_size",
     // Notes of training and of those who published.
     "aux_loss_alpha",
     "datasets",

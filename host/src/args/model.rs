@@ -16,7 +16,8 @@ pub(crate) struct ModelArgs {
 
 #[derive(Args, Clone, Debug, Default, Serialize)]
 pub(crate) struct ConfigArgs {
-    /// Key of config.json that changes nothing of what the model computes, though this program would refuse it or warn of it; may be repeated
+    /// Key of config.json to leave out of account, since it changes nothing that the model computes; may be repeated [default: none;
+    /// keys that may change it are refused]
     #[arg(long, value_name = "NAME")]
     pub(crate) ignore_config_key: Vec<String>,
 }

@@ -58,6 +58,9 @@ pub(crate) static COHERE2: Dense = Dense {
     ],
     example_config: include_str!("../configs/cohere2.json"),
     graph: |config| {
+        config.only("position_embedding_type", &[json!("rope_gptj")])?;
+        config.only("use_gated_activation", &[json!(true)])?;
+        config.only("use_parallel_block", &[json!(true)])?;
         let config = config.with_defaults(&[("sliding_window", json!(4096))]);
         let mut decoder = read(&config, 10_000.0)?;
         let every = config.opt_size("sliding_window_pattern")?.unwrap_or(4);

@@ -61,6 +61,7 @@ const OF_OTHERS: &[&str] = &[
     "time_step_max",
     "intermediate_size",
     "normalization_function",
+    "init_method",
 ];
 
 /// transformers, `modeling_granitemoehybrid.py`.

@@ -52,6 +52,8 @@ pub(crate) static PHI3: Dense = Dense {
 
 /// transformers, `modeling_phi3.py`.
 fn phi3(config: &Config) -> Result<ModelGraph> {
+    config.only("full_attn_mod", &[json!(1)])?;
+    config.only("interpolate_factor", &[json!(1)])?;
     let config = config.with_defaults(&[
         ("rms_norm_eps", json!(1e-5)),
         ("max_position_embeddings", json!(4096)),

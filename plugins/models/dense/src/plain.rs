@@ -152,6 +152,10 @@ pub(crate) static HUNYUAN: Dense = Dense {
         config.only("use_cla", &[json!(false)])?;
         config.only("norm_type", &[json!("rms"), json!("hf_rms")])?;
         config.only("use_rotary_pos_emb", &[json!(true)])?;
+        // Those of a shared cache, which is off, and of a classifier.
+        for key in ["attention_head_dim", "cla_share_factor", "class_num", "dense_list", "pool_type"] {
+            config.get(key);
+        }
         let config = config.with_defaults(&[("rms_norm_eps", json!(1e-5))]);
         let mut decoder = Decoder::read(&config)?;
         decoder.attention_bias(config.flag("attention_bias", false)?);
@@ -168,6 +172,7 @@ pub(crate) static ERNIE4_5: Dense = Dense {
     checkpoints: &["baidu/ERNIE-4.5-0.3B-PT", "baidu/ERNIE-4.5-0.3B-Base-PT"],
     example_config: include_str!("../configs/ernie4_5.json"),
     graph: |config| {
+        config.only("compression_ratio", &[json!(1.0), json!(1)])?;
         let config = config.with_defaults(&[
             ("num_key_value_heads", json!(2)),
             ("head_dim", json!(128)),
@@ -256,6 +261,7 @@ pub(crate) static STARCODER2: Dense = Dense {
     checkpoints: &["bigcode/starcoder2-3b", "bigcode/starcoder2-7b", "bigcode/starcoder2-15b-instruct-v0.1"],
     example_config: include_str!("../configs/starcoder2.json"),
     graph: |config| {
+        config.only("mlp_type", &[json!("default")])?;
         let config = config.with_defaults(&[
             ("num_key_value_heads", json!(2)),
             ("hidden_act", json!("gelu_pytorch_tanh")),
