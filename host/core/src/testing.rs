@@ -285,6 +285,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         (112, 1, 1, None, None),
         (128, 1, 7, None, None),
         (128, 2, 4, Some(100), Some(2.0)),
+        (160, 1, 2, Some(12), None),
         (256, 1, 2, None, Some(0.5)),
         (256, 2, 2, Some(33), None),
         (512, 1, 2, None, None),
