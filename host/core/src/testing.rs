@@ -289,6 +289,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         (112, 1, 1, None, None),
         (128, 1, 7, None, None),
         (128, 2, 4, Some(100), Some(2.0)),
+        (160, 1, 2, Some(12), None),
         (256, 1, 2, None, Some(0.5)),
         (256, 2, 2, Some(33), None),
         (512, 1, 2, None, None),
@@ -338,7 +339,18 @@ fn whole_graphs(config: &Config) -> Result<Vec<(String, ModelGraph)>> {
         let h = b.scale(h, 0.5);
         b.lm_head("embed.weight", h, vocab)
     };
-    let mut cases = vec![("embedding and head of several ops".into(), graph(88, &several, &and_several)?)];
+    // What one table gives, and what another one has for a part of it.
+    let two_tables = |b: &mut BlockBuilder, tokens: Var, vocab: usize| {
+        let left = b.embedding("left.weight", tokens, vocab + 5, 40);
+        let part = b.narrow(left, 8, 32);
+        let right = b.embedding("right.weight", tokens, vocab, 32);
+        let right = b.add(right, part);
+        b.cat(left, right)
+    };
+    let mut cases = vec![
+        ("embedding and head of several ops".into(), graph(88, &several, &and_several)?),
+        ("embedding of two tables".into(), graph(83, &two_tables, &and_several)?),
+    ];
     for (name, vocab, tensor, bias, softcap) in [
         ("head with a soft cap", 88, "head.weight", None, Some(1.5)),
         ("head with a bias", 88, "head.weight", Some("head.bias"), None),

@@ -38,7 +38,7 @@ impl CudaDecoder {
     /// Loads the frozen weights and the adapter, and plans the rest of the memory for texts.
     ///
     /// # Errors
-    /// A model that does not fit, or whose blocks do not attend exactly once.
+    /// A model that does not fit, or whose blocks attend more than once.
     pub fn load(
         gpu: Gpu,
         graph: ModelGraph,
@@ -52,12 +52,17 @@ impl CudaDecoder {
             let nodes = &graph.blocks[layer.block].nodes;
             let caching = nodes.iter().map(|n| Ok((n, ops::find(&n.op)?.cached_inputs))).collect::<Result<Vec<_>>>()?;
             let caching: Vec<_> = caching.into_iter().filter(|(_, inputs)| !inputs.is_empty()).collect();
-            let [(node, [keys, _])] = caching.as_slice() else {
-                return Err(Error::input("a GPU answers with models whose every block attends once")
-                    .help("--device cpu answers with any"));
+            let own = match caching.as_slice() {
+                [] => 0,
+                // A value is made by the node before its number.
+                [(node, [keys, _])] => {
+                    node.inputs[*keys].checked_sub(1).map_or(graph.hidden_size, |maker| nodes[maker].width)
+                }
+                _ => {
+                    return Err(Error::input("a GPU answers with models whose every block attends once at most")
+                        .help("--device cpu answers with any"));
+                }
             };
-            // A value is made by the node before its number.
-            let own = node.inputs[*keys].checked_sub(1).map_or(graph.hidden_size, |maker| nodes[maker].width);
             rows.push((width, own));
             width += 2 * own;
         }
@@ -67,7 +72,7 @@ impl CudaDecoder {
             MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
         let left = room.available.saturating_sub(plan.total());
-        let most = (left / (variants * width * 2)).min(MOST);
+        let most = (left / (variants * width * 2).max(1)).min(MOST);
         if most < CHUNK {
             let need = size(variants * width * 2 * CHUNK);
             return Err(Error::input(format!("{} of the GPU are left for texts, {need} are needed", size(left)))

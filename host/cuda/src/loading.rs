@@ -34,7 +34,7 @@ pub type Given<'a> = &'a dyn Fn(&str, &[usize]) -> Vec<f32>;
 
 /// All weights.
 pub(crate) struct Weights {
-    /// Its table is on the GPU or in pinned host memory.
+    /// Its tables are on the GPU or in pinned host memory.
     pub embed: BlockWeights,
     pub layers: Vec<BlockWeights>,
     pub head: BlockWeights,
@@ -45,7 +45,7 @@ pub(crate) struct Weights {
     /// The f32 gradients of all stacks, one after the other.
     pub gradients: Memory,
     _memory: Memory,
-    _table: Option<Pinned>,
+    _tables: Vec<Pinned>,
 }
 
 /// Bytes that go to the GPU at once.
@@ -172,17 +172,25 @@ impl Weights {
         }
         let nodes = &graph.embed.nodes;
         let mut embed = loader.block(&mut arena, &mut next_gradient, &lowered.embed, nodes, "")?;
-        let weight = weight(&nodes[lowered.embed.tables[0]], "weight")?;
-        let tied = lowered.tied(graph);
-        let on_host = plan.table().place == Place::Host && !tied;
-        let on_host = if on_host { Some(loader.on_host(weight)?) } else { None };
-        let table = match &on_host {
-            Some(table) => table.address(),
-            None => loader.table(&mut arena, weight)?,
+        let (mut projection, mut on_host) = (None, Vec::new());
+        for (weight, tied) in lowered.embedding_tables(graph) {
+            let table = match (tied, plan.table().place) {
+                (false, Place::Host) => {
+                    let table = loader.on_host(weight)?;
+                    let at = table.address();
+                    on_host.push(table);
+                    at
+                }
+                _ => loader.table(&mut arena, weight)?,
+            };
+            projection = projection.or(tied.then_some(table));
+            embed.tables.push(table);
+        }
+        let (node, _) = self::projection(graph)?;
+        let projection = match projection {
+            Some(table) => table,
+            None => loader.table(&mut arena, weight(node, "weight")?)?,
         };
-        embed.tables.push(table);
-        let (node, _) = projection(graph)?;
-        let projection = if tied { table } else { loader.table(&mut arena, self::weight(node, "weight")?)? };
         let projection_bias = node.weight("bias").map(|bias| loader.table(&mut arena, bias)).transpose()?.unwrap_or(0);
         gpu.finish()?;
         Ok(Weights {
@@ -194,7 +202,7 @@ impl Weights {
             store,
             gradients,
             _memory: memory,
-            _table: on_host,
+            _tables: on_host,
         })
     }
 

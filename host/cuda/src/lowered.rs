@@ -56,10 +56,6 @@ impl Lowered {
         let plain = |widths, behind, backward| Frame { widths, behind, rank, adapted: &|_| false, numbers, backward };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
         let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], behind, false))?;
-        if embed.tables.len() != 1 {
-            return Err(Error::input(format!("{} embedding tables; CUDA supports one", embed.tables.len()))
-                .help("train with --device cpu"));
-        }
         let (node, nodes) = projection(graph)?;
         let projection = LmHead::of(node)?;
         let frame = plain([hidden, projection.inputs], 0, true);
@@ -101,16 +97,17 @@ impl Lowered {
         self.embed.weight_bytes() + self.head.weight_bytes() + projection
     }
 
-    /// Bytes on the GPU of the embedding table, where it is kept so; none where it is the projection.
+    /// Bytes on the GPU of the embedding's tables, where they are kept so; none of one that is the projection.
     pub(super) fn table(&self, graph: &ModelGraph, storage: Storage) -> usize {
-        let weight = graph.embed.nodes[self.embed.tables[0]].weight("weight").filter(|_| !self.tied(graph));
-        weight.map_or(0, |w| aligned(storage.bytes(table_values(w))))
+        let own = self.embedding_tables(graph).filter(|(_, tied)| !tied);
+        own.map(|(w, _)| aligned(storage.bytes(table_values(w)))).sum()
     }
 
-    /// Whether the projection is the embedding's table.
-    pub(super) fn tied(&self, graph: &ModelGraph) -> bool {
-        let tensor = |node: Option<&Node>| node.and_then(|n| n.weight("weight")).map(|w| w.tensor.clone());
-        tensor(graph.head.nodes.last()) == tensor(graph.embed.nodes.get(self.embed.tables[0]))
+    /// The embedding's tables, and whether one is the projection.
+    pub(super) fn embedding_tables<'a>(&self, graph: &'a ModelGraph) -> impl Iterator<Item = (&'a Weight, bool)> {
+        let projection = graph.head.nodes.last().and_then(|n| n.weight("weight"));
+        let tables = self.embed.tables.iter().filter_map(|node| graph.embed.nodes[*node].weight("weight"));
+        tables.map(move |w| (w, projection.is_some_and(|p| p.tensor == w.tensor)))
     }
 
     /// Bytes of the adapter's parameters and gradient, flat and in stacks.

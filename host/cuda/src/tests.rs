@@ -479,3 +479,24 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
     assert!(error.contains("step 'add, copy' would overwrite"), "{error}");
     assert!(lower("rms_norm of heads, rope").is_ok());
 }
+
+/// A published checkpoint of every family runs on a GPU.
+#[test]
+fn published_models_are_lowered() {
+    let registry = Registry::discover(&[], None);
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../plugins/models/dense/configs");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    let refused = |path: &std::path::PathBuf| {
+        let family = path.file_stem().unwrap().to_str().unwrap();
+        let config = std::fs::read_to_string(path).unwrap();
+        let mut graph = registry.family(family).unwrap().graph(&config).unwrap();
+        // A layer of every kind will do.
+        let mut kinds = std::collections::BTreeSet::new();
+        graph.layers.retain(|l| kinds.insert(l.block));
+        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS);
+        Some(format!("{family}: {}", lowered.err()?))
+    };
+    assert!(files.len() > 30, "{files:?}");
+    assert_eq!(files.iter().filter_map(refused).collect::<Vec<_>>(), Vec::<String>::new());
+}

@@ -33,7 +33,7 @@ const HOPPER_DIMS: &[usize] = &[64, 128];
 const WIDE: &str = include_str!("attention_wide.cu");
 
 /// Widths of heads that attention is written for.
-const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256, 512];
+const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 160, 256, 512];
 
 #[derive(Clone, Copy)]
 struct Attention {
@@ -193,7 +193,7 @@ impl Execute for AttentionVjp {
             let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
             args.with(*dout).with(lse.at).with(delta.at)
         };
-        let halves = if a.dim == 256 { 2 } else { 1 };
+        let halves = if a.dim > 128 && !heads.widest() { 2 } else { 1 };
         let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
         let (dkv, shared) = kernel("attention_dkv")?;
         let args = read().with(*to[0]).with(*to[1]).with(shape);

@@ -1,5 +1,5 @@
 // The VJP of y = columns [start, start + length) of x where that is not where its gradient lies: dx is `before`, or zero, and dy in
-// these columns. dx may be `before`.
+// these columns.
 extern "C" __global__ void narrow_vjp(View dy, View before, View dx, int width, int start, int length) {
     auto [token, i] = place(width);
     if (i >= width) return;

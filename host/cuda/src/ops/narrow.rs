@@ -1,6 +1,7 @@
 //! Columns `[start, start + length)` of a value. They are read where they lie; where parts of a value are all that is read of it,
 //! and have no columns in common, their gradients lie side by side in its gradient, too.
 
+use super::super::sum::sum;
 use super::{Args, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, View, count, multiple_of_8};
 use dpo_core::error::Result;
 
@@ -48,9 +49,14 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     }
     let Some(dy) = l.take_gradient(index) else { return Ok(()) };
     let (before, dx) = l.accumulate(from, Some(dy));
+    let start = count(node, "start");
+    if before == Some(dx) {
+        let part = dx.part(start, node.width);
+        return l.push(sum(part, dy, part));
+    }
     let reads: Vec<Slice> = [dy].into_iter().chain(before).collect();
-    let run = Vjp { width: dx.width, start: count(node, "start"), length: node.width };
-    l.push(Step::new("narrow vjp", reads, [dx], run).in_place(&[(0, 1)]))
+    let run = Vjp { width: dx.width, start, length: node.width };
+    l.push(Step::new("narrow vjp", reads, [dx], run))
 }
 
 impl Execute for Vjp {
