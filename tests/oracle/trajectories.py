@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 
 BATCH, STEPS, RATE, RANK = 4, 4, 2e-3, 4
@@ -19,6 +19,60 @@ SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_atte
              max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=False, attention_dropout=0.0)
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+GELU = dict(hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True)
+SLIDING, FULL = "sliding_attention", "full_attention"
+GEMMA3 = dict(head_dim=12, query_pre_attn_scalar=12, sliding_window=12, layer_types=[SLIDING, FULL], **GELU, rope_parameters={
+    FULL: dict(rope_type="linear", factor=8.0, rope_theta=1e6), SLIDING: dict(rope_type="default", rope_theta=1e4)})
+GEMMA4 = dict(head_dim=12, num_hidden_layers=4, layer_types=[SLIDING, FULL] * 2, sliding_window=12, hidden_size_per_layer_input=0, **GELU,
+              vocab_size_per_layer_input=320, per_layer_config={1: dict(head_dim=16, num_key_value_heads=1), 3: dict(head_dim=16, num_key_value_heads=1)})
+MUSE = dict(head_dim=12, num_hidden_layers=4, sliding_window=12, layer_types=[SLIDING] * 3 + [FULL], final_logit_softcapping=4.0)
+YARN = dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
+SIGLIP = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+# Dense families, a folder each: model_type, what its config changes. A wrapper has its language model's in text_config.
+DENSE = {
+    "mistral": ("mistral", dict(sliding_window=12)),
+    "mistral3-wrapped": ("mistral3", dict(text_config=dict(model_type="mistral", head_dim=12), vision_config=dict(
+        model_type="pixtral", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14))),
+    "ministral": ("ministral", dict(sliding_window=12, layer_types=[SLIDING, FULL])),
+    "ministral3": ("ministral3", dict(head_dim=12, rope_parameters=dict(YARN, llama_4_scaling_beta=0.3))),
+    "gemma": ("gemma", dict(head_dim=12, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True)),
+    "gemma2": ("gemma2", dict(head_dim=12, query_pre_attn_scalar=12, sliding_window=12, final_logit_softcapping=4.0, attn_logit_softcapping=3.0, **GELU)),
+    "gemma3": ("gemma3_text", GEMMA3),
+    "gemma3-wrapped": ("gemma3", dict(text_config=GEMMA3, vision_config=SIGLIP)),
+    "gemma4": ("gemma4_text", dict(GEMMA4, attention_k_eq_v=True, final_logit_softcapping=4.0)),
+    "gemma4-wrapped": ("gemma4", dict(text_config=dict(GEMMA4, hidden_size_per_layer_input=8, num_kv_shared_layers=2, use_double_wide_mlp=True), vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8))),
+    "phi": ("phi", dict(partial_rotary_factor=0.5, qk_layernorm=True, resid_pdrop=0.0, embd_pdrop=0.0)),
+    "phi3": ("phi3", dict(head_dim=16, original_max_position_embeddings=256, sliding_window=12, tie_word_embeddings=True, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.5, short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0]))),
+    "glm": ("glm", dict(head_dim=8)),
+    "glm4": ("glm4", dict(head_dim=8)),
+    "olmo": ("olmo", dict(clip_qkv=0.4)),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", dict(sliding_window=12, layer_types=[SLIDING, FULL], rope_parameters={
+        FULL: dict(rope_type="yarn", factor=8.0, rope_theta=5e5, original_max_position_embeddings=64), SLIDING: dict(rope_type="default", rope_theta=5e5)})),
+    "granite": ("granite", dict(embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1)),
+    "granite4": ("granitemoehybrid", dict(layer_types=[FULL] * 2, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48,
+        position_embedding_type="rope", embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1, tie_word_embeddings=True)),
+    "cohere": ("cohere", dict(use_qk_norm=True, logit_scale=0.25, tie_word_embeddings=True)),
+    "cohere2": ("cohere2", dict(sliding_window=12, layer_types=[SLIDING, FULL], logit_scale=0.25, tie_word_embeddings=True)),
+    "exaone": ("exaone", {}),
+    "exaone4": ("exaone4", dict(head_dim=12, sliding_window=12, layer_types=[SLIDING, FULL])),
+    "stablelm": ("stablelm", dict(use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True, hidden_dropout=0.0)),
+    "muse_glimmer-wrapped": ("muse_glimmer", dict(text_config=MUSE)),
+    "internlm3": ("internlm3", dict(qkv_bias=True, bias=True, head_dim=12)),
+    "seed_oss": ("seed_oss", dict(head_dim=12, residual_dropout=0.0)),
+    "iquestcoder": ("iquestcoder", dict(head_dim=12)),
+    "cwm": ("cwm", dict(head_dim=12, sliding_window=12, layer_types=[FULL, SLIDING])),
+    "smollm3": ("smollm3", dict(no_rope_layers=[1, 0], tie_word_embeddings=True)),
+    "hunyuan": ("hunyuan_v1_dense", dict(head_dim=12, rope_scaling=dict(rope_type="dynamic", alpha=1000.0, factor=1.0))),
+    "ernie4_5": ("ernie4_5", dict(head_dim=12, use_bias=True, tie_word_embeddings=True)),
+    "apertus": ("apertus", dict(hidden_act="xielu")),
+    "arcee": ("arcee", dict(hidden_act="relu2")),
+    "nemotron": ("nemotron", dict(hidden_act="relu2", partial_rotary_factor=0.5)),
+    "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=12, residual_dropout=0.0, embedding_dropout=0.0)),
+    "helium": ("helium", dict(head_dim=12, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
+}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
 FOLDERS = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True), {
@@ -42,11 +96,23 @@ FOLDERS = {
         "": {}, "ld-truncated": dict(ld_alpha=0.3, max_length=40)}),
     "qwen2-unpaired": ("qwen2", dict(tie_word_embeddings=True), {
         "": dict(loss_type=["kto"]), "apo_zero_unpaired": dict(loss_type=["apo_zero_unpaired"])}),
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in DENSE.items()},
 }
 UNPAIRED = ("kto", "apo_zero_unpaired")  # losses of KTOTrainer, over answers that were liked or not
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 WORDS = "早上 好 谢谢 你 我们 明天 见 the kettle is on and a bird sang 🌱 🎈 yes perhaps not now 7 2048 snake_case ok sure no hi".split()
+
+
+def model_class(change):
+    return AutoModelForImageTextToText if "text_config" in change else AutoModelForCausalLM
+
+
+def model_config(kind, change, vocab):
+    sizes = {**SMALL, "vocab_size": vocab, "pad_token_id": 0}
+    if "text_config" not in change: return AutoConfig.for_model(kind, **{**sizes, **change})
+    tied = change["text_config"].get("tie_word_embeddings", False)
+    return AutoConfig.for_model(kind, **{**change, "text_config": {**sizes, **change["text_config"]}, "tie_word_embeddings": tied})
 
 
 def tokenizer(folder, rng):
@@ -81,13 +147,18 @@ def main():
         shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(seed)
         tok = tokenizer(f"{folder}/model", rng)
-        config = AutoConfig.for_model(kind, **{**SMALL, **change, "vocab_size": -(-len(tok) // 32) * 32})
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        base = model_class(change).from_config(model_config(kind, change, -(-len(tok) // 32) * 32), dtype=torch.float32)
         with torch.no_grad():  # far from the default, so that no gradient is near zero
             for key, weight in base.named_parameters():
                 weight.copy_(torch.randn_like(weight) * (0.4 if key.endswith("bias") else 0.15) + (1.0 if "norm" in key else 0.0))
-        base.save_pretrained(f"{folder}/model")
-        start = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+            for key, buffer in base.named_buffers():  # state that a checkpoint carries: scalars of layers, slopes
+                if buffer.dtype == torch.float32 and key in base.state_dict():
+                    buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
+        # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
+        (base.to(torch.bfloat16) if name in DENSE else base).save_pretrained(f"{folder}/model")
+        base.float()
+        targets = r".*language_model.*(proj|proj_\w+|gate|projection)" if "text_config" in change else "all-linear"
+        start = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM"))
         with torch.no_grad():
             for key, weight in start.named_parameters():
                 if "lora_" in key: weight.copy_(torch.randn_like(weight) * 0.05)
@@ -113,7 +184,8 @@ def main():
 
 
 def run(folder, case, settings, split, tok):
-    base = AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+    wrapped = "text_config" in json.load(open(f"{folder}/model/config.json"))
+    base = (AutoModelForImageTextToText if wrapped else AutoModelForCausalLM).from_pretrained(f"{folder}/model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, f"{folder}/init_adapter", is_trainable=True)
     args = {"loss_type": ["sigmoid"], "max_length": 512, "beta": 0.1, **settings}
     unpaired = args["loss_type"][0] in UNPAIRED
@@ -140,6 +212,11 @@ def run(folder, case, settings, split, tok):
              **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
     expected = {"args": named, "steps": steps}
     if not case:
+        # What the base model says after the first row's chosen answer.
+        first = trainer.train_dataset[0]
+        row = first["prompt_ids"] + first.get("chosen_ids", first.get("completion_ids"))
+        with torch.no_grad(), model.disable_adapter():
+            expected["logits"] = model(input_ids=torch.tensor([row])).logits[0, -1].tolist()
         ids = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
         expected["rows"] = [{k: r[k] for k in ids if k in r} for r in trainer.train_dataset]
     json.dump(expected, open(f"{folder}/expected{'-' + case if case else ''}.json", "w"))

@@ -151,6 +151,17 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         let sum = b.add(x, attended);
         b.add(sum, y)
     })?;
+    case("attention and MLP without a gate of one norm, biases".into(), &|b, x| {
+        let h = b.norm(Norm::layer(1e-5).bias(false), "n", x);
+        let (q, k, v) = (b.linear_bias("q", h, 64), b.linear_bias("k", h, 32), b.linear_bias("v", h, 32));
+        let part = Rope { interleaved: true, ..Rope::of(vec![1.0, 0.6, 0.3, 0.1]) };
+        let (q, k) = (b.rope(q, 32, &part), b.rope(k, 32, &part));
+        let attended = b.attention(q, k, v, Attention::new(2, 1, 32));
+        let y = b.linear_bias("fc1", h, 208);
+        let y = b.activation("relu2", y);
+        let (attended, y) = (b.linear_bias("dense", attended, 104), b.linear_bias("fc2", y, 104));
+        b.add(attended, y)
+    })?;
     case("fused projections".into(), &|b, x| {
         let h = b.rms_norm("n", x, 1e-6);
         let qkv = b.linear("qkv_proj", h, 128);
@@ -188,6 +199,16 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         let (p, q) = (b.rope(p, 32, &rope(1.0)), b.rope(q, 32, &rope(0.9)));
         let sum = b.add(p, q);
         b.add(sum, r)
+    })?;
+    // What was read of the value is computed again of it.
+    case("a part of a value that was read before".into(), &|b, x| {
+        let all = b.linear("a", x, 104);
+        let sum = b.add(all, x);
+        let p = b.narrow(all, 0, 64);
+        let turned = b.rope(p, 32, &rope(1.0));
+        let n = b.rms_norm("n", sum, 1e-6);
+        let q = b.narrow(n, 40, 64);
+        b.add(turned, q)
     })?;
     case("a part of a value that is read whole, and all of it".into(), &|b, x| {
         let all = b.linear("a", x, 104);
@@ -266,6 +287,8 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         (128, 2, 4, Some(100), Some(2.0)),
         (256, 1, 2, None, Some(0.5)),
         (256, 2, 2, Some(33), None),
+        (512, 1, 2, None, None),
+        (512, 2, 2, Some(21), Some(2.0)),
     ];
     for (dim, kv_heads, share, window, softcap) in shapes {
         let heads = kv_heads * share;

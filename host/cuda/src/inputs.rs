@@ -26,8 +26,8 @@ pub(super) struct BatchAddresses {
     pub(super) next_taken: Address,
     /// Of every token, where its answer begins in its example.
     pub(super) begins: Address,
-    /// Tiles of 64 and of 32 tokens.
-    pub(super) tiles: [(Address, usize); 2],
+    /// Tiles of so many tokens as [`TILES`] says, and how many there are.
+    tiles: [(Address, usize); TILES.len()],
     pub(super) results: Address,
     /// The loss's gradient by log-probs.
     pub(super) dlogps: Address,
@@ -35,6 +35,16 @@ pub(super) struct BatchAddresses {
     pub(super) tables: Address,
     pub(super) tokens: usize,
     pub(super) answers: usize,
+}
+
+/// Tokens of a tile, of the kinds that attention has.
+const TILES: [usize; 3] = [64, 32, 16];
+
+impl BatchAddresses {
+    /// Tiles of at most so many tokens, and how many there are.
+    pub(super) fn tiles_of(&self, tokens: usize) -> (Address, usize) {
+        self.tiles[TILES.iter().position(|t| *t == tokens).unwrap_or(0)]
+    }
 }
 
 impl Inputs {
@@ -60,7 +70,7 @@ impl Inputs {
         at.taken = self.put(&taken);
         at.next_taken = self.put(&next_taken);
         at.begins = self.put(&begins(&batch.layout));
-        for (place, size) in at.tiles.iter_mut().zip([64, 32]) {
+        for (place, size) in at.tiles.iter_mut().zip(TILES) {
             let words = tiles(&batch.layout, size);
             *place = (self.put(&words), words.len() / 4);
         }

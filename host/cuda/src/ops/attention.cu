@@ -6,12 +6,15 @@
 // Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
 // queries have a kernel each, and no atomics.
 
-// Wide heads take smaller tiles, which fit into the shared memory of every card.
-#define TILE (DIM > 128 ? 32 : 64)
+// Wide heads take smaller tiles, which fit into the shared memory of every card. The widest have kernels of their own
+// (attention_wide.cu), in which four warps share a tile.
+#define WIDEST (DIM > 256)
+#define TILE (WIDEST ? 16 : DIM > 128 ? 32 : 64)
 #define QUERIES (DIM > 128 ? 16 : 32)
 #define THREADS (TILE * 2)
 #define STRIDE (DIM + 8)  // 16 bytes of padding: the eight rows that ldmatrix reads fall into different banks
 #define KSTEPS (DIM / 16)
+#define OWN (WIDEST ? DIM / 4 : DIM)  // columns of the output that a warp has
 #define HELD (DIM <= 128)  // a warp holds its own rows in registers: shared memory is read for the other side alone
 
 // A run of queries or of keys of one example: TILE of them at most.
@@ -240,7 +243,7 @@ struct Softmax {
     float max[2] = {-1e30f, -1e30f}, sum[2] = {};
 
     // Scores `p` become weights, and what was summed in `o` shrinks to the new maximum.
-    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[DIM / 8][4], const Tile& t,
+    __device__ __forceinline__ void step(float p[TILE / 8][4], float o[OWN / 8][4], const Tile& t,
                                          const int (&starts)[TILE], int mine, int key, const Shape& s) {
         int lane = threadIdx.x % 32;
         float scale = s.scale * LOG2E;
@@ -275,7 +278,7 @@ struct Softmax {
             max[r] = top[r];
             sum[r] *= shrink;
 #pragma unroll
-            for (int n = 0; n < DIM / 8; n++) {
+            for (int n = 0; n < OWN / 8; n++) {
                 o[n][2 * r] *= shrink;
                 o[n][2 * r + 1] *= shrink;
             }
@@ -289,19 +292,19 @@ struct Softmax {
             }
     }
 
-    // Leaves the output and the log-sums.
-    __device__ __forceinline__ void finish(float o[DIM / 8][4], const View& out, float* lse, const Tile& t, int mine, int h,
-                                           const Shape& s) {
+    // Leaves a warp's columns of the output, from `column` on, and with the first ones the log-sums.
+    __device__ __forceinline__ void finish(float o[OWN / 8][4], const View& out, float* lse, const Tile& t, int mine, int h,
+                                           const Shape& s, int column = 0) {
         int lane = threadIdx.x % 32;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
             sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
             int at = t.first + mine + lane / 4 + r * 8;
-            if (lane % 4 == 0 && at < t.length)
+            if (column == 0 && lane % 4 == 0 && at < t.length)
                 lse[(long long)h * s.tokens + t.start + at] = max[r] * s.scale + logf(sum[r]);
         }
-        store<DIM>(head(out, h), t, t.first + mine, 0, o, 1.f / sum[0], 1.f / sum[1]);
+        store<OWN>(head(out, h), t, t.first + mine, column, o, 1.f / sum[0], 1.f / sum[1]);
     }
 };
 
@@ -348,7 +351,7 @@ extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share
     store8(row(y, token) + i, sum);
 }
 
-#if !WGMMA  // see attention_hopper.cu
+#if !WGMMA && !WIDEST  // see attention_hopper.cu, attention_wide.cu
 
 // out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
 extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
@@ -397,13 +400,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     softmax.finish(o, out, lse, t, mine, h, s);
 }
 
-// dq, a block a head and a tile of queries.
+// dq, a block a head and a tile of queries. Where values have one stage only (V_STAGES), a tile of them comes while the block waits.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_dq(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
                  const float* delta, View dq, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
-    bf16 *qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
+    bf16 *qs = HELD ? ks + TILE * STRIDE : vs + V_STAGES * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
     View keys = head(k, h / s.share), values = head(v, h / s.share);
@@ -416,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     commit();
     int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
-    load_tile<TILE>(vs, values, t, key);
+    if (V_STAGES == 2) load_tile<TILE>(vs, values, t, key);
     commit();
     wait<1>();
     __syncthreads();
@@ -428,9 +431,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float out[DIM / 8][4] = {}, scale = s.scale * LOG2E;
     while (key < last) {
         int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
+        if (V_STAGES == 1) {
+            load_tile<TILE>(vs, values, t, key);
+            commit();
+        }
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
-            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+            if (V_STAGES == 2) load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
         }
         commit();
         wait<1>();
@@ -440,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int part = 0; part < 2; part++) {
             const bf16* kt = ks + (stage * TILE + part * TILE / 2) * STRIDE;
-            const bf16* vt = vs + (stage * TILE + part * TILE / 2) * STRIDE;
+            const bf16* vt = vs + (stage * (V_STAGES - 1) * TILE + part * TILE / 2) * STRIDE;
             float p[TILE / 16][4] = {}, dp[TILE / 16][4] = {};
             products<TILE / 2>(p, own, kt);
             products<TILE / 2>(dp, pushed, vt);

@@ -29,8 +29,11 @@ const HOPPER: &str = include_str!("attention_hopper.cu");
 /// Widths of heads for which Hopper's are used.
 const HOPPER_DIMS: &[usize] = &[64, 128];
 
+/// Kernels of the widest heads, which take the place of functions of `attention.cu`.
+const WIDE: &str = include_str!("attention_wide.cu");
+
 /// Widths of heads that attention is written for.
-const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256];
+const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 256, 512];
 
 #[derive(Clone, Copy)]
 struct Attention {
@@ -120,7 +123,7 @@ impl Attention {
 
     /// Tiles of the batch, their number, and the numbers that kernels take last.
     fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
-        let (tiles, count) = on.batch.tiles[usize::from(self.kernels().tile() == 32)];
+        let (tiles, count) = on.batch.tiles_of(self.kernels().tile());
         let shape = Shape {
             heads: self.heads as i32,
             share: (self.heads / self.kv_heads) as i32,
@@ -190,7 +193,7 @@ impl Execute for AttentionVjp {
             let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
             args.with(*dout).with(lse.at).with(delta.at)
         };
-        let halves = if a.dim > 128 { 2 } else { 1 };
+        let halves = if a.dim == 256 { 2 } else { 1 };
         let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
         let (dkv, shared) = kernel("attention_dkv")?;
         let args = read().with(*to[0]).with(*to[1]).with(shape);
@@ -248,11 +251,20 @@ impl Execute for AttentionVjp {
 impl Heads {
     /// Queries or keys of a tile, as `attention.cu` has them.
     fn tile(self) -> usize {
-        if self.dim > 128 { 32 } else { 64 }
+        match self.dim {
+            ..=128 => 64,
+            129..=256 => 32,
+            _ => 16,
+        }
+    }
+
+    /// Whether four warps share a tile.
+    fn widest(self) -> bool {
+        self.dim > 256
     }
 
     fn block(self) -> [u32; 3] {
-        [self.tile() as u32 * 2, 1, 1]
+        [if self.widest() { 128 } else { self.tile() as u32 * 2 }, 1, 1]
     }
 
     /// What tells its kernels from others.
@@ -265,17 +277,32 @@ impl Heads {
     }
 
     fn variant(self, capability: u32) -> Variant {
-        let (dim, hopper) = (self.dim, self.hopper(capability));
+        let (dim, hopper, stages) = (self.dim, self.hopper(capability), self.value_stages(capability));
         let [softcap, wgmma] = [self.softcap, hopper].map(u8::from);
+        let numbers = [("DIM", dim), ("SOFTCAP", softcap.into()), ("WGMMA", wgmma.into()), ("V_STAGES", stages)];
         Variant {
             source: &SOURCE,
             key: self.key(),
             label: format!("{dim}{}", if self.softcap { ", capped" } else { "" }),
-            before: format!("#define DIM {dim}\n#define SOFTCAP {softcap}\n#define WGMMA {wgmma}\n"),
-            after: if hopper { HOPPER } else { "" },
+            before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
+            after: match hopper {
+                true => HOPPER,
+                false if self.widest() => WIDE,
+                false => "",
+            },
             generation: hopper,
             shared: ["attention", "attention_dq", "attention_dkv"].into_iter().zip(self.shared(capability)).collect(),
         }
+    }
+
+    /// Bytes of `rows` rows of a head in shared memory, where rows are not swizzled.
+    fn rows(self, rows: usize) -> usize {
+        rows * (self.dim + 8) * 2
+    }
+
+    /// Tiles of values that the kernel of dq holds: two, where shared memory has room for them.
+    fn value_stages(self, capability: u32) -> usize {
+        if self.dim > 128 && self.rows(6 * self.tile()) + STATIC > most_shared(capability) { 1 } else { 2 }
     }
 
     /// Bytes of shared memory that forward, dq and dkv take.
@@ -285,11 +312,29 @@ impl Heads {
             // Whole tiles, from an aligned address on.
             return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
         }
-        let (row, queries) = ((dim + 8) * 2, tile / 2);
+        if self.widest() {
+            // Parts of scores behind the rows, and of their gradients.
+            let parts = 4 * tile * tile * 4;
+            return [self.rows(3 * tile) + parts, self.rows(4 * tile) + 2 * parts, self.rows(4 * tile) + 2 * parts];
+        }
         // Rows that a warp does not hold in registers.
-        let held = |rows: usize| if dim > 128 { rows } else { 0 };
-        [4 * tile + held(tile), 4 * tile + held(2 * tile), 4 * queries + held(2 * tile)]
-            .map(|rows| rows * row + 4 * queries * 4)
+        let held = |tiles: usize| if dim > 128 { tiles * tile } else { 0 };
+        let queries = tile / 2;
+        let dq = (2 + self.value_stages(capability)) * tile + held(2);
+        [self.rows(4 * tile + held(1)), self.rows(dq), self.rows(4 * queries + held(2)) + 4 * queries * 4]
+    }
+}
+
+/// Bytes of shared memory that kernels take beside what is asked for, at most.
+const STATIC: usize = 2048;
+
+/// Bytes of shared memory that a block may have on a card (CUDA C++ Programming Guide, technical specifications per compute
+/// capability).
+fn most_shared(capability: u32) -> usize {
+    match capability {
+        80 | 87 => 163 << 10,
+        90 | 100 | 103 => 227 << 10,
+        _ => 99 << 10,
     }
 }
 
@@ -333,4 +378,22 @@ fn of_head(slice: &Slice, head: usize, dim: usize) -> Slice {
 #[cfg(test)]
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::super::kernels::ARCHITECTURES;
+    use super::{STATIC, most_shared, variants};
+
+    #[test]
+    fn kernels_fit_into_the_shared_memory_of_every_card() {
+        for capability in ARCHITECTURES {
+            for variant in variants(*capability) {
+                for (kernel, bytes) in variant.shared {
+                    let (most, label) = (most_shared(*capability), &variant.label);
+                    assert!(bytes + STATIC <= most, "{kernel} of {label} takes {bytes} of {most} on {capability}");
+                }
+            }
+        }
+    }
 }

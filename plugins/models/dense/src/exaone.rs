@@ -1,56 +1,8 @@
-//! EXAONE: a Llama under other names in version 3; norms behind, and layers without positions, in version 4.
+//! EXAONE 4: norms behind, and layers without positions. Version 3 is a Llama under other names, in that family's crate.
 
 use dpo_plugin_api::prelude::*;
 
 use crate::Dense;
-
-pub(crate) static EXAONE: Dense = Dense {
-    name: "exaone",
-    summary: "EXAONE 3.0, 3.5, Deep: a Llama whose files have other names",
-    claims: &["ExaoneForCausalLM"],
-    checkpoints: &[
-        "LGAI-EXAONE/EXAONE-3.5-2.4B-Instruct",
-        "LGAI-EXAONE/EXAONE-3.5-7.8B-Instruct",
-        "LGAI-EXAONE/EXAONE-3.5-32B-Instruct",
-        "LGAI-EXAONE/EXAONE-Deep-7.8B",
-    ],
-    example_config: include_str!("../configs/exaone.json"),
-    graph: |config| {
-        let names = [
-            ("num_layers", "num_hidden_layers"),
-            ("layer_norm_epsilon", "rms_norm_eps"),
-            ("activation_function", "hidden_act"),
-        ];
-        let config = config.with_names(&names).with_defaults(&[
-            ("num_key_value_heads", json!(8)),
-            ("rms_norm_eps", json!(1e-5)),
-            ("rope_theta", json!(500_000.0)),
-        ]);
-        let mut decoder = Decoder::read(&config)?;
-        decoder.attention_bias(config.flag("attention_bias", false)?);
-        decoder.mlp_bias = config.flag("mlp_bias", false)?;
-        let mut graph = decoder.build()?;
-        name_published(&mut graph);
-        graph.finish(&config)
-    },
-};
-
-/// transformers, `conversion_mapping.py`, "exaone".
-pub(crate) fn name_published(graph: &mut GraphBuilder) {
-    graph.layout(&[
-        ("model.embed_tokens.", "transformer.wte."),
-        ("model.layers.", "transformer.h."),
-        ("model.norm.", "transformer.ln_f."),
-        (".self_attn.o_proj.", ".attn.attention.out_proj."),
-        (".self_attn.", ".attn.attention."),
-        (".input_layernorm.", ".ln_1."),
-        (".post_attention_layernorm.", ".ln_2."),
-        (".mlp.gate_proj.", ".mlp.c_fc_0."),
-        (".mlp.up_proj.", ".mlp.c_fc_1."),
-        (".mlp.down_proj.", ".mlp.c_proj."),
-    ]);
-    graph.unused_tensor("*.attn.attention.rotary.inv_freq");
-}
 
 pub(crate) static EXAONE4: Dense = Dense {
     name: "exaone4",

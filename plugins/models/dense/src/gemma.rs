@@ -21,7 +21,6 @@ fn read_second(config: &Config) -> Result<Decoder> {
     decoder.norms = LayerNorms::SANDWICH;
     decoder.activation = config.activation("hidden_activation", "gelu_tanh")?;
     decoder.attention_scale = config.float("query_pre_attn_scalar")?.powf(-0.5);
-    decoder.attention_softcap = config.opt_float("attn_logit_softcapping")?;
     decoder.logit_softcap = config.opt_float("final_logit_softcapping")?;
     Ok(decoder)
 }
@@ -61,6 +60,7 @@ pub(crate) static GEMMA2: Dense = Dense {
             ("final_logit_softcapping", json!(30.0)),
         ]);
         let mut decoder = read_second(&config)?;
+        decoder.attention_softcap = config.opt_float("attn_logit_softcapping")?;
         // The official files say the window twice, by another name.
         config.only("sliding_window_size", &[json!(config.opt_size("sliding_window")?)])?;
         let sliding = config.sliding_layers(decoder.layers.len(), |layer| layer % 2 == 0)?;
@@ -100,6 +100,8 @@ fn gemma3(whole: &Config) -> Result<ModelGraph> {
         ("sliding_window", json!(4096)),
     ]);
     let mut decoder = read_second(&config)?;
+    // Transformers has the key for this version, and no code that reads it.
+    config.opt_float("attn_logit_softcapping")?;
     decoder.qk_norm = Some(QkNorm::heads(decoder.norm));
     let written = config.opt_size("_sliding_window_pattern")?;
     let every = config.opt_size("sliding_window_pattern")?.or(written).unwrap_or(6);

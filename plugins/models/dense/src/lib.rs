@@ -80,7 +80,7 @@ plugin! {
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
         &granite::GRANITE, &granite::GRANITE4,
         &cohere::COHERE, &cohere::COHERE2,
-        &exaone::EXAONE, &exaone::EXAONE4,
+        &exaone::EXAONE4,
         &stability::STABLELM,
         &muse::MUSE_GLIMMER,
         &plain::INTERNLM3, &plain::SEED_OSS, &plain::IQUESTCODER, &plain::CWM, &plain::SMOLLM3, &plain::HUNYUAN,

@@ -26,6 +26,21 @@ impl ModelFamily for Qwen2 {
         Some(include_str!("../chat_template.jinja"))
     }
 
+    fn checkpoints(&self) -> &'static [&'static str] {
+        &[
+            "Qwen/Qwen2.5-0.5B-Instruct",
+            "Qwen/Qwen2.5-1.5B-Instruct",
+            "Qwen/Qwen2.5-3B-Instruct",
+            "Qwen/Qwen2.5-7B-Instruct",
+            "Qwen/Qwen2.5-14B-Instruct",
+            "Qwen/Qwen2.5-32B-Instruct",
+            "Qwen/Qwen2.5-72B-Instruct",
+            "Qwen/Qwen2.5-Coder-7B-Instruct",
+            "Qwen/QwQ-32B",
+            "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+        ]
+    }
+
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
         let mut decoder = Decoder::read(config)?;
         decoder.qkv_bias = true;

@@ -26,6 +26,19 @@ impl ModelFamily for Qwen3 {
         Some(include_str!("../chat_template.jinja"))
     }
 
+    fn checkpoints(&self) -> &'static [&'static str] {
+        &[
+            "Qwen/Qwen3-0.6B",
+            "Qwen/Qwen3-1.7B",
+            "Qwen/Qwen3-4B",
+            "Qwen/Qwen3-4B-Instruct-2507",
+            "Qwen/Qwen3-8B",
+            "Qwen/Qwen3-14B",
+            "Qwen/Qwen3-32B",
+            "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+        ]
+    }
+
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
         let config = config.with_defaults(&[("head_dim", json!(128))]);
         let mut decoder = Decoder::read(&config)?;
