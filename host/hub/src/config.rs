@@ -161,6 +161,7 @@ const HARMLESS: &[&str] = &[
     "seq_aux",
     "tensor_parallel_degree",
     "transformers.js_config",
+    "use_parallel_embedding",
     // Where a wrapper puts what it makes of other modalities.
     "projector_hidden_act",
     "spatial_merge_size",

@@ -58,9 +58,16 @@ pub(crate) static COHERE2: Dense = Dense {
     ],
     example_config: include_str!("../configs/cohere2.json"),
     graph: |config| {
-        config.only("position_embedding_type", &[json!("rope_gptj")])?;
-        config.only("use_gated_activation", &[json!(true)])?;
-        config.only("use_parallel_block", &[json!(true)])?;
+        for (key, computed) in [
+            ("layer_switch", json!(4)),
+            ("order_of_interleaved_layers", json!("local_attn_first")),
+            ("position_embedding_type", json!("rope_gptj")),
+            ("use_embedding_sharing", json!(true)),
+            ("use_gated_activation", json!(true)),
+            ("use_parallel_block", json!(true)),
+        ] {
+            config.only(key, &[computed])?;
+        }
         let config = config.with_defaults(&[("sliding_window", json!(4096))]);
         let mut decoder = read(&config, 10_000.0)?;
         let every = config.opt_size("sliding_window_pattern")?.unwrap_or(4);

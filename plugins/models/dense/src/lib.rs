@@ -121,7 +121,7 @@ mod tests {
             (&plain::SMOLLM3, [36, 0, 27]),
         ];
         for (family, counts) in expected {
-            let graph = check_model(&*family);
+            let graph = check_model(family);
             let is = [graph.layers.len(), layers_with(&graph, window), layers_with(&graph, rope)];
             assert_eq!(is, *counts, "{}", family.name);
         }
