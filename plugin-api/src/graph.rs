@@ -47,6 +47,15 @@ pub struct ModelGraph {
 /// whole name (its layer's prefix included), every pair to what the pairs before it have made.
 pub type Layout = Vec<(String, String)>;
 
+/// Most bytes of a tensor's name.
+pub const MOST_NAME: usize = 4096;
+
+/// A graph's name of a tensor as a layout has it; none if that is longer than any file's.
+pub fn renamed(layout: &Layout, own: &str) -> Option<String> {
+    let mut pairs = layout.iter();
+    pairs.try_fold(own.to_owned(), |name, (from, to)| Some(name.replace(from, to)).filter(|n| n.len() <= MOST_NAME))
+}
+
 /// One layer: a kind of block, and where its weights are.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,6 +107,19 @@ pub struct Weight {
     pub tensor: String,
     /// Its shape there.
     pub shape: Vec<usize>,
+}
+
+impl ModelGraph {
+    /// Every block in the order it runs, with the prefix of its tensors: the embedding, the layers, the head.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &Block)> {
+        let layers = self.layers.iter().filter_map(|l| Some((l.prefix.as_str(), self.blocks.get(l.block)?)));
+        std::iter::once(("", &self.embed)).chain(layers).chain([("", &self.head)])
+    }
+
+    /// Every weight with its layer's prefix, in the order in which blocks run; a tied one as often as it is read.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, &Weight)> {
+        self.parts().flat_map(|(prefix, block)| block.nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
+    }
 }
 
 impl Node {

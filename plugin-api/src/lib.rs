@@ -36,6 +36,7 @@
 #[allow(non_camel_case_types, non_local_definitions, missing_docs)]
 pub mod abi;
 pub mod builder;
+pub mod check;
 pub mod dataset;
 pub mod decoder;
 pub mod dual;
@@ -44,10 +45,11 @@ mod export;
 pub mod graph;
 pub mod loss;
 pub mod model;
+pub mod ops;
 pub mod rope;
 pub mod testing;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, nearest};
 
 /// Version of this crate. Within a major version, plugins built against any older one go on loading.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

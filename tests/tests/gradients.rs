@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::ops::lm_head::{self, Projection};
-use dpo_core::ops::{self, Call, Kernel, Lora, OPS, check_node};
+use dpo_core::ops::{self, Call, Kernel, Lora, OPS};
 use dpo_plugin_api::graph::{Node, Weight};
+use dpo_plugin_api::ops::check_node;
 use dpo_tests::{Numbers, examples};
 use serde_json::{Value, json};
 

@@ -109,7 +109,7 @@ fn a_part_of_a_tensor_is_read_under_its_name() {
     let opened = Model::open(&registry, Path::new(&wrapped), &ModelOptions::default()).unwrap();
     let checkpoint = Checkpoint::of(Path::new(&wrapped), &opened.graph).unwrap();
     let own = read_f32(&model.join("model.safetensors")).unwrap();
-    for (prefix, weight) in weights(&opened.graph) {
+    for (prefix, weight) in opened.graph.weights() {
         let (_, values) = &own[&format!("{prefix}{}", weight.tensor)];
         assert_eq!(checkpoint.load_range(prefix, weight, &(3..7)).unwrap(), values[3..7]);
         assert_eq!(

@@ -67,22 +67,17 @@ impl Error {
 
     /// The known name that is most like this one, if any is.
     pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-        most_like(name, known, 0.7)
+        dpo_plugin_api::nearest(name, known, 0.7)
     }
 
     /// The known name that this one is a misspelling of, if it is of any.
     pub fn misspelt<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-        most_like(name, known, 0.9)
+        dpo_plugin_api::nearest(name, known, 0.9)
     }
 
     /// An input error for a name that is not among those known, with the nearest one as help.
     pub fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Error {
-        let known: Vec<&str> = known.into_iter().collect();
-        let help = match Error::nearest(name, known.iter().copied()) {
-            Some(near) => format!("did you mean '{near}'? known: {}", known.join(", ")),
-            None => format!("known: {}", known.join(", ")),
-        };
-        Error::input(format!("unknown {what} '{name}'")).help(help)
+        dpo_plugin_api::Error::unknown(what, name, known).into()
     }
 }
 
@@ -113,13 +108,6 @@ impl From<candle_core::Error> for Error {
         let text = error.to_string();
         Error::run(text.lines().next().unwrap_or("tensor error"))
     }
-}
-
-/// The first of the names that are most like one, if they are more than `least` like it.
-fn most_like<'a>(name: &str, known: impl Iterator<Item = &'a str>, least: f64) -> Option<&'a str> {
-    let likeness = |n: &str| strsim::jaro_winkler(n, name);
-    let near = known.map(|n| (likeness(n), n)).reduce(|best, n| if n.0 > best.0 { n } else { best });
-    near.filter(|(likeness, _)| *likeness > least).map(|(_, n)| n)
 }
 
 /// Reading and writing files, with the path as the place.

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dpo_plugin_api::graph::{Layout, ModelGraph, Node, Weight};
+use dpo_plugin_api::graph::{Layout, ModelGraph, Node, Weight, renamed};
 use half::bf16;
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Metadata, TensorInfo};
@@ -26,9 +26,6 @@ const SAMPLES: usize = 1024;
 pub const SINGLE: &str = "model.safetensors";
 /// What names the shards of one that is.
 pub const INDEX: &str = "model.safetensors.index.json";
-
-/// Most bytes of a tensor's name.
-pub(crate) const MOST_NAME: usize = 4096;
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
 pub const FILES: &[&str] = &[
@@ -113,20 +110,20 @@ impl Checkpoint {
     pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
         let mut checkpoint = Checkpoint::open(folder)?;
         let own = Layout::new();
-        let misfits = |layout: &&Layout| weights(graph).filter(|(p, w)| !checkpoint.fits(layout, p, w)).count();
+        let misfits = |layout: &&Layout| graph.weights().filter(|(p, w)| !checkpoint.fits(layout, p, w)).count();
         // The first of those that fit best.
         let best =
             std::iter::once(&own).chain(&graph.layouts).map(|l| (misfits(&l), l)).min_by_key(|(count, _)| *count);
         let (missing, layout) = best.unwrap_or((0, &own));
         checkpoint.layout = layout.clone();
-        weights(graph).try_for_each(|(prefix, weight)| checkpoint.entry(prefix, weight).map(drop)).map_err(|e| {
-            let (all, ways) = (weights(graph).count(), 1 + graph.layouts.len());
+        graph.weights().try_for_each(|(prefix, weight)| checkpoint.entry(prefix, weight).map(drop)).map_err(|e| {
+            let (all, ways) = (graph.weights().count(), 1 + graph.layouts.len());
             let fits = format!("{} of the model's {all} tensors are in its files", all - missing);
             let by = if ways == 1 { String::new() } else { format!(" by the best of {ways} ways to name them") };
             let more = checkpoint.extra(graph).map(|(name, _)| format!(", where '{name}' is not part of the model"));
             e.help(format!("{OTHER_MODEL}: {fits}{by}{}", more.unwrap_or_default()))
         })?;
-        weights(graph).try_for_each(|(prefix, weight)| checkpoint.raw(prefix, weight).map(drop))?;
+        graph.weights().try_for_each(|(prefix, weight)| checkpoint.raw(prefix, weight).map(drop))?;
         match checkpoint.extra(graph) {
             Some((name, entry)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
                 .at(checkpoint.shards[entry.shard].path.display())
@@ -137,7 +134,7 @@ impl Checkpoint {
 
     /// A tensor that the graph neither reads nor names as unused.
     fn extra(&self, graph: &ModelGraph) -> Option<(&str, &Entry)> {
-        let needed: BTreeSet<String> = weights(graph).map(|(prefix, weight)| self.name(prefix, weight)).collect();
+        let needed: BTreeSet<String> = graph.weights().map(|(prefix, weight)| self.name(prefix, weight)).collect();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
         let mut tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
         tensors.find(|(name, _)| !needed.contains(*name) && !unused(name))
@@ -334,17 +331,6 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
     std::iter::once((BlockId::Embed, "", graph.embed.nodes.as_slice()))
         .chain(graph.layers.iter().enumerate().map(layer))
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
-}
-
-/// Every weight of a graph with its layer's prefix, in the order in which blocks run; a tied one as often as it is read.
-pub fn weights(graph: &ModelGraph) -> impl Iterator<Item = (&str, &Weight)> {
-    blocks(graph).flat_map(|(_, prefix, nodes)| nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
-}
-
-/// A graph's name of a tensor as a layout has it; none if that is longer than any file's.
-pub(crate) fn renamed(layout: &Layout, own: &str) -> Option<String> {
-    let mut pairs = layout.iter();
-    pairs.try_fold(own.to_owned(), |name, (from, to)| Some(name.replace(from, to)).filter(|n| n.len() <= MOST_NAME))
 }
 
 /// Whether two shapes are the same. PyTorch saves a scalar as `[]`, others write it as a vector of one.

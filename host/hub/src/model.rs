@@ -2,13 +2,13 @@
 
 use std::path::{Path, PathBuf};
 
+use dpo_plugin_api::check::check_graph;
 use dpo_plugin_api::graph::ModelGraph;
 use serde_json::{Map, Value};
 
 use crate::config::{self, Remarks};
 use crate::{Name, Need};
 use dpo_core::error::{Error, Result};
-use dpo_core::graph;
 use dpo_core::lora;
 use dpo_plugins::{Family, Registry};
 
@@ -156,7 +156,7 @@ pub fn understood(family: &Family, config: &str, ignored: &[String]) -> Result<(
         serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
     config::refuse_quantised(&keys, None, ignored)?;
     let graph = family.graph(config)?;
-    graph::check(&graph)?;
+    check_graph(&graph)?;
     let remarks = config::judge((&keys, &graph.unread_config), (&family.name, &family.claims), ignored)?;
     Ok((graph, remarks))
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, Once, OnceLock};
 use abi_stable::library::AbiHeaderRef;
 use abi_stable::std_types::{RResult, RString};
 use dpo_plugin_api::abi::{Linked, Manifest, PluginModule_Ref, RawLossCall, RawLossResult};
+use dpo_plugin_api::check::check_features;
 use object::{Object, ObjectSymbol};
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -16,7 +17,6 @@ use super::helper;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_core::files;
-use dpo_core::graph::refuse_unknown_features;
 
 /// Most bytes of a library.
 const MOST_BYTES: u64 = 1 << 30;
@@ -196,7 +196,7 @@ fn manifest(text: &str) -> Result<Manifest> {
     if ours != theirs {
         return Err(Error::input(format!("it was built for plugin-api {}, this host has {ours}.x", manifest.api)));
     }
-    refuse_unknown_features(&manifest.requires)?;
+    check_features(&manifest.requires)?;
     Ok(manifest)
 }
 

@@ -428,13 +428,7 @@ fn kind_of(item: &Item) -> &'static str {
 fn accept(value: &Value) -> Result<Item> {
     let parsed: Item = serde_json::from_value(value.clone())
         .map_err(|e| Error::input(format!("this host does not know such an item: {e}")))?;
-    let name = parsed.name();
-    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_.".contains(c);
-    if name.is_empty() || !name.chars().all(plain) {
-        return Err(Error::input(format!(
-            "the name '{name}' should be of lower-case letters, digits, '-', '_' and '.'"
-        )));
-    }
+    dpo_plugin_api::check::check_name(parsed.name())?;
     if let Item::Loss { needs, .. } = &parsed {
         dpo_core::graph::check_statistics(&needs.statistics)?;
     }

@@ -4,7 +4,7 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use dpo_core::error::Result;
-use dpo_core::ops::OPS;
+use dpo_plugin_api::ops::{OPS, OpSchema};
 use dpo_plugins::{ListRow as Row, Registry};
 
 #[derive(Args)]
@@ -95,7 +95,7 @@ fn repeats(rows: &[&Row], row: &Row) -> bool {
 }
 
 fn ops(as_json: bool) -> Result<()> {
-    let attrs = |op: &dpo_core::ops::Op| op.attrs.iter().map(|a| a.name).collect::<Vec<_>>();
+    let attrs = |op: &OpSchema| op.attrs.iter().map(|a| a.name).collect::<Vec<_>>();
     if as_json {
         let rows: Vec<_> =
             OPS.iter().map(|o| json!({"name": o.name, "formula": o.formula, "attributes": attrs(o)})).collect();

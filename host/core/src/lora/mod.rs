@@ -7,6 +7,7 @@ mod target;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use dpo_plugin_api::check::check_linears;
 use dpo_plugin_api::graph::ModelGraph;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -133,6 +134,7 @@ impl Adapter {
 
 /// The linears of a graph that the targets name.
 fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
+    check_linears(graph, |module| config.targets.name(module))?;
     let mut sites = Vec::new();
     let mut offset = 0;
     let mut modules = Vec::new();
@@ -141,12 +143,6 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
             let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
             if config.targets.name(&module) {
-                // An adapter's file names parameters by module.
-                if sites.iter().any(|s: &Site| s.module == module) {
-                    return Err(Error::input(format!("the graph has two linears of the name '{module}'")).help(
-                        "a linear that a model uses twice cannot be adapted: leave it out of the target modules",
-                    ));
-                }
                 let inputs = *inputs;
                 let outputs = node.width;
                 sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (block, index) });

@@ -1,32 +1,14 @@
-//! `y = activation(x)`: of an MLP without a gate. The table of activations is that of [`glu`](super::glu), too.
+//! `y = activation(x)`: of an MLP without a gate. [`glu`](super::glu) has the same ones.
 
 use candle_core::Tensor;
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
 
-use super::{Attr, AttrKind, Gradients, Kernel, Op, Presence, number, same};
+use super::{Gradients, Kernel, Op, number};
 use crate::error::{Error, Result};
 
 pub(super) const OP: Op = Op {
     name: "activation",
-    formula: "activation(x); clamp is min(max(x, -limit), limit)",
-    inputs: 1,
-    weights: &[],
-    attrs: &[
-        Attr { name: "activation", kind: AttrKind::OneOf(&ALL), presence: Presence::Required },
-        Attr { name: "limit", kind: AttrKind::Number, presence: Presence::Optional },
-    ],
-    check: |node, widths| {
-        let clamps = name(node) == "clamp";
-        match node.attrs.contains_key("limit") {
-            true if !clamps => return Err("'limit' is for clamp".into()),
-            true if number(node, "limit") <= 0.0 => return Err("limit is not positive".into()),
-            false if clamps => return Err("clamp needs its 'limit'".into()),
-            _ => {}
-        }
-        same("the value", node.width, widths[0])
-    },
-    reads_layout: false,
     cached_inputs: &[],
     kernel: Kernel::Value {
         forward: |call| {
@@ -39,12 +21,6 @@ pub(super) const OP: Op = Op {
         },
     },
 };
-
-/// Activations by PyTorch's names; `gelu` is the exact one, `relu2` the square of relu (So et al. 2021). The last one is no gate.
-const ALL: [&str; 7] = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamp"];
-
-/// Those of a gated MLP.
-pub(super) const GATES: &[&str] = ALL.split_at(6).0;
 
 fn name(node: &Node) -> &str {
     node.attrs.get("activation").and_then(Value::as_str).unwrap_or_default()

@@ -12,40 +12,11 @@ use rayon::prelude::*;
 
 use super::answer_mask::AnswerMask;
 use super::product::{WORK, dot};
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, count, number, same};
+use super::{Call, Gradients, Kernel, Op, count, number};
 use crate::batch::Span;
 use crate::error::{Error, Result};
 
-pub(super) const OP: Op = Op {
-    name: "attention",
-    formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other",
-    inputs: 3,
-    weights: &[],
-    attrs: &[
-        Attr { name: "heads", kind: AttrKind::Count, presence: Presence::Required },
-        Attr { name: "kv_heads", kind: AttrKind::Count, presence: Presence::Required },
-        Attr { name: "head_dim", kind: AttrKind::Count, presence: Presence::Required },
-        Attr { name: "scale", kind: AttrKind::Number, presence: Presence::Required },
-        Attr { name: "window", kind: AttrKind::Count, presence: Presence::Optional },
-        Attr { name: "softcap", kind: AttrKind::Number, presence: Presence::Optional },
-    ],
-    check: |node, widths| {
-        let (heads, kv, dim) = (count(node, "heads"), count(node, "kv_heads"), count(node, "head_dim"));
-        if !heads.is_multiple_of(kv) {
-            return Err(format!("{heads} heads cannot share {kv} key heads"));
-        }
-        if node.attrs.contains_key("softcap") && number(node, "softcap") <= 0.0 {
-            return Err("softcap is not positive".into());
-        }
-        same("q", widths[0], heads * dim)?;
-        same("k", widths[1], kv * dim)?;
-        same("v", widths[2], kv * dim)?;
-        same("the value", node.width, heads * dim)
-    },
-    reads_layout: true,
-    cached_inputs: &[1, 2],
-    kernel: Kernel::Value { forward, vjp },
-};
+pub(super) const OP: Op = Op { name: "attention", cached_inputs: &[1, 2], kernel: Kernel::Value { forward, vjp } };
 
 /// Most scores of a block: 32 MiB in f32. A single query of one key head may have more.
 const SCORES: usize = 1 << 23;

@@ -2,21 +2,11 @@
 
 use candle_core::Tensor;
 
-use super::activation::{GATES, activation};
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, same};
+use super::activation::activation;
+use super::{Call, Gradients, Kernel, Op};
 use crate::error::Result;
 
-pub(super) const OP: Op = Op {
-    name: "glu",
-    formula: "activation(gate) · up",
-    inputs: 2,
-    weights: &[],
-    attrs: &[Attr { name: "activation", kind: AttrKind::OneOf(GATES), presence: Presence::Required }],
-    check: |node, widths| same("up", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
-    reads_layout: false,
-    cached_inputs: &[],
-    kernel: Kernel::Value { forward, vjp },
-};
+pub(super) const OP: Op = Op { name: "glu", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let [value, _] = activation(call.node, call.inputs[0])?;

@@ -3,45 +3,10 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, factor, number, run, same, weight};
+use super::{Call, Gradients, Kernel, Op, factor, number, run, weight};
 use crate::error::Result;
 
-pub(super) const OP: Op = Op {
-    name: "layer_norm",
-    formula: "(offset + weight) · (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) + bias, over runs of weight's columns",
-    inputs: 1,
-    weights: &[("weight", Presence::Optional), ("bias", Presence::Optional)],
-    attrs: &[
-        Attr { name: "eps", kind: AttrKind::Number, presence: Presence::Required },
-        Attr { name: "offset", kind: AttrKind::Number, presence: Presence::Optional },
-        Attr { name: "run", kind: AttrKind::Count, presence: Presence::Optional },
-    ],
-    check: |node, widths| {
-        let run = run(node);
-        if run == 0 || !node.width.is_multiple_of(run) {
-            return Err(format!("runs of {run} do not divide {} columns", node.width));
-        }
-        let shape = node.weight("weight").map(|w| w.shape.as_slice());
-        match shape {
-            None => {}
-            Some([own]) if *own == run => {}
-            Some([runs, own]) if *own == run && runs * run == node.width => {}
-            Some(other) => {
-                return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
-            }
-        }
-        match node.weight("bias").map(|b| b.shape.as_slice()) {
-            Some(bias) if Some(bias) != shape => {
-                return Err(format!("a bias of {bias:?} beside a weight of {shape:?}"));
-            }
-            _ => {}
-        }
-        same("the value", node.width, widths[0])
-    },
-    reads_layout: false,
-    cached_inputs: &[],
-    kernel: Kernel::Value { forward, vjp },
-};
+pub(super) const OP: Op = Op { name: "layer_norm", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
 
 /// Runs with mean 0 and variance 1 as `[tokens, runs, run]`, and `1 / sqrt(variance + eps)` of each as `[tokens, runs, 1]`.
 fn normalised(call: &Call<'_>) -> Result<[Tensor; 2]> {

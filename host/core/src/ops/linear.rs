@@ -2,22 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::{Call, Gradients, Kernel, Op, Presence, main_weight, product, weight, weight_shape};
+use super::{Call, Gradients, Kernel, Op, main_weight, product, weight};
 use crate::error::Result;
 
-pub(super) const OP: Op = Op {
-    name: "linear",
-    formula: "x · weightᵀ + bias (+ LoRA)",
-    inputs: 1,
-    weights: &[("weight", Presence::Required), ("bias", Presence::Optional)],
-    attrs: &[],
-    check: |node, widths| {
-        weight_shape(node, "weight", &[node.width, widths[0]]).and(weight_shape(node, "bias", &[node.width]))
-    },
-    reads_layout: false,
-    cached_inputs: &[],
-    kernel: Kernel::Value { forward, vjp },
-};
+pub(super) const OP: Op = Op { name: "linear", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let x = call.inputs[0];

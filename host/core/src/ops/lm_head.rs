@@ -9,26 +9,11 @@ use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
 use dpo_plugin_api::graph::Node;
 use rayon::prelude::*;
 
-use super::{Attr, AttrKind, Kernel, Op, Presence, number, weight_shape};
+use super::{Kernel, Op};
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
 
-pub(super) const OP: Op = Op {
-    name: "lm_head",
-    formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
-    inputs: 1,
-    weights: &[("weight", Presence::Required), ("bias", Presence::Optional)],
-    attrs: &[Attr { name: "softcap", kind: AttrKind::Number, presence: Presence::Optional }],
-    check: |node, widths| {
-        if node.attrs.contains_key("softcap") && number(node, "softcap") <= 0.0 {
-            return Err("softcap is not positive".into());
-        }
-        weight_shape(node, "weight", &[node.width, widths[0]]).and(weight_shape(node, "bias", &[node.width]))
-    },
-    reads_layout: false,
-    cached_inputs: &[],
-    kernel: Kernel::LogProb,
-};
+pub(super) const OP: Op = Op { name: "lm_head", cached_inputs: &[], kernel: Kernel::LogProb };
 
 /// Most logits held at once: 16 MiB in f32. Larger blocks gain nothing, and the system's allocator would give each back and
 /// fault it in again.

@@ -3,36 +3,10 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, factor, number, run, same};
+use super::{Call, Gradients, Kernel, Op, factor, number, run};
 use crate::error::Result;
 
-pub(super) const OP: Op = Op {
-    name: "rms_norm",
-    formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length",
-    inputs: 1,
-    weights: &[("weight", Presence::Optional)],
-    attrs: &[
-        Attr { name: "eps", kind: AttrKind::Number, presence: Presence::Required },
-        Attr { name: "offset", kind: AttrKind::Number, presence: Presence::Optional },
-        Attr { name: "run", kind: AttrKind::Count, presence: Presence::Optional },
-    ],
-    check: |node, widths| {
-        let shape = node.weight("weight").map(|w| w.shape.as_slice());
-        let run = run(node);
-        match shape {
-            Some([own]) if *own != run => return Err(format!("a weight of {own} for runs of {run} columns")),
-            None | Some([_]) => {}
-            Some(other) => return Err(format!("a weight of shape {other:?}, needs one of [{run}]")),
-        }
-        if run == 0 || !node.width.is_multiple_of(run) {
-            return Err(format!("runs of {run} do not divide {} columns", node.width));
-        }
-        same("the value", node.width, widths[0])
-    },
-    reads_layout: false,
-    cached_inputs: &[],
-    kernel: Kernel::Value { forward, vjp },
-};
+pub(super) const OP: Op = Op { name: "rms_norm", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
 
 /// `[tokens · runs, run]`, and `1 / rms` of each as `[tokens · runs, 1]`.
 fn runs(call: &Call<'_>) -> Result<[Tensor; 2]> {

@@ -5,35 +5,11 @@
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
-use super::{Attr, AttrKind, Call, Gradients, Kernel, Op, Presence, count, number, same};
+use super::{Call, Gradients, Kernel, Op, count, number};
 use crate::error::Result;
 
 pub(super) const OP: Op = Op {
     name: "rope",
-    formula: "pairs of every head's first columns turned by position · inv_freq[j], times scale",
-    inputs: 1,
-    weights: &[],
-    attrs: &[
-        Attr { name: "head_dim", kind: AttrKind::Count, presence: Presence::Required },
-        Attr { name: "inv_freq", kind: AttrKind::Numbers, presence: Presence::Required },
-        Attr { name: "scale", kind: AttrKind::Number, presence: Presence::Required },
-        Attr { name: "layout", kind: AttrKind::OneOf(&["half", "interleaved"]), presence: Presence::Optional },
-        Attr { name: "position_beta", kind: AttrKind::Number, presence: Presence::Optional },
-        Attr { name: "position_period", kind: AttrKind::Count, presence: Presence::Optional },
-    ],
-    check: |node, widths| {
-        let (dim, frequencies) = (count(node, "head_dim"), node.attrs["inv_freq"].as_array().map_or(0, Vec::len));
-        if frequencies == 0 || frequencies * 2 > dim || !node.width.is_multiple_of(dim) {
-            return Err(format!("{frequencies} frequencies for heads of {dim} in {} columns", node.width));
-        }
-        match ["position_beta", "position_period"].map(|name| node.attrs.contains_key(name)) {
-            [true, true] if frequencies * 2 == dim => {}
-            [false, false] => {}
-            _ => return Err("position_beta and position_period go together, where all columns turn".into()),
-        }
-        same("the value", node.width, widths[0])
-    },
-    reads_layout: true,
     cached_inputs: &[],
     kernel: Kernel::Value {
         forward: |call| turn(call, call.inputs[0], 1.0),

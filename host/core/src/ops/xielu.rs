@@ -4,27 +4,13 @@
 
 use candle_core::Tensor;
 
-use super::{Call, Gradients, Kernel, Op, Presence, same, weight};
+use super::{Call, Gradients, Kernel, Op, weight};
 use crate::error::{Error, Result};
 
 const WEIGHTS: [&str; 4] = ["alpha_p", "alpha_n", "beta", "eps"];
 
 pub(super) const OP: Op = Op {
     name: "xielu",
-    formula: "x > 0: p·x² + beta·x, else n·(expm1(min(x, eps)) - x) + beta·x; p, n from alpha_p, alpha_n",
-    inputs: 1,
-    weights: &[
-        ("alpha_p", Presence::Required),
-        ("alpha_n", Presence::Required),
-        ("beta", Presence::Required),
-        ("eps", Presence::Required),
-    ],
-    attrs: &[],
-    check: |node, widths| match node.weights.iter().find(|w| w.shape.iter().product::<usize>() != 1) {
-        Some(w) => Err(format!("{} '{}' is {:?}, needs one number", w.role, w.tensor, w.shape)),
-        None => same("the value", node.width, widths[0]),
-    },
-    reads_layout: false,
     cached_inputs: &[],
     kernel: Kernel::Value {
         forward: |call| Ok(xielu(call)?[0].clone()),
