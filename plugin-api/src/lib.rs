@@ -37,6 +37,7 @@
 pub mod abi;
 pub mod builder;
 pub mod check;
+pub mod config_keys;
 pub mod dataset;
 pub mod decoder;
 pub mod dual;

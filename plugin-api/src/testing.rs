@@ -1,17 +1,21 @@
 //! Checks for an author's own tests: `testing::check_model(&Qwen2)` and the like panic with what is wrong.
 //!
-//! They need no host. What only the host knows (which ops exist) `dpo-host describe` says.
+//! They need no host: what the host refuses in a family, they refuse in its words. What a chat template says is for `dpo-host data`,
+//! weights are for `dpo-host eval` (docs/plugins.md, "Compare it with transformers").
 
+use crate::check::{check_graph, check_linears, check_name};
+use crate::config_keys::Unread;
 use crate::dataset::{DatasetFormat, Row};
-use crate::graph::{Block, ModelGraph};
+use crate::graph::ModelGraph;
 use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Needs, Options};
 use crate::model::{Config, ModelFamily};
+use crate::{Error, Result, bail};
 
-/// The graph of the family's example config, after checking that it is whole: every value is made before it is read, every
-/// layer's block exists, the head ends in `lm_head`, the blocks keep the residual stream's width.
+/// The graph of the family's example config, after checking all that the host checks: the family's name, the graph, the names of
+/// linears, and that the family read every key of the config that matters.
 ///
 /// # Panics
-/// With what is wrong.
+/// With what the host would say.
 pub fn check_model(family: &dyn ModelFamily) -> ModelGraph {
     check_config(family, family.example_config())
 }
@@ -19,42 +23,27 @@ pub fn check_model(family: &dyn ModelFamily) -> ModelGraph {
 /// [`check_model`] for another config.
 ///
 /// # Panics
-/// With what is wrong.
+/// With what the host would say.
 pub fn check_config(family: &dyn ModelFamily, config: &str) -> ModelGraph {
-    let name = family.name();
-    assert!(!family.claims().is_empty(), "{name} claims no architecture");
-    let config = Config::parse(config).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let graph = family.graph(&config).unwrap_or_else(|e| panic!("{name}: {e}"));
-    assert!(!graph.layers.is_empty(), "{name} has no layers");
-    for layer in &graph.layers {
-        assert!(layer.block < graph.blocks.len(), "{name}: layer '{}' is of no block", layer.prefix);
-    }
-    for block in graph.blocks.iter().chain([&graph.embed, &graph.head]) {
-        check_block(name, block);
-    }
-    for block in graph.blocks.iter().chain([&graph.embed]) {
-        let width = block.nodes.get(block.output.wrapping_sub(1)).map(|n| n.width);
-        assert_eq!(
-            width,
-            Some(graph.hidden_size),
-            "{name}: block '{}' does not return the residual stream",
-            block.name
-        );
-    }
-    assert_eq!(graph.head.nodes.last().map(|n| n.op.as_str()), Some("lm_head"), "{name}: the head ends in no lm_head");
-    graph
+    checked(family, config).unwrap_or_else(|e| panic!("{}: {e}", family.name()))
 }
 
-fn check_block(family: &str, block: &Block) {
-    for (i, node) in block.nodes.iter().enumerate() {
-        assert!(
-            node.inputs.iter().all(|v| *v <= i),
-            "{family}: block '{}': {} reads a later value",
-            block.name,
-            node.op
-        );
+fn checked(family: &dyn ModelFamily, config: &str) -> Result<ModelGraph> {
+    check_name(family.name())?;
+    if family.claims().is_empty() {
+        return bail!("claims no architecture");
     }
-    assert!(block.output <= block.nodes.len(), "{family}: block '{}' returns no value", block.name);
+    let parsed = Config::parse(config)?;
+    let graph = family.graph(&parsed)?;
+    check_graph(&graph)?;
+    check_linears(&graph, |_| true)?;
+    let keys = serde_json::from_str(config).map_err(|e| Error::new(format!("config.json: {e}")))?;
+    let unread = Unread::of(&keys, &graph.unread_config, family.claims());
+    unread.refuse(family.name())?;
+    match unread.warning(family.name()) {
+        Some(unknown) => Err(Error::new(unknown).help("read a key that changes nothing, too: config.get(key)")),
+        None => Ok(graph),
+    }
 }
 
 /// Every example row is recognised by its own format and gives at least one record.

@@ -32,7 +32,7 @@ macro_rules! plugin_api {
 }
 
 plugin_api! {
-    "abi.rs" "builder.rs" "check.rs" "dataset.rs" "decoder.rs" "dual.rs" "error.rs" "export.rs" "graph.rs" "lib.rs" "loss.rs" "model.rs" "ops.rs" "rope.rs" "testing.rs"
+    "abi.rs" "builder.rs" "check.rs" "config_keys.rs" "dataset.rs" "decoder.rs" "dual.rs" "error.rs" "export.rs" "graph.rs" "lib.rs" "loss.rs" "model.rs" "ops.rs" "rope.rs" "testing.rs"
 }
 
 impl Kind {
