@@ -174,9 +174,12 @@ fn a_graph_that_cannot_be_run_costs_its_family_alone() {
     let found = discover(folder(&["hostile_graphs"]).path());
     let expected: [(&str, &[&str]); 5] = [
         ("panics", &["panicked at", "no graph comes to mind"]),
-        ("unknown-op", &["hyper_norm"]),
-        ("unknown-attribute", &["rms_norm", "momentum"]),
-        ("wrong-widths", &["linear", "9"]),
+        ("unknown-op", &["block 'decoder': unknown op 'hyper_norm'", "did you mean 'rms_norm'"]),
+        ("unknown-attribute", &["block 'decoder': op 'rms_norm' (norm.weight): unknown attribute 'momentum'"]),
+        (
+            "wrong-widths",
+            &["block 'decoder': op 'linear' (down.weight): weight 'down.weight' is [8, 24], needs [9, 24]"],
+        ),
         ("unknown-feature", &["'telepathy'"]),
     ];
     for (family, parts) in expected {

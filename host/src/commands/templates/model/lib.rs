@@ -1,8 +1,7 @@
 //! The model family `@name@`.
 //!
-//! As it stands it is the plain decoder of Llama. Go through `modeling_*.py` of your family beside
-//! `graph`, line by line, and change what differs; put a published `config.json` into
-//! `example_config.json`.
+//! As it stands it is a Llama. Go through `modeling_*.py` of your family, line by line, and change
+//! the fields of `Decoder` that differ; put a published `config.json` into `example_config.json`.
 
 use dpo_plugin_api::prelude::*;
 
@@ -25,57 +24,21 @@ impl ModelFamily for Family {
         &["@Name@ForCausalLM"]
     }
 
-    /// The host makes a graph of it at start-up; the test below counts its layers.
+    /// The host makes a graph of it at start-up; the test below checks it as the host does.
     fn example_config(&self) -> &'static str {
         include_str!("../example_config.json")
     }
 
-    /// Names and widths as the checkpoint has them; `dpo-host list ops` prints every op. A key of
-    /// `config.json` that is not read here refuses the checkpoint, for it may change the
-    /// arithmetic.
+    /// `Decoder` says what its fields are. A key of `config.json` that is not read here refuses the
+    /// checkpoint where it may change the arithmetic. A family that is no plain decoder builds its
+    /// graph op by op with `GraphBuilder`.
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        let width = config.size("hidden_size")?;
-        let ffn = config.size("intermediate_size")?;
-        let vocab = config.size("vocab_size")?;
-        let heads = config.size("num_attention_heads")?;
-        let layers = config.layers()?;
-        let kv_heads = config.opt_size("num_key_value_heads")?.unwrap_or(heads);
-        let head_dim = config.opt_size("head_dim")?.unwrap_or(width / heads);
-        let eps = config.opt_float("rms_norm_eps")?.unwrap_or(1e-6);
-        let activation = config.opt_text("hidden_act")?;
-        let activation = activation.as_deref().unwrap_or("silu");
-        let rope = Rope::from_config(config, head_dim, 10_000.0)?;
-        let attention = Attention::new(heads, kv_heads, head_dim);
-
-        let mut graph = GraphBuilder::decoder(width, vocab);
-        graph.embed(|b, tokens| b.embedding("model.embed_tokens.weight", tokens, vocab, width));
-        let block = graph.block("decoder", |b, x| {
-            let h = b.rms_norm("input_layernorm", x, eps);
-            let q = b.linear("self_attn.q_proj", h, heads * head_dim);
-            let k = b.linear("self_attn.k_proj", h, kv_heads * head_dim);
-            let v = b.linear("self_attn.v_proj", h, kv_heads * head_dim);
-            let q = b.rope(q, head_dim, &rope);
-            let k = b.rope(k, head_dim, &rope);
-            let mixed = b.attention(q, k, v, attention);
-            let o = b.linear("self_attn.o_proj", mixed, width);
-            let x = b.add(x, o);
-            let h = b.rms_norm("post_attention_layernorm", x, eps);
-            let gate = b.linear("mlp.gate_proj", h, ffn);
-            let up = b.linear("mlp.up_proj", h, ffn);
-            let h = b.glu(activation, gate, up);
-            let down = b.linear("mlp.down_proj", h, width);
-            b.add(x, down)
-        });
-        for layer in 0..layers {
-            graph.layer(block, format!("model.layers.{layer}."));
-        }
-        let head = config.head_tensor("model.embed_tokens.weight", false)?;
-        graph.head(|b, x| {
-            let h = b.rms_norm("model.norm", x, eps);
-            b.lm_head(head, h, vocab)
-        });
-        graph.rope_limit(&rope);
-        graph.finish(config)
+        // What transformers' configuration class has where a config does not say it.
+        let config = config.with_defaults(&[("rms_norm_eps", json!(1e-6))]);
+        let mut decoder = Decoder::read(&config)?;
+        decoder.attention_bias(config.flag("attention_bias", false)?);
+        decoder.mlp_bias = config.flag("mlp_bias", false)?;
+        decoder.graph(&config)
     }
 }
 
