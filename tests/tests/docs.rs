@@ -12,7 +12,9 @@ fn plugins_of_the_page_build_and_train() {
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
     let folder = tempfile::tempdir().unwrap();
     let blocks = fenced(&page("plugins.md"));
-    for (kind, name) in [(Kind::Loss, "dpop"), (Kind::Format, "rated"), (Kind::Model, "mistral")] {
+    for (kind, name) in
+        [(Kind::Loss, "dpop"), (Kind::Format, "rated"), (Kind::Model, "my-smollm3"), (Kind::Model, "my-gemma3")]
+    {
         let dir = folder.path().join(name);
         new(kind, name, &dir).unwrap();
         let own = blocks.iter().filter_map(|b| Some((b.file()?.strip_prefix(name)?.strip_prefix('/')?, &b.text)));
@@ -25,7 +27,7 @@ fn plugins_of_the_page_build_and_train() {
     let plugins = target_folder().join("release").display().to_string();
     let run = |more: &[&str]| sandbox.ok(&[more, &["--plugin-dir", &plugins]].concat());
     let listed = run(&["list"]).stdout;
-    for name in ["dpop", "rated", "mistral"] {
+    for name in ["dpop", "rated", "my-smollm3", "my-gemma3"] {
         assert!(listed.lines().any(|l| l.split_whitespace().nth(1) == Some(name)), "{name}: {listed}");
     }
     // The loss, on rows of the format.

@@ -174,7 +174,7 @@ fn a_graph_that_cannot_be_run_costs_its_family_alone() {
     let found = discover(folder(&["hostile_graphs"]).path());
     let expected: [(&str, &[&str]); 5] = [
         ("panics", &["panicked at", "no graph comes to mind"]),
-        ("unknown-op", &["block 'decoder': unknown op 'hyper_norm'", "did you mean 'rms_norm'"]),
+        ("unknown-op", &["block 'decoder': unknown op 'hyper_norm'", "did you mean 'layer_norm'"]),
         ("unknown-attribute", &["block 'decoder': op 'rms_norm' (norm.weight): unknown attribute 'momentum'"]),
         (
             "wrong-widths",
