@@ -59,7 +59,7 @@ DENSE = {
     "exaone": ("exaone", {}),
     "exaone4": ("exaone4", dict(head_dim=12, sliding_window=12, layer_types=[SLIDING, FULL])),
     "stablelm": ("stablelm", dict(use_parallel_residual=True, qk_layernorm=True, use_qkv_bias=True, hidden_dropout=0.0)),
-    "muse_glimmer-wrapped": ("muse_glimmer", dict(text_config=MUSE, vision_config=dict(
+    "muse_glimmer-wrapped": ("muse_glimmer", dict(text_config=MUSE, out_hidden_size=16, projector_hidden_size=16, vision_config=dict(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, pos_emb_height=2, pos_emb_width=2, max_position_embeddings=4))),
     "internlm3": ("internlm3", dict(qkv_bias=True, bias=True, head_dim=12)),
     "seed_oss": ("seed_oss", dict(head_dim=12, residual_dropout=0.0)),
@@ -74,6 +74,8 @@ DENSE = {
     "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=12, residual_dropout=0.0, embedding_dropout=0.0)),
     "helium": ("helium", dict(head_dim=8, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
 }
+# Transformers opens these as Llamas and writes them so; their published files say what they are.
+PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
 FOLDERS = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True), {
@@ -158,6 +160,10 @@ def main():
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
         (base.to(torch.bfloat16) if name in DENSE else base).save_pretrained(f"{folder}/model")
         base.float()
+        if kind in PUBLISHED:
+            path = f"{folder}/model/config.json"
+            config = json.load(open(path)) | {"architectures": [PUBLISHED[kind]]}
+            json.dump(config, open(path, "w"), indent=1)
         targets = r".*language_model.*(proj|proj_\w+|gate|projection)" if "text_config" in change else "all-linear"
         start = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM"))
         with torch.no_grad():
@@ -196,6 +202,8 @@ def run(folder, case, settings, split, tok):
         lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
         gradient_checkpointing=False, train_sampling_strategy="sequential", **{**args, **({"loss_type": args["loss_type"][0]} if unpaired else {})})
+    # TRL adds the loss of a router to a model whose config speaks of one.
+    if hasattr(base.config, "output_router_logits"): config.router_aux_loss_coef = 0.0
     losses = []
 
     class Exact(Trainer):

@@ -1,13 +1,21 @@
 //! Whole trajectories against TRL: every step's loss, log-probs, rewards and gradient norm, and the learned update.
 //!
 //! A case is a folder of `tests/golden/trajectories`: model, starting adapter, rows, and one or more `expected*.json` with
-//! the settings and what TRL 1.16 computed. `tests/oracle/trajectories.py` made them.
+//! the settings and what TRL 1.16 computed. `tests/oracle/trajectories.py` made them. Every family that is built in has one, and the
+//! table of docs/families.md says how far each is off: `DPO_HOST_BLESS=1 cargo test --release -p dpo-tests --test trajectories`
+//! writes it anew.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use dpo_core::weights::{Values, read_f32};
+use dpo_core::base::Base;
+use dpo_core::engine::Engine;
+use dpo_core::lora::Adapter;
+use dpo_core::ops::KvCache;
+use dpo_core::weights::{Checkpoint, Values, read_f32};
+use dpo_hub::model::{Model, ModelOptions};
+use dpo_plugins::Registry;
 use dpo_tests::{Sandbox, golden, log};
 use serde_json::Value;
 
@@ -16,6 +24,16 @@ const STEP: f64 = 1e-4;
 const GRADIENT: f64 = 1e-3;
 /// Of the learned update, relative to its own length.
 const UPDATE: f64 = 1e-2;
+/// Of the base model's logits, relative to the largest.
+const LOGITS: f64 = 1e-5;
+
+/// How far a case is off, at most: losses and log-probs, gradient norms, the learned update.
+#[derive(Clone, Copy, Debug, Default)]
+struct Off {
+    step: f64,
+    gradient: f64,
+    update: f64,
+}
 
 fn cases() -> Vec<(PathBuf, PathBuf)> {
     let list = |folder: &Path| -> Vec<PathBuf> {
@@ -76,7 +94,7 @@ fn arguments(folder: &Path, args: &Value, output: &str) -> Vec<String> {
     all
 }
 
-fn check(folder: &Path, path: &Path) -> Result<(), String> {
+fn check(folder: &Path, path: &Path) -> Result<Off, String> {
     let expected: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let sandbox = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
     let output = sandbox.path("run");
@@ -90,6 +108,7 @@ fn check(folder: &Path, path: &Path) -> Result<(), String> {
     if lines.len() != steps.len() {
         return Err(format!("{} lines for {} steps", lines.len(), steps.len()));
     }
+    let mut off = Off::default();
     let names = ["loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"];
     for (at, (ours, theirs)) in lines.iter().zip(steps).enumerate() {
         for (name, bound) in names.iter().map(|n| (*n, STEP)).chain([("grad_norm", GRADIENT), ("learning_rate", 1e-9)])
@@ -98,14 +117,17 @@ fn check(folder: &Path, path: &Path) -> Result<(), String> {
             let Some(b) = theirs[name].as_f64() else { continue };
             let Some(a) = ours[name].as_f64() else { return Err(format!("step {}: {name} is missing", at + 1)) };
             // Rewards are differences of log-probs near 100, so that f32 leaves 1e-5 of them.
-            if (a - b).abs() > bound * b.abs().max(if name.starts_with("rewards") { 1.0 } else { 1e-3 }) {
+            let apart = (a - b).abs() / b.abs().max(if name.starts_with("rewards") { 1.0 } else { 1e-3 });
+            let worst = if name == "grad_norm" { &mut off.gradient } else { &mut off.step };
+            *worst = worst.max(apart);
+            if apart > bound {
                 return Err(format!("step {}: {name} is {a}, TRL has {b}", at + 1));
             }
         }
     }
     if path.file_name().unwrap() != "expected.json" {
         // Only the first trajectory over a model has its final adapter beside it.
-        return Ok(());
+        return Ok(off);
     }
     let last = folder.join("final_adapter/adapter_model.safetensors");
     let read = |path: &Path| -> BTreeMap<String, Values> { read_f32(path).unwrap() };
@@ -118,23 +140,138 @@ fn check(folder: &Path, path: &Path) -> Result<(), String> {
         let of = |(x, y): (&Values, &Values)| x.1.iter().zip(&y.1).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>();
         a.values().zip(b.values()).map(of).sum::<f64>().sqrt()
     };
-    let off = distance(&ours, &theirs) / distance(&theirs, &start);
-    if off > UPDATE { Err(format!("the learned update is off by {off:.1e}")) } else { Ok(()) }
+    off.update = distance(&ours, &theirs) / distance(&theirs, &start);
+    if off.update > UPDATE { Err(format!("the learned update is off by {:.1e}", off.update)) } else { Ok(off) }
+}
+
+/// How far the base model's logits after the first row are from transformers', where the case has those.
+fn logits_off(folder: &Path, expected: &Value) -> Option<f64> {
+    let theirs: Vec<f64> = expected["logits"].as_array()?.iter().map(|l| l.as_f64().unwrap()).collect();
+    let ids = |name: &str| expected["rows"][0][name].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32);
+    let row: Vec<u32> = ids("prompt_ids").chain(ids("chosen_ids")).collect();
+    let registry = Registry::discover(&[], None);
+    let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
+    let adapter = Adapter::load(&model.graph, &folder.join("init_adapter")).unwrap();
+    let base = Base::load(&model.graph, &Checkpoint::of(&folder.join("model"), &model.graph).unwrap()).unwrap();
+    let engine = Engine::new(model.graph, base, adapter).unwrap();
+    let ours = engine.logits(&row, &mut KvCache::default(), false).unwrap();
+    let largest = theirs.iter().fold(0.0_f64, |most, l| most.max(l.abs()));
+    Some(ours.iter().zip(&theirs).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max) / largest)
+}
+
+/// Of every family on a GPU how far log-probs and gradients are off, as `selftest` printed it.
+fn on_a_gpu() -> BTreeMap<String, [f64; 2]> {
+    let text = std::fs::read_to_string(golden("selftest.txt")).unwrap();
+    let mut found = BTreeMap::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let [name, logps, gradient, "equal"] = words[..]
+            && let (Ok(logps), Ok(gradient)) = (logps.parse::<f64>(), gradient.parse::<f64>())
+        {
+            let worst: &mut [f64; 2] = found.entry(name.to_owned()).or_default();
+            *worst = [worst[0].max(logps), worst[1].max(gradient)];
+        }
+    }
+    found
+}
+
+/// What the table says of a family: the worst of its cases.
+#[derive(Clone, Copy, Default)]
+struct Row {
+    off: Off,
+    logits: f64,
+}
+
+/// Rounding differs from machine to machine: the next power of ten.
+fn bound(off: f64) -> String {
+    format!("1e{}", off.max(1e-9).log10().ceil())
+}
+
+fn table(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
+    let gpu = on_a_gpu();
+    let mut text = String::from(
+        "| family | architectures | published checkpoints | losses, log-probs | gradient norm | update | logits | on a GPU |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    for family in &registry.families {
+        let Row { off, logits } = rows[&family.name];
+        let [logps, gradient] = gpu[&family.name];
+        text += &format!(
+            "| `{}` | {} | {} | {} | {} | {} | {} | {logps:.1e}, {gradient:.1e} |\n",
+            family.name,
+            family.claims.join(", "),
+            family.checkpoints.join(", "),
+            bound(off.step),
+            bound(off.gradient),
+            bound(off.update),
+            bound(logits),
+        );
+    }
+    text
+}
+
+/// The table, with every bound of rounding ten times as large: what a table that was made elsewhere has to be under.
+fn agrees(written: &str, now: &str) -> bool {
+    let cells = |line: &str| line.split('|').map(|cell| cell.trim().to_owned()).collect::<Vec<_>>();
+    let number = |cell: &str| cell.strip_prefix("1e").and_then(|power| power.parse::<i32>().ok());
+    let same = |a: &str, b: &str| match (number(a), number(b)) {
+        (Some(a), Some(b)) => b <= a + 1,
+        _ => a == b,
+    };
+    written.lines().count() == now.lines().count()
+        && written.lines().zip(now.lines()).all(|(a, b)| {
+            let (a, b) = (cells(a), cells(b));
+            a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| same(a, b))
+        })
 }
 
 #[test]
 fn the_same_steps_as_trl() {
     let cases = cases();
-    assert!(cases.len() >= 12, "{} cases", cases.len());
-    let named = |folder: &Path, expected: &Path| {
+    let registry = Registry::discover(&[], None);
+    let mut rows: BTreeMap<String, Row> = BTreeMap::new();
+    let mut failed: Vec<String> = Vec::new();
+    for (folder, path) in &cases {
         let name = |p: &Path| p.file_name().unwrap().to_string_lossy().into_owned();
-        format!("{}/{}", name(folder), name(expected))
-    };
-    let failed: Vec<String> = cases
-        .iter()
-        .filter_map(|(folder, expected)| {
-            Some(format!("{}: {}", named(folder, expected), check(folder, expected).err()?))
-        })
-        .collect();
+        let named = format!("{}/{}", name(folder), name(path));
+        let off = match check(folder, path) {
+            Ok(off) => off,
+            Err(why) => {
+                failed.push(format!("{named}: {why}"));
+                continue;
+            }
+        };
+        let config: Value =
+            serde_json::from_str(&std::fs::read_to_string(folder.join("model/config.json")).unwrap()).unwrap();
+        let family = registry.family_for(config["architectures"][0].as_str().unwrap()).unwrap();
+        let row = rows.entry(family.name.clone()).or_default();
+        row.off.step = row.off.step.max(off.step);
+        row.off.gradient = row.off.gradient.max(off.gradient);
+        row.off.update = row.off.update.max(off.update);
+        let expected: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        if let Some(logits) = logits_off(folder, &expected) {
+            row.logits = row.logits.max(logits);
+            if logits > LOGITS {
+                failed.push(format!("{named}: logits are off by {logits:.1e}"));
+            }
+        }
+    }
     assert!(failed.is_empty(), "{} of {} cases differ from TRL:\n{}", failed.len(), cases.len(), failed.join("\n"));
+    let untried: Vec<&str> =
+        registry.families.iter().map(|f| f.name.as_str()).filter(|f| !rows.contains_key(*f)).collect();
+    assert!(untried.is_empty(), "families without a trajectory: {}", untried.join(", "));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (begin, end) = ("<!-- The table begins. -->\n\n", "<!-- The table ends. -->\n");
+    let (before, rest) = text.split_once(begin).unwrap();
+    let (written, after) = rest.split_once(end).unwrap();
+    let now = table(&registry, &rows);
+    if std::env::var_os("DPO_HOST_BLESS").is_some() {
+        std::fs::write(&path, format!("{before}{begin}{now}{end}{after}")).unwrap();
+    } else {
+        assert!(
+            agrees(written, &now),
+            "docs/families.md is not this table; write it anew with DPO_HOST_BLESS=1:\n{now}"
+        );
+    }
 }

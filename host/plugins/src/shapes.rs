@@ -19,28 +19,35 @@ pub struct Shape {
     head_dim: usize,
     vocab: usize,
     tied: bool,
+    /// What its config has beside, as JSON.
+    more: &'static str,
 }
 
 macro_rules! shapes {
-    ($([$name:literal, $family:literal, $h:literal, $i:literal, $l:literal, $q:literal, $kv:literal, $d:literal, $v:literal, $t:literal]),* $(,)?) => {
+    ($([$name:literal, $family:literal, $h:literal, $i:literal, $l:literal, $q:literal, $kv:literal, $d:literal, $v:literal, $t:literal, $more:literal]),* $(,)?) => {
         &[$(Shape {
             name: $name, family: $family, hidden: $h, intermediate: $i, layers: $l, heads: $q, kv_heads: $kv, head_dim: $d,
-            vocab: $v, tied: $t,
+            vocab: $v, tied: $t, more: $more,
         }),*]
     };
 }
 
-/// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection.
+/// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection, what else.
 pub const SHAPES: &[Shape] = shapes![
-    ["qwen2.5-0.5b", "qwen2", 896, 4864, 24, 14, 2, 64, 151936, true],
-    ["qwen2.5-1.5b", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936, true],
-    ["qwen2.5-3b", "qwen2", 2048, 11008, 36, 16, 2, 128, 151936, true],
-    ["qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, false],
-    ["qwen3-4b", "qwen3", 2560, 9728, 36, 32, 8, 128, 151936, true],
-    ["qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936, false],
-    ["llama3-8b", "llama3", 4096, 14336, 32, 32, 8, 128, 128256, false],
-    ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false],
-    ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false],
+    ["qwen2.5-0.5b", "qwen2", 896, 4864, 24, 14, 2, 64, 151936, true, "{}"],
+    ["qwen2.5-1.5b", "qwen2", 1536, 8960, 28, 12, 2, 128, 151936, true, "{}"],
+    ["qwen2.5-3b", "qwen2", 2048, 11008, 36, 16, 2, 128, 151936, true, "{}"],
+    ["qwen2.5-7b", "qwen2", 3584, 18944, 28, 28, 4, 128, 152064, false, "{}"],
+    ["qwen3-4b", "qwen3", 2560, 9728, 36, 32, 8, 128, 151936, true, "{}"],
+    ["qwen3-8b", "qwen3", 4096, 12288, 36, 32, 8, 128, 151936, false, "{}"],
+    ["llama3-8b", "llama3", 4096, 14336, 32, 32, 8, 128, 128256, false, "{}"],
+    ["mistral-7b", "mistral", 4096, 14336, 32, 32, 8, 128, 32768, false, r#"{"sliding_window": null}"#],
+    ["gemma3-4b", "gemma3", 2560, 10240, 34, 8, 4, 256, 262208, true, r#"{"sliding_window": 1024}"#],
+    ["gemma3-12b", "gemma3", 3840, 15360, 48, 16, 8, 256, 262208, true, r#"{"sliding_window": 1024}"#],
+    ["glm4-9b", "glm4", 4096, 13696, 40, 32, 2, 128, 151552, false, "{}"],
+    ["phi4-14b", "phi3", 5120, 17920, 40, 40, 10, 128, 100352, false, r#"{"original_max_position_embeddings": 32768}"#],
+    ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
+    ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false, "{}"],
 ];
 
 impl Shape {
@@ -65,6 +72,9 @@ impl Shape {
         if self.family != "qwen2" {
             config["head_dim"] = self.head_dim.into();
         }
+        let more: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.more)
+            .map_err(|e| Error::run(format!("the shape '{}' is not written well: {e}", self.name)))?;
+        more.into_iter().for_each(|(key, value)| config[key] = value);
         registry.family(self.family)?.graph(&config.to_string())
     }
 }

@@ -65,7 +65,15 @@ const WRAPPED: &str = "model.language_model.";
 fn name_wrapped(graph: &mut GraphBuilder) {
     graph.layout(&[(WRAPPED, "language_model.model."), ("lm_head.", "language_model.lm_head.")]);
     graph.unused_tensor("language_model.lm_head.weight");
-    for part in ["vision_tower", "audio_tower", "multi_modal_projector", "embed_vision", "embed_audio"] {
+    for part in [
+        "vision_tower",
+        "audio_tower",
+        "multi_modal_projector",
+        "vision_adapter",
+        "vision_projection",
+        "embed_vision",
+        "embed_audio",
+    ] {
         graph.unused_tensor(&format!("{part}.*"));
         graph.unused_tensor(&format!("model.{part}.*"));
     }
