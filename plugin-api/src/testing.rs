@@ -1,7 +1,7 @@
 //! Checks for an author's own tests: `testing::check_model(&Qwen2)` and the like panic with what is wrong.
 //!
-//! They need no host: what the host refuses in a family, they refuse in its words. What a chat template says is for `dpo-host data`,
-//! weights are for `dpo-host eval` (docs/plugins.md, "Compare it with transformers").
+//! They need no host: what the host refuses in a family, they refuse in its words. The host alone reads a chat template
+//! (`dpo-host data`) and weights (docs/plugins.md, "Compare it with transformers").
 
 use crate::check::{check_graph, check_linears, check_name};
 use crate::config_keys::Unread;
@@ -30,7 +30,7 @@ pub fn check_config(family: &dyn ModelFamily, config: &str) -> ModelGraph {
 
 fn checked(family: &dyn ModelFamily, config: &str) -> Result<ModelGraph> {
     check_name(family.name())?;
-    if family.claims().is_empty() {
+    if family.claims().iter().all(|claim| claim.is_empty()) {
         return bail!("claims no architecture");
     }
     let parsed = Config::parse(config)?;
