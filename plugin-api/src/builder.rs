@@ -239,7 +239,7 @@ impl BlockBuilder {
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu`, `relu2` and `sigmoid`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
         self.same_width("glu", gate, up);
         self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)

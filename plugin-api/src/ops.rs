@@ -71,10 +71,10 @@ const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
 }
 
 /// Activations by PyTorch's names; `gelu` is the exact one, `relu2` the square of relu (So et al. 2021). The last one is no gate.
-const ACTIVATIONS: [&str; 7] = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
 
 /// Those of a gated MLP.
-const GATES: &[&str] = ACTIVATIONS.split_at(6).0;
+const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
 
 const NORM_ATTRS: &[Attr] =
     &[attr("eps", Number, Required), attr("offset", Number, Optional), attr("run", Count, Optional)];

@@ -48,7 +48,6 @@ fn cases() -> Vec<Case> {
         glu("silu"),
         glu("gelu"),
         glu("gelu_tanh"),
-        glu("relu"),
         glu("relu2"),
         glu("sigmoid"),
         case("activation", &[7], 7, &[], json!({"activation": "gelu_tanh"})),

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use dpo_core::weights::{Checkpoint, read_f32, weights};
+use dpo_core::weights::{Checkpoint, read_f32};
 use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
 use dpo_tests::{Sandbox, golden, log};

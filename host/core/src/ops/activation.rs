@@ -51,7 +51,6 @@ pub(super) fn activation(node: &Node, x: &Tensor) -> Result<[Tensor; 2]> {
             let derivative = (&gate + ((x * (&gate * (1.0 - &gate)?)?)? * dz)?)?;
             Ok([(x * gate)?, derivative])
         }
-        "relu" => Ok([x.relu()?, x.gt(0.0)?.to_dtype(x.dtype())?]),
         "relu2" => {
             let positive = x.relu()?;
             Ok([positive.sqr()?, (positive * 2.0)?])

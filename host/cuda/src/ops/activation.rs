@@ -20,7 +20,7 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Activations in the order in which `activations.cuh` counts them.
-const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
 
 /// The activation of a node.
 #[derive(Clone, Copy)]
@@ -55,7 +55,6 @@ impl Activation {
             "silu" => x / (1.0 + (-x).exp()),
             "gelu" => x * 0.5 * (1.0 + candle_core::cpu::erf::erf_f64(x / std::f64::consts::SQRT_2)),
             "gelu_tanh" => 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044715 * x.powi(3))).tanh()),
-            "relu" => x.max(0.0),
             "relu2" => x.max(0.0).powi(2),
             "sigmoid" => 1.0 / (1.0 + (-x).exp()),
             _ => x.clamp(-limit, limit),

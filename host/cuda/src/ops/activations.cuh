@@ -18,12 +18,11 @@ __device__ __forceinline__ Activation activate(float x, int kind, float limit) {
             float inner = 0.79788456f * (x + 0.044715f * x * x * x), t = tanhf(inner), slope = 0.79788456f * (1.f + 0.134145f * x * x);
             return {0.5f * x * (1.f + t), 0.5f * (1.f + t) + 0.5f * x * (1.f - t * t) * slope};
         }
-        case 3: return {fmaxf(x, 0.f), x > 0.f ? 1.f : 0.f};  // relu
-        case 4: {                                             // relu2
+        case 3: {  // relu2
             float positive = fmaxf(x, 0.f);
             return {positive * positive, 2.f * positive};
         }
-        case 5: {  // sigmoid
+        case 4: {  // sigmoid
             float s = 1.f / (1.f + __expf(-x));
             return {s, s * (1.f - s)};
         }
