@@ -187,12 +187,10 @@ fn bound(off: f64) -> String {
     format!("1e{}", off.max(1e-9).log10().ceil())
 }
 
-fn table(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
+/// The table's rows in docs/families.md.
+fn rows_of_docs(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
     let gpu = on_a_gpu();
-    let mut text = String::from(
-        "| family | architectures | published checkpoints | losses, log-probs | gradient norm | update | logits | on a GPU |\n\
-         |---|---|---|---|---|---|---|---|\n",
-    );
+    let mut text = String::new();
     for family in &registry.families {
         let Row { off, logits } = rows[&family.name];
         let [logps, gradient] = gpu[&family.name];
@@ -205,6 +203,24 @@ fn table(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
             bound(off.gradient),
             bound(off.update),
             bound(logits),
+        );
+    }
+    text
+}
+
+/// The rows of the short table in both READMEs.
+fn rows_of_readme(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
+    let gpu = on_a_gpu();
+    let mut text = String::new();
+    for family in &registry.families {
+        let short = |name: &String| name.split_once('/').map_or(name.clone(), |(_, name)| name.to_owned());
+        let (Row { off, .. }, [_, gradient]) = (rows[&family.name], gpu[&family.name]);
+        text += &format!(
+            "| `{}` | {} | {} | {} | {gradient:.0e} |\n",
+            family.name,
+            family.checkpoints.iter().take(3).map(short).collect::<Vec<_>>().join(", "),
+            bound(off.step),
+            bound(off.update),
         );
     }
     text
@@ -260,18 +276,25 @@ fn the_same_steps_as_trl() {
     let untried: Vec<&str> =
         registry.families.iter().map(|f| f.name.as_str()).filter(|f| !rows.contains_key(*f)).collect();
     assert!(untried.is_empty(), "families without a trajectory: {}", untried.join(", "));
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/families.md");
-    let text = std::fs::read_to_string(&path).unwrap();
-    let (begin, end) = ("<!-- The table begins. -->\n\n", "<!-- The table ends. -->\n");
-    let (before, rest) = text.split_once(begin).unwrap();
-    let (written, after) = rest.split_once(end).unwrap();
-    let now = table(&registry, &rows);
-    if std::env::var_os("DPO_HOST_BLESS").is_some() {
-        std::fs::write(&path, format!("{before}{begin}{now}{end}{after}")).unwrap();
-    } else {
-        assert!(
-            agrees(written, &now),
-            "docs/families.md is not this table; write it anew with DPO_HOST_BLESS=1:\n{now}"
-        );
+    let pages = [
+        ("docs/families.md", rows_of_docs as fn(&_, &_) -> _),
+        ("README.md", rows_of_readme),
+        ("README.zh-CN.md", rows_of_readme),
+    ];
+    for (page, rows_of) in pages {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(page);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let (end, now) = ("<!-- The end of the families. -->\n", rows_of(&registry, &rows));
+        let (before, after) = text.split_once(end).unwrap();
+        let begin = before.rfind("|---|\n").unwrap() + "|---|\n".len();
+        let (before, written) = before.split_at(begin);
+        if std::env::var_os("DPO_HOST_BLESS").is_some() {
+            std::fs::write(&path, format!("{before}{now}{end}{after}")).unwrap();
+        } else {
+            assert!(
+                agrees(written, &now),
+                "the families of {page} are others; write them anew with DPO_HOST_BLESS=1:\n{now}"
+            );
+        }
     }
 }
