@@ -128,7 +128,8 @@ const HARMLESS: &[&str] = &[
     "use_memory_efficient_attention",
     "use_sdpa",
     "use_xformers",
-    // Lengths. Families with a window, or with frequencies that depend on a length, read theirs.
+    // Lengths. Families with frequencies that depend on a length read theirs. A window is none: a family that knows it to be without
+    // effect reads it all the same.
     "context_length",
     "initial_context_length",
     "max_position_embeddings",
@@ -139,8 +140,6 @@ const HARMLESS: &[&str] = &[
     "model_max_length",
     "original_max_position_embeddings",
     "seq_length",
-    "sliding_window",
-    "sliding_window_size",
     // Notes of training and of those who published.
     "aux_loss_alpha",
     "datasets",

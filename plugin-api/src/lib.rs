@@ -61,7 +61,7 @@ pub mod prelude {
     pub use crate::dataset::{DatasetFormat, Message, Record, RecordAnswer, Row, Text};
     pub use crate::decoder::{Decoder, LayerNorms, QkNorm, QkNormOver};
     pub use crate::dual::Dual;
-    pub use crate::graph::ModelGraph;
+    pub use crate::graph::{ModelGraph, Weight};
     pub use crate::loss::{AlignmentLoss, Answers, Example, LossBatch, LossGrad, LossOption, Needs, Options, Pair};
     pub use crate::model::{Config, ModelFamily};
     pub use crate::rope::Rope;

@@ -59,19 +59,40 @@ impl Rope {
     pub fn of_layers(config: &Config, layer_type: Option<&str>, head_dim: usize, default_theta: f64) -> Result<Rope> {
         let outer = config.opt_float("rope_theta")?.unwrap_or(default_theta);
         let outer_partial = config.opt_float("partial_rotary_factor")?.unwrap_or(1.0);
-        let parameters = config.opt_object("rope_parameters")?;
+        // Where both are there, transformers takes the old one.
+        let stated = match config.opt_object("rope_scaling")? {
+            Some(old) => {
+                config.get("rope_parameters");
+                Some(old)
+            }
+            None => config.opt_object("rope_parameters")?,
+        };
         let of_layers = |c: &Config| c.has("full_attention") || c.has("sliding_attention");
-        let rule = match (&parameters, layer_type) {
-            (Some(all), Some(kind)) if of_layers(all) => all.opt_object(kind)?,
-            (Some(all), None) if of_layers(all) => {
+        let rule = match (stated, layer_type) {
+            (Some(all), Some(kind)) if of_layers(&all) => all.opt_object(kind)?,
+            (Some(all), None) if of_layers(&all) => {
                 return bail!("config.json: rope_parameters by layer types are not supported by this family");
             }
-            _ => match config.opt_object("rope_scaling")? {
-                old if parameters.is_none() => old,
-                _ => parameters,
-            },
+            (stated, _) => stated,
         };
         Rope::of_rule(config, rule, head_dim, outer, outer_partial)
+    }
+
+    /// Those of layers with a window and of the others, where each kind has its own (Gemma 3, OLMo 3): from `rope_parameters` by layer types
+    /// in files of transformers 5; in older ones a scaling is of the layers without a window, and `rope_local_base_freq` the base of
+    /// those with one.
+    pub fn sliding_and_full(
+        config: &Config,
+        head_dim: usize,
+        sliding_theta: f64,
+        full_theta: f64,
+    ) -> Result<[Rope; 2]> {
+        let sliding_theta = config.opt_float("rope_local_base_freq")?.unwrap_or(sliding_theta);
+        let sliding = match config.has("rope_parameters") {
+            true => Rope::of_layers(config, Some("sliding_attention"), head_dim, sliding_theta)?,
+            false => Rope::plain(head_dim, sliding_theta),
+        };
+        Ok([sliding, Rope::of_layers(config, Some("full_attention"), head_dim, full_theta)?])
     }
 
     /// The rule of an object like `rope_parameters`, or the plain one. `theta` and `partial` count where it has none of its own.

@@ -54,6 +54,7 @@ DENSE = {
     "granite": ("granite", dict(embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1)),
     "granite4": ("granitemoehybrid", dict(mamba_n_heads=8, layer_types=[FULL] * 2, num_local_experts=0, num_experts_per_tok=0, shared_intermediate_size=48,
         position_embedding_type="rope", embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1, tie_word_embeddings=True)),
+    "minicpm": ("granite", dict(embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=8 ** -0.5)),
     "cohere": ("cohere", dict(use_qk_norm=True, logit_scale=0.25, tie_word_embeddings=True)),
     "cohere2": ("cohere2", dict(sliding_window=12, layer_types=[SLIDING, FULL], logit_scale=0.25, tie_word_embeddings=True)),
     "exaone": ("exaone", {}),
@@ -182,6 +183,13 @@ def main():
         split = split or [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:], "label": r["label"]} for r in data]
         for case, settings in cases.items():
             run(folder, case, settings, split, tok)
+        if name == "minicpm":  # not in transformers: the same arithmetic as a Granite's under other keys
+            path = f"{folder}/model/config.json"
+            config = json.load(open(path))
+            for key in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier"): del config[key]
+            config |= dict(architectures=["MiniCPMForCausalLM"], model_type="minicpm", scale_emb=6.0, scale_depth=0.5 * SMALL["num_hidden_layers"] ** 0.5,
+                           dim_model_base=SMALL["hidden_size"] / 4)
+            json.dump(config, open(path, "w"), indent=1)
         for path in ("init_adapter/README.md", "final_adapter/README.md", "model/generation_config.json"):
             if os.path.exists(f"{folder}/{path}"): os.remove(f"{folder}/{path}")
         shutil.rmtree(f"{folder}/trl", ignore_errors=True)

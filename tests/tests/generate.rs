@@ -36,7 +36,7 @@ fn engine(case: &str) -> Engine {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-    let base = Base::load(&model.graph, &Checkpoint::open(&folder.join("model")).unwrap()).unwrap();
+    let base = Base::load(&model.graph, &Checkpoint::of(&folder.join("model"), &model.graph).unwrap()).unwrap();
     Engine::new(model.graph, base, adapter).unwrap()
 }
 
@@ -100,7 +100,7 @@ fn weights_kept_in_bf16_give_the_same_log_probs() {
         candle_core::safetensors::save(&tensors, narrow.path().join("model.safetensors")).unwrap();
         let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
         let adapter = || Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-        let checkpoint = Checkpoint::open(narrow.path()).unwrap();
+        let checkpoint = Checkpoint::of(narrow.path(), &model.graph).unwrap();
         let base = Base::load(&model.graph, &checkpoint).unwrap();
         let mut wide = Engine::new(model.graph.clone(), base, adapter()).unwrap();
         let mut kept = CpuDecoder::load(&model.graph, &checkpoint, Some(adapter())).unwrap();

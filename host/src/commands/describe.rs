@@ -69,7 +69,7 @@ fn print_graph(graph: &ModelGraph) {
     for (at, block) in graph.blocks.iter().enumerate() {
         let layers: Vec<&str> = graph.layers.iter().filter(|l| l.block == at).map(|l| l.prefix.as_str()).collect();
         let (first, last) = (layers.first().unwrap_or(&""), layers.last().unwrap_or(&""));
-        print_block(block, &format!(", {} layers from {first}* to {last}*", layers.len()));
+        print_block(block, &format!(", {} layers, the first {first}*, the last {last}*", layers.len()));
     }
     print_block(&graph.head, "");
 }
@@ -80,7 +80,10 @@ fn print_block(block: &Block, note: &str) {
         let inputs: Vec<String> = node.inputs.iter().map(|v| format!("%{v}")).collect();
         let weights = node.weights.iter().map(|w| format!("{} {:?}", w.tensor, w.shape));
         let attrs = node.attrs.iter().map(|(name, value)| match value.as_array() {
-            Some(list) => format!("{name}=[{} numbers]", list.len()),
+            Some(list) => match (list.first(), list.last()) {
+                (Some(first), Some(last)) => format!("{name}=[{} numbers, {first} to {last}]", list.len()),
+                _ => format!("{name}=[]"),
+            },
             None => format!("{name}={value}"),
         });
         let details: Vec<String> = weights.chain(attrs).collect();

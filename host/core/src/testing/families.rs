@@ -47,6 +47,7 @@ pub const FAMILIES: &[(&str, &str)] = small! {
     "granite4": r#""layer_types":["attention","attention"],"num_local_experts":0,"shared_intermediate_size":320,
         "position_embedding_type":"rope","embedding_multiplier":6.0,"logits_scaling":4.0,
         "residual_multiplier":0.5,"attention_multiplier":0.1,"tie_word_embeddings":true"#,
+    "minicpm": r#""scale_emb":6.0,"scale_depth":0.7,"dim_model_base":32"#,
     "cohere": r#""use_qk_norm":true,"logit_scale":0.25"#,
     "cohere2": r#""sliding_window":50,"layer_types":["sliding_attention","full_attention"],"logit_scale":0.25"#,
     "exaone4": r#""sliding_window":50,"layer_types":["sliding_attention","full_attention"]"#,

@@ -107,15 +107,7 @@ fn gemma3(whole: &Config) -> Result<ModelGraph> {
     let every = config.opt_size("sliding_window_pattern")?.or(written).unwrap_or(6);
     let sliding = config.sliding_layers(decoder.layers.len(), |layer| !(layer + 1).is_multiple_of(every))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    let theta = config.opt_float("rope_local_base_freq")?.unwrap_or(10_000.0);
-    let (local, global) = match config.has("rope_parameters") {
-        true => (
-            Rope::of_layers(&config, Some("sliding_attention"), decoder.head_dim, theta)?,
-            Rope::of_layers(&config, Some("full_attention"), decoder.head_dim, 1e6)?,
-        ),
-        // Files of transformers 4: a scaling is of the layers without a window.
-        false => (Rope::plain(decoder.head_dim, theta), Rope::of_layers(&config, None, decoder.head_dim, 1e6)?),
-    };
+    let [local, global] = Rope::sliding_and_full(&config, decoder.head_dim, 10_000.0, 1e6)?;
     decoder.ropes(&sliding, &local, &global);
     if !is_wrapped(whole) {
         return decoder.graph(whole);

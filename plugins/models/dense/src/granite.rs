@@ -1,4 +1,4 @@
-//! Granite: a Llama with multipliers.
+//! Granite and MiniCPM: Llamas with multipliers.
 
 use dpo_plugin_api::prelude::*;
 
@@ -100,3 +100,29 @@ fn granite4(config: &Config) -> Result<ModelGraph> {
     decoder.names.down = "shared_mlp.output_linear";
     decoder.graph(&config)
 }
+
+pub(crate) static MINICPM: Dense = Dense {
+    name: "minicpm",
+    summary: "MiniCPM 1, 2, 4, 4.1 with dense attention: multipliers of embedding, residual stream and logits",
+    claims: &["MiniCPMForCausalLM"],
+    checkpoints: &[
+        "openbmb/MiniCPM4-8B",
+        "openbmb/MiniCPM4-0.5B",
+        "openbmb/MiniCPM4.1-8B",
+        "openbmb/MiniCPM-2B-dpo-bf16",
+    ],
+    example_config: include_str!("../configs/minicpm.json"),
+    graph: |config| {
+        config.only("sparse_config", &[])?;
+        // A setting of training.
+        config.opt_float("mup_denominator")?;
+        let mut decoder = Decoder::read(config)?;
+        decoder.attention_bias(config.flag("attention_bias", false)?);
+        let layers = decoder.layers.len() as f64;
+        // As the model's own code and vLLM's `minicpm.py` have it.
+        decoder.embedding_scale = config.opt_float("scale_emb")?.unwrap_or(1.0);
+        decoder.residual_scale = config.opt_float("scale_depth")?.unwrap_or(1.0) / layers.sqrt();
+        decoder.logit_scale = config.opt_float("dim_model_base")?.unwrap_or(1.0) / decoder.hidden as f64;
+        decoder.graph(config)
+    },
+};

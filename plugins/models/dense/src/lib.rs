@@ -64,6 +64,8 @@ const WRAPPED: &str = "model.language_model.";
 /// Names the files of a wrapper: as transformers 5 and 4 write them, and what belongs to other modalities.
 fn name_wrapped(graph: &mut GraphBuilder) {
     graph.layout(&[(WRAPPED, "language_model.model."), ("lm_head.", "language_model.lm_head.")]);
+    // The language model alone, under the wrapper's config.
+    graph.layout(&[(WRAPPED, "model.")]);
     graph.unused_tensor("language_model.lm_head.weight");
     for part in [
         "vision_tower",
@@ -86,7 +88,7 @@ plugin! {
         &phi::PHI, &phi::PHI3,
         &glm::GLM, &glm::GLM4,
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
-        &granite::GRANITE, &granite::GRANITE4,
+        &granite::GRANITE, &granite::GRANITE4, &granite::MINICPM,
         &cohere::COHERE, &cohere::COHERE2,
         &exaone::EXAONE4,
         &stability::STABLELM,

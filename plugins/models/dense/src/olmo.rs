@@ -65,12 +65,8 @@ fn olmo3(config: &Config) -> Result<ModelGraph> {
     let mut decoder = second(Decoder::without_rope(&config)?, &config)?;
     let sliding = config.sliding_layers(decoder.layers.len(), |layer| !(layer + 1).is_multiple_of(4))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    let (dim, theta) = (decoder.head_dim, config.opt_float("rope_theta")?.unwrap_or(500_000.0));
-    let local = match config.has("rope_parameters") {
-        true => Rope::of_layers(&config, Some("sliding_attention"), dim, 500_000.0)?,
-        // Files of transformers 4: a scaling is of the layers without a window.
-        false => Rope::plain(dim, theta),
-    };
-    decoder.ropes(&sliding, &local, &Rope::of_layers(&config, Some("full_attention"), dim, 500_000.0)?);
+    let theta = config.opt_float("rope_theta")?.unwrap_or(500_000.0);
+    let [local, global] = Rope::sliding_and_full(&config, decoder.head_dim, theta, theta)?;
+    decoder.ropes(&sliding, &local, &global);
     decoder.graph(&config)
 }

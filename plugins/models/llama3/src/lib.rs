@@ -45,6 +45,8 @@ impl ModelFamily for Llama3 {
     }
 
     fn graph(&self, config: &Config) -> Result<ModelGraph> {
+        // Files of models that were a Mistral before may have one. Transformers' Llama has no window.
+        config.get("sliding_window");
         // Transformers 5 writes EXAONE 3 as a Llama, under the names that its files had.
         let decoder = decoder(&config.with_names(EXAONE_KEYS))?;
         let mut graph = decoder.build()?;
