@@ -190,6 +190,10 @@ def main():
             config |= dict(architectures=["MiniCPMForCausalLM"], model_type="minicpm", scale_emb=6.0, scale_depth=0.5 * SMALL["num_hidden_layers"] ** 0.5,
                            dim_model_base=SMALL["hidden_size"] / 4)
             json.dump(config, open(path, "w"), indent=1)
+        for part in ("init_adapter", "final_adapter"):  # where the model was made is nobody's concern
+            path = f"{folder}/{part}/adapter_config.json"
+            config = json.load(open(path)) | {"base_model_name_or_path": None}
+            json.dump(config, open(path, "w"), indent=2)
         for path in ("init_adapter/README.md", "final_adapter/README.md", "model/generation_config.json"):
             if os.path.exists(f"{folder}/{path}"): os.remove(f"{folder}/{path}")
         shutil.rmtree(f"{folder}/trl", ignore_errors=True)
