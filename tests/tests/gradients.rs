@@ -192,7 +192,7 @@ fn embedding_takes_rows_and_passes_nothing_on() {
 }
 
 #[test]
-fn lm_head_slopes_are_central_differences() {
+fn lm_head_gradients_are_central_differences() {
     for (bias, softcap) in [(false, None), (true, None), (false, Some(1.3)), (true, Some(0.4))] {
         let mut numbers = Numbers::new(9);
         let (rows, width, vocab) = (5, 4, 300);

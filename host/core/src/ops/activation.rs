@@ -69,6 +69,6 @@ pub(super) fn activation(node: &Node, x: &Tensor) -> Result<[Tensor; 2]> {
     }
 }
 
-pub(super) fn sigmoid(x: &Tensor) -> candle_core::Result<Tensor> {
+fn sigmoid(x: &Tensor) -> candle_core::Result<Tensor> {
     (x.neg()?.exp()? + 1.0)?.recip()
 }

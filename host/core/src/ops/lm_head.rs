@@ -19,7 +19,7 @@ pub(super) const OP: Op = Op { name: "lm_head", cached_inputs: &[], kernel: Kern
 /// fault it in again.
 const LOGITS: usize = 1 << 22;
 
-/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, slopes of a soft cap, and the same again on their way.
+/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, derivatives of a soft cap, and the same again on their way.
 pub fn workspace(vocab: usize) -> usize {
     6 * size_of::<f32>() * LOGITS.max(vocab)
 }
@@ -55,9 +55,9 @@ impl<'a> Projection<'a> {
     }
 
     /// The derivative of logits by what they were before the soft cap.
-    fn slopes(&self, logits: &Tensor) -> Result<Option<Tensor>> {
-        let slope = |cap: f64| -> Result<Tensor> { Ok((1.0 - (logits / cap)?.sqr()?)?) };
-        self.softcap.map(slope).transpose()
+    fn softcap_derivative(&self, logits: &Tensor) -> Result<Option<Tensor>> {
+        let derivative = |cap: f64| -> Result<Tensor> { Ok((1.0 - (logits / cap)?.sqr()?)?) };
+        self.softcap.map(derivative).transpose()
     }
 }
 
@@ -107,9 +107,9 @@ fn chunks<T: Real>(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32]
             let inverse = Tensor::from_vec(inverse, (targets.len(), 1), &Device::Cpu)?;
             let targets = Tensor::new(targets, &Device::Cpu)?;
             let mut own = weight.index_select(&targets, 0)?;
-            if let Some(slopes) = projection.slopes(&logits)? {
-                exps = (exps * &slopes)?;
-                own = own.broadcast_mul(&slopes.gather(&targets.unsqueeze(1)?, 1)?)?;
+            if let Some(derivative) = projection.softcap_derivative(&logits)? {
+                exps = (exps * &derivative)?;
+                own = own.broadcast_mul(&derivative.gather(&targets.unsqueeze(1)?, 1)?)?;
             }
             let expected = exps.matmul(weight)?.broadcast_mul(&inverse)?;
             grad_chunks.push((own - expected)?);

@@ -1,4 +1,4 @@
-//! xIELU, an activation with learned slopes (Huang and Schlag 2024, eq. 8; transformers, `activations.py`): with
+//! xIELU, an activation with learned parameters (Huang and Schlag 2024, eq. 8; transformers, `activations.py`): with
 //! `p = softplus(alpha_p)` and `n = beta + softplus(alpha_n)`, `p·x² + beta·x` above 0, else
 //! `n · (expm1(min(x, eps)) - x) + beta·x`.
 
@@ -31,9 +31,9 @@ fn xielu(call: &Call<'_>) -> Result<[Tensor; 2]> {
     let above = (((x * p)? + beta)? * x)?;
     let below = (((&power - x)? * n)? + (x * beta)?)?;
     let is_curved = x.lt(eps)?.to_dtype(x.dtype())?;
-    let slope_above = ((x * (2.0 * p))? + beta)?;
-    let slope_below = (((((power + 1.0)? * is_curved)? - 1.0)? * n)? + beta)?;
-    Ok([is_positive.where_cond(&above, &below)?, is_positive.where_cond(&slope_above, &slope_below)?])
+    let derivative_above = ((x * (2.0 * p))? + beta)?;
+    let derivative_below = (((((power + 1.0)? * is_curved)? - 1.0)? * n)? + beta)?;
+    Ok([is_positive.where_cond(&above, &below)?, is_positive.where_cond(&derivative_above, &derivative_below)?])
 }
 
 /// `exp(x) - 1` without the cancellation near 0: `2 · sinh(x/2) · exp(x/2)`, its sinh by a series where x is small.

@@ -191,7 +191,7 @@ pub(crate) static ERNIE4_5: Dense = Dense {
 
 pub(crate) static APERTUS: Dense = Dense {
     name: "apertus",
-    summary: "Apertus 8B, 70B: an MLP without a gate, its activation with learned slopes",
+    summary: "Apertus 8B, 70B: an MLP without a gate, its activation with learned parameters",
     claims: &["ApertusForCausalLM"],
     checkpoints: &["swiss-ai/Apertus-8B-Instruct-2509", "swiss-ai/Apertus-70B-Instruct-2509"],
     example_config: include_str!("../configs/apertus.json"),
