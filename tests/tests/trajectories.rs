@@ -276,6 +276,9 @@ fn the_same_steps_as_trl() {
     let untried: Vec<&str> =
         registry.families.iter().map(|f| f.name.as_str()).filter(|f| !rows.contains_key(*f)).collect();
     assert!(untried.is_empty(), "families without a trajectory: {}", untried.join(", "));
+    let unseen: Vec<&str> =
+        rows.iter().filter(|(_, row)| row.logits == 0.0).map(|(family, _)| family.as_str()).collect();
+    assert!(unseen.is_empty(), "families without transformers' logits: {}", unseen.join(", "));
     let pages = [
         ("docs/families.md", rows_of_docs as fn(&_, &_) -> _),
         ("README.md", rows_of_readme),

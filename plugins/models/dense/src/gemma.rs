@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, WRAPPED, is_wrapped, name_wrapped};
+use crate::{Dense, finish};
 
 /// What all three have (transformers, `modeling_gemma.py`); the rotary embedding is for the version to set.
 fn read(config: &Config) -> Result<Decoder> {
@@ -109,11 +109,5 @@ fn gemma3(whole: &Config) -> Result<ModelGraph> {
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
     let [local, global] = Rope::sliding_and_full(&config, decoder.head_dim, 10_000.0, 1e6)?;
     decoder.ropes(&sliding, &local, &global);
-    if !is_wrapped(whole) {
-        return decoder.graph(whole);
-    }
-    decoder.prefix = WRAPPED;
-    let mut graph = decoder.build()?;
-    name_wrapped(&mut graph);
-    graph.finish(whole)
+    finish(decoder, whole)
 }

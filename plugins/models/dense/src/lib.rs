@@ -61,6 +61,17 @@ fn is_wrapped(config: &Config) -> bool {
 /// Modules of a wrapped language model, as the classes of transformers 5 name them.
 const WRAPPED: &str = "model.language_model.";
 
+/// The graph of a model that is published alone, as `model.layers.0`, and in a wrapper.
+fn finish(mut decoder: Decoder, whole: &Config) -> Result<ModelGraph> {
+    if !is_wrapped(whole) {
+        return decoder.graph(whole);
+    }
+    decoder.prefix = WRAPPED;
+    let mut graph = decoder.build()?;
+    name_wrapped(&mut graph);
+    graph.finish(whole)
+}
+
 /// Names the files of a wrapper: as transformers 5 and 4 write them, and what belongs to other modalities.
 fn name_wrapped(graph: &mut GraphBuilder) {
     graph.layout(&[(WRAPPED, "language_model.model."), ("lm_head.", "language_model.lm_head.")]);

@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, WRAPPED, is_wrapped, name_wrapped};
+use crate::{Dense, finish};
 
 pub(crate) static MISTRAL: Dense = Dense {
     name: "mistral",
@@ -34,16 +34,6 @@ fn mistral(whole: &Config) -> Result<ModelGraph> {
     let layers = decoder.layers.len();
     decoder.slide(config.opt_size("sliding_window")?, &vec![true; layers]);
     finish(decoder, whole)
-}
-
-fn finish(mut decoder: Decoder, whole: &Config) -> Result<ModelGraph> {
-    if !is_wrapped(whole) {
-        return decoder.graph(whole);
-    }
-    decoder.prefix = WRAPPED;
-    let mut graph = decoder.build()?;
-    name_wrapped(&mut graph);
-    graph.finish(whole)
 }
 
 pub(crate) static MINISTRAL: Dense = Dense {
