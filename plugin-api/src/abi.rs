@@ -74,6 +74,8 @@ pub struct RawAnswer<'a> {
 pub struct RawExample<'a> {
     /// Its answers.
     pub answers: RSlice<'a, RawAnswer<'a>>,
+    /// Log-probs of its prompt's tokens under the policy, where they are asked for.
+    pub prompt: RSlice<'a, f32>,
 }
 
 /// Sizes of the step; see [`Totals`].
@@ -88,6 +90,8 @@ pub struct RawTotals {
     pub best_tokens: f64,
     /// Tokens of all answers.
     pub tokens: f64,
+    /// Tokens of all prompts, where they are asked for.
+    pub prompt_tokens: f64,
 }
 
 /// What a loss is given; see [`LossBatch`].
@@ -171,6 +175,9 @@ pub enum Item {
         summary: String,
         /// Its formula.
         formula: String,
+        /// Which other tools have it, and where they compute otherwise.
+        #[serde(default)]
+        peers: String,
         /// What it needs of the host.
         needs: Needs,
         /// Its options.
@@ -245,6 +252,7 @@ impl Exports {
                 name: l.name().into(),
                 summary: l.summary().into(),
                 formula: l.formula().into(),
+                peers: l.peers().into(),
                 needs: l.needs(),
                 options: l.options(),
             },
@@ -277,8 +285,9 @@ impl Exports {
         let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is not a loss") };
         let examples: Vec<Example<'_>> = call.examples.iter().map(example_of).collect();
         check_answers(&loss.needs(), &examples)?;
-        let RawTotals { examples: count, answers, best_tokens, tokens } = call.totals;
-        let batch = LossBatch { examples, totals: Totals { examples: count, answers, best_tokens, tokens } };
+        let RawTotals { examples: count, answers, best_tokens, tokens, prompt_tokens } = call.totals;
+        let batch =
+            LossBatch { examples, totals: Totals { examples: count, answers, best_tokens, tokens, prompt_tokens } };
         let options = match serde_json::from_str(call.options.as_str()) {
             Ok(values) => Options(values),
             Err(e) => return bail!("loss options: {e}"),
@@ -290,7 +299,7 @@ impl Exports {
 }
 
 fn example_of<'a>(raw: &RawExample<'a>) -> Example<'a> {
-    Example { answers: raw.answers.as_slice().iter().map(answer_of).collect() }
+    Example { answers: raw.answers.as_slice().iter().map(answer_of).collect(), prompt: raw.prompt.as_slice() }
 }
 
 fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {

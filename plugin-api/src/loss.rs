@@ -6,8 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::dual::Dual;
 pub use crate::dual::MAX_ANSWERS;
+use crate::dual::{Dual, PROMPT};
 use crate::{Error, Result, bail};
 
 /// Most statistics a loss may ask for.
@@ -23,6 +23,11 @@ pub trait AlignmentLoss: Send + Sync + 'static {
 
     /// The formula, as text for `dpo-host describe`.
     fn formula(&self) -> &'static str;
+
+    /// Which other tools have it, under which name, and where they compute otherwise; empty for none.
+    fn peers(&self) -> &'static str {
+        ""
+    }
 
     /// What the loss needs of the host.
     fn needs(&self) -> Needs {
@@ -45,7 +50,8 @@ pub trait AlignmentLoss: Send + Sync + 'static {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Answers {
-    /// One: every answer that was liked, or is the best of several.
+    /// One: every answer that was liked, or is the best of several. In a sum with losses over pairs or rankings, whose examples have
+    /// more, the loss reads the first.
     One,
     /// A better and a worse one. Of single answers to one prompt, every liked one is paired with every disliked one.
     #[default]
@@ -60,7 +66,8 @@ impl Answers {
     /// Whether so many answers will do.
     pub fn takes(self, count: usize) -> bool {
         match self {
-            Answers::One | Answers::Labelled => count == 1,
+            Answers::One => count >= 1,
+            Answers::Labelled => count == 1,
             Answers::Pair => count == 2,
             Answers::Ranked => (2..=MAX_ANSWERS).contains(&count),
         }
@@ -92,6 +99,9 @@ pub struct Needs {
     /// far the policy has gone from the reference.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub mismatched: bool,
+    /// Whether log-probs of the prompt's tokens are read, under the policy alone: a likelihood over prompt and answer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prompt: bool,
     /// Further statistics of each answer token, by name, under the policy and under the reference; an unknown one refuses the
     /// loss.
     #[serde(default)]
@@ -101,7 +111,8 @@ pub struct Needs {
 impl Default for Needs {
     /// Pairs, the reference, example by example, no further statistics.
     fn default() -> Needs {
-        Needs { answers: Answers::Pair, reference: true, whole_batch: false, mismatched: false, statistics: Vec::new() }
+        let (whole_batch, mismatched, prompt) = (false, false, false);
+        Needs { answers: Answers::Pair, reference: true, whole_batch, mismatched, prompt, statistics: Vec::new() }
     }
 }
 
@@ -217,10 +228,12 @@ impl Answer<'_> {
 }
 
 /// The answers to one prompt, best first; detached ones behind all others. Its differentiable inputs are the answers' log-probs.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Example<'a> {
     /// The answers.
     pub answers: Vec<Answer<'a>>,
+    /// Log-probs under the policy of the prompt's tokens from its second one on; empty unless [`Needs::prompt`] asks for them.
+    pub prompt: &'a [f32],
 }
 
 impl<'a> Example<'a> {
@@ -237,6 +250,11 @@ impl<'a> Example<'a> {
     /// The answer's plain sum over tokens, whatever the weights: what a likelihood term is made of.
     pub fn sum(&self, answer: usize) -> Dual {
         self.answers[answer].sum(answer)
+    }
+
+    /// The sum over the prompt's tokens from its second one on, where [`Needs::prompt`] asks for it.
+    pub fn prompt_sum(&self) -> Dual {
+        Dual::input(self.prompt.iter().map(|l| f64::from(*l)).sum(), PROMPT)
     }
 
     /// `log π_ref(answer)`.
@@ -323,6 +341,8 @@ pub struct Totals {
     pub best_tokens: f64,
     /// Tokens of all answers.
     pub tokens: f64,
+    /// Tokens of all prompts from their second one on, where [`Needs::prompt`] asks for them.
+    pub prompt_tokens: f64,
 }
 
 /// The examples of a micro-batch, or of the whole step where [`Needs::whole_batch`] says so.
@@ -343,6 +363,7 @@ impl<'a> LossBatch<'a> {
             answers: learned().flatten().count() as f64,
             best_tokens: learned().filter_map(|mut answers| answers.next()).map(Answer::count).sum(),
             tokens: learned().flatten().map(Answer::count).sum(),
+            prompt_tokens: examples.iter().map(|e| e.prompt.len() as f64).sum(),
         };
         LossBatch { examples, totals }
     }
@@ -374,7 +395,8 @@ impl<'a> LossBatch<'a> {
             detached: answer.detached,
         };
         let answers = self.examples.iter().map(|e| e.answers.iter().map(answer).collect()).collect();
-        LossGrad { losses: vec![0.0; self.examples.len()], answers }
+        let prompts = self.examples.iter().map(|e| vec![0.0; e.prompt.len()]).collect();
+        LossGrad { losses: vec![0.0; self.examples.len()], answers, prompts }
     }
 }
 
@@ -384,6 +406,8 @@ pub struct LossGrad {
     losses: Vec<f64>,
     /// Of every example, of every answer.
     answers: Vec<Vec<AnswerGrad>>,
+    /// Of every example, of the prompt's tokens.
+    prompts: Vec<Vec<f64>>,
 }
 
 #[derive(Clone, Debug)]
@@ -409,6 +433,7 @@ impl LossGrad {
         for (i, answer) in self.answers[example].iter_mut().enumerate() {
             answer.add(term.grad[i], term.grad[MAX_ANSWERS + i]);
         }
+        self.prompts[example].iter_mut().for_each(|grad| *grad += term.grad[PROMPT]);
     }
 
     /// Adds a term made from the chosen answer of one pair and the rejected answer of another (or the same).
@@ -433,9 +458,12 @@ impl LossGrad {
         &self.losses
     }
 
-    /// `d loss / d log-prob` for each token of every answer of every example.
+    /// `d loss / d log-prob` for each token of every answer of every example; those of its prompt follow, where it is read.
     pub fn grad(&self) -> Vec<f32> {
-        self.answers.iter().flatten().flat_map(|answer| &answer.grad).map(|g| *g as f32).collect()
+        let of = |(answers, prompt): (&'_ Vec<AnswerGrad>, &'_ Vec<f64>)| {
+            answers.iter().flat_map(|answer| &answer.grad).chain(prompt).map(|g| *g as f32).collect::<Vec<f32>>()
+        };
+        self.answers.iter().zip(&self.prompts).flat_map(of).collect()
     }
 }
 
@@ -473,29 +501,35 @@ mod tests {
                 answer(&[-0.5, -0.5, -4.0], &[1.0, 1.0, 0.5], 1.0, false),
                 answer(&[-9.0], &[1.0], 0.0, true),
             ],
+            prompt: &[-0.5, -0.25],
         };
         let batch = LossBatch::whole(vec![example]);
-        let totals = Totals { examples: 1.0, answers: 3.0, best_tokens: 2.0, tokens: 6.0 };
+        let totals = Totals { examples: 1.0, answers: 3.0, best_tokens: 2.0, tokens: 6.0, prompt_tokens: 2.0 };
         assert_eq!((batch.totals, batch.examples[0].learned()), (totals, 3));
-        let grad = batch.each_example(|e| 2.0 * e.ratio(0) + 3.0 * e.sum(2) - e.logp(1) * e.logp(3));
-        assert_eq!(grad.losses(), [2.0 * (-2.0 + 1.5) + 3.0 * -5.0 - 27.0]);
-        assert_eq!(grad.grad(), [2.0, 1.0, 9.0, 3.0, 3.0, 3.0, 0.0]);
+        let grad =
+            batch.each_example(|e| 2.0 * e.ratio(0) + 3.0 * e.sum(2) - e.logp(1) * e.logp(3) + 4.0 * e.prompt_sum());
+        assert_eq!(grad.losses(), [2.0 * (-2.0 + 1.5) + 3.0 * -5.0 - 27.0 - 3.0]);
+        assert_eq!(grad.grad(), [2.0, 1.0, 9.0, 3.0, 3.0, 3.0, 0.0, 4.0, 4.0]);
         let mut grad = batch.zero();
         grad.add_tokens(0, 1.0, &[&[1.0, 2.0], &[3.0], &[4.0, 5.0, 6.0], &[7.0]]);
-        assert_eq!(grad.grad(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0]);
+        assert_eq!(grad.grad(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 0.0]);
     }
 
     #[test]
     fn other_numbers_of_answers_are_refused() {
         let of = |learned: usize, detached: usize| Example {
             answers: (0..learned + detached).map(|i| answer(&[-1.0], &[1.0], 0.0, i >= learned)).collect(),
+            prompt: &[],
         };
         let refused = |answers: Answers, learned: usize, detached: usize| {
             check_answers(&Needs { answers, ..Needs::default() }, &[of(2, 0), of(learned, detached)][1..]).is_err()
         };
-        for (answers, count, wrong) in
-            [(Answers::One, 1, false), (Answers::One, 2, true), (Answers::Pair, 2, false), (Answers::Pair, 1, true)]
-        {
+        for (answers, count, wrong) in [
+            (Answers::One, 1, false),
+            (Answers::Labelled, 2, true),
+            (Answers::Pair, 2, false),
+            (Answers::Pair, 1, true),
+        ] {
             assert_eq!([refused(answers, count, 0), refused(answers, count, 3)], [wrong; 2], "{answers:?} {count}");
         }
         let ranked = [1, 2, 16, 17].map(|count| refused(Answers::Ranked, count, 0));

@@ -76,9 +76,17 @@ pub fn check_loss(loss: &dyn AlignmentLoss) {
 /// # Panics
 /// With the token and both derivatives.
 pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
+    check_loss_from(loss, options, &[]);
+}
+
+/// [`check_loss_with`] for a loss that remembers: with the state that an earlier step left.
+///
+/// # Panics
+/// With the token and both derivatives.
+pub fn check_loss_from(loss: &dyn AlignmentLoss, options: &Options, state: &[f64]) {
     for tail in [1.0, 0.3] {
         let batch = SyntheticBatch::new(&loss.needs(), tail);
-        let grad = batch.eval(loss, options, None).grad();
+        let grad = batch.eval(loss, options, state, None).grad();
         for (token, exact) in grad.iter().enumerate() {
             if batch.is_detached(token) {
                 assert!(*exact == 0.0, "{}: token {token} of a detached answer has a derivative", loss.name());
@@ -86,7 +94,7 @@ pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
             }
             // f32 log-probs near -2 carry an error of 2e-7 each; a step of 2e-3 keeps that out of the quotient.
             let h = 2e-3_f32;
-            let total = |by: f32| batch.eval(loss, options, Some((token, by))).losses().iter().sum::<f64>();
+            let total = |by: f32| batch.eval(loss, options, state, Some((token, by))).losses().iter().sum::<f64>();
             let numeric = (total(h) - total(-h)) / (2.0 * f64::from(h));
             let exact = f64::from(*exact);
             let bound = 2e-3 * numeric.abs().max(exact.abs()).max(0.05);
@@ -107,6 +115,8 @@ struct SyntheticBatch {
     mismatched: bool,
     answers: Answers,
     policy: Vec<Vec<f32>>,
+    /// Log-probs of the examples' prompts, as far as they are read.
+    prompts: [Vec<f32>; 3],
     reference: Vec<Vec<f32>>,
     weights: Vec<Vec<f32>>,
 }
@@ -135,26 +145,43 @@ impl SyntheticBatch {
             weights.extend(own.iter().map(|n| (0..*n).map(weight).collect()));
             first += count;
         }
-        SyntheticBatch { counts, mismatched, answers, policy: rows(0), reference: rows(1), weights }
+        let prompts = [3, 0, 2].map(|n| (0..if needs.prompt { n } else { 0 }).map(|j| value(7, j, 2)).collect());
+        SyntheticBatch { counts, mismatched, answers, policy: rows(0), prompts, reference: rows(1), weights }
     }
 
     /// Whether a token is a detached answer's.
     fn is_detached(&self, token: usize) -> bool {
-        let of = |count: usize| (0..count).map(move |i| self.mismatched && i + 1 == count);
-        let answers = self.counts.into_iter().flat_map(of).zip(&self.policy);
-        answers.flat_map(|(detached, tokens)| tokens.iter().map(move |_| detached)).nth(token).unwrap_or(false)
+        let mut policy = self.policy.iter();
+        let of = |(count, prompt): (usize, &Vec<f32>)| {
+            let answers = policy.by_ref().take(count).enumerate();
+            let answers = answers.flat_map(|(i, ids)| vec![self.mismatched && i + 1 == count; ids.len()]);
+            answers.chain(prompt.iter().map(|_| false)).collect::<Vec<bool>>()
+        };
+        self.counts.into_iter().zip(&self.prompts).flat_map(of).nth(token).unwrap_or(false)
     }
 
-    fn eval(&self, loss: &dyn AlignmentLoss, options: &Options, nudge: Option<(usize, f32)>) -> LossGrad {
-        let mut policy = self.policy.clone();
+    fn eval(
+        &self,
+        loss: &dyn AlignmentLoss,
+        options: &Options,
+        state: &[f64],
+        nudge: Option<(usize, f32)>,
+    ) -> LossGrad {
+        let (mut policy, mut prompts) = (self.policy.clone(), self.prompts.clone());
         if let Some((token, by)) = nudge {
-            let value = policy.iter_mut().flatten().nth(token);
-            *value.unwrap_or_else(|| panic!("token {token} is not there")) += by;
+            let mut answers = policy.iter_mut();
+            let mut all = Vec::new();
+            for (count, prompt) in self.counts.into_iter().zip(&mut prompts) {
+                all.extend(answers.by_ref().take(count).flatten().chain(prompt));
+            }
+            **all.get_mut(token).unwrap_or_else(|| panic!("token {token} is not there")) += by;
         }
         let statistics = [-1.0_f32; 8];
         let (mut first, mut liked) = (0, false);
+        let mut prompts = prompts.iter();
         let examples = self.counts.map(|count| {
             liked = !liked;
+            let prompt = prompts.next().map_or(&[][..], Vec::as_slice);
             let answers = (first..first + count).map(|i| Answer {
                 policy: &policy[i],
                 reference: &self.reference[i],
@@ -169,9 +196,9 @@ impl SyntheticBatch {
             });
             let answers = answers.collect();
             first += count;
-            Example { answers }
+            Example { answers, prompt }
         });
         let batch = LossBatch::whole(examples.to_vec());
-        loss.eval(&batch, options, &mut Vec::new()).unwrap_or_else(|e| panic!("{}: {e}", loss.name()))
+        loss.eval(&batch, options, &mut state.to_vec()).unwrap_or_else(|e| panic!("{}: {e}", loss.name()))
     }
 }

@@ -13,7 +13,7 @@ fn plugins_of_the_page_build_and_train() {
     let folder = tempfile::tempdir().unwrap();
     let blocks = fenced(&page("plugins.md"));
     for (kind, name) in
-        [(Kind::Loss, "dpop"), (Kind::Format, "rated"), (Kind::Model, "my-smollm3"), (Kind::Model, "my-gemma3")]
+        [(Kind::Loss, "my-dpop"), (Kind::Format, "rated"), (Kind::Model, "my-smollm3"), (Kind::Model, "my-gemma3")]
     {
         let dir = folder.path().join(name);
         new(kind, name, &dir).unwrap();
@@ -27,7 +27,7 @@ fn plugins_of_the_page_build_and_train() {
     let plugins = target_folder().join("release").display().to_string();
     let run = |more: &[&str]| sandbox.ok(&[more, &["--plugin-dir", &plugins]].concat());
     let listed = run(&["list"]).stdout;
-    for name in ["dpop", "rated", "my-smollm3", "my-gemma3"] {
+    for name in ["my-dpop", "rated", "my-smollm3", "my-gemma3"] {
         assert!(listed.lines().any(|l| l.split_whitespace().nth(1) == Some(name)), "{name}: {listed}");
     }
     // The loss, on rows of the format.
@@ -37,7 +37,7 @@ fn plugins_of_the_page_build_and_train() {
     let rows = sandbox.write("rated.jsonl", &format!("{row}\n"));
     let output = sandbox.path("run");
     let train = ["train", "--model", &demo, "--dataset", &rows, "--output-dir", &output, "--device", "cpu"];
-    run(&[&train[..], &["--loss", "dpop", "--loss-option", "lambda=2", "--max-steps", "1"]].concat());
+    run(&[&train[..], &["--loss", "my-dpop", "--loss-option", "lambda=2", "--max-steps", "1"]].concat());
     let log = dpo_tests::log(&output);
     assert!((log[0]["loss"].as_f64().unwrap() - 2.0_f64.ln()).abs() < 1e-6, "{log:?}");
 }

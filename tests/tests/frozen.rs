@@ -89,8 +89,8 @@ fn an_old_plugin_works() {
         answer(&[-2.0, -1.0], &[-1.0, -1.0], 0.0),
         answer(&[-7.0, -7.0], &[-1.0, -1.0], -1.0),
     ];
-    let examples = [RawExample { answers: RSlice::from_slice(&answers) }];
-    let totals = RawTotals { examples: 2.0, answers: 6.0, best_tokens: 4.0, tokens: 12.0 };
+    let examples = [RawExample { answers: RSlice::from_slice(&answers), prompt: RSlice::from_slice(&[]) }];
+    let totals = RawTotals { examples: 2.0, answers: 6.0, best_tokens: 4.0, tokens: 12.0, prompt_tokens: 0.0 };
     let options = json!({"beta": 0.4, "sign": "minus"}).to_string();
     let call = LossCall { options: &options, examples: &examples, totals, state: &[0.25] };
     let result = loss.eval(&call).unwrap();
@@ -106,7 +106,7 @@ fn an_old_plugin_works() {
     assert!((result.state[0] - (0.25 - 0.7 / 2.0)).abs() < 1e-12, "{:?}", result.state);
     let call = LossCall { options: &Value::Null.to_string(), ..call };
     assert!(loss.eval(&call).is_err(), "options that are no object");
-    let single = [RawExample { answers: RSlice::from_slice(&answers[..1]) }];
+    let single = [RawExample { answers: RSlice::from_slice(&answers[..1]), prompt: RSlice::from_slice(&[]) }];
     let error = loss.eval(&LossCall { options: &options, examples: &single, ..call }).unwrap_err().to_string();
     assert!(error.contains("1 answers") && error.contains("takes 2 to 16 answers"), "{error}");
 }

@@ -31,7 +31,7 @@ impl Workload {
         let none = Workload { longest: 1, answers: 0.0 };
         examples.fold(none, |all, example| Workload {
             longest: all.longest.max(example.packed_tokens()),
-            answers: all.answers.max(example.answer_share()),
+            answers: all.answers.max(example.scored_share()),
         })
     }
 }

@@ -61,9 +61,10 @@ pub struct Batch {
     pub ids: Vec<u32>,
     /// Where they are.
     pub layout: Layout,
-    /// For every answer token, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer.
+    /// For every token that gets a log-prob, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer,
+    /// then the prompt where that is scored.
     pub predictors: Vec<u32>,
-    /// Those answer tokens, `[answer tokens]`.
+    /// Those tokens, `[answer tokens]`.
     pub targets: Vec<u32>,
     /// Whose they are.
     pub answers: AnswerOffsets,
@@ -94,7 +95,10 @@ impl Batch {
             self.targets.extend(&answer.ids);
             laid_out.push(inputs.len());
         }
-        self.answers.push(example.answers().iter().map(|a| a.ids.len()));
+        let scored = example.scored_prompt();
+        self.predictors.extend((start..start + scored.len()).map(|row| row as u32));
+        self.targets.extend(scored);
+        self.answers.push(example.scored_lengths());
         self.layout.spans.push(Span { start, prompt, answers: laid_out });
     }
 
@@ -165,14 +169,15 @@ mod tests {
             example(&[1, 2], &[&[3, 4, 5], &[6]]),
             example(&[7], &[&[8]]),
             example(&[7], &[&[8], &[9, 10], &[11, 12]]),
+            example(&[7, 8, 9], &[&[10]]).with_prompt_scored(),
         ]);
-        assert_eq!(batch.ids, [1, 2, 3, 4, 7, 7, 9, 11]);
-        assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 0, 1, 1]);
-        assert_eq!(batch.targets, [3, 4, 5, 6, 8, 8, 9, 10, 11, 12]);
-        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 5, 5, 6, 5, 7]);
+        assert_eq!(batch.ids, [1, 2, 3, 4, 7, 7, 9, 11, 7, 8, 9]);
+        assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 0, 1, 1, 0, 1, 2]);
+        assert_eq!(batch.targets, [3, 4, 5, 6, 8, 8, 9, 10, 11, 12, 10, 8, 9]);
+        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 5, 5, 6, 5, 7, 10, 8, 9]);
         let spans: Vec<_> = batch.layout.spans.iter().map(|s| (s.rows(), s.prompt, s.answers.clone())).collect();
-        assert_eq!(spans, [(0..4, 2, vec![2, 0]), (4..5, 1, vec![0]), (5..8, 1, vec![0, 1, 1])]);
-        assert_eq!((0..3).map(|e| batch.answers.example(e)).collect::<Vec<_>>(), [0..4, 4..5, 5..10]);
+        assert_eq!(spans, [(0..4, 2, vec![2, 0]), (4..5, 1, vec![0]), (5..8, 1, vec![0, 1, 1]), (8..11, 3, vec![0])]);
+        assert_eq!((0..4).map(|e| batch.answers.example(e)).collect::<Vec<_>>(), [0..4, 4..5, 5..10, 10..13]);
     }
 
     #[test]

@@ -7,6 +7,8 @@ use crate::error::{Error, Result};
 pub struct Example {
     prompt: Vec<u32>,
     answers: Vec<Answer>,
+    /// Whether the prompt's tokens get log-probs as well, from the second one on.
+    prompt_scored: bool,
     /// Where its row stands.
     pub place: String,
 }
@@ -52,7 +54,7 @@ impl Example {
         if !answers.windows(2).all(ordered) {
             return wrong("answers should come best first, and detached ones behind all others");
         }
-        Ok(Example { prompt, answers, place: place.into() })
+        Ok(Example { prompt, answers, prompt_scored: false, place: place.into() })
     }
 
     /// A better and a worse answer.
@@ -77,6 +79,23 @@ impl Example {
     pub fn learned(&self) -> &[Answer] {
         let count = self.answers.iter().position(|a| a.detached).unwrap_or(self.answers.len());
         &self.answers[..count]
+    }
+
+    /// The same example, of whose prompt log-probs are computed as well.
+    #[must_use]
+    pub fn with_prompt_scored(self) -> Example {
+        Example { prompt_scored: true, ..self }
+    }
+
+    /// Tokens of the prompt that get log-probs: none, unless they are asked for.
+    pub fn scored_prompt(&self) -> &[u32] {
+        if self.prompt_scored { &self.prompt[1..] } else { &[] }
+    }
+
+    /// How many tokens get log-probs: of every answer, then of the prompt where they are asked for.
+    pub fn scored_lengths(&self) -> impl Iterator<Item = usize> {
+        let answers = self.answers.iter().map(|a| a.ids.len());
+        answers.chain(self.prompt_scored.then(|| self.scored_prompt().len()))
     }
 
     /// Drops all answers but the best one and detached ones.
@@ -119,9 +138,9 @@ impl Example {
         self.unique_tokens() - self.answers.len()
     }
 
-    /// Answer tokens to a token that is laid out.
-    pub fn answer_share(&self) -> f64 {
-        self.answer_tokens() as f64 / self.packed_tokens().max(1) as f64
+    /// Tokens that get log-probs to a token that is laid out.
+    pub fn scored_share(&self) -> f64 {
+        self.scored_lengths().sum::<usize>() as f64 / self.packed_tokens().max(1) as f64
     }
 
     /// Prompt and answers, one after the other.
@@ -129,7 +148,8 @@ impl Example {
         std::iter::once(self.prompt()).chain(self.answers.iter().map(|a| a.ids.as_slice()))
     }
 
-    /// What decides its numbers, in bytes: tokens with their lengths, labels, and which answers are detached.
+    /// What decides its numbers, in bytes: tokens with their lengths, labels, which answers are detached, and whether the prompt is
+    /// scored.
     pub fn content(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for ids in self.parts() {
@@ -141,6 +161,7 @@ impl Example {
             bytes.push(u8::from(answer.detached));
         }
         bytes.extend((self.answers.len() as u64).to_le_bytes());
+        bytes.push(u8::from(self.prompt_scored));
         bytes
     }
 }

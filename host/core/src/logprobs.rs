@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::example::Example;
 
-/// Where the tokens of every answer of every example lie in a flat array.
+/// Where the tokens of every answer of every example lie in a flat array; those of its prompt, where it is scored, as of one more answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AnswerOffsets {
     /// Where answers begin, in tokens, and where the last one ends.
@@ -25,7 +25,7 @@ impl AnswerOffsets {
     /// Those of some examples, one after the other.
     pub fn of<'a>(examples: impl IntoIterator<Item = &'a Example>) -> AnswerOffsets {
         let mut offsets = AnswerOffsets::default();
-        examples.into_iter().for_each(|e| offsets.push(e.answers().iter().map(|a| a.ids.len())));
+        examples.into_iter().for_each(|e| offsets.push(e.scored_lengths()));
         offsets
     }
 

@@ -53,11 +53,13 @@ pub struct Wanted {
     pub loss: String,
     /// Whether each has, detached, an answer to another prompt.
     pub mismatched: bool,
+    /// Whether the prompt's tokens get log-probs as well.
+    pub prompt: bool,
 }
 
 impl Default for Wanted {
     fn default() -> Wanted {
-        Wanted { answers: Answers::Pair, loss: "sigmoid".into(), mismatched: false }
+        Wanted { answers: Answers::Pair, loss: "sigmoid".into(), mismatched: false, prompt: false }
     }
 }
 
@@ -204,6 +206,9 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let mut examples = collect(items, encoded, &mut report, options, tokenizer)?;
     if options.wanted.mismatched {
         examples = with_mismatched(examples, options)?;
+    }
+    if options.wanted.prompt {
+        examples = examples.into_iter().map(Example::with_prompt_scored).collect();
     }
     report.measure(&examples, options.wanted.answers == Answers::Labelled, tokenizer);
     if examples.is_empty() {

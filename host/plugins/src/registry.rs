@@ -56,6 +56,8 @@ pub struct Loss {
     pub summary: String,
     /// Its formula.
     pub formula: String,
+    /// Which other tools have it, and where they compute otherwise.
+    pub peers: String,
     /// What it needs of the host.
     pub needs: Needs,
     /// Its options.
@@ -141,8 +143,8 @@ impl Loss {
         };
         let RawLossResult { losses, grad, state } =
             self.handle.library.eval(self.handle.item, raw).map_err(|e| e.at(format!("loss '{}'", self.name)))?;
-        let answers = call.examples.iter().flat_map(|e| e.answers.as_slice());
-        let (examples, tokens) = (call.examples.len(), answers.map(|a| a.policy.len()).sum::<usize>());
+        let of = |e: &RawExample<'_>| e.answers.iter().map(|a| a.policy.len()).sum::<usize>() + e.prompt.len();
+        let (examples, tokens) = (call.examples.len(), call.examples.iter().map(of).sum::<usize>());
         if losses.len() != examples || grad.len() != tokens {
             let (l, g) = (losses.len(), grad.len());
             let what = format!("answered {l} losses and {g} derivatives for {examples} examples of {tokens} tokens");
@@ -338,8 +340,8 @@ impl Registry {
             Item::Dataset { name, summary, examples } => {
                 self.formats.push(Format { handle, name, summary, examples });
             }
-            Item::Loss { name, summary, formula, needs, options } => {
-                self.losses.push(Loss { handle, name, summary, formula, needs, options });
+            Item::Loss { name, summary, formula, peers, needs, options } => {
+                self.losses.push(Loss { handle, name, summary, formula, peers, needs, options });
             }
         }
     }

@@ -162,7 +162,7 @@ fn measure(
     let adapter = Adapter::new(&graph, lora, 0)?;
     let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length)?;
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
-    let answers = pairs.iter().map(Example::answer_share).fold(0.0, f64::max);
+    let answers = pairs.iter().map(Example::scored_share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;
     let nccl = Nccl::join(&gpu, group)?;
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);

@@ -114,7 +114,16 @@ fn describe_loss(loss: &Loss) {
     if !loss.needs.statistics.is_empty() {
         println!("statistics  {}", loss.needs.statistics.join(", "));
     }
+    if loss.needs.prompt {
+        println!("prompt      its tokens are scored as well");
+    }
+    if loss.needs.mismatched {
+        println!("mismatched  an answer to another prompt is scored beside each");
+    }
     for option in &loss.options {
         println!("option      {} = {}: {}", option.name, option.default, option.help);
+    }
+    if !loss.peers.is_empty() {
+        println!("elsewhere   {}", loss.peers);
     }
 }

@@ -58,6 +58,8 @@ pub struct Totals {
     pub best_tokens: usize,
     /// Tokens of all answers.
     pub tokens: usize,
+    /// Tokens of all prompts that are scored.
+    pub prompt_tokens: usize,
 }
 
 /// What an objective makes of some examples.
@@ -81,6 +83,7 @@ impl Totals {
             answers: learned().map(<[_]>::len).sum(),
             best_tokens: learned().filter_map(|answers| Some(answers.first()?.ids.len())).sum(),
             tokens: learned().flatten().map(|a| a.ids.len()).sum(),
+            prompt_tokens: examples.iter().map(|e| e.scored_prompt().len()).sum(),
         }
     }
 
@@ -90,6 +93,7 @@ impl Totals {
             answers: self.answers as f64,
             best_tokens: self.best_tokens as f64,
             tokens: self.tokens as f64,
+            prompt_tokens: self.prompt_tokens as f64,
         }
     }
 }
@@ -146,14 +150,15 @@ impl<'r> Objective<'r> {
             answers: t.loss.needs.answers,
             loss: t.loss.name.clone(),
             mismatched: self.terms.iter().any(|t| t.loss.needs.mismatched),
+            prompt: self.terms.iter().any(|t| t.loss.needs.prompt),
         };
         let mut all = self.terms.iter().map(of);
         let first = all.next().unwrap_or_default();
         all.try_fold(first, |wanted, own| match (wanted.answers, own.answers) {
             (before, own) if before == own => Ok(wanted),
-            // A ranking of two is a pair.
-            (Answers::Pair, Answers::Ranked) => Ok(wanted),
-            (Answers::Ranked, Answers::Pair) => Ok(own),
+            // A ranking of two is a pair, and a likelihood is of the best of several.
+            (Answers::Pair, Answers::Ranked) | (Answers::Pair | Answers::Ranked, Answers::One) => Ok(wanted),
+            (Answers::Ranked, Answers::Pair) | (Answers::One, Answers::Pair | Answers::Ranked) => Ok(own),
             (before, after) => {
                 let (before, after) = (before.describe(), after.describe());
                 Err(Error::input(format!("'{}' takes {before}, '{}' takes {after}", wanted.loss, own.loss))
@@ -227,10 +232,17 @@ impl<'r> Objective<'r> {
         if examples.is_empty() {
             return Ok(all);
         }
+        let prompt = |e: usize| match examples[e].scored_prompt() {
+            [] => &[][..],
+            _ => offsets.answers(e).last().map_or(&[][..], |at| &policy.logps[at]),
+        };
         for term in &mut self.terms {
             let answers = raw_answers(&term.loss.needs.statistics, examples, policy, reference, &weights)?;
-            let raw: Vec<RawExample<'_>> =
-                answers.iter().map(|a| RawExample { answers: a.as_slice().into() }).collect();
+            let raw: Vec<RawExample<'_>> = answers
+                .iter()
+                .enumerate()
+                .map(|(e, answers)| RawExample { answers: answers.as_slice().into(), prompt: prompt(e).into() })
+                .collect();
             let call = LossCall { options: &term.options, examples: &raw, totals: totals.raw(), state: &term.state };
             let result = term.loss.eval(&call)?;
             let scale = term.weight / totals.examples as f64;
@@ -305,7 +317,8 @@ fn token_weights(examples: &[&Example], ld_alpha: Option<f32>) -> Vec<f32> {
     let of = |example: &&Example| {
         let shortest = example.learned().iter().map(|a| a.ids.len()).min().unwrap_or(0);
         let weight = move |i: usize| if i < shortest { 1.0 } else { alpha };
-        example.answers().iter().flat_map(|a| (0..a.ids.len()).map(weight)).collect::<Vec<f32>>()
+        let answers = example.answers().iter().flat_map(|a| (0..a.ids.len()).map(weight));
+        answers.chain(example.scored_prompt().iter().map(|_| 1.0)).collect::<Vec<f32>>()
     };
     examples.iter().flat_map(of).collect()
 }

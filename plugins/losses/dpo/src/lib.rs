@@ -28,10 +28,16 @@ macro_rules! meaning {
         "|yw|, |yl| = their tokens"
     };
     (NLL) => {
-        "NLL = minus the mean log-prob of the chosen answers' tokens, over the whole step"
+        "NLL = minus the mean log-prob of the chosen answers' tokens, over the whole step (nll_mean=tokens), or of each answer's mean (answers)"
     };
-    (nll) => {
-        "nll = minus the mean log-prob of the answers' tokens, over the whole step"
+    (NLLP) => {
+        "NLLP = minus the mean log-prob of the tokens of prompts, their first excepted, and chosen answers, over the whole step"
+    };
+    (scores) => {
+        "s(j) = score of answer j"
+    };
+    (running) => {
+        "shift = mean of beta r over all answers of all steps so far, this one included"
     };
     (ratio) => {
         "r = log pi - log pi_ref of the answer"
@@ -59,34 +65,44 @@ pub mod reference_free;
 pub mod unpaired;
 
 use dpo_plugin_api::prelude::*;
-use ranked::PLACKETT_LUCE;
+use ranked::{ALL_PAIRS, PLACKETT_LUCE, REBEL, SDPO};
 use reference::{
-    AOT, AOT_UNPAIRED, APO_DOWN, APO_ZERO, BCO_PAIR, DISCOPOP, EXO_PAIR, HINGE, IPO, NCA_PAIR, ROBUST, SIGMOID,
-    SIGMOID_NORM, SPPO_HARD,
+    AOT, AOT_UNPAIRED, APO_DOWN, APO_ZERO, BCO_PAIR, CAL_DPO, DISCOPOP, DPOP, EXO_PAIR, HINGE, IPO, NCA_PAIR, R_DPO,
+    ROBUST, SIGMOID, SIGMOID_NORM, SPPO_HARD,
 };
-use reference_free::{CPO, NLL, ORPO, SFT, SIMPO};
-use unpaired::{APO_ZERO_UNPAIRED, KTO};
+use reference_free::{ALPHAPO, CPO, ORPO, ORPO_PROMPT, SFT, SIMPO};
+use unpaired::{APO_ZERO_UNPAIRED, BCO, KTO};
 
 /// A loss as a value.
 pub struct Loss {
     name: &'static str,
     summary: &'static str,
     formula: &'static str,
+    peers: &'static str,
     needs: Needs,
     options: fn() -> Vec<LossOption>,
-    eval: fn(&LossBatch<'_>, &Options) -> Result<LossGrad>,
+    eval: fn(&LossBatch<'_>, &Options, &mut Vec<f64>) -> Result<LossGrad>,
 }
 
 /// What a loss needs that looks at one example at a time.
 const fn needs(answers: Answers, reference: bool) -> Needs {
-    Needs { answers, reference, whole_batch: false, mismatched: false, statistics: Vec::new() }
+    Needs { answers, reference, whole_batch: false, mismatched: false, prompt: false, statistics: Vec::new() }
 }
 
 /// What a loss needs that looks at all examples of a step, and at answers to other prompts if they are asked for.
 const fn needs_whole_batch(answers: Answers, mismatched: bool) -> Needs {
-    Needs { answers, reference: true, whole_batch: true, mismatched, statistics: Vec::new() }
+    Needs { answers, reference: true, whole_batch: true, mismatched, prompt: false, statistics: Vec::new() }
 }
 
+/// What losses need that know only the policy, and of it the prompt's likelihood too.
+const OF_PROMPTS: Needs = Needs {
+    answers: Answers::Pair,
+    reference: false,
+    whole_batch: false,
+    mismatched: false,
+    prompt: true,
+    statistics: Vec::new(),
+};
 /// What most losses need: pairs and the reference.
 const PAIRWISE: Needs = needs(Answers::Pair, true);
 /// What losses need that compare the answers of different pairs.
@@ -107,6 +123,10 @@ impl AlignmentLoss for Loss {
         self.formula
     }
 
+    fn peers(&self) -> &'static str {
+        self.peers
+    }
+
     fn needs(&self) -> Needs {
         self.needs.clone()
     }
@@ -115,8 +135,8 @@ impl AlignmentLoss for Loss {
         (self.options)()
     }
 
-    fn eval(&self, batch: &LossBatch<'_>, options: &Options, _: &mut Vec<f64>) -> Result<LossGrad> {
-        (self.eval)(batch, options)
+    fn eval(&self, batch: &LossBatch<'_>, options: &Options, state: &mut Vec<f64>) -> Result<LossGrad> {
+        (self.eval)(batch, options, state)
     }
 }
 
@@ -131,8 +151,10 @@ macro_rules! export {
 
 export! {
     SIGMOID, HINGE, IPO, EXO_PAIR, NCA_PAIR, ROBUST, BCO_PAIR, SPPO_HARD, AOT, AOT_UNPAIRED, APO_ZERO, APO_DOWN,
-    DISCOPOP, SFT, SIGMOID_NORM, SIMPO, CPO, ORPO, NLL, PLACKETT_LUCE,
-    KTO, APO_ZERO_UNPAIRED,
+    DISCOPOP, SIGMOID_NORM, DPOP, R_DPO, CAL_DPO,
+    SFT, SIMPO, ALPHAPO, CPO, ORPO, ORPO_PROMPT,
+    PLACKETT_LUCE, SDPO, ALL_PAIRS, REBEL,
+    KTO, APO_ZERO_UNPAIRED, BCO,
 }
 
 /// `-(1-e) ls(x) - e ls(-x)`: the logistic loss where a share `e` of the labels is taken to be flipped.

@@ -11,9 +11,10 @@ pub const SIGMOID: Loss = Loss {
     name: "sigmoid",
     summary: "DPO (Rafailov et al. 2023); with label_smoothing it is cDPO (Mitchell 2023)",
     formula: formula!("-(1-e) ls(beta D) - e ls(-beta D)", ls, e, D, ratios),
+    peers: "TRL `sigmoid` (1.x has no label_smoothing), ms-swift `sigmoid`, LLaMA-Factory `pref_loss: sigmoid`, OpenRLHF, axolotl `rl: dpo`, torchtune",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 1.0)?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| logistic(beta * f.delta(p), e)))
     },
@@ -25,9 +26,10 @@ pub const HINGE: Loss = Loss {
     name: "hinge",
     summary: "hinge on the margin: SLiC-HF (Zhao et al. 2023), RSO (Liu et al. 2023)",
     formula: formula!("max(0, 1 - beta D)", D, ratios),
+    peers: "TRL `hinge`, ms-swift `hinge`; LLaMA-Factory's `pref_loss: hinge` trains sigmoid with TRL 0.20 to 0.24",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| (1.0 - beta * f.delta(p)).relu()))
     },
@@ -38,9 +40,10 @@ pub const IPO: Loss = Loss {
     name: "ipo",
     summary: "IPO (Azar et al. 2023): squared distance of the mean margin from 1/(2 beta)",
     formula: formula!("(s(rw)/|yw| - s(rl)/|yl| - 1/(2 beta))^2", s, ratios, tokens),
+    peers: "TRL `ipo`, axolotl `rl: ipo`; OpenRLHF's `ipo` is of sums, not of means; LLaMA-Factory's trains sigmoid on means with TRL 0.20 to 0.24",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| (f.mean_delta(p) - 0.5 / beta).square()))
     },
@@ -52,9 +55,10 @@ pub const EXO_PAIR: Loss = Loss {
     name: "exo_pair",
     summary: "EXO (Ji et al. 2024): reverse KL between the policy's preference and the smoothed label",
     formula: formula!("q (ln q - ln(1-e)) + (1-q) (ln(1-q) - ln e), q = sigmoid(beta D)", e, D, ratios),
+    peers: "TRL `exo_pair`, ms-swift `exo_pair`",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(1e-3)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 1.0)?, Divergence::of(o)?);
         if e == 0.0 {
             return Err(Error::new("exo_pair needs a label_smoothing above 0").help("the paper uses 1e-3"));
@@ -71,9 +75,10 @@ pub const NCA_PAIR: Loss = Loss {
     name: "nca_pair",
     summary: "NCA (Chen et al. 2024): each answer's likelihood against noise",
     formula: formula!("-ls(beta rw) - ls(-beta rw)/2 - ls(-beta rl)/2", ls, ratios),
+    peers: "TRL `nca_pair`, ms-swift `nca_pair`",
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let beta = positive(o, "beta")?;
         Ok(batch.each_pair(|p| {
             let (w, l) = (beta * p.chosen_ratio(), beta * p.rejected_ratio());
@@ -87,9 +92,10 @@ pub const ROBUST: Loss = Loss {
     name: "robust",
     summary: "robust DPO (Chowdhury et al. 2024); label_smoothing is the rate of flipped labels, below 0.5",
     formula: formula!("(-(1-e) ls(beta D) + e ls(-beta D)) / (1 - 2e)", ls, e, D, ratios),
+    peers: "TRL `robust`, ms-swift `robust`; Liger's fused loss is sigmoid instead",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1), label_smoothing(0.0)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e, f) = (positive(o, "beta")?, smoothing(o, 0.5)?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| {
             let x = beta * f.delta(p);
@@ -103,9 +109,10 @@ pub const BCO_PAIR: Loss = Loss {
     name: "bco_pair",
     summary: "BCO (Jung et al. 2024): a classifier of answers whose logit is the reward",
     formula: formula!("-ls(beta rw) - ls(-beta rl)", ls, ratios),
+    peers: "TRL 1.x `bco_pair`; TRL up to 0.28, ms-swift and LLaMA-Factory's pref_bco_weight shift rewards by their running mean, as the loss `bco` does",
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let beta = positive(o, "beta")?;
         Ok(batch.each_pair(|p| -(beta * p.chosen_ratio()).log_sigmoid() - (-beta * p.rejected_ratio()).log_sigmoid()))
     },
@@ -116,9 +123,10 @@ pub const SPPO_HARD: Loss = Loss {
     name: "sppo_hard",
     summary: "SPPO (Wu et al. 2024) with hard labels: ratios drawn to plus and minus 1/(2 beta)",
     formula: formula!("(rw - 1/(2 beta))^2 + (rl + 1/(2 beta))^2", ratios),
+    peers: "TRL `sppo_hard`, ms-swift `sppo_hard`",
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let goal = 0.5 / positive(o, "beta")?;
         Ok(batch.each_pair(|p| (p.chosen_ratio() - goal).square() + (p.rejected_ratio() + goal).square()))
     },
@@ -129,9 +137,10 @@ pub const AOT: Loss = Loss {
     name: "aot",
     summary: "AOT (Melnyk et al. 2024): sorted margins of the step, policy against reference",
     formula: formula!("-(1-e) ls(beta d) - e ls(-beta d), d = sort(Lw - Ll) - sort(ref Lw - ref Ll)", ls, e, logps),
+    peers: "TRL `aot`, ms-swift `aot`, both within a micro-batch of a device instead of the step",
     needs: WHOLE_BATCH,
     options: || vec![beta(0.1), label_smoothing(0.0)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
         let pairs = batch.pairs();
         let margins: Vec<Dual> = pairs.iter().map(|p| p.chosen_logp() - p.rejected_logp()).collect();
@@ -149,9 +158,10 @@ pub const AOT_UNPAIRED: Loss = Loss {
     name: "aot_unpaired",
     summary: "AOT (Melnyk et al. 2024): sorted ratios of the step, chosen against rejected",
     formula: formula!("-(1-e) ls(beta d) - e ls(-beta d), d = sort(rw) - sort(rl)", ls, e, ratios),
+    peers: "TRL `aot_unpaired` (up to 0.28 `aot_pair`), ms-swift `aot_unpaired`, both within a micro-batch of a device instead of the step",
     needs: WHOLE_BATCH,
     options: || vec![beta(0.1), label_smoothing(0.0)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
         let pairs = batch.pairs();
         let chosen: Vec<Dual> = pairs.iter().map(Pair::chosen_ratio).collect();
@@ -169,9 +179,10 @@ pub const APO_ZERO: Loss = Loss {
     name: "apo_zero",
     summary: "APO-zero (D'Oosterlinck et al. 2024): chosen up, rejected down",
     formula: formula!("1 - sigmoid(beta rw) + sigmoid(beta rl)", ratios),
+    peers: "TRL `apo_zero`, ms-swift `apo_zero`",
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let beta = positive(o, "beta")?;
         Ok(batch.each_pair(|p| 1.0 - (beta * p.chosen_ratio()).sigmoid() + (beta * p.rejected_ratio()).sigmoid()))
     },
@@ -182,9 +193,10 @@ pub const APO_DOWN: Loss = Loss {
     name: "apo_down",
     summary: "APO-down (D'Oosterlinck et al. 2024): chosen down, rejected down further",
     formula: formula!("sigmoid(beta rw) + 1 - sigmoid(beta (rw - rl))", ratios),
+    peers: "TRL `apo_down`, ms-swift `apo_down`",
     needs: PAIRWISE,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let beta = positive(o, "beta")?;
         Ok(batch.each_pair(|p| {
             let (w, l) = (beta * p.chosen_ratio(), beta * p.rejected_ratio());
@@ -198,12 +210,13 @@ pub const DISCOPOP: Loss = Loss {
     name: "discopop",
     summary: "DiscoPOP (Lu et al. 2024): logistic and exponential loss, blended by the margin",
     formula: formula!("-(1-m) ls(x) + m exp(-x), x = beta D, m = sigmoid(x / discopop_tau)", ls, D, ratios),
+    peers: "TRL `discopop`, ms-swift `discopop`",
     needs: PAIRWISE,
     options: || {
         let tau = LossOption::new("discopop_tau", 0.05, "temperature of the blend; above 0");
         and_divergence(vec![beta(0.1), tau])
     },
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, tau, f) = (positive(o, "beta")?, positive(o, "discopop_tau")?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| {
             let x = beta * f.delta(p);
@@ -218,11 +231,68 @@ pub const SIGMOID_NORM: Loss = Loss {
     name: "sigmoid_norm",
     summary: "DPO on log-ratios averaged over tokens",
     formula: formula!("-ls(beta (s(rw)/|yw| - s(rl)/|yl|))", ls, s, ratios, tokens),
+    peers: "TRL `sigmoid_norm`; open-instruct's `dpo_norm`, with which Olmo 3 was aligned at beta 5",
     needs: PAIRWISE,
     options: || and_divergence(vec![beta(0.1)]),
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, f) = (positive(o, "beta")?, Divergence::of(o)?);
         Ok(batch.each_pair(|p| -(beta * f.mean_delta(p)).log_sigmoid()))
+    },
+};
+
+/// DPO-positive (Pal et al. 2024, *Smaug*, arXiv 2402.13228, eq. 3): a chosen answer that gets less likely than under the reference
+/// costs more.
+pub const DPOP: Loss = Loss {
+    name: "dpop",
+    summary: "DPO-positive (Pal et al. 2024): DPO that keeps the chosen answer's likelihood up",
+    formula: formula!("-ls(beta (rw - rl - dpop_lambda max(0, -rw)))", ls, ratios),
+    peers: "none of TRL, ms-swift, LLaMA-Factory",
+    needs: PAIRWISE,
+    options: || {
+        vec![beta(0.1), LossOption::new("dpop_lambda", 50.0, "weight of the fall of the chosen answer's log-prob")]
+    },
+    eval: |batch, o, _| {
+        let (beta, lambda) = (positive(o, "beta")?, o.float("dpop_lambda")?);
+        Ok(batch.each_pair(|p| {
+            let (w, l) = (p.chosen_ratio(), p.rejected_ratio());
+            -(beta * (w - l - lambda * (-w).relu())).log_sigmoid()
+        }))
+    },
+};
+
+/// R-DPO (Park et al. 2024, arXiv 2403.19159, eq. 9): a margin by the difference of lengths, so that length alone teaches less.
+pub const R_DPO: Loss = Loss {
+    name: "r_dpo",
+    summary: "length-regularised DPO (Park et al. 2024): a longer chosen answer has to win by less",
+    formula: formula!("-ls(beta (rw - rl) + length_alpha (|yw| - |yl|))", ls, ratios, tokens),
+    peers: "none of TRL, ms-swift, LLaMA-Factory",
+    needs: PAIRWISE,
+    options: || {
+        vec![beta(0.1), LossOption::new("length_alpha", 0.05, "penalty of a token; the paper's peers try 0.05 to 1")]
+    },
+    eval: |batch, o, _| {
+        let (beta, alpha) = (positive(o, "beta")?, o.float("length_alpha")?);
+        Ok(batch.each_pair(|p| {
+            let longer = p.chosen.count() - p.rejected.count();
+            -(beta * (p.chosen_ratio() - p.rejected_ratio()) + alpha * longer).log_sigmoid()
+        }))
+    },
+};
+
+/// Cal-DPO (Xiao et al. 2024, arXiv 2412.14516, eq. 12): ratios are drawn to plus and minus 1/(2 beta) beside being compared.
+pub const CAL_DPO: Loss = Loss {
+    name: "cal_dpo",
+    summary: "Cal-DPO (Xiao et al. 2024): compared log-ratios, calibrated to plus and minus 1/(2 beta)",
+    formula: formula!("-ls(rw - rl) + (rw - 1/(2 beta))^2 + (rl + 1/(2 beta))^2", ls, ratios),
+    peers: "none of TRL, ms-swift, LLaMA-Factory; its authors' code",
+    needs: PAIRWISE,
+    options: || vec![beta(0.1)],
+    eval: |batch, o, _| {
+        let goal = 0.5 / positive(o, "beta")?;
+        Ok(batch.each_pair(|p| {
+            let (w, l) = (p.chosen_ratio(), p.rejected_ratio());
+            (w - goal).square() + (l + goal).square() - (w - l).log_sigmoid()
+        }))
     },
 };
 

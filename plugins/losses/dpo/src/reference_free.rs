@@ -4,28 +4,22 @@ use dpo_plugin_api::loss::Answer;
 use dpo_plugin_api::prelude::*;
 
 use crate::options::{beta, label_smoothing, positive, smoothing};
-use crate::{Loss, REFERENCE_FREE, logistic, needs};
+use crate::{Loss, OF_PROMPTS, REFERENCE_FREE, logistic, needs};
 
-/// The likelihood of chosen answers, a mean over their tokens in the step: alone it is fine-tuning, beside `sigmoid` it
-/// is RPO's term (Pang et al. 2024, arXiv 2404.19733), beside `sigmoid` and `bco_pair` it makes MPO (Wang et al. 2024).
+/// The likelihood of the best answer: alone it is supervised fine-tuning, as TRL's `SFTTrainer` has it on prompts with completions;
+/// beside `sigmoid` it is RPO's term (Pang et al. 2024, arXiv 2404.19733), beside `sigmoid` and `bco_pair` it makes MPO (Wang et al.
+/// 2024).
 pub const SFT: Loss = Loss {
     name: "sft",
-    summary: "likelihood of the chosen answers, a mean over the step's tokens; the term of RPO and MPO",
+    summary: "supervised fine-tuning: likelihood of one answer, or of the best of several; the term of RPO and MPO",
     formula: formula!("NLL", NLL),
-    needs: REFERENCE_FREE,
-    options: Vec::new,
-    eval: |batch, _| Ok(batch.each_pair(|p| likelihood(batch, p))),
-};
-
-/// The likelihood of single answers, a mean over the step's answer tokens, as TRL's `SFTTrainer` has it: `sft` without a
-/// worse answer to every better one.
-pub const NLL: Loss = Loss {
-    name: "nll",
-    summary: "likelihood of one answer to a prompt, a mean over the step's tokens: supervised fine-tuning",
-    formula: formula!("nll", nll),
+    peers: "TRL DPOTrainer's `sft` and SFTTrainer on prompts with completions, ms-swift `swift sft` and rpo_alpha, whose means are over a micro-batch's tokens instead of the step's; LLaMA-Factory's pref_ftx and OpenRLHF's nll_loss_coef are nll_mean=answers",
     needs: needs(Answers::One, false),
-    options: Vec::new,
-    eval: |batch, _| Ok(batch.each_example(|e| mean_over_step(batch, e.sum(0)))),
+    options: || vec![nll_mean()],
+    eval: |batch, o, _| {
+        let nll = Likelihood::of(o)?;
+        Ok(batch.each_example(|e| nll.of_best(batch, e)))
+    },
 };
 
 /// SimPO (Meng et al. 2024, arXiv 2405.14734, eq. 6). The defaults are the paper's and ms-swift's; TRL's are 0.1 and
@@ -41,37 +35,90 @@ pub const SIMPO: Loss = Loss {
         tokens,
         NLL
     ),
+    peers: "ms-swift `rlhf_type simpo`; TRL CPOTrainer's `simpo` (defaults beta 0.1, simpo_gamma 0.5, cpo_alpha 1); LLaMA-Factory `pref_loss: simpo` (defaults 0.1 and 0.5, no likelihood)",
     needs: REFERENCE_FREE,
     options: || {
         let gamma = LossOption::new("simpo_gamma", 1.0, "margin that the difference should reach");
-        vec![beta(2.0), gamma, label_smoothing(0.0), cpo_alpha(0.0)]
+        vec![beta(2.0), gamma, label_smoothing(0.0), cpo_alpha(0.0), nll_mean()]
     },
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let (beta, e) = (positive(o, "beta")?, smoothing(o, 1.0)?);
-        let (gamma, alpha) = (o.float("simpo_gamma")?, o.float("cpo_alpha")?);
-        Ok(batch.each_pair(|p| {
+        let (gamma, alpha, nll) = (o.float("simpo_gamma")?, o.float("cpo_alpha")?, Likelihood::of(o)?);
+        Ok(batch.each_example(|example| {
+            let p = example.pair();
             let margin = mean_logp(p.chosen_logp(), &p.chosen) - mean_logp(p.rejected_logp(), &p.rejected);
-            logistic(beta * margin - gamma, e) + alpha * likelihood(batch, p)
+            logistic(beta * margin - gamma, e) + alpha * nll.of_best(batch, example)
         }))
     },
 };
 
-/// CPO (Xu et al. 2024, arXiv 2401.08417, eq. 3 and its likelihood term).
-pub const CPO: Loss = Loss {
-    name: "cpo",
-    summary: "CPO (Xu et al. 2024): DPO with a uniform reference, and the likelihood of the chosen answer",
-    formula: formula!("-(1-e) ls(beta (Lw - Ll)) - e ls(-beta (Lw - Ll)) + cpo_alpha NLL", ls, e, logps, NLL),
+/// AlphaPO (Gupta et al. 2025, arXiv 2501.03884, eq. 9): SimPO on rewards bent by alpha; near 0 it is SimPO.
+pub const ALPHAPO: Loss = Loss {
+    name: "alphapo",
+    summary: "AlphaPO (Gupta et al. 2025): SimPO with the shape of the reward bent by alpha, no reference",
+    formula: formula!(
+        "-ls(beta (a(Lw/|yw|) - a(Ll/|yl|)) - simpo_gamma), a(x) = (1 - exp(-alphapo_alpha x)) / alphapo_alpha",
+        ls,
+        logps,
+        tokens
+    ),
+    peers: "TRL CPOTrainer's `alphapo` (defaults beta 0.1, simpo_gamma 0.5, alpha 0)",
     needs: REFERENCE_FREE,
-    options: || vec![beta(0.1), label_smoothing(0.0), cpo_alpha(1.0)],
-    eval: |batch, o| {
-        let (beta, e, alpha) = (positive(o, "beta")?, smoothing(o, 1.0)?, o.float("cpo_alpha")?);
-        Ok(batch
-            .each_pair(|p| logistic(beta * (p.chosen_logp() - p.rejected_logp()), e) + alpha * likelihood(batch, p)))
+    options: || {
+        let gamma = LossOption::new("simpo_gamma", 1.0, "margin that the difference should reach");
+        let alpha = LossOption::new("alphapo_alpha", 0.25, "shape of the reward; not 0, where it would be simpo");
+        vec![beta(2.0), gamma, alpha]
+    },
+    eval: |batch, o, _| {
+        let (beta, gamma, alpha) = (positive(o, "beta")?, o.float("simpo_gamma")?, o.float("alphapo_alpha")?);
+        if alpha == 0.0 {
+            return Err(Error::new("loss option 'alphapo_alpha' should not be 0").help("at 0 it is the loss 'simpo'"));
+        }
+        let bent = |logp: Dual, answer: &Answer<'_>| (1.0 - (-alpha * mean_logp(logp, answer)).exp()) / alpha;
+        Ok(batch.each_pair(|p| {
+            let margin = bent(p.chosen_logp(), &p.chosen) - bent(p.rejected_logp(), &p.rejected);
+            -(beta * margin - gamma).log_sigmoid()
+        }))
     },
 };
 
-/// ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7). Its likelihood term is over the answer alone, as in
-/// ms-swift; TRL's is over the prompt too.
+/// CPO (Xu et al. 2024, arXiv 2401.08417, eq. 3 and its likelihood term), and with a hinge or IPO's square in place of the logistic loss,
+/// as TRL's `CPOTrainer` has them.
+pub const CPO: Loss = Loss {
+    name: "cpo",
+    summary: "CPO (Xu et al. 2024): DPO with a uniform reference, and the likelihood of the chosen answer",
+    formula: formula!(
+        "l(Lw - Ll) + cpo_alpha NLL, where l(x) = -(1-e) ls(beta x) - e ls(-beta x), or with cpo_type=hinge max(0, 1 - beta x); \
+         with cpo_type=ipo l = (Lw/|yw| - Ll/|yl| - 1/(2 beta))^2",
+        ls,
+        e,
+        logps,
+        tokens,
+        NLL
+    ),
+    peers: "TRL CPOTrainer (its loss_type is cpo_type), ms-swift `rlhf_type cpo`; their likelihood is a mean over a micro-batch's tokens instead of the step's",
+    needs: REFERENCE_FREE,
+    options: || {
+        let kind = LossOption::new("cpo_type", "sigmoid", "how answers are compared: sigmoid, hinge or ipo");
+        vec![beta(0.1), label_smoothing(0.0), cpo_alpha(1.0), nll_mean(), kind]
+    },
+    eval: |batch, o, _| {
+        let (beta, e, alpha) = (positive(o, "beta")?, smoothing(o, 1.0)?, o.float("cpo_alpha")?);
+        let nll = Likelihood::of(o)?;
+        let margin = |p: &Pair<'_>| p.chosen_logp() - p.rejected_logp();
+        let mean_margin =
+            |p: &Pair<'_>| mean_logp(p.chosen_logp(), &p.chosen) - mean_logp(p.rejected_logp(), &p.rejected);
+        let compared: &dyn Fn(&Pair<'_>) -> Dual = match o.text("cpo_type")? {
+            "sigmoid" => &|p| logistic(beta * margin(p), e),
+            "hinge" => &|p| (1.0 - beta * margin(p)).relu(),
+            "ipo" => &|p| (mean_margin(p) - 0.5 / beta).square(),
+            other => return Err(Error::new(format!("unknown cpo_type '{other}'")).help("known: sigmoid, hinge, ipo")),
+        };
+        Ok(batch.each_example(|example| compared(&example.pair()) + alpha * nll.of_best(batch, example)))
+    },
+};
+
+/// ORPO (Hong et al. 2024, arXiv 2403.07691, eq. 6 and 7), its likelihood over the answer alone.
 pub const ORPO: Loss = Loss {
     name: "orpo",
     summary: "ORPO (Hong et al. 2024): likelihood of the chosen answer and the odds ratio; beta is its lambda",
@@ -82,14 +129,33 @@ pub const ORPO: Loss = Loss {
         tokens,
         NLL
     ),
+    peers: "ms-swift `rlhf_type orpo`; LLaMA-Factory's `pref_loss: orpo` is nll_mean=answers; TRL's has its likelihood over the prompt as well: `orpo_prompt`",
     needs: REFERENCE_FREE,
+    options: || vec![beta(0.1), nll_mean()],
+    eval: |batch, o, _| {
+        let (beta, nll) = (positive(o, "beta")?, Likelihood::of(o)?);
+        Ok(batch.each_example(|e| nll.of_best(batch, e) - beta * log_odds(&e.pair()).log_sigmoid()))
+    },
+};
+
+/// ORPO as TRL's `ORPOTrainer` computes it: the likelihood is over prompt and answer.
+pub const ORPO_PROMPT: Loss = Loss {
+    name: "orpo_prompt",
+    summary: "ORPO (Hong et al. 2024) as TRL has it: likelihood of prompt and chosen answer, and the odds ratio",
+    formula: formula!(
+        "NLLP - beta ls(logit(Lw/|yw|) - logit(Ll/|yl|)), logit(x) = x - ln(1 - exp x)",
+        ls,
+        logps,
+        tokens,
+        NLLP
+    ),
+    peers: "TRL ORPOTrainer, axolotl `rl: orpo`, whose means are over a micro-batch's tokens instead of the step's",
+    needs: OF_PROMPTS,
     options: || vec![beta(0.1)],
-    eval: |batch, o| {
+    eval: |batch, o, _| {
         let beta = positive(o, "beta")?;
-        Ok(batch.each_pair(|p| {
-            let (w, l) = (mean_logp(p.chosen_logp(), &p.chosen), mean_logp(p.rejected_logp(), &p.rejected));
-            likelihood(batch, p) - beta * (logit(w) - logit(l)).log_sigmoid()
-        }))
+        let share = batch.totals.examples / (batch.totals.prompt_tokens + batch.totals.best_tokens);
+        Ok(batch.each_example(|e| -(e.prompt_sum() + e.sum(0)) * share - beta * log_odds(&e.pair()).log_sigmoid()))
     },
 };
 
@@ -97,14 +163,42 @@ fn cpo_alpha(default: f64) -> LossOption {
     LossOption::new("cpo_alpha", default, "weight of the chosen answers' likelihood, NLL, the loss 'sft'")
 }
 
-fn likelihood(batch: &LossBatch<'_>, pair: &Pair<'_>) -> Dual {
-    mean_over_step(batch, pair.chosen_sum())
+fn nll_mean() -> LossOption {
+    LossOption::new("nll_mean", "tokens", "what NLL is a mean over: the tokens of the step, or its answers")
 }
 
-/// The part of a best answer's log-prob in minus the mean over the tokens of the step's best answers. The host averages over
-/// examples, which is undone here, so that the step's value does not depend on how it is split into micro-batches.
-fn mean_over_step(batch: &LossBatch<'_>, sum: Dual) -> Dual {
-    -sum * (batch.totals.examples / batch.totals.best_tokens)
+/// How the likelihood of best answers is averaged.
+enum Likelihood {
+    /// Over the tokens of the step's best answers.
+    OfTokens,
+    /// Over answers, each a mean over its own tokens.
+    OfAnswers,
+}
+
+impl Likelihood {
+    /// Reads `nll_mean`.
+    fn of(options: &Options) -> Result<Likelihood> {
+        match options.text("nll_mean")? {
+            "tokens" => Ok(Likelihood::OfTokens),
+            "answers" => Ok(Likelihood::OfAnswers),
+            other => Err(Error::new(format!("unknown nll_mean '{other}'")).help("known: tokens, answers")),
+        }
+    }
+
+    /// The part of an example's best answer in it. The host averages over examples, which is undone for the mean over tokens, so that
+    /// the step's value does not depend on how it is split into micro-batches.
+    fn of_best(&self, batch: &LossBatch<'_>, example: &Example<'_>) -> Dual {
+        let sum = example.sum(0);
+        match self {
+            Likelihood::OfTokens => -sum * (batch.totals.examples / batch.totals.best_tokens),
+            Likelihood::OfAnswers => -sum / example.answers[0].count(),
+        }
+    }
+}
+
+/// The logarithm of the chosen answer's odds over the rejected one's.
+fn log_odds(pair: &Pair<'_>) -> Dual {
+    logit(mean_logp(pair.chosen_logp(), &pair.chosen)) - logit(mean_logp(pair.rejected_logp(), &pair.rejected))
 }
 
 fn mean_logp(logp: Dual, answer: &Answer<'_>) -> Dual {

@@ -21,7 +21,7 @@ use abi_stable::std_types::{RResult, RSlice, RStr, RString, RVec};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::dataset::{DatasetFormat, Row};
+use crate::dataset::{DatasetFormat, Row, check_records};
 use crate::loss::{
     AlignmentLoss, Answer, Example, LossBatch, LossOption, MAX_STATISTICS, Needs, Options, Totals, check_answers,
 };
@@ -74,6 +74,8 @@ pub struct RawAnswer<'a> {
 pub struct RawExample<'a> {
     /// Its answers.
     pub answers: RSlice<'a, RawAnswer<'a>>,
+    /// Log-probs of its prompt's tokens under the policy, where they are asked for.
+    pub prompt: RSlice<'a, f32>,
 }
 
 /// Sizes of the step; see [`Totals`].
@@ -88,6 +90,8 @@ pub struct RawTotals {
     pub best_tokens: f64,
     /// Tokens of all answers.
     pub tokens: f64,
+    /// Tokens of all prompts, where they are asked for.
+    pub prompt_tokens: f64,
 }
 
 /// What a loss is given; see [`LossBatch`].
@@ -145,6 +149,9 @@ pub enum Item {
         summary: String,
         /// Architectures it answers for.
         claims: Vec<String>,
+        /// Published checkpoints that it is known to read.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        checkpoints: Vec<String>,
         /// A published `config.json`.
         example_config: String,
         /// Chat template for checkpoints without one.
@@ -168,6 +175,9 @@ pub enum Item {
         summary: String,
         /// Its formula.
         formula: String,
+        /// Which other tools have it, and where they compute otherwise.
+        #[serde(default)]
+        peers: String,
         /// What it needs of the host.
         needs: Needs,
         /// Its options.
@@ -230,7 +240,8 @@ impl Exports {
             Export::Model(m) => Item::Model {
                 name: m.name().into(),
                 summary: m.summary().into(),
-                claims: m.claims().iter().map(|c| (*c).to_owned()).collect(),
+                claims: texts(m.claims()),
+                checkpoints: texts(m.checkpoints()),
                 example_config: m.example_config().into(),
                 chat_template: m.chat_template().map(str::to_owned),
             },
@@ -241,6 +252,7 @@ impl Exports {
                 name: l.name().into(),
                 summary: l.summary().into(),
                 formula: l.formula().into(),
+                peers: l.peers().into(),
                 needs: l.needs(),
                 options: l.options(),
             },
@@ -259,17 +271,23 @@ impl Exports {
             ("manifest", _) => Ok(to_value(&self.manifest())),
             ("graph", Some(Export::Model(m))) => Ok(to_value(&m.graph(&Config::parse(input)?)?)),
             ("recognises", Some(Export::Dataset(d))) => Ok(d.recognises(&row(input)?).into()),
-            ("records", Some(Export::Dataset(d))) => Ok(to_value(&d.records(&row(input)?)?)),
+            ("records", Some(Export::Dataset(d))) => {
+                let records = d.records(&row(input)?)?;
+                // Before they become text, which is many times as large.
+                check_records(&records)?;
+                Ok(to_value(&records))
+            }
             _ => bail!("the plugin has no '{what}' for its item {item}"),
         }
     }
 
     fn eval(&self, item: usize, call: &RawLossCall<'_>) -> Result<RawLossResult> {
-        let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is no loss") };
+        let Some(Export::Loss(loss)) = self.items.get(item) else { return bail!("item {item} is not a loss") };
         let examples: Vec<Example<'_>> = call.examples.iter().map(example_of).collect();
         check_answers(&loss.needs(), &examples)?;
-        let RawTotals { examples: count, answers, best_tokens, tokens } = call.totals;
-        let batch = LossBatch { examples, totals: Totals { examples: count, answers, best_tokens, tokens } };
+        let RawTotals { examples: count, answers, best_tokens, tokens, prompt_tokens } = call.totals;
+        let batch =
+            LossBatch { examples, totals: Totals { examples: count, answers, best_tokens, tokens, prompt_tokens } };
         let options = match serde_json::from_str(call.options.as_str()) {
             Ok(values) => Options(values),
             Err(e) => return bail!("loss options: {e}"),
@@ -281,7 +299,7 @@ impl Exports {
 }
 
 fn example_of<'a>(raw: &RawExample<'a>) -> Example<'a> {
-    Example { answers: raw.answers.as_slice().iter().map(answer_of).collect() }
+    Example { answers: raw.answers.as_slice().iter().map(answer_of).collect(), prompt: raw.prompt.as_slice() }
 }
 
 fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
@@ -294,6 +312,10 @@ fn answer_of<'a>(raw: &RawAnswer<'a>) -> Answer<'a> {
         statistics: raw.statistics.map(|s| s.as_slice()),
         reference_statistics: raw.reference_statistics.map(|s| s.as_slice()),
     }
+}
+
+fn texts(list: &[&str]) -> Vec<String> {
+    list.iter().map(|text| (*text).to_owned()).collect()
 }
 
 fn to_value<T: Serialize>(value: &T) -> Value {
@@ -349,8 +371,8 @@ thread_local! {
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// Runs an author's code; a panic becomes an error that says where it happened.
-fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Runs code of others; a panic becomes an error that says where it happened, and prints nothing.
+pub fn guard<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = std::panic::take_hook();

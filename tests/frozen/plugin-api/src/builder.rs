@@ -64,6 +64,48 @@ impl Attention {
     }
 }
 
+/// Which norm, with its numbers; its weights are named where it is used.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Norm {
+    op: &'static str,
+    /// Added to the mean square, or to the variance.
+    pub eps: f64,
+    /// What its weight is counted from: 0, or 1 as in Gemma.
+    pub offset: f64,
+    /// Whether it has a weight.
+    pub weight: bool,
+    /// Whether it has a bias.
+    pub bias: bool,
+}
+
+impl Norm {
+    /// `x / sqrt(mean(x²) + eps) · w` (Zhang and Sennrich 2019, eq. 4).
+    pub fn rms(eps: f64) -> Norm {
+        Norm { op: "rms_norm", eps, offset: 0.0, weight: true, bias: false }
+    }
+
+    /// `(x - mean(x)) / sqrt(variance(x) + eps) · w + b` (Ba et al. 2016, eq. 4).
+    pub fn layer(eps: f64) -> Norm {
+        Norm { op: "layer_norm", eps, offset: 0.0, weight: true, bias: true }
+    }
+
+    /// A weight that counts from something else than 0.
+    pub fn offset(self, offset: f64) -> Norm {
+        Norm { offset, ..self }
+    }
+
+    /// With a bias or without; an RMS norm has none.
+    pub fn bias(self, bias: bool) -> Norm {
+        Norm { bias: bias && self.op == "layer_norm", ..self }
+    }
+
+    /// Without a weight and a bias.
+    pub fn plain(self) -> Norm {
+        Norm { weight: false, bias: false, ..self }
+    }
+}
+
 /// Collects the nodes of one block.
 #[derive(Debug)]
 pub struct BlockBuilder {
@@ -104,7 +146,7 @@ impl BlockBuilder {
 
     /// `x · Wᵀ + b` with `module.weight` and `module.bias`.
     pub fn linear_bias(&mut self, module: &str, x: Var, out: usize) -> Var {
-        let bias = Weight { role: "bias".into(), tensor: format!("{module}.bias"), shape: vec![out] };
+        let bias = tensor("bias", &format!("{module}.bias"), &[out]);
         self.op("linear", &[x], vec![weight(&format!("{module}.weight"), &[out, x.width]), bias], &[], out)
     }
 
@@ -113,37 +155,64 @@ impl BlockBuilder {
         if bias { self.linear_bias(module, x, out) } else { self.linear(module, x, out) }
     }
 
-    /// `x / sqrt(mean(x²) + eps) · w` over the whole row (Zhang and Sennrich 2019, eq. 4).
+    /// A norm over the whole row, with `module.weight` and `module.bias` as far as it has them.
+    pub fn norm(&mut self, norm: Norm, module: &str, x: Var) -> Var {
+        self.norm_of_runs(norm, module, x, x.width, &[x.width])
+    }
+
+    /// A norm over each run of `head_dim` columns, with one weight `[head_dim]` for all heads.
+    pub fn head_norm(&mut self, norm: Norm, module: &str, x: Var, head_dim: usize) -> Var {
+        self.norm_of_runs(norm, module, x, head_dim, &[head_dim])
+    }
+
+    /// A norm over each run of `head_dim` columns, with a weight `[heads, head_dim]`.
+    pub fn norm_of_each_head(&mut self, norm: Norm, module: &str, x: Var, head_dim: usize) -> Var {
+        self.norm_of_runs(norm, module, x, head_dim, &[x.width / head_dim.max(1), head_dim])
+    }
+
+    /// [`norm`](Self::norm) with [`Norm::rms`].
     pub fn rms_norm(&mut self, module: &str, x: Var, eps: f64) -> Var {
-        self.head_norm(module, x, x.width, eps)
+        self.norm(Norm::rms(eps), module, x)
     }
 
-    /// [`rms_norm`](Self::rms_norm) over each run of `head_dim` columns, with one weight `[head_dim]` for all heads.
-    pub fn head_norm(&mut self, module: &str, x: Var, head_dim: usize, eps: f64) -> Var {
-        if head_dim == 0 || !x.width.is_multiple_of(head_dim) {
-            self.fail(format!("{module}: {} columns are not heads of {head_dim}", x.width));
+    /// [`norm`](Self::norm) with [`Norm::layer`].
+    pub fn layer_norm(&mut self, module: &str, x: Var, eps: f64) -> Var {
+        self.norm(Norm::layer(eps), module, x)
+    }
+
+    fn norm_of_runs(&mut self, norm: Norm, module: &str, x: Var, run: usize, shape: &[usize]) -> Var {
+        if run == 0 || !x.width.is_multiple_of(run) {
+            self.fail(format!("{module}: {} columns are not heads of {run}", x.width));
         }
-        self.op(
-            "rms_norm",
-            &[x],
-            vec![weight(&format!("{module}.weight"), &[head_dim])],
-            &[("eps", json!(eps))],
-            x.width,
-        )
+        let mut weights = Vec::new();
+        for (role, there) in [("weight", norm.weight), ("bias", norm.bias)] {
+            weights.extend(there.then(|| tensor(role, &format!("{module}.{role}"), shape)));
+        }
+        let mut attrs = vec![("eps", json!(norm.eps))];
+        attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
+        attrs.extend((!norm.weight && run != x.width).then(|| ("run", json!(run))));
+        self.op(norm.op, &[x], weights, &attrs, x.width)
     }
 
-    /// Rotary embedding of every head by the token's position (Su et al. 2021, eq. 34, in the half-split layout of
-    /// transformers): column `j` of a head turns with column `j + head_dim/2`.
+    /// Rotary embedding of every head by the token's position (Su et al. 2021, eq. 34): of all its columns, or of the first ones
+    /// that `rope` has frequencies for.
     pub fn rope(&mut self, x: Var, head_dim: usize, rope: &Rope) -> Var {
-        if rope.inv_freq.len() * 2 != head_dim || !x.width.is_multiple_of(head_dim.max(1)) {
+        if rope.inv_freq.len() * 2 > head_dim || !x.width.is_multiple_of(head_dim.max(1)) {
             self.fail(format!(
                 "rope: {} frequencies for heads of {head_dim} in {} columns",
                 rope.inv_freq.len(),
                 x.width
             ));
         }
-        let attrs =
-            [("head_dim", json!(head_dim)), ("inv_freq", json!(rope.inv_freq)), ("scale", json!(rope.attention_scale))];
+        let mut attrs = vec![
+            ("head_dim", json!(head_dim)),
+            ("inv_freq", json!(rope.inv_freq)),
+            ("scale", json!(rope.attention_scale)),
+        ];
+        attrs.extend(rope.interleaved.then(|| ("layout", json!("interleaved"))));
+        if let Some((beta, period)) = rope.position_factor {
+            attrs.extend([("position_beta", json!(beta)), ("position_period", json!(period))]);
+        }
         self.op("rope", &[x], vec![], &attrs, x.width)
     }
 
@@ -170,10 +239,51 @@ impl BlockBuilder {
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact) and `gelu_tanh`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
         self.same_width("glu", gate, up);
         self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)
+    }
+
+    /// `activation(x)`; activations are those of [`glu`](Self::glu).
+    pub fn activation(&mut self, activation: &str, x: Var) -> Var {
+        self.op("activation", &[x], vec![], &[("activation", json!(activation))], x.width)
+    }
+
+    /// `min(max(x, -limit), limit)`.
+    pub fn clamp(&mut self, x: Var, limit: f64) -> Var {
+        self.op("activation", &[x], vec![], &[("activation", json!("clamp")), ("limit", json!(limit))], x.width)
+    }
+
+    /// The activation xIELU (Huang and Schlag 2024, eq. 8) with the numbers `module.alpha_p`, `alpha_n`, `beta` and `eps`, of
+    /// these shapes.
+    pub fn xielu(&mut self, module: &str, x: Var, shapes: [&[usize]; 4]) -> Var {
+        let roles = ["alpha_p", "alpha_n", "beta", "eps"].into_iter().zip(shapes);
+        let weights = roles.map(|(role, shape)| tensor(role, &format!("{module}.{role}"), shape)).collect();
+        self.op("xielu", &[x], weights, &[], x.width)
+    }
+
+    /// Columns `[start, start + length)`: a part of a fused projection.
+    pub fn narrow(&mut self, x: Var, start: usize, length: usize) -> Var {
+        if start.checked_add(length).is_none_or(|end| end > x.width) || length == 0 {
+            self.fail(format!("narrow: {length} columns from {start} on of {}", x.width));
+        }
+        self.op("narrow", &[x], vec![], &[("start", json!(start)), ("length", json!(length))], length)
+    }
+
+    /// Columns side by side, one part after another, of these widths.
+    pub fn split<const N: usize>(&mut self, x: Var, widths: [usize; N]) -> [Var; N] {
+        let mut start = 0;
+        widths.map(|width| {
+            let part = self.narrow(x, start, width);
+            start += width;
+            part
+        })
+    }
+
+    /// Columns of `a`, then those of `b`.
+    pub fn cat(&mut self, a: Var, b: Var) -> Var {
+        self.op("cat", &[a, b], vec![], &[], a.width + b.width)
     }
 
     /// `a + b`.
@@ -182,9 +292,34 @@ impl BlockBuilder {
         self.op("add", &[a, b], vec![], &[], a.width)
     }
 
+    /// `factor · x`.
+    pub fn scale(&mut self, x: Var, factor: f64) -> Var {
+        self.op("scale", &[x], vec![], &[("factor", json!(factor))], x.width)
+    }
+
+    /// `factor · x`, the factor a tensor `[1]` of the checkpoint.
+    pub fn scale_by(&mut self, tensor_name: &str, x: Var) -> Var {
+        self.op("scale", &[x], vec![tensor("factor", tensor_name, &[1])], &[], x.width)
+    }
+
     /// `x · Wᵀ` to the vocabulary; ends the head. The host computes log-probs from it and never keeps logits.
     pub fn lm_head(&mut self, tensor: &str, x: Var, vocab: usize) -> Var {
-        self.op("lm_head", &[x], vec![weight(tensor, &[vocab, x.width])], &[], vocab)
+        self.lm_head_with(tensor, x, vocab, None, None)
+    }
+
+    /// [`lm_head`](Self::lm_head) with a bias, and with logits `z` that become `softcap · tanh(z / softcap)` (Gemma 2, section 2).
+    pub fn lm_head_with(
+        &mut self,
+        tensor_name: &str,
+        x: Var,
+        vocab: usize,
+        bias: Option<&str>,
+        softcap: Option<f64>,
+    ) -> Var {
+        let mut weights = vec![weight(tensor_name, &[vocab, x.width])];
+        weights.extend(bias.map(|name| tensor("bias", name, &[vocab])));
+        let attrs: Vec<_> = softcap.map(|cap| ("softcap", json!(cap))).into_iter().collect();
+        self.op("lm_head", &[x], weights, &attrs, vocab)
     }
 
     fn same_width(&mut self, op: &str, a: Var, b: Var) {
@@ -194,8 +329,12 @@ impl BlockBuilder {
     }
 }
 
-fn weight(tensor: &str, shape: &[usize]) -> Weight {
-    Weight { role: "weight".into(), tensor: tensor.into(), shape: shape.to_vec() }
+fn weight(name: &str, shape: &[usize]) -> Weight {
+    tensor("weight", name, shape)
+}
+
+fn tensor(role: &str, name: &str, shape: &[usize]) -> Weight {
+    Weight { role: role.into(), tensor: name.into(), shape: shape.to_vec() }
 }
 
 /// Collects blocks and layers of a decoder.
@@ -218,6 +357,7 @@ impl GraphBuilder {
             head: empty(),
             max_positions: None,
             unused_tensors: Vec::new(),
+            layouts: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -262,9 +402,15 @@ impl GraphBuilder {
         self.graph.max_positions = rope.max_positions;
     }
 
-    /// Names a tensor that published checkpoints carry in vain; `*` stands for any text.
+    /// Names a tensor that published files carry in vain; `*` stands for any text.
     pub fn unused_tensor(&mut self, pattern: &str) {
         self.graph.unused_tensors.push(pattern.into());
+    }
+
+    /// Names another layout of published files: each of these texts of a tensor's name is replaced by its partner, in this order,
+    /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
+    pub fn layout(&mut self, replacements: &[(&str, &str)]) {
+        self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
     }
 
     /// The graph, or the first mistake.

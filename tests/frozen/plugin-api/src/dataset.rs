@@ -8,6 +8,17 @@ use crate::{Error, Result, bail};
 /// A row: what one line of a jsonl file, one element of a json array or one record of csv or parquet holds.
 pub type Row = Map<String, Value>;
 
+/// Most records of one row.
+pub const MAX_RECORDS: usize = 10_000;
+
+/// Refuses more records than a row may have.
+pub fn check_records(records: &[Record]) -> Result<()> {
+    match records.len() {
+        count if count > MAX_RECORDS => bail!("{count} records of one row, more than {MAX_RECORDS}"),
+        _ => Ok(()),
+    }
+}
+
 /// A way to write preferences into rows.
 pub trait DatasetFormat: Send + Sync + 'static {
     /// What `--dataset-format` takes and `dpo-host list` prints.
@@ -23,7 +34,7 @@ pub trait DatasetFormat: Send + Sync + 'static {
     /// surest of the first rows; equals go to the first by name.
     fn recognises(&self, row: &Row) -> u8;
 
-    /// The records of a row, usually one.
+    /// The records of a row, usually one, never more than [`MAX_RECORDS`].
     fn records(&self, row: &Row) -> Result<Vec<Record>>;
 }
 
@@ -187,7 +198,7 @@ fn part_text(part: &Value) -> Result<String> {
     };
     match text {
         Some(text) => Ok(text.to_owned()),
-        None => Err(Error::new(format!("content has a part that is no text: {part}"))
+        None => Err(Error::new(format!("content has a part that is not text: {part}"))
             .help("images and audio are not supported")),
     }
 }

@@ -1,14 +1,19 @@
 //! Dual numbers: write a loss as its formula, get its derivatives exactly.
 //!
-//! A [`Dual`] is a value with its partial derivatives by the sums an example offers, two of every answer. The chain rule is
+//! A [`Dual`] is a value with its partial derivatives by the sums an example offers, two of every answer and one of the prompt. The chain rule is
 //! applied by every operation (forward-mode differentiation; Griewank and Walther, *Evaluating Derivatives*, chapter 3).
 
 use std::ops::{Add, Div, Mul, Neg, Sub};
 
-use crate::loss::MAX_ANSWERS;
+/// Most answers of an example.
+pub const MAX_ANSWERS: usize = 16;
 
-/// Inputs that a loss is differentiated by: of every answer its weighted sum, then of every answer its plain sum.
-pub(crate) const INPUTS: usize = 2 * MAX_ANSWERS;
+/// Inputs that a loss is differentiated by: of every answer its weighted sum, then of every answer its plain sum, then the prompt's
+/// sum.
+pub(crate) const INPUTS: usize = 2 * MAX_ANSWERS + 1;
+
+/// The prompt's sum among them.
+pub(crate) const PROMPT: usize = 2 * MAX_ANSWERS;
 
 /// A number and its partial derivatives.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -29,6 +29,30 @@ impl Error {
         self.help = Some(help.into());
         self
     }
+
+    /// The same error with where it is before the message.
+    #[must_use]
+    pub fn within(self, place: &str) -> Error {
+        Error { message: format!("{place}: {}", self.message), ..self }
+    }
+
+    /// An error for a name that is not among those known, with the nearest one as help.
+    pub fn unknown<'a>(what: &str, name: &str, known: impl IntoIterator<Item = &'a str>) -> Error {
+        let known: Vec<&str> = known.into_iter().collect();
+        let list = if known.is_empty() { "none is known".into() } else { format!("known: {}", known.join(", ")) };
+        let help = match nearest(name, known.into_iter(), 0.7) {
+            Some(near) => format!("did you mean '{near}'? {list}"),
+            None => list,
+        };
+        Error::new(format!("unknown {what} '{name}'")).help(help)
+    }
+}
+
+/// The known name that is most like this one, if it is more than `least` like it (Jaro-Winkler, 0 to 1).
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>, least: f64) -> Option<&'a str> {
+    let likeness = |n: &str| strsim::jaro_winkler(n, name);
+    let near = known.map(|n| (likeness(n), n)).reduce(|best, n| if n.0 > best.0 { n } else { best });
+    near.filter(|(likeness, _)| *likeness > least).map(|(_, n)| n)
 }
 
 impl fmt::Display for Error {

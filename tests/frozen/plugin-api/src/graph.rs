@@ -28,15 +28,32 @@ pub struct ModelGraph {
     /// Longest row for which this graph's arithmetic holds, where the family has such a bound.
     #[serde(default)]
     pub max_positions: Option<usize>,
-    /// Tensors that published checkpoints carry and this graph does not need; `*` stands for any text.
+    /// Tensors that published checkpoints carry and this graph does not need, as files name them; `*` stands for any text.
     #[serde(default)]
     pub unused_tensors: Vec<String>,
+    /// Other names under which published checkpoints carry these tensors, such as those of a text model in a wrapper of several
+    /// modalities. The graph's own names are tried first, then every layout in turn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layouts: Vec<Layout>,
     /// Keys of `config.json` that the plugin did not read. The host refuses those that may change the arithmetic.
     #[serde(default)]
     pub unread_config: Vec<String>,
     /// Features the host must have; an unknown one refuses the graph.
     #[serde(default)]
     pub requires: Vec<String>,
+}
+
+/// From a graph's names of tensors to those in a checkpoint's files: pairs of a text and what stands in its place, applied to the
+/// whole name (its layer's prefix included), every pair to what the pairs before it have made.
+pub type Layout = Vec<(String, String)>;
+
+/// Most bytes of a tensor's name.
+pub const MOST_NAME: usize = 4096;
+
+/// A graph's name of a tensor as a layout has it; none if that is longer than any file's.
+pub fn renamed(layout: &Layout, own: &str) -> Option<String> {
+    let mut pairs = layout.iter();
+    pairs.try_fold(own.to_owned(), |name, (from, to)| Some(name.replace(from, to)).filter(|n| n.len() <= MOST_NAME))
 }
 
 /// One layer: a kind of block, and where its weights are.
@@ -79,22 +96,40 @@ pub struct Node {
     pub width: usize,
 }
 
-/// A tensor of the checkpoint.
+/// A tensor of the checkpoint. A scalar has the shape `[]` or `[1]`, whichever of them the file says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weight {
     /// What the op uses it for: `weight` or `bias`.
     pub role: String,
-    /// Its name in the checkpoint; a layer's prefix is put before it.
+    /// Its name as transformers gives it, by which PEFT names the module; a layer's prefix is put before it. Files may have
+    /// another, which [`ModelGraph::layouts`] says.
     pub tensor: String,
     /// Its shape there.
     pub shape: Vec<usize>,
 }
 
+impl ModelGraph {
+    /// Every block in the order it runs, with the prefix of its tensors: the embedding, the layers, the head.
+    pub fn parts(&self) -> impl Iterator<Item = (&str, &Block)> {
+        let layers = self.layers.iter().filter_map(|l| Some((l.prefix.as_str(), self.blocks.get(l.block)?)));
+        std::iter::once(("", &self.embed)).chain(layers).chain([("", &self.head)])
+    }
+
+    /// Every weight with its layer's prefix, in the order in which blocks run; a tied one as often as it is read.
+    pub fn weights(&self) -> impl Iterator<Item = (&str, &Weight)> {
+        self.parts().flat_map(|(prefix, block)| block.nodes.iter().flat_map(|n| &n.weights).map(move |w| (prefix, w)))
+    }
+}
+
 impl Node {
     /// The module this node's weights belong to, as PEFT names it: `self_attn.q_proj` for `self_attn.q_proj.weight`.
     pub fn module(&self) -> Option<&str> {
-        let weight = self.weights.iter().find(|w| w.role == "weight")?;
-        weight.tensor.strip_suffix(".weight")
+        self.weight("weight")?.tensor.strip_suffix(".weight")
+    }
+
+    /// The weight of a role. Weights may be listed in any order.
+    pub fn weight(&self, role: &str) -> Option<&Weight> {
+        self.weights.iter().find(|w| w.role == role)
     }
 }

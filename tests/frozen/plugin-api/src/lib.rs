@@ -36,27 +36,32 @@
 #[allow(non_camel_case_types, non_local_definitions, missing_docs)]
 pub mod abi;
 pub mod builder;
+pub mod check;
+pub mod config_keys;
 pub mod dataset;
+pub mod decoder;
 pub mod dual;
 mod error;
 mod export;
 pub mod graph;
 pub mod loss;
 pub mod model;
+pub mod ops;
 pub mod rope;
 pub mod testing;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, nearest};
 
 /// Version of this crate. Within a major version, plugins built against any older one go on loading.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Everything an author usually needs.
 pub mod prelude {
-    pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+    pub use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
     pub use crate::dataset::{DatasetFormat, Message, Record, RecordAnswer, Row, Text};
+    pub use crate::decoder::{Decoder, LayerNorms, QkNorm, QkNormOver};
     pub use crate::dual::Dual;
-    pub use crate::graph::ModelGraph;
+    pub use crate::graph::{ModelGraph, Weight};
     pub use crate::loss::{AlignmentLoss, Answers, Example, LossBatch, LossGrad, LossOption, Needs, Options, Pair};
     pub use crate::model::{Config, ModelFamily};
     pub use crate::rope::Rope;

@@ -2,11 +2,17 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 
 use serde_json::{Map, Value};
 
 use crate::graph::ModelGraph;
 use crate::{Error, Result, bail};
+
+/// Largest whole number of a config.
+const LARGEST: u64 = i32::MAX as u64;
+/// Most layers of a model; published ones have up to some hundred.
+const MOST_LAYERS: usize = 4096;
 
 /// A family of checkpoints that share their arithmetic.
 pub trait ModelFamily: Send + Sync + 'static {
@@ -18,6 +24,11 @@ pub trait ModelFamily: Send + Sync + 'static {
 
     /// Entries of `architectures` in `config.json` that this family answers for, such as `Qwen2ForCausalLM`.
     fn claims(&self) -> &'static [&'static str];
+
+    /// Published checkpoints that this family is known to read, by their names on a hub, such as `Qwen/Qwen2.5-7B-Instruct`.
+    fn checkpoints(&self) -> &'static [&'static str] {
+        &[]
+    }
 
     /// The graph for this checkpoint. Called once before a run.
     fn graph(&self, config: &Config) -> Result<ModelGraph>;
@@ -31,33 +42,47 @@ pub trait ModelFamily: Send + Sync + 'static {
     }
 }
 
-/// A checkpoint's `config.json`. It remembers which keys were asked for, so that the host can refuse those that nobody
-/// understood.
+/// A checkpoint's `config.json`, or an object in it. All objects of a file remember together which keys were asked for, so that
+/// the host can judge those that nobody understood.
 #[derive(Debug)]
 pub struct Config {
     keys: Map<String, Value>,
-    /// `rope_parameters.` and the like, put before names in errors.
+    /// `rope_parameters.` and the like, put before names.
     path: String,
-    read: RefCell<BTreeSet<String>>,
+    file: Rc<ConfigFile>,
 }
+
+/// What the objects of a file share.
+#[derive(Debug)]
+struct ConfigFile {
+    keys: Map<String, Value>,
+    /// Paths of the keys that were asked for.
+    read: RefCell<BTreeSet<String>>,
+    /// Paths of the objects whose own keys count.
+    opened: RefCell<BTreeSet<String>>,
+}
+
+/// Where a wrapper of several modalities has the settings of its language model.
+const TEXT: &str = "text_config";
+/// The keys of a wrapper that count for its language model, where that has none of its own.
+const OF_WRAPPER: &[&str] = &["tie_word_embeddings"];
 
 impl Config {
     /// Parses the text of a `config.json`.
     pub fn parse(text: &str) -> Result<Config> {
         match serde_json::from_str(text) {
-            Ok(Value::Object(keys)) => Ok(Config::from_map(keys, String::new())),
+            Ok(Value::Object(keys)) => {
+                let file = ConfigFile { keys: keys.clone(), read: RefCell::default(), opened: RefCell::default() };
+                Ok(Config { keys, path: String::new(), file: Rc::new(file) })
+            }
             Ok(_) => bail!("config.json is not an object"),
             Err(e) => bail!("config.json: {e}"),
         }
     }
 
-    fn from_map(keys: Map<String, Value>, path: String) -> Config {
-        Config { keys, path, read: RefCell::default() }
-    }
-
     /// The value of a key; `null` counts as absent.
     pub fn get(&self, key: &str) -> Option<&Value> {
-        self.read.borrow_mut().insert(key.to_owned());
+        self.file.read.borrow_mut().insert(format!("{}{key}", self.path));
         self.keys.get(key).filter(|v| !v.is_null())
     }
 
@@ -66,9 +91,31 @@ impl Config {
         self.opt_int(key)?.ok_or_else(|| self.missing(key))
     }
 
-    /// A whole number, if there.
+    /// A whole number, if there. No size of a model is above 2³¹ - 1; products of two such sizes do not overflow.
     pub fn opt_int(&self, key: &str) -> Result<Option<usize>> {
-        self.typed(key, "a whole number", |v| v.as_u64().map(|n| n as usize))
+        let sized = |v: &Value| v.as_u64().filter(|n| *n <= LARGEST).map(|n| n as usize);
+        self.typed(key, "a whole number below 2^31", sized)
+    }
+
+    /// A size that must be there: a whole number above 0.
+    pub fn size(&self, key: &str) -> Result<usize> {
+        self.opt_size(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A size, if there: a whole number above 0.
+    pub fn opt_size(&self, key: &str) -> Result<Option<usize>> {
+        match self.opt_int(key)? {
+            Some(0) => bail!("config.json: '{}{key}' should be above 0", self.path),
+            size => Ok(size),
+        }
+    }
+
+    /// `num_hidden_layers`, which must be there.
+    pub fn layers(&self) -> Result<usize> {
+        match self.int("num_hidden_layers")? {
+            layers @ 1..=MOST_LAYERS => Ok(layers),
+            other => bail!("config.json: num_hidden_layers is {other}; models of 1 to {MOST_LAYERS} layers are read"),
+        }
     }
 
     /// A number that must be there.
@@ -96,10 +143,60 @@ impl Config {
         self.typed(key, "a list of texts", |v| v.as_array()?.iter().map(|t| t.as_str().map(str::to_owned)).collect())
     }
 
-    /// A nested object, if there. The reader of it must call [`refuse_unread`](Config::refuse_unread).
+    /// A nested object, if there. Its keys count one by one from now on, as `rope_parameters.factor`.
     pub fn opt_object(&self, key: &str) -> Result<Option<Config>> {
-        let map = self.typed(key, "an object", |v| v.as_object().cloned())?;
-        Ok(map.map(|m| Config::from_map(m, format!("{}{key}.", self.path))))
+        let Some(keys) = self.typed(key, "an object", |v| v.as_object().cloned())? else { return Ok(None) };
+        let path = format!("{}{key}", self.path);
+        self.file.opened.borrow_mut().insert(path.clone());
+        Ok(Some(Config { keys, path: path + ".", file: self.file.clone() }))
+    }
+
+    /// The settings of the language model: `text_config` in the checkpoint of a wrapper of several modalities (Gemma 3,
+    /// Mistral 3), the config itself in any other. Where only the wrapper says whether embeddings are tied, that counts; so do
+    /// keys that it repeats with the values of its language model.
+    pub fn text(&self) -> Result<Config> {
+        let Some(mut text) = self.opt_object(TEXT)? else {
+            return Ok(Config { keys: self.keys.clone(), path: self.path.clone(), file: self.file.clone() });
+        };
+        for (key, value) in &self.keys {
+            if OF_WRAPPER.contains(&key.as_str()) && text.keys.get(key).is_none_or(Value::is_null) {
+                text.keys.insert(key.clone(), value.clone());
+            }
+            if text.keys.get(key) == Some(value) {
+                self.get(key);
+            }
+        }
+        Ok(text)
+    }
+
+    /// The same config with values for keys that it does not have, as the configuration class of transformers has them.
+    #[must_use]
+    pub fn with_defaults(&self, defaults: &[(&str, Value)]) -> Config {
+        let mut keys = self.keys.clone();
+        for (key, value) in defaults {
+            keys.entry(*key).or_insert_with(|| value.clone());
+        }
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
+    }
+
+    /// The same config with another value for a key.
+    #[must_use]
+    pub fn with_value(&self, key: &str, value: Value) -> Config {
+        let mut keys = self.keys.clone();
+        keys.insert(key.to_owned(), value);
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
+    }
+
+    /// The same config, in which the value of a key is found under another name, too: `[("num_layers", "num_hidden_layers")]`.
+    #[must_use]
+    pub fn with_names(&self, names: &[(&str, &str)]) -> Config {
+        let mut keys = self.keys.clone();
+        for (stated, name) in names {
+            if let Some(value) = self.get(stated) {
+                keys.entry(*name).or_insert_with(|| value.clone());
+            }
+        }
+        Config { keys, path: self.path.clone(), file: self.file.clone() }
     }
 
     /// The output projection's tensor: the embedding where `tie_word_embeddings` says so, else `lm_head.weight`.
@@ -107,42 +204,74 @@ impl Config {
         Ok(if self.flag("tie_word_embeddings", tied_by_default)? { embedding } else { "lm_head.weight" })
     }
 
-    /// The attention window of every layer, as Qwen2 and its kin state it: `layer_types` in files of transformers 5, else
-    /// the layers from `max_window_layers` on; and only where `use_sliding_window` is true.
-    pub fn layer_windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
-        let used = self.flag("use_sliding_window", false)?;
-        let window = self.opt_int("sliding_window")?.filter(|_| used);
-        let first = self.opt_int("max_window_layers")?.unwrap_or(layers);
-        let Some(types) = self.opt_texts("layer_types")? else {
-            return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
-        };
+    /// Refuses a value that the family does not compute. A key that is absent or null is fine.
+    pub fn only(&self, key: &str, values: &[Value]) -> Result<()> {
+        match self.get(key) {
+            Some(value) if !values.contains(value) => {
+                let known: Vec<String> = values.iter().map(Value::to_string).collect();
+                bail!("config.json: '{}{key}' is {value}, this family computes only {}", self.path, known.join(" and "))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// An activation by the name that PyTorch has for it; `default` where absent.
+    pub fn activation(&self, key: &str, default: &str) -> Result<String> {
+        let name = self.opt_text(key)?.unwrap_or_else(|| default.into());
+        Ok(match name.as_str() {
+            "swish" => "silu",
+            "gelu_new" | "gelu_fast" | "gelu_pytorch_tanh" => "gelu_tanh",
+            other => other,
+        }
+        .into())
+    }
+
+    /// Which layers have a sliding window: as `layer_types` says in files of transformers 5, else as `pattern` says of a layer.
+    pub fn sliding_layers(&self, layers: usize, pattern: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        let Some(types) = self.opt_texts("layer_types")? else { return Ok((0..layers).map(pattern).collect()) };
         if types.len() != layers {
             return bail!("config.json: {} layer_types for {layers} layers", types.len());
         }
-        let one = |kind: &String| match (kind.as_str(), window) {
-            ("full_attention", _) => Ok(None),
-            ("sliding_attention", Some(window)) => Ok(Some(window)),
-            ("sliding_attention", None) => {
-                bail!("config.json: a layer is of sliding_attention, but sliding_window is not set")
-            }
-            (other, _) => bail!("config.json: layer type '{other}' is not supported by this family"),
+        let slides = |kind: &String| match kind.as_str() {
+            "full_attention" => Ok(false),
+            "sliding_attention" => Ok(true),
+            other => bail!("config.json: layer type '{other}' is not supported by this family"),
         };
-        types.iter().map(one).collect()
+        types.iter().map(slides).collect()
     }
 
-    /// Keys with a value that were never asked for.
-    pub fn unread(&self) -> Vec<String> {
-        let read = self.read.borrow();
-        let unread = self.keys.iter().filter(|(k, v)| !v.is_null() && !read.contains(*k));
-        unread.map(|(k, _)| format!("{}{k}", self.path)).collect()
-    }
-
-    /// An error where a key was never asked for.
-    pub fn refuse_unread(&self) -> Result<()> {
-        match self.unread().first() {
-            Some(key) => bail!("config.json: key '{key}' is not understood"),
-            None => Ok(()),
+    /// The window of every layer, as Qwen2 and its kin state it: only where `use_sliding_window` is true, and without
+    /// `layer_types` in the layers from `max_window_layers` on (28 where absent).
+    pub fn layer_windows(&self, layers: usize) -> Result<Vec<Option<usize>>> {
+        let first = self.opt_int("max_window_layers")?.unwrap_or(28);
+        let stated = self.opt_size("sliding_window")?;
+        let window = match self.flag("use_sliding_window", false)? {
+            // A window of `null` is none, one that is left out is transformers' default.
+            true if !self.has("sliding_window") => Some(4096),
+            true => stated,
+            false => None,
+        };
+        let sliding = self.sliding_layers(layers, |layer| window.is_some() && layer >= first)?;
+        match window {
+            None if sliding.contains(&true) => {
+                bail!("config.json: a layer is of sliding_attention, but sliding_window is not in use")
+            }
+            _ => Ok(sliding.into_iter().map(|slides| window.filter(|_| slides)).collect()),
         }
+    }
+
+    /// Whether a key is there, be it with the value `null`.
+    pub fn has(&self, key: &str) -> bool {
+        self.keys.contains_key(key)
+    }
+
+    /// Keys of the whole file with a value that were never asked for. Of an object that was opened, every key counts, as in
+    /// `rope_parameters.factor`; of another, the object.
+    pub fn unread(&self) -> Vec<String> {
+        let mut unread = Vec::new();
+        self.file.unread(&self.file.keys, "", &mut unread);
+        unread.sort();
+        unread
     }
 
     fn typed<T>(&self, key: &str, kind: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Option<T>> {
@@ -155,5 +284,56 @@ impl Config {
 
     fn missing(&self, key: &str) -> Error {
         Error::new(format!("config.json: key '{}{key}' is missing", self.path))
+    }
+}
+
+impl ConfigFile {
+    fn unread(&self, keys: &Map<String, Value>, prefix: &str, unread: &mut Vec<String>) {
+        for (key, value) in keys.iter().filter(|(_, value)| !value.is_null()) {
+            let path = format!("{prefix}{key}");
+            match value.as_object() {
+                Some(inner) if self.opened.borrow().contains(&path) => self.unread(inner, &(path + "."), unread),
+                _ if !self.read.borrow().contains(&path) => unread.push(path),
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::Config;
+
+    #[test]
+    fn keys_of_opened_objects_count_one_by_one() {
+        let config =
+            r#"{"a": 1, "b": null, "c": {"d": 1, "e": 2}, "f": {"g": 1}, "h": {"i": {"j": 1}}, "k": {"l": 1}}"#;
+        let config = Config::parse(config).unwrap();
+        let inner = config.opt_object("c").unwrap().unwrap();
+        inner.int("d").unwrap();
+        config.get("f");
+        config.opt_object("h").unwrap().unwrap().opt_object("i").unwrap();
+        assert_eq!(inner.unread(), ["a", "c.e", "h.i.j", "k"]);
+        assert_eq!(config.unread(), inner.unread());
+        let error = inner.opt_text("e").unwrap_err();
+        assert!(error.message.contains("'c.e' should be a text"), "{error}");
+    }
+
+    #[test]
+    fn a_wrapper_has_its_language_model_inside() {
+        let wrapped = r#"{"tie_word_embeddings": false, "vocab_size": 9, "hidden_size": 3, "vision_config": {"hidden_size": 5},
+            "text_config": {"hidden_size": 4, "vocab_size": 9, "other": 1}}"#;
+        let config = Config::parse(wrapped).unwrap();
+        let text = config.text().unwrap();
+        assert_eq!(text.size("hidden_size").unwrap(), 4);
+        assert!(!text.flag("tie_word_embeddings", true).unwrap());
+        assert_eq!(config.unread(), ["hidden_size", "text_config.other", "text_config.vocab_size", "vision_config"]);
+        assert!(text.size("layers").unwrap_err().message.contains("'text_config.layers' is missing"));
+
+        let plain = Config::parse(r#"{"hidden_size": 4, "other": 1}"#).unwrap();
+        assert_eq!(plain.text().unwrap().size("hidden_size").unwrap(), 4);
+        assert_eq!(plain.unread(), ["other"]);
     }
 }

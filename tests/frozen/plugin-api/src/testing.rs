@@ -1,17 +1,21 @@
 //! Checks for an author's own tests: `testing::check_model(&Qwen2)` and the like panic with what is wrong.
 //!
-//! They need no host. What only the host knows (which ops exist) `dpo-host describe` says.
+//! They need no host: what the host refuses in a family, they refuse in its words. The host alone reads a chat template
+//! (`dpo-host data`) and weights (docs/plugins.md, "Compare it with transformers").
 
+use crate::check::{check_graph, check_linears, check_name};
+use crate::config_keys::Unread;
 use crate::dataset::{DatasetFormat, Row};
-use crate::graph::{Block, ModelGraph};
-use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Options};
+use crate::graph::ModelGraph;
+use crate::loss::{AlignmentLoss, Answer, Answers, Example, LossBatch, LossGrad, MAX_STATISTICS, Needs, Options};
 use crate::model::{Config, ModelFamily};
+use crate::{Error, Result, bail};
 
-/// The graph of the family's example config, after checking that it is whole: every value is made before it is read, every
-/// layer's block exists, the head ends in `lm_head`, the blocks keep the residual stream's width.
+/// The graph of the family's example config, after checking all that the host checks: the family's name, the graph, the names of
+/// linears, and that the family read every key of the config that matters.
 ///
 /// # Panics
-/// With what is wrong.
+/// With what the host would say.
 pub fn check_model(family: &dyn ModelFamily) -> ModelGraph {
     check_config(family, family.example_config())
 }
@@ -19,42 +23,27 @@ pub fn check_model(family: &dyn ModelFamily) -> ModelGraph {
 /// [`check_model`] for another config.
 ///
 /// # Panics
-/// With what is wrong.
+/// With what the host would say.
 pub fn check_config(family: &dyn ModelFamily, config: &str) -> ModelGraph {
-    let name = family.name();
-    assert!(!family.claims().is_empty(), "{name} claims no architecture");
-    let config = Config::parse(config).unwrap_or_else(|e| panic!("{name}: {e}"));
-    let graph = family.graph(&config).unwrap_or_else(|e| panic!("{name}: {e}"));
-    assert!(!graph.layers.is_empty(), "{name} has no layers");
-    for layer in &graph.layers {
-        assert!(layer.block < graph.blocks.len(), "{name}: layer '{}' is of no block", layer.prefix);
-    }
-    for block in graph.blocks.iter().chain([&graph.embed, &graph.head]) {
-        check_block(name, block);
-    }
-    for block in graph.blocks.iter().chain([&graph.embed]) {
-        let width = block.nodes.get(block.output.wrapping_sub(1)).map(|n| n.width);
-        assert_eq!(
-            width,
-            Some(graph.hidden_size),
-            "{name}: block '{}' does not return the residual stream",
-            block.name
-        );
-    }
-    assert_eq!(graph.head.nodes.last().map(|n| n.op.as_str()), Some("lm_head"), "{name}: the head ends in no lm_head");
-    graph
+    checked(family, config).unwrap_or_else(|e| panic!("{}: {e}", family.name()))
 }
 
-fn check_block(family: &str, block: &Block) {
-    for (i, node) in block.nodes.iter().enumerate() {
-        assert!(
-            node.inputs.iter().all(|v| *v <= i),
-            "{family}: block '{}': {} reads a later value",
-            block.name,
-            node.op
-        );
+fn checked(family: &dyn ModelFamily, config: &str) -> Result<ModelGraph> {
+    check_name(family.name())?;
+    if family.claims().iter().all(|claim| claim.is_empty()) {
+        return bail!("claims no architecture");
     }
-    assert!(block.output <= block.nodes.len(), "{family}: block '{}' returns no value", block.name);
+    let parsed = Config::parse(config)?;
+    let graph = family.graph(&parsed)?;
+    check_graph(&graph)?;
+    check_linears(&graph, |_| true)?;
+    let keys = serde_json::from_str(config).map_err(|e| Error::new(format!("config.json: {e}")))?;
+    let unread = Unread::of(&keys, &graph.unread_config, family.claims());
+    unread.refuse(family.name())?;
+    match unread.warning(family.name()) {
+        Some(unknown) => Err(Error::new(unknown).help("read a key that changes nothing, too: config.get(key)")),
+        None => Ok(graph),
+    }
 }
 
 /// Every example row is recognised by its own format and gives at least one record.
@@ -87,13 +76,25 @@ pub fn check_loss(loss: &dyn AlignmentLoss) {
 /// # Panics
 /// With the token and both derivatives.
 pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
+    check_loss_from(loss, options, &[]);
+}
+
+/// [`check_loss_with`] for a loss that remembers: with the state that an earlier step left.
+///
+/// # Panics
+/// With the token and both derivatives.
+pub fn check_loss_from(loss: &dyn AlignmentLoss, options: &Options, state: &[f64]) {
     for tail in [1.0, 0.3] {
-        let batch = SyntheticBatch::new(loss.needs().answers, tail);
-        let grad = batch.eval(loss, options, None).grad();
+        let batch = SyntheticBatch::new(&loss.needs(), tail);
+        let grad = batch.eval(loss, options, state, None).grad();
         for (token, exact) in grad.iter().enumerate() {
+            if batch.is_detached(token) {
+                assert!(*exact == 0.0, "{}: token {token} of a detached answer has a derivative", loss.name());
+                continue;
+            }
             // f32 log-probs near -2 carry an error of 2e-7 each; a step of 2e-3 keeps that out of the quotient.
             let h = 2e-3_f32;
-            let total = |by: f32| batch.eval(loss, options, Some((token, by))).losses().iter().sum::<f64>();
+            let total = |by: f32| batch.eval(loss, options, state, Some((token, by))).losses().iter().sum::<f64>();
             let numeric = (total(h) - total(-h)) / (2.0 * f64::from(h));
             let exact = f64::from(*exact);
             let bound = 2e-3 * numeric.abs().max(exact.abs()).max(0.05);
@@ -110,18 +111,25 @@ pub fn check_loss_with(loss: &dyn AlignmentLoss, options: &Options) {
 struct SyntheticBatch {
     /// Answers of every example.
     counts: [usize; 3],
+    /// Whether the last of them is detached, and belongs to another prompt.
+    mismatched: bool,
+    answers: Answers,
     policy: Vec<Vec<f32>>,
+    /// Log-probs of the examples' prompts, as far as they are read.
+    prompts: [Vec<f32>; 3],
     reference: Vec<Vec<f32>>,
     weights: Vec<Vec<f32>>,
 }
 
 impl SyntheticBatch {
-    fn new(answers: Answers, tail: f32) -> SyntheticBatch {
-        let counts = match answers {
-            Answers::One => [1; 3],
+    fn new(needs: &Needs, tail: f32) -> SyntheticBatch {
+        let Needs { answers, mismatched, .. } = *needs;
+        let learned = match answers {
+            Answers::One | Answers::Labelled => [1; 3],
             Answers::Pair => [2; 3],
             Answers::Ranked => [2, 5, 3],
         };
+        let counts = learned.map(|count| count + usize::from(mismatched));
         let lengths = [3_usize, 2, 1, 4, 2, 2, 5, 1, 3, 2];
         // The second term keeps log-ratios of different answers apart: where two are equal, a loss that sorts has a bend.
         let value = |i: usize, j: usize, k: usize| {
@@ -137,32 +145,60 @@ impl SyntheticBatch {
             weights.extend(own.iter().map(|n| (0..*n).map(weight).collect()));
             first += count;
         }
-        SyntheticBatch { counts, policy: rows(0), reference: rows(1), weights }
+        let prompts = [3, 0, 2].map(|n| (0..if needs.prompt { n } else { 0 }).map(|j| value(7, j, 2)).collect());
+        SyntheticBatch { counts, mismatched, answers, policy: rows(0), prompts, reference: rows(1), weights }
     }
 
-    fn eval(&self, loss: &dyn AlignmentLoss, options: &Options, nudge: Option<(usize, f32)>) -> LossGrad {
-        let mut policy = self.policy.clone();
+    /// Whether a token is a detached answer's.
+    fn is_detached(&self, token: usize) -> bool {
+        let mut policy = self.policy.iter();
+        let of = |(count, prompt): (usize, &Vec<f32>)| {
+            let answers = policy.by_ref().take(count).enumerate();
+            let answers = answers.flat_map(|(i, ids)| vec![self.mismatched && i + 1 == count; ids.len()]);
+            answers.chain(prompt.iter().map(|_| false)).collect::<Vec<bool>>()
+        };
+        self.counts.into_iter().zip(&self.prompts).flat_map(of).nth(token).unwrap_or(false)
+    }
+
+    fn eval(
+        &self,
+        loss: &dyn AlignmentLoss,
+        options: &Options,
+        state: &[f64],
+        nudge: Option<(usize, f32)>,
+    ) -> LossGrad {
+        let (mut policy, mut prompts) = (self.policy.clone(), self.prompts.clone());
         if let Some((token, by)) = nudge {
-            let value = policy.iter_mut().flatten().nth(token);
-            *value.unwrap_or_else(|| panic!("token {token} is not there")) += by;
+            let mut answers = policy.iter_mut();
+            let mut all = Vec::new();
+            for (count, prompt) in self.counts.into_iter().zip(&mut prompts) {
+                all.extend(answers.by_ref().take(count).flatten().chain(prompt));
+            }
+            **all.get_mut(token).unwrap_or_else(|| panic!("token {token} is not there")) += by;
         }
         let statistics = [-1.0_f32; 8];
-        let mut first = 0;
+        let (mut first, mut liked) = (0, false);
+        let mut prompts = prompts.iter();
         let examples = self.counts.map(|count| {
+            liked = !liked;
+            let prompt = prompts.next().map_or(&[][..], Vec::as_slice);
             let answers = (first..first + count).map(|i| Answer {
                 policy: &policy[i],
                 reference: &self.reference[i],
                 weights: &self.weights[i],
-                label: (first + count - 1 - i) as f64,
-                detached: false,
+                label: match self.answers {
+                    Answers::Labelled => f64::from(u8::from(liked)),
+                    _ => (first + count - 1 - i) as f64,
+                },
+                detached: self.mismatched && i + 1 == first + count,
                 statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
                 reference_statistics: [&statistics[..policy[i].len()]; MAX_STATISTICS],
             });
             let answers = answers.collect();
             first += count;
-            Example { answers }
+            Example { answers, prompt }
         });
         let batch = LossBatch::whole(examples.to_vec());
-        loss.eval(&batch, options, &mut Vec::new()).unwrap_or_else(|e| panic!("{}: {e}", loss.name()))
+        loss.eval(&batch, options, &mut state.to_vec()).unwrap_or_else(|e| panic!("{}: {e}", loss.name()))
     }
 }
