@@ -12,7 +12,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 BATCH, STEPS, RATE, RANK = 4, 4, 2e-3, 4
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -101,7 +103,18 @@ FOLDERS = {
     "qwen2-unpaired": ("qwen2", dict(tie_word_embeddings=True), {
         "": dict(loss_type=["kto"]), "apo_zero_unpaired": dict(loss_type=["apo_zero_unpaired"])}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in DENSE.items()},
+    # Other trainers than DPOTrainer and KTOTrainer, on plain text: some of them end a conversation's answer twice.
+    "qwen3-trainers": ("qwen3", dict(head_dim=12), {
+        "": dict(trainer="sft"), "wpo": dict(use_weighting=True), "orpo": dict(trainer="orpo", beta=0.3),
+        "cpo": dict(trainer="cpo", cpo_alpha=0.5, label_smoothing=0.1), "cpo-hinge": dict(trainer="cpo", loss_type="hinge", cpo_alpha=1.0),
+        "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
+        "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
 }
+# Of a trainer's loss its name here, and what it names otherwise than the option here.
+OURS = {"sft": ("sft", {}), "orpo": ("orpo_prompt", {}), "cpo": ("cpo", {}), "hinge": ("cpo", {"loss_type": "cpo_type"}), "simpo": ("simpo", {}),
+        "alphapo": ("alphapo", {"alpha": "alphapo_alpha"})}
+TRAINERS = {"sft": (SFTTrainer, SFTConfig), "orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig)}
+PLAIN = ("qwen3-trainers",)
 UNPAIRED = ("kto", "apo_zero_unpaired")  # losses of KTOTrainer, over answers that were liked or not
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -172,13 +185,20 @@ def main():
                 if "lora_" in key: weight.copy_(torch.randn_like(weight) * 0.05)
         start.save_pretrained(f"{folder}/init_adapter")
         data = list(rows(rng, BATCH * STEPS))
+        if name in PLAIN:
+            text = lambda turns: "\n".join(turn["content"] for turn in turns)
+            data = [{"prompt": text(r["messages"][:-1]) + "\n", "chosen": r["messages"][-1]["content"], "rejected": r["rejected_response"]} for r in data]
+            path, tok.chat_template = f"{folder}/model/tokenizer_config.json", None
+            config = json.load(open(path))
+            del config["chat_template"]
+            json.dump(config, open(path, "w"), ensure_ascii=False, indent=1)
         unpaired = cases[""].get("loss_type", [""])[0] in UNPAIRED
         if unpaired:
             answer = lambda i, r: r["messages"][-1:] if i % 3 else [{"role": "assistant", "content": r["rejected_response"]}]
             data = [{"messages": r["messages"][:-1] + answer(i, r), "label": bool(i % 3)} for i, r in enumerate(data)]
         with open(f"{folder}/prefs.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in data)
-        split = [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:],
+        split = data if name in PLAIN else [{"prompt": r["messages"][:-1], "chosen": r["messages"][-1:],
                   "rejected": [{"role": "assistant", "content": r["rejected_response"]}]} for r in data if not unpaired]
         split = split or [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:], "label": r["label"]} for r in data]
         for case, settings in cases.items():
@@ -209,11 +229,17 @@ def run(folder, case, settings, split, tok):
     args = {"loss_type": ["sigmoid"], "max_length": 512, "beta": 0.1, **settings}
     unpaired = args["loss_type"][0] in UNPAIRED
     Trainer, Config = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
+    other = args.pop("trainer", None)
+    if other:
+        (Trainer, Config), settings = TRAINERS[other], {k: v for k, v in settings.items() if k != "trainer"}
+        if other == "sft": split = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in split]
+        kind = settings.get("loss_type", other)
+        args = {"max_length": 512, **settings}
     config = Config(
         output_dir=f"{folder}/trl", per_device_train_batch_size=BATCH, gradient_accumulation_steps=1, max_steps=STEPS, learning_rate=RATE,
         lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
-        gradient_checkpointing=False, train_sampling_strategy="sequential", **{**args, **({"loss_type": args["loss_type"][0]} if unpaired else {})})
+        gradient_checkpointing=False, train_sampling_strategy="sequential", **{**args, **({"loss_type": args["loss_type"][0]} if unpaired else {}), **({"packing": False} if other == "sft" else {})})
     # TRL adds the loss of a router to a model whose config speaks of one.
     if hasattr(base.config, "output_router_logits"): config.router_aux_loss_coef = 0.0
     losses = []
@@ -227,19 +253,30 @@ def run(folder, case, settings, split, tok):
     trainer.train()
     if not case: model.save_pretrained(f"{folder}/final_adapter", selected_adapters=["default"])
     keep = ("grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    # CPOTrainer and ORPOTrainer log means where others have sums.
+    if other: keep = keep[:2]
     logs = [line for line in trainer.state.log_history if "loss" in line]
     steps = [{"loss": loss, **{k: line[k] for k in keep if k in line}} for loss, line in zip(losses, logs)]
+    if other:
+        loss, renamed = OURS[kind]
+        options = {renamed.get(k, k): v for k, v in settings.items() if k in ("cpo_alpha", "simpo_gamma", "alpha") or k in renamed}
+        if loss == "alphapo": options.pop("cpo_alpha", None)
+        args |= {"loss_type": [loss], "beta": settings.get("beta", None if other == "sft" else 0.1), "options": options}
     named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
-             **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
+             **{k: args[k] for k in ("options", "use_weighting") if k in args}, **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
     expected = {"args": named, "steps": steps}
     if not case:
         # What the base model says after the first row's chosen answer.
         first = trainer.train_dataset[0]
-        row = first["prompt_ids"] + first.get("chosen_ids", first.get("completion_ids"))
+        row = first["prompt_ids"] + first.get("chosen_ids", first.get("completion_ids")) if "prompt_ids" in first else first["input_ids"]
         with torch.no_grad(), model.disable_adapter():
             expected["logits"] = model(input_ids=torch.tensor([row])).logits[0, -1].tolist()
         ids = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_completion_ids")
         expected["rows"] = [{k: r[k] for k in ids if k in r} for r in trainer.train_dataset]
+        if other == "sft":
+            learned = lambda mark: mark not in (0, -100)
+            expected["rows"] = [{"prompt_ids": [i for i, m in zip(r["input_ids"], r["labels"] if "labels" in r else r["completion_mask"]) if not learned(m)],
+                                 "chosen_ids": [i for i, m in zip(r["input_ids"], r["labels"] if "labels" in r else r["completion_mask"]) if learned(m)]} for r in trainer.train_dataset]
     json.dump(expected, open(f"{folder}/expected{'-' + case if case else ''}.json", "w"))
 
 

@@ -91,6 +91,12 @@ fn arguments(folder: &Path, args: &Value, output: &str) -> Vec<String> {
             all.extend(words(value));
         }
     }
+    for (option, value) in args["options"].as_object().into_iter().flatten() {
+        all.extend(["--loss-option".to_owned(), format!("{option}={}", words(value).join(" "))]);
+    }
+    if args["use_weighting"] == true {
+        all.push("--use-weighting".to_owned());
+    }
     all
 }
 

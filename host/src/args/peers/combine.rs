@@ -22,7 +22,7 @@ const NEVER: &str = "1000000000";
 /// Of arguments whose names do not tell which tool wrote them.
 pub(super) fn nobodys(t: &mut Translation) -> Result<()> {
     let names = t.take("loss_type").map(|flag| (flag.values, flag.place));
-    losses(t, names)?;
+    losses(t, names, None)?;
     for (theirs, ours) in [("model_name_or_path", "model"), ("ref_model", "ref-model")] {
         if let Some(flag) = t.take(theirs) {
             t.push_as(ours, flag);
@@ -124,8 +124,12 @@ const DIVERGENT: &[&str] = &[
     "sigmoid_norm",
 ];
 
-/// The losses, and those of their options that are no flags.
-pub(super) fn losses(t: &mut Translation, names: Option<(Vec<String>, Option<String>)>) -> Result<()> {
+/// The losses, and those of their options that are no flags, beside those that the tool has set.
+pub(super) fn losses(
+    t: &mut Translation,
+    names: Option<(Vec<String>, Option<String>)>,
+    set: Option<String>,
+) -> Result<()> {
     if let Some((names, place)) = names {
         t.push("loss", names, place);
     }
@@ -136,7 +140,7 @@ pub(super) fn losses(t: &mut Translation, names: Option<(Vec<String>, Option<Str
         }
     }
     let losses = t.ours_of("loss").map_or_else(|| vec!["sigmoid".to_owned()], |flag| flag.values.clone());
-    let (mut values, mut places) = (Vec::new(), Vec::new());
+    let (mut values, mut places) = (Vec::from_iter(set), Vec::new());
     for (argument, option, of) in OPTIONS {
         let (value, flag) = t.take_value(argument);
         let Some(value) = value else { continue };

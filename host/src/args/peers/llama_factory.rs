@@ -25,13 +25,10 @@ const TABLE: &[Group] = &[
     becomes("disable_shuffling=false", "`--shuffle false`"),
     becomes(
         "stage=sft pref_loss=sigmoid",
-        "`--loss`: of `dpo` it is `pref_loss`, without a `stage` as well; `kto` is `kto`; other stages are refused",
+        "`--loss`: of `dpo` it is `pref_loss`, without a `stage` as well; `kto` and `sft` are losses, of `sft` over the last answer of a conversation; other stages are refused",
     ),
     is("pref_beta=0.1", "beta"),
-    becomes(
-        "pref_ftx=0.0",
-        "`--rpo-alpha`: the mean is over the tokens of a step, there over those of each answer first",
-    ),
+    becomes("pref_ftx=0.0", "`--rpo-alpha`, with `--loss-option nll_mean=answers`"),
     becomes("dpo_label_smoothing=0.0", "`--label-smoothing`"),
     becomes("simpo_gamma=0.5", "`--loss-option simpo_gamma` of `simpo`"),
     becomes("kto_chosen_weight=1.0", "`--loss-option desirable_weight` of `kto`"),
@@ -254,44 +251,36 @@ fn objective(t: &mut Translation) -> Result<()> {
             ));
             loss
         }
-        ("dpo", "orpo") => {
-            t.notes.push(
-                "orpo: the likelihood is a mean over the tokens of a step, there over those of each answer first"
-                    .into(),
-            );
-            "orpo"
-        }
-        ("dpo", loss @ ("sigmoid" | "simpo")) => loss,
+        ("dpo", loss @ ("sigmoid" | "simpo" | "orpo")) => loss,
         ("dpo", "kto_pair") => {
             return refuse("pairs have no KTO loss here", &flag, "say stage: kto, or pref_loss: sigmoid");
         }
         ("dpo", _) => return refuse("no such loss there", &flag, "say sigmoid, hinge, ipo, orpo or simpo"),
-        ("sft" | "pt", _) => {
-            return refuse(
-                "it needs no preferences",
-                &stage,
-                "say stage: dpo or kto; --loss nll learns single answers",
-            );
+        ("sft", _) => {
+            t.notes.push("stage sft: of a conversation the last answer is learned, there every answer".into());
+            "sft"
         }
-        ("rm", _) => return refuse("no reward model is trained", &stage, "say stage: dpo or kto"),
+        ("pt", _) => {
+            return refuse("it learns whole texts", &stage, "say stage: sft, whose rows are prompts with answers");
+        }
+        ("rm", _) => return refuse("no reward model is trained", &stage, "say stage: dpo, kto or sft"),
         ("ppo", _) => {
             return refuse(
                 "it learns from answers that are generated while it trains",
                 &stage,
-                "say stage: dpo or kto",
+                "say stage: dpo, kto or sft",
             );
         }
-        _ => return refuse("no such stage", &stage, "say stage: dpo or kto"),
+        _ => return refuse("no such stage", &stage, "say stage: dpo, kto or sft"),
     };
+    // Its likelihoods are means over each answer's tokens first.
+    let mut likelihood = loss == "orpo";
     let (weight, flag) = t.take_value("pref_ftx");
     if weight.and_then(|w| w.parse::<f64>().ok()) != Some(0.0)
         && let Some(flag) = flag
     {
-        t.notes.push(format!(
-            "{}: the mean is over the tokens of a step, there over those of each answer first",
-            flag.spelled()
-        ));
         t.push_as("rpo-alpha", flag);
+        likelihood = true;
     }
     if let Some(flag) = t.take("ld_alpha") {
         t.notes.push(format!(
@@ -301,7 +290,7 @@ fn objective(t: &mut Translation) -> Result<()> {
         t.push_as("ld-alpha", flag);
     }
     let named = (!t.has("loss")).then(|| (vec![loss.to_owned()], place));
-    combine::losses(t, named)
+    combine::losses(t, named, likelihood.then(|| "nll_mean=answers".to_owned()))
 }
 
 /// The adapter: a new one, or one to train on, which keeps its rank and alpha.

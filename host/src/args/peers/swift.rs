@@ -325,10 +325,11 @@ fn objective(t: &mut Translation) -> Result<()> {
     let refuse = |why: &str, flag: &Option<Flag>, instead: &str| Err(Error::input(why).at(spelled(flag)).help(instead));
     let named = types.as_ref().map(|flag| flag.values.clone());
     let only = named.as_ref().map(|names| names.join(" "));
+    let kind_of_cpo = only.clone().filter(|only| kind == "cpo" && matches!(only.as_str(), "hinge" | "ipo"));
     let losses = match (kind.as_str(), only.as_deref()) {
         ("dpo", _) => named,
         ("kto", None | Some("kto")) => Some(vec!["kto".into()]),
-        ("cpo", None | Some("sigmoid")) => Some(vec!["cpo".into()]),
+        ("cpo", None | Some("sigmoid" | "hinge" | "ipo")) => Some(vec!["cpo".into()]),
         ("cpo" | "simpo", Some("simpo")) | ("simpo", None) => Some(vec!["simpo".into()]),
         ("orpo", None) => Some(vec!["orpo".into()]),
         ("kto" | "cpo" | "simpo" | "orpo", Some(_)) => {
@@ -355,10 +356,11 @@ fn objective(t: &mut Translation) -> Result<()> {
     }
     if losses.as_ref().is_some_and(|names| names.iter().any(|name| name == "bco_pair")) {
         t.notes.push(
-            "bco_pair: ms-swift subtracts a running mean of the rewards; here, as in TRL from 0.29, nothing".into(),
+            "bco_pair: ms-swift subtracts a running mean of the rewards; here, as in TRL from 0.29, nothing: --loss bco does"
+                .into(),
         );
     }
-    combine::losses(t, losses.map(|names| (names, place)))
+    combine::losses(t, losses.map(|names| (names, place)), kind_of_cpo.map(|kind| format!("cpo_type={kind}")))
 }
 
 const OFFLINE: &str = "this tool learns from pairs that are there: say dpo, kto, cpo, simpo or orpo";

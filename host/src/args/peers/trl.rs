@@ -105,7 +105,7 @@ const TABLE: &[Group] = &[
 /// What its arguments mean together.
 pub(super) fn combine(t: &mut Translation) -> Result<()> {
     let losses = t.take("loss_type").map(|flag| (flag.values, flag.place));
-    combine::losses(t, losses)?;
+    combine::losses(t, losses, None)?;
     let revision = t.take("model_revision").and_then(|flag| flag.values.into_iter().next()).filter(|r| r != "main");
     if let Some(mut flag) = t.take("model_name_or_path") {
         for name in flag.values.iter_mut().filter(|name| is_id(name) && !std::path::Path::new(name.as_str()).exists()) {
