@@ -126,13 +126,13 @@ impl Message {
         Message { role: role.into(), content: content.into(), extra: Map::new() }
     }
 
-    /// A turn as rows write it: `role`/`content` or `from`/`value`, the usual names of roles, content as text or as a list
+    /// A turn as rows write it: `role`/`content`, `from`/`value` or `role`/`text`, the usual names of roles, content as text or as a list
     /// of text parts.
     pub fn parse(value: &Value) -> Result<Message> {
         let Value::Object(keys) = value else { return bail!("a message should be an object, is {}", kind(value)) };
         let role = keys.get("role").or_else(|| keys.get("from"));
         let Some(role) = role.and_then(Value::as_str) else { return bail!("a message has no role") };
-        let content = keys.get("content").or_else(|| keys.get("value"));
+        let content = keys.get("content").or_else(|| keys.get("value")).or_else(|| keys.get("text"));
         let calls = keys.get("tool_calls").is_some_and(|c| !c.is_null());
         let content = match content {
             None | Some(Value::Null) if calls => String::new(),

@@ -404,7 +404,7 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
         json!({
             "beta": 0.2, "loss": ["sigmoid"], "max_length": 512, "max_samples": 4, "split_dataset_ratio": 0.25,
             "batch_size": 2, "eval_steps": 2, "learning_rate": 5e-6, "num_epochs": 1.0, "warmup_ratio": 0.1,
-            "lora_rank": 4, "lora_alpha": 8.0, "target_modules": ["all-linear"], "dataset_format": "llama-factory",
+            "lora_rank": 4, "lora_alpha": 8.0, "target_modules": ["all-linear"], "dataset_format": "pairs",
             "columns": r#"{"bad":"rejected","good":"chosen","question":"instruction"}"#,
             // Its defaults.
             "weight_decay": 0.0, "adam_beta2": 0.999, "save_steps": 500, "seed": 42, "truncation_strategy": "left",
@@ -415,7 +415,7 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
         assert!(said.lines().any(|l| l.contains(named) && l.contains("is ignored: ")), "no reason for {named}: {said}");
     }
     let expected =
-        json!({"loss": ["simpo"], "loss_option": ["simpo_gamma=0.5"], "beta": 0.1, "dataset_format": "llama-factory"});
+        json!({"loss": ["simpo"], "loss_option": ["simpo_gamma=0.5"], "beta": 0.1, "dataset_format": "pairs"});
     run("simpo", "stage: dpo\ndataset: talk\npref_loss: simpo\nmax_steps: 1\n", expected);
     let expected = json!({"loss": ["orpo"], "beta": 0.1, "lora_alpha": 5.0, "target_modules": ["q_proj", "v_proj"]});
     let more = "stage: dpo\ndataset: talk\npref_loss: orpo\nmax_steps: 1\nlora_alpha: 5\nlora_target: q_proj,v_proj\n";
@@ -428,7 +428,7 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
     let expected = json!({"loss": ["kto"], "dataset_format": "kto", "columns": r#"{"good":"label"}"#,
         "loss_option": ["desirable_weight=2.0", "undesirable_weight=1.0"]});
     run("kto", "stage: kto\ndataset: labelled\nkto_chosen_weight: 2.0\nmax_steps: 2\n", expected);
-    let expected = json!({"loss": ["hinge"], "rpo_alpha": 0.5, "dataset_format": "llama-factory"});
+    let expected = json!({"loss": ["hinge"], "rpo_alpha": 0.5, "dataset_format": "pairs"});
     let said = run("hinge", "stage: dpo\ndataset: talk\npref_loss: hinge\npref_ftx: 0.5\nmax_steps: 1\n", expected);
     assert!(said.contains("pref_loss hinge is hinge") && said.contains("pref_ftx 0.5: the mean is"), "{said}");
 }

@@ -8,10 +8,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use dpo_plugin_api::dataset::{Record, Row, Text};
+use dpo_plugin_api::dataset::{Message, Record, Row, Text};
 use serde_json::Value;
 
 use super::read::SourceRow;
+use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_plugins::Registry;
 
@@ -76,6 +77,7 @@ const PROMPTS: [&str; 25] = [
 /// What is thought of the answers, with the number that says nothing.
 const LABELS: [(&str, Option<f64>); 10] = [
     ("label", None),
+    ("kto_tag", None),
     ("margin", Some(0.0)),
     ("weight", Some(1.0)),
     ("sample_weight", Some(1.0)),
@@ -83,13 +85,20 @@ const LABELS: [(&str, Option<f64>); 10] = [
     ("overall_preference", None),
     ("preference_strength", None),
     ("better_response_id", None),
-    ("safer_response_id", None),
     ("winner", None),
 ];
 /// What a turn has beside its text.
 const OF_TURNS: [&str; 4] = ["function_call", "functions", "thinking", "reasoning"];
 /// Whether a turn is learned.
 const LEARNED: [&str; 3] = ["loss", "train", "weight"];
+/// Verdicts of which a row has two: the one that is read, the other, and what that one says.
+const CHOICES: [(&str, &str, &str); 1] = [("better_response_id", "safer_response_id", "which answer is safer")];
+/// Words in the names of columns, by what they may hold.
+const ASKED: [&str; 9] = ["prompt", "question", "instruct", "query", "problem", "input", "ask", "user", "context"];
+const BETTER: [&str; 9] = ["chosen", "better", "best", "good", "win", "prefer", "accept", "positive", "correct"];
+const WORSE: [&str; 9] = ["reject", "worse", "worst", "bad", "los", "disprefer", "negative", "wrong", "incorrect"];
+/// Questions whose names every format knows.
+const KNOWN: [&str; 6] = ["prompt", "question", "instruction", "query", "problem", "input"];
 /// A text that is shorter may stand in another one by chance.
 const LONG: usize = 16;
 
@@ -147,8 +156,58 @@ pub fn first_columns(rows: &[SourceRow]) -> Vec<&str> {
     names
 }
 
+/// How rows of no known format are read all the same: what their columns may be, as an argument of `--columns`.
+pub fn advice(rows: &[SourceRow], registry: &Registry) -> String {
+    let known: Vec<&str> = registry.formats.iter().map(|f| f.name.as_str()).collect();
+    let formats = format!("known formats: {}; `dpo-host describe NAME` shows rows of each", known.join(", "));
+    let columns = first_columns(rows);
+    if let Some((column, meant)) = misspelt_column(&columns, registry) {
+        return format!(
+            "did you mean '{meant}' for '{column}'? --columns '{{\"{column}\": \"{meant}\"}}' renames it; {formats}"
+        );
+    }
+    let needed = "a row needs a prompt with a preferred and a rejected answer, or one answer with a label";
+    match roles(rows) {
+        Some((map, better)) => {
+            let given =
+                if better == "chosen" { String::new() } else { format!(" if '{better}' has the better answer") };
+            format!("say what the columns are: --columns '{map}'{given}. {needed}; {formats}")
+        }
+        None => format!(
+            "{needed}. --columns '{{\"theirs\": \"prompt\", \"good\": \"chosen\", \"bad\": \"rejected\"}}' renames columns; {formats}"
+        ),
+    }
+}
+
+/// A guess which columns are the prompt and both answers: by words in their names, else by their order. Also the name of the
+/// column that is taken for the better answer.
+fn roles(rows: &[SourceRow]) -> Option<(String, String)> {
+    let row = rows.iter().find_map(|r| r.row.as_ref().ok())?;
+    let about = |name: &str| ["_id", "id", "source", "model", "lang", "category"].iter().any(|end| name.ends_with(end));
+    let said =
+        row.iter().filter(|(name, value)| (value.is_string() || !turns(value).is_empty()) && !about(&plain(name)));
+    let mut left: Vec<&str> = said.map(|(name, _)| name.as_str()).collect();
+    let take = |left: &mut Vec<&str>, words: &[&str], else_first: bool| {
+        let named = left.iter().position(|name| words.iter().any(|word| plain(name).contains(word)));
+        named.or_else(|| (else_first && !left.is_empty()).then_some(0)).map(|at| left.remove(at).to_owned())
+    };
+    let worse = take(&mut left, &WORSE, false);
+    let better = take(&mut left, &BETTER, false);
+    let asked = take(&mut left, &ASKED, true)?;
+    let better = better.or_else(|| take(&mut left, &[], true))?;
+    let worse = worse.or_else(|| take(&mut left, &[], true))?;
+    let mut map = Row::new();
+    for (name, role) in [(&asked, "prompt"), (&better, "chosen"), (&worse, "rejected")] {
+        let known = role == "prompt" && KNOWN.contains(&name.as_str());
+        if name != role && !known {
+            map.insert(name.clone(), role.into());
+        }
+    }
+    Some((Value::Object(map).to_string(), better))
+}
+
 /// A column that is a misspelling of one that a format reads, and that one.
-pub fn misspelt_column(columns: &[&str], registry: &Registry) -> Option<(String, String)> {
+fn misspelt_column(columns: &[&str], registry: &Registry) -> Option<(String, String)> {
     let rows = registry.formats.iter().flat_map(|format| format.examples.lines());
     let known: BTreeSet<String> = rows
         .filter_map(|row| serde_json::from_str::<Row>(row).ok())
@@ -156,7 +215,22 @@ pub fn misspelt_column(columns: &[&str], registry: &Registry) -> Option<(String,
         .collect();
     let unknown = columns.iter().filter(|column| !known.contains(**column));
     let known = || known.iter().map(String::as_str).filter(|name| !columns.contains(name));
-    unknown.filter_map(|column| Some(((*column).to_owned(), Error::misspelt(column, known())?.to_owned()))).next()
+    // `answer_zh` is no slip of `answers`: it says more.
+    let is_slip = |column: &str, meant: &&str| !column.contains(meant.trim_end_matches('s'));
+    let meant =
+        |column: &str| Error::misspelt(column, known()).filter(|meant| is_slip(column, meant)).map(str::to_owned);
+    unknown.filter_map(|column| Some(((*column).to_owned(), meant(column)?))).next()
+}
+
+/// Says which of two verdicts the rows are read by.
+pub(super) fn note_choices(path: &std::path::Path, rows: &[SourceRow]) {
+    let columns = first_columns(rows);
+    for (read, other, what) in CHOICES.iter().filter(|(a, b, _)| columns.contains(a) && columns.contains(b)) {
+        console::note(format!(
+            "{}: the better answer is that of '{read}'; --columns '{{\"{other}\": \"{read}\"}}' takes {what}",
+            path.display()
+        ));
+    }
 }
 
 /// Refuses a row of which something is lost that changes what it means: `records` is what `format` makes of it, and `again`
@@ -187,9 +261,11 @@ pub(super) fn refuse_lost(
         let what = format!("'{name}' of a message would be lost: the format '{format}' does not read it");
         return Err(Error::input(what).help("write it into the text, or leave the key out"));
     }
-    if let Some(name) = row.values().filter_map(unlike_learned).find(|name| !is_read(without_key(row, name))) {
+    if let Some(name) =
+        row.values().filter_map(|column| unlike_learned(column, records)).find(|name| !is_read(without_key(row, name)))
+    {
         let what =
-            format!("'{name}' of a message says otherwise than is done: the answer is learned, and nothing before it");
+            format!("'{name}' of a message says otherwise than is done: answers are learned, and nothing before them");
         return Err(Error::input(what).help("leave such rows out, or the key"));
     }
     Ok(())
@@ -287,15 +363,23 @@ fn role(turn: &Row) -> Option<&str> {
 }
 
 /// A key of a conversation's turn that says that it is learned, or not, where the opposite is done.
-fn unlike_learned(column: &Value) -> Option<&'static str> {
+fn unlike_learned(column: &Value, records: &[Record]) -> Option<&'static str> {
     let turns = turns(column);
     let asks = |turn: &&Row| matches!(role(turn), Some("user" | "human" | "system"));
-    let answer = turns.iter().rposition(asks).map_or(0, |last| last + 1);
-    let learned = |at: usize| at >= answer && matches!(role(turns[at]), Some("assistant" | "gpt" | "bot" | "model"));
+    let last = turns.iter().rposition(asks).map_or(0, |last| last + 1);
+    let is_prompt = |text: &Text| !matches!(text, Text::Messages(turns) if turns.is_empty());
+    let alone = records.iter().filter(|record| is_prompt(&record.prompt)).flat_map(|record| &record.answers);
+    let answers: Vec<&Message> =
+        alone.filter_map(|a| if let Text::Messages(turns) = &a.text { Some(turns) } else { None }).flatten().collect();
+    let learned = |at: usize| {
+        matches!(role(turns[at]), Some("assistant" | "gpt" | "bot" | "model"))
+            && (at >= last
+                || Message::parse(&Value::Object(turns[at].clone())).is_ok_and(|turn| answers.contains(&&turn)))
+    };
     let says = |value: &Value| value.as_f64().or_else(|| Some(f64::from(u8::from(value.as_bool()?))));
     let unlike = |(at, turn): (usize, &&Row)| {
-        let done = f64::from(u8::from(learned(at)));
-        LEARNED.into_iter().find(|key| turn.get(*key).and_then(says).is_some_and(|said| said != done))
+        let key = LEARNED.into_iter().find(|key| turn.contains_key(*key))?;
+        (says(&turn[key])? != f64::from(u8::from(learned(at)))).then_some(key)
     };
     turns.iter().enumerate().find_map(unlike)
 }

@@ -30,7 +30,7 @@ pub use python::strftime_now;
 pub use report::Report;
 pub use tokens::{ChatTokenizer, Truncation};
 
-use columns::{Columns, first_columns, misspelt_column, refuse_lost, rename};
+use columns::{Columns, advice, first_columns, note_choices, refuse_lost, rename};
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
 use dpo_core::example::{Answer, Example};
@@ -165,6 +165,7 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
     let mut items = Vec::new();
     for (file, (path, rows)) in files.into_iter().enumerate() {
         let format = choose(options, registry, &path, &rows)?;
+        note_choices(&path, &rows);
         let (path, format_name) = (path.display().to_string(), format.name.clone());
         report.files.push(FileReport { path, format: format_name, rows: rows.len(), examples: 0 });
         // Behind broken JSON nothing in the file can be trusted, so it is no matter of one row.
@@ -242,17 +243,7 @@ fn choose<'a>(
             let columns = first_columns(rows);
             let error =
                 Error::input(format!("rows of no known dataset format; their columns are {}", columns.join(", ")));
-            let error = error.at(path.display());
-            if let Some((column, meant)) = misspelt_column(&columns, registry) {
-                let rename = format!("--columns '{{\"{column}\": \"{meant}\"}}'");
-                return Err(error.help(format!("did you mean '{meant}' for '{column}'? {rename} renames it")));
-            }
-            let known: Vec<&str> = registry.formats.iter().map(|f| f.name.as_str()).collect();
-            let known = known.join(", ");
-            Err(error.help(format!(
-                    "a row needs a preferred and a rejected answer, or one with a label; known formats: {known}; `dpo-host describe NAME` shows rows of \
-                     each, --columns renames columns"
-                )))
+            Err(error.at(path.display()).help(advice(rows, registry)))
         }
     }
 }
@@ -261,6 +252,9 @@ fn choose<'a>(
 fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<(String, Result<Vec<Record>>)> {
     let records = |row: Row| {
         let records = format.records(&row)?;
+        if records.is_empty() {
+            return Err(Error::input(format!("the format '{}' makes nothing of it", format.name)));
+        }
         refuse_lost(&format.name, &row, &records, |other| format.records(other))?;
         Ok(records)
     };
@@ -330,11 +324,19 @@ fn shape(items: Vec<Item>, options: &DataOptions, report: &mut Report) -> Result
     Ok(items)
 }
 
-/// The learned answers of a record, a record each.
+/// The learned answers of a record, a record each. Of answers that were compared, the better half was liked, as TRL unpairs a
+/// preference.
 fn each_answer(item: Item) -> Vec<Item> {
     let Item { record, file, place } = item;
-    let alone = |answer: &RecordAnswer| Record { answers: vec![answer.clone()], ..record.clone() };
-    learned(&record).iter().map(|answer| Item { record: alone(answer), file, place: place.clone() }).collect()
+    let answers = learned(&record);
+    let alone = |(at, answer): (usize, &RecordAnswer)| {
+        let mut answer = answer.clone();
+        if answers.len() > 1 {
+            answer.label = f64::from(u8::from(at < answers.len() / 2));
+        }
+        Record { answers: vec![answer], ..record.clone() }
+    };
+    answers.iter().enumerate().map(|a| Item { record: alone(a), file, place: place.clone() }).collect()
 }
 
 /// Gives every example, detached, the answer of the one before it among as many as a step has, and the first of them that of the last, as

@@ -275,7 +275,7 @@ fn a_column_that_changes_the_row_is_refused_by_name() {
         (json!({"context": [{"role": "user", "content": "What was said before"}]}), "column 'context'"),
         (json!({"question": "Is it?"}), "column 'question'"),
         (json!({"label": false}), "column 'label'"),
-        (json!({"margin": 0.5}), "column 'margin'"),
+        (json!({"winner": "model_b"}), "column 'winner'"),
         (json!({"weight": "0.1"}), "column 'weight'"),
         (json!({"overall_preference": -2}), "column 'overall_preference'"),
     ];
@@ -338,18 +338,7 @@ fn harmless_columns_are_never_refused() {
     assert_eq!(done.examples.len(), 1);
     // A column that the format makes another text of is read.
     let alpaca = json!({"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4", "system": "Be brief."});
-    assert_eq!(load_with(|o| o.strict = true, &alpaca.to_string()).unwrap().report.files[0].format, "llama-factory");
-}
-
-/// TRL's rows without a prompt would take what both answers share for one.
-#[test]
-fn a_question_that_no_format_reads_is_not_lost() {
-    let row = json!({"system": "", "question": "Who wrote the book of love?", "chosen": "The monks did.", "rejected": "The dog."});
-    let error = load_rows(&row.to_string()).unwrap_err();
-    let expected = "column 'question' would be lost: the format 'trl' does not read it";
-    assert!(error.contains(expected) && error.contains(r#"--columns '{"question": "#), "{error}");
-    let done = load_with(|o| o.columns = [("question".into(), "prompt".into())].into(), &row.to_string()).unwrap();
-    assert_eq!(done.examples.len(), 1);
+    assert_eq!(load_with(|o| o.strict = true, &alpaca.to_string()).unwrap().report.files[0].format, "pairs");
 }
 
 #[test]

@@ -16,7 +16,6 @@ pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry
 
 // Referred to so that the linker keeps what the built-in plugins submit to `inventory`.
 use {
-    dpo_format_hh_rlhf as _, dpo_format_kto as _, dpo_format_llama_factory as _, dpo_format_ms_swift as _,
-    dpo_format_trl as _, dpo_format_ultrafeedback as _,
+    dpo_formats as _, dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _,
+    dpo_models_dense as _,
 };
-use {dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _, dpo_models_dense as _};

@@ -13,7 +13,7 @@ use crate::args::flag::Flag;
 /// The file.
 const INFO: &str = "dataset_info.json";
 
-/// Columns of a ranking, theirs by their names, and those that the format `llama-factory` reads.
+/// Columns of a ranking, theirs by their names, and those that the format `pairs` reads.
 const RANKING: &[(&str, &str)] = &[
     ("prompt", "instruction"),
     ("query", "input"),
@@ -170,7 +170,7 @@ fn how_written(entry: &Map<String, Value>) -> Result<Written> {
             Error::input("is no ranking: its rows have one answer").help("\"ranking\": true, with chosen and rejected")
         );
     }
-    let (format, known) = if labelled { ("kto", LABELLED) } else { ("llama-factory", RANKING) };
+    let (format, known) = if labelled { ("kto", LABELLED) } else { ("pairs", RANKING) };
     let mut renamed = BTreeMap::new();
     for (theirs, ours) in known {
         if let Some(column) = text(columns, theirs).filter(|column| column != ours && !is_read(column, ours)) {

@@ -1,11 +1,30 @@
 //! TRL's preference rows: `chosen` and `rejected`, both with the prompt in front or with a `prompt` of their own, as text
 //! or as conversations (TRL, `docs/source/dataset_formats.md`, `data_utils.py::extract_prompt`).
 
-use dpo_plugin_api::dataset::{column, kind};
+use dpo_plugin_api::dataset::column;
 use dpo_plugin_api::prelude::*;
 
+use crate::row::{has_more_prompt, has_prompt, is_dialogue, text, with_variables};
+
+/// Parts of names of columns that may hold what the answers reply to, whatever else is in the name.
+const ASKS: [&str; 13] = [
+    "prompt",
+    "question",
+    "instruct",
+    "query",
+    "input",
+    "problem",
+    "context",
+    "message",
+    "conversation",
+    "dialog",
+    "history",
+    "request",
+    "user",
+];
+
 /// The format `trl`.
-pub struct Trl;
+pub(crate) struct Trl;
 
 impl DatasetFormat for Trl {
     fn name(&self) -> &'static str {
@@ -17,42 +36,43 @@ impl DatasetFormat for Trl {
     }
 
     fn examples(&self) -> &'static str {
-        include_str!("../rows.jsonl")
+        include_str!("../rows/trl.jsonl")
     }
 
     fn recognises(&self, row: &Row) -> u8 {
-        match (row.get("prompt"), row.get("chosen"), row.get("rejected")) {
-            (Some(Value::String(_)), Some(Value::String(_)), Some(Value::String(_)))
-            | (Some(Value::Array(_)) | None, Some(Value::Array(_)), Some(Value::Array(_))) => 2,
-            (None, Some(Value::String(_)), Some(Value::String(_))) => 1,
-            _ => 0,
-        }
+        crate::recognised(self.name(), row)
     }
 
     fn records(&self, row: &Row) -> Result<Vec<Record>> {
         let (chosen, rejected) = (text(column(row, "chosen")?)?, text(column(row, "rejected")?)?);
         let prompt = row.get("prompt").filter(|v| !v.is_null()).map(text).transpose()?;
-        let mut record = match (prompt, chosen, rejected) {
+        let record = match (prompt, chosen, rejected) {
             (Some(prompt), chosen, rejected) => Record::pair(prompt, chosen, rejected),
             (None, Text::Plain(chosen), Text::Plain(rejected)) => part(&chosen, &rejected),
             (None, chosen, rejected) => Record::pair(Text::Messages(Vec::new()), chosen, rejected),
         };
-        record.tools = row.get("tools").filter(|v| !v.is_null()).cloned();
-        match row.get("chat_template_kwargs") {
-            None | Some(Value::Null) => {}
-            Some(Value::Object(args)) => record.template_args = args.clone(),
-            Some(other) => return bail!("'chat_template_kwargs' should be an object, is {}", kind(other)),
-        }
-        Ok(vec![record])
+        with_variables(record, row).map(|record| vec![record])
     }
 }
 
-fn text(value: &Value) -> Result<Text> {
-    match value {
-        Value::String(text) => Ok(Text::Plain(text.clone())),
-        Value::Array(_) => Ok(Text::Messages(Message::parse_list(value)?)),
-        other => bail!("a prompt or an answer should be a text or a conversation, is {}", kind(other)),
+pub(crate) fn takes(row: &Row) -> u8 {
+    let of = |name: &str| row.get(name).filter(|value| !value.is_null());
+    match (of("prompt"), of("chosen"), of("rejected")) {
+        _ if has_more_prompt(row) => 0,
+        (Some(Value::String(prompt)), Some(Value::String(_)), Some(Value::String(_))) if !is_dialogue(prompt) => 2,
+        (Some(Value::Array(_)), Some(Value::Array(_)), Some(Value::Array(_))) => 2,
+        (None, Some(Value::Array(_)), Some(Value::Array(_))) if !has_prompt(row) => 2,
+        (None, Some(Value::String(_)), Some(Value::String(_))) if !row.iter().any(asks) => 1,
+        _ => 0,
     }
+}
+
+/// Whether a column may hold what the answers reply to. What two texts have in common is then no prompt.
+fn asks((name, value): (&String, &Value)) -> bool {
+    let name = name.to_lowercase();
+    let about = ["_id", "_source", "_type", "_hash", "_len", "_length"].iter().any(|end| name.ends_with(end));
+    let says = value.as_str().is_some_and(|text| !text.is_empty()) || value.is_array();
+    says && !about && ASKS.iter().any(|part| name.contains(part))
 }
 
 /// The prompt of two texts is what they begin with, less a space before the place where they part: that belongs to the
@@ -68,22 +88,13 @@ fn part(chosen: &str, rejected: &str) -> Record {
     Record::pair(plain(&chosen[..at]), plain(&chosen[at..]), plain(&rejected[at..]))
 }
 
-plugin! { datasets: [Trl] }
-
 #[cfg(test)]
 mod tests {
-    use dpo_plugin_api::testing::check_format;
-
     use super::*;
 
     fn plain(prompt: &str, chosen: &str, rejected: &str) -> Record {
         let text = |t: &str| Text::Plain(t.into());
         Record::pair(text(prompt), text(chosen), text(rejected))
-    }
-
-    #[test]
-    fn examples() {
-        check_format(&Trl);
     }
 
     #[test]

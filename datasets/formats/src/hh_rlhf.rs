@@ -4,11 +4,10 @@
 use dpo_plugin_api::dataset::{column, kind};
 use dpo_plugin_api::prelude::*;
 
-const HUMAN: &str = "\n\nHuman:";
-const ASSISTANT: &str = "\n\nAssistant:";
+use crate::row::{dialogue, is_dialogue};
 
 /// The format `hh-rlhf`.
-pub struct HhRlhf;
+pub(crate) struct HhRlhf;
 
 impl DatasetFormat for HhRlhf {
     fn name(&self) -> &'static str {
@@ -20,16 +19,11 @@ impl DatasetFormat for HhRlhf {
     }
 
     fn examples(&self) -> &'static str {
-        include_str!("../rows.jsonl")
+        include_str!("../rows/hh-rlhf.jsonl")
     }
 
     fn recognises(&self, row: &Row) -> u8 {
-        let dialogue = |name: &str| {
-            row.get(name)
-                .and_then(Value::as_str)
-                .is_some_and(|t| t.trim_start().starts_with("Human:") && t.contains(ASSISTANT))
-        };
-        if dialogue("chosen") && dialogue("rejected") { 2 } else { 0 }
+        crate::recognised(self.name(), row)
     }
 
     fn records(&self, row: &Row) -> Result<Vec<Record>> {
@@ -38,37 +32,23 @@ impl DatasetFormat for HhRlhf {
     }
 }
 
-/// The turns of a dialogue, without the white space around them.
+pub(crate) fn takes(row: &Row) -> u8 {
+    let dialogue = |name: &str| row.get(name).and_then(Value::as_str).is_some_and(is_dialogue);
+    if dialogue("chosen") && dialogue("rejected") { 2 } else { 0 }
+}
+
 fn turns(value: &Value) -> Result<Vec<Message>> {
     let Value::String(text) = value else { return bail!("a dialogue should be a text, is {}", kind(value)) };
-    let text = format!("\n\n{}", text.trim_start());
-    if !text.starts_with(HUMAN) {
-        return bail!("a dialogue should begin with 'Human:'");
-    }
-    let mut turns = Vec::new();
-    for question in text.split(HUMAN).skip(1) {
-        let mut parts = question.split(ASSISTANT).map(str::trim);
-        turns.push(Message::new("user", parts.next().unwrap_or_default()));
-        turns.extend(parts.map(|reply| Message::new("assistant", reply)));
-    }
+    let turns = dialogue(text)?;
     if turns.last().is_none_or(|m| m.role != "assistant") {
         return bail!("the dialogue ends without an assistant's answer");
     }
     Ok(turns)
 }
 
-plugin! { datasets: [HhRlhf] }
-
 #[cfg(test)]
 mod tests {
-    use dpo_plugin_api::testing::check_format;
-
     use super::*;
-
-    #[test]
-    fn examples() {
-        check_format(&HhRlhf);
-    }
 
     #[test]
     fn turns_of_a_dialogue() {
