@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{Device, Tensor};
 use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
-use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugins::Registry;
@@ -101,7 +101,7 @@ pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) 
         };
         nodes.iter().map(of_node).collect()
     });
-    let config = AdapterConfig { rank: 3, alpha: 6.0, rslora: false, targets: Targets::AllLinear };
+    let config = AdapterConfig::new(3, 6.0);
     let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");
     let mut numbers = Numbers::new(seed + 1);
     adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.draw() as f32);

@@ -9,7 +9,7 @@ use candle_nn::{Activation, VarBuilder};
 use candle_transformers::models::{llama, qwen2, qwen3};
 use dpo_core::batch::Batch;
 use dpo_core::engine::Engine;
-use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_tests::{CONFIGS, examples, graph, weights};
@@ -21,7 +21,7 @@ fn base(graph: &ModelGraph, weights: &HashMap<String, Tensor>) -> Engine {
         n.weights.iter().map(|w| weights[&format!("{prefix}{}", w.tensor)].clone()).collect()
     };
     let all = blocks(graph).map(|(_, prefix, nodes)| nodes.iter().map(|n| of_node(prefix, n)).collect()).collect();
-    let config = AdapterConfig { rank: 1, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
+    let config = AdapterConfig::new(1, 1.0);
     Engine::of(graph.clone(), all, Adapter::new(graph, config, 0).unwrap()).unwrap()
 }
 

@@ -14,7 +14,7 @@ use crate::device::CpuDevice;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
-use crate::lora::{Adapter, AdapterConfig, Targets};
+use crate::lora::{Adapter, AdapterConfig, Patterns, Targets};
 
 use crate::weights::blocks;
 
@@ -412,7 +412,23 @@ pub fn given(name: &str, shape: &[usize]) -> Vec<f32> {
 
 /// An adapter on every linear whose A and B are not zero, in values that bf16 holds.
 pub fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
-    let config = AdapterConfig { rank: 8, alpha: 16.0, rslora: false, targets: Targets::AllLinear };
+    adapter_of(graph, AdapterConfig::new(8, 16.0), zero_b)
+}
+
+/// One with ranks and scales that differ from linear to linear and from layer to layer, of a graph with the usual names.
+pub fn patterned_adapter(graph: &ModelGraph) -> Result<Adapter> {
+    let ranks = r#"{"layers.1.self_attn.q_proj": 16, "q_proj|k_proj": 3, "layers.0.mlp.down_proj": 12}"#;
+    let config = AdapterConfig {
+        rank_pattern: Patterns::parse(ranks)?,
+        alpha_pattern: Patterns::parse(r#"{"v_proj": 40, "mlp.*": 4}"#)?,
+        exclude: Some(Targets::parse(&[r".*layers\.1\..*o_proj".into()])?),
+        rslora: true,
+        ..AdapterConfig::new(8, 16.0)
+    };
+    adapter_of(graph, config, false)
+}
+
+fn adapter_of(graph: &ModelGraph, config: AdapterConfig, zero_b: bool) -> Result<Adapter> {
     let mut adapter = Adapter::new(graph, config, 1)?;
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     for site in adapter.sites.clone() {
@@ -425,13 +441,17 @@ pub fn adapter(graph: &ModelGraph, zero_b: bool) -> Result<Adapter> {
     Ok(adapter)
 }
 
-/// The CPU as a device over [`given`] weights, with [`adapter`].
-pub fn cpu(graph: &ModelGraph, tokens: usize, zero_b: bool) -> Result<CpuDevice> {
-    CpuDevice::new(engine(graph, zero_b)?, tokens)
+/// The CPU as a device over [`given`] weights.
+pub fn cpu(graph: &ModelGraph, tokens: usize, adapter: Adapter) -> Result<CpuDevice> {
+    CpuDevice::new(engine_with(graph, adapter)?, tokens)
 }
 
-/// As [`cpu`], the engine alone.
+/// An engine over them, with [`adapter`].
 pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
+    engine_with(graph, adapter(graph, zero_b)?)
+}
+
+fn engine_with(graph: &ModelGraph, adapter: Adapter) -> Result<Engine> {
     let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
         Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
@@ -442,7 +462,7 @@ pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
         nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });
     let weights = of.collect::<Result<Vec<_>>>()?;
-    Engine::of(graph.clone(), weights, adapter(graph, zero_b)?)
+    Engine::of(graph.clone(), weights, adapter)
 }
 
 /// Examples of random tokens, best answer first: of every one the length of the prompt, then those of its answers.

@@ -223,7 +223,6 @@ impl Weights {
                 return Err(Error::run("an adapted linear is in no stack"));
             };
             let [a, b] = adapter.ranges(site);
-            let rank = adapter.config.rank;
             // As `struct Part` of adamw.cu has them.
             let sizes = |rows: usize, columns: usize| rows as u64 | (columns as u64) << 32;
             let scale = |s: f64| u64::from((s as f32).to_bits());
@@ -234,7 +233,7 @@ impl Weights {
                 loaded.ld as u64,
                 stack.inputs as u64,
                 1,
-                sizes(rank, site.inputs),
+                sizes(site.rank, site.inputs),
                 scale(1.0),
             ]);
             parts.push([
@@ -244,8 +243,8 @@ impl Weights {
                 loaded.ld as u64,
                 1,
                 stack.outputs as u64,
-                sizes(site.outputs, rank),
-                scale(adapter.config.scale()),
+                sizes(site.outputs, site.rank),
+                scale(site.scale),
             ]);
         }
         Ok(parts)

@@ -37,23 +37,32 @@ pub(super) struct Lowered {
 impl Lowered {
     /// With layers kept as such numbers.
     pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) -> Result<Lowered> {
-        let (hidden, rank) = (graph.hidden_size, adapter.config.rank.next_multiple_of(8));
-        let blocks = || graph.blocks.iter().flat_map(|b| (0..b.nodes.len()).map(move |index| (&b.nodes, index)));
-        let behind = blocks().map(|(nodes, index)| Ok((ops::find(&nodes[index].op)?.ranks_behind)(nodes, index)));
-        let behind = behind.collect::<Result<Vec<usize>>>()?.into_iter().max().unwrap_or(0) * rank;
+        let hidden = graph.hidden_size;
         if let Some(site) = adapter.sites.iter().find(|s| !matches!(s.node.0, BlockId::Layer(_))) {
             return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
                 .help("leave it out of --target-modules, or train with --device cpu"));
         }
+        // Layers of a kind have one program: the rank of a node there is the largest that it has in any of them.
+        let rank = |kind: usize, node: usize| {
+            let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
+            let ranks = adapter.sites.iter().filter(|s| s.node.1 == node && of_kind(s.node.0)).map(|s| s.rank);
+            ranks.max().unwrap_or(0).next_multiple_of(8)
+        };
+        let mut behind = 0;
+        for (kind, block) in graph.blocks.iter().enumerate() {
+            for (index, node) in block.nodes.iter().enumerate() {
+                let columns = ops::find(&node.op)?.columns_behind;
+                behind = behind.max(columns(&block.nodes, index, &|node| rank(kind, node)));
+            }
+        }
         let lower = |kind: usize| {
             let block = &graph.blocks[kind];
-            let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
-            let adapted = |node| adapter.sites.iter().any(|s| s.node.1 == node && of_kind(s.node.0));
-            let frame = Frame { widths: [hidden; 2], behind, rank, adapted: &adapted, numbers, backward: true };
+            let rank = |node| rank(kind, node);
+            let frame = Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true };
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain = |widths, behind, backward| Frame { widths, behind, rank, adapted: &|_| false, numbers, backward };
+        let plain = |widths, behind, backward| Frame { widths, behind, rank: &|_| 0, numbers, backward };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
         let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], behind, false))?;
         let (node, nodes) = projection(graph)?;

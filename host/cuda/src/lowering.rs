@@ -34,8 +34,8 @@ pub(crate) struct CudaOp {
     pub part: fn(&Node) -> Option<(usize, usize)>,
     /// What a step that makes one of its inputs could compute in its stead.
     pub epilogue: Option<Epilogue>,
-    /// Multiples of the LoRA rank that a node may claim behind a value.
-    pub ranks_behind: fn(&[Node], usize) -> usize,
+    /// LoRA columns that a node may claim behind a value, given the rank of every node.
+    pub columns_behind: fn(&[Node], usize, &dyn Fn(usize) -> usize) -> usize,
     /// What is computed for it once a batch.
     pub table: fn(&Node) -> Option<BatchTable>,
 }
@@ -70,7 +70,7 @@ impl CudaOp {
             in_place: false,
             part: |_| None,
             epilogue: None,
-            ranks_behind: |_, _| 0,
+            columns_behind: |_, _, _| 0,
             table: |_| None,
         }
     }
@@ -82,10 +82,8 @@ pub(super) struct Frame<'a> {
     pub widths: [usize; 2],
     /// LoRA columns that lie behind the values that go from block to block.
     pub behind: usize,
-    /// The rank of an adapted linear, a multiple of 8.
-    pub rank: usize,
-    /// Whether a node is adapted.
-    pub adapted: &'a dyn Fn(usize) -> bool,
+    /// The LoRA rank of a node, a multiple of 8; 0 where it is not adapted.
+    pub rank: &'a dyn Fn(usize) -> usize,
     /// What its matrices are kept as.
     pub numbers: Numbers,
     /// Whether it has a backward pass.
@@ -286,7 +284,7 @@ impl Lowering<'_> {
 
     /// The LoRA rank of a node; 0 where it is not adapted.
     pub(crate) fn rank(&self, index: usize) -> usize {
-        if (self.frame.adapted)(index) { self.frame.rank } else { 0 }
+        (self.frame.rank)(index)
     }
 }
 

@@ -18,7 +18,7 @@ use dpo_core::lora::Adapter;
 use dpo_core::ops;
 use dpo_core::ops::answer_mask::AnswerMask;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, given, op_cases};
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, given, op_cases, patterned_adapter};
 use dpo_core::weights::BlockId;
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
@@ -135,11 +135,12 @@ impl Emulation<'_> {
 impl Emulator {
     fn new(
         graph: &ModelGraph,
+        adapter: &Adapter,
         batch: Batch,
         allowed: &[SavedActivations],
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
-        let adapter = adapter(graph, false).unwrap();
+        let adapter = adapter.clone();
         let lowered = Lowered::new(graph, &adapter, NUMBERS).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
@@ -264,8 +265,8 @@ impl Emulator {
         self.head(Some(dlogps));
         (0..self.graph.layers.len()).rev().for_each(|layer| self.layer(layer, true));
         let mut gradient = vec![0.0; self.adapter.params.len()];
-        let (rank, scale) = (self.adapter.config.rank, self.adapter.config.scale() as f32);
         for site in &self.adapter.sites {
+            let (rank, scale) = (site.rank, site.scale as f32);
             let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
             let stacks = &self.lowered.programs[self.graph.layers[layer].block].stacks;
             let found = stacks.iter().zip(&self.stacks[layer]);
@@ -307,14 +308,14 @@ impl StackValues {
             let Some(site) = adapter.sites.iter().find(|s| s.node == (BlockId::Layer(layer), member.node)) else {
                 continue;
             };
-            let ([a, b], rank) = (adapter.ranges(site), adapter.config.rank);
+            let ([a, b], rank) = (adapter.ranges(site), site.rank);
             for (r, row) in adapter.params[a].chunks(stack.inputs).enumerate() {
                 let to = (stack.outputs + member.rank_column + r) * columns;
                 weights[to..to + stack.inputs].copy_from_slice(row);
             }
             for (output, row) in adapter.params[b].chunks(rank).enumerate() {
                 let to = (member.column + output) * columns + stack.inputs + member.rank_column;
-                let scaled = row.iter().map(|v| v * adapter.config.scale() as f32);
+                let scaled = row.iter().map(|v| v * site.scale as f32);
                 weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
             }
         }
@@ -357,29 +358,45 @@ fn programs_compute_what_the_cpu_computes() {
     let families =
         FAMILIES.iter().map(|(name, config)| (name.to_string(), registry.family(name).unwrap().graph(config).unwrap()));
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
-        let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
-        let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
-        let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
-        let mut exact = cpu(&graph, batch.tokens(), false).unwrap();
-        let logps = exact.forward(&batch, true).unwrap().logps;
-        exact.backward(&batch, &dlogps).unwrap();
-        let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
-        // Less than everything, so that layers save different parts.
-        let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
-        for (allowed, level, part) in levels.chain(mixed) {
-            let bytes = |f: &Footprint| {
-                let (whole, least) =
-                    (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
-                least.max((whole as f64 * part) as usize).next_multiple_of(2)
-            };
-            let mut own = Emulator::new(&graph, batch.clone(), &allowed, bytes);
-            let found = own.forward();
-            let gradient = own.backward(&dlogps);
-            let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.saved);
-            let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
-            assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
-        }
+        compare(&name, &graph, &adapter(&graph, false).unwrap());
+    }
+}
+
+/// A stack has columns for the largest rank of every linear in layers of a kind; where a layer has less, they are zero.
+#[test]
+fn linears_may_have_ranks_and_scales_of_their_own() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let adapter = patterned_adapter(&graph).unwrap();
+    let ranks: std::collections::BTreeSet<usize> = adapter.sites.iter().map(|s| s.rank).collect();
+    assert!(ranks.into_iter().eq([3, 8, 12, 16]), "{:?}", adapter.sites);
+    compare("patterns", &graph, &adapter);
+}
+
+/// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.
+fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
+    let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
+    let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
+    let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut exact = cpu(graph, batch.tokens(), adapter.clone()).unwrap();
+    let logps = exact.forward(&batch, true).unwrap().logps;
+    exact.backward(&batch, &dlogps).unwrap();
+    let (tokens, answers) = (batch.tokens(), batch.targets.len());
+    let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
+    // Less than everything, so that layers save different parts.
+    let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
+    for (allowed, level, part) in levels.chain(mixed) {
+        let bytes = |f: &Footprint| {
+            let (whole, least) =
+                (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
+            least.max((whole as f64 * part) as usize).next_multiple_of(2)
+        };
+        let mut own = Emulator::new(graph, adapter, batch.clone(), &allowed, bytes);
+        let found = own.forward();
+        let gradient = own.backward(&dlogps);
+        let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.saved);
+        let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
+        assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
     }
 }
 
@@ -471,8 +488,7 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
     let cases = op_cases().unwrap();
     let lower = |name: &str| {
         let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
-        let frame =
-            Frame { widths: [104; 2], behind: 0, rank: 8, adapted: &|_| false, numbers: NUMBERS, backward: true };
+        let frame = Frame { widths: [104; 2], behind: 0, rank: &|_| 0, numbers: NUMBERS, backward: true };
         Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
     };
     let error = lower("rope of a value, added to itself").unwrap_err().to_string();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args, ValueEnum};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
-use dpo_core::lora::Targets;
+use dpo_core::lora::{AdapterConfig, Patterns, Targets};
 use dpo_core::memory::free_memory;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
@@ -182,6 +182,16 @@ pub(crate) struct TrainArgs {
     /// Modules to adapt: all-linear, names of modules, or one regular expression over whole names [default: all-linear]
     #[arg(long, value_name = "M", num_args = 1.., help_heading = "LoRA")]
     target_modules: Vec<String>,
+    /// Of those, modules not to adapt: names, or one regular expression over whole names [default: none]
+    #[arg(long, value_name = "M", num_args = 1.., help_heading = "LoRA")]
+    exclude_modules: Vec<String>,
+    /// Ranks of modules that have their own, by the ends of their names, which may be regular expressions: {"down_proj": 4}
+    /// [default: none]
+    #[arg(long, value_name = "JSON", help_heading = "LoRA")]
+    rank_pattern: Option<String>,
+    /// Alphas of modules that have their own, as for --rank-pattern [default: none]
+    #[arg(long, value_name = "JSON", help_heading = "LoRA")]
+    alpha_pattern: Option<String>,
 
     /// Steps between lines of the log
     #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Output")]
@@ -472,18 +482,44 @@ impl TrainArgs {
 
     fn starting_adapter(&self) -> Result<StartAdapter> {
         let (rank, alpha) = (self.lora_rank, self.lora_alpha);
-        Ok(match &self.init_adapter {
-            Some(folder) => StartAdapter::From { folder: folder.clone(), rank, alpha },
-            None => StartAdapter::New {
-                rank: rank.unwrap_or(LORA_RANK),
-                alpha: alpha.unwrap_or(LORA_ALPHA),
-                rslora: self.use_rslora,
-                targets: match self.target_modules.as_slice() {
-                    [] => Targets::AllLinear,
-                    names => Targets::parse(names)?,
-                },
+        if let Some(folder) = &self.init_adapter {
+            self.refuse_other_shape()?;
+            return Ok(StartAdapter::From { folder: folder.clone(), rank, alpha });
+        }
+        let modules = |flag: &str, values: &[String]| Targets::parse(values).map_err(|e| e.at(flag));
+        let patterns = |flag: &str, text: &Option<String>| match text {
+            Some(text) => Patterns::parse(text).map_err(|e| e.at(flag)),
+            None => Ok(Patterns::default()),
+        };
+        Ok(StartAdapter::New(AdapterConfig {
+            rslora: self.use_rslora,
+            targets: match self.target_modules.as_slice() {
+                [] => Targets::AllLinear,
+                names => modules("--target-modules", names)?,
             },
-        })
+            exclude: match self.exclude_modules.as_slice() {
+                [] => None,
+                names => Some(modules("--exclude-modules", names)?),
+            },
+            rank_pattern: patterns("--rank-pattern", &self.rank_pattern)?,
+            alpha_pattern: patterns("--alpha-pattern", &self.alpha_pattern)?,
+            ..AdapterConfig::new(rank.unwrap_or(LORA_RANK), alpha.unwrap_or(LORA_ALPHA))
+        }))
+    }
+
+    /// Refuses flags of a new adapter where one is continued.
+    fn refuse_other_shape(&self) -> Result<()> {
+        let given = [
+            ("--exclude-modules", !self.exclude_modules.is_empty()),
+            ("--rank-pattern", self.rank_pattern.is_some()),
+            ("--alpha-pattern", self.alpha_pattern.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Error::input("is of a new adapter, and --init-adapter continues one")
+                .at(flag)
+                .help("leave it out: a run from an adapter keeps its shape")),
+            None => Ok(()),
+        }
     }
 
     fn optimizer(&self) -> OptimizerConfig {

@@ -19,7 +19,7 @@ use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::files;
 use dpo_core::logprobs::AnswerLogProbs;
-use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
@@ -158,7 +158,7 @@ fn measure(
     };
     let batch_size = options.batch_size * group.size();
     let graph = Shape::named(&options.shape)?.graph(registry)?;
-    let lora = AdapterConfig { rank: options.lora_rank, alpha: 32.0, rslora: false, targets: Targets::AllLinear };
+    let lora = AdapterConfig::new(options.lora_rank, 32.0);
     let adapter = Adapter::new(&graph, lora, 0)?;
     let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length)?;
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
-use dpo_core::lora::{Adapter, AdapterConfig, Targets};
+use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Plan};
 use dpo_cuda::{self as cuda, Gpu, GpuPlan, Room};
@@ -120,7 +120,7 @@ fn longest(options: &PlanOptions) -> usize {
 }
 
 fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
-    let config = AdapterConfig { rank: options.lora_rank, alpha: 1.0, rslora: false, targets: Targets::AllLinear };
+    let config = AdapterConfig::new(options.lora_rank, 1.0);
     Adapter::planned(graph, config)
 }
 

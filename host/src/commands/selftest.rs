@@ -18,10 +18,11 @@ use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
+use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases};
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter};
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_ranks::{self as ranks, Place};
@@ -74,12 +75,17 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     let mut failures = 0;
     let wanted = |name: &str| name.contains(&options.only);
     for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
-        failures += usize::from(!compare(index, &name, &graph, options.quick)?);
+        failures += usize::from(!compare(index, &name, &graph, &adapter(&graph, false)?, options.quick)?);
+    }
+    const PATTERNS: &str = "LoRA rank and alpha patterns";
+    if let Some((family, config)) = FAMILIES.first().filter(|_| wanted(PATTERNS)) {
+        let graph = registry.family(family)?.graph(config)?;
+        failures += usize::from(!compare(index, PATTERNS, &graph, &patterned_adapter(&graph)?, options.quick)?);
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.graph(config)?;
-        failures += usize::from(!compare(index, family, &graph, options.quick)?);
+        failures += usize::from(!compare(index, family, &graph, &adapter(&graph, false)?, options.quick)?);
         failures += usize::from(!training(registry, index, family, &graph, steps)?);
         failures += usize::from(!answers(index, family, &graph)?);
     }
@@ -140,16 +146,21 @@ fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
     Ok(good)
 }
 
-fn gpu(index: usize, graph: &ModelGraph, tokens: usize, zero_b: bool, recompute: Option<bool>) -> Result<CudaDevice> {
+fn gpu(
+    index: usize,
+    graph: &ModelGraph,
+    tokens: usize,
+    adapter: Adapter,
+    recompute: Option<bool>,
+) -> Result<CudaDevice> {
     let gpu = Gpu::open(index)?;
-    let adapter = adapter(graph, zero_b)?;
     let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Compares log-probs and gradients; a line of the table.
-fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<bool> {
+fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
         &[&[1, 1, 1]],
@@ -165,12 +176,12 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, quick: bool) -> Result<
     let make = |lengths: &&[&[usize]]| Ok(Batch::of(&examples(graph.vocab_size, lengths, 5)?));
     let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let mut cpu = cpu(graph, tokens, false)?;
+    let mut cpu = cpu(graph, tokens, adapter.clone())?;
     let mut worst = [0.0_f64; 2];
     let mut repeats = true;
     let mut devices = Vec::new();
     for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
-        devices.push(gpu(index, graph, tokens, false, *recompute)?);
+        devices.push(gpu(index, graph, tokens, adapter.clone(), *recompute)?);
     }
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
@@ -212,8 +223,9 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let pairs = examples(graph.vocab_size, &lengths, 11)?;
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
+    let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
     let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, tokens / 2 + 60, true)?), Box::new(gpu(index, graph, tokens / 2 + 60, true, None)?)];
+        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(index, graph, tokens, start, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let mut losses = [Vec::new(), Vec::new()];

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use dpo_core::error::Result;
-use dpo_core::lora::Targets;
+use dpo_core::lora::AdapterConfig;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_data::{DataOptions, Wanted};
@@ -115,16 +115,7 @@ pub struct ReferenceConfig {
 #[derive(Clone, Debug)]
 pub enum StartAdapter {
     /// A new one: A Kaiming-uniform, B zero.
-    New {
-        /// LoRA rank r.
-        rank: usize,
-        /// LoRA alpha.
-        alpha: f64,
-        /// Whether the update is scaled by `alpha / sqrt(rank)` instead of `alpha / rank`.
-        rslora: bool,
-        /// Which linears.
-        targets: Targets,
-    },
+    New(AdapterConfig),
     /// A PEFT adapter. Rank and alpha are its own; where the user names them they have to agree.
     From {
         /// Its folder.

@@ -78,7 +78,6 @@ fn bytes(values: &[f32]) -> Vec<u8> {
 /// The name of the cache's entry, from everything that log-probs depend on.
 fn cache_name(device: &dyn Device, model: &str, examples: &[Example]) -> String {
     let adapter = device.adapter();
-    let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
     // With B zero the update is zero whatever A is, so that runs with other seeds share a reference.
     let params = if adapter.changes_nothing() { Vec::new() } else { bytes(&adapter.params) };
     let examples: Vec<u8> = examples.iter().flat_map(Example::content).collect();
@@ -89,7 +88,7 @@ fn cache_name(device: &dyn Device, model: &str, examples: &[Example]) -> String 
         &serde_json::to_vec(&device.packing()).unwrap_or_default(),
         model.as_bytes(),
         &serde_json::to_vec(device.graph()).unwrap_or_default(),
-        format!("{} {}", adapter.config.scale(), modules.join(" ")).as_bytes(),
+        adapter.shape().as_bytes(),
         &params,
         &examples,
     ])

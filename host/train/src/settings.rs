@@ -18,6 +18,7 @@ use dpo_plugin_api::graph::ModelGraph;
 /// `adapter` by content.
 const FREE: &[&str] = &[
     "add_version",
+    "alpha_pattern",
     "columns",
     "dashboard",
     "dataset",
@@ -27,6 +28,7 @@ const FREE: &[&str] = &[
     "early_stopping_patience",
     "eval_on_start",
     "eval_steps",
+    "exclude_modules",
     "gpu_memory",
     "gpus",
     "greater_is_better",
@@ -43,6 +45,7 @@ const FREE: &[&str] = &[
     "plugin",
     "plugin_dir",
     "progress_timeout",
+    "rank_pattern",
     "recompute",
     "ref_adapter",
     "ref_model",
@@ -93,7 +96,8 @@ pub(super) fn decisive(
     flags.insert("lora_rank".into(), json!(adapter.config.rank));
     flags.insert("lora_alpha".into(), json!(adapter.config.alpha));
     flags.insert("use_rslora".into(), json!(adapter.config.rslora));
-    let modules: Vec<&str> = adapter.sites.iter().map(|s| s.module.as_str()).collect();
+    flags.insert("rank_pattern".into(), adapter.config.rank_pattern.to_json(1.0));
+    flags.insert("alpha_pattern".into(), adapter.config.alpha_pattern.to_json(1.0));
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
     let content: Vec<u8> = examples.iter().flat_map(Example::content).collect();
     // Text keys in the order of their fields: the same graph has the same text.
@@ -102,7 +106,7 @@ pub(super) fn decisive(
         (HOST, env!("CARGO_PKG_VERSION").to_owned()),
         ("the plugin's graph of the model", short(&graph)),
         ("the data", format!("{} examples, {}", examples.len(), short(&content))),
-        ("--target-modules", format!("{} modules, {}", modules.len(), short(modules.join(" ").as_bytes()))),
+        ("--target-modules", format!("{} modules, {}", adapter.sites.len(), short(adapter.shape().as_bytes()))),
         ("the adapter at the start", short(&params)),
     ];
     let flags = flags.into_iter().map(|(name, value)| (format!("--{}", name.replace('_', "-")), value));

@@ -10,7 +10,7 @@ use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::files;
-use dpo_core::lora::{Adapter, AdapterConfig, read_config};
+use dpo_core::lora::{Adapter, read_config};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::weights::Checkpoint;
@@ -338,7 +338,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
     let adapter = output.join("adapter_model.safetensors").display().to_string();
     console::result(format!("adapter     {adapter}"));
     // The base is what a continued adapter was before it was an adapter, not before this run.
-    let from_base = matches!(config.adapter, StartAdapter::New { .. });
+    let from_base = matches!(config.adapter, StartAdapter::New(_));
     if group.is_first() && from_base && before_after::are_cheap(checkpoint.bytes(), backend) {
         let adapter = device.adapter().clone();
         // A GPU may not have room for the model twice.
@@ -385,10 +385,7 @@ fn serve(dashboard: &Dashboard, attempt: u64) -> Result<Option<Server>> {
 
 fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> {
     match &config.adapter {
-        StartAdapter::New { rank, alpha, rslora, targets } => {
-            let lora = AdapterConfig { rank: *rank, alpha: *alpha, rslora: *rslora, targets: targets.clone() };
-            Adapter::new(&model.graph, lora, config.data.seed).map_err(|e| e.at("--target-modules"))
-        }
+        StartAdapter::New(lora) => Adapter::new(&model.graph, lora.clone(), config.data.seed),
         StartAdapter::From { folder, rank, alpha } => {
             let own = read_config(folder)?;
             let differs = [

@@ -1,5 +1,6 @@
 //! The adapter: which linears get a low-rank update, its parameters in one flat f32 buffer, and PEFT's files.
 
+mod config;
 mod merge;
 mod peft;
 mod target;
@@ -8,7 +9,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use dpo_plugin_api::check::check_linears;
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{ModelGraph, Node};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -17,22 +18,27 @@ use crate::memory::{self, free_memory};
 use crate::ops::Lora;
 use crate::weights::{BlockId, blocks};
 
+pub use config::{AdapterConfig, MOST_ALPHA};
 pub use merge::merge;
-pub use peft::{AdapterConfig, MOST_ALPHA, base_model, read_config};
-pub use target::Targets;
+pub use peft::{base_model, read_config};
+pub use target::{Layers, Patterns, Targets};
 
 /// No linear is as wide; products of a rank and the widths of a model stay far from the end of the numbers.
 pub(crate) const MOST_RANK: usize = 1 << 16;
 
 /// A linear that is adapted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Site {
     /// Its module, as PEFT names it: `model.layers.0.self_attn.q_proj`.
     pub module: String,
-    /// Columns of its input and of its output.
+    /// Columns of its input.
     pub inputs: usize,
     /// Columns of its output.
     pub outputs: usize,
+    /// Rows of A.
+    pub rank: usize,
+    /// The factor on `B · A`.
+    pub scale: f64,
     /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows.
     pub offset: usize,
     /// The block it is in, and its node there.
@@ -53,11 +59,10 @@ pub struct Adapter {
 impl Adapter {
     /// The sites of a new adapter without its parameters, for a plan.
     pub fn planned(graph: &ModelGraph, config: AdapterConfig) -> Result<Adapter> {
-        if !(1..=MOST_RANK).contains(&config.rank) {
-            let what = format!("should be from 1 to {MOST_RANK}, not {}", config.rank);
-            return Err(Error::input(what).at("--lora-rank").help("8 to 64 is usual"));
-        }
-        Ok(Adapter { sites: sites(graph, &config)?, params: Vec::new(), config })
+        config.check()?;
+        let sites = sites(graph, &config).map_err(|e| e.at("--target-modules"))?;
+        refuse_idle(graph, &config, &sites)?;
+        Ok(Adapter { sites, params: Vec::new(), config })
     }
 
     /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
@@ -78,7 +83,7 @@ impl Adapter {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         for site in &adapter.sites {
             let bound = (site.inputs as f32).powf(-0.5);
-            let a = site.offset..site.offset + rank * site.inputs;
+            let a = site.offset..site.offset + site.rank * site.inputs;
             adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
         }
         Ok(adapter)
@@ -86,12 +91,18 @@ impl Adapter {
 
     /// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
     pub fn parameters(&self) -> usize {
-        self.sites.last().map_or(0, |s| s.offset + self.config.rank * (s.inputs + s.outputs))
+        self.sites.last().map_or(0, |s| s.offset + s.rank * (s.inputs + s.outputs))
+    }
+
+    /// What its parameters mean, in a text: of every site its module, rank and scale.
+    pub fn shape(&self) -> String {
+        let site = |s: &Site| format!("{} {} {}\n", s.module, s.rank, s.scale);
+        self.sites.iter().map(site).collect()
     }
 
     /// An adapter that changes nothing, for a device that needs one.
     pub fn idle(graph: &ModelGraph) -> Result<Adapter> {
-        Adapter::new(graph, AdapterConfig { rank: 1, alpha: 1.0, rslora: false, targets: Targets::AllLinear }, 0)
+        Adapter::new(graph, AdapterConfig::new(1, 1.0), 0)
     }
 
     /// The adapter in a folder of PEFT's.
@@ -112,11 +123,10 @@ impl Adapter {
     /// A and B of a site as tensors.
     pub fn lora(&self, site: &Site) -> Result<Lora> {
         let [a, b] = self.ranges(site);
-        let rank = self.config.rank;
         Ok(Lora {
-            a: Tensor::from_slice(&self.params[a], (rank, site.inputs), &Device::Cpu)?,
-            b: Tensor::from_slice(&self.params[b], (site.outputs, rank), &Device::Cpu)?,
-            scale: self.config.scale(),
+            a: Tensor::from_slice(&self.params[a], (site.rank, site.inputs), &Device::Cpu)?,
+            b: Tensor::from_slice(&self.params[b], (site.outputs, site.rank), &Device::Cpu)?,
+            scale: site.scale,
         })
     }
 
@@ -127,14 +137,14 @@ impl Adapter {
 
     /// Where A and B of a site lie in the flat buffer.
     pub fn ranges(&self, site: &Site) -> [std::ops::Range<usize>; 2] {
-        let middle = site.offset + self.config.rank * site.inputs;
-        [site.offset..middle, middle..middle + self.config.rank * site.outputs]
+        let middle = site.offset + site.rank * site.inputs;
+        [site.offset..middle, middle..middle + site.rank * site.outputs]
     }
 }
 
 /// The linears of a graph that the targets name.
 fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
-    check_linears(graph, |module| config.targets.name(module))?;
+    check_linears(graph, |module| config.adapts(module))?;
     let mut sites = Vec::new();
     let mut offset = 0;
     let mut modules = Vec::new();
@@ -142,22 +152,49 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
         for (index, node) in nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
             let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
-            if config.targets.name(&module) {
-                let inputs = *inputs;
-                let outputs = node.width;
-                sites.push(Site { module: module.clone(), inputs, outputs, offset, node: (block, index) });
-                offset += config.rank * (inputs + outputs);
+            if config.adapts(&module) {
+                let (inputs, outputs) = (*inputs, node.width);
+                let (rank, scale) = (config.rank_of(&module), config.scale_of(&module));
+                sites.push(Site { module: module.clone(), inputs, outputs, rank, scale, offset, node: (block, index) });
+                offset += rank * (inputs + outputs);
             }
             modules.push(module);
         }
     }
     if let Some(unused) = config.targets.first_without_match(&modules) {
-        let mut last: Vec<&str> = modules.iter().filter_map(|m| m.rsplit('.').next()).collect();
-        last.sort_unstable();
-        last.dedup();
-        return Err(Error::unknown("target module", &unused, last));
+        return Err(Error::unknown("target module", &unused, last_names(&modules)));
+    }
+    if sites.is_empty() {
+        return Err(Error::input("no linear is left to adapt").help("exclude fewer, or name other target modules"));
     }
     Ok(sites)
+}
+
+/// Refuses what a user says of modules that there are none of.
+fn refuse_idle(graph: &ModelGraph, config: &AdapterConfig, sites: &[Site]) -> Result<()> {
+    let whole = |(_, prefix, nodes): (BlockId, &str, &[Node])| -> Vec<String> {
+        nodes.iter().filter_map(|node| Some(format!("{prefix}{}", node.module()?))).collect()
+    };
+    let modules: Vec<String> = blocks(graph).flat_map(whole).collect();
+    if let Some(unused) = config.exclude.as_ref().and_then(|exclude| exclude.first_without_match(&modules)) {
+        return Err(Error::unknown("module", &unused, last_names(&modules)).at("--exclude-modules"));
+    }
+    let adapted = sites.iter().map(|s| s.module.as_str());
+    for (flag, patterns) in [("--rank-pattern", &config.rank_pattern), ("--alpha-pattern", &config.alpha_pattern)] {
+        if let Some(unused) = patterns.first_without_match(adapted.clone()) {
+            let modules: Vec<String> = adapted.map(str::to_owned).collect();
+            return Err(Error::unknown("adapted module", unused, last_names(&modules)).at(flag));
+        }
+    }
+    Ok(())
+}
+
+/// The last names of modules, each once.
+fn last_names(modules: &[String]) -> Vec<&str> {
+    let mut last: Vec<&str> = modules.iter().filter_map(|m| m.rsplit('.').next()).collect();
+    last.sort_unstable();
+    last.dedup();
+    last
 }
 
 #[cfg(test)]
@@ -183,7 +220,7 @@ mod tests {
         graph.head(|b, x| b.lm_head("head", x, 16));
         let graph = graph.finish(&Config::parse("{}").unwrap()).unwrap();
         let adapter = |targets| {
-            let config = AdapterConfig { rank: 2, alpha: 4.0, rslora: false, targets };
+            let config = AdapterConfig { targets, ..AdapterConfig::new(2, 4.0) };
             Adapter::new(&graph, config, 0).map(|a| a.sites.len()).map_err(|e| e.to_string())
         };
         assert!(adapter(Targets::AllLinear).unwrap_err().contains("two linears of the name '0.shared'"));

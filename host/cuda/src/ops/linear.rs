@@ -15,7 +15,9 @@ use dpo_core::error::{Error, Result};
 pub(super) const OP: CudaOp = CudaOp {
     prepare,
     backward_reads: BackwardReads { inputs: true, value: false },
-    ranks_behind: |nodes, index| nodes.iter().filter(|n| same_input(n, &nodes[index])).count(),
+    columns_behind: |nodes, index, rank| {
+        (0..nodes.len()).filter(|other| same_input(&nodes[*other], &nodes[index])).map(rank).sum()
+    },
     ..CudaOp::new("linear", forward, backward)
 };
 

@@ -1,0 +1,168 @@
+//! Kinds of LoRA against PEFT: steps of DPO from its adapters and as it initialises them, and what its files say.
+//!
+//! A case is a folder of `tests/golden/lora`, made by `tests/oracle/lora.py` over the model and rows of `trajectories/qwen2`.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+use std::path::Path;
+
+use dpo_tests::{Sandbox, golden, log};
+use serde_json::{Value, json};
+
+/// Relative to PEFT's value, absolute near zero.
+const STEP: f64 = 1e-4;
+const GRADIENT: f64 = 1e-3;
+
+fn sandbox() -> Sandbox {
+    Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
+}
+
+fn qwen2(name: &str) -> String {
+    golden("trajectories/qwen2").join(name).display().to_string()
+}
+
+fn expected(case: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(golden("lora").join(case).join("expected.json")).unwrap()).unwrap()
+}
+
+fn read(path: impl AsRef<Path>) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// The settings of `tests/oracle/lora.py`.
+const SETTINGS: &str = "--device cpu --batch-size 4 --max-steps 4 --learning-rate 2e-3 --lr-scheduler linear --warmup-steps 0 \
+                        --weight-decay 0.01 --adam-beta1 0.9 --adam-beta2 0.95 --max-grad-norm 1.0 --shuffle false \
+                        --logging-steps 1 --truncation-strategy right --max-length 512 --beta 0.1 --loss sigmoid --seed 0";
+
+/// A run over the rows of the cases.
+fn train(s: &Sandbox, model: &str, flags: &[&str], run: &str) -> String {
+    let output = s.path(run);
+    let rows = qwen2("prefs.jsonl");
+    let fixed = ["train", "--model", model, "--dataset", &rows, "--output-dir", &output];
+    s.ok(&[&fixed[..], &SETTINGS.split_whitespace().collect::<Vec<_>>(), flags].concat());
+    output
+}
+
+/// Log-probs of both answers of every row.
+fn logps(s: &Sandbox, model: &str, adapter: &str) -> Vec<[f64; 2]> {
+    let (rows, output) = (qwen2("prefs.jsonl"), s.path("scores.jsonl"));
+    let _ = std::fs::remove_file(&output);
+    s.ok(&["eval", "--device", "cpu", "--model", model, "--adapter", adapter, "--dataset", &rows, "--output", &output]);
+    let text = std::fs::read_to_string(&output).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    lines.map(|line| ["chosen", "rejected"].map(|name| line[name].as_f64().unwrap())).collect()
+}
+
+/// Compares a run's steps, and the log-probs of its adapter on the model that it names, with PEFT's.
+fn compare(s: &Sandbox, case: &str, model: &str, run: &str) {
+    let expected = expected(case);
+    let (lines, steps) = (log(run), expected["steps"].as_array().unwrap());
+    assert_eq!(lines.len(), steps.len(), "{case}");
+    for (at, (ours, theirs)) in lines.iter().zip(steps).enumerate() {
+        for (name, theirs) in theirs.as_object().unwrap() {
+            let (a, b) = (ours[name].as_f64().unwrap(), theirs.as_f64().unwrap());
+            let bound = if name == "grad_norm" { GRADIENT } else { STEP };
+            assert!((a - b).abs() < bound * b.abs().max(1e-3), "{case}, step {}: {name} is {a}, PEFT has {b}", at + 1);
+        }
+    }
+    let end: Vec<[f64; 2]> = serde_json::from_value(expected["end"].clone()).unwrap();
+    for (ours, theirs) in logps(s, model, run).concat().iter().zip(end.concat()) {
+        assert!((ours - theirs).abs() < STEP * theirs.abs(), "{case}: log-prob {ours} at the end, PEFT has {theirs}");
+    }
+}
+
+/// Trains as a case says, and compares.
+fn case(name: &str) -> (Sandbox, String) {
+    let (s, model, adapter) = (sandbox(), qwen2("model"), golden("lora").join(name).join("adapter"));
+    let (flags, adapter) = (expected(name)["flags"].as_str().unwrap().to_owned(), adapter.display().to_string());
+    let mut flags: Vec<&str> = flags.split_whitespace().collect();
+    if Path::new(&adapter).exists() {
+        flags.extend(["--init-adapter", &adapter]);
+    }
+    let run = train(&s, &model, &flags, "run");
+    compare(&s, name, &model, &run);
+    (s, run)
+}
+
+#[test]
+fn linears_have_ranks_and_scales_of_their_own() {
+    let (s, run) = case("patterns");
+    let (theirs, ours) =
+        (read(golden("lora/patterns/adapter/adapter_config.json")), read(Path::new(&run).join("adapter_config.json")));
+    for key in ["r", "use_rslora", "rank_pattern", "alpha_pattern", "exclude_modules"] {
+        assert_eq!(ours[key], theirs[key], "{key}");
+    }
+    // A run that goes on, and a merge.
+    let merged = s.path("merged");
+    s.ok(&["merge", "--model", &qwen2("model"), "--adapter", &run, "--output-dir", &merged]);
+    let (together, run) = (logps(&s, &qwen2("model"), &run), s.path("other"));
+    let none = ["--max-steps", "1", "--learning-rate", "0", "--lora-rank", "1"];
+    train(&s, &merged, &none, "other");
+    for (a, b) in logps(&s, &merged, &run).concat().iter().zip(together.concat()) {
+        assert!((a - b).abs() < 1e-5 * b.abs(), "{a} merged, {b} before");
+    }
+}
+
+#[test]
+fn some_layers_are_adapted() {
+    let (_s, run) = case("layers");
+    let config = read(Path::new(&run).join("adapter_config.json"));
+    assert_eq!((&config["layers_to_transform"], &config["layers_pattern"]), (&json!([1]), &json!(["layers"])));
+}
+
+/// The flags make what PEFT's file says.
+#[test]
+fn flags_say_what_peft_says() {
+    let s = sandbox();
+    let flags = [
+        "--use-rslora",
+        "--lora-rank",
+        "4",
+        "--lora-alpha",
+        "8",
+        "--exclude-modules",
+        "up_proj",
+        "--rank-pattern",
+        r#"{"layers.1.self_attn.q_proj": 2, "q_proj|k_proj": 6, "layers\\.0\\.mlp\\..*": 3}"#,
+        "--alpha-pattern",
+        r#"{"down_proj": 20, "^model.layers.0.self_attn.v_proj": 2}"#,
+    ];
+    let run = train(&s, &qwen2("model"), &flags, "run");
+    let (ours, theirs) = (tensors(&run), tensors(&golden("lora/patterns/adapter").display().to_string()));
+    assert_eq!(ours, theirs);
+    let config = read(Path::new(&run).join("adapter_config.json"));
+    assert!(config["base_model_name_or_path"].is_string());
+
+    let refused: [(&[&str], &[&str]); 6] = [
+        (&["--exclude-modules", "up_porj"], &["--exclude-modules", "up_proj"]),
+        (&["--exclude-modules", ".*"], &["no linear is left"]),
+        (&["--rank-pattern", r#"{"q_porj": 4}"#], &["--rank-pattern", "q_proj"]),
+        (&["--rank-pattern", r#"{"q_proj": 0}"#], &["--rank-pattern", "from 1 to"]),
+        (&["--alpha-pattern", "q_proj=4"], &["--alpha-pattern", "JSON"]),
+        (
+            &["--rank-pattern", r#"{"q_proj": 4}"#, "--init-adapter", &qwen2("init_adapter")],
+            &["--rank-pattern", "new adapter"],
+        ),
+    ];
+    for (flags, texts) in refused {
+        let (model, rows) = (qwen2("model"), qwen2("prefs.jsonl"));
+        s.refuses(&[&["train", "--model", &model, "--dataset", &rows][..], flags].concat(), texts);
+    }
+    // A resumed run has the same patterns.
+    let (model, rows) = (qwen2("model"), qwen2("prefs.jsonl"));
+    let again =
+        ["train", "--model", &model, "--dataset", &rows, "--output-dir", &run, "--resume-from-checkpoint", "latest"];
+    let save = ["--save-steps", "2"];
+    let run = train(&s, &model, &[&flags[..], &save].concat(), "saved");
+    let again: Vec<&str> = again.iter().map(|a| if *a == again[6] { run.as_str() } else { a }).collect();
+    let other = ["--lora-rank", "4", "--lora-alpha", "8", "--use-rslora", "--exclude-modules", "up_proj"];
+    let settings: Vec<&str> = SETTINGS.split_whitespace().collect();
+    s.refuses(&[&again[..], &settings, &other].concat(), &["--rank-pattern was {", "--alpha-pattern was {"]);
+}
+
+/// Names and shapes of an adapter's tensors.
+fn tensors(folder: &str) -> Vec<(String, Vec<usize>)> {
+    let tensors = dpo_core::weights::read_f32(&Path::new(folder).join("adapter_model.safetensors")).unwrap();
+    let mut all: Vec<(String, Vec<usize>)> = tensors.into_iter().map(|(name, (shape, _))| (name, shape)).collect();
+    all.sort();
+    all
+}
