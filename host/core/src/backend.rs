@@ -28,11 +28,22 @@ pub struct Workload {
 impl Workload {
     /// Of these examples.
     pub fn of<'a>(examples: impl Iterator<Item = &'a Example>) -> Workload {
-        let none = Workload { longest: 1, answers: 0.0 };
-        examples.fold(none, |all, example| Workload {
-            longest: all.longest.max(example.packed_tokens()),
-            answers: all.answers.max(example.scored_share()),
-        })
+        let mut all = Workload::default();
+        examples.for_each(|example| all.add(example));
+        all
+    }
+
+    /// Of one more example.
+    pub fn add(&mut self, example: &Example) {
+        self.longest = self.longest.max(example.packed_tokens());
+        self.answers = self.answers.max(example.scored_share());
+    }
+}
+
+impl Default for Workload {
+    /// Of no example.
+    fn default() -> Workload {
+        Workload { longest: 1, answers: 0.0 }
     }
 }
 

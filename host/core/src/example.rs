@@ -87,6 +87,23 @@ impl Example {
         Example { prompt_scored: true, ..self }
     }
 
+    /// The same example with an answer behind all others that only gives log-probs.
+    ///
+    /// # Errors
+    /// An answer without tokens.
+    pub fn with_detached(mut self, ids: Vec<u32>) -> Result<Example> {
+        if ids.is_empty() {
+            return Err(Error::input("an answer has no tokens"));
+        }
+        self.answers.push(Answer { ids, label: 0.0, detached: true });
+        Ok(self)
+    }
+
+    /// Whether log-probs of the prompt are computed as well.
+    pub fn is_prompt_scored(&self) -> bool {
+        self.prompt_scored
+    }
+
     /// Tokens of the prompt that get log-probs: none, unless they are asked for.
     pub fn scored_prompt(&self) -> &[u32] {
         if self.prompt_scored { &self.prompt[1..] } else { &[] }

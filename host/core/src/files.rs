@@ -2,10 +2,20 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use crate::error::{Error, IoContext, Result};
+
+/// A text that changes when a file does: its path, size, number and times. The time of its last change in any respect cannot be set,
+/// so that a file which was written over, with its old time of modification put back, is another.
+pub fn identity(path: &Path) -> Result<String> {
+    let meta = fs::metadata(path).reading(path)?;
+    let path = fs::canonicalize(path).reading(path)?;
+    let time = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
+    let changed = format!("{} {}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec());
+    Ok(format!("{} {} {time:?} {changed}\n", path.display(), meta.len()))
+}
 
 /// As [`write_into`], in a folder that is made if it is not there.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
@@ -235,10 +234,7 @@ impl Checkpoint {
     pub fn identity(&self) -> Result<String> {
         let mut text = String::new();
         for shard in &self.shards {
-            let meta = std::fs::metadata(&shard.path).reading(&shard.path)?;
-            let path = std::fs::canonicalize(&shard.path).reading(&shard.path)?;
-            let time = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
-            text += &format!("{} {} {time:?} {}\n", path.display(), meta.len(), changed(&meta));
+            text += &crate::files::identity(&shard.path)?;
         }
         Ok(text)
     }
@@ -302,11 +298,6 @@ fn in_huge_pages<T>(room: &mut Vec<T>) {
         // SAFETY: these addresses are of `room` alone, and the advice changes no value there. One that is not taken costs nothing.
         unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
     }
-}
-
-/// The number of a file, and when it was last changed in any respect.
-fn changed(meta: &std::fs::Metadata) -> String {
-    format!("{} {}.{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
 }
 
 /// A block of a model, in the order in which they run.

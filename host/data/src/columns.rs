@@ -6,12 +6,12 @@
 //! so holds for plugins.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
 
 use dpo_plugin_api::dataset::{Message, Record, Row, Text};
 use serde_json::Value;
 
-use super::read::SourceRow;
+use super::read::{SourceRow, chunks};
+use super::source::Source;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_plugins::Registry;
@@ -119,26 +119,30 @@ pub fn parse_columns(text: &str) -> Result<Columns> {
 }
 
 /// Renames columns in every row. A name that is there already gives way: the user said which one is meant.
-///
-/// # Errors
-/// A column that no row has.
-pub fn rename(files: &mut [(PathBuf, Vec<SourceRow>)], columns: &Columns) -> Result<()> {
-    let mut found: Vec<&str> = Vec::new();
-    for row in files.iter_mut().flat_map(|(_, rows)| rows).filter_map(|r| r.row.as_mut().ok()) {
+pub fn rename(rows: &mut [SourceRow], columns: &Columns) {
+    for row in rows.iter_mut().filter_map(|r| r.row.as_mut().ok()) {
         // All are taken out before the first is put back, so that two may change places.
         let taken: Vec<_> = columns.iter().filter_map(|(from, to)| Some((from, to, row.remove(from)?))).collect();
-        for (from, to, value) in taken {
-            row.insert(to.clone(), value);
-            if !found.contains(&from.as_str()) {
-                found.push(from);
-            }
+        taken.into_iter().for_each(|(_, to, value)| drop(row.insert(to.clone(), value)));
+    }
+}
+
+/// Refuses to rename a column that the first rows of no file have: some thousand of each.
+///
+/// # Errors
+/// That, and a file that cannot be read.
+pub fn refuse_missing(sources: &[Source], columns: &Columns) -> Result<()> {
+    if columns.is_empty() {
+        return Ok(());
+    }
+    let mut known = BTreeSet::new();
+    for path in sources.iter().map(Source::files).collect::<Result<Vec<_>>>()?.concat() {
+        for row in chunks(&path)?.next().transpose()?.into_iter().flatten().filter_map(|row| row.row.ok()) {
+            known.extend(row.into_iter().map(|(name, _)| name).filter(|name| !name.is_empty()));
         }
     }
-    match columns.keys().find(|from| !found.contains(&from.as_str())) {
-        Some(missing) => {
-            let known = files.iter().flat_map(|(_, rows)| first_columns(rows));
-            Err(Error::unknown("column", missing, known).at("--columns"))
-        }
+    match columns.keys().find(|from| !known.contains(*from)) {
+        Some(missing) => Err(Error::unknown("column", missing, known.iter().map(String::as_str)).at("--columns")),
         None => Ok(()),
     }
 }

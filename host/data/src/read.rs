@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dpo_plugin_api::abi::guard;
 use dpo_plugin_api::dataset::{Row, kind};
@@ -37,6 +37,8 @@ const UNREAD: [&str; 8] = ["bz2", "xz", "lz4", "br", "zip", "7z", "tar", "tgz"];
 /// A file may be unpacked to this many bytes, and to so many for each of its own: texts shrink to a tenth, seldom to a hundredth.
 const MOST_UNPACKED: u64 = if cfg!(test) { 1 << 20 } else { 1 << 30 };
 const MOST_UNPACKED_OF_BYTE: u64 = 256;
+/// Rows that are handed on at once.
+const AT_ONCE: usize = 8192;
 /// What a row takes beside its texts, in bytes.
 const ROW: u64 = 256;
 
@@ -98,6 +100,27 @@ fn reader(path: &Path) -> Option<Reader> {
     }
     let known = READERS.iter().find(|(name, _)| *name == ending).map(|(_, reader)| *reader);
     known.filter(|_| !packed || ending != "parquet")
+}
+
+/// Some rows of a file that follow each other.
+#[derive(Clone, Debug)]
+pub struct Chunk {
+    /// The file.
+    pub path: PathBuf,
+    /// Its next rows.
+    pub rows: Vec<SourceRow>,
+}
+
+/// The rows of a file, [`AT_ONCE`] at a time.
+///
+/// # Errors
+/// As [`read_file`].
+pub fn chunks(path: &Path) -> Result<impl Iterator<Item = Result<Vec<SourceRow>>> + use<>> {
+    let mut rows = read_file(path)?.into_iter();
+    Ok(std::iter::from_fn(move || {
+        let next: Vec<SourceRow> = rows.by_ref().take(AT_ONCE).collect();
+        (!next.is_empty()).then_some(Ok(next))
+    }))
 }
 
 /// All rows of a file.

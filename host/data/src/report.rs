@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::tokens::{ChatTokenizer, Truncation};
 use dpo_core::console::Remark;
@@ -18,10 +19,10 @@ const SHOWN: usize = 400;
 const BARS: usize = 16;
 
 /// The data report.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// What an example is called: `pair`, or `example`.
-    pub noun: &'static str,
+    pub noun: String,
     /// Files as they were read.
     pub files: Vec<FileReport>,
     /// Why rows make no example, most frequent first.
@@ -77,7 +78,7 @@ pub struct Report {
 }
 
 /// A file.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct FileReport {
     /// Its path.
     pub path: String,
@@ -90,7 +91,7 @@ pub struct FileReport {
 }
 
 /// A cause for which rows make no example.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Dropped {
     /// The cause.
     pub cause: String,
@@ -101,7 +102,7 @@ pub struct Dropped {
 }
 
 /// Single answers that were joined by their prompt.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub struct Joined {
     /// Single answers.
     pub answers: usize,
@@ -110,16 +111,16 @@ pub struct Joined {
 }
 
 /// A part of every example, such as its prompt.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Part {
     /// What it is.
-    pub name: &'static str,
+    pub name: String,
     /// How long.
     pub lengths: Lengths,
 }
 
 /// Lengths in tokens.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Lengths {
     /// Shortest.
     pub min: usize,
@@ -134,7 +135,7 @@ pub struct Lengths {
 }
 
 /// How answers end.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Endings {
     /// The token that ends most answers.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -151,7 +152,7 @@ pub struct Endings {
 }
 
 /// How prompts begin.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Beginnings {
     /// The tokenizer's BOS.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,7 +165,7 @@ pub struct Beginnings {
 
 /// Prompts whose own rendering, with the generation prompt, is not what the conversation begins with. The end that they
 /// lost is what the model reads before it answers, and was not trained on.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct PromptPrefix {
     /// How many.
     pub rows: usize,
@@ -177,7 +178,7 @@ pub struct PromptPrefix {
 }
 
 /// An example as the model sees it, special tokens shown.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sample {
     /// Its place.
     pub place: String,
@@ -186,7 +187,7 @@ pub struct Sample {
 }
 
 /// A prompt or an answer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SamplePart {
     /// What it is.
     pub name: String,
@@ -198,17 +199,16 @@ pub struct SamplePart {
 
 impl Lengths {
     /// Of some lengths, in any order.
-    pub fn new(lengths: impl Iterator<Item = usize>) -> Lengths {
-        let mut sorted: Vec<usize> = lengths.collect();
+    pub fn new(mut sorted: Vec<u32>) -> Lengths {
         sorted.sort_unstable();
-        let Some(max) = sorted.last().copied() else { return Lengths::default() };
+        let Some(max) = sorted.last().map(|max| *max as usize) else { return Lengths::default() };
         // The nearest rank: the smallest length that this share does not exceed.
-        let rank = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1];
+        let rank = |percent: usize| sorted[(sorted.len() * percent).div_ceil(100).max(1) - 1] as usize;
         let mut histogram = vec![0; BARS];
         for length in &sorted {
-            histogram[(length * BARS / (max + 1)).min(BARS - 1)] += 1;
+            histogram[(*length as usize * BARS / (max + 1)).min(BARS - 1)] += 1;
         }
-        Lengths { min: sorted[0], median: rank(50), p95: rank(95), max, histogram }
+        Lengths { min: sorted[0] as usize, median: rank(50), p95: rank(95), max, histogram }
     }
 
     fn bars(&self) -> String {
@@ -242,7 +242,7 @@ impl Report {
 
     /// What became of the rows, in few words: examples and tokens, then why rows were dropped.
     pub fn line(&self) -> String {
-        let mut text = format!("{}, {} tokens an epoch", n(self.examples(), self.noun), self.unique_tokens);
+        let mut text = format!("{}, {} tokens an epoch", n(self.examples(), &self.noun), self.unique_tokens);
         if self.truncated > 0 {
             text += &format!(", {} truncated", self.truncated);
         }
@@ -267,7 +267,7 @@ impl Report {
             warn(
                 format!(
                     "{} of plain text: the model's chat template is not applied to them",
-                    n(self.plain_examples, self.noun)
+                    n(self.plain_examples, &self.noun)
                 ),
                 "chat models answer in their template: write a prompt as messages, [{\"role\": \"user\", \"content\": \"…\"}]",
             );
@@ -318,48 +318,96 @@ impl Report {
     pub fn dropped_rows(&self) -> usize {
         self.dropped.iter().map(|d| d.count).sum()
     }
+}
 
-    /// Counts over the examples that remain.
-    pub(super) fn measure(&mut self, examples: &[Example], labelled: bool, tokenizer: &ChatTokenizer) {
-        self.unique_tokens = examples.iter().map(Example::unique_tokens).sum();
-        let most = examples.iter().map(|e| e.learned().len()).max().unwrap_or(0);
-        let names: &[&str] = match most {
+/// Counts over the examples that remain, one after the other.
+pub(super) struct Measure {
+    bos: Option<u32>,
+    unique_tokens: usize,
+    /// Most answers of an example.
+    most: usize,
+    prompts: Vec<u32>,
+    best: Vec<u32>,
+    others: Vec<u32>,
+    chosen_longer: usize,
+    liked: usize,
+    /// Hashes of the examples so far, and of the pairs that would contradict them.
+    seen: HashSet<u64>,
+    duplicates: usize,
+    opposed: usize,
+    first_opposed: Option<String>,
+    with_bos: [usize; 2],
+    first: Option<Example>,
+}
+
+impl Measure {
+    /// Of no example yet.
+    pub(super) fn new(bos: Option<u32>) -> Measure {
+        Measure {
+            bos,
+            unique_tokens: 0,
+            most: 0,
+            prompts: Vec::new(),
+            best: Vec::new(),
+            others: Vec::new(),
+            chosen_longer: 0,
+            liked: 0,
+            seen: HashSet::new(),
+            duplicates: 0,
+            opposed: 0,
+            first_opposed: None,
+            with_bos: [0; 2],
+            first: None,
+        }
+    }
+
+    /// Counts an example.
+    pub(super) fn add(&mut self, example: &Example) {
+        let learned = example.learned();
+        let length = |a: &Answer| a.ids.len() as u32;
+        self.unique_tokens += example.unique_tokens();
+        self.most = self.most.max(learned.len());
+        self.prompts.push(example.prompt().len() as u32);
+        self.best.push(length(&learned[0]));
+        self.others.extend(learned[1..].iter().map(length));
+        self.chosen_longer += usize::from(learned.len() == 2 && length(&learned[0]) > length(&learned[1]));
+        self.liked += usize::from(learned[0].label > 0.0);
+        let parts: Vec<&[u32]> =
+            std::iter::once(example.prompt()).chain(learned.iter().map(|a| a.ids.as_slice())).collect();
+        if let [prompt, chosen, rejected] = parts[..]
+            && self.seen.contains(&hash(&[prompt, rejected, chosen]))
+        {
+            self.opposed += 1;
+            self.first_opposed.get_or_insert_with(|| example.place.clone());
+        }
+        self.duplicates += usize::from(!self.seen.insert(hash(&parts)));
+        if let Some(bos) = self.bos {
+            let begins = example.prompt().iter().take_while(|id| **id == bos).take(2).count();
+            self.with_bos[..begins].iter_mut().for_each(|count| *count += 1);
+        }
+        self.first.get_or_insert_with(|| example.clone());
+    }
+
+    /// Puts what was counted into the report.
+    pub(super) fn report(self, report: &mut Report, labelled: bool, tokenizer: &ChatTokenizer) {
+        let names: &[&str] = match self.most {
             1 => &["answer"],
             2 => &["chosen", "rejected"],
             _ => &["best answer", "other answers"],
         };
-        let tokens = |answers: &[Answer]| answers.iter().map(|a| a.ids.len()).collect::<Vec<usize>>();
-        let best = examples.iter().flat_map(|e| tokens(&e.learned()[..1])).collect();
-        let others = examples.iter().flat_map(|e| tokens(&e.learned()[1..])).collect();
-        let prompt: Vec<usize> = examples.iter().map(|e| e.prompt().len()).collect();
-        let parts = ["prompt"].iter().chain(names).zip([prompt, best, others]);
-        self.parts = parts.map(|(name, tokens)| Part { name, lengths: Lengths::new(tokens.into_iter()) }).collect();
-        let longer = |e: &&Example| e.learned()[0].ids.len() > e.learned()[1].ids.len();
-        self.chosen_longer = (most == 2).then(|| examples.iter().filter(longer).count());
-        let is_liked = |e: &&Example| e.learned()[0].label > 0.0;
-        self.liked = labelled.then(|| examples.iter().filter(is_liked).count());
-        let mut seen: HashSet<Vec<&[u32]>> = HashSet::new();
-        for example in examples {
-            let learned = example.learned().iter().map(|a| a.ids.as_slice());
-            let parts: Vec<&[u32]> = std::iter::once(example.prompt()).chain(learned).collect();
-            if let [prompt, chosen, rejected] = parts[..]
-                && seen.contains([prompt, rejected, chosen].as_slice())
-            {
-                self.opposed += 1;
-                self.first_opposed.get_or_insert_with(|| example.place.clone());
-            }
-            self.duplicates += usize::from(!seen.insert(parts));
+        let parts = ["prompt"].iter().chain(names).zip([self.prompts, self.best, self.others]);
+        let part = |(name, tokens): (&&str, Vec<u32>)| Part { name: (*name).to_owned(), lengths: Lengths::new(tokens) };
+        report.parts = parts.map(part).collect();
+        report.unique_tokens = self.unique_tokens;
+        report.chosen_longer = (self.most == 2).then_some(self.chosen_longer);
+        report.liked = labelled.then_some(self.liked);
+        (report.duplicates, report.opposed, report.first_opposed) = (self.duplicates, self.opposed, self.first_opposed);
+        report.dropped.sort_by_key(|d| std::cmp::Reverse(d.count));
+        if let Some(bos) = self.bos {
+            let [with, twice] = self.with_bos;
+            report.bos = Beginnings { token: tokenizer.token(bos), with, twice };
         }
-        self.dropped.sort_by_key(|d| std::cmp::Reverse(d.count));
-        if let Some(bos) = tokenizer.bos_id() {
-            let begins = |e: &&Example, n: usize| e.prompt().iter().take_while(|id| **id == bos).take(n).count() == n;
-            self.bos = Beginnings {
-                token: tokenizer.token(bos),
-                with: examples.iter().filter(|e| begins(e, 1)).count(),
-                twice: examples.iter().filter(|e| begins(e, 2)).count(),
-            };
-        }
-        self.sample = examples.first().map(|e| {
+        report.sample = self.first.map(|e| {
             let part =
                 |name: String, ids: &[u32]| SamplePart { name, text: tokenizer.decode(ids, true), tokens: ids.len() };
             let answer = |(i, a): (usize, &Answer)| part(answer_name(i, e.learned().len()), &a.ids);
@@ -370,6 +418,13 @@ impl Report {
     }
 }
 
+/// A hash that two examples of a data set have in common by accident once in 40 million sets of a million.
+fn hash(parts: &[&[u32]]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    parts.hash(&mut hasher);
+    hasher.finish()
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "data")?;
@@ -378,7 +433,7 @@ impl fmt::Display for Report {
                 f,
                 "  {}: {}, {} of format {}",
                 file.path,
-                n(file.examples, self.noun),
+                n(file.examples, &self.noun),
                 n(file.rows, "row"),
                 file.format
             )?;
@@ -400,7 +455,7 @@ impl fmt::Display for Report {
             writeln!(
                 f,
                 "  truncated: {} to {} tokens, from the {side}",
-                n(self.truncated, self.noun),
+                n(self.truncated, &self.noun),
                 self.max_length
             )?;
         }
@@ -409,11 +464,11 @@ impl fmt::Display for Report {
                 f,
                 "  same answers up to {} tokens: {}, which teach nothing",
                 self.max_length,
-                n(self.cut_alike, self.noun)
+                n(self.cut_alike, &self.noun)
             )?;
         }
         if self.duplicates > 0 {
-            writeln!(f, "  duplicates: {} occur before", n(self.duplicates, self.noun))?;
+            writeln!(f, "  duplicates: {} occur before", n(self.duplicates, &self.noun))?;
         }
         if let Some(place) = &self.first_opposed {
             let pairs = n(self.opposed, "pair");
@@ -428,7 +483,7 @@ impl fmt::Display for Report {
         }
         match (&self.template, self.plain_examples) {
             (Some(origin), 0) => writeln!(f, "  chat template: {origin}")?,
-            (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, self.noun))?,
+            (_, plain) => writeln!(f, "  plain text: {} without chat template", n(plain, &self.noun))?,
         }
         if self.template_reads_clock {
             writeln!(f, "    it writes today's date: another day gives other tokens")?;
@@ -476,7 +531,7 @@ impl Report {
                     "    the template renders it otherwise before an answer: training reads another context than generation"
                 )
             }
-            _ => writeln!(f, "  prompt prefix: whole in every {}", self.noun),
+            _ => writeln!(f, "  prompt prefix: whole in every {}", &self.noun),
         }
     }
 }
@@ -503,10 +558,10 @@ mod tests {
 
     #[test]
     fn lengths() {
-        let l = Lengths::new((1..=100).rev());
+        let l = Lengths::new((1..=100).rev().collect());
         assert_eq!((l.min, l.median, l.p95, l.max), (1, 50, 95, 100));
         assert_eq!(l.histogram.iter().sum::<usize>(), 100);
-        assert_eq!(Lengths::new([7].into_iter()).p95, 7);
+        assert_eq!(Lengths::new(vec![7]).p95, 7);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
 
-use super::read::{SourceRow, is_known, kinds, known_kinds, read_file};
+use super::read::{Chunk, SourceRow, chunks, is_known, kinds, known_kinds};
 use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
 use dpo_hub::{self as hub, Name};
@@ -44,31 +44,52 @@ impl Source {
         }
     }
 
-    /// The files of the source with their rows: of all rows, or of the `#N` that are wanted. Fewer than there are, are a
-    /// sample without replacement (without `shuffle` the first ones); more are all of them, as often as they fit, and a
-    /// sample for the rest. Rows stay in the order of the file.
+    /// Its files: itself, the data files of a folder by name, or those of a hub's dataset.
+    ///
+    /// # Errors
+    /// A folder without data files; a hub that does not answer.
+    pub fn files(&self) -> Result<Vec<PathBuf>> {
+        data_files(&self.path)
+    }
+
+    /// Its rows, some thousand at a time: all of them, or the `#N` that are wanted. Fewer than there are, are a sample without
+    /// replacement (without `shuffle` the first ones); more are all of them, as often as they fit, and a sample for the rest. Rows
+    /// stay in the order of the file.
     ///
     /// # Errors
     /// A file that is missing, empty, of an unknown kind or broken as a whole.
-    pub fn read(&self, shuffle: bool, seed: u64) -> Result<Vec<(PathBuf, Vec<SourceRow>)>> {
-        let mut files = Vec::new();
-        for path in data_files(&self.path)? {
-            let rows = read_file(&path)?;
-            files.push((path, rows));
-        }
+    pub fn read(&self, shuffle: bool, seed: u64) -> Result<impl Iterator<Item = Result<Chunk>>> {
+        let files = self.files()?;
+        let mut times = None;
         if let Some(wanted) = self.rows {
-            let total = files.iter().map(|(_, rows)| rows.len()).sum();
+            let mut total = 0;
+            for path in &files {
+                for rows in chunks(path)? {
+                    total += rows?.len();
+                }
+            }
             if wanted > total && total > 0 {
                 let (times, path) = (wanted.div_ceil(total), self.path.display());
                 console::note(format!("{path}#{wanted}: it has {total} rows, which are taken up to {times} times"));
             }
-            let mut times = times_taken(total, wanted, shuffle, seed).into_iter();
-            for (_, rows) in &mut files {
-                let counted: Vec<(SourceRow, usize)> = std::mem::take(rows).into_iter().zip(times.by_ref()).collect();
-                *rows = counted.into_iter().flat_map(|(row, times)| std::iter::repeat_n(row, times)).collect();
-            }
+            times = Some(times_taken(total, wanted, shuffle, seed).into_iter());
         }
-        Ok(files)
+        let opened = files.into_iter().map(|path| match chunks(&path) {
+            Ok(chunks) => (path, Some(chunks), None),
+            Err(error) => (path, None, Some(error)),
+        });
+        let rows = opened.flat_map(|(path, chunks, error)| {
+            let chunks = chunks.into_iter().flatten().chain(error.map(Err));
+            chunks.map(move |rows| Ok(Chunk { path: path.clone(), rows: rows? }))
+        });
+        Ok(rows.map(move |chunk: Result<Chunk>| {
+            let mut chunk: Chunk = chunk?;
+            if let Some(times) = &mut times {
+                let counted: Vec<(SourceRow, usize)> = chunk.rows.into_iter().zip(times).collect();
+                chunk.rows = counted.into_iter().flat_map(|(row, times)| std::iter::repeat_n(row, times)).collect();
+            }
+            Ok(chunk)
+        }))
     }
 }
 

@@ -9,11 +9,22 @@ use serde_json::{Value, json};
 
 use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
 use super::tokenizer::Tokenizer;
-use dpo_core::error::{Error, Result};
+use dpo_core::cache;
+use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::example::{Example, answer_name};
 
 /// How far before an answer's end its end-of-turn token is looked for: templates write a line break or two behind it.
 const END_WINDOW: usize = 4;
+
+/// Files of a checkpoint that decide ids.
+const DECISIVE: [&str; 6] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "config.json",
+];
 
 /// What happens to an example whose prompt and longest answer exceed `max_length`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +66,7 @@ pub struct ChatTokenizer {
     eos_ids: Vec<u32>,
     bos_id: Option<u32>,
     special_ids: Vec<u32>,
+    content: String,
 }
 
 /// Ids of a prompt and its answers, and what the prompt lost where its rendering parts from that of the conversation.
@@ -98,7 +110,13 @@ impl ChatTokenizer {
             special_ids: tokenizer.special_ids(),
             eos_ids,
             tokenizer,
+            content: content(dir, fallback_template)?,
         })
+    }
+
+    /// A text that another tokenizer, or one with another template, does not have.
+    pub fn content(&self) -> &str {
+        &self.content
     }
 
     /// The chat template, where there is one.
@@ -243,6 +261,16 @@ impl ChatTokenizer {
         }
         Ok(ids)
     }
+}
+
+/// A hash of everything that decides ids.
+fn content(dir: &Path, fallback_template: Option<&str>) -> Result<String> {
+    let mut parts: Vec<Vec<u8>> = vec![fallback_template.unwrap_or_default().into()];
+    for name in DECISIVE {
+        let path = dir.join(name);
+        parts.push(if path.is_file() { std::fs::read(&path).reading(&path)? } else { Vec::new() });
+    }
+    Ok(cache::name(&parts.iter().map(Vec::as_slice).collect::<Vec<_>>()))
 }
 
 fn empty(answer: &str) -> Error {

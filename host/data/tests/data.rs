@@ -4,7 +4,9 @@
 use std::path::{Path, PathBuf};
 
 use dpo_core::error::Kind;
-use dpo_data::{ChatTokenizer, DataOptions, Dataset, Truncation, Wanted, load, split};
+use dpo_core::example::Example;
+use dpo_data::examples::Writer;
+use dpo_data::{ChatTokenizer, DataOptions, Dataset, Report, Truncation, Wanted, split};
 use dpo_plugins::Registry;
 use serde_json::{Value, json};
 
@@ -30,11 +32,23 @@ fn options(path: &Path) -> DataOptions {
     }
 }
 
+/// A data set with all of its examples.
+#[derive(Debug)]
+struct Loaded {
+    examples: Vec<Example>,
+    report: Report,
+}
+
+fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenizer) -> dpo_core::error::Result<Loaded> {
+    let Dataset { examples, report } = dpo_data::load(options, registry, tokenizer)?;
+    Ok(Loaded { examples: examples.all()?, report })
+}
+
 fn tokenizer() -> ChatTokenizer {
     ChatTokenizer::open(&golden("trl/model"), None).unwrap()
 }
 
-fn load_with(change: impl Fn(&mut DataOptions), rows: &str) -> Result<Dataset, String> {
+fn load_with(change: impl Fn(&mut DataOptions), rows: &str) -> Result<Loaded, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("rows.jsonl");
     std::fs::write(&path, rows).unwrap();
@@ -47,7 +61,7 @@ fn load_with(change: impl Fn(&mut DataOptions), rows: &str) -> Result<Dataset, S
     })
 }
 
-fn load_rows(rows: &str) -> Result<Dataset, String> {
+fn load_rows(rows: &str) -> Result<Loaded, String> {
     load_with(|_| {}, rows)
 }
 
@@ -57,7 +71,7 @@ fn row(chosen: &str, rejected: &str) -> String {
 }
 
 /// The tokens of an example's answer.
-fn answer(done: &Dataset, example: usize, answer: usize) -> &[u32] {
+fn answer(done: &Loaded, example: usize, answer: usize) -> &[u32] {
     &done.examples[example].answers()[answer].ids
 }
 
@@ -387,9 +401,16 @@ fn a_checkpoint_without_template_cannot_take_conversations() {
 fn a_split_keeps_every_pair_once() {
     let rows: Vec<String> = (0..10).map(|i| row(&format!("ok {i}"), "not")).collect();
     let pairs = load_rows(&rows.join("\n")).unwrap().examples;
-    let (train, val) = split(pairs.clone(), 0.2, 3);
+    let mut writer = Writer::default();
+    pairs.iter().for_each(|pair| writer.push(pair).unwrap());
+    let written = writer.finish(&Report::default(), None).unwrap();
+    let parts = || {
+        let (train, val) = split(&written, 0.2, 3);
+        (train.all().unwrap(), val.all().unwrap())
+    };
+    let (train, val) = parts();
     assert_eq!((train.len(), val.len()), (8, 2));
     assert!(pairs.iter().all(|p| train.contains(p) != val.contains(p)));
-    assert_eq!(split(pairs.clone(), 0.2, 3), (train, val));
-    assert_eq!(split(pairs, 0.0, 3).1.len(), 0);
+    assert_eq!(parts(), (train, val));
+    assert_eq!(split(&written, 0.0, 3).1.len(), 0);
 }

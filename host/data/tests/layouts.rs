@@ -54,7 +54,7 @@ fn loaded_with(rows: &str, answers: Answers, columns: &str) -> (ChatTokenizer, R
     let options = DataOptions {
         paths: vec![path.display().to_string()],
         format: None,
-        wanted: Wanted { answers, loss: "a loss".into(), mismatched: false },
+        wanted: Wanted { answers, loss: "a loss".into(), mismatched: false, prompt: false },
         batch_size: 16,
         columns: parse_columns(columns).unwrap(),
         max_length: None,
@@ -80,7 +80,8 @@ fn layouts_are_found_and_read() {
         let (tokenizer, done) = loaded(&json!(layout.row).to_string(), wanted);
         let done = done.unwrap_or_else(|e| panic!("{}: {e}", layout.of));
         let text = |ids: &[u32]| tokenizer.decode(ids, false).replace("<|im_end|>", "");
-        let [example] = done.examples.as_slice() else { panic!("{}: {:?}", layout.of, done.examples) };
+        let examples = done.examples.all().unwrap();
+        let [example] = examples.as_slice() else { panic!("{}: {examples:?}", layout.of) };
         let answers: Vec<(String, f64)> = example.answers().iter().map(|a| (text(&a.ids), a.label)).collect();
         let made = (done.report.files[0].format.clone(), text(example.prompt()), answers);
         assert_eq!(made, (layout.format, layout.prompt, layout.answers), "{}", layout.of);
@@ -114,6 +115,6 @@ fn compared_answers_are_unpaired() {
         r#"{"question": "how?", "chosen": "A", "rejected": "B", "score_chosen": -1, "score_rejected": -2}"#,
     ];
     let done = loaded(&rows.join("\n"), Answers::Labelled).1.unwrap();
-    let labels: Vec<f64> = done.examples.iter().map(|e| e.answers()[0].label).collect();
+    let labels: Vec<f64> = done.examples.iter().map(|e| e.unwrap().answers()[0].label).collect();
     assert_eq!(labels, [1.0, 0.0, 1.0, 0.0]);
 }

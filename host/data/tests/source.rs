@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use dpo_data::columns::{parse_columns, rename};
-use dpo_data::read::{SourceRow, read_file};
+use dpo_data::columns::{parse_columns, refuse_missing, rename};
+use dpo_data::read::{Chunk, SourceRow, read_file};
 use dpo_data::source::Source;
 use parquet::basic::Compression;
 use parquet::data_type::{ByteArray, ByteArrayType};
@@ -25,8 +25,13 @@ fn place(row: &SourceRow) -> &str {
     row.place.rsplit('/').next().unwrap()
 }
 
-fn numbers(files: &[(PathBuf, Vec<SourceRow>)]) -> Vec<u64> {
-    files.iter().flat_map(|(_, rows)| rows).map(|r| r.row.as_ref().unwrap()["n"].as_u64().unwrap()).collect()
+/// The files of a source with their rows.
+fn read(source: &Source, shuffle: bool, seed: u64) -> dpo_core::error::Result<Vec<Chunk>> {
+    source.read(shuffle, seed)?.collect()
+}
+
+fn numbers(chunks: &[Chunk]) -> Vec<u64> {
+    chunks.iter().flat_map(|chunk| &chunk.rows).map(|r| r.row.as_ref().unwrap()["n"].as_u64().unwrap()).collect()
 }
 
 #[test]
@@ -194,8 +199,9 @@ fn samples() {
     let dir = tempfile::tempdir().unwrap();
     let lines: Vec<String> = (0..10).map(|n| format!("{{\"n\": {n}}}")).collect();
     let path = file(dir.path(), "a.jsonl", &lines.join("\n")).display().to_string();
-    let take =
-        |n: usize, shuffle, seed| numbers(&Source::parse(&format!("{path}#{n}")).unwrap().read(shuffle, seed).unwrap());
+    let take = |n: usize, shuffle, seed| {
+        numbers(&read(&Source::parse(&format!("{path}#{n}")).unwrap(), shuffle, seed).unwrap())
+    };
     assert_eq!(take(3, false, 0), [0, 1, 2]);
     assert_eq!(take(12, false, 0), [0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
     let mut sample = take(4, true, 7);
@@ -213,18 +219,18 @@ fn samples() {
 fn a_folder_is_all_its_data_files() {
     let dir = tempfile::tempdir().unwrap();
     let source = Source::parse(&dir.path().display().to_string()).unwrap();
-    assert!(source.read(false, 0).unwrap_err().to_string().contains("holds no data file"));
+    assert!(read(&source, false, 0).unwrap_err().to_string().contains("holds no data file"));
     file(dir.path(), "b.jsonl", "{\"n\": 2}");
     file(dir.path(), "a.json", "[{\"n\": 1}]");
     file(dir.path(), "README.md", "no data");
     // Of an editor, or of the system that the folder was packed on.
     file(dir.path(), ".b.jsonl", "{\"n\": 9}");
     file(dir.path(), "._b.jsonl", "Mac OS X");
-    assert_eq!(numbers(&source.read(false, 0).unwrap()), [1, 2]);
+    assert_eq!(numbers(&read(&source, false, 0).unwrap()), [1, 2]);
     std::fs::write(dir.path().join("c.jsonl.gz"), gzip("{\"n\": 3}")).unwrap();
-    assert_eq!(numbers(&source.read(false, 0).unwrap()), [1, 2, 3]);
+    assert_eq!(numbers(&read(&source, false, 0).unwrap()), [1, 2, 3]);
     file(dir.path(), "d.jsonl.xz", "packed");
-    let error = source.read(false, 0).unwrap_err().to_string();
+    let error = read(&source, false, 0).unwrap_err().to_string();
     assert!(error.contains("d.jsonl.xz: files packed as .xz are not read\n  help: unpack it"), "{error}");
 }
 
@@ -245,10 +251,11 @@ fn what_cannot_be_read_says_why() {
 fn columns_may_change_places() {
     let dir = tempfile::tempdir().unwrap();
     let path = file(dir.path(), "a.jsonl", "{\"a\": 1, \"b\": 2}");
-    let mut files = vec![(path.clone(), read_file(&path).unwrap())];
-    rename(&mut files, &parse_columns(r#"{"a": "b", "b": "a"}"#).unwrap()).unwrap();
-    assert_eq!(json!(files[0].1[0].row.as_ref().unwrap()), json!({"a": 2, "b": 1}));
-    let error = rename(&mut files, &parse_columns(r#"{"c": "d"}"#).unwrap()).unwrap_err().to_string();
+    let mut rows = read_file(&path).unwrap();
+    rename(&mut rows, &parse_columns(r#"{"a": "b", "b": "a"}"#).unwrap());
+    assert_eq!(json!(rows[0].row.as_ref().unwrap()), json!({"a": 2, "b": 1}));
+    let source = Source::parse(&path.display().to_string()).unwrap();
+    let error = refuse_missing(&[source], &parse_columns(r#"{"c": "d"}"#).unwrap()).unwrap_err().to_string();
     assert!(error.contains("unknown column 'c'"), "{error}");
     assert!(parse_columns("[]").is_err());
 }

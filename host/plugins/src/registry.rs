@@ -84,6 +84,11 @@ impl Family {
 }
 
 impl Format {
+    /// The package that reads it: name, version, and the hash of its file.
+    pub fn package(&self) -> String {
+        self.handle.library.identity()
+    }
+
     /// How surely a row is of this format.
     pub fn recognises(&self, row: &DataRow) -> Result<u8> {
         self.handle.call("recognises", &text(row))

@@ -90,7 +90,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let wanted = objective.wanted()?;
     let load = |path: &&[String]| {
         let rows = options.data.options(path, &wanted)?.of_model(&model.graph, model.positions());
-        Ok(data::load(&rows, registry, &tokenizer)?.examples)
+        data::load(&rows, registry, &tokenizer)?.examples.all()
     };
     let files = paths.iter().map(load).collect::<Result<Vec<Vec<Example>>>>()?;
     let adapter =

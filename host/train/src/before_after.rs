@@ -9,7 +9,7 @@ use serde_json::json;
 
 use dpo_core::console::{self, Remark};
 use dpo_core::error::Result;
-use dpo_core::example::Example;
+use dpo_data::Examples;
 use dpo_generate::{Generator, Sampling, compare};
 use {dpo_core::files, dpo_page as page};
 
@@ -26,13 +26,14 @@ pub(super) fn are_cheap(bytes: usize, backend: &dyn Backend) -> bool {
 }
 
 /// Asks prompts of some examples, and puts what is answered into the report.
-pub(super) fn write(mut generator: Generator, examples: &[Example], output: &Path) -> Result<()> {
+pub(super) fn write(mut generator: Generator, examples: &Examples, output: &Path) -> Result<()> {
     let sampling = Sampling { max_new_tokens: TOKENS, ..Sampling::default() };
     let mut seen = HashSet::new();
-    let prompts = examples.iter().map(Example::prompt).filter(|prompt| seen.insert(*prompt));
+    let prompts = examples.iter().filter_map(Result::ok).map(|example| example.prompt().to_vec());
+    let prompts = prompts.filter(|prompt| seen.insert(prompt.clone()));
     let (start, mut lines, mut same) = (Instant::now(), String::new(), true);
     for prompt in prompts.take(PROMPTS).take_while(|_| start.elapsed() < PATIENCE) {
-        for answers in compare(&mut generator, &[prompt], &sampling)? {
+        for answers in compare(&mut generator, &[&prompt], &sampling)? {
             let line = json!({"prompt": answers.prompt, "before": answers.base, "after": answers.tuned});
             lines += &format!("{line}\n");
             same &= answers.base == answers.tuned;

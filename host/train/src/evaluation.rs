@@ -7,19 +7,19 @@ use super::config::EvaluationConfig;
 use super::metrics::NAMES;
 use super::reference::Reference;
 use dpo_core::error::{Error, Result};
-use dpo_core::example::Example;
+use dpo_data::Examples;
 
 /// Examples that are evaluated on.
 pub(super) struct EvalSet {
     /// What stands before the names of its metrics: `eval_`, or `eval_NAME_` for a named one.
     pub(super) prefix: String,
-    pub(super) examples: Vec<Example>,
+    pub(super) examples: Examples,
     pub(super) reference: Reference,
 }
 
 impl EvalSet {
     /// A set of a name, or the only one.
-    pub(super) fn new(name: &str, examples: Vec<Example>) -> EvalSet {
+    pub(super) fn new(name: &str, examples: Examples) -> EvalSet {
         let prefix = if name.is_empty() { "eval_".to_owned() } else { format!("eval_{name}_") };
         EvalSet { prefix, examples, reference: Reference::none() }
     }
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     fn metric(name: Option<&str>, greater: Option<bool>, sets: &[&str]) -> Result<Option<Metric>> {
-        let sets: Vec<EvalSet> = sets.iter().map(|name| EvalSet::new(name, Vec::new())).collect();
+        let sets: Vec<EvalSet> = sets.iter().map(|name| EvalSet::new(name, Examples::default())).collect();
         let config = EvaluationConfig {
             metric: name.map(str::to_owned),
             greater_is_better: greater,

@@ -3,6 +3,7 @@
 mod before_after;
 mod checkpoint;
 pub mod config;
+mod data;
 mod doctor;
 mod evaluation;
 mod log;

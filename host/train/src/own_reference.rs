@@ -10,12 +10,11 @@ use dpo_core::backend::{Backend, Planned, Workload};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
-use dpo_core::example::Example;
 use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_core::lora::Adapter;
 use dpo_core::plan::MemoryOptions;
 use dpo_core::weights::Checkpoint;
-use dpo_data::ChatTokenizer;
+use dpo_data::{ChatTokenizer, Examples};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugin_api::graph::ModelGraph;
@@ -49,7 +48,7 @@ impl OwnReference {
         config: &ReferenceConfig,
         (trained, model, tokenizer): (&str, &Model<'_>, &ChatTokenizer),
         (group, backend): (&mut dyn ProcessGroup, &dyn Backend),
-        examples: &[&Example],
+        examples: &[&Examples],
         (workload, memory): (Workload, MemoryOptions),
     ) -> Result<OwnReference> {
         let name = config.model.as_deref().unwrap_or(trained);
@@ -64,8 +63,9 @@ impl OwnReference {
                 (other.config, other.graph)
             }
         };
-        let ids = examples.iter().flat_map(|e| e.parts().flatten());
-        refuse_foreign_tokens(ids, vocabulary(&graph)).map_err(|e| e.at("--ref-model"))?;
+        for example in examples.iter().flat_map(|set| set.iter()) {
+            refuse_foreign_tokens(example?.parts().flatten(), vocabulary(&graph)).map_err(|e| e.at("--ref-model"))?;
+        }
         let adapter = match &config.adapter {
             Some(folder) => Adapter::load(&graph, folder)?,
             None => Adapter::idle(&graph)?,
@@ -93,13 +93,13 @@ impl OwnReference {
     pub(super) fn log_probs<'a>(
         self,
         group: &mut dyn ProcessGroup,
-        sets: impl Iterator<Item = &'a Vec<Example>>,
+        sets: impl Iterator<Item = &'a Examples>,
     ) -> Result<Known> {
         let folder = model::locate(&self.name, Need::Weights)?;
         let checkpoint = Checkpoint::of(&folder, &self.graph)?;
         let mut device = self.planned.load(group, &checkpoint)?;
         let identity = format!("{}{}", checkpoint.identity()?, self.config);
-        let of = |examples: &Vec<Example>| Reference::of(group, device.as_mut(), &identity, examples);
+        let of = |examples: &Examples| Reference::of(group, device.as_mut(), &identity, examples);
         let references = sets.map(of).collect::<Result<_>>()?;
         let content = format!("{}{}{}", checkpoint.content()?, self.config, hex(&Sha256::digest(&self.params)));
         Ok(Known { references, content })
@@ -107,8 +107,11 @@ impl OwnReference {
 }
 
 /// Whether the ids of examples mean the same to both.
-fn same_tokens(examples: &[&Example], ours: &ChatTokenizer, theirs: &ChatTokenizer) -> Result<()> {
-    let ids: BTreeSet<u32> = examples.iter().flat_map(|e| e.parts().flatten().copied()).collect();
+fn same_tokens(examples: &[&Examples], ours: &ChatTokenizer, theirs: &ChatTokenizer) -> Result<()> {
+    let mut ids = BTreeSet::new();
+    for example in examples.iter().flat_map(|set| set.iter()) {
+        ids.extend(example?.parts().flatten().copied());
+    }
     match ids.into_iter().find(|id| ours.token(*id) != theirs.token(*id)) {
         Some(id) => {
             let text = |tokenizer: &ChatTokenizer| tokenizer.token(id).unwrap_or_else(|| "no token".into());

@@ -28,6 +28,7 @@ use dpo_core::files;
 use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{Moments, clip};
+use dpo_data::Examples;
 use dpo_page as page;
 use dpo_ranks::{Announcement, Interrupt};
 
@@ -50,7 +51,7 @@ pub(super) struct Run<'r> {
     pub(super) base_model: String,
     pub(super) device: Box<dyn Device>,
     pub(super) objective: Objective<'r>,
-    pub(super) examples: Vec<Example>,
+    pub(super) examples: Examples,
     pub(super) validation: Vec<EvalSet>,
     pub(super) reference: Reference,
     pub(super) steps: Steps,
@@ -248,8 +249,8 @@ impl Run<'_> {
         let (place, what, help) = match cause {
             Skipped::Gradient => {
                 let worst = nonfinite::worst_example(self.group, step)?;
-                let row = self.next_examples().get(worst).map(|e| self.examples[*e].place.clone());
-                (row.unwrap_or_default(), what, nonfinite::LOWER)
+                let row = self.next_examples().get(worst).map(|e| self.examples.get(*e)).transpose()?;
+                (row.map(|e| e.place).unwrap_or_default(), what, nonfinite::LOWER)
             }
             Skipped::Update => {
                 (String::new(), format!("{what}, but AdamW's step makes numbers that are not finite"), nonfinite::USUAL)
@@ -270,7 +271,8 @@ impl Run<'_> {
     /// Leaves the gradient of the next step on the device; returns its loss and its unique tokens.
     fn gradient(&mut self) -> Result<(Step, usize)> {
         let next = self.next_examples();
-        let examples: Vec<&Example> = next.iter().map(|i| &self.examples[*i]).collect();
+        let examples = self.examples.gather(next.iter().copied())?;
+        let examples: Vec<&Example> = examples.iter().collect();
         let reference = self.reference.gather(&next);
         let step =
             step::gradient(self.group, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref())?;
@@ -361,6 +363,7 @@ impl Run<'_> {
         }
         let (mut line, mut first) = (self.place(), None);
         for EvalSet { prefix, examples, reference } in &self.validation {
+            let examples = examples.all()?;
             let examples: Vec<&Example> = examples.iter().collect();
             let device = self.device.as_mut();
             let (step, logps) = step::evaluate(self.group, device, &mut self.objective, &examples, reference.all())?;

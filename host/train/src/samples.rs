@@ -13,7 +13,7 @@ use dpo_core::device::Device;
 use dpo_core::error::Result;
 use dpo_core::example::{Example, answer_name};
 use dpo_core::logprobs::AnswerLogProbs;
-use dpo_data::{ChatTokenizer, report::shortened};
+use dpo_data::{ChatTokenizer, Examples, report::shortened};
 
 /// Examples that are looked at, and tokens of an answer that are shown: the file stays small however long a run is.
 const EXAMPLES: usize = 4;
@@ -35,10 +35,11 @@ impl Samples {
         group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
         tokenizer: &ChatTokenizer,
-        examples: &[Example],
+        examples: &Examples,
         reference: &Reference,
     ) -> Result<Samples> {
-        let first: Vec<&Example> = examples.iter().take(EXAMPLES).collect();
+        let first = first_of(examples)?;
+        let first: Vec<&Example> = first.iter().collect();
         let logps = match reference.gather(&(0..first.len()).collect::<Vec<_>>()) {
             None => score(group, device, &first, |_| {})?,
             Some(known) => known,
@@ -54,9 +55,10 @@ impl Samples {
         &self,
         group: &mut dyn ProcessGroup,
         device: &mut dyn Device,
-        examples: &[Example],
+        examples: &Examples,
     ) -> Result<AnswerLogProbs> {
-        score(group, device, &examples.iter().take(self.learned.len()).collect::<Vec<_>>(), |_| {})
+        let first = first_of(examples)?;
+        score(group, device, &first.iter().collect::<Vec<_>>(), |_| {})
     }
 
     /// The first line of `samples.jsonl`: texts, and log-probs at the start.
@@ -68,6 +70,11 @@ impl Samples {
     pub(super) fn line(&self, step: u64, logps: &AnswerLogProbs) -> Map<String, Value> {
         line(step, logps, &self.learned)
     }
+}
+
+/// Those that are looked at.
+fn first_of(examples: &Examples) -> Result<Vec<Example>> {
+    examples.gather(0..examples.len().min(EXAMPLES))
 }
 
 /// Log-probs of the tokens shown, and the sum over all, of every answer of every example.

@@ -10,8 +10,8 @@ use super::config::Steps;
 use super::manifest::hex;
 use super::objective::Objective;
 use dpo_core::error::{Error, Result};
-use dpo_core::example::Example;
 use dpo_core::lora::Adapter;
+use dpo_data::Examples;
 use dpo_plugin_api::graph::ModelGraph;
 
 /// Flags that decide no step: where things are and how often they are written, and what is said in `model`, `data` and
@@ -89,8 +89,8 @@ pub(super) fn decisive(
     graph: &ModelGraph,
     objective: &Objective<'_>,
     adapter: &Adapter,
-    examples: &[Example],
-) -> Map<String, Value> {
+    examples: &Examples,
+) -> Result<Map<String, Value>> {
     let mut flags = flags.clone();
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
     flags.insert("lora_rank".into(), json!(adapter.config.rank));
@@ -99,13 +99,13 @@ pub(super) fn decisive(
     flags.insert("rank_pattern".into(), adapter.config.rank_pattern.to_json(1.0));
     flags.insert("alpha_pattern".into(), adapter.config.alpha_pattern.to_json(1.0));
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
-    let content: Vec<u8> = examples.iter().flat_map(Example::content).collect();
+    let content = content_of(examples)?;
     // Text keys in the order of their fields: the same graph has the same text.
     let graph = serde_json::to_vec(graph).unwrap_or_default();
     let contents = [
         (HOST, env!("CARGO_PKG_VERSION").to_owned()),
         ("the plugin's graph of the model", short(&graph)),
-        ("the data", format!("{} examples, {}", examples.len(), short(&content))),
+        ("the data", format!("{} examples, {}", examples.len(), hex(&content[..6]))),
         ("--target-modules", format!("{} modules, {}", adapter.sites.len(), short(adapter.shape().as_bytes()))),
         ("the adapter at the start", short(&params)),
     ];
@@ -113,7 +113,16 @@ pub(super) fn decisive(
     let contents = contents.map(|(name, value)| (name.to_owned(), value)).into_iter();
     let losses =
         objective.packages().into_iter().map(|(loss, package)| (format!("the plugin of loss '{loss}'"), package));
-    flags.chain(contents.chain(losses).map(|(name, value)| (name, json!(value)))).collect()
+    Ok(flags.chain(contents.chain(losses).map(|(name, value)| (name, json!(value)))).collect())
+}
+
+/// A hash of everything in examples that decides numbers.
+pub(super) fn content_of(examples: &Examples) -> Result<[u8; 32]> {
+    let mut hash = Sha256::new();
+    for example in examples.iter() {
+        hash.update(example?.content());
+    }
+    Ok(hash.finalize().into())
 }
 
 /// Enough of a hash to tell things apart.

@@ -1,6 +1,5 @@
 //! The start of a run: from settings to everything that the loop works on, step by step, and what follows the last step.
 
-use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use dpo_core::backend::{Backend, Workload};
@@ -8,13 +7,12 @@ use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
-use dpo_core::example::Example;
 use dpo_core::files;
 use dpo_core::lora::{Adapter, read_config};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::weights::Checkpoint;
-use dpo_data::{self as data, ChatTokenizer, Report, Wanted};
+use dpo_data::{self as data, ChatTokenizer, Examples};
 use dpo_generate::Generator;
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
@@ -24,8 +22,9 @@ use dpo_plugins::Registry;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::load_state;
-use crate::config::{Dashboard, EvalRows, OutputConfig, PACKING, RESOLVED, StartAdapter, Steps, TrainConfig};
-use crate::evaluation::{Best, EvalSet, Metric};
+use crate::config::{Dashboard, OutputConfig, PACKING, RESOLVED, StartAdapter, Steps, TrainConfig};
+use crate::data::Data;
+use crate::evaluation::{Best, Metric};
 use crate::metrics::Window;
 use crate::objective::Objective;
 use crate::own_reference::OwnReference;
@@ -74,12 +73,12 @@ pub fn train(
     let adapter = starting_adapter(&model, &config)?;
     let tokenizer = ChatTokenizer::open(&folder, model.family.chat_template.as_deref())?;
     let wanted = objective.wanted()?;
-    let Data { examples, mut validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer)?;
+    let Data { examples, mut validation, report } = Data::load(registry, &config, &wanted, &model, &tokenizer, group)?;
     let metric = Metric::of(&config.evaluation, &validation)?;
     let steps = config.optimizer.steps(examples.len());
-    say_length(&config, &examples, &steps);
+    say_length(&config, examples.len(), &steps);
     console::line(format!("adapter     {} parameters at {} linears", adapter.parameters(), adapter.sites.len()));
-    let mut settings = settings::decisive(&config.flags, &model.graph, &objective, &adapter, &examples);
+    let mut settings = settings::decisive(&config.flags, &model.graph, &objective, &adapter, &examples)?;
     if let Some(folder) = &resumed {
         settings::refuse_other(&load_state(folder)?, &settings, steps, folder)?;
     }
@@ -87,8 +86,12 @@ pub fn train(
         room_for_checkpoints(&output, &adapter, &config.output, steps)?;
     }
     config.memory.packing = group.broadcast_from_first(|| packing_before(&output, resumed.as_deref(), &config))?;
-    let everything: Vec<&Example> = examples.iter().chain(validation.iter().flat_map(|set| &set.examples)).collect();
-    let workload = Workload::of(everything.iter().copied());
+    let everything: Vec<&Examples> =
+        std::iter::once(&examples).chain(validation.iter().map(|set| &set.examples)).collect();
+    let mut workload = Workload::default();
+    for example in everything.iter().flat_map(|set| set.iter()) {
+        workload.add(&example?);
+    }
     let planned = backend.plan(group, model.graph.clone(), adapter, workload, config.memory)?;
     let memory = MemoryOptions { packing: Some(planned.packing()), ..config.memory };
     let own_reference = match &config.reference {
@@ -206,14 +209,14 @@ fn same_folder(of_config: PathBuf, of_weights: PathBuf) -> Result<PathBuf> {
 }
 
 /// Says how long the run is, and warns where it is too short to change anything.
-fn say_length(config: &TrainConfig, examples: &[Example], steps: &Steps) {
+fn say_length(config: &TrainConfig, examples: usize, steps: &Steps) {
     let Steps { per_epoch, total, warmup } = *steps;
     let batch = config.optimizer.batch_size;
     let warmup = if warmup > 0 { format!(", {warmup} of them warm-up") } else { String::new() };
     console::line(format!("steps       {total}, {per_epoch} an epoch of {batch} examples each{warmup}"));
     if total < FEW_STEPS && config.optimizer.max_steps.is_none() {
         let steps = if total == 1 { "1 step changes" } else { &format!("{total} steps change") };
-        let what = format!("{steps} little: {} examples make {per_epoch} an epoch", examples.len());
+        let what = format!("{steps} little: {examples} examples make {per_epoch} an epoch");
         console::warning(
             Remark::from(what).help("raise --num-epochs, lower --batch-size, or add rows: 50 steps and more are usual"),
         );
@@ -261,65 +264,13 @@ fn packing_before(output: &Path, resumed: Option<&Path>, config: &TrainConfig) -
     }
 }
 
-/// The examples of a run.
-struct Data {
-    examples: Vec<Example>,
-    validation: Vec<EvalSet>,
-    report: Report,
-}
-
-impl Data {
-    fn load(
-        registry: &Registry,
-        config: &TrainConfig,
-        wanted: &Wanted,
-        model: &Model<'_>,
-        tokenizer: &ChatTokenizer,
-    ) -> Result<Data> {
-        let load = |paths: &[String]| {
-            data::load(&config.rows(paths, (&model.graph, model.positions()), wanted), registry, tokenizer)
-        };
-        let dataset = load(&config.dataset)?;
-        console::line(format!("model       {} ({})", config.model, model.family.name));
-        console::line(format!("data        {}", dataset.report.line()));
-        warn_of_length(&dataset.examples, model);
-        dataset.report.warnings().into_iter().for_each(console::warning);
-        let (examples, validation) = match config.val_dataset.as_slice() {
-            [] => {
-                let (examples, held_out) = data::split(dataset.examples, config.split_dataset_ratio, config.data.seed);
-                let some = (!held_out.is_empty()).then(|| EvalSet::new("", held_out));
-                (examples, some.into_iter().collect::<Vec<_>>())
-            }
-            sets => {
-                let set = |set: &EvalRows| Ok(EvalSet::new(&set.name, load(&set.paths)?.examples));
-                (dataset.examples, sets.iter().map(set).collect::<Result<_>>()?)
-            }
-        };
-        for EvalSet { prefix, examples: held_out, .. } in &validation {
-            let set = prefix.trim_matches('_');
-            console::line(format!(
-                "{set:<11} {} examples to evaluate on, {} to train on",
-                held_out.len(),
-                examples.len()
-            ));
-            warn_of_overlap(&examples, held_out);
-        }
-        if examples.is_empty() {
-            return Err(Error::input("the split leaves no example to train on")
-                .at("--split-dataset-ratio")
-                .help("lower it, or add rows"));
-        }
-        Ok(Data { examples, validation, report: dataset.report })
-    }
-}
-
 /// Log-probs of each set of examples under the adapter of the start, where a loss reads them.
 fn references<'a>(
     group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     objective: &Objective<'_>,
     identity: &str,
-    sets: impl Iterator<Item = &'a Vec<Example>>,
+    sets: impl Iterator<Item = &'a Examples>,
 ) -> Result<Vec<Reference>> {
     if !objective.needs_reference() {
         return Ok(sets.map(|_| Reference::none()).collect());
@@ -404,34 +355,5 @@ fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> 
                 None => Adapter::load(&model.graph, folder),
             }
         }
-    }
-}
-
-/// A model knows nothing of positions beyond those that it was made for.
-fn warn_of_length(examples: &[Example], model: &Model<'_>) {
-    let Some(positions) = model.positions() else { return };
-    let longer = examples.iter().filter(|e| e.longest() > positions).count();
-    if longer > 0 {
-        let longest = examples.iter().map(Example::longest).max().unwrap_or(0);
-        let what = format!(
-            "{longer} of {} examples are longer than the {positions} positions that the model is made for, up to {longest} tokens",
-            examples.len()
-        );
-        console::warning(
-            Remark::from(what).help(format!("say --max-length {positions}, or extend its rope scaling in config.json")),
-        );
-    }
-}
-
-/// An evaluation of examples that are trained on says that a model learns, not what it learned.
-fn warn_of_overlap(examples: &[Example], validation: &[Example]) {
-    let trained: HashSet<Vec<u8>> = examples.iter().map(Example::content).collect();
-    let shared = validation.iter().filter(|e| trained.contains(&e.content())).count();
-    if shared > 0 {
-        let what = format!("{shared} of {} validation examples are trained on as well", validation.len());
-        console::warning(
-            Remark::from(what)
-                .help("evaluate on other rows, or hold some out from training with --split-dataset-ratio 0.1"),
-        );
     }
 }
