@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use rand::SeedableRng;
 use rand::seq::index;
 use rand_chacha::ChaCha8Rng;
+use serde_json::Value;
 
 use super::read::{Chunk, SourceRow, chunks, is_known, kinds, known_kinds};
 use dpo_core::console;
 use dpo_core::error::{Error, IoContext, Result};
-use dpo_hub::{self as hub, Name};
+use dpo_hub::{self as hub, Name, Splits};
 
 /// A `--dataset` argument: a file or a folder, and how many rows of it are wanted.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,6 +21,18 @@ pub struct Source {
     pub rows: Option<usize>,
 }
 
+/// Files beside the rows that say something of them.
+const ABOUT: [&str; 7] = [
+    "dataset_info.json",
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "metadata.json",
+    "config.json",
+    "info.json",
+];
+/// How far below a folder its rows may be.
+const DEEPEST: usize = 3;
 /// Most rows of `#N`.
 const MOST_ROWS: usize = 100_000_000;
 
@@ -106,7 +119,7 @@ fn times_taken(total: usize, wanted: usize, shuffle: bool, seed: u64) -> Vec<usi
     times
 }
 
-/// The file itself, a folder's data files by name, or those of a hub's dataset.
+/// The file itself, or the files of a folder or of a hub's dataset: those of the training split where there are splits.
 fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
     let named = path.to_str().filter(|p| p.contains("::") && !path.exists());
     if let Some(text) = named {
@@ -128,17 +141,48 @@ fn data_files(path: &Path) -> Result<Vec<PathBuf>> {
         };
     }
     let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).reading(path)? {
-        let file = entry.reading(path)?.path();
-        // A hidden file is an editor's or a system's.
-        let hidden = file.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        if !hidden && file.is_file() && is_known(&file)? {
-            files.push(file);
-        }
-    }
-    files.sort();
+    collect(path, "", DEEPEST, &mut files)?;
     if files.is_empty() {
         return Err(Error::input("the folder holds no data file").at(path.display()).help(known_kinds()));
     }
-    Ok(files)
+    let splits = Splits::of(&files);
+    splits.note_left_out(&path.display().to_string());
+    Ok(splits.files.iter().map(|file| path.join(file)).collect())
+}
+
+/// Data files of a folder, as paths within the dataset: those that it holds itself, else those of its folders, such as the
+/// `data` of a cloned repository or the splits of a `DatasetDict`.
+fn collect(folder: &Path, within: &str, deep: usize, into: &mut Vec<String>) -> Result<()> {
+    if let Some(saved) = saved_files(&folder.join("state.json")) {
+        into.extend(saved.into_iter().map(|file| format!("{within}{file}")));
+        return Ok(());
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).reading(folder)? {
+        let name = entry.reading(folder)?.file_name();
+        // A hidden file is an editor's or a system's.
+        names.extend(name.into_string().ok().filter(|name| !name.starts_with('.') && !ABOUT.contains(&name.as_str())));
+    }
+    names.sort();
+    let before = into.len();
+    for name in &names {
+        let file = folder.join(name);
+        if file.is_file() && is_known(&file)? {
+            into.push(format!("{within}{name}"));
+        }
+    }
+    if into.len() == before && deep > 0 {
+        for name in names.iter().filter(|name| folder.join(name).is_dir()) {
+            collect(&folder.join(name), &format!("{within}{name}/"), deep - 1, into)?;
+        }
+    }
+    Ok(())
+}
+
+/// The files that Hugging Face's `save_to_disk` lists in its `state.json`: others beside them are results that it kept.
+fn saved_files(state: &Path) -> Option<Vec<String>> {
+    let state: Value = serde_json::from_str(&std::fs::read_to_string(state).ok()?).ok()?;
+    // A name alone: no stranger's file leads out of its folder.
+    let name = |file: &Value| file.get("filename")?.as_str().filter(|n| !n.contains(['/', '\\'])).map(str::to_owned);
+    state.get("_data_files")?.as_array()?.iter().map(name).collect()
 }

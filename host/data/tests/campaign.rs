@@ -224,12 +224,21 @@ fn parquet_files() {
 }
 
 #[test]
+fn arrow_files() {
+    let seeds = ["stream.arrow", "file.arrow"].map(|name| std::fs::read(golden(name)).unwrap());
+    let taken = campaign(600, &seeds, bytes, as_file("a.arrow"));
+    assert!((1..count(600)).contains(&taken), "{taken}");
+}
+
+#[test]
 fn texts() {
     let rows = json!([{"prompt": "why?", "chosen": [{"role": "user", "content": "天气\n\"?\""}]}, {"prompt": "so", "n": -1.5e3}]);
     let lines: String = rows.as_array().unwrap().iter().map(|row| format!("{row}\n")).collect();
     for (name, seed) in [
         ("a.jsonl", lines.as_str()),
         ("a.json", &format!("{rows:#}")),
+        ("b.json", r#"{"prompt": ["why?", "so"], "n": [NaN, 2]}"#),
+        ("c.json", r#"{"data": [{"prompt": "why?"}, {"n": 1}]}"#),
         ("a.csv", "prompt,chosen\n\"a \"\"b\"\"\nc\",[{}]\nd,e\n"),
     ] {
         let taken = campaign(300, &[seed.into()], bytes, as_file(name));

@@ -13,7 +13,7 @@ use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn file(dir: &Path, name: &str, text: &str) -> PathBuf {
     let path = dir.join(name);
@@ -192,6 +192,184 @@ fn parquet_rows_are_those_that_were_written() {
             json!({"prompt": "天气?", "chosen": turns("sun"), "rejected": turns("rain"), "n": 2}),
         ]
     );
+}
+
+/// Written with pyarrow 26 from the rows below: the stream of `save_to_disk`, and a file that is compressed with zstd.
+#[test]
+fn arrow_rows_are_those_that_were_written() {
+    let turns = |text: &str| json!([{"role": "user", "content": "天气?"}, {"role": "assistant", "content": text}]);
+    for name in ["stream.arrow", "file.arrow"] {
+        let rows = read_file(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)).unwrap();
+        assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), [format!("{name}: row 1"), format!("{name}: row 2")]);
+        let rows: Vec<_> = rows.into_iter().map(|r| json!(r.row.unwrap())).collect();
+        let expected = [
+            json!({"prompt": "天气?", "chosen": turns("ok"), "rejected": turns("no"), "score": 4.5, "n": 1, "ok": true,
+                "kind": "a", "when": null, "nums": [1, 2], "half": 0.5}),
+            json!({"prompt": "天气?", "chosen": turns("sun"), "rejected": turns("rain"), "n": 2, "kind": "b", "nums": []}),
+        ];
+        assert_eq!(rows, expected, "{name}");
+    }
+}
+
+#[test]
+fn a_file_that_is_one_object_holds_rows() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = |text: &str| -> Vec<Value> {
+        let rows = read_file(&file(dir.path(), "a.json", text)).unwrap();
+        rows.into_iter().map(|r| json!(r.row.unwrap())).collect()
+    };
+    let two = [json!({"n": 1, "t": "a"}), json!({"n": 2, "t": null})];
+    assert_eq!(rows(r#"{"version": "1", "data": [{"n": 1, "t": "a"}, {"n": 2, "t": NaN}]}"#), two);
+    assert_eq!(rows("{\n \"n\": [1, 2],\n \"t\": [\"a\", null]\n}\n"), two);
+    assert_eq!(rows(r#"{"n": {"0": 1, "1": 2}, "t": {"0": "a", "1": null}}"#), two);
+    // Rows, of which there is one.
+    for row in [
+        json!({"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        json!({"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}),
+        json!({"prompt": "a", "data": [{"role": "user", "content": "a"}]}),
+    ] {
+        assert_eq!(rows(&row.to_string()), [row.clone()]);
+        assert_eq!(rows(&format!("{row:#}")), [row.clone()]);
+        assert_eq!(rows(&format!("{row}\n{row}")), [row.clone(), row]);
+    }
+}
+
+#[test]
+fn a_nan_is_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "{\"n\": NaN, \"t\": \"\\\"NaN\"}\n{\"n\": 2}\n{\"n\": [NaN, -Infinity]}";
+    let rows = read_file(&file(dir.path(), "a.jsonl", lines)).unwrap();
+    assert_eq!(json!(rows[0].row.as_ref().unwrap()), json!({"n": null, "t": "\"NaN"}));
+    assert!(rows[1].row.is_ok());
+    let error = rows[2].row.clone().unwrap_err().to_string();
+    assert!(error.contains("a.jsonl:3: broken JSON at column"), "{error}");
+}
+
+#[test]
+fn cells_stand_between_commas_tabs_or_semicolons() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text) in [
+        ("a.tsv", "n\tt\r\n1\t\"a, b; c\"\r\n"),
+        ("b.csv", "n;t\n1;a, b; c".replace("a, b; c", "\"a, b; c\"").as_str()),
+        ("c.csv", "\u{feff}n,t\n1,\"a, b; c\"\n"),
+    ] {
+        let rows = read_file(&file(dir.path(), name, text)).unwrap();
+        assert_eq!(json!(rows[0].row.as_ref().unwrap()), json!({"n": "1", "t": "a, b; c"}), "{name}");
+    }
+}
+
+#[test]
+fn lines_of_csv_are_counted_whatever_ends_them() {
+    let dir = tempfile::tempdir().unwrap();
+    for end in ["\n", "\r\n"] {
+        let text = ["n,t", "1,a", "", "2,\"b", "c\"", "3", "4,d", ""].join(end);
+        let rows = read_file(&file(dir.path(), "a.csv", &text)).unwrap();
+        assert_eq!(rows.iter().map(place).collect::<Vec<_>>(), ["a.csv:2", "a.csv:4", "a.csv:6", "a.csv:7"], "{end:?}");
+        assert!(rows[2].row.is_err());
+    }
+}
+
+/// What pandas' `to_csv` makes of a list would be trained as text.
+#[test]
+fn a_conversation_as_python_prints_it_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for cell in [
+        "[{'role': 'user', 'content': 'a'}]",
+        "[{'content': 'a', 'role': 'user'}\n {'content': 'b'}]",
+        "{'from': 'gpt'}",
+    ] {
+        let text = format!("prompt,chosen\na,b\nc,\"{cell}\"\n");
+        let error = read_file(&file(dir.path(), "a.csv", &text)).unwrap_err().to_string();
+        assert!(error.contains("a.csv:3: column 'chosen' has a conversation as Python prints it"), "{error}");
+        assert!(error.contains("to_json"), "{error}");
+    }
+    assert!(read_file(&file(dir.path(), "b.csv", "prompt,chosen\na,{'x': 1}\n")).is_ok());
+}
+
+#[test]
+fn a_pointer_of_git_lfs_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.parquet", "a.jsonl", "a.arrow", "a.csv"] {
+        let text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+        let error = read_file(&file(dir.path(), name, text)).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("{name}: is a pointer of Git LFS")) && error.contains("git lfs pull"),
+            "{error}"
+        );
+    }
+}
+
+/// Files that lie in a folder in the way of Hugging Face's `save_to_disk`, of a cloned repository, and so on.
+#[test]
+fn a_folder_is_its_training_split() {
+    let row = |n: u32| format!("{{\"n\": {n}}}");
+    let state = |files: &[&str]| {
+        json!({"_data_files": files.iter().map(|f| json!({"filename": f})).collect::<Vec<_>>()}).to_string()
+    };
+    let about = |text: &str| text.to_owned();
+    let cases: [(&str, Vec<(&str, String)>, &[u64]); 7] = [
+        ("two splits", vec![("train_a.jsonl", row(1)), ("train_b.jsonl", row(2)), ("test_a.jsonl", row(9))], &[1, 2]),
+        ("no split", vec![("a.jsonl", row(1)), ("b.jsonl", row(2))], &[1, 2]),
+        (
+            "a cloned repository",
+            vec![
+                ("README.md", about("x")),
+                ("data/train-00000-of-00001.jsonl", row(1)),
+                ("data/test-00000-of-00001.jsonl", row(9)),
+                (".git/a.jsonl", row(9)),
+            ],
+            &[1],
+        ),
+        (
+            "ultrafeedback_binarized",
+            vec![
+                ("data/train_prefs-0.jsonl", row(1)),
+                ("data/train_sft-0.jsonl", row(9)),
+                ("data/test_prefs-0.jsonl", row(9)),
+            ],
+            &[1],
+        ),
+        (
+            "save_to_disk",
+            vec![
+                ("state.json", state(&["b.jsonl", "a.jsonl"])),
+                ("dataset_info.json", about("{}")),
+                ("a.jsonl", row(2)),
+                ("b.jsonl", row(1)),
+                ("cache-1.jsonl", row(9)),
+            ],
+            &[1, 2],
+        ),
+        (
+            "a DatasetDict",
+            vec![
+                ("dataset_dict.json", json!({"splits": ["train", "test"]}).to_string()),
+                ("train/state.json", state(&["a.jsonl", "../test/b.jsonl"])),
+                ("train/a.jsonl", row(1)),
+                ("test/state.json", state(&["b.jsonl"])),
+                ("test/b.jsonl", row(9)),
+            ],
+            &[1],
+        ),
+        (
+            "files beside the rows",
+            vec![
+                ("metadata.json", about("{\"by\": \"me\"}")),
+                ("dataset_info.json", about("{}")),
+                ("rows.jsonl", row(1)),
+            ],
+            &[1],
+        ),
+    ];
+    for (name, files, expected) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        for (path, text) in files {
+            std::fs::create_dir_all(dir.path().join(path).parent().unwrap()).unwrap();
+            file(dir.path(), path, &text);
+        }
+        let source = Source::parse(&dir.path().display().to_string()).unwrap();
+        assert_eq!(numbers(&read(&source, false, 0).unwrap()), expected, "{name}");
+    }
 }
 
 #[test]

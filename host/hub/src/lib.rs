@@ -9,6 +9,7 @@ mod config;
 mod hash;
 pub mod model;
 mod protocol;
+mod splits;
 
 use std::path::{Path, PathBuf};
 
@@ -20,6 +21,7 @@ use dpo_core::files::free_space;
 use dpo_core::memory::size;
 use dpo_core::weights::{FILES, INDEX, SINGLE, shard_names};
 use protocol::{Hub, Listing, Remote};
+pub use splits::Splits;
 
 /// What of a model is needed, in the order of its size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -154,22 +156,24 @@ fn room_for_weights(name: &Name, cache: &Cache, listing: &Listing) -> Result<()>
 pub fn dataset(name: &Name, kinds: &[&str]) -> Result<Vec<PathBuf>> {
     let cache = Cache::of(name, Content::Dataset)?;
     let chosen = |folder: &Path| wanted_rows(cache::files(folder), &name.inside, kinds);
-    let lacking = |folder: &Path| if chosen(folder).is_empty() { vec!["its data files".to_owned()] } else { vec![] };
-    let mut paths = Vec::new();
+    let lacking =
+        |folder: &Path| if chosen(folder).files.is_empty() { vec!["its data files".to_owned()] } else { vec![] };
+    let mut splits = Splits::default();
     let folder = local_or_fetched(name, &cache, lacking, || {
         let (client, listing) = listing(name, Content::Dataset)?;
-        paths = wanted_rows(listing.files.iter().map(|f| f.path.clone()).collect(), &name.inside, kinds);
-        if paths.is_empty() {
+        splits = wanted_rows(listing.files.iter().map(|f| f.path.clone()).collect(), &name.inside, kinds);
+        if splits.files.is_empty() {
             let what = format!("has no data file{}", if name.inside.is_empty() { "" } else { " there" });
             let kinds = format!("kinds that are read: {}", kinds.join(", "));
             return Err(Error::input(what).at(format!("{}/{}", name.place(), name.inside)).help(kinds));
         }
-        fetch(&client, name, &cache, &listing, |f| paths.contains(&f.path))?;
+        fetch(&client, name, &cache, &listing, |f| splits.files.contains(&f.path))?;
         cache.remember(&name.revision, &listing.commit)?;
         Ok(cache.view(&listing.commit))
     })?;
-    let paths = if paths.is_empty() { chosen(&folder) } else { paths };
-    Ok(paths.into_iter().map(|p| folder.join(p)).collect())
+    let splits = if splits.files.is_empty() { chosen(&folder) } else { splits };
+    splits.note_left_out(&name.place());
+    Ok(splits.files.into_iter().map(|p| folder.join(p)).collect())
 }
 
 /// What is in the cache where nothing can be asked, or need not be; otherwise what `fetched` brings.
@@ -235,7 +239,7 @@ fn lacking(folder: &Path, need: Need) -> Vec<String> {
 }
 
 /// Of a dataset's files those with rows to train on.
-fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
+fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Splits {
     let within =
         |p: &str| inside.is_empty() || p == inside || p.strip_prefix(inside).is_some_and(|r| r.starts_with('/'));
     let about =
@@ -248,9 +252,7 @@ fn wanted_rows(all: Vec<String>, inside: &str, kinds: &[&str]) -> Vec<String> {
         files
     };
     let files = kinds.iter().map(|k| of(&k)).find(|files| !files.is_empty()).unwrap_or_default();
-    let training = |p: &&String| p.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| word == "train");
-    let train: Vec<String> = files.iter().filter(training).cloned().collect();
-    if train.is_empty() { files } else { train }
+    Splits::of(&files)
 }
 
 /// Most pages of a list of files.

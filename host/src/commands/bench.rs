@@ -16,13 +16,15 @@ use serde_json::json;
 use dpo_core::collective::{Alone, ProcessGroup};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
-use dpo_core::example::Example;
+use dpo_core::example::{Answer, Example};
 use dpo_core::files;
-use dpo_core::logprobs::AnswerLogProbs;
+use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
+use dpo_data::Wanted;
+use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
@@ -37,6 +39,12 @@ pub(crate) struct BenchOptions {
     /// Lengths of prompts and answers
     #[arg(long, value_enum, default_value_t = Profile::Chat)]
     profile: Profile,
+    /// Loss
+    #[arg(long, value_name = "NAME", default_value = "sigmoid")]
+    loss: String,
+    /// Answers to a prompt, for losses over rankings
+    #[arg(long, value_name = "K", default_value_t = 2)]
+    answers: usize,
     /// Steps that are measured, after one of warm-up
     #[arg(long, default_value_t = 3)]
     steps: usize,
@@ -104,10 +112,22 @@ impl Profile {
         }
     }
 
-    fn pairs(self, count: usize, vocab: usize, max_length: usize) -> Result<Vec<Example>> {
+    /// Examples of what a loss wants, of which a ranking has `answers` answers.
+    fn examples(
+        self,
+        count: usize,
+        (wanted, answers): (&Wanted, usize),
+        vocab: usize,
+        max_length: usize,
+    ) -> Result<Vec<Example>> {
         let mut rng = ChaCha8Rng::seed_from_u64(0);
         let (medians, spread) = self.lengths();
-        let mut pair = || {
+        let answers = match wanted.answers {
+            Answers::One | Answers::Labelled => 1,
+            Answers::Pair => 2,
+            Answers::Ranked => answers,
+        };
+        let mut example = |at: usize| {
             let mut draw = |median: f64| {
                 // The sum of twelve uniform numbers is near enough to a normal one.
                 let normal = (0..12).map(|_| rng.random_range(0.0..1.0_f64)).sum::<f64>() - 6.0;
@@ -117,9 +137,15 @@ impl Profile {
             let (c, r) = (c.min(max_length / 2), r.min(max_length / 2));
             let p = p.min(max_length - c.max(r));
             let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
-            Example::pair(ids(p), ids(c), ids(r), "")
+            let prompt = ids(p);
+            let worse = (1..answers).map(|worse| Answer::new(ids(r), -(worse as f64)));
+            let label = if wanted.answers == Answers::Labelled { (at % 2) as f64 } else { 1.0 };
+            let answers = std::iter::once(Answer::new(ids(c), label)).chain(worse).collect();
+            let example = Example::new(prompt, answers, "")?;
+            let example = if wanted.prompt { example.with_prompt_scored() } else { example };
+            if wanted.mismatched { example.with_detached(ids(r)) } else { Ok(example) }
         };
-        (0..count).map(|_| pair()).collect()
+        (0..count).map(|at| example(at)).collect()
     }
 }
 
@@ -160,7 +186,16 @@ fn measure(
     let graph = Shape::named(&options.shape)?.graph(registry)?;
     let lora = AdapterConfig::new(options.lora_rank, 32.0);
     let adapter = Adapter::new(&graph, lora, 0)?;
-    let pairs = options.profile.pairs(batch_size * (options.steps + 1), graph.vocab_size, options.max_length)?;
+    let objective = ObjectiveOptions { losses: vec![options.loss.clone()], ..ObjectiveOptions::default() };
+    let mut objective = Objective::new(registry, &objective)?;
+    let wanted = objective.wanted()?;
+    if !(2..=MAX_ANSWERS).contains(&options.answers) {
+        let what = format!("should be from 2 to {MAX_ANSWERS}, not {}", options.answers);
+        return Err(Error::input(what).at("--answers"));
+    }
+    let count = batch_size * (options.steps + 1);
+    let pairs =
+        options.profile.examples(count, (&wanted, options.answers), graph.vocab_size, options.max_length)?;
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
     let answers = pairs.iter().map(Example::scored_share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;
@@ -191,14 +226,15 @@ fn measure(
     let start = Instant::now();
     device.warm_up()?;
     let warming = start.elapsed().as_secs_f64();
-    let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
-    let mut objective = Objective::new(registry, &objective)?;
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&Example> = pairs.iter().collect();
     train::score(group, &mut device, &scored[..batch_size], |_| {})?;
     let start = Instant::now();
-    let reference = train::score(group, &mut device, &scored, |_| {})?;
+    let reference = match objective.needs_reference() {
+        true => train::score(group, &mut device, &scored, |_| {})?,
+        false => AnswerLogProbs::zeros(AnswerOffsets::of(scored.iter().copied())),
+    };
     let reference_seconds = start.elapsed().as_secs_f64();
     let places: Vec<usize> = (0..scored.len()).collect();
     let steps = scored.chunks(batch_size).zip(places.chunks(batch_size));
@@ -227,12 +263,15 @@ fn measure(
     let head = device.graph().hidden_size * device.graph().vocab_size;
     let flops = 6.0 * (linear as f64 * tokens as f64 + head as f64 * answer_tokens as f64);
     let speed = tokens as f64 / seconds;
+    // As tools compute them that have the prompt before every answer.
+    let rows = count(measured, |e| e.answers().len() * e.prompt().len() + e.answer_tokens());
     let used = all - free;
     if options.json {
         println!(
             "{}",
             json!({"shape": options.shape, "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
-                "pairs_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
+                "loss": options.loss, "answers_of_example": measured.first().map_or(0, |e| e.answers().len()), "row_tokens_per_second": rows as f64 / seconds,
+                "examples_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,
                 "planned_gib": planned as f64 / (1_u64 << 30) as f64, "micro_batch_tokens": budget, "steps": options.steps,
                 "answers": answer_tokens as f64 / tokens as f64})
@@ -240,9 +279,10 @@ fn measure(
     } else {
         println!("loading     {loading:.1} s, warming up {warming:.1} s");
         println!(
-            "speed       {speed:.0} unique tokens/s, reference included; {:.2} pairs/s",
+            "speed       {speed:.0} unique tokens/s, reference included; {:.2} examples/s",
             (options.steps * batch_size) as f64 / seconds
         );
+        println!("            {:.0} tokens/s of rows that have the prompt before every answer", rows as f64 / seconds);
         let peak = PEAKS.iter().find(|(name, _)| device.gpu().name.contains(name));
         let share = |peak: f64| flops / seconds / peak / 1e10 / group.size() as f64;
         let share = peak.map(|(_, peak)| format!(", {:.1}% of the card's {peak:.0}", share(*peak)));
