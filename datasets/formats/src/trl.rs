@@ -4,10 +4,11 @@
 use dpo_plugin_api::dataset::column;
 use dpo_plugin_api::prelude::*;
 
+use crate::pairs::scores;
 use crate::row::{has_more_prompt, has_prompt, is_dialogue, text, with_variables};
 
 /// Parts of names of columns that may hold what the answers reply to, whatever else is in the name.
-const ASKS: [&str; 13] = [
+const ASKS: [&str; 12] = [
     "prompt",
     "question",
     "instruct",
@@ -20,7 +21,6 @@ const ASKS: [&str; 13] = [
     "dialog",
     "history",
     "request",
-    "user",
 ];
 
 /// The format `trl`.
@@ -46,11 +46,13 @@ impl DatasetFormat for Trl {
     fn records(&self, row: &Row) -> Result<Vec<Record>> {
         let (chosen, rejected) = (text(column(row, "chosen")?)?, text(column(row, "rejected")?)?);
         let prompt = row.get("prompt").filter(|v| !v.is_null()).map(text).transpose()?;
-        let record = match (prompt, chosen, rejected) {
-            (Some(prompt), chosen, rejected) => Record::pair(prompt, chosen, rejected),
+        let (prompt, chosen, rejected) = match (prompt, chosen, rejected) {
+            (Some(prompt), chosen, rejected) => (prompt, chosen, rejected),
             (None, Text::Plain(chosen), Text::Plain(rejected)) => part(&chosen, &rejected),
-            (None, chosen, rejected) => Record::pair(Text::Messages(Vec::new()), chosen, rejected),
+            (None, chosen, rejected) => (Text::Messages(Vec::new()), chosen, rejected),
         };
+        let [better, worse] = scores(row)?;
+        let record = Record::scored(prompt, vec![(chosen, better), (rejected, worse)]);
         with_variables(record, row).map(|record| vec![record])
     }
 }
@@ -77,7 +79,7 @@ fn asks((name, value): (&String, &Value)) -> bool {
 
 /// The prompt of two texts is what they begin with, less a space before the place where they part: that belongs to the
 /// answers. As in TRL at least one letter is left to each of them.
-fn part(chosen: &str, rejected: &str) -> Record {
+fn part(chosen: &str, rejected: &str) -> (Text, Text, Text) {
     let letters = || chosen.char_indices().zip(rejected.chars());
     let parting = letters().find(|((_, a), b)| a != b);
     let mut at = parting.or_else(|| letters().last()).map_or(0, |((at, _), _)| at);
@@ -85,16 +87,16 @@ fn part(chosen: &str, rejected: &str) -> Record {
         at -= 1;
     }
     let plain = |text: &str| Text::Plain(text.to_owned());
-    Record::pair(plain(&chosen[..at]), plain(&chosen[at..]), plain(&rejected[at..]))
+    (plain(&chosen[..at]), plain(&chosen[at..]), plain(&rejected[at..]))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn plain(prompt: &str, chosen: &str, rejected: &str) -> Record {
+    fn plain(prompt: &str, chosen: &str, rejected: &str) -> (Text, Text, Text) {
         let text = |t: &str| Text::Plain(t.into());
-        Record::pair(text(prompt), text(chosen), text(rejected))
+        (text(prompt), text(chosen), text(rejected))
     }
 
     #[test]

@@ -77,11 +77,17 @@ fn parquet_value(value: &Field) -> Value {
 /// A broken file, and columns of a kind that rows do not have.
 pub(super) fn read_arrow(path: &Path, give: Give<'_>) -> Result<()> {
     let mut file = File::open(path).reading(path)?;
-    let mut left = Budget::of(&file);
+    let (mut left, bytes) = (Budget::of(&file), file.metadata().reading(path)?.len());
     let mut begins = Vec::new();
     file.by_ref().take(ARROW.len() as u64).read_to_end(&mut begins).reading(path)?;
     file.seek(SeekFrom::Start(0)).reading(path)?;
-    let broken = |e: ArrowError| Error::input(format!("broken arrow: {e}")).at(path.display());
+    let broken = |e: ArrowError| match e.to_string() {
+        // Its reader takes the file's word for how much memory that needs.
+        e if e.contains("compression") => Error::input("its columns are compressed, which is not read of arrow")
+            .at(path.display())
+            .help("write it without compression, or as parquet"),
+        e => Error::input(format!("broken arrow: {e}")).at(path.display()),
+    };
     let file = BufReader::new(file);
     let batches: Box<dyn Iterator<Item = std::result::Result<RecordBatch, ArrowError>>> = match begins == ARROW {
         true => Box::new(FileReader::try_new(file, None).map_err(broken)?),
@@ -90,9 +96,13 @@ pub(super) fn read_arrow(path: &Path, give: Give<'_>) -> Result<()> {
     let mut count = 0;
     for batch in batches {
         let batch = StructArray::from(batch.map_err(broken)?);
+        // Columns of nulls have any number of rows and no bytes.
+        if batch.len() as u64 > bytes.saturating_mul(8) {
+            return Err(Error::input("broken arrow: it has more rows than bits").at(path.display()));
+        }
         for at in 0..batch.len() {
-            let row = arrow_keys(&batch, at).map_err(|e| e.at(path.display()))?;
-            left.spend_row(&row).map_err(|e| e.at(path.display()))?;
+            left.spend_row(&Row::new()).map_err(|e| e.at(path.display()))?;
+            let row = arrow_keys(&batch, at, &mut left).map_err(|e| e.at(path.display()))?;
             give(SourceRow::numbered(path, count, row))?;
             count += 1;
         }
@@ -101,17 +111,20 @@ pub(super) fn read_arrow(path: &Path, give: Give<'_>) -> Result<()> {
 }
 
 /// Keys that are null are left out, as those of parquet.
-fn arrow_keys(columns: &StructArray, at: usize) -> Result<Row> {
+fn arrow_keys(columns: &StructArray, at: usize, left: &mut Budget) -> Result<Row> {
     let mut row = Row::new();
     for (field, column) in columns.fields().iter().zip(columns.columns()) {
         if column.is_valid(at) && *field.data_type() != DataType::Null {
-            row.insert(field.name().clone(), arrow_value(column, at)?);
+            left.spend(field.name().len() as u64)?;
+            row.insert(field.name().clone(), arrow_value(column, at, left)?);
         }
     }
     Ok(row)
 }
 
-fn arrow_value(array: &dyn Array, at: usize) -> Result<Value> {
+/// A value of a column. What it takes is counted before it is made: many values may be views of one long text.
+fn arrow_value(array: &dyn Array, at: usize, left: &mut Budget) -> Result<Value> {
+    left.spend(size_of::<Value>() as u64)?;
     if array.is_null(at) {
         return Ok(Value::Null);
     }
@@ -120,6 +133,10 @@ fn arrow_value(array: &dyn Array, at: usize) -> Result<Value> {
             array.as_primitive::<$kind>().value(at).into()
         };
     }
+    let mut text = |bytes: &[u8]| -> Result<Value> {
+        left.spend(bytes.len() as u64)?;
+        Ok(String::from_utf8_lossy(bytes).into())
+    };
     Ok(match array.data_type() {
         DataType::Null => Value::Null,
         DataType::Boolean => array.as_boolean().value(at).into(),
@@ -134,18 +151,20 @@ fn arrow_value(array: &dyn Array, at: usize) -> Result<Value> {
         DataType::Float16 => array.as_primitive::<Float16Type>().value(at).to_f32().into(),
         DataType::Float32 => number!(Float32Type),
         DataType::Float64 => number!(Float64Type),
-        DataType::Utf8 => array.as_string::<i32>().value(at).into(),
-        DataType::LargeUtf8 => array.as_string::<i64>().value(at).into(),
-        DataType::Utf8View => array.as_string_view().value(at).into(),
-        DataType::Binary => String::from_utf8_lossy(array.as_binary::<i32>().value(at)).into(),
-        DataType::LargeBinary => String::from_utf8_lossy(array.as_binary::<i64>().value(at)).into(),
-        DataType::List(_) => arrow_list(&array.as_list::<i32>().value(at))?,
-        DataType::LargeList(_) => arrow_list(&array.as_list::<i64>().value(at))?,
-        DataType::FixedSizeList(..) => arrow_list(&array.as_fixed_size_list().value(at))?,
-        DataType::Struct(_) => Value::Object(arrow_keys(array.as_struct(), at)?),
+        DataType::Utf8 => text(array.as_string::<i32>().value(at).as_bytes())?,
+        DataType::LargeUtf8 => text(array.as_string::<i64>().value(at).as_bytes())?,
+        DataType::Utf8View => text(array.as_string_view().value(at).as_bytes())?,
+        DataType::Binary => text(array.as_binary::<i32>().value(at))?,
+        DataType::LargeBinary => text(array.as_binary::<i64>().value(at))?,
+        DataType::List(_) => arrow_list(&array.as_list::<i32>().value(at), left)?,
+        DataType::LargeList(_) => arrow_list(&array.as_list::<i64>().value(at), left)?,
+        DataType::FixedSizeList(..) => arrow_list(&array.as_fixed_size_list().value(at), left)?,
+        DataType::Struct(_) => Value::Object(arrow_keys(array.as_struct(), at, left)?),
         DataType::Dictionary(..) => {
             let dictionary = array.as_any_dictionary();
-            arrow_value(dictionary.values(), dictionary.normalized_keys()[at])?
+            let key = arrow_value(dictionary.keys(), at, left)?.as_u64().and_then(|key| usize::try_from(key).ok());
+            let key = key.filter(|key| *key < dictionary.values().len());
+            arrow_value(dictionary.values(), key.ok_or_else(|| Error::input("broken arrow: a key of no value"))?, left)?
         }
         // No format reads a date.
         kind if kind.is_temporal() => Value::Null,
@@ -155,6 +174,6 @@ fn arrow_value(array: &dyn Array, at: usize) -> Result<Value> {
     })
 }
 
-fn arrow_list(list: &dyn Array) -> Result<Value> {
-    (0..list.len()).map(|at| arrow_value(list, at)).collect::<Result<Vec<_>>>().map(Value::Array)
+fn arrow_list(list: &dyn Array, left: &mut Budget) -> Result<Value> {
+    (0..list.len()).map(|at| arrow_value(list, at, left)).collect::<Result<Vec<_>>>().map(Value::Array)
 }

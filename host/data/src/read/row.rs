@@ -148,7 +148,11 @@ impl Budget {
         Budget(MOST_UNPACKED.saturating_add(bytes.saturating_mul(MOST_UNPACKED_OF_BYTE)))
     }
 
-    fn spend(&mut self, bytes: u64) -> Result<()> {
+    /// Counts bytes.
+    ///
+    /// # Errors
+    /// More than the file may become.
+    pub(super) fn spend(&mut self, bytes: u64) -> Result<()> {
         self.0 = self.0.checked_sub(bytes).ok_or_else(|| {
             let (most, each) = (size(MOST_UNPACKED as usize), MOST_UNPACKED_OF_BYTE);
             Error::input(format!("it unpacks to more than {most} and {each} times its own size"))
