@@ -5,6 +5,7 @@
 mod bounded;
 pub mod chat;
 pub mod columns;
+mod jinja;
 mod namespace;
 mod python;
 pub mod read;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Settings, Tokenizer};
 use dpo_core::error::{Error, Result};
 use dpo_core::example::{Example, answer_name};
 
@@ -77,8 +77,11 @@ impl ChatTokenizer {
                 .at(dir.display())
                 .help("save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"));
         }
-        let tokenizer = Tokenizer::open(&path)?;
-        let tokens = special_tokens(&read_json(&dir.join("tokenizer_config.json"))?);
+        let settings = read_json(&dir.join("tokenizer_config.json"))?;
+        let tokens = special_tokens(&settings);
+        let config = read_json(&dir.join("config.json"))?;
+        let model_type = config.get("model_type").and_then(Value::as_str);
+        let tokenizer = Tokenizer::open(&path, &Settings::new(&settings, model_type))?;
         let named = |name: &str| tokens.get(name).and_then(Value::as_str).map(str::to_owned);
         let mut eos_ids: Vec<u32> = named("eos_token").and_then(|t| tokenizer.id(&t)).into_iter().collect();
         for file in ["generation_config.json", "config.json"] {
