@@ -40,7 +40,7 @@ use dpo_plugins::{Format, Registry};
 use read::SourceRow;
 use report::{FileReport, Joined};
 use source::Source;
-use tokens::Encoded;
+use tokens::{Encoded, MadeTurns};
 
 /// Rows that are shown to the formats to find out which one it is.
 const DETECTION_ROWS: usize = 20;
@@ -94,6 +94,8 @@ pub struct DataOptions {
     pub max_samples: Option<usize>,
     /// The system message of conversations that have none.
     pub system: Option<String>,
+    /// Whether plain text stays as it is, where the checkpoint has a chat template that would make turns of it.
+    pub plain_text: bool,
     /// Whether `#N` takes rows at random. Examples always come in the order of their files.
     pub shuffle: bool,
     /// For the sample.
@@ -176,6 +178,15 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
                     items.extend(records.into_iter().map(|record| Item { record, file, place: place.clone() }))
                 }
                 Err(error) => refuse(&mut report, error, &place, options.strict)?,
+            }
+        }
+    }
+    if !options.plain_text {
+        for item in &mut items {
+            match tokenizer.make_turns(&mut item.record) {
+                MadeTurns::Made => report.templated += 1,
+                MadeTurns::RenderedBefore => report.rendered_before += 1,
+                MadeTurns::Not => {}
             }
         }
     }
@@ -561,6 +572,7 @@ mod tests {
             strict: false,
             max_samples: None,
             system: None,
+            plain_text: false,
             shuffle: false,
             seed: 0,
         };

@@ -11,9 +11,8 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use dpo_plugin_api::abi::guard;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
-use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{
     AddedToken, Decoder, DecoderWrapper, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper,
     PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
@@ -71,10 +70,6 @@ impl Tokenizer {
         let named = settings.named.iter().filter(is_new).map(|content| AddedToken::from(content.as_str(), true));
         let tokens: Vec<AddedToken> = settings.described.iter().cloned().chain(named).collect();
         tokenizer.add_tokens(tokens).map_err(|e| broken(e.to_string()))?;
-        if let Some((bos, eos)) = &settings.around {
-            let around = template(&tokenizer, bos.as_deref(), eos.as_deref()).map_err(|e| broken(e.to_string()))?;
-            tokenizer.with_post_processor(Some(around));
-        }
         Ok(Tokenizer(tokenizer))
     }
 
@@ -118,8 +113,6 @@ pub(super) struct Settings {
     described: Vec<AddedToken>,
     /// Special tokens that are only named.
     named: Vec<String>,
-    /// What plain text is put between: BOS and EOS, where the settings say so or deny it.
-    around: Option<(Option<String>, Option<String>)>,
     /// How spaces are written where transformers builds the tokenizer by its class, LlamaTokenizer, and not from the file.
     metaspace: Option<PrependScheme>,
 }
@@ -150,10 +143,6 @@ impl Settings {
     pub(super) fn new(config: &Value, model_type: Option<&str>) -> Settings {
         let named = special_tokens(config);
         let flag = |name: &str| config.get(name).and_then(Value::as_bool);
-        let (add_bos, add_eos) = (flag("add_bos_token"), flag("add_eos_token"));
-        let put = |add: Option<bool>, name: &str| {
-            named.get(name).and_then(Value::as_str).filter(|_| add == Some(true)).map(str::to_owned)
-        };
         let of_llama = config.get("tokenizer_class").and_then(Value::as_str);
         let of_llama = of_llama.is_some_and(|class| class.trim_end_matches("Fast") == "LlamaTokenizer")
             && config.get("auto_map").is_none()
@@ -163,9 +152,8 @@ impl Settings {
             (_, Some(true)) => PrependScheme::Always,
             _ => PrependScheme::First,
         };
-        let around = add_bos.or(add_eos).map(|_| (put(add_bos, "bos_token"), put(add_eos, "eos_token")));
         let (described, named) = added_tokens(config, &named);
-        Settings { described, named, around, metaspace: of_llama.then_some(scheme) }
+        Settings { described, named, metaspace: of_llama.then_some(scheme) }
     }
 }
 
@@ -199,22 +187,6 @@ fn added_tokens(config: &Value, named: &Map<String, Value>) -> (Vec<AddedToken>,
         }
     }
     (described, names)
-}
-
-/// What puts BOS before a text and EOS behind it.
-fn template(tokenizer: &Parsed, bos: Option<&str>, eos: Option<&str>) -> tokenizers::Result<TemplateProcessing> {
-    let put: Vec<(&str, u32)> =
-        [bos, eos].into_iter().flatten().filter_map(|t| Some((t, tokenizer.token_to_id(t)?))).collect();
-    let is_put = |token: &&str| put.iter().any(|(known, _)| known == token);
-    let special = |token: &str| json!({"SpecialToken": {"id": token, "type_id": 0}});
-    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
-    let single: Vec<Value> =
-        bos.filter(is_put).map(special).into_iter().chain([text]).chain(eos.filter(is_put).map(special)).collect();
-    let tokens: Map<String, Value> = put
-        .iter()
-        .map(|(token, id)| ((*token).to_owned(), json!({"id": token, "ids": [id], "tokens": [token]})))
-        .collect();
-    Ok(serde_json::from_value(json!({"single": single, "pair": single, "special_tokens": tokens}))?)
 }
 
 /// What the library answers, or why it does not.
