@@ -28,10 +28,15 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Writes a file beside its place, flushes it to disk and renames it, so that a reader never sees half of it, whenever the
 /// power fails. The folder has to be there: one that vanished under a run is not made anew.
 pub fn write_into(path: &Path, bytes: &[u8]) -> Result<()> {
+    stream_into(path, |file| file.write_all(bytes))
+}
+
+/// As [`write_into`], for what need not be in memory as a whole.
+pub fn stream_into(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.tmp", std::process::id()));
     let temporary = path.with_file_name(name);
-    let written = File::create(&temporary).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all()));
+    let written = File::create(&temporary).and_then(|mut f| write(&mut f).and_then(|()| f.sync_all()));
     let placed = written.and_then(|()| fs::rename(&temporary, path)).writing(path);
     if placed.is_err() {
         // On a full disk the half that was written is in the way of everything else.

@@ -7,16 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use dpo_plugin_api::dataset::Message;
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, State, Value as Jinja};
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind, Value as Jinja};
 use regex::Regex;
 use serde_json::{Map, Value};
 
 use super::bounded::bounded;
-use super::namespace;
-use super::python::{Dumps, repr, strftime_now};
-use dpo_core::error::{Error, Result};
+use super::{jinja, namespace};
+use dpo_core::error::{Error, Kind, Result};
 
 /// Names of the templates that a checkpoint may have: the usual one and the one for conversations with tools.
 const DEFAULT: &str = "default";
@@ -29,18 +27,11 @@ const OF_FAMILY: &str = "the family";
 const WHAT: &str = "the chat template";
 /// Most bytes of a template. Published ones have up to 40,000.
 const MOST_TEXT: usize = 1 << 17;
-/// What a rendering may cost: an instruction costs 1, and so do 64 bytes of text. Published templates take about 100 a turn, and
-/// less than 1 for a byte of the conversation. It is the same for a row wherever and whenever it is rendered.
-const FUEL: u64 = 1 << 18;
-/// Most bytes of JSON that a value may become. Lists that hold a list twice, level upon level, are small until then.
-const MOST_JSON: usize = 1 << 24;
 /// What fuel does not count: a comparison or `~` that walks lists of lists within a single instruction. A rendering within its
 /// fuel takes milliseconds, so one that takes this long never ends.
 const LONGEST: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 60 });
 /// How long compiling may take: milliseconds, unless an expression has ten thousand operators.
 const LONGEST_COMPILING: Duration = Duration::from_secs(10);
-/// Most spaces of indentation.
-const MOST_INDENT: usize = 16;
 /// Most letters of what a template says when it refuses a conversation.
 const MOST_SAID: usize = 500;
 
@@ -109,8 +100,8 @@ impl ChatTemplate {
         origin: String,
         special_tokens: Map<String, Value>,
     ) -> Result<ChatTemplate> {
-        let any = |what: &str| texts.values().any(|text| text.contains(what));
-        let (takes_call_text, reads_clock) = (any("arguments is string"), any("strftime_now"));
+        let takes_call_text = texts.values().any(|text| asks_for_call_text(text));
+        let reads_clock = texts.values().any(|text| text.contains("strftime_now"));
         if let Some(long) = texts.values().map(String::len).find(|bytes| *bytes > MOST_TEXT) {
             return Err(Error::input(format!("the chat template has {long} bytes, more than {MOST_TEXT}")).at(&origin));
         }
@@ -130,8 +121,20 @@ impl ChatTemplate {
     /// What the template itself refuses, such as roles that do not alternate, and a rendering that costs too much. A run error
     /// for one that does not come to an end.
     pub fn render(&self, messages: &[Message], with: Rendering<'_>) -> Result<String> {
+        let text = self.render_with(messages, with, !self.takes_call_text);
+        match text {
+            // Some templates only take the object, or only join the text, and say nothing of it.
+            Err(error) if error.kind == Kind::Input && messages.iter().any(has_call_text) => {
+                self.render_with(messages, with, self.takes_call_text).map_err(|_| error)
+            }
+            text => text,
+        }
+    }
+
+    /// `parsed` says whether arguments of calls that are text become objects.
+    fn render_with(&self, messages: &[Message], with: Rendering<'_>, parsed: bool) -> Result<String> {
         let mut variables = self.special_tokens.clone();
-        let turns = messages.iter().map(|m| self.turn(m)).collect();
+        let turns = messages.iter().map(|m| turn(m, parsed)).collect();
         variables.insert("messages".into(), Value::Array(turns));
         variables.insert("tools".into(), with.tools.cloned().unwrap_or(Value::Null));
         variables.insert("documents".into(), Value::Null);
@@ -150,31 +153,38 @@ impl ChatTemplate {
             .and_then(|text| text)
             .map_err(|e| e.help(format!("the template is from {}", self.origin)))
     }
+}
 
-    /// A turn as the template sees it.
-    fn turn(&self, message: &Message) -> Value {
-        let mut keys = Map::new();
-        keys.insert("role".into(), message.role.as_str().into());
-        let mut extra = message.extra.clone();
-        if let Some(Value::Array(calls)) = extra.get_mut("tool_calls")
-            && !self.takes_call_text
-        {
-            calls.iter_mut().for_each(parse_arguments);
-        }
-        // OpenAI's turns that only call tools have no content, and transformers drops keys that are null. Templates that
-        // read it all the same find an empty text.
-        keys.insert("content".into(), message.content.as_str().into());
-        if let Some(reasoning) = extra.get("reasoning_content") {
-            // gpt-oss reads the same under an older name.
-            keys.insert("thinking".into(), reasoning.clone());
-        }
-        keys.extend(extra.into_iter().filter(|(_, value)| !value.is_null()));
-        Value::Object(keys)
+/// A turn as the template sees it.
+fn turn(message: &Message, parsed: bool) -> Value {
+    let mut keys = Map::new();
+    keys.insert("role".into(), message.role.as_str().into());
+    let mut extra = message.extra.clone();
+    if let Some(Value::Array(calls)) = extra.get_mut("tool_calls")
+        && parsed
+    {
+        calls.iter_mut().for_each(parse_arguments);
     }
+    // OpenAI's turns that only call tools have no content, and transformers drops keys that are null. Templates that
+    // read it all the same find an empty text.
+    keys.insert("content".into(), message.content.as_str().into());
+    if let Some(reasoning) = extra.get("reasoning_content") {
+        // gpt-oss reads the same under an older name.
+        keys.insert("thinking".into(), reasoning.clone());
+    }
+    keys.extend(extra.into_iter().filter(|(_, value)| !value.is_null()));
+    Value::Object(keys)
+}
+
+/// Whether arguments of a call are written as text.
+fn has_call_text(message: &Message) -> bool {
+    let calls = message.extra.get("tool_calls").and_then(Value::as_array);
+    let is_text = |call: &Value| call.get("function").unwrap_or(call).get("arguments").is_some_and(Value::is_string);
+    calls.is_some_and(|calls| calls.iter().any(is_text))
 }
 
 /// Arguments that are JSON written as text become the object, for templates that print them with `tojson`: otherwise they
-/// would be quoted twice.
+/// would be quoted twice, as they are in TRL.
 fn parse_arguments(call: &mut Value) {
     let call = match call.get("function").is_some_and(Value::is_object) {
         true => &mut call["function"],
@@ -187,140 +197,22 @@ fn parse_arguments(call: &mut Value) {
     }
 }
 
+/// Whether the template asks what the arguments of a call are: then it knows what to do with a text.
+fn asks_for_call_text(template: &str) -> bool {
+    let asks = Regex::new(r#"(arguments|\bargs)['"\])]*\s+is\s+(not\s+)?string"#);
+    asks.is_ok_and(|asks| asks.is_match(template))
+}
+
 /// The environment with its templates.
 fn compiled(texts: BTreeMap<String, String>) -> Result<Environment<'static>> {
-    let mut environment = environment()?;
+    let mut environment = jinja::environment()?;
     for (name, text) in texts {
-        environment.add_template_owned(name, without_generation_tags(&text)).map_err(|e| {
+        environment.add_template_owned(name, jinja::source(&text)?).map_err(|e| {
             let line = e.line().map(|l| format!(" in line {l}")).unwrap_or_default();
             Error::input(format!("the chat template cannot be read{line}: {}", cause(&e)))
         })?;
     }
     Ok(environment)
-}
-
-/// transformers' environment, in which everything that a template makes counts against its fuel.
-fn environment() -> Result<Environment<'static>> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|e| Error::run(format!("jinja syntax: {e}")))?);
-    environment.set_unknown_method_callback(|state, value, method, args| {
-        pay_for_text(state, value, method, args)?;
-        minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
-    });
-    environment.set_fuel(Some(FUEL));
-    environment.set_formatter(|out, state, value| match value.is_undefined() {
-        true => Ok(()),
-        false => Ok(out.write_str(&to_text(state, value)?)?),
-    });
-    environment.add_filter("string", to_text);
-    environment.add_filter("pprint", to_text);
-    environment.add_filter("tojson", to_json);
-    // Not of Jinja2, and what they make is not counted.
-    environment.remove_filter("chain");
-    environment.remove_global("debug");
-    environment.add_function("raise_exception", |state: &State<'_, '_>, message: &Jinja| {
-        Err::<Jinja, _>(minijinja::Error::new(ErrorKind::InvalidOperation, to_text(state, message)?))
-    });
-    environment.add_function("strftime_now", |format: &str| strftime_now(format));
-    Ok(environment)
-}
-
-/// Python's `str`.
-fn to_text(state: &State<'_, '_>, value: &Jinja) -> std::result::Result<String, minijinja::Error> {
-    match value.as_str() {
-        Some(text) => Ok(text.to_owned()),
-        None => plain(state, value).map(|value| repr(&value)),
-    }
-}
-
-/// Takes the fuel for what a method of a text makes before it is made, where that is more than the engine counts: lists
-/// become text, and `format` fills to any width and repeats its arguments.
-fn pay_for_text(
-    state: &State<'_, '_>,
-    value: &Jinja,
-    method: &str,
-    args: &[Jinja],
-) -> std::result::Result<(), minijinja::Error> {
-    let Some(text) = value.as_str() else { return Ok(()) };
-    let mut longest = 0;
-    for arg in args {
-        let bytes = match arg.as_str() {
-            Some(text) => text.len(),
-            None => json_of(arg)?.len(),
-        };
-        state.consume_fuel(bytes as u64 / 64)?;
-        longest = longest.max(bytes as u64);
-    }
-    if method == "format" {
-        let numbers = text.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty());
-        let widest = numbers.map(|digits| digits.parse().unwrap_or(u64::MAX)).max().unwrap_or(0);
-        let fields = text.matches('{').count() as u64;
-        state.consume_fuel(fields.saturating_mul(longest.saturating_add(widest)) / 64)?;
-    }
-    Ok(())
-}
-
-/// transformers' `tojson`: `json.dumps` that keeps `<`, `&` and letters beyond ASCII.
-fn to_json(state: &State<'_, '_>, value: &Jinja, args: Kwargs) -> std::result::Result<String, minijinja::Error> {
-    let indent = args.get::<Option<usize>>("indent")?;
-    let mut dumps = Dumps::new(indent.map(|i| i.min(MOST_INDENT)));
-    if let Some((item, key)) =
-        args.get::<Option<Vec<String>>>("separators")?.and_then(|s| Some((s.first()?.clone(), s.get(1)?.clone())))
-    {
-        (dumps.item_separator, dumps.key_separator) = (item, key);
-    }
-    dumps.sort_keys = args.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
-    dumps.ensure_ascii = args.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
-    args.assert_all_used()?;
-    dumps.text(&plain(state, value)?, MOST_JSON).ok_or_else(too_large)
-}
-
-/// A value as JSON, which is paid for.
-fn plain(state: &State<'_, '_>, value: &Jinja) -> std::result::Result<Value, minijinja::Error> {
-    let text = json_of(value)?;
-    state.consume_fuel(text.len() as u64 / 64)?;
-    serde_json::from_slice(&text).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
-}
-
-fn json_of(value: &Jinja) -> std::result::Result<Vec<u8>, minijinja::Error> {
-    let mut text = Capped(Vec::new());
-    serde_json::to_writer(&mut text, value).map_err(|e| {
-        if e.is_io() { too_large() } else { minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()) }
-    })?;
-    Ok(text.0)
-}
-
-fn too_large() -> minijinja::Error {
-    minijinja::Error::new(ErrorKind::InvalidOperation, format!("a value has more than {MOST_JSON} bytes of text"))
-}
-
-/// Bytes that do not grow beyond [`MOST_JSON`].
-struct Capped(Vec<u8>);
-
-impl std::io::Write for Capped {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        if self.0.len() + bytes.len() > MOST_JSON {
-            return Err(std::io::Error::other("the value is too large"));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
-    }
-}
-
-/// `{% generation %}` marks the assistant's text for transformers and prints nothing. minijinja does not know the tag; a
-/// condition that always holds trims white space in the same way.
-fn without_generation_tags(text: &str) -> String {
-    let tag = |pattern: &str, to: &str, text: &str| match Regex::new(pattern) {
-        Ok(regex) => regex.replace_all(text, to).into_owned(),
-        Err(_) => text.to_owned(),
-    };
-    let text = tag(r"\{%([-+]?)\s*generation\s*([-+]?)%\}", "{%$1 if true $2%}", text);
-    tag(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}", "{%$1 endif $2%}", &text)
 }
 
 /// The innermost message: what `raise_exception` said, without the engine's words around it.
@@ -368,8 +260,6 @@ pub fn read_json(path: &Path) -> Result<Value> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
-
-    use dpo_core::error::Kind;
 
     use super::*;
 

@@ -6,6 +6,7 @@ mod bounded;
 pub mod chat;
 pub mod columns;
 pub mod examples;
+mod jinja;
 mod namespace;
 mod pipeline;
 mod python;
@@ -92,6 +93,8 @@ pub struct DataOptions {
     pub max_samples: Option<usize>,
     /// The system message of conversations that have none.
     pub system: Option<String>,
+    /// Whether plain text stays as it is, where the checkpoint has a chat template that would make turns of it.
+    pub plain_text: bool,
     /// Whether `#N` takes rows at random. Examples always come in the order of their files.
     pub shuffle: bool,
     /// For the sample.
@@ -151,10 +154,12 @@ pub fn load(options: &DataOptions, registry: &Registry, tokenizer: &ChatTokenize
             rows.truncate(left);
             left -= rows.len();
             rename(&mut rows, &options.columns);
-            if rows.is_empty() {
+            if !rows.is_empty() {
+                pipeline.rows(&path, rows)?;
+            }
+            if left == 0 {
                 break;
             }
-            pipeline.rows(&path, rows)?;
         }
     }
     pipeline.finish(name.as_deref())
@@ -241,6 +246,7 @@ mod tests {
             strict: false,
             max_samples: None,
             system: None,
+            plain_text: false,
             shuffle: false,
             seed: 0,
         };

@@ -15,7 +15,7 @@ use super::examples::{Examples, Writer};
 use super::read::SourceRow;
 use super::report::{FileReport, Measure, Report};
 use super::shape::{Item, Shaped, add_system, join, refuse, shape};
-use super::tokens::{ChatTokenizer, Encoded};
+use super::tokens::{ChatTokenizer, Encoded, MadeTurns};
 use super::{DataOptions, Dataset};
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
@@ -101,6 +101,15 @@ impl<'a> Pipeline<'a> {
                     items.extend(records.into_iter().map(|record| Item { record, file, place: place.clone() }));
                 }
                 Err(error) => refuse(&mut self.report, error, &place, self.options.strict)?,
+            }
+        }
+        if !self.options.plain_text {
+            for item in &mut items {
+                match self.tokenizer.make_turns(&mut item.record) {
+                    MadeTurns::Made => self.report.templated += 1,
+                    MadeTurns::RenderedBefore => self.report.rendered_before += 1,
+                    MadeTurns::Not => {}
+                }
             }
         }
         if let Some(system) = &self.options.system {

@@ -4,6 +4,8 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use minijinja::Value as Jinja;
+use minijinja::value::ValueKind;
 use serde_json::Value;
 
 /// The arguments of `json.dumps`, with transformers' defaults.
@@ -136,34 +138,81 @@ pub(super) fn float_text(value: f64) -> String {
     if text.contains('.') { text } else { text + ".0" }
 }
 
-/// `str` of a value that is no text: `True`, `None`, `[1, 'two']`.
-pub(super) fn repr(value: &Value) -> String {
-    match value {
-        Value::Null => "None".into(),
-        Value::Bool(flag) => if *flag { "True" } else { "False" }.into(),
-        Value::Number(number) => number_text(number),
-        Value::String(text) => {
-            let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
-            let mut out = String::from(quote);
-            for letter in text.chars() {
-                match letter {
-                    '\n' => out.push_str("\\n"),
-                    '\r' => out.push_str("\\r"),
-                    '\t' => out.push_str("\\t"),
-                    c if c == quote || c == '\\' => out.extend(['\\', c]),
-                    c if c < ' ' || c == '\u{7f}' => out.push_str(&format!("\\x{:02x}", c as u32)),
-                    c => out.push(c),
-                }
+/// `str` of a value that is no text: `True`, `None`, `[1, 'two']`, `('a', 1.0)`; `None` if it has more than `most` bytes.
+pub(super) fn repr(value: &Jinja, most: usize) -> Option<String> {
+    let mut out = String::new();
+    write_repr(value, most, &mut out)?;
+    Some(out)
+}
+
+fn write_repr(value: &Jinja, most: usize, out: &mut String) -> Option<()> {
+    let list = |ends: [&str; 2], out: &mut String| {
+        out.push_str(ends[0]);
+        for (i, item) in value.try_iter().ok()?.enumerate() {
+            out.push_str(if i > 0 { ", " } else { "" });
+            write_repr(&item, most, out)?;
+        }
+        out.push_str(ends[1]);
+        Some(())
+    };
+    match value.kind() {
+        ValueKind::Undefined => out.push_str("Undefined"),
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Number if value.is_integer() => out.push_str(&value.to_string()),
+        ValueKind::Number => out.push_str(&float_repr(f64::try_from(value.clone()).ok()?)),
+        ValueKind::String => write_text_repr(value.as_str()?, out),
+        ValueKind::Seq if value.is_tuple() => list(["(", if value.len() == Some(1) { ",)" } else { ")" }], out)?,
+        ValueKind::Seq | ValueKind::Iterable => list(["[", "]"], out)?,
+        ValueKind::Map => {
+            out.push('{');
+            for (i, key) in value.try_iter().ok()?.enumerate() {
+                out.push_str(if i > 0 { ", " } else { "" });
+                write_repr(&key, most, out)?;
+                out.push_str(": ");
+                write_repr(&value.get_item(&key).ok()?, most, out)?;
             }
-            out.push(quote);
-            out
+            out.push('}');
         }
-        Value::Array(list) => format!("[{}]", list.iter().map(repr).collect::<Vec<_>>().join(", ")),
-        Value::Object(keys) => {
-            let entry =
-                |(key, item): (&String, &Value)| format!("{}: {}", repr(&Value::from(key.as_str())), repr(item));
-            format!("{{{}}}", keys.iter().map(entry).collect::<Vec<_>>().join(", "))
+        _ => out.push_str(&value.to_string()),
+    }
+    (out.len() <= most).then_some(())
+}
+
+/// As [`float_text`], but for what JSON writes otherwise.
+fn float_repr(value: f64) -> String {
+    match value {
+        _ if value.is_nan() => "nan".into(),
+        f64::INFINITY => "inf".into(),
+        f64::NEG_INFINITY => "-inf".into(),
+        _ => float_text(value),
+    }
+}
+
+fn write_text_repr(text: &str, out: &mut String) {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote);
+    for letter in text.chars() {
+        match letter {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if c == quote || c == '\\' => out.extend(['\\', c]),
+            c if is_printable(c) => out.push(c),
+            c if c <= '\u{ff}' => out.push_str(&format!("\\x{:02x}", c as u32)),
+            c if c <= '\u{ffff}' => out.push_str(&format!("\\u{:04x}", c as u32)),
+            c => out.push_str(&format!("\\U{:08x}", c as u32)),
         }
+    }
+    out.push(quote);
+}
+
+/// Python's `isprintable`: Rust asks the same of a letter that it shows for debugging, behind another one.
+fn is_printable(letter: char) -> bool {
+    match letter {
+        ' '..='~' => true,
+        _ if letter.is_alphanumeric() => true,
+        _ => !format!("{:?}", String::from_iter(['a', letter])).contains("\\"),
     }
 }
 
@@ -273,7 +322,10 @@ mod tests {
     #[test]
     fn repr_as_python() {
         let value = json!([true, null, "it's", "a\"'b", {"k": 1.5}]);
-        assert_eq!(repr(&value), r#"[True, None, "it's", 'a"\'b', {'k': 1.5}]"#);
+        assert_eq!(
+            repr(&Jinja::from(minijinja::value::Serde(&value)), 1000).unwrap(),
+            r#"[True, None, "it's", 'a"\'b', {'k': 1.5}]"#
+        );
     }
 
     #[test]

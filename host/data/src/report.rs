@@ -70,8 +70,12 @@ pub struct Report {
     pub template_is_borrowed: bool,
     /// Whether the template writes the date, so that another day gives other tokens.
     pub template_reads_clock: bool,
-    /// Examples of plain text, to which no chat template applies.
+    /// Examples of plain text, which no chat template renders.
     pub plain_examples: usize,
+    /// Records of plain text that became turns of the chat template.
+    pub templated: usize,
+    /// Records of plain text that has the chat template's tokens already, and stays as it is.
+    pub rendered_before: usize,
     /// The first example.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample: Option<Sample>,
@@ -252,6 +256,9 @@ impl Report {
         if self.opposed > 0 {
             text += &format!(", {} contradict others", self.opposed);
         }
+        if self.templated > 0 {
+            text += &format!(", {} of plain text as turns of the chat template", self.templated);
+        }
         for dropped in &self.dropped {
             let first = dropped.places.first().map_or("", String::as_str);
             text += &format!("\n            dropped {}: {}, first at {first}", dropped.count, dropped.cause);
@@ -263,13 +270,13 @@ impl Report {
     pub fn warnings(&self) -> Vec<Remark> {
         let mut warnings = Vec::new();
         let mut warn = |text: String, help: &str| warnings.push(Remark::from(text).help(help));
-        if self.plain_examples > 0 && self.template.is_some() {
+        if self.rendered_before > 0 {
+            let rows = n(self.rendered_before, "prompt");
             warn(
                 format!(
-                    "{} of plain text: the model's chat template is not applied to them",
-                    n(self.plain_examples, &self.noun)
+                    "{rows} of plain text with tokens of the chat template: taken as rendered already, and left as they are"
                 ),
-                "chat models answer in their template: write a prompt as messages, [{\"role\": \"user\", \"content\": \"…\"}]",
+                "write them as messages, [{\"role\": \"user\", \"content\": \"…\"}], if they are not; --plain-text leaves all plain text as it is",
             );
         }
         if self.template_is_borrowed {
@@ -440,6 +447,13 @@ impl fmt::Display for Report {
         }
         if let Some(Joined { answers, pairs }) = self.joined {
             writeln!(f, "  joined by prompt: {} make {}", n(answers, "single answer"), n(pairs, "pair"))?;
+        }
+        if self.templated > 0 {
+            let records = n(self.templated, "record");
+            writeln!(f, "  plain text: {records} as turns of the chat template (--plain-text leaves it as it is)")?;
+        }
+        if self.plain_examples > 0 {
+            writeln!(f, "  plain text: {} without a chat template", n(self.plain_examples, &self.noun))?;
         }
         for dropped in &self.dropped {
             let more = if dropped.count > dropped.places.len() { ", …" } else { "" };

@@ -11,12 +11,14 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 use dpo_plugin_api::abi::guard;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{
-    Decoder, DecoderWrapper, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper, PostProcessorWrapper,
-    PreTokenizerWrapper, TokenizerImpl,
+    AddedToken, Decoder, DecoderWrapper, ModelWrapper, NormalizedString, Normalizer, NormalizerWrapper,
+    PostProcessorWrapper, PreTokenizerWrapper, TokenizerImpl,
 };
 
+use super::chat::special_tokens;
 use dpo_core::error::{Error, Result};
 
 /// Most bytes that a normalizer or a decoder may write for what it finds. Published ones write up to 33.
@@ -28,17 +30,17 @@ const MOST_GROWTH_OF_STEP: usize = 64;
 /// Bytes that a short text may grow by, whatever they are as a multiple.
 const FREE: usize = 1 << 16;
 
+type Parsed = TokenizerImpl<ModelWrapper, Normalizers, PreTokenizerWrapper, PostProcessorWrapper, Decoders>;
+
 /// A tokenizer.
-pub(super) struct Tokenizer(
-    TokenizerImpl<ModelWrapper, Normalizers, PreTokenizerWrapper, PostProcessorWrapper, Decoders>,
-);
+pub(super) struct Tokenizer(Parsed);
 
 impl Tokenizer {
-    /// Reads the file.
+    /// Reads the file, and makes of it what transformers makes with the checkpoint's settings.
     ///
     /// # Errors
     /// A file that is missing or broken, that makes texts too long, or other tokens each time.
-    pub(super) fn open(path: &Path) -> Result<Tokenizer> {
+    pub(super) fn open(path: &Path, settings: &Settings) -> Result<Tokenizer> {
         let text = dpo_core::files::read_text(path)?;
         let help = "fetch tokenizer.json again, or save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)";
         let broken = |what: String| Error::input(format!("broken tokenizer: {what}")).at(path.display()).help(help);
@@ -52,13 +54,22 @@ impl Tokenizer {
                 .help("set model.dropout to null"));
         }
         let opened = guard(|| Ok(serde_json::from_str(&text))).map_err(|e| broken(e.message))?;
-        let mut tokenizer: TokenizerImpl<_, _, _, _, _> = opened.map_err(|e| broken(e.to_string()))?;
+        let mut tokenizer: Parsed = opened.map_err(|e| broken(e.to_string()))?;
         // Some added tokens are normalised.
         if let Some(why) = REFUSED.take() {
             return Err(broken(why));
         }
         // transformers ignores what the file says about cutting and filling unless it is asked for.
         tokenizer.with_truncation(None).map_err(|e| broken(e.to_string()))?.with_padding(None);
+        if let Some(scheme) = settings.metaspace.filter(|_| !text.contains("\"ByteLevel\"")) {
+            tokenizer.with_normalizer(None::<Normalizers>).map_err(|e| broken(e.to_string()))?;
+            tokenizer.with_pre_tokenizer(Some(Metaspace::new('▁', scheme, false)));
+        }
+        let known = tokenizer.get_added_tokens_decoder();
+        let is_new = |content: &&String| !known.values().any(|token| token.content == **content);
+        let named = settings.named.iter().filter(is_new).map(|content| AddedToken::from(content.as_str(), true));
+        let tokens: Vec<AddedToken> = settings.described.iter().cloned().chain(named).collect();
+        tokenizer.add_tokens(tokens).map_err(|e| broken(e.to_string()))?;
         Ok(Tokenizer(tokenizer))
     }
 
@@ -92,6 +103,90 @@ impl Tokenizer {
         let added = self.0.get_added_tokens_decoder();
         added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect()
     }
+}
+
+/// What a checkpoint's other files say about its tokenizer, as transformers 5.24 reads them (`TokenizersBackend.__init__` of
+/// `tokenization_utils_tokenizers.py`).
+#[derive(Default)]
+pub(super) struct Settings {
+    /// Tokens that are split off before all else, as they are described.
+    described: Vec<AddedToken>,
+    /// Special tokens that are only named.
+    named: Vec<String>,
+    /// How spaces are written where transformers builds the tokenizer by its class, LlamaTokenizer, and not from the file.
+    metaspace: Option<PrependScheme>,
+}
+
+/// Types of models whose tokenizers are what the file says, whatever class is named beside it (`TOKENIZER_MAPPING_NAMES` and
+/// `MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS` of `models/auto/tokenization_auto.py`).
+const AS_THE_FILE_SAYS: [&str; 16] = [
+    "ernie4_5",
+    "glm",
+    "glm4",
+    "granite",
+    "granitemoehybrid",
+    "internlm3",
+    "iquestcoder",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "nemotron",
+    "olmo2",
+    "olmo3",
+    "phi3",
+    "qwen2",
+    "stablelm",
+];
+
+impl Settings {
+    /// The settings in `tokenizer_config.json`, with the `model_type` of `config.json`.
+    pub(super) fn new(config: &Value, model_type: Option<&str>) -> Settings {
+        let named = special_tokens(config);
+        let flag = |name: &str| config.get(name).and_then(Value::as_bool);
+        let of_llama = config.get("tokenizer_class").and_then(Value::as_str);
+        let of_llama = of_llama.is_some_and(|class| class.trim_end_matches("Fast") == "LlamaTokenizer")
+            && config.get("auto_map").is_none()
+            && !model_type.is_some_and(|kind| AS_THE_FILE_SAYS.contains(&kind));
+        let scheme = match (flag("add_prefix_space"), flag("legacy")) {
+            (Some(false), _) => PrependScheme::Never,
+            (_, Some(true)) => PrependScheme::Always,
+            _ => PrependScheme::First,
+        };
+        let (described, named) = added_tokens(config, &named);
+        Settings { described, named, metaspace: of_llama.then_some(scheme) }
+    }
+}
+
+/// Tokens that are described, in the order of their ids, and special ones that are only named.
+fn added_tokens(config: &Value, named: &Map<String, Value>) -> (Vec<AddedToken>, Vec<String>) {
+    let mut described: Vec<(u64, AddedToken)> = Vec::new();
+    for (id, token) in config.get("added_tokens_decoder").and_then(Value::as_object).into_iter().flatten() {
+        let flag = |name: &str| token.get(name).and_then(Value::as_bool);
+        let Some(content) = token.get("content").and_then(Value::as_str) else { continue };
+        let special = flag("special").unwrap_or(false) || named.values().any(|name| name == content);
+        let made = AddedToken::from(content.to_owned(), special)
+            .single_word(flag("single_word").unwrap_or(false))
+            .lstrip(flag("lstrip").unwrap_or(false))
+            .rstrip(flag("rstrip").unwrap_or(false))
+            .normalized(flag("normalized").unwrap_or(true));
+        described.push((id.parse().unwrap_or(u64::MAX), made));
+    }
+    described.sort_by_key(|(id, _)| *id);
+    let described: Vec<AddedToken> = described.into_iter().map(|(_, token)| token).collect();
+    let listed = |name: &str| match config.get(name) {
+        Some(Value::Array(list)) => list.to_vec(),
+        Some(Value::Object(keys)) => keys.values().cloned().collect(),
+        _ => Vec::new(),
+    };
+    let more = ["additional_special_tokens", "extra_special_tokens"].into_iter().flat_map(listed);
+    let mut names = Vec::new();
+    for token in named.values().cloned().chain(more) {
+        let content = token.as_str().or(token.get("content").and_then(Value::as_str)).unwrap_or("").to_owned();
+        if !names.contains(&content) && !described.iter().any(|t| t.content == content) {
+            names.push(content);
+        }
+    }
+    (described, names)
 }
 
 /// What the library answers, or why it does not.

@@ -1,6 +1,7 @@
 //! From records to token ids, as TRL 1.16 makes them (`trainer/dpo_trainer.py`, `_prepare_dataset`), and their cutting to
 //! a length.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use dpo_plugin_api::dataset::{Message, Record, Text};
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::chat::{ChatTemplate, Rendering, read_json, special_tokens};
-use super::tokenizer::Tokenizer;
+use super::tokenizer::{Settings, Tokenizer};
 use dpo_core::cache;
 use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::example::{Example, answer_name};
@@ -67,6 +68,21 @@ pub struct ChatTokenizer {
     bos_id: Option<u32>,
     special_ids: Vec<u32>,
     content: String,
+    /// Tokens that a rendering has and plain text has not.
+    markers: Vec<String>,
+    /// A token of the family's chat template that the tokenizer has not, so that the template is not this checkpoint's.
+    foreign: Option<String>,
+}
+
+/// What became of a record that may be of plain text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MadeTurns {
+    /// It is turns now.
+    Made,
+    /// It has the chat template's tokens already, and stays.
+    RenderedBefore,
+    /// It stays: it has turns, or the checkpoint has no chat template of its own.
+    Not,
 }
 
 /// Ids of a prompt and its answers, and what the prompt lost where its rendering parts from that of the conversation.
@@ -89,8 +105,11 @@ impl ChatTokenizer {
                 .at(dir.display())
                 .help("save it with transformers: AutoTokenizer.from_pretrained(dir).save_pretrained(dir)"));
         }
-        let tokenizer = Tokenizer::open(&path)?;
-        let tokens = special_tokens(&read_json(&dir.join("tokenizer_config.json"))?);
+        let settings = read_json(&dir.join("tokenizer_config.json"))?;
+        let tokens = special_tokens(&settings);
+        let config = read_json(&dir.join("config.json"))?;
+        let model_type = config.get("model_type").and_then(Value::as_str);
+        let tokenizer = Tokenizer::open(&path, &Settings::new(&settings, model_type))?;
         let named = |name: &str| tokens.get(name).and_then(Value::as_str).map(str::to_owned);
         let mut eos_ids: Vec<u32> = named("eos_token").and_then(|t| tokenizer.id(&t)).into_iter().collect();
         for file in ["generation_config.json", "config.json"] {
@@ -101,9 +120,9 @@ impl ChatTokenizer {
             };
             eos_ids.extend(ids.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
         }
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         eos_ids.retain(|id| seen.insert(*id));
-        Ok(ChatTokenizer {
+        let mut made = ChatTokenizer {
             template: ChatTemplate::find(dir, fallback_template)?,
             eos: named("eos_token").or_else(|| tokenizer.token(*eos_ids.first()?)),
             bos_id: named("bos_token").and_then(|t| tokenizer.id(&t)),
@@ -111,7 +130,52 @@ impl ChatTokenizer {
             eos_ids,
             tokenizer,
             content: content(dir, fallback_template)?,
-        })
+            markers: Vec::new(),
+            foreign: None,
+        };
+        made.look_at_rendering();
+        Ok(made)
+    }
+
+    /// Finds the template's tokens in a rendering, and leaves a template of the family alone whose tokens the tokenizer has not.
+    fn look_at_rendering(&mut self) {
+        let turns = [Message::new("user", "a"), Message::new("assistant", "b")];
+        let Some(template) = &self.template else { return };
+        let text =
+            template.render(&turns, Rendering { generation_prompt: true, ..Rendering::default() }).unwrap_or_default();
+        if template.is_borrowed() {
+            let tags = || text.split('<').skip(1).filter_map(|rest| Some(format!("<{}>", rest.split_once('>')?.0)));
+            self.foreign = tags().find(|tag| self.tokenizer.id(tag).is_none());
+            if self.foreign.is_some() || tags().next().is_none() {
+                self.template = None;
+                return;
+            }
+        }
+        let edges = |id: &u32| {
+            Some(*id) == self.bos_id || self.eos.as_deref().is_some_and(|eos| self.tokenizer.id(eos) == Some(*id))
+        };
+        let ids: HashSet<u32> = self.encode(&text, false).unwrap_or_default().into_iter().collect();
+        let markers = self.special_ids.iter().filter(|id| ids.contains(id) && !edges(id));
+        self.markers = markers.filter_map(|id| self.token(*id)).collect();
+    }
+
+    /// Makes turns of plain text, where the checkpoint has a chat template of its own and the prompt has none of its tokens.
+    pub(super) fn make_turns(&self, record: &mut Record) -> MadeTurns {
+        let Some(template) = &self.template else { return MadeTurns::Not };
+        let Text::Plain(prompt) = &record.prompt else { return MadeTurns::Not };
+        if template.is_borrowed() {
+            return MadeTurns::Not;
+        }
+        if self.markers.iter().any(|marker| prompt.contains(marker)) {
+            return MadeTurns::RenderedBefore;
+        }
+        record.prompt = Text::Messages(vec![Message::new("user", prompt.as_str())]);
+        for answer in &mut record.answers {
+            if let Text::Plain(text) = &answer.text {
+                answer.text = Text::Messages(vec![Message::new("assistant", text.as_str())]);
+            }
+        }
+        MadeTurns::Made
     }
 
     /// A text that another tokenizer, or one with another template, does not have.
@@ -176,8 +240,11 @@ impl ChatTokenizer {
     /// The chat template, or what to do without one.
     pub(super) fn need_template(&self) -> Result<&ChatTemplate> {
         self.template.as_ref().ok_or_else(|| {
-            Error::input("the checkpoint has no chat template, which conversations need")
-                .help("put a chat_template.jinja into the checkpoint's folder")
+            let foreign =
+                self.foreign.as_ref().map(|token| format!(", and its tokenizer has not the family's {token}"));
+            let foreign = foreign.unwrap_or_default();
+            Error::input(format!("the checkpoint has no chat template, which conversations need{foreign}"))
+                .help("put the model's chat_template.jinja into the checkpoint's folder, or give rows of plain text")
         })
     }
 

@@ -27,6 +27,7 @@ fn options(path: &Path) -> DataOptions {
         strict: false,
         max_samples: None,
         system: None,
+        plain_text: true,
         shuffle: false,
         seed: 0,
     }

@@ -92,3 +92,31 @@ fn a_panic_over_the_file_is_an_error() {
         refused(tokenizer.encode("hi there", true), "cannot be tokenised: tokenizer.json fails, it panicked at");
     }
 }
+
+/// `golden/settings.json`, made by `tests/oracle/tokenizer_settings.py`: special tokens that other files name or describe, BOS and EOS that
+/// they ask for, and the class that transformers builds anew.
+#[test]
+fn settings_of_other_files_are_read_as_transformers_reads_them() {
+    let golden: Value = serde_json::from_str(include_str!("golden/settings.json")).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, value: &Value| std::fs::write(dir.path().join(name), value.to_string()).unwrap();
+        write("tokenizer.json", &golden["tokenizer"]);
+        write("tokenizer_config.json", &case["tokenizer_config"]);
+        if !case["model_type"].is_null() {
+            write("config.json", &json!({"model_type": case["model_type"]}));
+        }
+        let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
+        for row in case["ids"].as_array().unwrap() {
+            for special in [false, true] {
+                let made = tokenizer.encode(row[0].as_str().unwrap(), special).unwrap();
+                assert_eq!(
+                    json!(made),
+                    row[1 + usize::from(special)],
+                    "{}: {row}, {special}",
+                    case["tokenizer_config"]
+                );
+            }
+        }
+    }
+}

@@ -30,6 +30,10 @@ pub(crate) struct DataArgs {
     /// System message of conversations that have none [default: none]
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
+    /// Leave prompts and answers that are plain text as they are; otherwise the chat template of a checkpoint that has one makes
+    /// a turn of the user and one of the assistant of them
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
+    plain_text: bool,
     /// Shuffle the examples in every epoch
     #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
     shuffle: bool,
@@ -84,6 +88,7 @@ impl DataArgs {
             strict: self.strict,
             max_samples: self.max_samples,
             system: self.system.clone(),
+            plain_text: self.plain_text,
             shuffle: self.shuffle,
             seed: self.seed,
         })

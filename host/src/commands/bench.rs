@@ -23,9 +23,9 @@ use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
+use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_data::Wanted;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
-use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
 use dpo_ranks::{self as ranks, Place};
@@ -194,8 +194,7 @@ fn measure(
         return Err(Error::input(what).at("--answers"));
     }
     let count = batch_size * (options.steps + 1);
-    let pairs =
-        options.profile.examples(count, (&wanted, options.answers), graph.vocab_size, options.max_length)?;
+    let pairs = options.profile.examples(count, (&wanted, options.answers), graph.vocab_size, options.max_length)?;
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
     let answers = pairs.iter().map(Example::scored_share).fold(0.0, f64::max);
     let gpu = Gpu::open(index)?;

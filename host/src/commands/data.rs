@@ -1,11 +1,17 @@
 //! `dpo-host data`: what becomes of the rows of a dataset.
 
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
 use clap::Args;
+use serde_json::{Value, json};
 
 use crate::args::data::DataArgs;
 use crate::args::model::ModelArgs;
 use crate::demo;
 use dpo_core::error::{Error, Result};
+use dpo_core::example::{Answer, Example};
+use dpo_core::files;
 use dpo_data::{self as data, ChatTokenizer};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
@@ -25,6 +31,9 @@ pub(crate) struct DataCommand {
     /// Loss whose examples the rows should become: pairs, single answers or rankings
     #[arg(long, value_name = "NAME", default_value = "sigmoid")]
     loss: String,
+    /// Write the examples, as training reads them, as jsonl: the place of the row, the prompt's ids, and of every answer ids, label and mask
+    #[arg(long, value_name = "FILE")]
+    output: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -50,6 +59,9 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
     let options = command.args.options(&paths, &wanted)?;
     let options = if let Some(model) = &model { options.of_model(&model.graph, model.positions()) } else { options };
     let dataset = data::load(&options, registry, &tokenizer)?;
+    if let Some(path) = &command.output {
+        write(path, &dataset.examples)?;
+    }
     if command.json {
         let text = serde_json::to_string_pretty(&dataset.report).map_err(|e| Error::run(e.to_string()))?;
         println!("{text}");
@@ -57,4 +69,20 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
         println!("{}", dataset.report);
     }
     Ok(())
+}
+
+/// Writes a line an example.
+fn write(path: &Path, examples: &[Example]) -> Result<()> {
+    files::stream_into(path, |file| {
+        let mut out = BufWriter::new(file);
+        examples.iter().try_for_each(|example| writeln!(out, "{}", line(example)))?;
+        out.flush()
+    })
+}
+
+/// An example in tokens. The mask of an answer is 1 for tokens that a loss learns, and 0 for those of an answer that gives log-probs alone.
+fn line(example: &Example) -> Value {
+    let answer = |a: &Answer| json!({"ids": a.ids, "label": a.label, "mask": vec![u8::from(!a.detached); a.ids.len()]});
+    let answers: Vec<Value> = example.answers().iter().map(answer).collect();
+    json!({"place": example.place, "prompt_ids": example.prompt(), "answers": answers})
 }

@@ -140,6 +140,10 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
             _ => {}
         }
     }
+    if !t.has("plain-text") {
+        // TRL's chat template is for conversations alone.
+        t.push("plain-text", ["true"], None);
+    }
     combine::output(t);
     combine::lists(t);
     combine::trainer(t)?;
