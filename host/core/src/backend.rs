@@ -72,6 +72,9 @@ pub trait Planned {
     /// How much it computes at once.
     fn packing(&self) -> Packing;
 
+    /// The adapter, for one whose numbers come from the weights, before it is loaded.
+    fn adapter(&mut self) -> &mut Adapter;
+
     /// Loads the weights.
     ///
     /// # Errors
@@ -91,6 +94,10 @@ struct PlannedOnCpu {
 impl Planned for PlannedOnCpu {
     fn packing(&self) -> Packing {
         self.plan.packing()
+    }
+
+    fn adapter(&mut self) -> &mut Adapter {
+        &mut self.adapter
     }
 
     fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {

@@ -193,7 +193,7 @@ fn measure(
     let warming = start.elapsed().as_secs_f64();
     let objective = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let mut objective = Objective::new(registry, &objective)?;
-    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&Example> = pairs.iter().collect();
     train::score(group, &mut device, &scored[..batch_size], |_| {})?;

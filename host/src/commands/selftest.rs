@@ -22,7 +22,9 @@ use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter};
+use dpo_core::testing::{
+    FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+};
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_ranks::{self as ranks, Place};
@@ -77,10 +79,12 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
         failures += usize::from(!compare(index, &name, &graph, &adapter(&graph, false)?, options.quick)?);
     }
-    const PATTERNS: &str = "LoRA rank and alpha patterns";
-    if let Some((family, config)) = FAMILIES.first().filter(|_| wanted(PATTERNS)) {
+    let kinds: [(&str, fn(&ModelGraph) -> Result<Adapter>); 2] =
+        [("LoRA rank and alpha patterns", patterned_adapter), ("LoRA minus its start", subtracting_adapter)];
+    for (name, adapter) in kinds.into_iter().filter(|(name, _)| wanted(name)) {
+        let (family, config) = FAMILIES[0];
         let graph = registry.family(family)?.graph(config)?;
-        failures += usize::from(!compare(index, PATTERNS, &graph, &patterned_adapter(&graph)?, options.quick)?);
+        failures += usize::from(!compare(index, name, &graph, &adapter(&graph)?, options.quick)?);
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
@@ -227,7 +231,7 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let mut devices: [Box<dyn Device>; 2] =
         [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(index, graph, tokens, start, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
-    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;
