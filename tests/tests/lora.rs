@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
 use dpo_tests::{Sandbox, golden, log};
 use serde_json::{Value, json};
 
@@ -153,9 +154,12 @@ fn a_start_from_the_weights_is_saved_as_a_plain_adapter() {
         let (rank, alpha) = if name == "pissa" { (8, 16.0) } else { (6, 8.0 * 2_f64.sqrt()) };
         assert_eq!((&config["r"], &config["init_lora_weights"]), (&json!(rank), &json!(true)), "{name}");
         assert!((config["lora_alpha"].as_f64().unwrap() - alpha).abs() < 1e-9, "{config}");
-        // It goes on from a checkpoint with the start that it had.
         let flags = expected(name)["flags"].as_str().unwrap().to_owned();
         let flags: Vec<&str> = flags.split_whitespace().chain(["--save-steps", "2"]).collect();
+        // Ranks have one start.
+        let ranks = train(&s, &qwen2("model"), &[&flags[..], &["--gpus", "2"]].concat(), "ranks");
+        compare(&s, name, &qwen2("model"), &ranks);
+        // It goes on from a checkpoint with the start that it had.
         let cut = train(&s, &qwen2("model"), &flags, "cut");
         for folder in ["checkpoint-4", "latest"] {
             let path = Path::new(&cut).join(folder);
@@ -247,9 +251,10 @@ fn dropout_is_applied_where_it_is_asked_for() {
     assert!(plain.1 == off.1);
     let on = run("on", &dropped);
     assert!(plain.1 != on.1);
-    // Micro-batches do not matter beyond rounding, and the reference has none of it: a first step differs from ln 2 by what was dropped.
+    // Micro-batches and ranks do not matter beyond rounding, and the reference has none of it: a first step differs from ln 2 by what was dropped.
     let small = run("small", &[&dropped[..], &["--micro-batch-tokens", "64"]].concat());
-    for (a, b) in on.0.iter().zip(&small.0) {
+    let ranks = run("ranks", &[&dropped[..], &["--gpus", "2"]].concat());
+    for (a, b) in on.0.iter().chain(&on.0).zip(small.0.iter().chain(&ranks.0)) {
         let [a, b] = [a, b].map(|line| line["loss"].as_f64().unwrap());
         assert!((a - b).abs() < 1e-4, "{a} {b}");
         assert!(a.is_finite());
@@ -258,6 +263,77 @@ fn dropout_is_applied_where_it_is_asked_for() {
     assert!((plain.0[0]["loss"].as_f64().unwrap() - 2_f64.ln()).abs() < 1e-6);
     assert!(run("again", &dropped).1 == on.1);
     assert!(run("seed", &[&dropped[..], &["--seed", "1"]].concat()).1 != on.1);
+}
+
+/// What each tool writes beside the same tensors.
+#[test]
+fn adapters_of_four_tools_are_read() {
+    let s = sandbox();
+    let theirs = read(Path::new(&qwen2("init_adapter")).join("adapter_config.json"));
+    let expected = logps(&s, &qwen2("model"), &qwen2("init_adapter"));
+    let tensors = std::fs::read(Path::new(&qwen2("init_adapter")).join("adapter_model.safetensors")).unwrap();
+    let names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    let blocks = "self_attn|attention|attn|mlp|feed_forward|ffn|dense";
+    let linears = names.join("|");
+    let unsloth = format!(
+        r"(?:.*?(?:language|text).*?(?:{blocks}).*?(?:{linears}).*?)|(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{blocks})\.(?:(?:{linears})))"
+    );
+    let mapping = json!({"base_model_class": "Qwen2ForCausalLM", "parent_library": "transformers.models.qwen2.modeling_qwen2",
+                         "unsloth_fixed": true});
+    let configs = [
+        ("peft", json!({})),
+        (
+            "peft-older",
+            json!({"peft_version": Value::Null, "layer_replication": Value::Null, "megatron_config": Value::Null, "fan_in_fan_out": false}),
+        ),
+        (
+            "unsloth",
+            json!({"auto_mapping": mapping, "target_modules": unsloth, "lora_dropout": 0, "loftq_config": {}, "task_type": Value::Null,
+                           "base_model_name_or_path": "unsloth/qwen2.5-0.5b-instruct-unsloth-bnb-4bit"}),
+        ),
+        (
+            "ms-swift",
+            json!({"modules_to_save": [], "lora_dropout": 0.05, "target_modules": format!(r"^(model(?=\.).*\.({linears}))$"),
+                            "rank_pattern": {}, "alpha_pattern": {}, "base_model_name_or_path": "/cache/models/Qwen2"}),
+        ),
+        (
+            "llama-factory",
+            json!({"lora_dropout": 0.0, "target_modules": names, "trainable_token_indices": Value::Null, "corda_config": Value::Null}),
+        ),
+    ];
+    for (tool, more) in configs {
+        let mut config = theirs.clone();
+        more.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
+        let path = s.write(&format!("{tool}/adapter_config.json"), &config.to_string());
+        let folder = Path::new(&path).parent().unwrap();
+        std::fs::write(folder.join("adapter_model.safetensors"), &tensors).unwrap();
+        s.write(
+            &format!("{tool}/additional_config.json"),
+            r#"{"lora_dtype": null, "lorap_lr_ratio": null, "lorap_emb_lr": 1e-06}"#,
+        );
+        s.write(&format!("{tool}/README.md"), "---\nlibrary_name: peft\n---\n");
+        assert_eq!(logps(&s, &qwen2("model"), &folder.display().to_string()), expected, "{tool}");
+    }
+    let refuses = |folder: &str, text: &str| {
+        let (model, rows, folder) = (qwen2("model"), qwen2("prefs.jsonl"), s.path(folder));
+        s.refuses(&["eval", "--model", &model, "--adapter", &folder, "--dataset", &rows], &[text]);
+    };
+    s.write("swift/default/adapter_config.json", r#"{"swift_type": "LORA", "r": 8}"#);
+    refuses("swift/default", "--tuner_backend peft");
+    refuses("swift", "swift/default");
+    dpo_tests::copy(Path::new(&s.path("llama-factory")), Path::new(&s.path("run/pissa_backup")));
+    refuses("run/pissa_backup", "pissa_converted");
+    dpo_tests::copy(Path::new(&s.path("peft")), Path::new(&s.path("pickled")));
+    std::fs::rename(s.path("pickled/adapter_model.safetensors"), s.path("pickled/adapter_model.bin")).unwrap();
+    refuses("pickled", "Python objects");
+    // A resized embedding, which PEFT saves with the adapter.
+    dpo_tests::copy(Path::new(&s.path("peft")), Path::new(&s.path("resized")));
+    let file = s.path("resized/adapter_model.safetensors");
+    let mut all = candle_core::safetensors::load(&file, &Device::Cpu).unwrap();
+    let table = Tensor::zeros((4, 32), DType::F32, &Device::Cpu).unwrap();
+    all.insert("base_model.model.model.embed_tokens.weight".into(), table);
+    candle_core::safetensors::save(&all, &file).unwrap();
+    refuses("resized", "embed_tokens.weight' is a whole weight");
 }
 
 /// An adapter of SFT folded in, and DPO with a new one on top: the reference is the model with the first.

@@ -20,7 +20,7 @@ use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
-use dpo_core::optimizer::AdamW;
+use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::MemoryOptions;
 use dpo_core::testing::{
     FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
@@ -60,6 +60,8 @@ const SMALL_LOSS: f64 = 0.1;
 /// Numbers of values that GPUs sum and gather, the last as many as a 7B model's adapter has.
 const COUNTS: &[usize] = &[1, 1_001, 20_185_088];
 
+/// Most that parameters after a step of the optimizer may, which both compute in f32.
+const UPDATE_TOLERANCE: f64 = 1e-6;
 /// Most that sums of GPUs may differ from those of the hosts, which add in another order.
 const SUM_TOLERANCE: f64 = 1e-6;
 
@@ -85,6 +87,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         let (family, config) = FAMILIES[0];
         let graph = registry.family(family)?.graph(config)?;
         failures += usize::from(!compare(index, name, &graph, &adapter(&graph)?, options.quick)?);
+        failures += usize::from(!updates(index, name, &graph, &adapter(&graph)?)?);
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
@@ -218,6 +221,32 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quic
         worst[1],
         if repeats { "equal" } else { "differ" }
     );
+    Ok(good)
+}
+
+/// Compares steps of the optimizer, with LoRA+, from the same gradient; a line of the table.
+fn updates(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Result<bool> {
+    let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
+    let (clip, learning_rate) = (0.5, 1e-3);
+    let mut device = gpu(index, graph, batch.tokens(), adapter.clone(), None)?;
+    let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
+    let mut worst = 0.0_f64;
+    for _ in 0..3 {
+        device.clear_gradient()?;
+        let logps = device.forward(&batch, true)?;
+        device.backward(&batch, &vec![0.1; logps.logps.len()])?;
+        let mut gradient = device.gradient()?;
+        gradient.iter_mut().for_each(|g| *g *= clip as f32);
+        let groups = adapter.groups(optimizer.loraplus_lr_ratio);
+        optimizer.step(&groups, &mut params, &gradient, &mut moments, learning_rate);
+        device.update(&optimizer, clip, learning_rate)?;
+        device.fetch()?;
+        let off = distance(&device.adapter().params, &params);
+        worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
+    }
+    let good = worst < UPDATE_TOLERANCE;
+    println!("{:<44} {worst:>10.1e} {}", format!("{name}, LoRA+"), if good { "" } else { "FAILED" });
     Ok(good)
 }
 

@@ -118,6 +118,10 @@ impl AdapterConfig {
         let keys: Map<String, Value> = serde_json::from_str(text).map_err(|e| Error::input(e.to_string()))?;
         match keys.get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
+            None if keys.contains_key("swift_type") => {
+                return Err(Error::input("is an adapter of ms-swift's own tuners, not of PEFT")
+                    .help("ms-swift writes PEFT's with --tuner_backend peft"));
+            }
             other => return Err(Error::input(format!("peft_type is {other:?}, only LORA is supported"))),
         }
         if let Some((key, value)) = keys.iter().find(|(key, value)| !UNDERSTOOD.contains(&key.as_str()) && !off(value))

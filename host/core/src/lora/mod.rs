@@ -76,8 +76,7 @@ impl Adapter {
     pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
         let mut adapter = Adapter::planned(graph, config)?;
         let rank = adapter.config.rank;
-        // With its gradient and the two moments of AdamW.
-        let bytes = (4 * adapter.parameters() + adapter.subtracted_parameters()).saturating_mul(size_of::<f32>());
+        let bytes = adapter.training_bytes();
         if let Some(free) = free_memory().filter(|free| bytes > *free) {
             let (needs, free) = (memory::size(bytes), memory::size(free));
             return Err(Error::input(format!(
@@ -102,6 +101,14 @@ impl Adapter {
     /// How many are subtracted again, and stay what they are.
     pub fn subtracted_parameters(&self) -> usize {
         if self.config.init.subtracts() { self.parameters() } else { 0 }
+    }
+
+    /// Bytes that training it takes on the CPU: parameters, gradient and the two moments of AdamW; what is subtracted, as it is and as
+    /// tensors; of DoRA the sum of which the lengths are taken.
+    pub fn training_bytes(&self) -> usize {
+        let sum = |s: &Site| if s.magnitudes > 0 { 3 * s.inputs * s.outputs } else { 0 };
+        let sums = self.sites.iter().map(sum).max().unwrap_or(0);
+        (4 * self.parameters() + 2 * self.subtracted_parameters() + sums).saturating_mul(size_of::<f32>())
     }
 
     /// Rows of all matrices that are added up as the A of a site.

@@ -14,10 +14,19 @@ use crate::weights::read_f32;
 
 const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
+/// Where PEFT wrote the tensors before, as Python objects.
+const PICKLED: &str = "adapter_model.bin";
+/// LLaMA-Factory's folders of adapters that begin with a part of the weights. Their configs call them plain ones.
+const UNCONVERTED: &[&str] = &["pissa_init", "pissa_backup"];
 
 /// Reads the config in an adapter folder, refusing kinds of adapter that are not plain LoRA.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let path = folder.join(CONFIG);
+    if let Some(name) = UNCONVERTED.iter().find(|name| folder.ends_with(name)) {
+        return Err(Error::input(format!("{name} of LLaMA-Factory is right on a changed model alone"))
+            .at(folder.display())
+            .help("take the folder pissa_converted, which pissa_convert: true writes beside it"));
+    }
     AdapterConfig::parse(&read(&path)?).map_err(|e| e.at(path.display()))
 }
 
@@ -69,6 +78,11 @@ const OTHER_MODEL: &str = "the adapter is of another model, whose name is in its
 /// Parameters and what is subtracted, which is the second half of A's rows and of B's columns.
 pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>; 2]> {
     let path = folder.join(PARAMS);
+    if !path.exists() && folder.join(PICKLED).is_file() {
+        return Err(Error::input("is a file of Python objects, which are not read")
+            .at(folder.join(PICKLED).display())
+            .help("PEFT writes adapter_model.safetensors: PeftModel.from_pretrained(…).save_pretrained(folder)"));
+    }
     let mut tensors = read_f32(&path)?;
     let (mut params, mut subtracted) = (Vec::new(), Vec::new());
     for site in &adapter.sites {
@@ -98,6 +112,12 @@ pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>;
         }
     }
     match tensors.keys().next() {
+        Some(name) if !name.contains("lora_") => {
+            let what = format!("tensor '{name}' is a whole weight, of modules_to_save or of a resized embedding");
+            Err(Error::input(what)
+                .at(path.display())
+                .help("only LoRA matrices of linear modules are read: merge it with PEFT"))
+        }
         Some(name) => Err(Error::input(format!("tensor '{name}' belongs to no adapted linear of this model"))
             .at(path.display())
             .help(OTHER_MODEL)),

@@ -3,7 +3,7 @@
 //! DoRA gives the rows of `W + scale·B·A` lengths m of their own: `y = (m/‖W + scale·B·A‖) ⊙ (x·(W + scale·B·A)ᵀ) + b`, where the norm
 //! has no gradient (Liu et al. 2024, section 4.3), as in PEFT's `DoraLinearLayer`.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, Tensor};
 
 use super::{Call, Dropout, Gradients, Kernel, Lora, Op, main_weight, product, weight};
 use crate::batch::{Layout, mix};
@@ -107,15 +107,15 @@ impl Dropout {
                 layout.keys.len()
             )));
         }
-        let keep = 1.0 / (1.0 - self.p);
+        let keep = (1.0 / (1.0 - self.p)) as f32;
         let below = (self.p * (1_u64 << 32) as f64) as u64;
         let of_row = |key: &u64| {
             let row = mix(self.key, *key);
             (0..columns as u64).map(move |column| if mix(row, column) >> 32 < below { 0.0 } else { keep })
         };
-        let mask: Vec<f64> = layout.keys.iter().flat_map(of_row).collect();
+        let mask: Vec<f32> = layout.keys.iter().flat_map(of_row).collect();
         let mask = Tensor::from_vec(mask, (rows, columns), x.device())?;
-        Ok(if x.dtype() == DType::F64 { mask } else { mask.to_dtype(x.dtype())? })
+        Ok(mask.to_dtype(x.dtype())?)
     }
 }
 
@@ -123,7 +123,7 @@ impl Dropout {
 mod tests {
     #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
 
