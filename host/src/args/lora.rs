@@ -48,7 +48,7 @@ pub(crate) struct LoraArgs {
     /// DoRA: rows of the adapted weights have lengths of their own, which are trained; on the CPU
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     use_dora: bool,
-    /// Probability with which a number that A reads in training is zero; on the CPU, and where --disable-dropout is false
+    /// Probability with which a number that A reads in training is zero: on the CPU, and where dropout is not disabled
     #[arg(long, value_name = "0..1", default_value_t = 0.0)]
     lora_dropout: f64,
     /// Whether dropout is off, as it is in the preference training of TRL, LLaMA-Factory and ms-swift
@@ -92,7 +92,7 @@ impl LoraArgs {
             Some(text) => Patterns::parse(text).map_err(|e| e.at(flag)),
             None => Ok(Patterns::default()),
         };
-        Ok(StartAdapter::New(AdapterConfig {
+        Ok(StartAdapter::New(Box::new(AdapterConfig {
             rslora: self.use_rslora,
             targets: match self.target_modules.as_slice() {
                 [] => Targets::AllLinear,
@@ -108,7 +108,7 @@ impl LoraArgs {
             dora: self.use_dora,
             dropout: self.dropout(),
             ..AdapterConfig::new(rank.unwrap_or(LORA_RANK), alpha.unwrap_or(LORA_ALPHA))
-        }))
+        })))
     }
 
     /// The dropout that there is.

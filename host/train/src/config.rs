@@ -115,7 +115,7 @@ pub struct ReferenceConfig {
 #[derive(Clone, Debug)]
 pub enum StartAdapter {
     /// A new one.
-    New(AdapterConfig),
+    New(Box<AdapterConfig>),
     /// A PEFT adapter. Rank and alpha are its own; where the user names them they have to agree.
     From {
         /// Its folder.

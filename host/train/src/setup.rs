@@ -394,7 +394,7 @@ fn serve(dashboard: &Dashboard, attempt: u64) -> Result<Option<Server>> {
 
 fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> {
     match &config.adapter {
-        StartAdapter::New(lora) => Adapter::new(&model.graph, lora.clone(), config.data.seed),
+        StartAdapter::New(lora) => Adapter::new(&model.graph, lora.as_ref().clone(), config.data.seed),
         StartAdapter::From { folder, rank, alpha, dropout } => {
             let own = read_config(folder)?;
             let differs = [

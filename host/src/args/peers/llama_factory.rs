@@ -327,7 +327,7 @@ fn adapter(t: &mut Translation) -> Result<()> {
         }
     }
     let (pissa, iterations) = (t.take("pissa_init"), t.take_value("pissa_iter").0);
-    if let Some(flag) = pissa.filter(|flag| combine::is_on(flag)) {
+    if let Some(flag) = pissa.filter(combine::is_on) {
         let iterations = iterations.as_deref().unwrap_or("16");
         let name = if iterations.starts_with('-') { "pissa".to_owned() } else { format!("pissa_niter_{iterations}") };
         t.push("init-lora-weights", [name], flag.place);
