@@ -95,13 +95,17 @@ pub fn weights(graph: &ModelGraph, seed: u64) -> HashMap<String, Tensor> {
 
 /// An engine over such weights, with an adapter on every linear whose A and B are not zero.
 pub fn engine(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64) -> Engine {
+    engine_with(graph, weights, seed, AdapterConfig::new(3, 6.0))
+}
+
+/// As [`engine`], with another kind of adapter.
+pub fn engine_with(graph: &ModelGraph, weights: &HashMap<String, Tensor>, seed: u64, config: AdapterConfig) -> Engine {
     let of_graph = blocks(graph).map(|(_, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| {
             n.weights.iter().map(|w| weights[&format!("{prefix}{}", w.tensor)].clone()).collect()
         };
         nodes.iter().map(of_node).collect()
     });
-    let config = AdapterConfig::new(3, 6.0);
     let mut adapter = Adapter::new(graph, config, seed).expect("an adapter on every linear");
     let mut numbers = Numbers::new(seed + 1);
     adapter.params.iter_mut().for_each(|p| *p = 0.1 * numbers.draw() as f32);

@@ -52,7 +52,7 @@ fn unknown_names_come_with_the_nearest() {
     s.refuses(&with(&["--loss", "dpo"]), &["unknown loss 'dpo'", "DPO is --loss sigmoid"]);
     s.refuses(&with(&["--loss", "GRPO"]), &["unknown loss 'GRPO'", "learns from answers that are there"]);
     s.refuses(&with(&["--learnin-rate", "1"]), &["unknown flag '--learnin-rate'", "mean '--learning-rate'"]);
-    s.refuses(&with(&["--lorap-lr-ratio", "16"]), &["--lorap-lr-ratio 16: A and B have one learning rate"]);
+    s.refuses(&with(&["--lora-bias", "all"]), &["--lora-bias all: biases are frozen"]);
     s.refuses(&with(&["--warm-water", "1"]), &["unknown flag '--warm-water'", "`dpo-host train --help` lists all"]);
     s.refuses(&["train", "--model", &model, "stray.jsonl"], &["'stray.jsonl' belongs to no flag", "--dataset"]);
     s.refuses(&["train", "stray.jsonl", "--dataset", &rows], &["stray.jsonl: rows are named here and with --dataset"]);

@@ -6,7 +6,8 @@
 use dpo_core::batch::Batch;
 use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
-use dpo_tests::{CONFIGS, Numbers, engine, examples, graph, weights};
+use dpo_core::lora::AdapterConfig;
+use dpo_tests::{CONFIGS, Numbers, engine, engine_with, examples, graph, weights};
 
 /// From one answer to five: a prompt of one token, answers of one token, answers of equal length.
 const LENGTHS: &[&[usize]] = &[
@@ -59,6 +60,31 @@ fn packing_and_recomputing_change_nothing() {
             assert_eq!(packed, recomputed, "{family}: {layers} layers recomputed");
         }
     }
+}
+
+/// Which numbers are dropped follows from the key and from the text up to a token: not from what else is in a batch, and it is the same when
+/// a layer is computed again.
+#[test]
+fn dropout_follows_from_the_key_and_the_text() {
+    let (family, config) = CONFIGS[0];
+    let graph = graph(family, config);
+    let dropping = AdapterConfig { dropout: 0.3, ..AdapterConfig::new(3, 6.0) };
+    let mut engine = engine_with(&graph, &weights(&graph, 1), 2, dropping);
+    let examples = examples(graph.vocab_size, 4, LENGTHS);
+    let without = pass(&engine, &[&examples]);
+    engine.set_dropout(Some(1));
+    let packed = pass(&engine, &[&examples]);
+    let single: Vec<&[Example]> = examples.chunks(1).collect();
+    let alone = pass(&engine, &single);
+    close("log-probs packed and alone", &packed.0, &alone.0, 1e-5);
+    close("gradient packed and alone", &packed.1, &alone.1, 1e-5);
+    engine.recompute(graph.layers.len());
+    assert_eq!(packed, pass(&engine, &[&examples]));
+    engine.set_dropout(Some(2));
+    let other = pass(&engine, &[&examples]);
+    assert!(other.0 != packed.0 && other.1 != packed.1 && packed.0 != without.0);
+    engine.set_dropout(None);
+    assert_eq!(without, pass(&engine, &[&examples]));
 }
 
 /// The shared prompt gives every answer the log-probs that it has alone, and the gradient of all is the sum of theirs.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::ops::lm_head::{self, Projection};
-use dpo_core::ops::{self, Call, Kernel, Lora, OPS};
+use dpo_core::ops::{self, Call, Dropout, Kernel, Lora, OPS};
 use dpo_plugin_api::graph::{Node, Weight};
 use dpo_plugin_api::ops::check_node;
 use dpo_tests::{Numbers, examples};
@@ -20,12 +20,24 @@ struct Case {
     width: usize,
     weights: Vec<(&'static str, Vec<usize>)>,
     attrs: Value,
-    lora: bool,
+    lora: Kind,
+}
+
+/// What kind of update a linear has.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    None,
+    Plain,
+    /// Minus what it began with, with numbers dropped.
+    Subtracted,
+    /// DoRA, and the same with numbers dropped.
+    Dora,
+    DroppedDora,
 }
 
 fn case(op: &'static str, widths: &[usize], width: usize, weights: &[(&'static str, &[usize])], attrs: Value) -> Case {
     let weights = weights.iter().map(|(role, shape)| (*role, shape.to_vec())).collect();
-    Case { op, widths: widths.to_vec(), width, weights, attrs, lora: false }
+    Case { op, widths: widths.to_vec(), width, weights, attrs, lora: Kind::None }
 }
 
 fn cases() -> Vec<Case> {
@@ -36,7 +48,7 @@ fn cases() -> Vec<Case> {
         case("attention", &[24, 12, 12], 24, &[], attrs)
     };
     let glu = |activation: &str| case("glu", &[7, 7], 7, &[], json!({"activation": activation}));
-    let linear = |bias: bool, lora: bool| {
+    let linear = |bias: bool, lora: Kind| {
         let weights: &[(&str, &[usize])] = &[("weight", &[5, 7]), ("bias", &[5])];
         Case { lora, ..case("linear", &[7], 5, &weights[..1 + usize::from(bias)], json!({})) }
     };
@@ -62,9 +74,12 @@ fn cases() -> Vec<Case> {
         case("layer_norm", &[12], 12, &[("weight", &[3, 4])], json!({"eps": 1e-5, "offset": 1.0})),
         case("layer_norm", &[12], 12, &[("weight", &[4]), ("bias", &[4])], json!({"eps": 1e-5})),
         case("layer_norm", &[8], 8, &[], json!({"eps": 1e-5})),
-        linear(false, false),
-        linear(true, false),
-        linear(true, true),
+        linear(false, Kind::None),
+        linear(true, Kind::None),
+        linear(true, Kind::Plain),
+        linear(true, Kind::Subtracted),
+        linear(true, Kind::Dora),
+        linear(false, Kind::DroppedDora),
         case("rms_norm", &[10], 10, &[("weight", &[10])], json!({"eps": 1e-5})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6, "offset": 1.0})),
@@ -124,14 +139,31 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     let frozen: Vec<Tensor> = case.weights.iter().map(|(_, shape)| numbers.tensor(shape)).collect();
     // What is differentiated by: the inputs, then A and B.
     let mut free: Vec<Tensor> = case.widths.iter().map(|w| numbers.tensor(&[tokens, *w])).collect();
-    if case.lora {
-        free.push(numbers.tensor(&[2, case.widths[0]]));
-        free.push(numbers.tensor(&[case.width, 2]));
+    let mut matrices = || [numbers.tensor(&[2, case.widths[0]]), numbers.tensor(&[case.width, 2])];
+    let subtracted = matrices();
+    if case.lora != Kind::None {
+        free.extend(matrices());
     }
+    if matches!(case.lora, Kind::Dora | Kind::DroppedDora) {
+        free.push((numbers.tensor(&[case.width]) + 2.0).unwrap());
+    }
+    let begun = free.clone();
     let dy = numbers.tensor(&[tokens, case.width]);
     let Kernel::Value { forward, vjp } = ops::find(case.op).unwrap().kernel else { panic!("{} has no VJP", case.op) };
     let with_call = |free: &[Tensor], run: &mut dyn FnMut(&Call<'_>)| {
-        let lora = case.lora.then(|| Lora { a: free[1].clone(), b: free[2].clone(), scale: 1.7 });
+        let plain = |free: &[Tensor]| Lora::new(free[1].clone(), free[2].clone(), 1.7);
+        let lora = (case.lora != Kind::None).then(|| {
+            let mut lora = plain(free);
+            lora.subtracted = (case.lora == Kind::Subtracted).then(|| subtracted.clone());
+            // DoRA's norm has no gradient: it is held where it is while A and B are nudged.
+            lora.magnitude = free.get(3).map(|magnitude| {
+                let norms = |free: &[Tensor]| ops::row_norms(&frozen[0], &plain(free)).unwrap();
+                (magnitude * (norms(free) / norms(&begun)).unwrap()).unwrap()
+            });
+            let dropped = matches!(case.lora, Kind::Subtracted | Kind::DroppedDora);
+            lora.dropout = dropped.then_some(Dropout { p: 0.3, key: seed });
+            lora
+        });
         let inputs = free[..case.widths.len()].iter().collect();
         run(&Call { node: &node, inputs, weights: &frozen, lora: lora.as_ref(), layout });
     };

@@ -190,6 +190,30 @@ fn a_script_of_ms_swift_trains_what_it_trains_there() {
     has(&s.path("output"), json!({"loss": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}));
 }
 
+/// Kinds of LoRA under the tools' names.
+#[test]
+fn kinds_of_lora_are_translated() {
+    let s = sandbox();
+    let (ended, run) = swift(
+        &s,
+        "--rlhf_type dpo --max_steps 1 --device cpu --lorap_lr_ratio 16 --init_weights pissa_niter_4 --lora_dropout 0.1 --lora_rank 2",
+    );
+    has(&run, json!({"loraplus_lr_ratio": 16.0, "init_lora_weights": "pissa_niter_4", "lora_dropout": 0.0}));
+    assert!(ended.stderr.contains("--lora_dropout 0.1 is ignored: dropout is off"), "{}", ended.stderr);
+    let (model, rows, output) = (model(), rows(), s.path("trl"));
+    let trl = "--use_peft --lora_r 2 --use_dora --lora_dropout 0.1 --disable_dropout false --max_steps 1 --device cpu";
+    let given = ["train", "--model_name_or_path", &model, "--dataset_name", &rows, "--output_dir", &output];
+    s.ok(&given.into_iter().chain(trl.split_whitespace()).collect::<Vec<_>>());
+    has(&output, json!({"use_dora": true, "lora_dropout": 0.1, "disable_dropout": false, "lora_rank": 2}));
+    let file = format!(
+        "stage: dpo\nmodel_name_or_path: {model}\ndataset: {rows}\nfinetuning_type: lora\nlora_rank: 2\npissa_init: true\npissa_iter: 4\n\
+         pissa_convert: true\nloraplus_lr_ratio: 4\nmax_steps: 1\noutput_dir: factory\ntemplate: qwen\n"
+    );
+    let file = s.write("factory.yaml", &file);
+    s.ok(&["train", &file, "--device", "cpu"]);
+    has(&s.path("factory"), json!({"init_lora_weights": "pissa_niter_4", "loraplus_lr_ratio": 4.0}));
+}
+
 /// A file of `swift rlhf`, which is its first argument there.
 #[test]
 fn a_file_of_ms_swift_is_taken_as_its_flags() {
@@ -292,7 +316,7 @@ fn what_ms_swift_asks_for_and_is_not_done_is_refused() {
         ("--rlhf_type dpo --tuner_type full", "--tuner_type full: only LoRA"),
         ("--rlhf_type dpo --quant_bits 4", "--quant_bits 4: frozen weights are kept in bf16 or f32; quantised"),
         ("--rlhf_type dpo --load_in_4bit true", "quantised"),
-        ("--rlhf_type dpo --lorap_lr_ratio 16", "one learning rate"),
+        ("--rlhf_type dpo --init_weights lora-ga", "--init-lora-weights"),
         ("--rlhf_type dpo --neftune_noise_alpha 5", "no noise"),
         ("--rlhf_type dpo --torch_dtype float16", "--torch_dtype float16: half precision overflows"),
         ("--rlhf_type dpo --lr_scheduler_kwargs {\"a\":1}", "no option 'a'"),
@@ -443,8 +467,7 @@ fn what_llama_factory_asks_for_and_is_not_done_is_refused() {
         ),
         ("stage: sft\ndataset: pairs\n", "--stage sft: it needs no preferences"),
         ("stage: dpo\ndataset: pairs\npref_loss: kto_pair\n", "kto_pair: pairs have no KTO loss"),
-        ("stage: dpo\ndataset: pairs\nuse_dora: true\n", "--use_dora true: only plain LoRA"),
-        ("stage: dpo\ndataset: pairs\npissa_init: true\n", "--pissa_init true"),
+        ("stage: dpo\ndataset: pairs\nadditional_target: embed_tokens\n", "only LoRA matrices of linear modules"),
         ("stage: dpo\ndataset: pears\n", "did you mean 'pairs'"),
         ("stage: dpo\ndataset: single\n", "dataset_info.json: single: is no ranking"),
         ("stage: dpo\ndataset: seen\n", "dataset_info.json: seen: has images"),

@@ -83,6 +83,9 @@ pub trait Planned {
     /// How much it computes at once.
     fn packing(&self) -> Packing;
 
+    /// The adapter, for one whose numbers come from the weights, before it is loaded.
+    fn adapter(&mut self) -> &mut Adapter;
+
     /// Loads the weights.
     ///
     /// # Errors
@@ -102,6 +105,10 @@ struct PlannedOnCpu {
 impl Planned for PlannedOnCpu {
     fn packing(&self) -> Packing {
         self.plan.packing()
+    }
+
+    fn adapter(&mut self) -> &mut Adapter {
+        &mut self.adapter
     }
 
     fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {
@@ -129,12 +136,12 @@ impl Backend for Cpu {
         workload: Workload,
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>> {
-        let plan = |parts| Plan::new(&graph, adapter.parameters(), workload.longest, parts, options);
+        let plan = |parts| Plan::new(&graph, adapter.training_bytes(), workload.longest, parts, options);
         let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         let packing = agree_on_packing(group, plan.packing())?;
         if packing != plan.packing() {
             let options = MemoryOptions { packing: Some(packing), ..options };
-            plan = Plan::new(&graph, adapter.parameters(), workload.longest, plan.parts, options)?;
+            plan = Plan::new(&graph, adapter.training_bytes(), workload.longest, plan.parts, options)?;
         }
         console::line(format!("device      cpu, float32, {} threads\n{plan}", rayon::current_num_threads()));
         Ok(Box::new(PlannedOnCpu { graph, adapter, plan }))

@@ -15,6 +15,8 @@ use crate::logprobs::AnswerOffsets;
 pub struct Layout {
     /// Position of each token in its own sequence, `[tokens]`.
     pub positions: Vec<u32>,
+    /// Of each token a number that follows from the text up to it, `[tokens]`; none where a text is continued.
+    pub keys: Vec<u64>,
     /// Examples, in order and without gaps.
     pub spans: Vec<Span>,
     /// Tokens before the row's first one, at positions from 0: of these, ops are given what they
@@ -26,8 +28,26 @@ impl Layout {
     /// Tokens that continue a text of `cached` tokens.
     pub fn after(cached: usize, tokens: usize) -> Layout {
         let positions = (cached..cached + tokens).map(|p| p as u32).collect();
-        Layout { positions, spans: vec![Span { start: 0, prompt: tokens, answers: Vec::new() }], cached }
+        let spans = vec![Span { start: 0, prompt: tokens, answers: Vec::new() }];
+        Layout { positions, keys: Vec::new(), spans, cached }
     }
+
+    /// Keys of tokens that follow one with this key; returns that of the last.
+    fn extend_keys(&mut self, mut key: u64, ids: &[u32]) -> u64 {
+        for id in ids {
+            key = mix(key, u64::from(*id));
+            self.keys.push(key);
+        }
+        key
+    }
+}
+
+/// A number from two, of which every bit depends on all of theirs (the finaliser of Steele et al. 2014, figure 16).
+pub fn mix(a: u64, b: u64) -> u64 {
+    let mut h = a.wrapping_add(b.wrapping_add(1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    h ^ (h >> 31)
 }
 
 /// One example's place in the row.
@@ -84,11 +104,13 @@ impl Batch {
         let (start, prompt) = (self.ids.len(), example.prompt().len());
         self.ids.extend(example.prompt());
         self.layout.positions.extend(0..prompt as u32);
+        let key = self.layout.extend_keys(0, example.prompt());
         let mut laid_out = Vec::new();
         for answer in example.answers() {
             let first = self.ids.len();
             let inputs = &answer.ids[..answer.ids.len() - 1];
             self.ids.extend(inputs);
+            self.layout.extend_keys(key, inputs);
             self.layout.positions.extend(prompt as u32..(prompt + inputs.len()) as u32);
             let predictor = |i: usize| if i == 0 { start + prompt - 1 } else { first + i - 1 };
             self.predictors.extend((0..answer.ids.len()).map(|i| predictor(i) as u32));

@@ -48,6 +48,10 @@ pub trait Device {
         false
     }
 
+    /// From here on numbers that A reads are dropped, by a key; `None` ends that. A device without dropout refuses adapters that
+    /// have it.
+    fn set_dropout(&mut self, _key: Option<u64>) {}
+
     /// Sets the gradient to zero.
     fn clear_gradient(&mut self) -> Result<()>;
 
@@ -144,6 +148,10 @@ impl Device for CpuDevice {
         self.engine.shares_base()
     }
 
+    fn set_dropout(&mut self, key: Option<u64>) {
+        self.engine.set_dropout(key);
+    }
+
     fn clear_gradient(&mut self) -> Result<()> {
         self.gradient.fill(0.0);
         Ok(())
@@ -161,8 +169,9 @@ impl Device for CpuDevice {
         if clip < 1.0 {
             self.gradient.iter_mut().for_each(|g| *g *= clip as f32);
         }
+        let groups = self.engine.adapter().groups(optimizer.loraplus_lr_ratio);
         let (gradient, moments) = (&self.gradient, &mut self.moments);
-        self.engine.update(|params| optimizer.step(params, gradient, moments, learning_rate))
+        self.engine.update(|params| optimizer.step(&groups, params, gradient, moments, learning_rate))
     }
 
     fn fetch(&mut self) -> Result<()> {

@@ -11,12 +11,12 @@ use dpo_plugin_api::graph::{ModelGraph, Node};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::base::{Base, BlockWeights};
-use crate::batch::{Batch, Layout};
+use crate::batch::{Batch, Layout, mix};
 use crate::error::{Error, Result};
 use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
 use crate::ops::lm_head::{self, Projection};
-use crate::ops::{self, Call, Gradients, Kernel, KvCache, Lora};
+use crate::ops::{self, Call, Dropout, Gradients, Kernel, KvCache, Lora};
 use crate::progress;
 use crate::weights::BlockId;
 
@@ -102,6 +102,16 @@ impl Engine {
         let answer = change(&mut self.adapter.params);
         self.refresh()?;
         Ok(answer)
+    }
+
+    /// Sets the key of dropout, or ends it. It is for the steps of training alone.
+    pub fn set_dropout(&mut self, key: Option<u64>) {
+        let p = self.adapter.config.dropout;
+        for (at, site) in self.adapter.sites.iter().enumerate() {
+            if let Some(lora) = self.loras.get_mut(&site.node) {
+                lora.dropout = key.filter(|_| p > 0.0).map(|key| Dropout { p, key: mix(key, at as u64) });
+            }
+        }
     }
 
     fn refresh(&mut self) -> Result<()> {
@@ -287,8 +297,9 @@ impl Engine {
         Ok(dvalues.swap_remove(0))
     }
 
-    fn accumulate(&self, site: &Site, parts: &[Tensor; 2], gradient: &mut [f32]) -> Result<()> {
-        for (range, part) in self.adapter.ranges(site).into_iter().zip(parts) {
+    fn accumulate(&self, site: &Site, parts: &[Tensor], gradient: &mut [f32]) -> Result<()> {
+        let ranges = self.adapter.ranges(site).into_iter().chain(self.adapter.magnitude(site));
+        for (range, part) in ranges.zip(parts) {
             let values: Vec<f32> = part.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
             gradient[range].iter_mut().zip(values).for_each(|(g, v)| *g += v);
         }

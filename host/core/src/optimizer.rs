@@ -1,5 +1,7 @@
 //! AdamW on one flat f32 buffer, with clipping by the global norm; the same arithmetic as `torch.optim.AdamW`.
 
+use std::ops::Range;
+
 /// Numbers of the optimizer.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamW {
@@ -11,6 +13,18 @@ pub struct AdamW {
     pub eps: f64,
     /// Decoupled decay of the parameters (Loshchilov and Hutter 2019, algorithm 2).
     pub weight_decay: f64,
+    /// LoRA+: how many times the learning rate B has, and decays by (Hayou et al. 2024; PEFT's `create_loraplus_optimizer`). 1 is
+    /// plain AdamW.
+    pub loraplus_lr_ratio: f64,
+}
+
+/// Parameters with one learning rate, as a parameter group of torch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// Where they lie in the flat buffer.
+    pub range: Range<usize>,
+    /// How many times the learning rate they have.
+    pub ratio: f64,
 }
 
 /// Moments of every parameter.
@@ -68,25 +82,42 @@ impl AdamW {
         }
     }
 
-    /// One step at a learning rate. One after which a parameter or a moment would not be finite is not taken: then nothing
-    /// changes, and the answer is false.
-    pub fn step(&self, params: &mut [f32], gradient: &[f32], moments: &mut Moments, learning_rate: f64) -> bool {
-        let Rates { size, root, keep, b1, r1, b2, r2, eps } = self.rates(moments.steps + 1, learning_rate);
-        let after = |p: f32, g: f32, m: f32, v: f32| {
-            let (m, v) = (b1 * m + r1 * g, b2 * v + r2 * g * g);
-            (p * keep - size * m / (v.sqrt() / root + eps), m, v)
-        };
-        let state = moments.first.iter().zip(&moments.second);
-        let mut numbers = params.iter().zip(gradient).zip(state).map(|((p, g), (m, v))| after(*p, *g, *m, *v));
-        if !numbers.all(|(p, m, v)| p.is_finite() && m.is_finite() && v.is_finite()) {
+    /// One step of all groups at a learning rate. One after which a parameter or a moment would not be finite is not taken: then
+    /// nothing changes, and the answer is false.
+    pub fn step(
+        &self,
+        groups: &[Group],
+        params: &mut [f32],
+        gradient: &[f32],
+        moments: &mut Moments,
+        learning_rate: f64,
+    ) -> bool {
+        let rates = groups.iter().map(|group| self.rates(moments.steps + 1, learning_rate * group.ratio));
+        let groups: Vec<(Range<usize>, Rates)> = groups.iter().map(|group| group.range.clone()).zip(rates).collect();
+        let finite = groups.iter().all(|(range, rates)| {
+            let at = |i: usize| rates.after(params[i], gradient[i], moments.first[i], moments.second[i]);
+            range.clone().map(at).all(|numbers| numbers.into_iter().all(f32::is_finite))
+        });
+        if !finite {
             return false;
         }
         moments.steps += 1;
-        let state = moments.first.iter_mut().zip(&mut moments.second);
-        for ((p, g), (m, v)) in params.iter_mut().zip(gradient).zip(state) {
-            (*p, *m, *v) = after(*p, *g, *m, *v);
+        for (range, rates) in groups {
+            let state = moments.first[range.clone()].iter_mut().zip(&mut moments.second[range.clone()]);
+            for ((p, g), (m, v)) in params[range.clone()].iter_mut().zip(&gradient[range]).zip(state) {
+                [*p, *m, *v] = rates.after(*p, *g, *m, *v);
+            }
         }
         true
+    }
+}
+
+impl Rates {
+    /// A parameter and its moments after a step by a gradient.
+    fn after(&self, p: f32, g: f32, m: f32, v: f32) -> [f32; 3] {
+        let Rates { size, root, keep, b1, r1, b2, r2, eps } = *self;
+        let (m, v) = (b1 * m + r1 * g, b2 * v + r2 * g * g);
+        [p * keep - size * m / (v.sqrt() / root + eps), m, v]
     }
 }
 
@@ -104,25 +135,26 @@ mod tests {
     /// betas=(.9, .95), weight_decay=.01).
     #[test]
     fn same_as_torch() {
-        let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01 };
+        let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.01, loraplus_lr_ratio: 1.0 };
         let (mut p, mut moments) = (vec![1.0, -2.0], Moments::new(2));
         for gradient in [[0.5, -0.25], [-1.0, 3.0]] {
-            adam.step(&mut p, &gradient, &mut moments, 0.1);
+            adam.step(&ALL, &mut p, &gradient, &mut moments, 0.1);
         }
         for (is, torch) in p.iter().zip(TORCH) {
             assert!((is - torch).abs() < 1e-6, "{is} {torch}");
         }
     }
 
+    const ALL: [Group; 1] = [Group { range: 0..2, ratio: 1.0 }];
     const TORCH: [f32; 2] = [0.934_438_4, -1.963_862_8];
 
     #[test]
     fn a_step_to_what_is_not_finite_changes_nothing() {
-        let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 0.0, weight_decay: 0.1 };
+        let adam = AdamW { beta1: 0.9, beta2: 0.95, eps: 0.0, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
         for (gradient, rate) in [([0.0, 1.0], 0.1), ([1.0, f32::MAX], 0.1), ([1.0, 1.0], 1e39), ([f32::NAN, 1.0], 0.1)]
         {
             let (mut p, mut moments) = (vec![1.0, -2.0], Moments::new(2));
-            assert!(!adam.step(&mut p, &gradient, &mut moments, rate), "{gradient:?} at {rate}");
+            assert!(!adam.step(&ALL, &mut p, &gradient, &mut moments, rate), "{gradient:?} at {rate}");
             assert_eq!(
                 (p, moments.first, moments.second, moments.steps),
                 (vec![1.0, -2.0], vec![0.0; 2], vec![0.0; 2], 0)

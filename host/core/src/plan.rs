@@ -82,18 +82,17 @@ impl Packing {
 }
 
 impl Plan {
-    /// Plans for examples of up to `longest` tokens and an adapter of `parameters`, with the frozen weights sharded over so many
+    /// Plans for examples of up to `longest` tokens and an adapter that takes so many bytes, with the frozen weights sharded over so many
     /// `parts`; refuses what does not fit.
     pub fn new(
         graph: &ModelGraph,
-        parameters: usize,
+        adapter: usize,
         longest: usize,
         parts: usize,
         options: MemoryOptions,
     ) -> Result<Plan> {
         let available = options.limit.or_else(free_memory).unwrap_or(usize::MAX);
         let [weights, whole] = [parts, 1].map(|parts| weights(graph, parts));
-        let adapter = parameters * WORD * 4;
         let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
         // A layer in work holds its values, and gradients of about as many.
         let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;

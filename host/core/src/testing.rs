@@ -14,7 +14,7 @@ use crate::device::CpuDevice;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
-use crate::lora::{Adapter, AdapterConfig, Patterns, Targets};
+use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
 
 use crate::weights::blocks;
 
@@ -426,6 +426,14 @@ pub fn patterned_adapter(graph: &ModelGraph) -> Result<Adapter> {
         ..AdapterConfig::new(8, 16.0)
     };
     adapter_of(graph, config, false)
+}
+
+/// One whose update is the difference of what it is and what it began with.
+pub fn subtracting_adapter(graph: &ModelGraph) -> Result<Adapter> {
+    let config = AdapterConfig { init: Init::Pissa(None), ..AdapterConfig::new(4, 8.0) };
+    let mut adapter = adapter_of(graph, config, false)?;
+    adapter.subtracted = adapter.params.iter().map(|p| bf16::from_f32(0.7 * p + 0.01).to_f32()).collect();
+    Ok(adapter)
 }
 
 fn adapter_of(graph: &ModelGraph, config: AdapterConfig, zero_b: bool) -> Result<Adapter> {

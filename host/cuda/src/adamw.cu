@@ -25,30 +25,6 @@ struct AdamW {
     }
 };
 
-// A step; `clip` scales the gradient.
-extern "C" __global__ void adamw(float* p, const float* g, float* m, float* v, long long count, float clip, float keep,
-                                 float size, float root, float b1, float r1, float b2, float r2, float eps) {
-    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    AdamW adam = {keep, size, root, b1, r1, b2, r2, eps};
-    adam.step(g[i] * clip, p[i], m[i], v[i]);
-}
-
-// Of every block 1 where that step would make a number that is not finite, else 0.
-extern "C" __global__ void adamw_overflows(const float* p, const float* g, const float* m, const float* v, long long count,
-                                           float clip, float keep, float size, float root, float b1, float r1, float b2,
-                                           float r2, float eps, double* partial) {
-    AdamW adam = {keep, size, root, b1, r1, b2, r2, eps};
-    int overflows = 0;
-    for (long long i = (long long)blockIdx.x * 256 + threadIdx.x; i < count; i += (long long)gridDim.x * 256) {
-        float q = p[i], first = m[i], second = v[i];
-        adam.step(g[i] * clip, q, first, second);
-        overflows |= !(isfinite(q) && isfinite(first) && isfinite(second));
-    }
-    overflows = __syncthreads_or(overflows);
-    if (threadIdx.x == 0) partial[blockIdx.x] = overflows;
-}
-
 // One LoRA matrix in the flat buffer of parameters, `rows` by `columns`, and its place in a stacked matrix.
 struct Part {
     long long flat;      // offset in the flat buffer
@@ -57,7 +33,41 @@ struct Part {
     long long stacked_ld, gradient_row, gradient_column;
     int rows, columns;
     float scale;
+    int group;           // 0 A, 1 B, 2 what is subtracted, which has no gradient and stays what it is
 };
+
+// A step of every matrix, A and B at their own rates; `clip` scales the gradient.
+extern "C" __global__ void adamw(const Part* parts, float* p, const float* g, float* m, float* v, float clip, float keep_a,
+                                 float size_a, float keep_b, float size_b, float root, float b1, float r1, float b2, float r2,
+                                 float eps) {
+    Part part = parts[blockIdx.y];
+    if (part.group == 2) return;
+    AdamW adam = {part.group ? keep_b : keep_a, part.group ? size_b : size_a, root, b1, r1, b2, r2, eps};
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x) {
+        long long at = part.flat + i;
+        adam.step(g[at] * clip, p[at], m[at], v[at]);
+    }
+}
+
+// Of every block 1 where that step would make a number that is not finite, else 0.
+extern "C" __global__ void adamw_overflows(const Part* parts, const float* p, const float* g, const float* m, const float* v,
+                                           float clip, float keep_a, float size_a, float keep_b, float size_b, float root,
+                                           float b1, float r1, float b2, float r2, float eps, int count, double* partial) {
+    int overflows = 0;
+    for (int which = blockIdx.x; which < count; which += gridDim.x) {
+        Part part = parts[which];
+        if (part.group == 2) continue;
+        AdamW adam = {part.group ? keep_b : keep_a, part.group ? size_b : size_a, root, b1, r1, b2, r2, eps};
+        for (int i = threadIdx.x; i < part.rows * part.columns; i += 256) {
+            long long at = part.flat + i;
+            float q = p[at], first = m[at], second = v[at];
+            adam.step(g[at] * clip, q, first, second);
+            overflows |= !(isfinite(q) && isfinite(first) && isfinite(second));
+        }
+    }
+    overflows = __syncthreads_or(overflows);
+    if (threadIdx.x == 0) partial[blockIdx.x] = overflows;
+}
 
 // Parameters to bf16 in the stacked matrices.
 extern "C" __global__ void spread(const Part* parts, const float* params) {
@@ -70,6 +80,7 @@ extern "C" __global__ void spread(const Part* parts, const float* params) {
 // Stacked gradients to the flat buffer.
 extern "C" __global__ void collect(const Part* parts, float* flat) {
     Part part = parts[blockIdx.y];
+    if (part.group == 2) return;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x)
         flat[part.flat + i] = part.scale * part.gradient[(long long)(i / part.columns) * part.gradient_row +
                                                          (long long)(i % part.columns) * part.gradient_column];

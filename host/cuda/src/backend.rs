@@ -32,6 +32,10 @@ impl Planned for PlannedOnGpu {
         self.plan.packing()
     }
 
+    fn adapter(&mut self) -> &mut Adapter {
+        &mut self.adapter
+    }
+
     fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {
         let PlannedOnGpu { gpu, nccl, graph, adapter, plan } = *self;
         let bar = console::bar(checkpoint.bytes() as u64, BAR);

@@ -104,7 +104,8 @@ impl Device for CudaDevice {
 
     fn update(&mut self, optimizer: &AdamW, clip: f64, learning_rate: f64) -> Result<bool> {
         self.optimizer.collect(&self.gpu, &self.kernels)?;
-        let rates = optimizer.rates(self.moments.steps + 1, learning_rate);
+        let of = |ratio: f64| optimizer.rates(self.moments.steps + 1, learning_rate * ratio);
+        let rates = [of(1.0), of(optimizer.loraplus_lr_ratio)];
         if !self.optimizer.step(&self.gpu, &self.kernels, rates, clip)? {
             return Ok(false);
         }

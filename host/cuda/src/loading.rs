@@ -10,7 +10,7 @@ use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
-use super::optimizer::{Part, random};
+use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
 use super::weights::{BlockWeights, LayerStore, LoadedStack, NUMBERS};
@@ -206,7 +206,7 @@ impl Weights {
         })
     }
 
-    /// The adapter's matrices with their places in the stacks.
+    /// The adapter's matrices with their places in the stacks; of every site A and B, then those that are subtracted.
     pub(crate) fn parts(&self, lowered: &Lowered, graph: &ModelGraph, adapter: &Adapter) -> Result<Vec<Part>> {
         let mut parts = Vec::new();
         for site in &adapter.sites {
@@ -222,30 +222,38 @@ impl Weights {
             let Some((stack, loaded, member)) = found else {
                 return Err(Error::run("an adapted linear is in no stack"));
             };
-            let [a, b] = adapter.ranges(site);
             // As `struct Part` of adamw.cu has them.
             let sizes = |rows: usize, columns: usize| rows as u64 | (columns as u64) << 32;
-            let scale = |s: f64| u64::from((s as f32).to_bits());
-            parts.push([
-                a.start as u64,
-                loaded.element(stack.outputs + member.rank_column, 0),
-                loaded.gradients[0] + (member.rank_column * stack.inputs * 4) as u64,
-                loaded.ld as u64,
-                stack.inputs as u64,
-                1,
-                sizes(site.rank, site.inputs),
-                scale(1.0),
-            ]);
-            parts.push([
-                b.start as u64,
-                loaded.element(member.column, stack.inputs + member.rank_column),
-                loaded.gradients[1] + ((member.rank_column * stack.outputs + member.column) * 4) as u64,
-                loaded.ld as u64,
-                1,
-                stack.outputs as u64,
-                sizes(site.outputs, site.rank),
-                scale(site.scale),
-            ]);
+            let scaled = |s: f64, group: Group| u64::from((s as f32).to_bits()) | (group as u64) << 32;
+            let mut pair = |flat: usize, rank_column: usize, scale: f64, groups: [Group; 2]| {
+                let [a, b] = adapter.ranges(site);
+                parts.push([
+                    (flat + a.start) as u64,
+                    loaded.element(stack.outputs + rank_column, 0),
+                    loaded.gradients[0] + (rank_column * stack.inputs * 4) as u64,
+                    loaded.ld as u64,
+                    stack.inputs as u64,
+                    1,
+                    sizes(site.rank, site.inputs),
+                    scaled(1.0, groups[0]),
+                ]);
+                parts.push([
+                    (flat + b.start) as u64,
+                    loaded.element(member.column, stack.inputs + rank_column),
+                    loaded.gradients[1] + ((rank_column * stack.outputs + member.column) * 4) as u64,
+                    loaded.ld as u64,
+                    1,
+                    stack.outputs as u64,
+                    sizes(site.outputs, site.rank),
+                    scaled(scale, groups[1]),
+                ]);
+            };
+            pair(0, member.rank_column, site.scale, [Group::A, Group::B]);
+            if adapter.config.init.subtracts() {
+                // Behind the parameters in their buffer, and behind the site's own columns in the stack.
+                let column = member.rank_column + site.rank;
+                pair(adapter.parameters(), column, -site.scale, [Group::Subtracted; 2]);
+            }
         }
         Ok(parts)
     }

@@ -38,6 +38,7 @@ impl Lowered {
     /// With layers kept as such numbers.
     pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) -> Result<Lowered> {
         let hidden = graph.hidden_size;
+        refuse(adapter)?;
         if let Some(site) = adapter.sites.iter().find(|s| !matches!(s.node.0, BlockId::Layer(_))) {
             return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
                 .help("leave it out of --target-modules, or train with --device cpu"));
@@ -45,7 +46,8 @@ impl Lowered {
         // Layers of a kind have one program: the rank of a node there is the largest that it has in any of them.
         let rank = |kind: usize, node: usize| {
             let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
-            let ranks = adapter.sites.iter().filter(|s| s.node.1 == node && of_kind(s.node.0)).map(|s| s.rank);
+            let ranks =
+                adapter.sites.iter().filter(|s| s.node.1 == node && of_kind(s.node.0)).map(|s| adapter.columns(s));
             ranks.max().unwrap_or(0).next_multiple_of(8)
         };
         let mut behind = 0;
@@ -137,6 +139,19 @@ impl Program {
         let stacks = self.stacks.iter().map(|s| aligned(s.bytes()) + aligned(s.bias_bytes()));
         stacks.chain(self.vectors.iter().map(|v| aligned(v.bytes()))).sum()
     }
+}
+
+/// Refuses what of an adapter has no kernel.
+fn refuse(adapter: &Adapter) -> Result<()> {
+    let help = "train with --device cpu, or leave it out; `dpo-host merge` folds a trained adapter into its model";
+    if adapter.config.dora {
+        return Err(Error::input("DoRA has no CUDA kernel").at("--use-dora").help(help));
+    }
+    if adapter.config.dropout > 0.0 {
+        let what = "dropout has no CUDA kernel";
+        return Err(Error::input(what).at("--lora-dropout").help("leave it out, or train with --device cpu"));
+    }
+    Ok(())
 }
 
 /// Values of a table on the GPU, where zeros fill its rows up to a multiple of 8: it may be the projection.

@@ -16,6 +16,9 @@ use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
 
+/// The LoRA rank of every node of a block, a multiple of 8; 0 where it is not adapted.
+pub(crate) type Ranks<'a> = &'a dyn Fn(usize) -> usize;
+
 /// An op on the GPU: what only this op knows. Its steps know the rest.
 pub(crate) struct CudaOp {
     /// As the CPU's table and graphs call it.
@@ -35,7 +38,7 @@ pub(crate) struct CudaOp {
     /// What a step that makes one of its inputs could compute in its stead.
     pub epilogue: Option<Epilogue>,
     /// LoRA columns that a node may claim behind a value, given the rank of every node.
-    pub columns_behind: fn(&[Node], usize, &dyn Fn(usize) -> usize) -> usize,
+    pub columns_behind: fn(&[Node], usize, Ranks<'_>) -> usize,
     /// What is computed for it once a batch.
     pub table: fn(&Node) -> Option<BatchTable>,
 }
@@ -82,8 +85,8 @@ pub(super) struct Frame<'a> {
     pub widths: [usize; 2],
     /// LoRA columns that lie behind the values that go from block to block.
     pub behind: usize,
-    /// The LoRA rank of a node, a multiple of 8; 0 where it is not adapted.
-    pub rank: &'a dyn Fn(usize) -> usize,
+    /// What of its nodes is adapted.
+    pub rank: Ranks<'a>,
     /// What its matrices are kept as.
     pub numbers: Numbers,
     /// Whether it has a backward pass.

@@ -21,6 +21,15 @@ pub(super) static SOURCE: Source = Source::plain(
 /// A LoRA matrix in the flat buffer and in a stack: `struct Part` of `adamw.cu`.
 pub(super) type Part = [u64; 8];
 
+/// Which learning rate a matrix has: `group` of a part.
+#[derive(Clone, Copy)]
+pub(super) enum Group {
+    A,
+    B,
+    /// None: it stays what it is.
+    Subtracted,
+}
+
 /// Bytes of a part.
 const PART: usize = size_of::<Part>();
 
@@ -47,7 +56,8 @@ impl Optimizer {
     pub(super) fn new(gpu: &Gpu, graph: &ModelGraph, adapter: &Adapter, parts: &[Part]) -> Result<Optimizer> {
         let count = adapter.params.len();
         let optimizer = Optimizer {
-            params: gpu.allocate(count * 4)?,
+            // What is subtracted lies behind the parameters.
+            params: gpu.allocate((count + adapter.subtracted.len()) * 4)?,
             gradient: gpu.allocate(count * 4)?,
             first: gpu.allocate(count * 4)?,
             second: gpu.allocate(count * 4)?,
@@ -59,6 +69,7 @@ impl Optimizer {
             collected: false,
         };
         gpu.upload(parts.as_flattened(), optimizer.parts.address)?;
+        gpu.upload(&adapter.subtracted, optimizer.params.address + (count * 4) as u64)?;
         Ok(optimizer)
     }
 
@@ -93,21 +104,21 @@ impl Optimizer {
         Ok(self.partial_sum(gpu)?.sqrt())
     }
 
-    /// A step with the gradient scaled by `clip`. One after which a number would not be finite is not taken: then the answer is
-    /// false.
-    pub(super) fn step(&self, gpu: &Gpu, kernels: &Kernels, rates: Rates, clip: f64) -> Result<bool> {
+    /// A step with the gradient scaled by `clip`, of A and of B at their rates. One after which a number would not be finite is not
+    /// taken: then the answer is false.
+    pub(super) fn step(&self, gpu: &Gpu, kernels: &Kernels, [a, b]: [Rates; 2], clip: f64) -> Result<bool> {
         let args = || {
-            let args = Args::default().with(self.params.address).with(self.gradient.address).with(self.first.address);
-            let args = args.with(self.second.address).with(self.count as i64).with(clip as f32);
-            let args = args.with(rates.keep).with(rates.size);
+            let args = Args::default().with(self.parts.address).with(self.params.address).with(self.gradient.address);
+            let args = args.with(self.first.address).with(self.second.address).with(clip as f32);
+            let (args, rates) = (args.with(a.keep).with(a.size).with(b.keep).with(b.size), a);
             args.with(rates.root).with(rates.b1).with(rates.r1).with(rates.b2).with(rates.r2).with(rates.eps)
         };
-        let checked = args().with(self.partial.address);
+        let checked = args().with(self.parts_count as i32).with(self.partial.address);
         gpu.launch(kernels.get("adamw_overflows")?, [PARTIAL, 1, 1], [256, 1, 1], 0, checked)?;
         if self.partial_sum(gpu)? > 0.0 {
             return Ok(false);
         }
-        gpu.launch(kernels.get("adamw")?, [self.count.div_ceil(256), 1, 1], [256, 1, 1], 0, args())?;
+        gpu.launch(kernels.get("adamw")?, [32, self.parts_count, 1], [256, 1, 1], 0, args())?;
         Ok(true)
     }
 
@@ -132,9 +143,10 @@ impl Optimizer {
     }
 }
 
-/// Two parts a site; sites come in the order of layers.
+/// Two parts a site, and two more of what is subtracted; sites come in the order of layers.
 fn parts_of_layers(graph: &ModelGraph, adapter: &Adapter) -> Vec<Range<usize>> {
-    let before = |layer: usize| 2 * adapter.sites.partition_point(|s| s.node.0 < BlockId::Layer(layer));
+    let each = if adapter.config.init.subtracts() { 4 } else { 2 };
+    let before = |layer: usize| each * adapter.sites.partition_point(|s| s.node.0 < BlockId::Layer(layer));
     (0..graph.layers.len()).map(|layer| before(layer)..before(layer + 1)).collect()
 }
 

@@ -113,7 +113,7 @@ impl GpuPlan {
         let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
         let table = lowered.table(graph, table(Place::Resident));
         let optimizer = adapter.parameters() * 8;
-        let adapter = lowered.adapter(graph, adapter.parameters());
+        let adapter = lowered.adapter(graph, adapter.parameters()) + adapter.subtracted_parameters() * 4;
         let allowed = match options.recompute {
             Some(true) => &SavedActivations::ALL[3..],
             Some(false) => &SavedActivations::ALL[..1],

@@ -14,11 +14,13 @@ use super::saved::SavedActivations;
 use super::weights::{NUMBERS, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::device::Device;
-use dpo_core::lora::Adapter;
+use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::ops;
 use dpo_core::ops::answer_mask::AnswerMask;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, given, op_cases, patterned_adapter};
+use dpo_core::testing::{
+    FAMILIES, adapter, cpu, distance, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+};
 use dpo_core::weights::BlockId;
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
@@ -309,14 +311,19 @@ impl StackValues {
                 continue;
             };
             let ([a, b], rank) = (adapter.ranges(site), site.rank);
-            for (r, row) in adapter.params[a].chunks(stack.inputs).enumerate() {
-                let to = (stack.outputs + member.rank_column + r) * columns;
-                weights[to..to + stack.inputs].copy_from_slice(row);
-            }
-            for (output, row) in adapter.params[b].chunks(rank).enumerate() {
-                let to = (member.column + output) * columns + stack.inputs + member.rank_column;
-                let scaled = row.iter().map(|v| v * site.scale as f32);
-                weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
+            // What is subtracted lies in the columns behind those of the site.
+            let all = [(&adapter.params, 0, 1.0), (&adapter.subtracted, rank, -1.0)];
+            for (params, behind, sign) in all.into_iter().filter(|(params, ..)| !params.is_empty()) {
+                let first = member.rank_column + behind;
+                for (r, row) in params[a.clone()].chunks(stack.inputs).enumerate() {
+                    let to = (stack.outputs + first + r) * columns;
+                    weights[to..to + stack.inputs].copy_from_slice(row);
+                }
+                for (output, row) in params[b.clone()].chunks(rank).enumerate() {
+                    let to = (member.column + output) * columns + stack.inputs + first;
+                    let scaled = row.iter().map(|v| v * sign * site.scale as f32);
+                    weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
+                }
             }
         }
         let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
@@ -371,6 +378,31 @@ fn linears_may_have_ranks_and_scales_of_their_own() {
     let ranks: std::collections::BTreeSet<usize> = adapter.sites.iter().map(|s| s.rank).collect();
     assert!(ranks.into_iter().eq([3, 8, 12, 16]), "{:?}", adapter.sites);
     compare("patterns", &graph, &adapter);
+}
+
+/// The update is the difference of two products, of which one stays.
+#[test]
+fn what_an_adapter_began_with_is_subtracted() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let adapter = subtracting_adapter(&graph).unwrap();
+    assert!(adapter.subtracted.len() == adapter.params.len() && adapter.subtracted != adapter.params);
+    compare("subtracted", &graph, &adapter);
+}
+
+#[test]
+fn kinds_of_adapter_without_kernels_are_refused() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let plain = || AdapterConfig::new(4, 8.0);
+    for (config, flag) in [
+        (AdapterConfig { dora: true, ..plain() }, "--use-dora"),
+        (AdapterConfig { dropout: 0.1, ..plain() }, "--lora-dropout"),
+    ] {
+        let adapter = Adapter::planned(&graph, config).unwrap();
+        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS) else { panic!("{flag} is taken") };
+        assert!(error.to_string().contains(flag) && error.to_string().contains("--device cpu"), "{error}");
+    }
 }
 
 /// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.

@@ -46,7 +46,7 @@ fn plain([prompt, chosen, rejected]: [&str; 3]) -> Value {
 }
 
 fn ids(data: &Dataset) -> Vec<Vec<u32>> {
-    data.examples[0].parts().map(<[u32]>::to_vec).collect()
+    data.examples.get(0).unwrap().parts().map(<[u32]>::to_vec).collect()
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn plain_text_of_a_chat_model_becomes_turns() {
     assert!(made.report.line().contains("1 of plain text as turns of the chat template"), "{}", made.report.line());
 
     let left = load(&[plain(TURNS)], &tokenizer, true).unwrap();
-    assert_eq!(tokenizer.decode(left.examples[0].prompt(), true), prompt);
+    assert_eq!(tokenizer.decode(left.examples.get(0).unwrap().prompt(), true), prompt);
     assert_eq!((left.report.templated, left.report.plain_examples), (0, 1));
 }
 
@@ -70,7 +70,7 @@ fn plain_text_that_was_rendered_before_stays() {
     let tokenizer = ChatTokenizer::open(&golden(), None).unwrap();
     let prompt = "<|im_start|>user\nwhy not?<|im_end|>\n<|im_start|>assistant\n";
     let made = load(&[plain([prompt, TURNS[1], TURNS[2]])], &tokenizer, false).unwrap();
-    assert_eq!(tokenizer.decode(made.examples[0].prompt(), true), prompt);
+    assert_eq!(tokenizer.decode(made.examples.get(0).unwrap().prompt(), true), prompt);
     let warnings: Vec<String> = made.report.warnings().iter().map(|w| w.text.clone()).collect();
     assert!(warnings[0].starts_with("1 prompt of plain text with tokens of the chat template"), "{warnings:?}");
 }

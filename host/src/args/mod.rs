@@ -4,6 +4,7 @@
 mod config;
 pub(crate) mod data;
 mod flag;
+pub(crate) mod lora;
 pub(crate) mod loss;
 pub(crate) mod model;
 pub mod peers;

@@ -6,7 +6,6 @@ use std::time::Duration;
 use clap::{ArgAction, Args, ValueEnum};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
-use dpo_core::lora::{AdapterConfig, Patterns, Targets};
 use dpo_core::memory::free_memory;
 use dpo_core::optimizer::AdamW;
 use dpo_core::plan::MemoryOptions;
@@ -14,17 +13,17 @@ use dpo_data::Wanted;
 use dpo_hub::model::ModelOptions;
 use dpo_ranks::{Place, Timeouts};
 use dpo_train::config::{
-    Dashboard, EvalRows, EvaluationConfig, OptimizerConfig, OutputConfig, ReferenceConfig, Resume, StartAdapter,
-    TrainConfig,
+    Dashboard, EvalRows, EvaluationConfig, OptimizerConfig, OutputConfig, ReferenceConfig, Resume, TrainConfig,
 };
 use dpo_train::schedule::Schedule;
 use serde::Serialize;
 use serde_json::json;
 
 use super::data::DataArgs;
+use super::lora::{LORA_ALPHA, LORA_RANK, LoraArgs};
 use super::loss::LossArgs;
 use super::model::ModelArgs;
-use super::{ABOVE_0, ALPHA, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
+use super::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::demo;
 
 /// Flags of `dpo-host train`. The field docs are the manual.
@@ -170,28 +169,9 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 1.0, help_heading = "Optimizer")]
     max_grad_norm: f64,
 
-    /// LoRA rank r [default: 8; with --init-adapter that adapter's]
-    #[arg(long, value_name = "R", help_heading = "LoRA")]
-    lora_rank: Option<usize>,
-    /// LoRA alpha: the update is scaled by alpha / rank [default: 32; with --init-adapter that adapter's]
-    #[arg(long, value_name = "A", help_heading = "LoRA")]
-    lora_alpha: Option<f64>,
-    /// Rank-stabilised LoRA: scale by alpha / sqrt(rank) instead
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set, help_heading = "LoRA")]
-    use_rslora: bool,
-    /// Modules to adapt: all-linear, names of modules, or one regular expression over whole names [default: all-linear]
-    #[arg(long, value_name = "M", num_args = 1.., help_heading = "LoRA")]
-    target_modules: Vec<String>,
-    /// Of those, modules not to adapt: names, or one regular expression over whole names [default: none]
-    #[arg(long, value_name = "M", num_args = 1.., help_heading = "LoRA")]
-    exclude_modules: Vec<String>,
-    /// Ranks of modules that have their own, by the ends of their names, which may be regular expressions: {"down_proj": 4}
-    /// [default: none]
-    #[arg(long, value_name = "JSON", help_heading = "LoRA")]
-    rank_pattern: Option<String>,
-    /// Alphas of modules that have their own, as for --rank-pattern [default: none]
-    #[arg(long, value_name = "JSON", help_heading = "LoRA")]
-    alpha_pattern: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    lora: LoraArgs,
 
     /// Steps between lines of the log
     #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Output")]
@@ -271,9 +251,6 @@ enum ScheduleArg {
 const MOST_PROCESSES: usize = 256;
 /// The name of the built-in model.
 const DEMO: &str = "demo";
-/// As ms-swift has them.
-const LORA_RANK: usize = 8;
-const LORA_ALPHA: f64 = 32.0;
 /// Most seconds that processes wait for each other: thirty years.
 const LONGEST_WAIT: f64 = 1e9;
 
@@ -355,6 +332,7 @@ impl TrainArgs {
                 .at("--micro-batch-tokens")
                 .help("4096 to 8192 is usual"));
         }
+        self.lora.refuse_out_of_range()?;
         refuse_out_of_range(&[
             ("--learning-rate", Some(self.learning_rate), FROM_0, "LoRA wants 1e-5 to 2e-4"),
             ("--num-epochs", Some(self.num_epochs), ABOVE_0, "part of an epoch is a number such as 0.5"),
@@ -373,8 +351,6 @@ impl TrainArgs {
             ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
             ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
             ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
-            ("--lora-rank", self.lora_rank.map(|n| n as f64), ABOVE_0, "8 to 64 is usual"),
-            ("--lora-alpha", self.lora_alpha, ALPHA, "two to four times the rank is usual"),
             (
                 "--split-dataset-ratio",
                 Some(self.split_dataset_ratio),
@@ -388,6 +364,7 @@ impl TrainArgs {
         if let Some(settings) = &self.demo {
             console::note(format!("the demo has settings of its own, unless you say otherwise: {settings}"));
         }
+        self.lora.note_ignored();
     }
 
     /// Says where the type that was asked for is not that of the device.
@@ -430,7 +407,7 @@ impl TrainArgs {
         Ok(TrainConfig {
             model: self.model.clone().unwrap_or_default(),
             reading: self.reading.options(),
-            adapter: self.starting_adapter()?,
+            adapter: self.lora.starting_adapter(self.init_adapter.as_deref())?,
             data: self.data.options(&[], &Wanted::default())?,
             dataset: self.data.dataset.clone(),
             val_dataset: EvalRows::parse(&self.val_dataset),
@@ -480,48 +457,6 @@ impl TrainArgs {
         flags
     }
 
-    fn starting_adapter(&self) -> Result<StartAdapter> {
-        let (rank, alpha) = (self.lora_rank, self.lora_alpha);
-        if let Some(folder) = &self.init_adapter {
-            self.refuse_other_shape()?;
-            return Ok(StartAdapter::From { folder: folder.clone(), rank, alpha });
-        }
-        let modules = |flag: &str, values: &[String]| Targets::parse(values).map_err(|e| e.at(flag));
-        let patterns = |flag: &str, text: &Option<String>| match text {
-            Some(text) => Patterns::parse(text).map_err(|e| e.at(flag)),
-            None => Ok(Patterns::default()),
-        };
-        Ok(StartAdapter::New(AdapterConfig {
-            rslora: self.use_rslora,
-            targets: match self.target_modules.as_slice() {
-                [] => Targets::AllLinear,
-                names => modules("--target-modules", names)?,
-            },
-            exclude: match self.exclude_modules.as_slice() {
-                [] => None,
-                names => Some(modules("--exclude-modules", names)?),
-            },
-            rank_pattern: patterns("--rank-pattern", &self.rank_pattern)?,
-            alpha_pattern: patterns("--alpha-pattern", &self.alpha_pattern)?,
-            ..AdapterConfig::new(rank.unwrap_or(LORA_RANK), alpha.unwrap_or(LORA_ALPHA))
-        }))
-    }
-
-    /// Refuses flags of a new adapter where one is continued.
-    fn refuse_other_shape(&self) -> Result<()> {
-        let given = [
-            ("--exclude-modules", !self.exclude_modules.is_empty()),
-            ("--rank-pattern", self.rank_pattern.is_some()),
-            ("--alpha-pattern", self.alpha_pattern.is_some()),
-        ];
-        match given.iter().find(|(_, given)| *given) {
-            Some((flag, _)) => Err(Error::input("is of a new adapter, and --init-adapter continues one")
-                .at(flag)
-                .help("leave it out: a run from an adapter keeps its shape")),
-            None => Ok(()),
-        }
-    }
-
     fn optimizer(&self) -> OptimizerConfig {
         // A part of the learning rate; of none it does not matter.
         let end = |default: f64| self.min_lr.unwrap_or(default) / self.learning_rate.max(f64::MIN_POSITIVE);
@@ -531,6 +466,7 @@ impl TrainArgs {
                 beta2: self.adam_beta2,
                 eps: self.adam_epsilon,
                 weight_decay: self.weight_decay,
+                loraplus_lr_ratio: self.lora.loraplus_lr_ratio,
             },
             learning_rate: self.learning_rate,
             schedule: match self.lr_scheduler {

@@ -138,9 +138,12 @@ impl Profile {
             let p = p.min(max_length - c.max(r));
             let mut ids = |n: usize| (0..n).map(|_| rng.random_range(0..vocab as u32)).collect::<Vec<u32>>();
             let prompt = ids(p);
-            let worse = (1..answers).map(|worse| Answer::new(ids(r), -(worse as f64)));
             let label = if wanted.answers == Answers::Labelled { (at % 2) as f64 } else { 1.0 };
-            let answers = std::iter::once(Answer::new(ids(c), label)).chain(worse).collect();
+            let mut answer = |at: usize| match at {
+                0 => Answer::new(ids(c), label),
+                worse => Answer::new(ids(r), -(worse as f64)),
+            };
+            let answers = (0..answers).map(&mut answer).collect();
             let example = Example::new(prompt, answers, "")?;
             let example = if wanted.prompt { example.with_prompt_scored() } else { example };
             if wanted.mismatched { example.with_detached(ids(r)) } else { Ok(example) }
@@ -225,7 +228,7 @@ fn measure(
     let start = Instant::now();
     device.warm_up()?;
     let warming = start.elapsed().as_secs_f64();
-    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     // As in training: the reference is computed over all pairs before the first step.
     let scored: Vec<&Example> = pairs.iter().collect();
     train::score(group, &mut device, &scored[..batch_size], |_| {})?;

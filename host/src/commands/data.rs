@@ -12,7 +12,7 @@ use crate::demo;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::{Answer, Example};
 use dpo_core::files;
-use dpo_data::{self as data, ChatTokenizer};
+use dpo_data::{self as data, ChatTokenizer, Examples};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
@@ -72,10 +72,12 @@ pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
 }
 
 /// Writes a line an example.
-fn write(path: &Path, examples: &[Example]) -> Result<()> {
+fn write(path: &Path, examples: &Examples) -> Result<()> {
     files::stream_into(path, |file| {
         let mut out = BufWriter::new(file);
-        examples.iter().try_for_each(|example| writeln!(out, "{}", line(example)))?;
+        for example in examples.iter() {
+            writeln!(out, "{}", line(&example.map_err(std::io::Error::other)?))?;
+        }
         out.flush()
     })
 }

@@ -96,7 +96,7 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
     }
     let memory_options = MemoryOptions { limit: memory, ..MemoryOptions::default() };
-    let plan = |ranks| Plan::new(&graph, adapter.parameters(), longest(options), ranks, memory_options);
+    let plan = |ranks| Plan::new(&graph, adapter.training_bytes(), longest(options), ranks, memory_options);
     print(&whole_or_shared(options.gpus, plan)?, options.json)
 }
 

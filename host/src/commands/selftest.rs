@@ -20,9 +20,11 @@ use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
-use dpo_core::optimizer::AdamW;
+use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter};
+use dpo_core::testing::{
+    FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+};
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
 use dpo_ranks::{self as ranks, Place};
@@ -58,6 +60,8 @@ const SMALL_LOSS: f64 = 0.1;
 /// Numbers of values that GPUs sum and gather, the last as many as a 7B model's adapter has.
 const COUNTS: &[usize] = &[1, 1_001, 20_185_088];
 
+/// Most that parameters after a step of the optimizer may, which both compute in f32.
+const UPDATE_TOLERANCE: f64 = 1e-6;
 /// Most that sums of GPUs may differ from those of the hosts, which add in another order.
 const SUM_TOLERANCE: f64 = 1e-6;
 
@@ -77,10 +81,16 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
         failures += usize::from(!compare(index, &name, &graph, &adapter(&graph, false)?, options.quick)?);
     }
-    const PATTERNS: &str = "LoRA rank and alpha patterns";
-    if let Some((family, config)) = FAMILIES.first().filter(|_| wanted(PATTERNS)) {
-        let graph = registry.family(family)?.graph(config)?;
-        failures += usize::from(!compare(index, PATTERNS, &graph, &patterned_adapter(&graph)?, options.quick)?);
+    let (family, config) = FAMILIES[0];
+    let graph = registry.family(family)?.graph(config)?;
+    for (name, adapter) in [
+        ("LoRA rank and alpha patterns", patterned_adapter(&graph)?),
+        ("LoRA minus its start", subtracting_adapter(&graph)?),
+    ] {
+        if wanted(name) {
+            failures += usize::from(!compare(index, name, &graph, &adapter, options.quick)?);
+            failures += usize::from(!updates(index, name, &graph, &adapter)?);
+        }
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
@@ -217,6 +227,32 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quic
     Ok(good)
 }
 
+/// Compares steps of the optimizer, with LoRA+, from the same gradient; a line of the table.
+fn updates(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Result<bool> {
+    let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
+    let (clip, learning_rate) = (0.5, 1e-3);
+    let mut device = gpu(index, graph, batch.tokens(), adapter.clone(), None)?;
+    let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
+    let mut worst = 0.0_f64;
+    for _ in 0..3 {
+        device.clear_gradient()?;
+        let logps = device.forward(&batch, true)?;
+        device.backward(&batch, &vec![0.1; logps.logps.len()])?;
+        let mut gradient = device.gradient()?;
+        gradient.iter_mut().for_each(|g| *g *= clip as f32);
+        let groups = adapter.groups(optimizer.loraplus_lr_ratio);
+        optimizer.step(&groups, &mut params, &gradient, &mut moments, learning_rate);
+        device.update(&optimizer, clip, learning_rate)?;
+        device.fetch()?;
+        let off = distance(&device.adapter().params, &params);
+        worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
+    }
+    let good = worst < UPDATE_TOLERANCE;
+    println!("{:<44} {worst:>10.1e} {}", format!("{name}, LoRA+"), if good { "" } else { "FAILED" });
+    Ok(good)
+}
+
 /// Trains on both devices from the same start; a line of the table.
 fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
     let lengths: [&[usize]; 4] = [&[20, 9, 14], &[7, 30, 22], &[41, 5, 3], &[2, 17, 40]];
@@ -227,7 +263,7 @@ fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, s
     let mut devices: [Box<dyn Device>; 2] =
         [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(index, graph, tokens, start, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
-    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];
     for (device, losses) in devices.iter_mut().zip(&mut losses) {
         let mut objective = Objective::new(registry, &options)?;

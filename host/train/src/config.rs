@@ -114,8 +114,8 @@ pub struct ReferenceConfig {
 /// The adapter at the start, which is also the reference unless that has a [`ReferenceConfig`].
 #[derive(Clone, Debug)]
 pub enum StartAdapter {
-    /// A new one: A Kaiming-uniform, B zero.
-    New(AdapterConfig),
+    /// A new one.
+    New(Box<AdapterConfig>),
     /// A PEFT adapter. Rank and alpha are its own; where the user names them they have to agree.
     From {
         /// Its folder.
@@ -124,6 +124,8 @@ pub enum StartAdapter {
         rank: Option<usize>,
         /// LoRA alpha, where given.
         alpha: Option<f64>,
+        /// Dropout in training.
+        dropout: f64,
     },
 }
 

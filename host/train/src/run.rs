@@ -19,6 +19,7 @@ use super::metrics::Window;
 use super::next_steps;
 use super::samples::Samples;
 use super::{Objective, Reference, Step, nonfinite, settings, step};
+use dpo_core::batch::mix;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
 use dpo_core::device::Device;
@@ -26,7 +27,6 @@ use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
 use dpo_core::files;
 use dpo_core::logprobs::AnswerLogProbs;
-use dpo_core::lora::Adapter;
 use dpo_core::optimizer::{Moments, clip};
 use dpo_data::Examples;
 use dpo_page as page;
@@ -92,10 +92,10 @@ impl Run<'_> {
                 self.write_args()?;
             }
         }
-        let adapter = Adapter::load(self.device.graph(), folder)?;
-        let moments = checkpoint::load_moments(folder, adapter.params.len(), state.updates)?;
-        self.group.assert_equal("checkpoint", &digest(&adapter.params, &moments))?;
-        self.device.restore(&adapter.params, moments)?;
+        let [params, _] = self.device.adapter().read(folder)?;
+        let moments = checkpoint::load_moments(folder, params.len(), state.updates)?;
+        self.group.assert_equal("checkpoint", &digest(&params, &moments))?;
+        self.device.restore(&params, moments)?;
         (self.done, self.skipped, self.window) = (state.global_step, state.skipped, state.window);
         self.best = state.best;
         self.objective.restore(state.losses);
@@ -274,9 +274,10 @@ impl Run<'_> {
         let examples = self.examples.gather(next.iter().copied())?;
         let examples: Vec<&Example> = examples.iter().collect();
         let reference = self.reference.gather(&next);
-        let step =
-            step::gradient(self.group, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref())?;
-        Ok((step, examples.iter().map(|e| e.unique_tokens()).sum()))
+        self.device.set_dropout(Some(mix(self.config.data.seed, self.done)));
+        let step = step::gradient(self.group, self.device.as_mut(), &mut self.objective, &examples, reference.as_ref());
+        self.device.set_dropout(None);
+        Ok((step?, examples.iter().map(|e| e.unique_tokens()).sum()))
     }
 
     /// The examples of the next step.
@@ -324,10 +325,10 @@ impl Run<'_> {
             if step != self.done {
                 // Rank 0 has written it; no rank reads it before.
                 self.group.barrier()?;
-                let adapter = Adapter::load(self.device.graph(), &folder)?;
+                let [params, _] = self.device.adapter().read(&folder)?;
                 let moments =
-                    checkpoint::load_moments(&folder, adapter.params.len(), checkpoint::load_state(&folder)?.updates)?;
-                self.device.restore(&adapter.params, moments)?;
+                    checkpoint::load_moments(&folder, params.len(), checkpoint::load_state(&folder)?.updates)?;
+                self.device.restore(&params, moments)?;
             }
             what += &format!("; the adapter is that of {}", folder.display());
         }

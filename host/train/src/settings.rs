@@ -24,6 +24,7 @@ const FREE: &[&str] = &[
     "dataset",
     "dataset_format",
     "device",
+    "disable_dropout",
     "dtype",
     "early_stopping_patience",
     "eval_on_start",
@@ -95,6 +96,7 @@ pub(super) fn decisive(
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
     flags.insert("lora_rank".into(), json!(adapter.config.rank));
     flags.insert("lora_alpha".into(), json!(adapter.config.alpha));
+    flags.insert("lora_dropout".into(), json!(adapter.config.dropout));
     flags.insert("use_rslora".into(), json!(adapter.config.rslora));
     flags.insert("rank_pattern".into(), adapter.config.rank_pattern.to_json(1.0));
     flags.insert("alpha_pattern".into(), adapter.config.alpha_pattern.to_json(1.0));

@@ -92,7 +92,7 @@ pub fn train(
     for example in everything.iter().flat_map(|set| set.iter()) {
         workload.add(&example?);
     }
-    let planned = backend.plan(group, model.graph.clone(), adapter, workload, config.memory)?;
+    let mut planned = backend.plan(group, model.graph.clone(), adapter, workload, config.memory)?;
     let memory = MemoryOptions { packing: Some(planned.packing()), ..config.memory };
     let own_reference = match &config.reference {
         Some(_) if !objective.needs_reference() => {
@@ -124,6 +124,15 @@ pub fn train(
         settings::refuse_other(&load_state(folder)?, &settings, steps, folder)?;
     }
     let (family, package) = (model.family.name.clone(), model.family.package());
+    if matches!(config.adapter, StartAdapter::New(_)) && planned.adapter().starts_from_weights() {
+        start_from_weights(
+            planned.adapter(),
+            group,
+            (&model.graph, &checkpoint),
+            resumed.as_deref(),
+            config.data.seed,
+        )?;
+    }
     let mut device = planned.load(group, &checkpoint)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
@@ -336,8 +345,8 @@ fn serve(dashboard: &Dashboard, attempt: u64) -> Result<Option<Server>> {
 
 fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> {
     match &config.adapter {
-        StartAdapter::New(lora) => Adapter::new(&model.graph, lora.clone(), config.data.seed),
-        StartAdapter::From { folder, rank, alpha } => {
+        StartAdapter::New(lora) => Adapter::new(&model.graph, lora.as_ref().clone(), config.data.seed),
+        StartAdapter::From { folder, rank, alpha, dropout } => {
             let own = read_config(folder)?;
             let differs = [
                 ("--lora-rank", rank.is_some_and(|r| r != own.rank)),
@@ -352,8 +361,44 @@ fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> 
                     );
                     Err(Error::input(what).at(flag).help("leave it out: a run from an adapter keeps its shape"))
                 }
-                None => Adapter::load(&model.graph, folder),
+                None => {
+                    let mut adapter = Adapter::load(&model.graph, folder)?;
+                    adapter.config.dropout = *dropout;
+                    Ok(adapter)
+                }
             }
         }
     }
+}
+
+/// Gives an adapter that begins with the weights its numbers: those that rank 0 finds. Factors of the weights, whose last bits depend on
+/// the machine, are those that a resumed run has begun with.
+fn start_from_weights(
+    adapter: &mut Adapter,
+    group: &mut dyn ProcessGroup,
+    (graph, checkpoint): (&ModelGraph, &Checkpoint),
+    resumed: Option<&Path>,
+    seed: u64,
+) -> Result<()> {
+    let mut found = Vec::new();
+    if group.is_first() {
+        if let Some(folder) = resumed.filter(|_| adapter.config.init.subtracts()) {
+            [adapter.params, adapter.subtracted] = adapter.read(folder)?;
+        } else {
+            let bar = console::bar(adapter.sites.len() as u64, "adapter     {bar:30} {pos}/{len} linears {eta} left");
+            adapter.start(graph, checkpoint, seed, || bar.inc(1))?;
+            bar.finish_and_clear();
+        }
+        found = adapter.params.iter().chain(&adapter.subtracted).flat_map(|v| v.to_le_bytes()).collect();
+    }
+    let found = group.broadcast(found)?;
+    let values = found.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let parameters = adapter.parameters();
+    adapter.params = values.clone().take(parameters).collect();
+    adapter.subtracted = values.skip(parameters).collect();
+    if adapter.config.init.subtracts() {
+        // The reference of a resumed run is what it was: that of an update of zero. The parameters follow.
+        adapter.params.clone_from(&adapter.subtracted);
+    }
+    Ok(())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
+use super::init::Init;
 use super::target::{Layers, Patterns, Targets};
 use super::{MOST_RANK, Site};
 use crate::error::{Error, Result};
@@ -30,14 +31,31 @@ pub struct AdapterConfig {
     pub exclude: Option<Targets>,
     /// In which layers, where not in all.
     pub layers: Option<Layers>,
+    /// How A and B begin.
+    pub init: Init,
+    /// Whether rows of the sum have a length of their own (DoRA, Liu et al. 2024).
+    pub dora: bool,
+    /// Probability with which a number that A reads in training is zero.
+    pub dropout: f64,
 }
 
 impl AdapterConfig {
     /// Plain LoRA on every linear.
     pub fn new(rank: usize, alpha: f64) -> AdapterConfig {
         let (rank_pattern, alpha_pattern) = Default::default();
-        let (targets, exclude, layers) = (Targets::AllLinear, None, None);
-        AdapterConfig { rank, alpha, rank_pattern, alpha_pattern, rslora: false, targets, exclude, layers }
+        AdapterConfig {
+            rank,
+            alpha,
+            rank_pattern,
+            alpha_pattern,
+            rslora: false,
+            targets: Targets::AllLinear,
+            exclude: None,
+            layers: None,
+            init: Init::default(),
+            dora: false,
+            dropout: 0.0,
+        }
     }
 
     /// Whether a linear is adapted.
@@ -77,7 +95,19 @@ impl AdapterConfig {
             let what = format!("'{key}' should be above 0 and up to {MOST_ALPHA:e}, not {alpha}");
             return wrong(what, "--alpha-pattern", "two to four times the rank is usual");
         }
+        if self.dora && self.init.subtracts() {
+            let what = "DoRA begins with the model's own rows".to_owned();
+            return wrong(what, "--init-lora-weights", "leave one of the two out");
+        }
+        if self.init == Init::Orthogonal && !self.ranks().all(|rank| rank.is_multiple_of(2)) {
+            return wrong("orthogonal needs even ranks".into(), "--init-lora-weights", "such as --lora-rank 8");
+        }
         Ok(())
+    }
+
+    /// Every rank that a module may have.
+    fn ranks(&self) -> impl Iterator<Item = usize> {
+        self.rank_pattern.numbers().map(|(_, rank)| rank as usize).chain([self.rank])
     }
 
     /// From the text of an `adapter_config.json`.
@@ -88,6 +118,10 @@ impl AdapterConfig {
         let keys: Map<String, Value> = serde_json::from_str(text).map_err(|e| Error::input(e.to_string()))?;
         match keys.get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
+            None if keys.contains_key("swift_type") => {
+                return Err(Error::input("is an adapter of ms-swift's own tuners, not of PEFT")
+                    .help("ms-swift writes PEFT's with --tuner_backend peft"));
+            }
             other => return Err(Error::input(format!("peft_type is {other:?}, only LORA is supported"))),
         }
         if let Some((key, value)) = keys.iter().find(|(key, value)| !UNDERSTOOD.contains(&key.as_str()) && !off(value))
@@ -131,6 +165,7 @@ impl AdapterConfig {
         };
         let config = AdapterConfig {
             rslora: switch("use_rslora")?,
+            dora: switch("use_dora")?,
             targets: Targets::from_json("target_modules", value("target_modules"))?,
             exclude: match value("exclude_modules") {
                 none if off(none) => None,
@@ -152,13 +187,19 @@ impl AdapterConfig {
         // PEFT lists plain names, so that a reader needs no notion of our kinds of target.
         let last = |s: &Site| s.module.rsplit('.').next().unwrap_or_default().to_owned();
         let all = || json!(sites.iter().map(last).collect::<BTreeSet<_>>());
+        // What is subtracted is further rows of A and columns of B, under the same scale.
+        let (ranks, alphas) = match (self.init.subtracts(), self.rslora) {
+            (false, _) => (1, 1.0),
+            (true, false) => (2, 2.0),
+            (true, true) => (2, std::f64::consts::SQRT_2),
+        };
         let (layers, pattern) = self.layers.as_ref().map_or((Value::Null, Value::Null), Layers::to_json);
         json!({
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": true,
-            "r": self.rank, "lora_alpha": self.alpha, "lora_dropout": 0.0, "bias": "none",
-            "use_rslora": self.rslora, "use_dora": false, "fan_in_fan_out": false, "init_lora_weights": true,
-            "modules_to_save": null, "rank_pattern": self.rank_pattern.to_json(1.0),
-            "alpha_pattern": self.alpha_pattern.to_json(1.0),
+            "r": self.rank * ranks, "lora_alpha": self.alpha * alphas, "lora_dropout": self.dropout, "bias": "none",
+            "use_rslora": self.rslora, "use_dora": self.dora, "fan_in_fan_out": false, "init_lora_weights": true,
+            "modules_to_save": null, "rank_pattern": self.rank_pattern.to_json(ranks as f64),
+            "alpha_pattern": self.alpha_pattern.to_json(alphas),
             "target_modules": self.targets.to_json().unwrap_or_else(all),
             "exclude_modules": self.exclude.as_ref().and_then(Targets::to_json),
             "layers_to_transform": layers, "layers_pattern": pattern,
@@ -191,6 +232,7 @@ const UNDERSTOOD: &[&str] = &[
     "runtime_config",
     "target_modules",
     "task_type",
+    "use_dora",
     "use_rslora",
 ];
 

@@ -1,4 +1,5 @@
-//! The adapter folded into the weights: files like the checkpoint's, in which every adapted W is W + scale · B · A.
+//! The adapter folded into the weights: files like the checkpoint's, in which every adapted W is W + scale · B · A, and of DoRA that with
+//! its rows at their lengths.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -76,9 +77,9 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
 }
 
 impl Adapted {
-    /// W + scale · B · A, rows of it at a time, as bytes of W's own type.
+    /// What W becomes, rows of it at a time, as bytes of W's own type.
     fn sum(&self, bytes: &[u8], mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let Lora { a, b, scale } = &self.lora;
+        let Lora { a, b, scale, magnitude, .. } = &self.lora;
         let (_, inputs) = a.dims2()?;
         let row = inputs * self.dtype.size_in_bytes();
         let rows = (PIECE / row.max(1)).max(1);
@@ -87,8 +88,13 @@ impl Adapted {
             let count = piece.len() / row;
             let w = Tensor::from_raw_buffer(piece, self.dtype, &[count, inputs], &Device::Cpu)?;
             let update = b.narrow(0, at * rows, count)?.matmul(a)?.affine(*scale, 0.0)?;
+            let mut sum = (w.to_dtype(DType::F32)? + update)?;
+            if let Some(magnitude) = magnitude {
+                let norms = sum.sqr()?.sum_keepdim(1)?.sqrt()?;
+                sum = sum.broadcast_mul(&magnitude.narrow(0, at * rows, count)?.unsqueeze(1)?.div(&norms)?)?;
+            }
             // candle rounds to nearest, ties to even.
-            let sum = (w.to_dtype(DType::F32)? + update)?.to_dtype(self.dtype)?;
+            let sum = sum.to_dtype(self.dtype)?;
             refuse_infinite(&sum)?;
             summed.clear();
             sum.write_bytes(&mut summed)?;

@@ -1,6 +1,7 @@
 //! The adapter: which linears get a low-rank update, its parameters in one flat f32 buffer, and PEFT's files.
 
 mod config;
+mod init;
 mod merge;
 mod peft;
 mod target;
@@ -10,15 +11,17 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use dpo_plugin_api::check::check_linears;
 use dpo_plugin_api::graph::{ModelGraph, Node};
-use rand::{Rng, SeedableRng};
+use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::error::{Error, Result};
 use crate::memory::{self, free_memory};
 use crate::ops::Lora;
+use crate::optimizer::Group;
 use crate::weights::{BlockId, blocks};
 
 pub use config::{AdapterConfig, MOST_ALPHA};
+pub use init::Init;
 pub use merge::merge;
 pub use peft::{base_model, read_config};
 pub use target::{Layers, Patterns, Targets};
@@ -39,7 +42,9 @@ pub struct Site {
     pub rank: usize,
     /// The factor on `B · A`.
     pub scale: f64,
-    /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows.
+    /// Numbers of its magnitude vector: as many as outputs where the adapter is DoRA, else none.
+    pub magnitudes: usize,
+    /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows, then the magnitude vector.
     pub offset: usize,
     /// The block it is in, and its node there.
     pub node: (BlockId, usize),
@@ -54,6 +59,8 @@ pub struct Adapter {
     pub sites: Vec<Site>,
     /// A and B of every site, one after the other.
     pub params: Vec<f32>,
+    /// A and B of the start in the places that they have in `params`, where the update is their difference (see [`Init`]); else empty.
+    pub subtracted: Vec<f32>,
 }
 
 impl Adapter {
@@ -62,15 +69,14 @@ impl Adapter {
         config.check()?;
         let sites = sites(graph, &config).map_err(|e| e.at("--target-modules"))?;
         refuse_idle(graph, &config, &sites)?;
-        Ok(Adapter { sites, params: Vec::new(), config })
+        Ok(Adapter { sites, params: Vec::new(), subtracted: Vec::new(), config })
     }
 
-    /// A new adapter as PEFT initialises it: A uniform in `±1/sqrt(inputs)` (Kaiming with `a = sqrt(5)`), B zero.
+    /// A new adapter as PEFT initialises it. One that [starts from weights](Self::starts_from_weights) gets its numbers there.
     pub fn new(graph: &ModelGraph, config: AdapterConfig, seed: u64) -> Result<Adapter> {
         let mut adapter = Adapter::planned(graph, config)?;
         let rank = adapter.config.rank;
-        // With its gradient and the two moments of AdamW.
-        let bytes = adapter.parameters().saturating_mul(4 * size_of::<f32>());
+        let bytes = adapter.training_bytes();
         if let Some(free) = free_memory().filter(|free| bytes > *free) {
             let (needs, free) = (memory::size(bytes), memory::size(free));
             return Err(Error::input(format!(
@@ -81,22 +87,38 @@ impl Adapter {
         }
         adapter.params = vec![0.0; adapter.parameters()];
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        for site in &adapter.sites {
-            let bound = (site.inputs as f32).powf(-0.5);
-            let a = site.offset..site.offset + site.rank * site.inputs;
-            adapter.params[a].fill_with(|| rng.random_range(-bound..bound));
+        for site in adapter.sites.clone() {
+            init::plain(&mut adapter, &site, &mut rng);
         }
         Ok(adapter)
     }
 
     /// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
     pub fn parameters(&self) -> usize {
-        self.sites.last().map_or(0, |s| s.offset + s.rank * (s.inputs + s.outputs))
+        self.sites.last().map_or(0, |s| s.offset + s.rank * (s.inputs + s.outputs) + s.magnitudes)
     }
 
-    /// What its parameters mean, in a text: of every site its module, rank and scale.
+    /// How many are subtracted again, and stay what they are.
+    pub fn subtracted_parameters(&self) -> usize {
+        if self.config.init.subtracts() { self.parameters() } else { 0 }
+    }
+
+    /// Bytes that training it takes on the CPU: parameters, gradient and the two moments of AdamW; what is subtracted, as it is and as
+    /// tensors; of DoRA the sum of which the lengths are taken.
+    pub fn training_bytes(&self) -> usize {
+        let sum = |s: &Site| if s.magnitudes > 0 { 3 * s.inputs * s.outputs } else { 0 };
+        let sums = self.sites.iter().map(sum).max().unwrap_or(0);
+        (4 * self.parameters() + 2 * self.subtracted_parameters() + sums).saturating_mul(size_of::<f32>())
+    }
+
+    /// Rows of all matrices that are added up as the A of a site.
+    pub fn columns(&self, site: &Site) -> usize {
+        if self.config.init.subtracts() { 2 * site.rank } else { site.rank }
+    }
+
+    /// What its parameters mean, in a text: of every site its module, rank and scale, and whether it is DoRA.
     pub fn shape(&self) -> String {
-        let site = |s: &Site| format!("{} {} {}\n", s.module, s.rank, s.scale);
+        let site = |s: &Site| format!("{} {} {} {}\n", s.module, s.rank, s.scale, s.magnitudes);
         self.sites.iter().map(site).collect()
     }
 
@@ -110,9 +132,17 @@ impl Adapter {
         let config = read_config(folder)?;
         let sites = sites(graph, &config).map_err(|e| e.at(folder.join("adapter_config.json").display()))?;
         // Nothing is allocated on the word of a config: parameters come as the file's tensors turn out to be those.
-        let mut adapter = Adapter { params: Vec::new(), sites, config };
-        peft::read_params(&mut adapter, folder)?;
+        let mut adapter = Adapter { params: Vec::new(), subtracted: Vec::new(), sites, config };
+        [adapter.params, adapter.subtracted] = peft::read_params(&adapter, folder)?;
         Ok(adapter)
+    }
+
+    /// Parameters, and what is subtracted, of an adapter of this shape that was saved.
+    ///
+    /// # Errors
+    /// A folder whose tensors have other shapes.
+    pub fn read(&self, folder: &Path) -> Result<[Vec<f32>; 2]> {
+        peft::read_params(self, folder)
     }
 
     /// Writes `adapter_config.json` and `adapter_model.safetensors`.
@@ -123,16 +153,48 @@ impl Adapter {
     /// A and B of a site as tensors.
     pub fn lora(&self, site: &Site) -> Result<Lora> {
         let [a, b] = self.ranges(site);
-        Ok(Lora {
-            a: Tensor::from_slice(&self.params[a], (site.rank, site.inputs), &Device::Cpu)?,
-            b: Tensor::from_slice(&self.params[b], (site.outputs, site.rank), &Device::Cpu)?,
-            scale: site.scale,
-        })
+        let matrices = |of: &[f32]| -> Result<[Tensor; 2]> {
+            Ok([
+                Tensor::from_slice(&of[a.clone()], (site.rank, site.inputs), &Device::Cpu)?,
+                Tensor::from_slice(&of[b.clone()], (site.outputs, site.rank), &Device::Cpu)?,
+            ])
+        };
+        let magnitude = self.magnitude(site).map(|range| Tensor::new(&self.params[range], &Device::Cpu)).transpose()?;
+        let [own_a, own_b] = matrices(&self.params)?;
+        let subtracted = if self.subtracted.is_empty() { None } else { Some(matrices(&self.subtracted)?) };
+        let mut lora = Lora::new(own_a, own_b, site.scale);
+        (lora.subtracted, lora.magnitude) = (subtracted, magnitude);
+        Ok(lora)
     }
 
-    /// Whether every B is zero, as in a new adapter: then its update is zero, whatever A is.
+    /// Whether its update is zero, as that of a new adapter: every B is, whatever A is, or A and B are what is subtracted. Of DoRA
+    /// only the weights know it.
     pub fn changes_nothing(&self) -> bool {
+        if self.config.dora {
+            return self.params.is_empty();
+        }
+        if self.config.init.subtracts() {
+            return self.params == self.subtracted;
+        }
         self.sites.iter().all(|s| self.params[self.ranges(s)[1].clone()].iter().all(|v| *v == 0.0))
+    }
+
+    /// Where the magnitude vector of a site lies in the flat buffer, if it has one.
+    pub fn magnitude(&self, site: &Site) -> Option<std::ops::Range<usize>> {
+        let start = self.ranges(site)[1].end;
+        (site.magnitudes > 0).then(|| start..start + site.magnitudes)
+    }
+
+    /// Groups of parameters where B has `ratio` times the learning rate: as in PEFT, the magnitude vector is with B.
+    pub fn groups(&self, ratio: f64) -> Vec<Group> {
+        if ratio == 1.0 {
+            return vec![Group { range: 0..self.params.len(), ratio }];
+        }
+        let of_site = |site: &Site| {
+            let [a, b] = self.ranges(site);
+            [Group { range: a, ratio: 1.0 }, Group { range: b.start..b.end + site.magnitudes, ratio }]
+        };
+        self.sites.iter().flat_map(of_site).collect()
     }
 
     /// Where A and B of a site lie in the flat buffer.
@@ -155,8 +217,10 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             if config.adapts(&module) {
                 let (inputs, outputs) = (*inputs, node.width);
                 let (rank, scale) = (config.rank_of(&module), config.scale_of(&module));
-                sites.push(Site { module: module.clone(), inputs, outputs, rank, scale, offset, node: (block, index) });
-                offset += rank * (inputs + outputs);
+                let (magnitudes, node) = (if config.dora { outputs } else { 0 }, (block, index));
+                let module = module.clone();
+                sites.push(Site { module, inputs, outputs, rank, scale, magnitudes, offset, node });
+                offset += rank * (inputs + outputs) + magnitudes;
             }
             modules.push(module);
         }

@@ -14,10 +14,19 @@ use crate::weights::read_f32;
 
 const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
+/// Where PEFT wrote the tensors before, as Python objects.
+const PICKLED: &str = "adapter_model.bin";
+/// LLaMA-Factory's folders of adapters that begin with a part of the weights. Their configs call them plain ones.
+const UNCONVERTED: &[&str] = &["pissa_init", "pissa_backup"];
 
 /// Reads the config in an adapter folder, refusing kinds of adapter that are not plain LoRA.
 pub fn read_config(folder: &Path) -> Result<AdapterConfig> {
     let path = folder.join(CONFIG);
+    if let Some(name) = UNCONVERTED.iter().find(|name| folder.ends_with(name)) {
+        return Err(Error::input(format!("{name} of LLaMA-Factory is right on a changed model alone"))
+            .at(folder.display())
+            .help("take the folder pissa_converted, which pissa_convert: true writes beside it"));
+    }
     AdapterConfig::parse(&read(&path)?).map_err(|e| e.at(path.display()))
 }
 
@@ -60,48 +69,81 @@ fn runs_in(folder: &Path) -> Option<String> {
     (!runs.is_empty()).then(|| runs.join(", "))
 }
 
-fn names(module: &str) -> [String; 2] {
-    ["lora_A", "lora_B"].map(|part| format!("base_model.model.{module}.{part}.weight"))
+fn names(module: &str) -> [String; 3] {
+    ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"].map(|part| format!("base_model.model.{module}.{part}"))
 }
 
 const OTHER_MODEL: &str = "the adapter is of another model, whose name is in its adapter_config.json";
 
-pub(super) fn read_params(adapter: &mut Adapter, folder: &Path) -> Result<()> {
+/// Parameters and what is subtracted, which is the second half of A's rows and of B's columns.
+pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>; 2]> {
     let path = folder.join(PARAMS);
+    if !path.exists() && folder.join(PICKLED).is_file() {
+        return Err(Error::input("is a file of Python objects, which are not read")
+            .at(folder.join(PICKLED).display())
+            .help("PEFT writes adapter_model.safetensors: PeftModel.from_pretrained(…).save_pretrained(folder)"));
+    }
     let mut tensors = read_f32(&path)?;
-    for site in adapter.sites.clone() {
-        let shapes = [[site.rank, site.inputs], [site.outputs, site.rank]];
-        for (name, shape) in names(&site.module).into_iter().zip(shapes) {
-            let Some((is, values)) = tensors.remove(&name) else {
-                return Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing"))
-                    .at(path.display())
-                    .help(OTHER_MODEL));
-            };
-            if is != shape {
+    let (mut params, mut subtracted) = (Vec::new(), Vec::new());
+    for site in &adapter.sites {
+        let (rank, columns) = (site.rank, adapter.columns(site));
+        let mut take = |name: &str, shape: &[usize]| match tensors.remove(name) {
+            None => Err(Error::input(format!("tensor '{name}' of shape {shape:?} is missing"))
+                .at(path.display())
+                .help(OTHER_MODEL)),
+            Some((is, _)) if is != shape => {
                 let what = format!("tensor '{name}' has shape {is:?}, the model needs {shape:?}");
-                return Err(Error::input(what).at(path.display()).help(OTHER_MODEL));
+                Err(Error::input(what).at(path.display()).help(OTHER_MODEL))
             }
-            adapter.params.extend(values);
+            Some((_, values)) => Ok(values),
+        };
+        let [name_a, name_b, name_magnitude] = names(&site.module);
+        let mut a = take(&name_a, &[columns, site.inputs])?;
+        let b = take(&name_b, &[site.outputs, columns])?;
+        let other = a.split_off(rank * site.inputs);
+        params.extend(a);
+        params.extend(b.chunks(columns).flat_map(|row| &row[..rank]));
+        if site.magnitudes > 0 {
+            params.extend(take(&name_magnitude, &[site.magnitudes])?);
+        }
+        if columns > rank {
+            subtracted.extend(other);
+            subtracted.extend(b.chunks(columns).flat_map(|row| &row[rank..]).map(|value| -value));
         }
     }
     match tensors.keys().next() {
-        Some(name) => Err(Error::input(format!("tensor '{name}' belongs to no linear of this model"))
+        Some(name) if !name.contains("lora_") => {
+            let what = format!("tensor '{name}' is a whole weight, of modules_to_save or of a resized embedding");
+            Err(Error::input(what)
+                .at(path.display())
+                .help("only LoRA matrices of linear modules are read: merge it with PEFT"))
+        }
+        Some(name) => Err(Error::input(format!("tensor '{name}' belongs to no adapted linear of this model"))
             .at(path.display())
             .help(OTHER_MODEL)),
-        None => Ok(()),
+        None => Ok([params, subtracted]),
     }
 }
 
 pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
     let config = adapter.config.to_json(&adapter.sites, base_model);
     let text = format!("{:#}\n", config);
-    let bytes = |range: std::ops::Range<usize>| adapter.params[range].iter().flat_map(|p| p.to_le_bytes()).collect();
+    let bytes = |values: Vec<f32>| values.iter().flat_map(|p| p.to_le_bytes()).collect();
     let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for site in &adapter.sites {
-        let [a, b] = adapter.ranges(site);
-        let [name_a, name_b] = names(&site.module);
-        data.push((name_a, vec![site.rank, site.inputs], bytes(a)));
-        data.push((name_b, vec![site.outputs, site.rank], bytes(b)));
+        let ([a, b], columns) = (adapter.ranges(site), adapter.columns(site));
+        let [name_a, name_b, name_magnitude] = names(&site.module);
+        let (mut values_a, mut values_b) = (adapter.params[a.clone()].to_vec(), adapter.params[b.clone()].to_vec());
+        if columns > site.rank {
+            values_a.extend(&adapter.subtracted[a]);
+            let rows = values_b.chunks(site.rank).zip(adapter.subtracted[b].chunks(site.rank));
+            values_b = rows.flat_map(|(own, start)| own.iter().copied().chain(start.iter().map(|v| -v))).collect();
+        }
+        data.push((name_a, vec![columns, site.inputs], bytes(values_a)));
+        data.push((name_b, vec![site.outputs, columns], bytes(values_b)));
+        if let Some(range) = adapter.magnitude(site) {
+            data.push((name_magnitude, vec![site.magnitudes], bytes(adapter.params[range].to_vec())));
+        }
     }
     let failed = |e: safetensors::SafeTensorError| Error::run(format!("adapter: {e}"));
     let views =

@@ -1,7 +1,7 @@
 //! Which linears an adapter is on, and what a pattern says of some of them, by PEFT's rules: `check_target_module_exists` of
 //! `peft/tuners/tuners_utils.py`, `get_pattern_key` of `peft/utils/other.py`.
 
-use regex::Regex;
+use fancy_regex::Regex;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -60,7 +60,7 @@ impl Targets {
         match self {
             Targets::AllLinear => true,
             Targets::Names(names) => names.iter().any(|n| ends_in(module, n)),
-            Targets::Pattern(_, pattern) => pattern.is_match(module),
+            Targets::Pattern(_, pattern) => matches(pattern, module),
         }
     }
 
@@ -78,6 +78,12 @@ fn ends_in(module: &str, name: &str) -> bool {
     module == name || module.strip_suffix(name).is_some_and(|m| m.ends_with('.'))
 }
 
+/// One that backtracks without end on a name of a module matches it not.
+fn matches(pattern: &Regex, module: &str) -> bool {
+    pattern.is_match(module).unwrap_or(false)
+}
+
+/// As Python has them, looking ahead and behind included, which ms-swift writes for models of several modalities.
 fn regex(what: &str, text: &str, whole: &str) -> Result<Regex> {
     Regex::new(whole).map_err(|e| Error::input(format!("{what} '{text}': {e}")))
 }
@@ -122,7 +128,7 @@ impl Layers {
 
     /// Whether a module is in one of them.
     pub(super) fn have(&self, module: &str) -> bool {
-        let found = self.matches.iter().find_map(|pattern| pattern.captures(module));
+        let found = self.matches.iter().find_map(|pattern| pattern.captures(module).ok()?);
         let at = found.and_then(|found| found.name("at")?.as_str().parse::<u64>().ok());
         at.is_some_and(|at| self.indexes.contains(&at))
     }
@@ -158,7 +164,7 @@ impl Patterns {
 
     /// The number of a module, if a pattern is for it.
     pub(super) fn of(&self, module: &str) -> Option<f64> {
-        self.0.iter().find(|(_, pattern, _)| pattern.is_match(module)).map(|(.., number)| *number)
+        self.0.iter().find(|(_, pattern, _)| matches(pattern, module)).map(|(.., number)| *number)
     }
 
     /// All numbers with their patterns.
@@ -168,7 +174,7 @@ impl Patterns {
 
     /// A pattern that is for none of the modules.
     pub(super) fn first_without_match<'a>(&self, modules: impl Iterator<Item = &'a str> + Clone) -> Option<&str> {
-        let unused = self.0.iter().find(|(_, pattern, _)| !modules.clone().any(|m| pattern.is_match(m)));
+        let unused = self.0.iter().find(|(_, pattern, _)| !modules.clone().any(|m| matches(pattern, m)));
         unused.map(|(key, ..)| key.as_str())
     }
 }
@@ -188,6 +194,7 @@ mod tests {
         assert!(named(json!(["q_proj"])) && named(json!(["self_attn.q_proj"])) && named(json!([Q])));
         assert!(!named(json!(["proj"])) && !named(json!(["all-linear"])) && !named(json!([])));
         assert!(named(json!("all-linear")) && named(json!(r".*\.q_proj")) && named(json!(r"model\.layers\.[13]\..*")));
+        assert!(named(json!(r"^(model(?=\.).*\.(q_proj|v_proj))$")) && !named(json!(r"model(?!\.layers).*")));
         // A text is matched as a whole.
         assert!(!named(json!("q_proj")) && !named(json!(r"model\.layers\.1")));
         for wrong in [json!(3), json!(["q_proj", 3]), json!("(")] {

@@ -22,6 +22,8 @@ mod rope;
 mod scale;
 mod xielu;
 
+use std::sync::OnceLock;
+
 use candle_core::Tensor;
 use dpo_plugin_api::graph::Node;
 
@@ -30,6 +32,7 @@ use crate::error::{Error, Result};
 
 pub use dpo_plugin_api::ops::{count, number, run};
 pub use kv_cache::KvCache;
+pub use linear::row_norms;
 pub use product::product;
 
 /// How an op is computed. What graphs may say of it is its schema, [`dpo_plugin_api::ops`].
@@ -78,14 +81,39 @@ pub struct Lora {
     pub b: Tensor,
     /// `alpha / rank`, or `alpha / sqrt(rank)`.
     pub scale: f64,
+    /// A and B of the start, whose product is taken off again (PiSSA, OLoRA).
+    pub subtracted: Option<[Tensor; 2]>,
+    /// The lengths that rows of the sum have, `[out]` (DoRA, Liu et al. 2024, eq. 5).
+    pub magnitude: Option<Tensor>,
+    /// Which of the numbers that A reads are zero.
+    pub dropout: Option<Dropout>,
+    /// Lengths of the rows of `W + scale · B · A`, `[out]`, once they are known.
+    norms: OnceLock<Tensor>,
+}
+
+/// Numbers that are zero with a probability, the others as much larger (Srivastava et al. 2014). Which they are follows from a key, the
+/// text up to a token, and the column: not from what else is in a batch, nor from the rank that computes it.
+#[derive(Clone, Copy, Debug)]
+pub struct Dropout {
+    /// The probability.
+    pub p: f64,
+    /// Of the run, its step and the linear.
+    pub key: u64,
+}
+
+impl Lora {
+    /// A plain one.
+    pub fn new(a: Tensor, b: Tensor, scale: f64) -> Lora {
+        Lora { a, b, scale, subtracted: None, magnitude: None, dropout: None, norms: OnceLock::new() }
+    }
 }
 
 /// What a VJP returns.
 pub struct Gradients {
     /// Of each input; `None` for one that takes none.
     pub inputs: Vec<Option<Tensor>>,
-    /// Of the low-rank update: by A and by B.
-    pub lora: Option<[Tensor; 2]>,
+    /// Of the low-rank update: by A, by B, and by the magnitude vector where it has one.
+    pub lora: Option<Vec<Tensor>>,
 }
 
 impl Gradients {

@@ -226,6 +226,7 @@ pub(super) fn output(t: &mut Translation) {
 
 /// What transformers' trainer is told and is not one flag of ours.
 pub(super) fn trainer(t: &mut Translation) -> Result<()> {
+    dropout(t);
     if let Some(flag) = t.take("max_steps").filter(|flag| !flag.values.first().is_some_and(|v| v.starts_with('-'))) {
         t.push_as("max-steps", flag);
     }
@@ -268,6 +269,18 @@ pub(super) fn trainer(t: &mut Translation) -> Result<()> {
 /// Whether a switch is on.
 pub(super) fn is_on(flag: &Flag) -> bool {
     flag.values.first().is_none_or(|value| ["true", "1", "yes"].contains(&value.to_lowercase().as_str()))
+}
+
+/// A rate of dropout, which none of the tools applies in preference training unless TRL is told so.
+fn dropout(t: &mut Translation) {
+    let Some(flag) = t.take("lora_dropout") else { return };
+    if t.ours_of("disable-dropout").is_some_and(|disable| !is_on(disable)) {
+        return t.push_as("lora-dropout", flag);
+    }
+    t.notes.push(format!(
+        "{} is ignored: dropout is off in preference training, as in TRL, LLaMA-Factory and ms-swift; --disable-dropout false applies it",
+        flag.spelled()
+    ));
 }
 
 fn schedule(t: &mut Translation) -> Result<()> {

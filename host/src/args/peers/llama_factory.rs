@@ -43,7 +43,12 @@ const TABLE: &[Group] = &[
     becomes("lora_rank=8", "`--lora-rank`"),
     becomes("lora_alpha", "`--lora-alpha`; by default twice the rank"),
     becomes("lora_target=all", "`--target-modules`"),
-    same("use_rslora=false"),
+    same("use_rslora=false use_dora=false loraplus_lr_ratio"),
+    becomes(
+        "pissa_init=false pissa_iter=16",
+        "`--init-lora-weights`: `pissa_niter_N`, or `pissa` where the iterations are below 0",
+    ),
+    named("pissa_convert=false", "an adapter that begins with the weights is always saved as a plain one"),
     is("early_stopping_steps", "early-stopping-patience"),
     becomes("disable_gradient_checkpointing=false", "`--recompute false`"),
     refused(
@@ -63,9 +68,6 @@ const TABLE: &[Group] = &[
         "fold it in: dpo-host merge",
     ),
     refused("additional_target module_dropout=0.0", "only LoRA matrices of linear modules are trained", "leave it out"),
-    refused("use_dora=false", "only plain LoRA is trained", "leave it out, or say use_rslora: true"),
-    refused("pissa_init=false pissa_convert=false", "A is Kaiming-uniform and B zero at the start", "leave it out"),
-    refused("loraplus_lr_ratio", "A and B have one learning rate (no LoRA+)", "leave it out, or raise learning_rate"),
     refused(
         "use_galore=false use_apollo=false use_badam=false use_adam_mini=false use_muon=false",
         "the optimizer is AdamW over the whole adapter",
@@ -129,7 +131,7 @@ const TABLE: &[Group] = &[
     named("streaming=false buffer_size=16384", "rows are read before the first step"),
     named("packing neat_packing=false", "examples are always packed"),
     named("ignore_pad_token_for_loss=true", "batches have no padding"),
-    named("lora_dropout=0.0", "dropout is off in preference training, as in TRL, LLaMA-Factory and ms-swift"),
+    becomes("lora_dropout=0.0", "`--lora-dropout` where `--disable-dropout` is false; else dropout is off, as there"),
     named("plot_loss=false", "report.html has the curves"),
     named("compute_accuracy=false print_param_status=false", "the accuracy of preferences is always logged"),
     named("include_effective_tokens_per_second=false", "tokens/s are always logged"),
@@ -153,7 +155,6 @@ const TABLE: &[Group] = &[
         "quantization_method=bnb quantization_type=nf4 double_quantization=true quantization_device_map",
         "only of quantization_bit",
     ),
-    named("pissa_iter=16", "only of pissa_init"),
     named("loraplus_lr_embedding=1e-06", "only of loraplus_lr_ratio"),
     named("init_special_tokens=noise_init", "only of add_tokens"),
     named("asft_alpha=0.1 eaft_alpha=1.0", "only of use_asft_loss and use_eaft_loss"),
@@ -313,6 +314,12 @@ fn adapter(t: &mut Translation) -> Result<()> {
         if let Some(flag) = flag {
             t.push_as(ours, flag);
         }
+    }
+    let (pissa, iterations) = (t.take("pissa_init"), t.take_value("pissa_iter").0);
+    if let Some(flag) = pissa.filter(combine::is_on) {
+        let iterations = iterations.as_deref().unwrap_or("16");
+        let name = if iterations.starts_with('-') { "pissa".to_owned() } else { format!("pissa_niter_{iterations}") };
+        t.push("init-lora-weights", [name], flag.place);
     }
     if let Some(mut flag) = target {
         flag.values.iter_mut().filter(|v| *v == "all").for_each(|v| *v = "all-linear".into());

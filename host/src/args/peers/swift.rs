@@ -60,7 +60,9 @@ const TABLE: &[Group] = &[
     ),
     becomes("ref_adapters", "`--ref-adapter`"),
     // LoRA.
-    same("lora_rank lora_alpha use_rslora=false"),
+    same("lora_rank lora_alpha use_rslora=false use_dora=false"),
+    is("lorap_lr_ratio", "loraplus-lr-ratio"),
+    is("init_weights=true", "init-lora-weights"),
     becomes("target_modules", "`--target-modules`"),
     is("target_regex", "target-modules"),
     // Output.
@@ -83,9 +85,6 @@ const TABLE: &[Group] = &[
         "name linear modules with --target-modules",
     ),
     refused("lora_bias=none", "biases are frozen", "leave it out"),
-    refused("use_dora=false", "only plain LoRA is trained", "leave it out, or say --use-rslora true"),
-    refused("init_weights=true", "A is Kaiming-uniform and B zero at the start", "leave it out"),
-    refused("lorap_lr_ratio", "A and B have one learning rate (no LoRA+)", "leave it out, or raise --learning-rate"),
     refused(
         "optimizer=|default use_galore=false lisa_activated_layers=0",
         "the optimizer is AdamW over the whole adapter",
@@ -171,7 +170,7 @@ const TABLE: &[Group] = &[
     ),
     named("model_name model_author", "they fill in rows of self-cognition"),
     named("is_binary_loss_scale", "answers have no weights of tokens"),
-    named("lora_dropout=0.05", "dropout is off in preference training, as in TRL, LLaMA-Factory and ms-swift"),
+    becomes("lora_dropout=0.05", "`--lora-dropout` where `--disable-dropout` is false; else dropout is off, as there"),
     named("lora_dtype", "the adapter is kept in float32"),
     named(
         "freeze_llm=false freeze_parameters freeze_parameters_regex freeze_parameters_ratio=0.0",

@@ -26,7 +26,7 @@ const TABLE: &[Group] = &[
     becomes("truncation_mode=keep_start", "`--truncation-strategy`: `right`, of `keep_end` `left`"),
     becomes("lora_r=16 lora_alpha=32", "`--lora-rank`, `--lora-alpha`"),
     is("lora_target_modules", "target-modules"),
-    same("use_rslora=false"),
+    same("use_rslora=false use_dora=false disable_dropout=true"),
     named("use_peft=false", "LoRA adapters are trained in any case"),
     named(
         "precompute_ref_log_probs=false precompute_ref_batch_size",
@@ -48,7 +48,7 @@ const TABLE: &[Group] = &[
     named("gradient_checkpointing_use_reentrant=false", "layers are recomputed block by block"),
     named("trust_remote_code=false", "no code of a checkpoint is ever run"),
     named("ignore_bias_buffers=false", "ranks exchange one flat buffer"),
-    named("lora_dropout=0.05", "dropout is off in preference training"),
+    becomes("lora_dropout=0.05", "`--lora-dropout` where `--disable-dropout` is false; else dropout is off, as there"),
     named("lora_task_type=CAUSAL_LM", "only causal language models are trained"),
     named("bnb_4bit_quant_type=nf4 use_bnb_nested_quant=false bnb_4bit_quant_storage", "only of load_in_4bit"),
     named("ref_model_mixup_alpha=0.6 ref_model_sync_steps=512", "only of sync_ref_model"),
@@ -59,8 +59,6 @@ const TABLE: &[Group] = &[
         trainer::QUANTIZED,
         "leave it out; `dpo-host plan` says what fits, --recompute and --shard-base save memory",
     ),
-    refused("disable_dropout=true", "dropout is off in preference training", "leave it out"),
-    refused("use_dora=false", "only plain LoRA is trained", "leave it out, or say --use-rslora true"),
     refused(
         "lora_modules_to_save lora_target_parameters",
         "only LoRA matrices of linear modules are trained",
