@@ -249,7 +249,7 @@ impl Weights {
                 ]);
             };
             pair(0, member.rank_column, site.scale, [Group::A, Group::B]);
-            if adapter.config.init.subtracts() {
+            if !adapter.subtracted.is_empty() {
                 // Behind the parameters in their buffer, and behind the site's own columns in the stack.
                 let column = member.rank_column + site.rank;
                 pair(adapter.parameters(), column, -site.scale, [Group::Subtracted; 2]);

@@ -145,7 +145,7 @@ impl Optimizer {
 
 /// Two parts a site, and two more of what is subtracted; sites come in the order of layers.
 fn parts_of_layers(graph: &ModelGraph, adapter: &Adapter) -> Vec<Range<usize>> {
-    let each = if adapter.config.init.subtracts() { 4 } else { 2 };
+    let each = if adapter.subtracted.is_empty() { 2 } else { 4 };
     let before = |layer: usize| each * adapter.sites.partition_point(|s| s.node.0 < BlockId::Layer(layer));
     (0..graph.layers.len()).map(|layer| before(layer)..before(layer + 1)).collect()
 }
