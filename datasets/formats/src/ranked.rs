@@ -52,9 +52,12 @@ impl DatasetFormat for Ranked {
     }
 }
 
+/// Surely where each answer has its rank or score with it; texts in a list beside other lists may be of somebody's own format.
 pub(crate) fn takes(row: &Row) -> u8 {
-    let known = list(row).is_some_and(|(name, list)| all_scores(row, name, list).is_ok());
-    if known && has_prompt(row) { 2 } else { 0 }
+    match list(row).filter(|(name, list)| has_prompt(row) && all_scores(row, name, list).is_ok()) {
+        None => 0,
+        Some((_, list)) => 1 + u8::from(list.iter().all(Value::is_object)),
+    }
 }
 
 fn list(row: &Row) -> Option<(&'static str, &Vec<Value>)> {

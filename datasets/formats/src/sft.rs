@@ -53,7 +53,13 @@ impl DatasetFormat for Sft {
 pub(crate) fn takes(row: &Row) -> u8 {
     let compares = |name: &String| ["reject", "chosen", "label", "kto_tag"].iter().any(|word| name.contains(word));
     let answered = first(row, &ANSWERS).is_some_and(|(_, answer)| is_answer(answer)) && has_prompt(row);
-    if (answered || conversation(row).is_some()) && !row.keys().any(compares) { 1 } else { 0 }
+    if (answered || conversation(row).is_some_and(is_answered)) && !row.keys().any(compares) { 1 } else { 0 }
+}
+
+/// Whether a conversation ends with an answer: behind a question, the answer is in a column that is not known.
+fn is_answered(list: &Value) -> bool {
+    let last = list.as_array().and_then(|turns| turns.last());
+    last.is_some_and(|turn| Message::parse(turn).is_ok_and(|turn| turn.role == "assistant"))
 }
 
 /// A text or turns, and no list of answers.
@@ -102,6 +108,13 @@ fn is_learned(list: &Value, at: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_question_is_no_answer() {
+        let turns = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]);
+        assert_eq!(takes(json!({"context": turns, "response1": "d", "response2": "e"}).as_object().unwrap()), 0);
+        assert_eq!(takes(json!({"messages": turns.as_array().unwrap()[..2]}).as_object().unwrap()), 1);
+    }
 
     #[test]
     fn every_answer_is_learned_but_those_that_say_no() {
