@@ -104,7 +104,7 @@ impl Record {
 pub enum Text {
     /// Turns, to be rendered by the checkpoint's chat template.
     Messages(Vec<Message>),
-    /// Text as it is. The host ends an answer with EOS.
+    /// Text as it is, of which a chat model's template makes a turn unless the user says otherwise. The host ends an answer with EOS.
     Plain(String),
 }
 

@@ -209,7 +209,6 @@ def main():
     parser.add_argument("--tokenizers", nargs="+", type=pathlib.Path, required=True)
     parser.add_argument("--per-template", type=int, default=1)
     parser.add_argument("--only", default="")
-    parser.add_argument("--flags", nargs="*", default=[])
     args = parser.parse_args()
     templates = sorted(p for folder in args.templates for p in folder.glob("*.jinja") if args.only in p.name)
     folders = sorted(p.parent for folder in args.tokenizers for p in folder.glob("*/tokenizer.json"))
@@ -230,7 +229,7 @@ def main():
                 kinds = [(name, one) for name, one in ROWS.items()]
                 found, why = our_ids(args.binary, model, [one for _, one in kinds])
                 plain = [(name, one) for name, one in PLAIN.items()]
-                found_plain, why_plain = our_ids(args.binary, model, [one for _, one in plain], args.flags) if number < len(folders) else ({}, None)
+                found_plain, why_plain = our_ids(args.binary, model, [one for _, one in plain], ["--plain-text"]) if number < len(folders) else ({}, None)
                 todo = [(name, one, found.get(i), why(i)) for i, (name, one) in enumerate(kinds)]
                 if why_plain:
                     todo += [(name, one, found_plain.get(i), why_plain(i)) for i, (name, one) in enumerate(plain)]

@@ -42,6 +42,7 @@ pub struct ChatTemplate {
     pub origin: String,
     special_tokens: Map<String, Value>,
     takes_call_text: bool,
+    has_tool_use: bool,
     /// Whether the text depends on the day on which it is rendered.
     pub reads_clock: bool,
 }
@@ -111,8 +112,9 @@ impl ChatTemplate {
         if environment.get_template(DEFAULT).is_err() {
             return Err(Error::input(format!("there is no chat template named '{DEFAULT}'")).at(&origin));
         }
+        let has_tool_use = environment.get_template(TOOL_USE).is_ok();
         let environment = Arc::new(environment);
-        Ok(ChatTemplate { environment, origin, special_tokens, takes_call_text, reads_clock })
+        Ok(ChatTemplate { environment, origin, special_tokens, takes_call_text, has_tool_use, reads_clock })
     }
 
     /// The text of a conversation.
@@ -121,36 +123,79 @@ impl ChatTemplate {
     /// What the template itself refuses, such as roles that do not alternate, and a rendering that costs too much. A run error
     /// for one that does not come to an end.
     pub fn render(&self, messages: &[Message], with: Rendering<'_>) -> Result<String> {
-        let text = self.render_with(messages, with, !self.takes_call_text);
-        match text {
+        let (text, _) = self.render_all(messages, &[], with)?;
+        Ok(text)
+    }
+
+    /// The text of a conversation, and the texts of what it becomes with each of `rests`, which have no generation prompt.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub(super) fn render_all(
+        &self,
+        messages: &[Message],
+        rests: &[&[Message]],
+        with: Rendering<'_>,
+    ) -> Result<(String, Vec<String>)> {
+        match self.render_with(messages, rests, with, !self.takes_call_text) {
             // Some templates only take the object, or only join the text, and say nothing of it.
-            Err(error) if error.kind == Kind::Input && messages.iter().any(has_call_text) => {
-                self.render_with(messages, with, self.takes_call_text).map_err(|_| error)
+            Err(error)
+                if error.kind == Kind::Input
+                    && messages.iter().chain(rests.iter().copied().flatten()).any(has_call_text) =>
+            {
+                self.render_with(messages, rests, with, self.takes_call_text).map_err(|_| error)
             }
-            text => text,
+            texts => texts,
         }
     }
 
     /// `parsed` says whether arguments of calls that are text become objects.
-    fn render_with(&self, messages: &[Message], with: Rendering<'_>, parsed: bool) -> Result<String> {
-        let mut variables = self.special_tokens.clone();
-        let turns = messages.iter().map(|m| turn(m, parsed)).collect();
-        variables.insert("messages".into(), Value::Array(turns));
-        variables.insert("tools".into(), with.tools.cloned().unwrap_or(Value::Null));
-        variables.insert("documents".into(), Value::Null);
-        variables.insert("add_generation_prompt".into(), with.generation_prompt.into());
-        if let Some(args) = with.args {
-            variables.extend(args.clone());
-        }
-        let name =
-            if with.tools.is_some() && self.environment.get_template(TOOL_USE).is_ok() { TOOL_USE } else { DEFAULT };
+    fn render_with(
+        &self,
+        messages: &[Message],
+        rests: &[&[Message]],
+        with: Rendering<'_>,
+        parsed: bool,
+    ) -> Result<(String, Vec<String>)> {
+        let turns = |messages: &[Message]| messages.iter().map(|m| turn(m, parsed)).collect::<Vec<Value>>();
+        let (turns, rests): (_, Vec<Vec<Value>>) = (turns(messages), rests.iter().map(|rest| turns(rest)).collect());
+        let tools = with.tools.cloned().unwrap_or(Value::Null);
+        let args = with.args.cloned().unwrap_or_default();
+        let generation_prompt = with.generation_prompt;
+        let name = if with.tools.is_some() && self.has_tool_use { TOOL_USE } else { DEFAULT };
+        let special_tokens = self.special_tokens.clone();
         let environment = Arc::clone(&self.environment);
         let render = move || {
-            let text = environment.get_template(name).and_then(|t| t.render(Jinja::from(Serde(&variables))));
-            text.map_err(|e| Error::input(format!("the chat template refuses the conversation: {}", cause(&e))))
+            let value = |value: Value| Jinja::from(Serde(value));
+            let turns: Vec<Jinja> = turns.into_iter().map(value).collect();
+            let tools = value(tools);
+            let template = environment.get_template(name)?;
+            let render = |messages: Vec<Jinja>, generation_prompt: bool| {
+                let fixed = [
+                    ("messages", messages.into()),
+                    ("tools", tools.clone()),
+                    ("documents", ().into()),
+                    ("add_generation_prompt", generation_prompt.into()),
+                ];
+                let mut variables: BTreeMap<String, Jinja> =
+                    special_tokens.iter().map(|(name, token)| (name.clone(), value(token.clone()))).collect();
+                variables.extend(fixed.map(|(name, made)| (name.to_owned(), made)));
+                variables.extend(args.iter().map(|(name, arg)| (name.clone(), value(arg.clone()))));
+                template.render(Jinja::from(variables))
+            };
+            let all = |rest: Vec<Value>| turns.iter().cloned().chain(rest.into_iter().map(value)).collect();
+            let text = render(turns.clone(), generation_prompt)?;
+            let texts =
+                rests.into_iter().map(|rest| render(all(rest), false)).collect::<std::result::Result<_, _>>()?;
+            Ok((text, texts))
+        };
+        let render = || {
+            render().map_err(|e: minijinja::Error| {
+                Error::input(format!("the chat template refuses the conversation: {}", cause(&e)))
+            })
         };
         bounded(WHAT, LONGEST, render)
-            .and_then(|text| text)
+            .and_then(|texts| texts)
             .map_err(|e| e.help(format!("the template is from {}", self.origin)))
     }
 }

@@ -98,6 +98,19 @@ impl Tokenizer {
         self.0.id_to_token(id)
     }
 
+    /// The text of an added token, if every text is split at it wherever it stands: it is looked for before the text is normalised, takes no
+    /// spaces from what is beside it, and no other added token can overlap with it. What is behind such a split has the ids that it has
+    /// in the whole text, as long as it begins with the token.
+    pub(super) fn always_splits(&self, id: u32) -> Option<String> {
+        let added = self.0.get_added_tokens_decoder();
+        let token = added.get(&id).filter(|t| !t.normalized && !t.lstrip && !t.rstrip && !t.single_word)?;
+        let text = token.content.as_str();
+        let continues =
+            |other: &str| (1..text.len()).any(|at| text.is_char_boundary(at) && other.ends_with(&text[..at]));
+        let overlaps = |other: &str| other.contains(text) && other != text || continues(other);
+        (!text.is_empty() && !added.values().any(|other| overlaps(&other.content))).then(|| text.to_owned())
+    }
+
     /// Ids of the special tokens that were added to the model's.
     pub(super) fn special_ids(&self) -> Vec<u32> {
         let added = self.0.get_added_tokens_decoder();

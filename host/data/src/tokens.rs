@@ -70,6 +70,8 @@ pub struct ChatTokenizer {
     content: String,
     /// Tokens that a rendering has and plain text has not.
     markers: Vec<String>,
+    /// Those at which every text is split, wherever they stand in it.
+    splits: Vec<String>,
     /// A token of the family's chat template that the tokenizer has not, so that the template is not this checkpoint's.
     foreign: Option<String>,
 }
@@ -131,6 +133,7 @@ impl ChatTokenizer {
             tokenizer,
             content: content(dir, fallback_template)?,
             markers: Vec::new(),
+            splits: Vec::new(),
             foreign: None,
         };
         made.look_at_rendering();
@@ -155,8 +158,9 @@ impl ChatTokenizer {
             Some(*id) == self.bos_id || self.eos.as_deref().is_some_and(|eos| self.tokenizer.id(eos) == Some(*id))
         };
         let ids: HashSet<u32> = self.encode(&text, false).unwrap_or_default().into_iter().collect();
-        let markers = self.special_ids.iter().filter(|id| ids.contains(id) && !edges(id));
-        self.markers = markers.filter_map(|id| self.token(*id)).collect();
+        let rendered: Vec<u32> = self.special_ids.iter().copied().filter(|id| ids.contains(id)).collect();
+        self.markers = rendered.iter().filter(|id| !edges(id)).filter_map(|id| self.token(*id)).collect();
+        self.splits = rendered.iter().filter_map(|id| self.tokenizer.always_splits(*id)).collect();
     }
 
     /// Makes turns of plain text, where the checkpoint has a chat template of its own and the prompt has none of its tokens.
@@ -299,13 +303,21 @@ impl ChatTokenizer {
             check_answer(&|what: &str| side(at, whole.len(), what), start, turns)?;
         }
         let tools = tool_list(record.tools.as_ref())?;
-        let args = Some(&record.template_args);
-        let ids = |turns: &[Message], generation_prompt: bool| {
-            let text = self.render(turns, Rendering { tools: tools.as_ref(), args, generation_prompt })?;
-            self.encode(&text, false)
-        };
+        let with = Rendering { tools: tools.as_ref(), args: Some(&record.template_args), generation_prompt: true };
         let before = whole.first().map_or(&[][..], |turns| &turns[..start]);
-        Ok((ids(before, true)?, whole.iter().map(|turns| ids(turns, false)).collect::<Result<_>>()?))
+        let rests: Vec<&[Message]> = whole.iter().map(|turns| &turns[start..]).collect();
+        let (text, texts) = self.need_template()?.render_all(before, &rests, with)?;
+        self.encode_all(&text, &texts)
+    }
+
+    /// Ids of a text and of others that begin like it. What they share is encoded once, up to the last token at which every text is split,
+    /// so that these are the ids of the whole texts.
+    fn encode_all(&self, text: &str, others: &[String]) -> Result<(Vec<u32>, Vec<Vec<u32>>)> {
+        let shared = others.iter().map(|other| shared_bytes(text, other)).min().unwrap_or(0);
+        let cut = self.splits.iter().filter_map(|split| text[..shared].rfind(split)).max().unwrap_or(0);
+        let head = self.encode(&text[..cut], false)?;
+        let all = |text: &str| Ok([head.as_slice(), &self.encode(&text[cut..], false)?].concat());
+        Ok((all(text)?, others.iter().map(|other| all(other)).collect::<Result<_>>()?))
     }
 
     /// Ids of a prompt and an answer as they are, ended with EOS.
@@ -355,6 +367,12 @@ fn side(index: usize, count: usize, what: &str) -> String {
         (_, 1) => what.to_owned(),
         _ => format!("{what} {}", index + 1),
     }
+}
+
+/// Bytes of whole letters that both begin with.
+fn shared_bytes(a: &str, b: &str) -> usize {
+    let shared = a.bytes().zip(b.bytes()).take_while(|(a, b)| a == b).count();
+    (0..=shared).rev().find(|at| a.is_char_boundary(*at)).unwrap_or(0)
 }
 
 fn shared_prefix(a: &[u32], b: &[u32]) -> usize {

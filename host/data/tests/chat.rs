@@ -218,3 +218,25 @@ fn small_templates_give_what_jinja_gives() {
     }
     assert!(other.is_empty(), "{} of jinja2's are other here:\n{}", other.len(), other.join("\n"));
 }
+
+/// A template that only takes objects gets them, one that only joins texts gets the text, and one that asks is given what the row has.
+#[test]
+fn arguments_are_what_the_template_takes() {
+    let call = json!([{"type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}}]);
+    let turns = Message::parse_list(&json!([{"role": "assistant", "tool_calls": call}])).unwrap();
+    let with = |body: &str| {
+        let text = format!(
+            "{{% for m in messages %}}{{% set arguments = m.tool_calls[0].function.arguments %}}{body}{{% endfor %}}"
+        );
+        render(&text, &turns).unwrap()
+    };
+    assert_eq!(with("{{ arguments|tojson }}"), r#"{"a": 1}"#);
+    assert_eq!(with("{% for k, v in arguments.items() %}{{ k }}{{ v }}{% endfor %}"), "a1");
+    assert_eq!(with("{{ 'x' + arguments }}"), r#"x{"a":1}"#);
+    assert_eq!(
+        with("{% if arguments is not string %}{{ arguments|tojson }}{% else %}{{ arguments }}{% endif %}"),
+        r#"{"a":1}"#
+    );
+    let demands = "{% if arguments is string %}{{ raise_exception('an object') }}{% endif %}{{ arguments|tojson }}";
+    assert_eq!(with(demands), r#"{"a": 1}"#);
+}
