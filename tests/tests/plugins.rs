@@ -74,7 +74,13 @@ fn child() {
         let examples = [RawExample { answers: RSlice::from_slice(&answers), prompt: RSlice::from_slice(&[]) }];
         let options: serde_json::Map<_, _> = loss.options.iter().cloned().map(|o| (o.name, o.default)).collect();
         let options = Value::Object(options).to_string();
-        let totals = RawTotals { examples: 1.0, answers: answers.len() as f64, best_tokens: 2.0, tokens: 4.0, prompt_tokens: 0.0 };
+        let totals = RawTotals {
+            examples: 1.0,
+            answers: answers.len() as f64,
+            best_tokens: 2.0,
+            tokens: 4.0,
+            prompt_tokens: 0.0,
+        };
         let call = LossCall { options: &options, examples: &examples, totals, state: &[] };
         (loss.name.clone(), loss.eval(&call).map_or_else(|e| json!(e.to_string()), |r| json!(r.losses)))
     });

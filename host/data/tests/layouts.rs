@@ -61,6 +61,7 @@ fn loaded_with(rows: &str, answers: Answers, columns: &str) -> (ChatTokenizer, R
         vocabulary: None,
         truncation: Truncation::Delete,
         strict: false,
+        plain_text: true,
         max_samples: None,
         system: None,
         shuffle: false,

@@ -115,7 +115,11 @@ const TABLE: &[Group] = &[
         "the answers are learned, each token alike; all before them is prompt",
         "leave it out",
     ),
-    refused("use_chat_template=|true", "conversations are written with the chat template", "give rows as text, with --plain-text"),
+    refused(
+        "use_chat_template=|true",
+        "conversations are written with the chat template",
+        "give rows as text, with --plain-text",
+    ),
     refused("interleave_prob", "datasets are joined, not interleaved", "say how many rows of each: FILE#N"),
     refused("cached_dataset cached_val_dataset", "rows are read, not tokens", "name the rows with --dataset"),
     refused(
