@@ -25,9 +25,17 @@ const RANKING: &[(&str, &str)] = &[
     ("rejected", "rejected"),
 ];
 
-/// Columns of answers with a label, and those that the format `kto` reads.
-const LABELLED: &[(&str, &str)] =
-    &[("messages", "messages"), ("system", "system"), ("tools", "tools"), ("kto_tag", "label")];
+/// Columns of single answers, and those that the formats `sft` and `kto` read.
+const SINGLE: &[(&str, &str)] = &[
+    ("prompt", "instruction"),
+    ("query", "input"),
+    ("response", "output"),
+    ("history", "history"),
+    ("messages", "messages"),
+    ("system", "system"),
+    ("tools", "tools"),
+    ("kto_tag", "label"),
+];
 
 /// Tags of conversations, with the names that are read.
 const TAGS: &[(&str, &[&str])] = &[
@@ -50,6 +58,7 @@ type Written = (&'static str, BTreeMap<String, String>);
 pub(super) fn datasets(t: &mut Translation, modelscope: bool) -> Result<()> {
     let (dir, _) = t.take_value("dataset_dir");
     let dir = dir.unwrap_or_else(|| "data".into());
+    let single = t.ours_of("loss").is_some_and(|flag| flag.values == ["sft"]);
     let mut info = None;
     let mut written: Option<(String, Written)> = None;
     for (name, ours) in [("dataset", "dataset"), ("eval_dataset", "val-dataset")] {
@@ -80,7 +89,7 @@ pub(super) fn datasets(t: &mut Translation, modelscope: bool) -> Result<()> {
             };
             let at = |e: Error| e.at(format!("{}: {name}", Path::new(&dir).join(INFO).display()));
             values.push(rows(entry, &dir, modelscope).map_err(at)?);
-            let how = how_written(entry).map_err(at)?;
+            let how = how_written(entry, single).map_err(at)?;
             match &written {
                 Some((other, first)) if *first != how => {
                     return Err(Error::input(format!("'{name}' and '{other}' are written in different ways"))
@@ -144,7 +153,7 @@ fn rows(entry: &Map<String, Value>, dir: &str, modelscope: bool) -> Result<Strin
 }
 
 /// The format of an entry's rows, and the names of its columns.
-fn how_written(entry: &Map<String, Value>) -> Result<Written> {
+fn how_written(entry: &Map<String, Value>, single: bool) -> Result<Written> {
     let empty = Map::new();
     let object = |key: &str| entry.get(key).and_then(Value::as_object).unwrap_or(&empty);
     let (columns, tags) = (object("columns"), object("tags"));
@@ -161,24 +170,24 @@ fn how_written(entry: &Map<String, Value>) -> Result<Written> {
     }
     let labelled = columns.contains_key("kto_tag");
     let conversation = ["sharegpt", "openai"].contains(&text(entry, "formatting").unwrap_or("alpaca"));
-    if labelled && !conversation {
-        return Err(Error::input("instructions with a label (kto_tag) are not read")
-            .help("write them as conversations: \"formatting\": \"sharegpt\""));
+    let ranking = entry.get("ranking") == Some(&Value::Bool(true));
+    if !labelled && !ranking && !single {
+        return Err(Error::input("is no ranking: its rows have one answer")
+            .help("\"ranking\": true, with chosen and rejected; or stage: sft"));
     }
-    if !labelled && entry.get("ranking") != Some(&Value::Bool(true)) {
-        return Err(
-            Error::input("is no ranking: its rows have one answer").help("\"ranking\": true, with chosen and rejected")
-        );
-    }
-    let (format, known) = if labelled { ("kto", LABELLED) } else { ("pairs", RANKING) };
+    let (format, known) = match (labelled, ranking) {
+        (true, _) => ("kto", SINGLE),
+        (false, true) => ("pairs", RANKING),
+        (false, false) => ("sft", SINGLE),
+    };
     let mut renamed = BTreeMap::new();
     for (theirs, ours) in known {
         if let Some(column) = text(columns, theirs).filter(|column| column != ours && !is_read(column, ours)) {
             renamed.insert(column.to_owned(), (*ours).to_owned());
         }
     }
-    // Without a column of its own, a conversation of labelled answers is in 'conversations'.
-    if labelled && !columns.contains_key("messages") {
+    // Without a column of its own, a conversation of single answers is in 'conversations'.
+    if conversation && format != "pairs" && !columns.contains_key("messages") {
         renamed.insert("conversations".into(), "messages".into());
     }
     Ok((format, renamed))

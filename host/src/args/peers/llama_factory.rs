@@ -25,7 +25,7 @@ const TABLE: &[Group] = &[
     becomes("disable_shuffling=false", "`--shuffle false`"),
     becomes(
         "stage=sft pref_loss=sigmoid",
-        "`--loss`: of `dpo` it is `pref_loss`, without a `stage` as well; `kto` and `sft` are losses, of `sft` over the last answer of a conversation; other stages are refused",
+        "`--loss`: of `dpo` it is `pref_loss`, without a `stage` as well; `kto` and `sft` are losses; other stages are refused",
     ),
     is("pref_beta=0.1", "beta"),
     becomes("pref_ftx=0.0", "`--rpo-alpha`, with `--loss-option nll_mean=answers`"),
@@ -257,10 +257,7 @@ fn objective(t: &mut Translation) -> Result<()> {
             return refuse("pairs have no KTO loss here", &flag, "say stage: kto, or pref_loss: sigmoid");
         }
         ("dpo", _) => return refuse("no such loss there", &flag, "say sigmoid, hinge, ipo, orpo or simpo"),
-        ("sft", _) => {
-            t.notes.push("stage sft: of a conversation the last answer is learned, there every answer".into());
-            "sft"
-        }
+        ("sft", _) => "sft",
         ("pt", _) => {
             return refuse("it learns whole texts", &stage, "say stage: sft, whose rows are prompts with answers");
         }
