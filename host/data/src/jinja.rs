@@ -45,14 +45,12 @@ pub(super) fn environment() -> Result<Environment<'static>> {
             None => Ok(out.write_str(&to_text(state, value)?)?),
         }
     });
-    // Loops over a number, none and the like have no items in jinja2 either, but there they are errors.
-    environment.add_test("iterable", |value: &Jinja| match value.kind() {
-        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => true,
-        _ => false,
-    });
-    environment.add_test("sequence", |value: &Jinja| {
-        matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
-    });
+    // For minijinja none is an empty list, and a text no sequence.
+    let is_sequence =
+        |kind: ValueKind| matches!(kind, ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map);
+    environment.add_test("sequence", move |value: &Jinja| is_sequence(value.kind()));
+    environment
+        .add_test("iterable", move |value: &Jinja| is_sequence(value.kind()) || value.kind() == ValueKind::Iterable);
     environment.add_filter("string", to_text);
     environment.add_filter("tojson", to_json);
     environment.add_filter("e", |state: &State<'_, '_>, value: &Jinja| escaped(state, value, false));

@@ -92,7 +92,7 @@ fn a_template_is_borrowed_of_the_family_alone() {
         format!("{{% for m in messages %}}<|{tag}|>{{{{ m.role }}}}\n{{{{ m.content }}}}<|im_end|>\n{{% endfor %}}")
     };
     let own = ChatTokenizer::open(dir.path(), Some(&turns("im_start"))).unwrap();
-    let made = load(&[row.clone()], &own, false).unwrap();
+    let made = load(std::slice::from_ref(&row), &own, false).unwrap();
     assert!(made.report.template_is_borrowed);
     assert!(made.report.warnings().iter().any(|w| w.text.contains("the plugin's is used")));
     // A base model's plain text stays what it is.
@@ -100,7 +100,7 @@ fn a_template_is_borrowed_of_the_family_alone() {
 
     for foreign in [turns("start_header_id"), "{% for m in messages %}{{ m.content }}{% endfor %}".into()] {
         let other = ChatTokenizer::open(dir.path(), Some(&foreign)).unwrap();
-        let error = load(&[row.clone()], &other, false).unwrap_err().to_string();
+        let error = load(std::slice::from_ref(&row), &other, false).unwrap_err().to_string();
         assert!(error.contains("the checkpoint has no chat template, which conversations need"), "{error}");
         assert_eq!(error.contains("has not the family's <|start_header_id|>"), foreign.contains("header"), "{error}");
     }
