@@ -186,7 +186,8 @@ fn kto_takes_the_same_steps_on_ranks_and_in_micro_batches() {
     let more = ["--loss", "kto", "--gpus", "3", "--micro-batch-tokens", "40"];
     let ranks = train(&sandbox, &plugins, &rows, "ranks", &more);
     assert_equal(&ranks, &one, &["loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen"]);
-    assert!((number(&one[0], "loss") - 0.5).abs() < 1e-6 && number(one.last().unwrap(), "loss") < 0.5, "{one:?}");
+    // The first rows again, in the second epoch.
+    assert!((number(&one[0], "loss") - 0.5).abs() < 1e-6 && number(&one[3], "loss") < 0.45, "{one:?}");
     // Pairs are two answers each.
     let pairs = sandbox.write("pairs.jsonl", &rankings(|_| 2, |_, _| {}));
     let said = sandbox.ok(&["data", &pairs, "--plugin-dir", &plugins, "--loss", "kto", "--model", &model()]).stdout;

@@ -213,5 +213,6 @@ fn a_system_message_is_what_the_rows_would_have_said() {
     assert_eq!(data(&own, &["--system", "Be rude."]), data(&own, &[]));
     assert_ne!(data(&bare, &[]), data(&own, &[]));
     let plain = sandbox.write("plain.jsonl", "{\"prompt\": \"a b\", \"chosen\": \" c\", \"rejected\": \" d\"}\n");
-    sandbox.refuses(&["data", &plain, "--model", &model, "--system", "Be kind."], &["plain.jsonl:1", "--system"]);
+    let stays = ["data", &plain, "--model", &model, "--system", "Be kind.", "--plain-text"];
+    sandbox.refuses(&stays, &["plain.jsonl:1", "--system"]);
 }

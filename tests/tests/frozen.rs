@@ -139,6 +139,10 @@ fn the_boundary_is_unchanged() {
     let mut met = Vec::new();
     let ours = layouts.map(|l| describe(l, 0, &mut met)).concat();
     let file = frozen().join("layout.txt");
+    if std::env::var_os("DPO_HOST_BLESS").is_some() {
+        // Before the first release alone.
+        std::fs::write(&file, &ours).unwrap();
+    }
     let frozen = std::fs::read_to_string(&file).unwrap_or_default();
     assert_eq!(
         ours,

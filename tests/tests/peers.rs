@@ -388,11 +388,12 @@ fn data(s: &Sandbox) -> String {
             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}},
         "hub": {"hf_hub_url": "tiny/pairs", "ms_hub_url": "tiny/paare", "ranking": true, "num_samples": 7,
             "columns": {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}},
-        "single": {"file_name": "alpaca.jsonl"},
+        "single": {"file_name": "single.jsonl", "columns": {"prompt": "question", "response": "good"}},
         "seen": {"file_name": "x.json", "ranking": true, "columns": {"images": "images", "chosen": "a", "rejected": "b"}},
         "tagged": {"file_name": "x.json", "ranking": true, "formatting": "sharegpt", "tags": {"user_tag": "questioner"},
             "columns": {"chosen": "chosen", "rejected": "rejected"}},
     });
+    s.write("data/single.jsonl", "{\"question\": \"why?\", \"good\": \"so\"}\n{\"question\": \"how?\", \"good\": \"ok\"}\n");
     s.write("data/dataset_info.json", &info.to_string());
     s.path("data")
 }
@@ -441,7 +442,7 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
     let expected =
         json!({"loss": ["simpo"], "loss_option": ["simpo_gamma=0.5"], "beta": 0.1, "dataset_format": "pairs"});
     run("simpo", "stage: dpo\ndataset: talk\npref_loss: simpo\nmax_steps: 1\n", expected);
-    let expected = json!({"loss": ["orpo"], "beta": 0.1, "lora_alpha": 5.0, "target_modules": ["q_proj", "v_proj"]});
+    let expected = json!({"loss": ["orpo"], "loss_option": ["nll_mean=answers"], "beta": 0.1, "lora_alpha": 5.0, "target_modules": ["q_proj", "v_proj"]});
     let more = "stage: dpo\ndataset: talk\npref_loss: orpo\nmax_steps: 1\nlora_alpha: 5\nlora_target: q_proj,v_proj\n";
     // A key is there once.
     let file = yaml(&s, "orpo", more);
@@ -452,9 +453,12 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
     let expected = json!({"loss": ["kto"], "dataset_format": "kto", "columns": r#"{"good":"label"}"#,
         "loss_option": ["desirable_weight=2.0", "undesirable_weight=1.0"]});
     run("kto", "stage: kto\ndataset: labelled\nkto_chosen_weight: 2.0\nmax_steps: 2\n", expected);
-    let expected = json!({"loss": ["hinge"], "rpo_alpha": 0.5, "dataset_format": "pairs"});
+    let expected = json!({"loss": ["sft"], "dataset_format": "sft", "columns": r#"{"good":"output","question":"instruction"}"#});
+    run("sft", "stage: sft\ndataset: single\nmax_steps: 1\n", expected);
+    let expected =
+        json!({"loss": ["hinge"], "rpo_alpha": 0.5, "loss_option": ["nll_mean=answers"], "dataset_format": "pairs"});
     let said = run("hinge", "stage: dpo\ndataset: talk\npref_loss: hinge\npref_ftx: 0.5\nmax_steps: 1\n", expected);
-    assert!(said.contains("pref_loss hinge is hinge") && said.contains("pref_ftx 0.5: the mean is"), "{said}");
+    assert!(said.contains("pref_loss hinge is hinge"), "{said}");
 }
 
 #[test]
@@ -465,7 +469,7 @@ fn what_llama_factory_asks_for_and_is_not_done_is_refused() {
             "stage: dpo\ndataset: pairs\nquantization_bit: 4\nquantization_method: bnb\n",
             "quantization_bit 4: frozen weights",
         ),
-        ("stage: sft\ndataset: pairs\n", "--stage sft: it needs no preferences"),
+        ("stage: pt\ndataset: pairs\n", "--stage pt: it learns whole texts"),
         ("stage: dpo\ndataset: pairs\npref_loss: kto_pair\n", "kto_pair: pairs have no KTO loss"),
         ("stage: dpo\ndataset: pairs\nadditional_target: embed_tokens\n", "only LoRA matrices of linear modules"),
         ("stage: dpo\ndataset: pears\n", "did you mean 'pairs'"),

@@ -108,6 +108,18 @@ impl Examples {
         (0..self.len()).map(|i| self.get(i))
     }
 
+    /// A hash of everything in them that decides numbers.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn digest(&self) -> Result<[u8; 32]> {
+        let mut hash = Sha256::new();
+        for example in self.iter() {
+            hash.update(example?.content());
+        }
+        Ok(hash.finalize().into())
+    }
+
     /// Those of these numbers, as a set of their own.
     #[must_use]
     pub fn select(&self, which: &[usize]) -> Examples {

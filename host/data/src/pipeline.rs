@@ -8,6 +8,7 @@ use dpo_plugin_api::dataset::{Record, RecordAnswer, Row, Text};
 use dpo_plugin_api::loss::Answers;
 use indicatif::ProgressBar;
 use rayon::prelude::*;
+use serde_json::Value;
 
 use super::chat::ChatTemplate;
 use super::columns::{advice, first_columns, note_choices, refuse_lost};
@@ -95,21 +96,15 @@ impl<'a> Pipeline<'a> {
         let file = self.report.files.len() - 1;
         self.report.files[file].rows += rows.len();
         let mut items = Vec::with_capacity(rows.len());
-        for (place, records) in convert(format, rows) {
+        for Converted { place, implicit, records } in convert(format, rows) {
             match records {
-                Ok(records) => {
+                Ok(mut records) => {
+                    if !implicit && !self.options.plain_text {
+                        records.iter_mut().for_each(|record| self.make_turns(record));
+                    }
                     items.extend(records.into_iter().map(|record| Item { record, file, place: place.clone() }));
                 }
                 Err(error) => refuse(&mut self.report, error, &place, self.options.strict)?,
-            }
-        }
-        if !self.options.plain_text {
-            for item in &mut items {
-                match self.tokenizer.make_turns(&mut item.record) {
-                    MadeTurns::Made => self.report.templated += 1,
-                    MadeTurns::RenderedBefore => self.report.rendered_before += 1,
-                    MadeTurns::Not => {}
-                }
             }
         }
         if let Some(system) = &self.options.system {
@@ -127,6 +122,14 @@ impl<'a> Pipeline<'a> {
         self.report.files.push(FileReport { path: name, format: of, rows: 0, examples: 0 });
         self.file = Some((path.to_owned(), format));
         Ok(format)
+    }
+
+    fn make_turns(&mut self, record: &mut Record) {
+        match self.tokenizer.make_turns(record) {
+            MadeTurns::Made => self.report.templated += 1,
+            MadeTurns::RenderedBefore => self.report.rendered_before += 1,
+            MadeTurns::Not => {}
+        }
     }
 
     fn tokenise(&mut self, items: Vec<Item>) -> Result<()> {
@@ -291,17 +294,30 @@ fn choose<'a>(options: &DataOptions, registry: &'a Registry, path: &Path, rows: 
     }
 }
 
+/// What a row became.
+struct Converted {
+    place: String,
+    /// Whether its prompt is what two texts begin with, and so no question.
+    implicit: bool,
+    records: Result<Vec<Record>>,
+}
+
 /// Records of every row, in order.
-fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<(String, Result<Vec<Record>>)> {
-    let records = |row: Row| {
-        let records = format.records(&row)?;
+fn convert(format: &Format, rows: Vec<SourceRow>) -> Vec<Converted> {
+    let records = |row: &Row| {
+        let records = format.records(row)?;
         if records.is_empty() {
             return Err(Error::input(format!("the format '{}' makes nothing of it", format.name)));
         }
-        refuse_lost(&format.name, &row, &records, |other| format.records(other))?;
+        refuse_lost(&format.name, row, &records, |other| format.records(other))?;
         Ok(records)
     };
-    rows.into_par_iter().map(|row| (row.place, row.row.and_then(records))).collect()
+    let of = |SourceRow { row, place }: SourceRow| {
+        let texts = |row: &Row| ["chosen", "rejected"].iter().all(|name| row.get(*name).is_some_and(Value::is_string));
+        let implicit = row.as_ref().is_ok_and(|row| texts(row) && !row.contains_key("prompt"));
+        Converted { place, implicit, records: row.and_then(|row| records(&row)) }
+    };
+    rows.into_par_iter().map(of).collect()
 }
 
 /// Why there is nothing to train on.

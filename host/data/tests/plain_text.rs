@@ -75,6 +75,16 @@ fn plain_text_that_was_rendered_before_stays() {
     assert!(warnings[0].starts_with("1 prompt of plain text with tokens of the chat template"), "{warnings:?}");
 }
 
+/// What two texts begin with is no question.
+#[test]
+fn texts_without_a_prompt_stay() {
+    let tokenizer = ChatTokenizer::open(&golden(), None).unwrap();
+    let row = json!({"chosen": "The sky is blue.", "rejected": "The sky is green."});
+    let made = load(&[row], &tokenizer, false).unwrap();
+    assert_eq!(tokenizer.decode(made.examples.get(0).unwrap().prompt(), true), "The sky is");
+    assert_eq!((made.report.templated, made.report.plain_examples), (0, 1));
+}
+
 /// A checkpoint without a template, as base models are.
 fn base() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();

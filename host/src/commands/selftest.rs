@@ -183,7 +183,12 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quic
     // Several tiles of queries and keys, and rows beside them, in as few tokens as that takes.
     let few: &[&[&[usize]]] = &[&[&[3, 1, 9], &[1, 2, 1], &[70, 33, 65], &[40, 1, 2, 30, 3]]];
     let batches = if quick { few } else { all };
-    let make = |lengths: &&[&[usize]]| Ok(Batch::of(&examples(graph.vocab_size, lengths, 5)?));
+    // Of every second example the prompt is scored as well.
+    let scored = |(i, example): (usize, Example)| if i % 2 == 1 { example.with_prompt_scored() } else { example };
+    let make = |lengths: &&[&[usize]]| {
+        let examples = examples(graph.vocab_size, lengths, 5)?.into_iter().enumerate().map(scored);
+        Ok(Batch::of(&examples.collect::<Vec<_>>()))
+    };
     let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
     let mut cpu = cpu(graph, tokens, adapter.clone())?;

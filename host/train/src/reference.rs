@@ -1,7 +1,6 @@
 //! Log-probs and statistics under the reference: the adapter as it was at the start. They are computed once, before the first step, and
 //! kept on disk under a hash of everything they depend on, so that further epochs and runs read them.
 
-use super::settings::content_of;
 use super::step::score;
 use dpo_core::cache;
 use dpo_core::collective::ProcessGroup;
@@ -90,7 +89,7 @@ fn cache_name(device: &dyn Device, model: &str, examples: &Examples) -> Result<S
     let adapter = device.adapter();
     // With B zero the update is zero whatever A is, so that runs with other seeds share a reference.
     let params = if adapter.changes_nothing() { Vec::new() } else { bytes(&adapter.params) };
-    let examples = content_of(examples)?;
+    let examples = examples.digest()?;
     Ok(cache::name(&[
         env!("CARGO_PKG_VERSION").as_bytes(),
         STATISTICS.join(" ").as_bytes(),

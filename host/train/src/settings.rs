@@ -101,7 +101,7 @@ pub(super) fn decisive(
     flags.insert("rank_pattern".into(), adapter.config.rank_pattern.to_json(1.0));
     flags.insert("alpha_pattern".into(), adapter.config.alpha_pattern.to_json(1.0));
     let params: Vec<u8> = adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect();
-    let content = content_of(examples)?;
+    let content = examples.digest()?;
     // Text keys in the order of their fields: the same graph has the same text.
     let graph = serde_json::to_vec(graph).unwrap_or_default();
     let contents = [
@@ -116,15 +116,6 @@ pub(super) fn decisive(
     let losses =
         objective.packages().into_iter().map(|(loss, package)| (format!("the plugin of loss '{loss}'"), package));
     Ok(flags.chain(contents.chain(losses).map(|(name, value)| (name, json!(value)))).collect())
-}
-
-/// A hash of everything in examples that decides numbers.
-pub(super) fn content_of(examples: &Examples) -> Result<[u8; 32]> {
-    let mut hash = Sha256::new();
-    for example in examples.iter() {
-        hash.update(example?.content());
-    }
-    Ok(hash.finalize().into())
 }
 
 /// Enough of a hash to tell things apart.

@@ -126,7 +126,7 @@ const TABLE: &[Group] = &[
     named("fp8_backend=auto fp8_enable_fsdp_float8_all_gather=false", "only of fp8"),
     named(
         "overwrite_cache=false preprocessing_batch_size=1000 preprocessing_num_workers data_shared_file_system=false",
-        "rows are tokenised anew, on all cores",
+        "rows are tokenised on all cores, and many of them kept for the next run",
     ),
     named("streaming=false buffer_size=16384", "rows are read before the first step"),
     named("packing neat_packing=false", "examples are always packed"),

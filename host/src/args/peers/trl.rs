@@ -36,7 +36,7 @@ const TABLE: &[Group] = &[
         "padding_free=false pad_to_multiple_of=auto padding_value pad_token label_pad_token_id=-100",
         "batches have no padding",
     ),
-    named("dataset_num_proc", "rows are tokenised anew, on all cores"),
+    named("dataset_num_proc", "rows are tokenised on all cores, and many of them kept for the next run"),
     named(
         "dataset_train_split=train dataset_test_split=test",
         "of a dataset with splits the training split is taken; see --val-dataset",

@@ -46,7 +46,7 @@ impl ModelFamily for Family {
                 let q = b.linear_bias("q", h, width);
                 let k = b.linear("k", h, kv_heads * head_dim);
                 let v = b.linear_if(false, "v", h, kv_heads * head_dim);
-                let q = b.head_norm("q_norm", q, head_dim, 1e-5);
+                let q = b.head_norm(Norm::rms(1e-5), "q_norm", q, head_dim);
                 let (q, k) = (b.rope(q, head_dim, &rope), b.rope(k, head_dim, &rope));
                 let attention = Attention::new(heads, kv_heads, head_dim).window(window);
                 let attention = attention.scale(0.25).softcap(Some(30.0));
@@ -130,7 +130,7 @@ impl AlignmentLoss for Loss {
 
     fn needs(&self) -> Needs {
         let statistics = vec!["log_sum_sq_probs".into()];
-        Needs { answers: Answers::Ranked, reference: true, whole_batch: true, statistics }
+        Needs { answers: Answers::Ranked, whole_batch: true, statistics, ..Needs::default() }
     }
 
     fn options(&self) -> Vec<LossOption> {
