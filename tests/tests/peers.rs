@@ -393,7 +393,10 @@ fn data(s: &Sandbox) -> String {
         "tagged": {"file_name": "x.json", "ranking": true, "formatting": "sharegpt", "tags": {"user_tag": "questioner"},
             "columns": {"chosen": "chosen", "rejected": "rejected"}},
     });
-    s.write("data/single.jsonl", "{\"question\": \"why?\", \"good\": \"so\"}\n{\"question\": \"how?\", \"good\": \"ok\"}\n");
+    s.write(
+        "data/single.jsonl",
+        "{\"question\": \"why?\", \"good\": \"so\"}\n{\"question\": \"how?\", \"good\": \"ok\"}\n",
+    );
     s.write("data/dataset_info.json", &info.to_string());
     s.path("data")
 }
@@ -453,7 +456,8 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
     let expected = json!({"loss": ["kto"], "dataset_format": "kto", "columns": r#"{"good":"label"}"#,
         "loss_option": ["desirable_weight=2.0", "undesirable_weight=1.0"]});
     run("kto", "stage: kto\ndataset: labelled\nkto_chosen_weight: 2.0\nmax_steps: 2\n", expected);
-    let expected = json!({"loss": ["sft"], "dataset_format": "sft", "columns": r#"{"good":"output","question":"instruction"}"#});
+    let expected =
+        json!({"loss": ["sft"], "dataset_format": "sft", "columns": r#"{"good":"output","question":"instruction"}"#});
     run("sft", "stage: sft\ndataset: single\nmax_steps: 1\n", expected);
     let expected =
         json!({"loss": ["hinge"], "rpo_alpha": 0.5, "loss_option": ["nll_mean=answers"], "dataset_format": "pairs"});

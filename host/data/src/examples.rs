@@ -155,6 +155,7 @@ impl Examples {
 }
 
 /// Writes examples one after the other.
+#[derive(Default)]
 pub struct Writer {
     /// What is not on disk.
     memory: Vec<u8>,
@@ -169,12 +170,6 @@ struct Disk {
     file: BufWriter<File>,
     path: PathBuf,
     hash: Sha256,
-}
-
-impl Default for Writer {
-    fn default() -> Writer {
-        Writer { memory: Vec::new(), disk: None, stays: false, places: Vec::new(), end: 0 }
-    }
 }
 
 impl Writer {

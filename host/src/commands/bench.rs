@@ -127,7 +127,7 @@ impl Profile {
             Answers::Pair => 2,
             Answers::Ranked => answers,
         };
-        let mut example = |at: usize| {
+        let example = |at: usize| {
             let mut draw = |median: f64| {
                 // The sum of twelve uniform numbers is near enough to a normal one.
                 let normal = (0..12).map(|_| rng.random_range(0.0..1.0_f64)).sum::<f64>() - 6.0;
@@ -148,7 +148,7 @@ impl Profile {
             let example = if wanted.prompt { example.with_prompt_scored() } else { example };
             if wanted.mismatched { example.with_detached(ids(r)) } else { Ok(example) }
         };
-        (0..count).map(|at| example(at)).collect()
+        (0..count).map(example).collect()
     }
 }
 

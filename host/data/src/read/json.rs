@@ -39,7 +39,7 @@ pub(super) fn read_json(path: &Path, give: Give<'_>) -> Result<()> {
         let start = text.bytes().trim_ascii_start();
         let (line, rest) = start.split_at(first(text.bytes()).unwrap_or(start.len()));
         let whole = std::str::from_utf8(line).is_ok_and(|line| parse(line).is_ok());
-        if !(whole && !is_space(rest)) {
+        if !whole || is_space(rest) {
             while text.more()? {}
             if let Some(object) = std::str::from_utf8(text.bytes()).ok().and_then(only_object) {
                 return table(object, path).into_iter().try_for_each(give);

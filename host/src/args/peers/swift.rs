@@ -142,7 +142,10 @@ const TABLE: &[Group] = &[
     refused("use_ray=false", "processes are started by --gpus, torchrun, srun or mpirun", "leave it out"),
     refused("eval_use_evalscope=false", "benchmarks are not run while training", "merge the adapter, then run them"),
     // What changes nothing.
-    named("load_from_cache_file=false dataset_num_proc=1 lazy_tokenize", "rows are tokenised on all cores, and many of them kept for the next run"),
+    named(
+        "load_from_cache_file=false dataset_num_proc=1 lazy_tokenize",
+        "rows are tokenised on all cores, and many of them kept for the next run",
+    ),
     named("streaming=false shuffle_buffer_size=1000", "rows are read before the first step"),
     named("stopping_strategy=first_exhausted", "only of interleave_prob"),
     named(
