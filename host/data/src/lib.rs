@@ -182,6 +182,8 @@ fn cache_name(
     // What does not matter is the same for all.
     let sampled = sources.iter().any(|source| source.rows.is_some());
     let same = DataOptions {
+        // Files are named whole, wherever a run is started.
+        paths: sources.iter().map(|source| format!("{:?}", source.rows)).collect(),
         batch_size: if options.wanted.mismatched { options.batch_size } else { 0 },
         shuffle: sampled && options.shuffle,
         seed: if sampled { options.seed } else { 0 },

@@ -105,7 +105,7 @@ fn describe_format(format: &Format) {
 
 fn describe_loss(loss: &Loss) {
     println!("{}: {}\n\n  {}\n", loss.name, loss.summary, loss.formula);
-    println!("answers     {} to a prompt", loss.needs.answers.describe());
+    println!("answers     to a prompt: {}", loss.needs.answers.describe());
     println!("reference   {}", if loss.needs.reference { "needed" } else { "not needed" });
     println!(
         "called      {}",

@@ -66,7 +66,7 @@ pub const BCO: Loss = Loss {
     name: "bco",
     summary: "BCO (Jung et al. 2024) with its running reward shift, over answers that were liked or not",
     formula: formula!("liked: -ls(beta r - shift), not liked: -ls(-(beta r - shift))", ls, ratio, running),
-    peers: "TRL BCOTrainer (until 1.15; its density-ratio weights are not here); ms-swift's `bco_pair` and LLaMA-Factory's pref_bco_weight, which add the two terms of a pair where this is their mean",
+    peers: "TRL's BCOTrainer, which TRL 1.16 has no more (its density-ratio weights are not here); ms-swift's `bco_pair` and LLaMA-Factory's pref_bco_weight, which add the two terms of a pair where this is their mean",
     needs: needs_whole_batch(Answers::Labelled, false),
     options: || vec![beta(0.1)],
     eval: |batch, o, state| {
