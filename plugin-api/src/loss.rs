@@ -157,11 +157,15 @@ impl Options {
         self
     }
 
+    fn shown(&self, name: &str) -> String {
+        self.0.get(name).map_or_else(|| "missing".to_owned(), Value::to_string)
+    }
+
     /// A number.
     pub fn float(&self, name: &str) -> Result<f64> {
         match self.0.get(name).and_then(Value::as_f64) {
             Some(number) => Ok(number),
-            None => bail!("loss option '{name}' should be a number, is {:?}", self.0.get(name)),
+            None => bail!("loss option '{name}' should be a number, is {}", self.shown(name)),
         }
     }
 
@@ -169,7 +173,7 @@ impl Options {
     pub fn text(&self, name: &str) -> Result<&str> {
         match self.0.get(name).and_then(Value::as_str) {
             Some(text) => Ok(text),
-            None => bail!("loss option '{name}' should be a text, is {:?}", self.0.get(name)),
+            None => bail!("loss option '{name}' should be a text, is {}", self.shown(name)),
         }
     }
 }

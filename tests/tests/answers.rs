@@ -194,6 +194,28 @@ fn kto_takes_the_same_steps_on_ranks_and_in_micro_batches() {
     assert!(said.contains("12 examples") && said.contains("liked: 6 of 12 answers"), "{said}");
 }
 
+/// `data --output` has every token that a loss sees, and writes over nothing.
+#[test]
+fn ids_of_examples_are_written_to_a_new_file() {
+    let (sandbox, plugins) = sandbox();
+    let mismatched = |i: usize, row: &mut Value| row["mismatched"] = json!(ANSWERS[(i + 3) % 5]);
+    let rows = sandbox.write("rows.jsonl", &rankings(|_| 2, mismatched));
+    let ids = sandbox.path("ids.jsonl");
+    let arguments = ["data", &rows, "--plugin-dir", &plugins, "--model", &model(), "--output", &ids];
+    sandbox.ok(&arguments);
+    let text = std::fs::read_to_string(&ids).unwrap();
+    let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 6);
+    for line in &lines {
+        let answers = line["answers"].as_array().unwrap();
+        let masks: Vec<u64> = answers.iter().map(|a| a["mask"][0].as_u64().unwrap()).collect();
+        assert_eq!(masks, [1, 1, 0], "{line}");
+        let same = |a: &Value| a["ids"].as_array().unwrap().len() == a["mask"].as_array().unwrap().len();
+        assert!(answers.iter().all(same) && !line["prompt_ids"].as_array().unwrap().is_empty(), "{line}");
+    }
+    sandbox.refuses(&arguments, &["--output", "ids.jsonl: is there already", "name a new file"]);
+}
+
 fn model() -> String {
     golden("trajectories/qwen2/model").display().to_string()
 }

@@ -147,7 +147,7 @@ pub(super) fn join(single: &[Item], report: &mut Report, strict: bool) -> Result
                 refuse(
                     report,
                     cause.help(
-                        "pairs need a liked and a disliked answer to one prompt; --loss kto learns from single answers",
+                        "pairs need a liked and a disliked answer to one prompt; --loss sft learns answers that nobody judged, --loss kto single answers that were liked or not",
                     ),
                     &item.place,
                     strict,

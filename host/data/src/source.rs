@@ -1,6 +1,7 @@
 //! What `--dataset` names: a file, the files of a folder or of a hub's dataset, and how many of their rows.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rand::SeedableRng;
 use rand::seq::index;
@@ -19,6 +20,8 @@ pub struct Source {
     pub path: PathBuf,
     /// `#N`: this many rows, by sampling or by repeating.
     pub rows: Option<usize>,
+    /// Its files, once they were looked for.
+    files: OnceLock<Vec<PathBuf>>,
 }
 
 /// Files beside the rows that say something of them.
@@ -52,8 +55,8 @@ impl Source {
                     .at(argument)
                     .help("name fewer, as in #500"))
             }
-            Some((path, rows)) => Ok(Source { path: path.into(), rows: Some(rows) }),
-            None => Ok(Source { path: argument.into(), rows: None }),
+            Some((path, rows)) => Ok(Source { path: path.into(), rows: Some(rows), files: OnceLock::new() }),
+            None => Ok(Source { path: argument.into(), rows: None, files: OnceLock::new() }),
         }
     }
 
@@ -62,7 +65,11 @@ impl Source {
     /// # Errors
     /// A folder without data files; a hub that does not answer.
     pub fn files(&self) -> Result<Vec<PathBuf>> {
-        data_files(&self.path)
+        if let Some(files) = self.files.get() {
+            return Ok(files.clone());
+        }
+        let files = data_files(&self.path)?;
+        Ok(self.files.get_or_init(|| files).clone())
     }
 
     /// Its rows, some thousand at a time: all of them, or the `#N` that are wanted. Fewer than there are, are a sample without

@@ -400,19 +400,19 @@ fn samples() {
 #[test]
 fn a_folder_is_all_its_data_files() {
     let dir = tempfile::tempdir().unwrap();
-    let source = Source::parse(&dir.path().display().to_string()).unwrap();
-    assert!(read(&source, false, 0).unwrap_err().to_string().contains("holds no data file"));
+    let source = || Source::parse(&dir.path().display().to_string()).unwrap();
+    assert!(read(&source(), false, 0).unwrap_err().to_string().contains("holds no data file"));
     file(dir.path(), "b.jsonl", "{\"n\": 2}");
     file(dir.path(), "a.json", "[{\"n\": 1}]");
     file(dir.path(), "README.md", "no data");
     // Of an editor, or of the system that the folder was packed on.
     file(dir.path(), ".b.jsonl", "{\"n\": 9}");
     file(dir.path(), "._b.jsonl", "Mac OS X");
-    assert_eq!(numbers(&read(&source, false, 0).unwrap()), [1, 2]);
+    assert_eq!(numbers(&read(&source(), false, 0).unwrap()), [1, 2]);
     std::fs::write(dir.path().join("c.jsonl.gz"), gzip("{\"n\": 3}")).unwrap();
-    assert_eq!(numbers(&read(&source, false, 0).unwrap()), [1, 2, 3]);
+    assert_eq!(numbers(&read(&source(), false, 0).unwrap()), [1, 2, 3]);
     file(dir.path(), "d.jsonl.xz", "packed");
-    let error = read(&source, false, 0).unwrap_err().to_string();
+    let error = read(&source(), false, 0).unwrap_err().to_string();
     assert!(error.contains("d.jsonl.xz: files packed as .xz are not read\n  help: unpack it"), "{error}");
 }
 
@@ -427,6 +427,16 @@ fn what_cannot_be_read_says_why() {
     let bytes = dir.path().join("latin.jsonl");
     std::fs::write(&bytes, b"{\"n\": 1}\n{\"n\": \"\xe9\"}").unwrap();
     assert!(error(&bytes).contains("latin.jsonl:2: is not UTF-8 text"));
+}
+
+/// All rows behind it would be one cell.
+#[test]
+fn a_quote_of_csv_that_is_not_closed_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = file(dir.path(), "a.csv", "a,b\n1,2\n3,\"four\n5,6\n");
+    let error = read_file(&path).unwrap_err().to_string();
+    assert!(error.contains("a.csv:3: broken csv: a quote is opened and not closed"), "{error}");
+    assert_eq!(read_file(&file(dir.path(), "b.csv", "a,b\n1,\"say \"\"hi\"\"\"\n")).unwrap().len(), 1);
 }
 
 #[test]

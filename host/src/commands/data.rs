@@ -42,6 +42,11 @@ pub(crate) struct DataCommand {
 }
 
 pub(crate) fn data(registry: &Registry, command: &DataCommand) -> Result<()> {
+    if let Some(path) = command.output.as_ref().filter(|path| path.exists()) {
+        return Err(Error::input("is there already")
+            .at(format!("--output {}", path.display()))
+            .help("name a new file, or remove that one"));
+    }
     let folder = model::locate(&demo::or_named(command.model.clone())?, Need::Tokenizer)?;
     let paths: Vec<String> = command.paths.iter().chain(&command.args.dataset).cloned().collect();
     // A tokenizer alone is enough to look at data; a config adds the family's template and limits.

@@ -41,8 +41,8 @@ pub(super) fn write(mut generator: Generator, examples: &Examples, output: &Path
     }
     if same && !lines.is_empty() {
         let what = "the model answers the prompts that were tried as it did before";
-        let help = "rewards compare the two answers of a row, and may be good before what is said changes: more steps, a higher \
-                    --learning-rate, or --rpo-alpha 1, which makes the chosen answers likelier";
+        let help = "more steps, or a higher --learning-rate; where a loss compares answers, rewards may be good before what is said \
+                    changes: --rpo-alpha 1 makes the chosen answers likelier";
         console::note(Remark::from(what).help(help));
     }
     files::write_into(&output.join(page::ANSWERS), lines.as_bytes())?;

@@ -41,12 +41,18 @@ pub(super) fn read_separated(path: &Path, give: Give<'_>) -> Result<()> {
         return Err(Error::input(what).at(place(1)).help("rename one of them"));
     }
     let mut record = StringRecord::new();
+    let mut last = 1;
     loop {
         let before = reader.position().clone();
         match reader.read_record(&mut record) {
+            Ok(false) if ends.borrow().quotes % 2 == 1 => {
+                let what = "broken csv: a quote is opened and not closed, so that all that follows is one cell; the last row begins here";
+                return Err(Error::input(what).at(place(last)).help("double a quote that is text"));
+            }
             Ok(false) => return Ok(()),
             Ok(true) => {
                 let line = line(record.position());
+                last = line;
                 let row: Row = header.iter().zip(&record).map(|(name, cell)| (name.to_owned(), value(cell))).collect();
                 if let Some((name, _)) = header.iter().zip(&record).find(|(_, cell)| is_python(cell)) {
                     return Err(Error::input(format!("column '{name}' has a conversation as Python prints it, not JSON"))
@@ -73,6 +79,8 @@ struct LineEnds {
     /// Of every line feed its byte, and the byte at which the line feeds and carriage returns around it begin.
     ahead: VecDeque<(u64, u64)>,
     passed: usize,
+    /// Quotation marks: of a file that is whole they are even.
+    quotes: usize,
     /// Bytes so far, and where the run of ends begins that they end with.
     read: u64,
     run: Option<u64>,
@@ -88,7 +96,10 @@ impl LineEnds {
                         self.ahead.push_back((self.read, run));
                     }
                 }
-                _ => self.run = None,
+                _ => {
+                    self.run = None;
+                    self.quotes += usize::from(*byte == b'"');
+                }
             }
             self.read += 1;
         }
