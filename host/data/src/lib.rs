@@ -18,6 +18,7 @@ mod tokenizer;
 pub mod tokens;
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::Answers;
@@ -35,7 +36,8 @@ pub use tokens::{ChatTokenizer, Truncation};
 use columns::{Columns, refuse_missing, rename};
 use dpo_core::cache;
 use dpo_core::console;
-use dpo_core::error::{Error, Result};
+use dpo_core::error::{Error, IoContext, Result};
+use dpo_core::files::identity;
 use dpo_core::graph::vocabulary;
 use dpo_plugins::{Format, Registry};
 use pipeline::Pipeline;
@@ -175,9 +177,10 @@ fn cache_name(
     if tokenizer.template().is_some_and(|t| t.reads_clock) {
         return Ok(None);
     }
-    let mut files = String::new();
+    // A program that was built anew may make other ids under the same version.
+    let mut files = std::env::current_exe().reading(Path::new("/proc/self/exe")).and_then(|exe| identity(&exe))?;
     for path in sources.iter().map(Source::files).collect::<Result<Vec<_>>>()?.concat() {
-        files += &dpo_core::files::identity(&path)?;
+        files += &identity(&path)?;
     }
     // What does not matter is the same for all.
     let sampled = sources.iter().any(|source| source.rows.is_some());
@@ -213,8 +216,6 @@ pub fn split(examples: &Examples, ratio: f64, seed: u64) -> (Examples, Examples)
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
-
-    use std::path::Path;
 
     use super::*;
 

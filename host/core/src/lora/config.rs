@@ -15,7 +15,7 @@ pub const MOST_ALPHA: f64 = 1e12;
 /// What an adapter is made of, under PEFT's names.
 #[derive(Clone, Debug)]
 pub struct AdapterConfig {
-    /// Rows of A.
+    /// LoRA rank r, of modules without their own.
     pub rank: usize,
     /// Numerator of the scale.
     pub alpha: f64,

@@ -38,7 +38,7 @@ pub struct Site {
     pub inputs: usize,
     /// Columns of its output.
     pub outputs: usize,
-    /// Rows of A.
+    /// Its LoRA rank r.
     pub rank: usize,
     /// The factor on `B · A`.
     pub scale: f64,
