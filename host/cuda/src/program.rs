@@ -42,6 +42,16 @@ pub(crate) enum Cost {
     Memory,
 }
 
+/// The rows that a step runs on, as many as its values have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// All tokens.
+    #[default]
+    Tokens,
+    /// Those that predict scored tokens.
+    Predictors,
+}
+
 /// What computing a step's outputs again costs, from which follows whether they are saved for the backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recompute {
@@ -64,6 +74,8 @@ pub(crate) struct Step {
     pub in_place: &'static [(usize, usize)],
     pub cost: Cost,
     pub recompute: Recompute,
+    /// The lowering says it.
+    pub rows: Rows,
     pub run: Arc<dyn Execute>,
 }
 
@@ -140,6 +152,7 @@ impl Step {
             in_place: &[],
             cost: Cost::Memory,
             recompute: Recompute::Elementwise,
+            rows: Rows::default(),
             run: Arc::new(run),
         }
     }
