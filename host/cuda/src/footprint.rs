@@ -2,9 +2,10 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
+use super::inputs::Rows;
 use super::liveness::Scheduled;
 use super::lowered::Lowered;
-use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Rows, Step};
+use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
 
 /// What values take, from which the arrangement of a batch follows.

@@ -3,9 +3,10 @@
 use super::blas::{Matmul, Operands};
 use super::engine::{CudaDevice, Pass};
 use super::gpu::View;
+use super::inputs::Rows;
 use super::launch::KvCache;
 use super::ops::lm_head::{self, LmHead};
-use super::program::{GRADIENT, OUTPUT, Rows, Slice};
+use super::program::{GRADIENT, OUTPUT, Slice};
 use super::sum::copy_rows;
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::Result;

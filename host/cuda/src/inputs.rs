@@ -1,7 +1,6 @@
 //! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for tables and results.
 
 use super::gpu::{Address, Gpu, Memory, Pinned};
-use super::program::Rows;
 use dpo_core::batch::{Batch, Layout, Span};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::answer_mask::AnswerMask;
@@ -36,6 +35,16 @@ pub(super) struct BatchAddresses {
     pub(super) tables: Address,
     pub(super) tokens: usize,
     pub(super) answers: usize,
+}
+
+/// The rows that a step runs on, as many as its values have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// All tokens.
+    #[default]
+    Tokens,
+    /// Those that predict scored tokens.
+    Predictors,
 }
 
 /// Tokens of a tile, of the kinds that attention has.

@@ -3,12 +3,13 @@
 use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 
 use super::arena::aligned;
+use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::liveness::Scheduled;
 use super::lowering::Frame;
 use super::ops;
 use super::ops::lm_head::LmHead;
-use super::program::{Program, Rows};
+use super::program::Program;
 use super::saved::SavedActivations;
 use super::weights::{LayerStore, NUMBERS};
 use dpo_core::error::{Error, Result};

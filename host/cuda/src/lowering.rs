@@ -9,8 +9,9 @@ mod gradients;
 use dpo_plugin_api::graph::{Block, Node};
 
 use super::arena::padded;
+use super::inputs::Rows;
 use super::launch::BatchTable;
-use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Rows, Slice, Step};
+use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::gpu::View;
+use super::inputs::Rows;
 use super::kernels::Variant;
 use super::launch::Launch;
 use super::weights::{Stack, Vector};
@@ -40,16 +41,6 @@ pub(crate) enum Cost {
     Matmul(usize),
     /// That of reading and writing its buffers.
     Memory,
-}
-
-/// The rows that a step runs on, as many as its values have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Rows {
-    /// All tokens.
-    #[default]
-    Tokens,
-    /// Those that predict scored tokens.
-    Predictors,
 }
 
 /// What computing a step's outputs again costs, from which follows whether they are saved for the backward pass.

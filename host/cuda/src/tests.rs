@@ -6,10 +6,11 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
+use super::inputs::Rows;
 use super::lowered::Lowered;
 use super::ops::lm_head::LmHead;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
-use super::program::{GRADIENT, OUTPUT, Program, Rows, Slice, Step};
+use super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::saved::SavedActivations;
 use super::weights::{NUMBERS, Stack};
 use dpo_core::batch::Batch;
