@@ -104,6 +104,8 @@ pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as c_int;
 pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as c_int;
+pub(super) const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int =
+    cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as c_int;
 pub(super) const CU_EVENT_DEFAULT: c_uint = cu::CUevent_flags::CU_EVENT_DEFAULT as c_uint;
 pub(super) const CU_EVENT_DISABLE_TIMING: c_uint = cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
 pub(super) const CU_EVENT_WAIT_DEFAULT: c_uint = cu::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as c_uint;
@@ -117,6 +119,7 @@ pub(super) const CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: c_uint =
     cu::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as c_uint;
 pub(super) const CU_TENSOR_MAP_INTERLEAVE_NONE: c_uint =
     cu::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE as c_uint;
+pub(super) const CU_TENSOR_MAP_SWIZZLE_64B: c_uint = cu::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B as c_uint;
 pub(super) const CU_TENSOR_MAP_SWIZZLE_128B: c_uint = cu::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B as c_uint;
 pub(super) const CU_TENSOR_MAP_L2_PROMOTION_L2_128B: c_uint =
     cu::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B as c_uint;

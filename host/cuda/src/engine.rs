@@ -5,7 +5,6 @@
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::blas::Blas;
 use super::footprint::{Arrangement, Footprint};
 use super::gpu::{Address, Gpu, Memory, View};
 use super::inputs::{Inputs, Rows};
@@ -13,6 +12,7 @@ use super::kernels::Kernels;
 use super::launch::{KvCache, Launch, LoadedTable};
 use super::loading::{Source, Weights};
 use super::lowered::Lowered;
+use super::matmul::{self, Matmuls};
 use super::nccl::Nccl;
 use super::ops;
 use super::optimizer::{self, Optimizer};
@@ -29,7 +29,7 @@ use dpo_core::optimizer::Moments;
 pub struct CudaDevice {
     pub(super) nccl: Option<Nccl>,
     pub(super) gpu: Gpu,
-    pub(super) blas: Blas,
+    pub(super) matmuls: Matmuls,
     pub(super) kernels: Kernels,
     pub(super) graph: ModelGraph,
     pub(super) lowered: Lowered,
@@ -58,8 +58,8 @@ pub(super) struct Pass<'a> {
 
 impl Pass<'_> {
     pub(super) fn view(&self, slice: Slice) -> View {
-        let ld = self.program.buffers[slice.buffer].columns() as i64;
-        View { at: self.places[slice.buffer], ld }.column(slice.column)
+        let view = View { at: self.places[slice.buffer], ld: self.program.buffers[slice.buffer].columns() as i64 };
+        view.wanted().map_or(view, |view| view.column(slice.column))
     }
 
     /// Runs steps one after the other.
@@ -83,11 +83,11 @@ impl CudaDevice {
         (plan, rank): (GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<CudaDevice> {
-        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers)?;
+        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers, plan.gates)?;
         let steps = lowered.all().flat_map(|p| p.forward.iter().chain(&p.backward));
-        let variants = steps.filter_map(|s| s.run.variant(gpu.capability));
+        let variants = steps.flat_map(|s| s.run.variants(gpu.capability));
         let kernels = Kernels::load(&gpu, sources(), variants)?;
-        let blas = Blas::new(&gpu)?;
+        let matmuls = Matmuls::new(&gpu)?;
         let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, (&plan, rank), progress)?;
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let optimizer = Optimizer::new(&gpu, &graph, &adapter, &parts)?;
@@ -102,7 +102,7 @@ impl CudaDevice {
             plain: adapter.changes_nothing(),
             moments: Moments::new(optimizer.count),
             gpu,
-            blas,
+            matmuls,
             kernels,
             graph,
             lowered,
@@ -160,7 +160,7 @@ impl CudaDevice {
     pub(super) fn launch<'a>(&'a self, weights: &'a BlockWeights, rows: Rows, adapted: bool) -> Launch<'a> {
         Launch {
             gpu: &self.gpu,
-            blas: &self.blas,
+            matmuls: &self.matmuls,
             kernels: &self.kernels,
             batch: &self.inputs.at,
             tables: &self.tables,
@@ -262,5 +262,5 @@ impl CudaDevice {
 
 /// Every source there is.
 pub(super) fn sources() -> impl Iterator<Item = &'static super::kernels::Source> {
-    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE])
+    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE, &matmul::SOURCE])
 }

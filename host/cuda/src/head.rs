@@ -1,10 +1,10 @@
 //! The head on the GPU: rows that predict, logits in chunks of rows, log-probs and their gradient.
 
-use super::blas::{Matmul, Operands};
 use super::engine::{CudaDevice, Pass};
 use super::gpu::View;
 use super::inputs::Rows;
 use super::launch::KvCache;
+use super::matmul::{Matmul, Operands};
 use super::ops::lm_head::{self, LmHead};
 use super::program::{GRADIENT, OUTPUT, Slice};
 use super::sum::copy_rows;
@@ -46,7 +46,7 @@ impl CudaDevice {
         let d = View { at: self.values.address + self.arrangement.logits as u64, ld: rows as i64 };
         let mut matmul = Matmul::new(count, rows, inputs);
         (matmul.b_transposed, matmul.wide) = (true, true);
-        self.blas.run(&self.gpu, matmul, Operands { a, b, c: d, d, bias: 0 })?;
+        self.matmuls.run(&self.gpu, &self.kernels, matmul, Operands { a, b, c: d, d, bias: 0 })?;
         self.gpu.mark("logits")?;
         Ok(d)
     }
@@ -65,7 +65,12 @@ impl CudaDevice {
                 let dproducts = View { at: products.at, ld: 2 * products.ld };
                 let d = self.of_head(head, GRADIENT).row(first);
                 let matmul = Matmul::new(count, own.inputs, own.rows);
-                self.blas.run(&self.gpu, matmul, Operands { a: dproducts, b: table, c: d, d, bias: 0 })?;
+                self.matmuls.run(
+                    &self.gpu,
+                    &self.kernels,
+                    matmul,
+                    Operands { a: dproducts, b: table, c: d, d, bias: 0 },
+                )?;
                 self.gpu.mark("logits vjp")?;
             }
         }

@@ -37,8 +37,8 @@ pub(super) struct Lowered {
 }
 
 impl Lowered {
-    /// With layers kept as such numbers.
-    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) -> Result<Lowered> {
+    /// With layers kept as such numbers, and with matmuls that compute gated activations, or without.
+    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers, gates: bool) -> Result<Lowered> {
         let hidden = graph.hidden_size;
         refuse(adapter)?;
         predictors::check(graph)?;
@@ -63,12 +63,20 @@ impl Lowered {
         let lower = |kind: usize| {
             let block = &graph.blocks[kind];
             let rank = |node| rank(kind, node);
-            let frame = Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true, rows: Rows::Tokens };
+            let frame =
+                Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true, rows: Rows::Tokens, gates };
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain =
-            |widths, rows| Frame { widths, behind, rank: &|_| 0, numbers, backward: rows == Rows::Predictors, rows };
+        let plain = |widths, rows| Frame {
+            widths,
+            behind,
+            rank: &|_| 0,
+            numbers,
+            backward: rows == Rows::Predictors,
+            rows,
+            gates,
+        };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
         let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], Rows::Tokens))?;
         let (node, nodes) = projection(graph)?;

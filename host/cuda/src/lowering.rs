@@ -57,6 +57,8 @@ pub(crate) struct BackwardReads {
 pub(crate) enum Epilogue {
     /// The sum of that step's value and another one.
     Sum,
+    /// A gated activation of that step's two values.
+    Gated,
 }
 
 impl CudaOp {
@@ -95,6 +97,8 @@ pub(super) struct Frame<'a> {
     pub backward: bool,
     /// The rows that it begins with.
     pub rows: Rows,
+    /// Whether a matmul computes the gated activation of what it makes.
+    pub gates: bool,
 }
 
 /// Values whose columns lie side by side in one buffer, and whose gradients do too.
@@ -300,6 +304,11 @@ impl Lowering<'_> {
         self.frame.numbers
     }
 
+    /// Whether a matmul computes the gated activation of what it makes.
+    pub(crate) fn gates(&self) -> bool {
+        self.frame.gates
+    }
+
     /// The LoRA rank of a node; 0 where it is not adapted.
     pub(crate) fn rank(&self, index: usize) -> usize {
         (self.frame.rank)(index)
@@ -334,6 +343,13 @@ impl Lowering<'_> {
         let next = self.only_consumer(index + 1).filter(|c| self.ops[*c].epilogue == Some(epilogue))?;
         let other = self.nodes[next].inputs.iter().copied().find(|v| *v != index + 1)?;
         (other <= index).then_some((next, other))
+    }
+
+    /// The node that reads two values, and alone does, which their step could compute as its epilogue.
+    pub(crate) fn epilogue_of_two(&self, values: [usize; 2], epilogue: Epilogue) -> Option<usize> {
+        let [a, b] = values.map(|value| self.only_consumer(value));
+        let next = a.filter(|next| b == Some(*next) && self.ops[*next].epilogue == Some(epilogue))?;
+        (self.nodes[next].inputs == values).then_some(next)
     }
 
     /// Has a node's steps compute another one's value.

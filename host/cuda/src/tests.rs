@@ -140,11 +140,12 @@ impl Emulator {
         graph: &ModelGraph,
         adapter: &Adapter,
         batch: Batch,
+        gates: bool,
         allowed: &[SavedActivations],
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
         let adapter = adapter.clone();
-        let lowered = Lowered::new(graph, &adapter, NUMBERS).unwrap();
+        let lowered = Lowered::new(graph, &adapter, NUMBERS, gates).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
         let arrangement =
@@ -164,7 +165,11 @@ impl Emulator {
         self.memory[at..at + s.width].to_vec()
     }
 
+    /// What has no place is left out.
     fn write(&mut self, pass: &Pass<'_>, s: &Slice, row: usize, values: &[f32]) {
+        if pass.places[s.buffer] == NOWHERE {
+            return;
+        }
         let at = pass.at(s, row);
         self.memory[at..at + s.width].copy_from_slice(values);
     }
@@ -326,9 +331,12 @@ impl StackValues {
     }
 }
 
+/// The place of what has none: no memory is as large.
+const NOWHERE: usize = usize::MAX / 4;
+
 /// Places as numbers of values.
 fn elements(places: Vec<Option<usize>>) -> Vec<usize> {
-    places.into_iter().map(|p| p.unwrap_or(usize::MAX / 4) / 2).collect()
+    places.into_iter().map(|p| p.map_or(NOWHERE, |p| p / 2)).collect()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -392,7 +400,7 @@ fn kinds_of_adapter_without_kernels_are_refused() {
         (AdapterConfig { dropout: 0.1, ..plain() }, "--lora-dropout"),
     ] {
         let adapter = Adapter::planned(&graph, config).unwrap();
-        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS) else { panic!("{flag} is taken") };
+        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS, false) else { panic!("{flag} is taken") };
         assert!(error.to_string().contains(flag) && error.to_string().contains("--device cpu"), "{error}");
     }
 }
@@ -409,16 +417,16 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
     let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
     // Less than everything, so that layers save different parts.
     let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
-    for (allowed, level, part) in levels.chain(mixed) {
+    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| [(l.clone(), false), (l, true)]) {
         let bytes = |f: &Footprint| {
             let (whole, least) =
                 (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
             least.max((whole as f64 * part) as usize).next_multiple_of(2)
         };
-        let mut own = Emulator::new(graph, adapter, batch.clone(), &allowed, bytes);
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, bytes);
         let found = own.forward();
         let gradient = own.backward(&dlogps);
-        let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.saved);
+        let what = format!("{name}, gates {gates}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
         assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
     }
@@ -429,7 +437,7 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
 fn parts_are_not_copied() {
     let cases = op_cases().unwrap();
     let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
-    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS).unwrap();
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS, false).unwrap();
     let program = &lowered.programs[0];
     let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
     let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
@@ -439,12 +447,39 @@ fn parts_are_not_copied() {
     assert_eq!(of("glu vjp").reads[..2], of("glu vjp").writes);
 }
 
+/// A matmul computes the gated activation of what it makes: gate and up have no place where nobody reads them, and where they are
+/// saved, the activation is computed again from them, not by the matmul.
+#[test]
+fn gated_activations_are_computed_by_the_matmul() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, true).unwrap();
+    let program = &lowered.programs[0];
+    let gated = program.forward.iter().find(|s| s.cheaper.is_some()).unwrap();
+    assert!(program.forward.iter().all(|s| s.label != "glu"));
+    let both = gated.writes[0].buffer;
+    for level in SavedActivations::ALL {
+        let scheduled = &lowered.schedules[0][level as usize];
+        let again = |label: &str| {
+            scheduled.steps.iter().filter(|s| s.label == label && s.writes(gated.writes[1].buffer)).count()
+        };
+        let (saved, placed) = (scheduled.forward.saved[both].is_some(), scheduled.forward.scratch[both].is_some());
+        let expected = match level {
+            SavedActivations::All => (true, [0, 0]),
+            SavedActivations::Matmuls => (true, [1, 0]),
+            SavedActivations::SmallMatmuls | SavedActivations::BlockInput => (false, [0, 1]),
+        };
+        assert_eq!((saved, [again("glu"), again("matmul")]), expected, "{level:?}");
+        assert!(!placed && (saved || scheduled.backward.scratch[both].is_some()), "{level:?}");
+    }
+}
+
 /// Behind its attention the last layer runs on the rows that predict, forward and backward; the others run on all.
 #[test]
 fn the_last_layer_runs_where_it_predicts() {
     let (family, config) = FAMILIES[0];
     let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
-    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, false).unwrap();
     let last = graph.layers.last().unwrap().block;
     for (kind, program) in lowered.programs.iter().enumerate() {
         let all = program.forward.iter().chain(&program.backward);
@@ -497,7 +532,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
     assert!(shared.total() <= 12 << 30);
-    let rest = Lowered::new(&graph, &adapter, NUMBERS).unwrap().rest();
+    let rest = Lowered::new(&graph, &adapter, NUMBERS, false).unwrap().rest();
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
@@ -537,8 +572,15 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
     let cases = op_cases().unwrap();
     let lower = |name: &str| {
         let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
-        let frame =
-            Frame { widths: [104; 2], behind: 0, rank: &|_| 0, numbers: NUMBERS, backward: true, rows: Rows::Tokens };
+        let frame = Frame {
+            widths: [104; 2],
+            behind: 0,
+            rank: &|_| 0,
+            numbers: NUMBERS,
+            backward: true,
+            rows: Rows::Tokens,
+            gates: false,
+        };
         Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
     };
     let error = lower("rope of a value, added to itself").unwrap_err().to_string();
@@ -560,7 +602,7 @@ fn published_models_are_lowered() {
         // A layer of every kind will do.
         let mut kinds = std::collections::BTreeSet::new();
         graph.layers.retain(|l| kinds.insert(l.block));
-        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS);
+        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS, false);
         Some(format!("{family}: {}", lowered.err()?))
     };
     assert!(files.len() > 30, "{files:?}");

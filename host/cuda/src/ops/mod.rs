@@ -17,11 +17,11 @@ mod scale;
 mod xielu;
 
 // What files of ops are written with.
-use super::blas::{Matmul, Operands};
 use super::gpu::{Address, Args, Argument, View};
 use super::kernels::{Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
+use super::matmul::{Gated, Gemm, Matmul, Operands};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
