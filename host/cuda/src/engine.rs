@@ -262,5 +262,5 @@ impl CudaDevice {
 
 /// Every source there is.
 pub(super) fn sources() -> impl Iterator<Item = &'static super::kernels::Source> {
-    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE, &matmul::SOURCE])
+    ops::SOURCES.iter().copied().chain(matmul::SOURCES).chain([&optimizer::SOURCE])
 }

@@ -10,6 +10,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "gemm_hopper",
     text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
     kernels: &["gemm_hopper"],
+    waits: false,
     variants: Some(all_variants),
 };
 
@@ -191,6 +192,9 @@ impl Gated {
         both: Option<View>,
         h: View,
     ) -> Result<()> {
+        if m == 1 && both.is_none() {
+            return self.start_gemv(gpu, kernels, k, [x, weights], h);
+        }
         let (width, ld) = (self.width, weights.ld as u64 * 2);
         // Eight rows of gate, then eight of up.
         let sizes = [k as u64, 8, 2, width as u64 / 8];

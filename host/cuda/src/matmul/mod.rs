@@ -1,7 +1,9 @@
 //! Matmuls: cuBLASLt's, and kernels of our own, which take more than it does into their ends. Which of them computes a class of shapes is
-//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits.
+//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits. Matmuls of one row have
+//! a kernel of their own.
 
 mod gemm;
+mod gemv;
 mod library;
 
 use std::cell::{Cell, RefCell};
@@ -11,16 +13,19 @@ use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use gemm::computes_gates;
 pub(crate) use gemm::{Gated, Gemm};
-pub(super) use gemm::{SOURCE, computes_gates};
 pub(super) use library::WORKSPACE;
 
 use super::api;
 use super::gpu::{Address, Gpu, View};
-use super::kernels::Kernels;
+use super::kernels::{Kernels, Source};
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 use library::{Library, Plan};
+
+/// Sources of the kernels of our own.
+pub(super) static SOURCES: [&Source; 2] = [&gemm::SOURCE, &gemv::SOURCE];
 
 /// All matmuls of one GPU.
 pub(super) struct Matmuls {
@@ -152,6 +157,9 @@ impl Matmuls {
         let of = [on.a, on.b, on.c, on.d];
         matmul.lds = of.map(|v| v.ld);
         matmul.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
+        if matmul.is_gemv() {
+            return matmul.start_gemv(gpu, kernels, on);
+        }
         let mut plans = self.plans.borrow_mut();
         let (plan, algorithm) = match plans.entry(matmul) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
