@@ -7,6 +7,9 @@
 // both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each (B_TRANSPOSED), D is
 // act(gate) · up, ACTIVATION one of activations.cuh, and gate and up themselves are written where there is a place for them.
 //
+// Tiles that do not fill all blocks a last time are cut along k, so that no block is idle: the parts go to memory in f32, and the block
+// that is the last to write one of a tile adds all of them in their order. So two runs are equal bit for bit.
+//
 // m is any number; n, k and distances of rows are multiples of 8, addresses of 16 bytes.
 
 #define THREADS (32 * WARPS_M * WARPS_N)
@@ -29,6 +32,9 @@ struct Problem {
     View both;            // gate and up, if at all
     int m, n, k;
     float limit;          // of the activation
+    int whole, split;     // tiles that are not cut; parts of each of the others
+    float* parts;         // TILE_M * TILE_N for each part of a tile
+    int* arrived;         // for each tile that is cut: 0, before and after
 };
 
 // A matrix in shared memory with rows of WIDTH columns: the sixteen bytes that hold columns 8 * chunk on. Eight rows of one
@@ -62,6 +68,17 @@ __device__ __forceinline__ Tile tile_of(int index, int rows, int columns) {
     return {(first + in_group % high) * TILE_M, in_group / high * TILE_N};
 }
 
+// What a block computes at a time: a tile, or its columns of A from `begin` on.
+struct Work {
+    int tile, part, begin, end;
+};
+
+__device__ __forceinline__ Work work_of(const Problem& p, int index) {
+    if (index < p.whole) return {index, 0, 0, p.k};
+    int cut = (index - p.whole) / p.split, part = index - p.whole - cut * p.split, steps = (p.k + TILE_K - 1) / TILE_K;
+    return {p.whole + cut, part, steps * part / p.split * TILE_K, min(steps * (part + 1) / p.split * TILE_K, p.k)};
+}
+
 // A row of B's tile in B: with GATED a warp has columns of gate, then the same ones of up.
 __device__ __forceinline__ int row_of_b(const Problem& p, int column, int row) {
     if (!GATED) return min(column + row, p.n - 1);
@@ -69,7 +86,7 @@ __device__ __forceinline__ int row_of_b(const Problem& p, int column, int row) {
     return min(of, p.n / 2 - 1) + (row % 64 < 32 ? 0 : p.n / 2);
 }
 
-// Brings tiles of A and B, one step after the other, over all tiles of a block.
+// Brings tiles of A and B, one step after the other, over all work of a block.
 struct Loader {
     Copier<TILE_M, TILE_K> a;
 #if B_TRANSPOSED
@@ -77,20 +94,21 @@ struct Loader {
 #else
     Copier<TILE_K, TILE_N> b;
 #endif
-    int tile, k, slot;
+    int index, k, end, slot;
 
-    // Goes to the beginning of a tile; behind the last one there is nothing to bring.
-    __device__ __forceinline__ void begin(const Problem& p, int rows, int columns) {
-        k = tile < rows * columns ? 0 : p.k;
-        Tile at = tile_of(min(tile, rows * columns - 1), rows, columns);
+    // Goes to the beginning of a piece of work; behind the last one there is nothing to bring.
+    __device__ __forceinline__ void begin(const Problem& p, int rows, int columns, int count) {
+        Work work = work_of(p, min(index, count - 1));
+        Tile at = tile_of(work.tile, rows, columns);
+        k = index < count ? work.begin : work.end, end = work.end;
 #pragma unroll
-        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), p.m - 1)) + a.column();
+        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), p.m - 1)) + k + a.column();
 #pragma unroll
         for (int i = 0; i < b.COUNT; i++) {
 #if B_TRANSPOSED
-            b.from[i] = row(p.b, row_of_b(p, at.column, b.row(i))) + b.column();
+            b.from[i] = row(p.b, row_of_b(p, at.column, b.row(i))) + k + b.column();
 #else
-            b.from[i] = row(p.b, b.row(i)) + min(at.column + b.column(), p.n - 8);
+            b.from[i] = row(p.b, k + b.row(i)) + min(at.column + b.column(), p.n - 8);
 #endif
         }
     }
@@ -101,16 +119,16 @@ struct Loader {
         u32 to = stages + slot * STAGE_BYTES;
 #pragma unroll
         for (int i = a.COUNT * PART / PARTS; i < a.COUNT * (PART + 1) / PARTS; i++) {
-            copy_async(to + a.place() + i * (a.STEP * TILE_K * 2), a.from[i], k + a.column() < p.k);
+            copy_async(to + a.place() + i * (a.STEP * TILE_K * 2), a.from[i], k + a.column() < end);
             a.from[i] += TILE_K;
         }
 #pragma unroll
         for (int i = b.COUNT * PART / PARTS; i < b.COUNT * (PART + 1) / PARTS; i++) {
 #if B_TRANSPOSED
-            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_K * 2), b.from[i], k + b.column() < p.k);
+            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_K * 2), b.from[i], k + b.column() < end);
             b.from[i] += TILE_K;
 #else
-            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_N * 2), b.from[i], k + b.row(i) < p.k);
+            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_N * 2), b.from[i], k + b.row(i) < end);
             b.from[i] += TILE_K * p.b.ld;
 #endif
         }
@@ -123,11 +141,11 @@ struct Loader {
         k += TILE_K;
     }
 
-    // Goes to the block's next tile where this one is done.
-    __device__ __forceinline__ void turn(const Problem& p, int rows, int columns) {
-        if (k < p.k || tile >= rows * columns) return;
-        tile += gridDim.x;
-        begin(p, rows, columns);
+    // Goes to the block's next work where this is done.
+    __device__ __forceinline__ void turn(const Problem& p, int rows, int columns, int count) {
+        if (k < end || index >= count) return;
+        index += gridDim.x;
+        begin(p, rows, columns, count);
     }
 };
 
@@ -177,8 +195,11 @@ __device__ __forceinline__ void store_quad(bf16* to, u32 w[4], bool there) {
     if (there) *(uint4*)to = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// A warp's sums.
+typedef float Sums[FRAGMENTS_M][FRAGMENTS_N][4];
+
 // Writes a warp's sums, whose first row of the lane and first column of the warp these are.
-__device__ __forceinline__ void write(const Problem& p, const float sums[FRAGMENTS_M][FRAGMENTS_N][4], int first, int column) {
+__device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column) {
     int lane = threadIdx.x % 4;
     u32 bias[FRAGMENTS_N] = {};
     if (p.bias) {
@@ -236,19 +257,53 @@ __device__ __forceinline__ void write(const Problem& p, const float sums[FRAGMEN
     }
 }
 
+// Writes a block's part of a tile. Whether it was the last of the tile's: then `sums` are those of all parts.
+__device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Sums sums) {
+    __shared__ bool last;
+    int cut = work.tile - p.whole;
+    float4* parts = (float4*)p.parts + (long long)cut * p.split * (TILE_M * TILE_N / 4) + threadIdx.x;
+    float4* own = parts + work.part * (TILE_M * TILE_N / 4);
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_M * FRAGMENTS_N; i++) {
+        const float* sum = sums[i / FRAGMENTS_N][i % FRAGMENTS_N];
+        own[i * THREADS] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(p.arrived + cut, 1) == p.split - 1;
+        if (last) p.arrived[cut] = 0;
+    }
+    __syncthreads();
+    if (!last) return false;
+    __threadfence();
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS_M * FRAGMENTS_N * 4; i++) sums[i / 4 / FRAGMENTS_N][i / 4 % FRAGMENTS_N][i % 4] = 0.f;
+    for (int part = 0; part < p.split; part++, parts += TILE_M * TILE_N / 4) {
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M * FRAGMENTS_N; i++) {
+            float4 add = __ldcg(parts + i * THREADS);
+            float* sum = sums[i / FRAGMENTS_N][i % FRAGMENTS_N];
+            sum[0] += add.x, sum[1] += add.y, sum[2] += add.z, sum[3] += add.w;
+        }
+    }
+    return true;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p) {
-    extern __shared__ __align__(1024) unsigned char memory[];
+    extern __shared__ __align__(128) unsigned char memory[];
     u32 stages = shared_address(memory);
-    int rows = (p.m + TILE_M - 1) / TILE_M, columns = (p.n + TILE_N - 1) / TILE_N, steps = (p.k + TILE_K - 1) / TILE_K;
+    int rows = (p.m + TILE_M - 1) / TILE_M, columns = (p.n + TILE_N - 1) / TILE_N;
+    int count = p.whole + (rows * columns - p.whole) * p.split;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int warp_m = warp % WARPS_M * WARP_M, warp_n = warp / WARPS_M * WARP_N;
 
     Loader loader;
-    loader.tile = blockIdx.x, loader.slot = 0;
-    loader.begin(p, rows, columns);
+    loader.index = blockIdx.x, loader.slot = 0;
+    loader.begin(p, rows, columns, count);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        loader.turn(p, rows, columns);
+        loader.turn(p, rows, columns, count);
         loader.copy<0, 1>(p, stages);
         loader.next();
     }
@@ -268,10 +323,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
     for (int j = 0; j < FRAGMENTS_N; j += 2) fragments[0].load_b(stages + b_at, 0, j);
     int slot = 0;
 
-    for (int index = blockIdx.x; index < rows * columns; index += gridDim.x) {
-        float sums[FRAGMENTS_M][FRAGMENTS_N][4] = {};
-        for (int step = 0; step < steps; step++) {
-            loader.turn(p, rows, columns);
+    for (int index = blockIdx.x; index < count; index += gridDim.x) {
+        Work work = work_of(p, index);
+        Sums sums = {};
+        for (int k = work.begin; k < work.end; k += TILE_K) {
+            loader.turn(p, rows, columns, count);
 #pragma unroll
             for (int s = 0; s < SUBSTEPS; s++) {
                 if (s == SUBSTEPS - 1) {
@@ -300,7 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
                 }
             }
         }
-        Tile at = tile_of(index, rows, columns);
+        if (index >= p.whole && !add_parts(p, work, sums)) continue;
+        Tile at = tile_of(work.tile, rows, columns);
         write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
     }
 }
