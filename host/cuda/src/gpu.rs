@@ -65,14 +65,18 @@ pub(super) struct SideStream {
 /// Arguments of a kernel, laid out one after the other.
 #[derive(Default)]
 pub struct Args {
-    /// Every argument at an aligned place.
-    words: Vec<[u64; 8]>,
+    /// Every argument at a place as aligned as any needs.
+    slots: Vec<Slot>,
 }
+
+/// Room for one argument.
+#[repr(align(64))]
+struct Slot([u64; 16]);
 
 /// A value that a kernel takes as an argument, as its bytes.
 ///
 /// # Safety
-/// The type has no padding that matters to the kernel and is at most 64 bytes long.
+/// The type has no padding that matters to the kernel and is at most 128 bytes long.
 pub unsafe trait Argument: Copy {}
 
 // SAFETY: plain numbers.
@@ -97,6 +101,48 @@ pub(super) struct View {
 // SAFETY: two numbers of eight bytes.
 unsafe impl Argument for View {}
 
+/// A matrix that a kernel copies to shared memory box by box (CUDA Driver API, tensor map object management): a kernel takes it as
+/// `const __grid_constant__ TensorMap`.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct TensorMap([u64; 16]);
+
+// SAFETY: 128 bytes that the driver wrote.
+unsafe impl Argument for TensorMap {}
+
+impl TensorMap {
+    /// bf16 `[rows, columns]` in boxes of `[box_rows, 64]`, whose rows of 128 bytes are swizzled. What a box has beyond the
+    /// matrix is zero.
+    ///
+    /// # Errors
+    /// Rows that are no multiple of 16 bytes apart, or begin at no such address.
+    pub(super) fn new(of: View, [rows, columns]: [usize; 2], box_rows: usize) -> Result<TensorMap> {
+        let driver = libraries::table::<Driver>()?;
+        let mut map = TensorMap([0; 16]);
+        let (sizes, pitch) = ([columns as u64, rows as u64], [of.ld as u64 * 2]);
+        let (box_sizes, strides) = ([64_u32, box_rows as u32], [1_u32; 2]);
+        // SAFETY: writes the map, whose alignment is 64; reads two numbers of each list, and one of `pitch`.
+        let status = unsafe {
+            (driver.cuTensorMapEncodeTiled)(
+                map.0.as_mut_ptr().cast(),
+                api::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                of.at as *const c_void,
+                sizes.as_ptr(),
+                pitch.as_ptr(),
+                box_sizes.as_ptr(),
+                strides.as_ptr(),
+                api::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                api::CU_TENSOR_MAP_SWIZZLE_128B,
+                api::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                api::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        done("describing a matrix", status)?;
+        Ok(map)
+    }
+}
+
 impl View {
     /// The same rows from a column on.
     pub(super) fn column(self, column: usize) -> View {
@@ -112,10 +158,12 @@ impl View {
 impl Args {
     /// One more argument.
     pub fn with<T: Argument>(mut self, value: T) -> Args {
-        let mut word = [0_u64; 8];
-        // SAFETY: an `Argument` has at most 64 bytes, which is what `word` holds.
-        unsafe { ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), word.as_mut_ptr().cast(), size_of::<T>()) };
-        self.words.push(word);
+        let mut slot = Slot([0; 16]);
+        // SAFETY: an `Argument` has at most 128 bytes, which is what a slot holds.
+        unsafe {
+            ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), slot.0.as_mut_ptr().cast(), size_of::<T>())
+        };
+        self.slots.push(slot);
         self
     }
 }
@@ -344,7 +392,7 @@ impl Gpu {
             return Ok(());
         }
         let grid = grid.map(|g| g as u32);
-        let mut pointers: Vec<*mut c_void> = args.words.iter_mut().map(|w| w.as_mut_ptr().cast()).collect();
+        let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.0.as_mut_ptr().cast()).collect();
         // SAFETY: every pointer is to an argument, which is copied before the call returns.
         let status = unsafe {
             let ([x, y, z], [width, height, depth]) = (grid, block);

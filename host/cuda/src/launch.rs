@@ -8,6 +8,7 @@ use super::weights::BlockWeights;
 use dpo_core::error::{Error, Result};
 
 /// Everything that a step runs on, but for its values.
+#[derive(Clone, Copy)]
 pub(crate) struct Launch<'a> {
     pub gpu: &'a Gpu,
     pub blas: &'a Blas,

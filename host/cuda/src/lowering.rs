@@ -9,11 +9,13 @@ mod gradients;
 use dpo_plugin_api::graph::{Block, Node};
 
 use super::arena::padded;
+use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
+use dpo_core::ops::GATHER;
 use dpo_core::storage::Numbers;
 
 /// The LoRA rank of every node of a block, a multiple of 8; 0 where it is not adapted.
@@ -91,6 +93,8 @@ pub(super) struct Frame<'a> {
     pub numbers: Numbers,
     /// Whether it has a backward pass.
     pub backward: bool,
+    /// The rows that it begins with.
+    pub rows: Rows,
 }
 
 /// Values whose columns lie side by side in one buffer, and whose gradients do too.
@@ -218,6 +222,7 @@ impl Lowering<'_> {
     /// # Errors
     /// One that would overwrite what it reads, or what is read after it.
     pub(crate) fn push(&mut self, step: Step) -> Result<()> {
+        let step = Step { rows: self.rows(), ..step };
         let lost = step.clash().or_else(|| step.writes.iter().copied().find(|w| self.is_live(*w)));
         if let Some(lost) = lost {
             return Err(Error::run(format!("step '{}' would overwrite {lost:?}, which is still read", step.label)));
@@ -227,6 +232,16 @@ impl Lowering<'_> {
             At::Backward(_) => self.program.backward.push(step),
         }
         Ok(())
+    }
+
+    /// The rows that the node at hand runs on: where rows are gathered and behind, those that predict. Backward a gather gives all rows a gradient.
+    fn rows(&self) -> Rows {
+        let gathers = |index: usize| self.nodes[index].op == GATHER;
+        let gathered = match self.at {
+            At::Forward(index) => (0..=index).any(gathers),
+            At::Backward(index) => !gathers(index) && (0..index).any(gathers),
+        };
+        if gathered { Rows::Predictors } else { self.frame.rows }
     }
 
     /// Whether a value or a gradient lies there that the node at hand does not make and later ones read.

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::gpu::View;
+use super::inputs::Rows;
 use super::kernels::Variant;
 use super::launch::Launch;
 use super::weights::{Stack, Vector};
@@ -64,6 +65,8 @@ pub(crate) struct Step {
     pub in_place: &'static [(usize, usize)],
     pub cost: Cost,
     pub recompute: Recompute,
+    /// The lowering says it.
+    pub rows: Rows,
     pub run: Arc<dyn Execute>,
 }
 
@@ -140,6 +143,7 @@ impl Step {
             in_place: &[],
             cost: Cost::Memory,
             recompute: Recompute::Elementwise,
+            rows: Rows::default(),
             run: Arc::new(run),
         }
     }

@@ -5,7 +5,8 @@ mod activation;
 mod add;
 mod attention;
 mod cat;
-pub(super) mod embedding;
+mod embedding;
+mod gather;
 mod glu;
 mod linear;
 pub(super) mod lm_head;
@@ -46,12 +47,16 @@ pub(super) const OPS: &[CudaOp] = &[
     lm_head::OP,
 ];
 
+/// Those that no graph names.
+pub(super) const INTERNAL: &[CudaOp] = &[gather::OP];
+
 /// Their sources.
 pub(super) const SOURCES: &[&Source] = &[
     &super::sum::SOURCE,
     &activation::SOURCE,
     &attention::SOURCE,
     &embedding::SOURCE,
+    &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
     &narrow::SOURCE,
@@ -64,5 +69,5 @@ pub(super) const SOURCES: &[&Source] = &[
 /// The op of a name.
 pub(super) fn find(name: &str) -> Result<&'static CudaOp> {
     let none = || Error::input(format!("op '{name}' has no CUDA kernel")).help("train with --device cpu");
-    OPS.iter().find(|o| o.name == name).ok_or_else(none)
+    OPS.iter().chain(INTERNAL).find(|o| o.name == name).ok_or_else(none)
 }
