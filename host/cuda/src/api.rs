@@ -104,6 +104,8 @@ pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as c_int;
 pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as c_int;
+pub(super) const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int =
+    cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as c_int;
 pub(super) const CU_EVENT_DEFAULT: c_uint = cu::CUevent_flags::CU_EVENT_DEFAULT as c_uint;
 pub(super) const CU_EVENT_DISABLE_TIMING: c_uint = cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
 pub(super) const CU_EVENT_WAIT_DEFAULT: c_uint = cu::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as c_uint;

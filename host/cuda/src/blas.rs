@@ -119,6 +119,11 @@ impl Blas {
         })
     }
 
+    /// Scratch of [`WORKSPACE`] bytes, for steps that start matmuls before or after.
+    pub(super) fn workspace(&self) -> Address {
+        self.workspace.address
+    }
+
     /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Products in `body` leave
     /// anything in their outputs. One process of a machine does so at a time, so that the others, and the next run, use what it
     /// found: other algorithms round otherwise.

@@ -21,6 +21,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, such as 90.
     pub capability: u32,
+    /// How many blocks run side by side at least.
+    pub multiprocessors: usize,
     /// The same for a card wherever it is seen from.
     pub uuid: [u8; 16],
     stream: Handle,
@@ -218,7 +220,7 @@ impl Gpu {
         }
         let driver = libraries::table::<Driver>()?;
         let (mut device, mut name, mut uuid): (_, [c_char; 256], _) = (0, [0; 256], [0; 16]);
-        let (mut major, mut minor): (c_int, c_int) = (0, 0);
+        let (mut major, mut minor, mut multiprocessors): (c_int, c_int, c_int) = (0, 0, 0);
         let mut context = ptr::null_mut();
         // SAFETY: the functions write what they are given the address of, at most as many bytes of the name as it has room for, which
         // ends with a zero then. The context stays for as long as the process.
@@ -230,6 +232,7 @@ impl Gpu {
             for (to, which) in [
                 (&mut major, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                 (&mut minor, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+                (&mut multiprocessors, api::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
             ] {
                 done("asking what the GPU can do", (driver.cuDeviceGetAttribute)(to, which, device))?;
             }
@@ -238,7 +241,8 @@ impl Gpu {
             api::text(name.as_ptr())
         };
         let stream = new_stream(driver)?;
-        Ok(Gpu { name, capability: (major * 10 + minor) as u32, uuid, stream, trace: RefCell::new(None), driver })
+        let (capability, multiprocessors) = ((major * 10 + minor) as u32, multiprocessors as usize);
+        Ok(Gpu { name, capability, multiprocessors, uuid, stream, trace: RefCell::new(None), driver })
     }
 
     pub(super) fn stream(&self) -> Handle {

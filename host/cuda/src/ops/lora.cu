@@ -138,12 +138,16 @@ __device__ __forceinline__ void narrow_products(const Narrow& p) {
 }
 
 // v = dy·sB, dB = uᵀ·dy.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, RANK <= 24 ? 2 : 1) lora_vjp_b(Narrow p) {
-    narrow_products<64, 16, true>(p);
+extern "C" __global__ void __launch_bounds__(WARPS * 32, RANK <= 24 ? 2 : 1)
+    lora_vjp_b(View dy, View sb, View u, float* v, float* db, int tokens, int columns, int range) {
+    narrow_products<64, 16, true>({dy, sb, u, v, db, tokens, columns, range});
 }
 
 // dA = vᵀ·x.
-extern "C" __global__ void __launch_bounds__(WARPS * 32) lora_vjp_a(Narrow p) { narrow_products<32, 32, false>(p); }
+extern "C" __global__ void __launch_bounds__(WARPS * 32)
+    lora_vjp_a(View x, View v, float* da, int tokens, int columns, int range) {
+    narrow_products<32, 32, false>({x, {}, v, nullptr, da, tokens, columns, range});
+}
 
 // Adds the parts of v: a thread has two columns.
 extern "C" __global__ void lora_sum(const float* parts, int count, View to, int tokens) {
@@ -158,21 +162,15 @@ extern "C" __global__ void lora_sum(const float* parts, int count, View to, int 
     *(u32*)(row(to, i / (RANK / 2)) + i % (RANK / 2) * 2) = pack(sum.x, sum.y);
 }
 
-// Parts of a gradient, and what they are added to.
-struct Parts {
-    const float* parts;
-    float* to;
-    int count, values;
-};
-
 // Adds the parts of both gradients to what those were: a thread has one value.
-extern "C" __global__ void lora_add(Parts a, Parts b) {
+extern "C" __global__ void lora_add(const float* a_parts, int a_count, int a_values, float* a, const float* b_parts, int b_count,
+                                    int b_values, float* b) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    bool second = i >= a.values;
-    const float* parts = second ? b.parts : a.parts;
-    float* to = second ? b.to : a.to;
-    int count = second ? b.count : a.count, values = second ? b.values : a.values;
-    if (second) i -= a.values;
+    bool second = i >= a_values;
+    const float* parts = second ? b_parts : a_parts;
+    float* to = second ? b : a;
+    int count = second ? b_count : a_count, values = second ? b_values : a_values;
+    if (second) i -= a_values;
     if (i >= values) return;
     float sum = 0.f;
 #pragma unroll 16

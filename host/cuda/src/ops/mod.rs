@@ -10,6 +10,7 @@ mod gather;
 mod glu;
 mod linear;
 pub(super) mod lm_head;
+mod lora;
 mod narrow;
 mod norms;
 mod rope;
@@ -17,7 +18,7 @@ mod scale;
 mod xielu;
 
 // What files of ops are written with.
-use super::blas::{Matmul, Operands};
+use super::blas::{Matmul, Operands, WORKSPACE};
 use super::gpu::{Address, Args, Argument, View};
 use super::kernels::{Source, Variant};
 use super::launch::{BatchTable, Launch};
@@ -59,6 +60,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
+    &lora::SOURCE,
     &narrow::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
