@@ -22,7 +22,7 @@
 #define B_BYTES (TILE_N * TILE_K * 2)
 #define STAGE_BYTES (A_BYTES + B_BYTES)
 
-static_assert(WARP_M == 64 && WARP_N == 64, "a warp has 64 rows and columns");
+static_assert(WARP_M % 16 == 0 && WARP_N == 64, "a warp has 64 columns");
 static_assert(TILE_K == 32 || TILE_K == 64, "rows of a tile are 64 or 128 bytes");
 static_assert(!GATED || B_TRANSPOSED, "gate and up are rows");
 
@@ -48,11 +48,12 @@ __device__ __forceinline__ u32 place_of(int row, int chunk) {
 // The chunks of a tile of A or B that a thread copies: ROWS rows of WIDTH columns.
 template <int ROWS, int WIDTH>
 struct Copier {
-    static constexpr int IN_ROW = WIDTH / 8, STEP = THREADS / IN_ROW, COUNT = ROWS / STEP;
-    static_assert(STEP % 8 == 0 && ROWS % STEP == 0, "all chunks of a thread lie alike in their rows");
+    static constexpr int IN_ROW = WIDTH / 8, STEP = THREADS / IN_ROW, COUNT = (ROWS + STEP - 1) / STEP;
+    static_assert(STEP % 8 == 0, "all chunks of a thread lie alike in their rows");
     const bf16* from[COUNT];
 
     static __device__ __forceinline__ int row(int i) { return threadIdx.x / IN_ROW + i * STEP; }
+    static __device__ __forceinline__ bool has(int i) { return (i + 1) * STEP <= ROWS || row(i) < ROWS; }
     static __device__ __forceinline__ int column() { return threadIdx.x % IN_ROW * 8; }
     static __device__ __forceinline__ u32 place() { return place_of<WIDTH>(row(0), threadIdx.x % IN_ROW); }
 };
@@ -119,16 +120,16 @@ struct Loader {
         u32 to = stages + slot * STAGE_BYTES;
 #pragma unroll
         for (int i = a.COUNT * PART / PARTS; i < a.COUNT * (PART + 1) / PARTS; i++) {
-            copy_async(to + a.place() + i * (a.STEP * TILE_K * 2), a.from[i], k + a.column() < end);
+            if (a.has(i)) copy_async(to + a.place() + i * (a.STEP * TILE_K * 2), a.from[i], k + a.column() < end);
             a.from[i] += TILE_K;
         }
 #pragma unroll
         for (int i = b.COUNT * PART / PARTS; i < b.COUNT * (PART + 1) / PARTS; i++) {
 #if B_TRANSPOSED
-            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_K * 2), b.from[i], k + b.column() < end);
+            if (b.has(i)) copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_K * 2), b.from[i], k + b.column() < end);
             b.from[i] += TILE_K;
 #else
-            copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_N * 2), b.from[i], k + b.row(i) < end);
+            if (b.has(i)) copy_async(to + A_BYTES + b.place() + i * (b.STEP * TILE_N * 2), b.from[i], k + b.row(i) < end);
             b.from[i] += TILE_K * p.b.ld;
 #endif
         }
@@ -342,9 +343,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
                 // Loads of the next substep's fragments, and copies, stand between this one's products.
 #pragma unroll
                 for (int i = 0; i < FRAGMENTS_M; i++) {
-                    constexpr int AHEAD = FRAGMENTS_N / 2 / FRAGMENTS_M;
 #pragma unroll
-                    for (int j = 0; j < AHEAD; j++) then.load_b(at + b_at, (s + 1) % SUBSTEPS, 2 * (i * AHEAD + j));
+                    for (int j = FRAGMENTS_N / 2 * i / FRAGMENTS_M; j < FRAGMENTS_N / 2 * (i + 1) / FRAGMENTS_M; j++) {
+                        then.load_b(at + b_at, (s + 1) % SUBSTEPS, 2 * j);
+                    }
                     then.load_a(at + a_at, (s + 1) % SUBSTEPS, i);
                     if (s == 0 && i == 0) loader.copy<0, 2>(p, stages);
                     if (s == 0 && i == FRAGMENTS_M / 2) loader.copy<1, 2>(p, stages);
