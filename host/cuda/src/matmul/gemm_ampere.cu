@@ -1,16 +1,17 @@
 // D = A · op(B) (+ C) (+ bias), [m, k] by [k, n], in bf16 with sums in f32, with the instructions of Ampere and Ada: tiles come to
-// shared memory by cp.async, some stages ahead, and are multiplied by mma.sync. A block goes from tile to tile, so that the first
+// shared memory by cp.async, some stages ahead, and are multiplied by mma.sync. A block goes from tile to tile, and the first
 // stages of its next one are under way while it writes the last.
 //
-// Macros: B_TRANSPOSED, whether B lies as [n, k]; TILE_M, TILE_N, TILE_K, of a block; WARPS_M, WARPS_N, of which a warp has a part
-// of 64 by 64; STAGES; BLOCKS on a multiprocessor; GROUP, rows of tiles that blocks share at a time, so that what they read of
-// both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each (B_TRANSPOSED), D is
-// act(gate) · up, ACTIVATION one of activations.cuh, and gate and up themselves are written where there is a place for them.
+// Tiles that do not fill all blocks a last time are cut along k, so that no block is idle: the parts go to memory in f32, and the
+// block that is the last to write one of a tile adds all of them in their order. So two runs are equal bit for bit.
 //
-// Tiles that do not fill all blocks a last time are cut along k, so that no block is idle: the parts go to memory in f32, and the block
-// that is the last to write one of a tile adds all of them in their order. So two runs are equal bit for bit.
+// Macros: B_TRANSPOSED, whether B lies as [n, k]; TILE_M, TILE_N, TILE_K of a block; WARPS_M, WARPS_N among its rows and its columns,
+// of which a warp has 64; STAGES; BLOCKS on a multiprocessor; GROUP, rows of tiles that are computed together, so that what they
+// read of both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each, D is act(gate) · up, ACTIVATION one of
+// activations.cuh, and gate and up themselves are written where there is a place for them.
 //
-// m is any number; n, k and distances of rows are multiples of 8, addresses of 16 bytes.
+// m is any number; n, k and distances of rows are multiples of 8, addresses of 16 bytes. k may end within a step: what tiles have
+// beyond it is zero.
 
 #define THREADS (32 * WARPS_M * WARPS_N)
 #define WARP_M (TILE_M / WARPS_M)
@@ -29,12 +30,12 @@ static_assert(!GATED || B_TRANSPOSED, "gate and up are rows");
 struct Problem {
     View a, b, c, d;      // c.at is null where nothing is added
     const bf16* bias;     // null where there is none
-    View both;            // gate and up, if at all
+    View both;            // a place for gate and up; null where there is none
     int m, n, k;
     float limit;          // of the activation
-    int whole, split;     // tiles that are not cut; parts of each of the others
+    int whole, split;     // how many tiles are not cut, a multiple of the blocks; parts of each of the others
     float* parts;         // TILE_M * TILE_N for each part of a tile
-    int* arrived;         // for each tile that is cut: 0, before and after
+    int* arrived;         // 0 for each tile that is cut, before and after
 };
 
 // A matrix in shared memory with rows of WIDTH columns: the sixteen bytes that hold columns 8 * chunk on. Eight rows of one
