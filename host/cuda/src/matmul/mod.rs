@@ -107,6 +107,11 @@ impl Matmuls {
         })
     }
 
+    /// Scratch of [`WORKSPACE`] bytes, for steps that start matmuls before or after.
+    pub(super) fn workspace(&self) -> Address {
+        self.library.workspace()
+    }
+
     /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Matmuls in `body` leave
     /// anything in their outputs. One process of a machine does so at a time, so that the others, and the next run, use what it
     /// found: other algorithms round otherwise.
