@@ -1,7 +1,9 @@
 //! Matmuls: cuBLASLt's, and kernels of our own, which take more than it does into their ends. Which of them computes a class of shapes is
 //! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits.
 
+mod ampere;
 mod gemm;
+mod hopper;
 mod library;
 
 use std::cell::{Cell, RefCell};
@@ -11,20 +13,26 @@ use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use gemm::computes_gates;
 pub(crate) use gemm::{Gated, Gemm};
-pub(super) use gemm::{SOURCE, computes_gates};
 pub(super) use library::WORKSPACE;
 
 use super::api;
-use super::gpu::{Address, Gpu, View};
-use super::kernels::Kernels;
+use super::gpu::{Address, Gpu, Memory, View};
+use super::kernels::Source;
+use super::launch::Launch;
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 use library::{Library, Plan};
 
+/// Kernels of our own.
+pub(super) static SOURCES: [&Source; 2] = [&hopper::SOURCE, &ampere::SOURCE];
+
 /// All matmuls of one GPU.
 pub(super) struct Matmuls {
     library: Library,
+    /// Zero, between matmuls.
+    arrived: Memory,
     plans: RefCell<HashMap<Matmul, (Plan, Algorithm)>>,
     /// Algorithms by [`Matmul::class`].
     tuned: RefCell<BTreeMap<String, Algorithm>>,
@@ -87,6 +95,9 @@ fn read(name: &str) -> BTreeMap<String, Algorithm> {
     cache::read(CACHE, name).and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
+/// Bytes of counters: a tile that is cut has two blocks at least, so that a thousand are more than any card needs.
+const ARRIVED: usize = 4 << 10;
+
 /// Where algorithms are cached.
 const CACHE: &str = "products";
 
@@ -97,9 +108,13 @@ const MARGIN: f32 = 0.98;
 impl Matmuls {
     pub(super) fn new(gpu: &Gpu) -> Result<Matmuls> {
         let library = Library::new(gpu)?;
-        let name = format!("{}-cublas-{}-gemm-{}", gpu.name.replace(' ', "-"), library.version(), gemm::version());
+        let card = gpu.name.replace(' ', "-");
+        let name = format!("{card}-sm_{}-cublas-{}-gemm-{}", gpu.kernels, library.version(), gemm::version());
+        let arrived = gpu.allocate(ARRIVED)?;
+        gpu.zero(arrived.address, ARRIVED)?;
         Ok(Matmuls {
             library,
+            arrived,
             plans: RefCell::default(),
             tuned: RefCell::new(read(&name)),
             tuning: Cell::new(false),
@@ -110,6 +125,11 @@ impl Matmuls {
     /// Scratch of [`WORKSPACE`] bytes, for steps that start matmuls before or after.
     pub(super) fn workspace(&self) -> Address {
         self.library.workspace()
+    }
+
+    /// Counters of blocks that have arrived, one for each tile that some blocks compute together: zero before and after a matmul.
+    fn arrived(&self) -> Address {
+        self.arrived.address
     }
 
     /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Matmuls in `body` leave
@@ -150,39 +170,38 @@ impl Matmuls {
     }
 
     /// Starts a matmul.
-    pub(super) fn run(&self, gpu: &Gpu, kernels: &Kernels, mut matmul: Matmul, on: Operands) -> Result<()> {
+    pub(super) fn run(&self, on: &Launch<'_>, mut matmul: Matmul, operands: Operands) -> Result<()> {
         if matmul.m == 0 || matmul.n == 0 {
             return Ok(());
         }
-        let of = [on.a, on.b, on.c, on.d];
+        let of = [operands.a, operands.b, operands.c, operands.d];
         matmul.lds = of.map(|v| v.ld);
         matmul.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
         let mut plans = self.plans.borrow_mut();
         let (plan, algorithm) = match plans.entry(matmul) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(gpu, kernels, &matmul, on)?),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(on, &matmul, operands)?),
         };
-        self.start(gpu, kernels, (&matmul, plan), *algorithm, on)
+        self.start(on, (&matmul, plan), *algorithm, operands)
     }
 
     fn start(
         &self,
-        gpu: &Gpu,
-        kernels: &Kernels,
+        on: &Launch<'_>,
         (matmul, plan): (&Matmul, &Plan),
         algorithm: Algorithm,
-        on: Operands,
+        operands: Operands,
     ) -> Result<()> {
         match algorithm {
-            Algorithm::CublasLt(algorithm) => self.library.start(gpu, matmul, plan, &algorithm, on),
-            Algorithm::Gemm => Gemm::of(matmul).launch(gpu, kernels, [matmul.m, matmul.n, matmul.k], on),
+            Algorithm::CublasLt(algorithm) => self.library.start(on.gpu, matmul, plan, &algorithm, operands),
+            Algorithm::Gemm => Gemm::of(matmul).launch(on, [matmul.m, matmul.n, matmul.k], operands),
         }
     }
 
-    fn plan(&self, gpu: &Gpu, kernels: &Kernels, matmul: &Matmul, on: Operands) -> Result<(Plan, Algorithm)> {
+    fn plan(&self, on: &Launch<'_>, matmul: &Matmul, operands: Operands) -> Result<(Plan, Algorithm)> {
         let plan = self.library.plan(matmul)?;
         let known = self.tuned.borrow().get(&matmul.class()).copied();
-        let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(gpu, kernels);
+        let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(on.kernels, on.gpu.kernels);
         let fits = |algorithm: &Algorithm| match algorithm {
             Algorithm::CublasLt(algorithm) => self.library.fits(&plan, algorithm),
             Algorithm::Gemm => own,
@@ -196,7 +215,7 @@ impl Matmuls {
             return Ok((plan, candidates[0]));
         }
         candidates.extend(own.then_some(Algorithm::Gemm));
-        let fastest = self.fastest(gpu, kernels, (matmul, &plan), &candidates, on)?;
+        let fastest = self.fastest(on, (matmul, &plan), &candidates, operands)?;
         self.tuned.borrow_mut().insert(matmul.class(), fastest);
         Ok((plan, fastest))
     }
@@ -204,19 +223,18 @@ impl Matmuls {
     /// The fastest of some algorithms, of which the first is cuBLASLt's choice; by the median of three runs after one.
     fn fastest(
         &self,
-        gpu: &Gpu,
-        kernels: &Kernels,
+        on: &Launch<'_>,
         matmul: (&Matmul, &Plan),
         candidates: &[Algorithm],
-        on: Operands,
+        operands: Operands,
     ) -> Result<Algorithm> {
         let mut times = Vec::new();
         for algorithm in candidates {
-            let start = || self.start(gpu, kernels, matmul, *algorithm, on);
+            let start = || self.start(on, matmul, *algorithm, operands);
             start()?;
             let mut runs = [0.0_f32; 3];
             for run in &mut runs {
-                *run = gpu.time(start)?;
+                *run = on.gpu.time(start)?;
             }
             runs.sort_by(f32::total_cmp);
             times.push((runs[1], *algorithm));

@@ -240,7 +240,7 @@ impl Execute for GatedForward {
         let (own, stack) = (&self.0, self.0.stack(on));
         let k = own.inputs + if on.adapted { own.rank } else { 0 };
         let (x, weights) = (reads[0], stack.view(0, 0));
-        self.1.gated().launch(on.gpu, on.kernels, [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
+        self.1.gated().launch(on, k, [x, weights], writes[0].wanted(), writes[1])
     }
 
     #[cfg(test)]
@@ -269,7 +269,7 @@ impl Execute for Backward {
         let before = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
             let (lora, sb) = (own.lora(), stack.view(0, own.inputs));
-            if lora.has_kernels(on.gpu.capability) {
+            if lora.has_kernels(on.gpu.kernels) {
                 lora.vjp(on, &Matrices { x, dy, sb, gradients: stack.gradients })?;
             } else {
                 let matmul = Matmul::new(on.rows, own.rank, own.outputs);

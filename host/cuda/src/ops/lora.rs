@@ -118,7 +118,7 @@ impl Lora {
 
     /// How x and dy are cut.
     fn cuts(self, on: &Launch<'_>) -> [Cut; 2] {
-        let room = most_shared(on.gpu.capability) / shared(self.rank)[0];
+        let room = most_shared(on.gpu.kernels) / shared(self.rank)[0];
         let resident = if self.rank > ONE_BLOCK { 1 } else { room.clamp(1, 2) };
         let multiprocessors = on.gpu.multiprocessors;
         [self.cut(self.inputs, VJP_A, multiprocessors), self.cut(self.outputs, VJP_B, multiprocessors * resident)]
