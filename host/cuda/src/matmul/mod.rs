@@ -49,8 +49,13 @@ pub(super) enum Algorithm {
     Gemm,
 }
 
-/// Rows of a class of shapes are a multiple of this.
+/// Rows of small classes of shapes are a multiple of this.
 pub(super) const CLASS: usize = 512;
+
+/// The most rows of the class that so many are in: they differ by 512, or by an eighth to a quarter.
+pub(super) fn class_of(rows: usize) -> usize {
+    rows.next_multiple_of((rows.next_power_of_two() / 8).max(CLASS))
+}
 
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,9 +106,12 @@ const ARRIVED: usize = 4 << 10;
 /// Where algorithms are cached.
 const CACHE: &str = "products";
 
-/// By how much cuBLASLt's best has to be faster than a kernel of our own to be taken: times spread about as much, and ours fit their
-/// tiles to the rows at hand, of which a class has many.
-const MARGIN: f32 = 0.98;
+/// Within its spread a time says nothing: so much of cuBLASLt's first choice another of its algorithms has to take.
+const SPREAD: f32 = 0.98;
+
+/// So much of the time of a kernel of our own cuBLASLt has to take to be chosen. Ours fits its tiles to the rows at hand, of which a class
+/// has many, and takes less power: on a card that is hot it gains on the library (docs/performance.md), and times are taken on a cold one.
+const OWN_MARGIN: f32 = 0.96;
 
 impl Matmuls {
     pub(super) fn new(gpu: &Gpu) -> Result<Matmuls> {
@@ -202,12 +210,19 @@ impl Matmuls {
         let plan = self.library.plan(matmul)?;
         let known = self.tuned.borrow().get(&matmul.class()).copied();
         let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(on.kernels, on.gpu.kernels);
+        // Kernels for another card would not be compared with a library that has those of this one.
+        if own && on.gpu.kernels != on.gpu.capability {
+            return Ok((plan, Algorithm::Gemm));
+        }
         let fits = |algorithm: &Algorithm| match algorithm {
             Algorithm::CublasLt(algorithm) => self.library.fits(&plan, algorithm),
             Algorithm::Gemm => own,
         };
         if let Some(algorithm) = known.filter(fits) {
             return Ok((plan, algorithm));
+        }
+        if own && !self.tuning.get() {
+            return Ok((plan, Algorithm::Gemm));
         }
         let found = self.library.candidates(matmul, &plan, if self.tuning.get() { CANDIDATES } else { 1 })?;
         let mut candidates: Vec<Algorithm> = found.into_iter().map(Algorithm::CublasLt).collect();
@@ -242,9 +257,8 @@ impl Matmuls {
         let own = times.pop_if(|(_, algorithm)| matches!(algorithm, Algorithm::Gemm));
         let first = times[0];
         let best = times.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or(first);
-        // Within its spread a time says nothing: then cuBLASLt's ranking stays.
-        let library = if best.0 < first.0 * MARGIN { best } else { first };
-        Ok(own.filter(|own| own.0 * MARGIN < library.0).unwrap_or(library).1)
+        let library = if best.0 < first.0 * SPREAD { best } else { first };
+        Ok(own.filter(|own| own.0 * OWN_MARGIN < library.0).unwrap_or(library).1)
     }
 }
 
@@ -277,7 +291,7 @@ impl Matmul {
     /// Shapes that differ little in their rows share an algorithm.
     fn class(&self) -> String {
         // A token at a time is a class of its own: then it is the weights that are read.
-        let round = |n: usize| if n == 1 { 1 } else { n.next_multiple_of(CLASS) };
+        let round = |n: usize| if n == 1 { 1 } else { class_of(n) };
         let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
         format!(
             "{}x{}x{}{}{}{}{}{}",
