@@ -21,6 +21,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, such as 90.
     pub capability: u32,
+    /// The compute capability whose kernels it runs: its own, unless an older one was asked for.
+    pub kernels: u32,
     /// Its multiprocessors.
     pub multiprocessors: usize,
     /// The same for a card wherever it is seen from.
@@ -259,15 +261,30 @@ impl Gpu {
             api::text(name.as_ptr())
         };
         let stream = new_stream(driver)?;
+        let capability = (major * 10 + minor) as u32;
         Ok(Gpu {
             name,
-            capability: (major * 10 + minor) as u32,
+            capability,
+            kernels: capability,
             multiprocessors: multiprocessors as usize,
             uuid,
             stream,
             trace: RefCell::new(None),
             driver,
         })
+    }
+
+    /// With the kernels that are written for an older generation, such as 80; with its own, where none is named.
+    ///
+    /// # Errors
+    /// A newer generation than its own.
+    pub fn with_kernels(self, capability: Option<u32>) -> Result<Gpu> {
+        let kernels = capability.unwrap_or(self.capability);
+        if kernels > self.capability {
+            let what = format!("{} has no instructions of sm_{kernels}", self.name);
+            return Err(Error::input(what).at("--kernels").help(format!("it is sm_{}", self.capability)));
+        }
+        Ok(Gpu { kernels, ..self })
     }
 
     pub(super) fn stream(&self) -> Handle {
@@ -432,8 +449,8 @@ impl Gpu {
             sharedMemBytes: shared as u32,
             hStream: self.stream.cast(),
             attrs: &raw mut early,
-            // Cards before Hopper know no attribute of this kind.
-            numAttrs: u32::from(kernel.waits && self.capability >= 90),
+            // Kernels for cards before Hopper do not wait: such cards know no early start.
+            numAttrs: u32::from(kernel.waits && self.kernels >= 90),
         };
         let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.0.as_mut_ptr().cast()).collect();
         // SAFETY: every pointer is to an argument, which is copied before the call returns, as are the configuration and its attribute.

@@ -97,7 +97,7 @@ impl LoadedTable {
 impl Launch<'_> {
     /// Starts a matmul.
     pub(crate) fn matmul(&self, matmul: Matmul, on: Operands) -> Result<()> {
-        self.matmuls.run(self.gpu, self.kernels, matmul, on)
+        self.matmuls.run(self, matmul, on)
     }
 
     /// Computes the batch's tables.

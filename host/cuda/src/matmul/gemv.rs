@@ -1,7 +1,8 @@
 //! Matmuls of one row: `gemv.cu`. Such a matmul takes the time in which its weights are read, on every card; there is nothing to tune.
 
-use super::super::gpu::{Args, Gpu, View};
-use super::super::kernels::{Kernels, Source};
+use super::super::gpu::{Args, View};
+use super::super::kernels::Source;
+use super::super::launch::Launch;
 use super::{Gated, Matmul, Operands};
 use dpo_core::error::Result;
 
@@ -26,28 +27,20 @@ impl Matmul {
     }
 
     /// Starts it, where it [is one](Self::is_gemv).
-    pub(super) fn start_gemv(&self, gpu: &Gpu, kernels: &Kernels, on: Operands) -> Result<()> {
-        let c = if self.add { on.c.at } else { 0 };
-        let bias = if self.bias { on.bias } else { 0 };
-        let args = Args::default().with(on.a.at).with(on.b).with(c).with(bias).with(on.d.at);
+    pub(super) fn start_gemv(&self, on: &Launch<'_>, Operands { a, b, c, d, bias }: Operands) -> Result<()> {
+        let [c, bias] = [(self.add, c.at), (self.bias, bias)].map(|(given, at)| if given { at } else { 0 });
+        let args = Args::default().with(a.at).with(b).with(c).with(bias).with(d.at);
         let args = args.with(self.n as i32).with(self.k as i32);
-        let kernel = kernels.get(if self.wide { "gemv_wide" } else { "gemv" })?;
-        gpu.launch(kernel, [self.n.div_ceil(ROWS), 1, 1], [THREADS, 1, 1], 0, args)
+        let kernel = on.kernels.get(if self.wide { "gemv_wide" } else { "gemv" })?;
+        on.gpu.launch(kernel, [self.n.div_ceil(ROWS), 1, 1], [THREADS, 1, 1], 0, args)
     }
 }
 
 impl Gated {
     /// Starts `h = act(G · x) · (U · x)` for one row of `k` columns.
-    pub(super) fn start_gemv(
-        self,
-        gpu: &Gpu,
-        kernels: &Kernels,
-        k: usize,
-        [x, weights]: [View; 2],
-        h: View,
-    ) -> Result<()> {
+    pub(super) fn start_gemv(self, on: &Launch<'_>, k: usize, [x, weights]: [View; 2], h: View) -> Result<()> {
         let args = Args::default().with(x.at).with(weights).with(h.at).with(self.width as i32).with(k as i32);
         let args = args.with(self.activation as i32).with(self.limit);
-        gpu.launch(kernels.get("gemv_gated")?, [self.width, 1, 1], [THREADS, 1, 1], 0, args)
+        on.gpu.launch(on.kernels.get("gemv_gated")?, [self.width, 1, 1], [THREADS, 1, 1], 0, args)
     }
 }
