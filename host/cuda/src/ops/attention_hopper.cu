@@ -1,14 +1,37 @@
-// Attention for Hopper's tensor cores, as in attention.cu but for who multiplies: a warp group takes its 64 rows times a tile
-// that wgmma reads from shared memory itself, once for all four warps (PTX ISA, asynchronous warpgroup level matrix
-// instructions). Results lie in registers as those of mma do.
+// Attention for Hopper in the shape of FlashAttention-3 (Shah et al. 2024): one warp brings tiles to shared memory by the tensor
+// memory accelerator, two warp groups multiply with wgmma, and one has its softmax while the other multiplies. Takes the place of
+// kernels of attention.cu; the mask and the names are from there.
 //
-// A tile lies in blocks of 64 columns, rows of 128 bytes whose 16-byte pieces are swapped by the row's last three bits: the
-// 128-byte swizzle, in which a tile can be read along its rows and across them.
+// A block stays on its multiprocessor and takes one piece of work after the other (`piece_of`), longest first, so that the next
+// tiles are on their way while results are written. A warp group owns 64 rows of a tile of ROWS rows: queries, in the kernels
+// of the output and of dq; keys, in that of dk and dv. Tiles of the other side pass through a ring of STAGES places.
+//
+// In shared memory a tile lies in panels of 64 columns, rows of 128 bytes whose 16-byte pieces are swapped by the row's last three
+// bits: the 128-byte swizzle, in which wgmma reads a tile along its rows and across them. A head whose width is no multiple of 64
+// brings columns of the next head along (zeros behind the last), which nobody reads or which end in columns that nobody stores.
 
-#define TILE_BYTES (TILE * DIM * 2)
-#define BLOCK_BYTES (TILE * 128)
+#define ROWS 128
+#define PANELS ((DIM + 63) / 64)
+#define WIDTH ((DIM + 31) / 32 * 32)  // columns of a sum
+#define BYTES(rows) (PANELS * (rows) * 128)
+#define STAGES 2
+#define KEYS 128  // keys of a tile, for the output
+#define STEP 64   // rows of a tile that passes by, for gradients
+#define BLOCK 384
 
-__device__ __forceinline__ u32 place(int r, int piece) { return piece / 8 * BLOCK_BYTES + r * 128 + ((piece ^ r) & 7) * 16; }
+// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows. Rows behind the last are zero.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// A place in a ring, and the parity of its turn.
+struct Turn {
+    u32 stage = 0, parity = 0;
+
+    __device__ __forceinline__ void advance(u32 stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
 
 // Shared memory from the first address that a swizzled tile may have.
 __device__ __forceinline__ u32 swizzled_memory() {
@@ -16,316 +39,638 @@ __device__ __forceinline__ u32 swizzled_memory() {
     return (shared_address(shared) + 1023) / 1024 * 1024;
 }
 
-// Rows [first, first + TILE) of an example; rows beyond the example are zero. A thread always has the same piece of a row, and rows
-// a multiple of eight apart, so that the swizzle is the same in all of them.
-__device__ __forceinline__ void load_swizzled(u32 to, const View& from, const Tile& t, int first) {
-    constexpr int PIECES = DIM / 8, ROWS = THREADS / PIECES;
-    int r = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-    const bf16* source = row(from, t.start + first + r) + piece * 8;
-    u32 at = to + place(r, piece);
-#pragma unroll
-    for (int i = 0; i < TILE / ROWS; i++) {
-        bool inside = first + r + i * ROWS < t.length;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at + i * ROWS * 128),
-                     "l"(inside ? source + i * ROWS * from.ld : from.at), "r"(inside ? 16 : 0)
-                     : "memory");
-    }
+__device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
-// What cp.async and stores of this thread wrote becomes visible to wgmma.
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// One arrival, and the bytes that are to come before the barrier opens.
+__device__ __forceinline__ void expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(u64* barrier, u32 parity) {
+    u32 open;
+    do {
+        asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(open) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    } while (!open);
+}
+
+// ROWS_OF rows of a head, from a row of the buffer on.
+template <int ROWS_OF>
+__device__ __forceinline__ void bring(u32 to, const TensorMap& from, int head, int row, u64* barrier) {
+#pragma unroll
+    for (int panel = 0; panel < PANELS; panel++)
+#pragma unroll
+        for (int r = 0; r < ROWS_OF; r += 64)
+            asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                             to + (panel * ROWS_OF + r) * 128),
+                         "l"(&from), "r"(head * DIM + panel * 64), "r"(row + r), "r"(shared_address(barrier))
+                         : "memory");
+}
+
+// Registers of a thread: 168 at first, and what the warp group of the loading warp gives the two others take.
+template <int N>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
 __device__ __forceinline__ u64 descriptor(u32 at, u32 leading) {
     return (u64)(at >> 4 & 0x3fff) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
 }
 
 // A tile with its columns as the inner dimension, columns [16 k, 16 k + 16).
-__device__ __forceinline__ u64 along(u32 tile, int k) { return descriptor(tile + k / 4 * BLOCK_BYTES + k % 4 * 32, 16); }
+template <int ROWS_OF>
+__device__ __forceinline__ u64 along(u32 tile, int k) {
+    return descriptor(tile + k / 4 * ROWS_OF * 128 + k % 4 * 32, 16);
+}
 
 // A tile with its rows as the inner dimension, rows [16 k, 16 k + 16).
-__device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile + k * 2048, BLOCK_BYTES); }
+template <int ROWS_OF>
+__device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile + k * 2048, ROWS_OF * 128); }
 
 #define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SIXTEEN(d, n) FOUR(d, n), FOUR(d, n + 1), FOUR(d, n + 2), FOUR(d, n + 3)
 #define ALL64(d) SIXTEEN(d, 0), SIXTEEN(d, 4)
-#define ALL128(d) ALL64(d), SIXTEEN(d, 8), SIXTEEN(d, 12)
+#define ALL96(d) ALL64(d), SIXTEEN(d, 8)
+#define ALL128(d) ALL96(d), SIXTEEN(d, 12)
 #define NAMES64 \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES128 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-    "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES96 NAMES64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define NAMES128 NAMES96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // c (+)= a b^T of two tiles in shared memory, columns inside; `more` 0 begins a sum.
-__device__ __forceinline__ void multiply(float c[8][4], u64 a, u64 b, int more) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES64 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-                 : ALL64(c) : "l"(a), "l"(b), "r"(more));
-}
+#define MULTIPLY(N, A, B, MORE) \
+    __device__ __forceinline__ void multiply(float (&c)[N / 8][4], u64 a, u64 b, int more) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" MORE ", 0;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES##N "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}" \
+                     : ALL##N(c) : "l"(a), "l"(b), "r"(more)); \
+    }
+MULTIPLY(64, "32", "33", "34")
+MULTIPLY(128, "64", "65", "66")
 
 // c += a b with a in registers, rows of b inside. What a holds is made anew for every product: NVRTC 13.0 lets other values
 // take the place of registers that a loop reads again and again this way.
-__device__ __forceinline__ void multiply_add(float c[DIM / 8][4], const u32 a[4], u64 b) {
-#if DIM == 128
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES128 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}"
-                 : ALL128(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-    asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" NAMES64 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}"
-                 : ALL64(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
-}
+#define MULTIPLY_ADD(N, A0, A1, A2, A3, B) \
+    __device__ __forceinline__ void multiply_add(float (&c)[N / 8][4], const u32 (&a)[4], u64 b) { \
+        asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES##N "}, " \
+                     "{%" A0 ",%" A1 ",%" A2 ",%" A3 "}, %" B ", p, 1, 1, 1;\n}" \
+                     : ALL##N(c) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    }
+MULTIPLY_ADD(64, "32", "33", "34", "35", "36")
+MULTIPLY_ADD(96, "48", "49", "50", "51", "52")
+MULTIPLY_ADD(128, "64", "65", "66", "67", "68")
 
 // Registers are as the code before says; products may begin.
 __device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most N groups of products are in work; then `c` may be read.
-template <int N, int COLUMNS>
-__device__ __forceinline__ void done(float c[COLUMNS / 8][4]) {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+// Waits until at most PENDING groups of products are in work; then `c` may be read.
+template <int PENDING, int N>
+__device__ __forceinline__ void done(float (&c)[N][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 #pragma unroll
-    for (int n = 0; n < COLUMNS / 8; n++) asm volatile("" : FOUR(c, n)::"memory");
+    for (int n = 0; n < N; n++) asm volatile("" : FOUR(c, n)::"memory");
 }
 
-// A warp group's scores of 64 rows by TILE columns as the left side of a product.
+// A warp group's rows by 16 K columns as the left side of a product.
+template <int K>
 struct Left {
-    u32 a[TILE / 16][4];
+    u32 a[K][4];
 };
 
-__device__ __forceinline__ Left as_left(const float p[TILE / 8][4]) {
-    Left left;
+template <int N>
+__device__ __forceinline__ Left<N / 2> as_left(const float (&p)[N][4]) {
+    Left<N / 2> left;
 #pragma unroll
-    for (int k = 0; k < TILE / 16; k++) as_left(left.a[k], p[2 * k], p[2 * k + 1]);
+    for (int k = 0; k < N / 2; k++) as_left(left.a[k], p[2 * k], p[2 * k + 1]);
     return left;
 }
 
-// Three blocks fit into a multiprocessor, so that one multiplies while another has its softmax: values have one place, and are
-// on their way while scores are computed.
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
-    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, Shape s) {
-    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + TILE_BYTES;
-    Tile t = tiles[blockIdx.y];
-    int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
-    View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
-    __shared__ int starts[TILE];  // [query]
-    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
-    __syncthreads();
-
-    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
-    load_swizzled(qs, head(q, h), t, t.first);
-    load_swizzled(ks, keys, t, key);
-    commit();
-    float o[DIM / 8][4] = {};
-    Softmax softmax;
-    while (key < last) {
-        load_swizzled(vs, values, t, key);
-        commit();
-        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
-        if (after < last) load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
-        commit();
-        wait<2>();
-        publish();
-        __syncthreads();
-        float p[TILE / 8][4];
-        begin();
+// scores = rows of `own`, 64 of ROWS, times those of `other`.
+template <int N>
+__device__ __forceinline__ void scores(float (&c)[N][4], u32 own, u32 other) {
 #pragma unroll
-        for (int step = 0; step < KSTEPS; step++)
-            multiply(p, along(qs, step), along(ks + stage * TILE_BYTES, step), step);
-        end();
-        done<0, TILE>(p);
-        softmax.step(p, o, t, starts, mine, key, s);
-        Left left = as_left(p);
-        wait<1>();
-        publish();
-        __syncthreads();
-        begin();
-#pragma unroll
-        for (int step = 0; step < TILE / 16; step++) multiply_add(o, left.a[step], across(vs, step));
-        end();
-        done<0, DIM>(o);
-        __syncthreads();
-        key = after;
-        stage ^= 1;
-    }
-    softmax.finish(o, out, lse, t, mine, h, s);
+    for (int k = 0; k < KSTEPS; k++) multiply(c, along<ROWS>(own, k), along<N * 8>(other, k), k);
+    end();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    attention_dq(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
-                 const float* delta, View dq, Shape s) {
-    u32 ks = swizzled_memory(), vs = ks + 2 * TILE_BYTES, qs = vs + 2 * TILE_BYTES, ds = qs + TILE_BYTES;
-    Tile t = tiles[blockIdx.y];
-    int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
-    View keys = head(k, h / s.share), values = head(v, h / s.share);
-    int last = min(t.first + TILE, t.length);
-    __shared__ int starts[TILE];  // [query]
-    if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
-    __syncthreads();
-
-    int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
-    load_swizzled(qs, head(q, h), t, t.first);
-    load_swizzled(ds, head(dout, h), t, t.first);
-    load_swizzled(ks, keys, t, key);
-    load_swizzled(vs, values, t, key);
-    commit();
-    float logsum[2], pull[2];
-    own_numbers(logsum, pull, lse, delta, t, mine, h, s);
-    float sums[DIM / 8][4] = {}, scale = s.scale * LOG2E;
-    while (key < last) {
-        int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
-        if (after < last) {
-            load_swizzled(ks + (stage ^ 1) * TILE_BYTES, keys, t, after);
-            load_swizzled(vs + (stage ^ 1) * TILE_BYTES, values, t, after);
-        }
-        commit();
-        wait<1>();
-        publish();
-        __syncthreads();
-        u32 kt = ks + stage * TILE_BYTES, vt = vs + stage * TILE_BYTES;
-        float p[TILE / 8][4], dp[TILE / 8][4];
-        begin();
+// c += p times rows of `other`.
+template <int K>
+__device__ __forceinline__ void add(float (&c)[WIDTH / 8][4], const Left<K>& p, u32 other) {
 #pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(p, along(qs, step), along(kt, step), step);
-        end();
-#pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(dp, along(ds, step), along(vt, step), step);
-        end();
-        done<1, TILE>(p);
-        bool whole = all_visible(t, begins_of(starts), t.first, TILE, key, TILE, s.window);
-#if SOFTCAP
-        float slopes[TILE / 8][4];
-#endif
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int from = t.first + mine + lane / 4 + i / 2 * 8, to = key + n * 8 + lane % 4 * 2 + i % 2;
-                bool seen = whole || visible(t, starts[from - t.first], from, to, s.window);
-                float slope = bend(p[n][i], s);
-                p[n][i] = seen ? exp2_fast(p[n][i] * scale - logsum[i / 2]) : 0.f;
-#if SOFTCAP
-                slopes[n][i] = slope;
-#endif
-            }
-        done<0, TILE>(dp);
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] *= dp[n][i] - pull[i / 2];
-#if SOFTCAP
-                p[n][i] *= slopes[n][i];
-#endif
-            }
-        Left left = as_left(p);
-        begin();
-#pragma unroll
-        for (int step = 0; step < TILE / 16; step++) multiply_add(sums, left.a[step], across(kt, step));
-        end();
-        done<0, DIM>(sums);
-        __syncthreads();
-        key = after;
-        stage ^= 1;
-    }
-    store<DIM>(head(dq, h), t, t.first + mine, 0, sums, s.scale, s.scale);
+    for (int k = 0; k < K; k++) multiply_add(c, p.a[k], across<K * 16>(other, k));
+    end();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    attention_dkv(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
-                  const float* delta, View dk, View dv, Shape s) {
-    u32 qs = swizzled_memory(), ds = qs + 2 * TILE_BYTES, ks = ds + 2 * TILE_BYTES, vs = ks + TILE_BYTES;
-    __shared__ float numbers[2][2][TILE];  // [stage][lse, delta][query]
-    __shared__ int starts[2][TILE];         // [stage][query]
-    // Tiles come in the order of the keys they see; the first keys are seen by most queries.
-    Tile t = tiles[gridDim.y - 1 - blockIdx.y];
-    int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
+// Pieces of work go to blocks one after the other, in every second round from the last block to the first: they come longest
+// first, so that every block gets long and short ones.
+__device__ __forceinline__ int piece_of(int round) {
+    int last = gridDim.x - 1;
+    return round * gridDim.x + (round % 2 ? last - blockIdx.x : blockIdx.x);
+}
 
-    auto next = [&](int query) {
-        // Without a window, keys of the prompt are hidden from no query behind them.
-        if (s.window == 0 && t.first + TILE <= t.prompt) return query;
-        while (query < t.length &&
-               none_visible(t, begins_of(begins, t, query, TILE), query, TILE, t.first, TILE, s.window))
-            query += TILE;
-        return query;
-    };
-    auto load = [&](int stage, int query) {
-        load_swizzled(qs + stage * TILE_BYTES, head(q, h), t, query);
-        load_swizzled(ds + stage * TILE_BYTES, head(dout, h), t, query);
-        int i = threadIdx.x % TILE;
-        bool first = threadIdx.x < TILE, inside = query + i < t.length;
-        float number = inside ? (first ? lse : delta)[(long long)h * s.tokens + t.start + query + i] : 0.f;
-        numbers[stage][first ? 0 : 1][i] = first ? number * LOG2E : number;
-        if (first) starts[stage][i] = begin_of(begins, t, query + i);
-    };
-    load_swizzled(ks, head(k, h / s.share), t, t.first);
-    load_swizzled(vs, head(v, h / s.share), t, t.first);
-    int query = next(t.first), stage = 0;
-    float dks[DIM / 8][4] = {}, dvs[DIM / 8][4] = {}, scale = s.scale * LOG2E;
-    if (query < t.length) load(0, query);
-    commit();
-    while (query < t.length) {
-        int after = next(query + TILE);
-        if (after < t.length) load(stage ^ 1, after);
-        commit();
-        wait<1>();
-        publish();
-        __syncthreads();
-        u32 qt = qs + stage * TILE_BYTES, dt = ds + stage * TILE_BYTES;
-        float p[TILE / 8][4], dp[TILE / 8][4];
-        begin();
-#pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(p, along(ks, step), along(qt, step), step);
-        end();
-#pragma unroll
-        for (int step = 0; step < KSTEPS; step++) multiply(dp, along(vs, step), along(dt, step), step);
-        end();
-        done<1, TILE>(p);
-        bool whole = all_visible(t, begins_of(starts[stage]), query, TILE, t.first, TILE, s.window);
-#if SOFTCAP
-        float slopes[TILE / 8][4];
+// One lane of every warp says that a warp group has read what the barrier guards.
+__device__ __forceinline__ void release(u64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+// The two warp groups issue products in turns, so that one has its softmax while the other multiplies.
+__device__ __forceinline__ void begin_turn(int group) {
+#ifdef PINGPONG
+    asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
 #endif
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int at = n * 8 + lane % 4 * 2 + i % 2, to = t.first + mine + lane / 4 + i / 2 * 8;
-                bool seen = whole || visible(t, starts[stage][at], query + at, to, s.window);
-                float slope = bend(p[n][i], s);
-                p[n][i] = seen ? exp2_fast(p[n][i] * scale - numbers[stage][0][at]) : 0.f;
-#if SOFTCAP
-                slopes[n][i] = slope;
+    begin();
+}
+
+__device__ __forceinline__ void end_turn(int group) {
+#ifdef PINGPONG
+    asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group ^ 1)) : "memory");
 #endif
-            }
-        Left weights = as_left(p);
-        done<0, TILE>(dp);
+}
+
+// Where a tile that passes by begins, from the loading warp to the others: its complement, if it is the last one.
+__device__ __forceinline__ int told(int at, bool last) { return last ? ~at : at; }
+
+// Scores that queries do not see become nothing. `own` is the first of a thread's two rows, `column` the first of its columns' sixteen
+// bytes; ROWS_ARE_QUERIES says which are keys. `begin(i, n)` is where the answer of a query begins.
+template <int N, bool ROWS_ARE_QUERIES, bool WINDOW, class Begin>
+__device__ __forceinline__ void hide(float (&p)[N][4], const Tile& t, int own, int column, int window, Begin begin) {
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
+    for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                p[n][i] *= dp[n][i] - numbers[stage][1][n * 8 + lane % 4 * 2 + i % 2];
-#if SOFTCAP
-                p[n][i] *= slopes[n][i];
-#endif
-            }
-        Left pulls = as_left(p);
-        begin();
-#pragma unroll
-        for (int step = 0; step < TILE / 16; step++) {
-            multiply_add(dvs, weights.a[step], across(dt, step));
-            multiply_add(dks, pulls.a[step], across(qt, step));
+        for (int i = 0; i < 4; i++) {
+            int mine = own + i / 2 * 8, other = column + n * 8 + i % 2;
+            int query = ROWS_ARE_QUERIES ? mine : other, key = ROWS_ARE_QUERIES ? other : mine, start = begin(n, i);
+            // No branches: most of a tile is seen.
+            bool of_prompt = key < t.prompt, seen = (key <= query) & (of_prompt | (key >= start));
+            if (WINDOW) seen &= query - key - (of_prompt ? start - t.prompt : 0) < window;
+            p[n][i] = seen ? p[n][i] : -1e30f;
         }
-        end();
-        done<0, DIM>(dvs);
-        done<0, DIM>(dks);
-        __syncthreads();
-        query = after;
-        stage ^= 1;
+}
+
+template <bool ROWS_ARE_QUERIES, int N, class Begin>
+__device__ __forceinline__ void hide(float (&p)[N][4], const Tile& t, int own, int column, int window, Begin begin) {
+    column += threadIdx.x % 4 * 2;
+    if (window) hide<N, ROWS_ARE_QUERIES, true>(p, t, own, column, window, begin);
+    else hide<N, ROWS_ARE_QUERIES, false>(p, t, own, column, window, begin);
+}
+
+// The softmax of a thread's two rows, a tile of keys after the other.
+struct RowSoftmax {
+    float max[2] = {-1e30f, -1e30f}, sum[2] = {};
+
+    // Scores become weights; what was summed before is to shrink by `shrink`.
+    __device__ __forceinline__ void step(float (&p)[KEYS / 8][4], float (&shrink)[2], float scale) {
+        float top[2] = {max[0], max[1]};
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) top[i / 2] = fmaxf(top[i / 2], p[n][i]);
+        float shift[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(0xffffffffu, top[r], 2));
+            // A row that has seen nothing yet has no maximum to subtract.
+            shift[r] = top[r] <= -1e30f ? 0.f : top[r] * scale;
+            shrink[r] = exp2_fast((max[r] - top[r]) * scale);
+            max[r] = top[r];
+            sum[r] *= shrink[r];
+        }
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                p[n][i] = exp2_fast(p[n][i] * scale - shift[i / 2]);
+                sum[i / 2] += p[n][i];
+            }
     }
-    store<DIM>(head(dk, h), t, t.first + mine, 0, dks, s.scale, s.scale);
-    store<DIM>(head(dv, h), t, t.first + mine, 0, dvs, 1.f, 1.f);
+};
+
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A piece is a head and a tile of ROWS queries.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+    attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
+              const Tile* tiles, const int* begins, View out, float* lse, int count, Shape s) {
+    __shared__ u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    __shared__ int at[STAGES];
+    u32 qs = swizzled_memory(), ks = qs + BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
+    if (threadIdx.x == 0) {
+        make_barrier(&q_full, 1);
+        make_barrier(&q_empty, 8);
+        for (int i = 0; i < STAGES; i++) {
+            make_barrier(k_full + i, 1);
+            make_barrier(v_full + i, 1);
+            make_barrier(k_empty + i, 8);
+            make_barrier(v_empty + i, 8);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    int pieces = count * s.heads;
+    Turn turn;
+    u32 parity = 0;
+    if (threadIdx.x < 128) {
+        give_registers<24>();
+        if (threadIdx.x > 0) return;
+        for (int round = 0; piece_of(round) < pieces; round++) {
+            Tile t = tiles[piece_of(round) / s.heads];
+            int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
+            Begins b = begins_of(begins, t, t.first, ROWS);
+            auto next = [&](int key) {
+                while (key < last && none_visible(t, b, t.first, ROWS, key, KEYS, s.window)) key += KEYS;
+                return key;
+            };
+            wait_for(&q_empty, parity ^ 1);
+            expect(&q_full, BYTES(ROWS));
+            bring<ROWS>(qs, q, h, t.start + t.first - s.cached, &q_full);
+            parity ^= 1;
+            for (int key = next(0), after; key < last; key = after) {
+                after = next(key + KEYS);
+                wait_for(k_empty + turn.stage, turn.parity ^ 1);
+                at[turn.stage] = told(key, after >= last);
+                expect(k_full + turn.stage, BYTES(KEYS));
+                bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
+                wait_for(v_empty + turn.stage, turn.parity ^ 1);
+                expect(v_full + turn.stage, BYTES(KEYS));
+                bring<KEYS>(vs + turn.stage * BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
+                turn.advance(STAGES);
+            }
+        }
+        return;
+    }
+    take_registers<240>();
+    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    qs += group * 64 * 128;
+    float scale = s.scale * LOG2E;
+    if (group == 1) end_turn(group);
+    for (int round = 0; piece_of(round) < pieces; round++) {
+        Tile t = tiles[piece_of(round) / s.heads];
+        int h = piece_of(round) % s.heads, query = t.first + group * 64, own = query + threadIdx.x % 128 / 32 * 16 + lane / 4;
+        Begins b = {begin_of(begins, t, query), begin_of(begins, t, query + 63)};
+        int starts[2] = {begin_of(begins, t, own), begin_of(begins, t, own + 8)};
+        // Scores of the queries that there are; those behind the example are not stored.
+        auto mask = [&](float (&p)[KEYS / 8][4], int key) {
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) bend(p[n][i], s);
+            if (!all_visible(t, b, query, min(64, t.length - query), key, KEYS, s.window))
+                hide<true>(p, t, own, key, s.window, [&](int, int i) { return starts[i / 2]; });
+        };
+        float o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
+        RowSoftmax softmax;
+        wait_for(&q_full, parity);
+        wait_for(k_full + turn.stage, turn.parity);
+        int key = at[turn.stage];
+        begin_turn(group);
+        scores(p, qs, ks + turn.stage * BYTES(KEYS));
+        end_turn(group);
+        done<0>(p);
+        release(k_empty + turn.stage);
+        mask(p, key < 0 ? ~key : key);
+        softmax.step(p, shrink, scale);
+        while (key >= 0) {
+            Left<KEYS / 16> weights = as_left(p);
+            Turn now = turn;
+            turn.advance(STAGES);
+            wait_for(k_full + turn.stage, turn.parity);
+            key = at[turn.stage];
+            begin_turn(group);
+            scores(p, qs, ks + turn.stage * BYTES(KEYS));
+            wait_for(v_full + now.stage, now.parity);
+            add(o, weights, vs + now.stage * BYTES(KEYS));
+            end_turn(group);
+            done<1>(p);
+            release(k_empty + turn.stage);
+            mask(p, key < 0 ? ~key : key);
+            softmax.step(p, shrink, scale);
+            done<0>(o);
+            release(v_empty + now.stage);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
+        }
+        release(&q_empty);
+        parity ^= 1;
+        Left<KEYS / 16> weights = as_left(p);
+        wait_for(v_full + turn.stage, turn.parity);
+        begin();
+        add(o, weights, vs + turn.stage * BYTES(KEYS));
+        done<0>(o);
+        release(v_empty + turn.stage);
+        turn.advance(STAGES);
+        float by[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            float sum = softmax.sum[r];
+            sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+            sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+            by[r] = 1.f / sum;
+            if (lane % 4 == 0 && own + r * 8 < t.length)
+                lse[(long long)h * s.tokens + t.start + own + r * 8] = softmax.max[r] * s.scale + logf(sum);
+        }
+        store<DIM>(head(out, h), t, own - lane / 4, 0, o, by[0], by[1]);
+    }
+}
+
+// Places of the ring through which tiles of two values pass.
+#define PAIRS 4
+
+// dq. A piece is a head and a tile of ROWS queries; keys and values pass by.
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+    attention_dq(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
+                 const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
+                 const float* delta, View dq, int count, Shape s) {
+    __shared__ u64 own_full, own_empty, full[PAIRS], empty[PAIRS];
+    __shared__ int at[PAIRS];
+    u32 owns = swizzled_memory(), pairs = owns + 2 * BYTES(ROWS);
+    if (threadIdx.x == 0) {
+        make_barrier(&own_full, 1);
+        make_barrier(&own_empty, 8);
+        for (int i = 0; i < PAIRS; i++) make_barrier(full + i, 1), make_barrier(empty + i, 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    int pieces = count * s.heads;
+    Turn turn;
+    u32 parity = 0;
+    if (threadIdx.x < 128) {
+        give_registers<24>();
+        if (threadIdx.x > 0) return;
+        for (int round = 0; piece_of(round) < pieces; round++) {
+            Tile t = tiles[piece_of(round) / s.heads];
+            int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
+            Begins b = begins_of(begins, t, t.first, ROWS);
+            auto next = [&](int key) {
+                while (key < last && none_visible(t, b, t.first, ROWS, key, STEP, s.window)) key += STEP;
+                return key;
+            };
+            wait_for(&own_empty, parity ^ 1);
+            expect(&own_full, 2 * BYTES(ROWS));
+            bring<ROWS>(owns, q, h, t.start + t.first, &own_full);
+            bring<ROWS>(owns + BYTES(ROWS), dout, h, t.start + t.first, &own_full);
+            parity ^= 1;
+            for (int key = next(0), after; key < last; key = after) {
+                after = next(key + STEP);
+                wait_for(empty + turn.stage, turn.parity ^ 1);
+                at[turn.stage] = told(key, after >= last);
+                u32 to = pairs + turn.stage * 2 * BYTES(STEP);
+                expect(full + turn.stage, 2 * BYTES(STEP));
+                bring<STEP>(to, k, h / s.share, t.start + key, full + turn.stage);
+                bring<STEP>(to + BYTES(STEP), v, h / s.share, t.start + key, full + turn.stage);
+                turn.advance(PAIRS);
+            }
+        }
+        return;
+    }
+    take_registers<240>();
+    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    owns += group * 64 * 128;
+    float scale = s.scale * LOG2E;
+    for (int round = 0; piece_of(round) < pieces; round++) {
+        Tile t = tiles[piece_of(round) / s.heads];
+        int h = piece_of(round) % s.heads, query = t.first + group * 64, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+        int own = t.first + mine + lane / 4;
+        Begins b = {begin_of(begins, t, query), begin_of(begins, t, query + 63)};
+        int starts[2] = {begin_of(begins, t, own), begin_of(begins, t, own + 8)};
+        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
+        own_numbers(logsum, pull, lse, delta, t, mine, h, s);
+        int key = 0, before = -1;
+        // Waits for the next tile of which this warp group sees something; false behind the last. Gives the place of the tile before back
+        // where it goes past others: they may need it.
+        auto next = [&] {
+            while (key >= 0) {
+                wait_for(full + turn.stage, turn.parity);
+                key = at[turn.stage];
+                if (!none_visible(t, b, query, 64, key < 0 ? ~key : key, STEP, s.window)) return true;
+                if (before >= 0) {
+                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    release(empty + before);
+                    before = -1;
+                }
+                release(empty + turn.stage);
+                turn.advance(PAIRS);
+            }
+            return false;
+        };
+        wait_for(&own_full, parity);
+        bool more = next();
+        if (more) {
+            begin();
+            scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+            done<0>(p);
+        }
+        while (more) {
+            u32 tile = pairs + turn.stage * 2 * BYTES(STEP);
+            begin();
+            scores(dp, owns + BYTES(ROWS), tile + BYTES(STEP));
+            int first = key < 0 ? ~key : key;
+#if SOFTCAP
+            float slopes[STEP / 8][4];
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
+#endif
+            if (!all_visible(t, b, query, min(64, t.length - query), first, STEP, s.window))
+                hide<true>(p, t, own, first, s.window, [&](int, int i) { return starts[i / 2]; });
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - logsum[i / 2]);
+            done<0>(dp);
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    p[n][i] *= dp[n][i] - pull[i / 2];
+#if SOFTCAP
+                    p[n][i] *= slopes[n][i];
+#endif
+                }
+            Left<STEP / 16> left = as_left(p);
+            begin();
+            add(sums, left, tile);
+            before = turn.stage;
+            turn.advance(PAIRS);
+            more = next();
+            if (more) {
+                begin();
+                scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+            }
+            done<0>(p);
+            done<0>(sums);
+            if (before >= 0) release(empty + before);
+        }
+        release(&own_empty);
+        parity ^= 1;
+        store<DIM>(head(dq, h), t, t.first + mine, 0, sums, s.scale, s.scale);
+    }
+}
+
+// dk and dv. A piece is a tile of ROWS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
+// gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM].
+extern "C" __global__ void __launch_bounds__(BLOCK, 1)
+    attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
+                  const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
+                  const float* delta, View dk, View dv, int count, int parts, Shape s) {
+    __shared__ u64 own_full, own_empty, full[PAIRS], empty[PAIRS];
+    __shared__ int at[PAIRS], starts[PAIRS][STEP];
+    __shared__ float logsums[PAIRS][STEP], pulls[PAIRS][STEP];
+    u32 owns = swizzled_memory(), pairs = owns + 2 * BYTES(ROWS);
+    if (threadIdx.x == 0) {
+        make_barrier(&own_full, 1);
+        make_barrier(&own_empty, 8);
+        for (int i = 0; i < PAIRS; i++) make_barrier(full + i, 1 + 32), make_barrier(empty + i, 8);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    int columns = s.heads / s.share * parts, pieces = count * columns, lane = threadIdx.x % 32;
+    Turn turn;
+    u32 parity = 0;
+    if (threadIdx.x < 128) {
+        give_registers<24>();
+        if (threadIdx.x >= 32) return;
+        for (int round = 0; piece_of(round) < pieces; round++) {
+            Tile t = tiles[piece_of(round) / columns];
+            int column = piece_of(round) % columns, kv = column / parts, part = column % parts;
+            auto next = [&](int query) {
+                // Without a window, keys of the prompt are hidden from no query behind them.
+                if (s.window == 0 && t.first + ROWS <= t.prompt) return query;
+                while (query < t.length &&
+                       none_visible(t, begins_of(begins, t, query, STEP), query, STEP, t.first, ROWS, s.window))
+                    query += STEP;
+                return query;
+            };
+            if (lane == 0) {
+                wait_for(&own_empty, parity ^ 1);
+                expect(&own_full, 2 * BYTES(ROWS));
+                bring<ROWS>(owns, k, kv, t.start + t.first, &own_full);
+                bring<ROWS>(owns + BYTES(ROWS), v, kv, t.start + t.first, &own_full);
+            }
+            parity ^= 1;
+            int h = kv * s.share + s.share * part / parts, end = kv * s.share + s.share * (part + 1) / parts;
+            for (; h < end; h++)
+                for (int query = next(t.first), after; query < t.length; query = after) {
+                    after = next(query + STEP);
+                    wait_for(empty + turn.stage, turn.parity ^ 1);
+                    if (lane == 0) {
+                        at[turn.stage] = told(query, after >= t.length && h + 1 == end);
+                        u32 to = pairs + turn.stage * 2 * BYTES(STEP);
+                        expect(full + turn.stage, 2 * BYTES(STEP));
+                        bring<STEP>(to, q, h, t.start + query, full + turn.stage);
+                        bring<STEP>(to + BYTES(STEP), dout, h, t.start + query, full + turn.stage);
+                    }
+                    for (int i = lane; i < STEP; i += 32) {
+                        // Queries behind the example have no weight: what lies there is of others.
+                        bool inside = query + i < t.length;
+                        long long place = (long long)h * s.tokens + t.start + query + i;
+                        logsums[turn.stage][i] = inside ? lse[place] * LOG2E : 1e30f;
+                        pulls[turn.stage][i] = inside ? delta[place] : 0.f;
+                        starts[turn.stage][i] = begin_of(begins, t, query + i);
+                    }
+                    arrive(full + turn.stage);
+                    turn.advance(PAIRS);
+                }
+        }
+        return;
+    }
+    take_registers<240>();
+    int group = threadIdx.x / 128 - 1, column = lane % 4 * 2;
+    owns += group * 64 * 128;
+    float scale = s.scale * LOG2E;
+    for (int round = 0; piece_of(round) < pieces; round++) {
+        Tile t = tiles[piece_of(round) / columns];
+        int keys = t.first + group * 64, mine = group * 64 + threadIdx.x % 128 / 32 * 16, own = t.first + mine + lane / 4;
+        float dks[WIDTH / 8][4] = {}, dvs[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
+        int query = 0, before = -1;
+        // Waits for the next tile that sees something of this warp group's keys, as in attention_dq.
+        auto next = [&] {
+            while (query >= 0) {
+                wait_for(full + turn.stage, turn.parity);
+                query = at[turn.stage];
+                if (!none_visible(t, begins_of(starts[turn.stage]), query < 0 ? ~query : query, STEP, keys, 64, s.window)) return true;
+                if (before >= 0) {
+                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                    release(empty + before);
+                    before = -1;
+                }
+                release(empty + turn.stage);
+                turn.advance(PAIRS);
+            }
+            return false;
+        };
+        wait_for(&own_full, parity);
+        bool more = next();
+        if (more) {
+            begin();
+            scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+            done<0>(p);
+        }
+        while (more) {
+            u32 tile = pairs + turn.stage * 2 * BYTES(STEP);
+            begin();
+            scores(dp, owns + BYTES(ROWS), tile + BYTES(STEP));
+            int stage = turn.stage, first = query < 0 ? ~query : query;
+#if SOFTCAP
+            float slopes[STEP / 8][4];
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
+#endif
+            if (!all_visible(t, begins_of(starts[stage]), first, min(STEP, t.length - first), keys, 64, s.window))
+                hide<false>(p, t, own, first, s.window,
+                                      [&](int n, int i) { return starts[stage][n * 8 + column + i % 2]; });
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++) {
+                float2 logsum = *(const float2*)&logsums[stage][n * 8 + column];
+#pragma unroll
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
+            }
+            Left<STEP / 16> weights = as_left(p);
+            done<0>(dp);
+            begin();
+            add(dvs, weights, tile + BYTES(STEP));
+#pragma unroll
+            for (int n = 0; n < STEP / 8; n++) {
+                float2 pull = *(const float2*)&pulls[stage][n * 8 + column];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    dp[n][i] = p[n][i] * (dp[n][i] - (i % 2 ? pull.y : pull.x));
+#if SOFTCAP
+                    dp[n][i] *= slopes[n][i];
+#endif
+                }
+            }
+            Left<STEP / 16> pushes = as_left(dp);
+            begin();
+            add(dks, pushes, tile);
+            before = stage;
+            turn.advance(PAIRS);
+            more = next();
+            if (more) {
+                begin();
+                scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+            }
+            done<0>(p);
+            done<0>(dvs);
+            done<0>(dks);
+            if (before >= 0) release(empty + before);
+        }
+        release(&own_empty);
+        parity ^= 1;
+        int place = piece_of(round) % columns;
+        store<DIM>(head(dk, place), t, t.first + mine, 0, dks, s.scale, s.scale);
+        store<DIM>(head(dv, place), t, t.first + mine, 0, dvs, 1.f, 1.f);
+    }
 }
