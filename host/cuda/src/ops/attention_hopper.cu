@@ -15,8 +15,9 @@
 #define WIDTH ((DIM + 31) / 32 * 32)  // columns of a sum
 #define BYTES(rows) (PANELS * (rows) * 128)
 #define STAGES 2
-#define KEYS 128  // keys of a tile, for the output
-#define STEP 64   // rows of a tile that passes by, for gradients
+#define KEYS 128  // keys of a tile that passes by
+#define STEP 64   // queries of a tile, for dk and dv
+#define PAIRS 4   // places of the ring through which those pass
 #define BLOCK 384
 
 // What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows. Rows behind the last are zero.
@@ -176,10 +177,20 @@ __device__ __forceinline__ int piece_of(int round) {
     return round * gridDim.x + (round % 2 ? last - blockIdx.x : blockIdx.x);
 }
 
+// The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left to do
+// while they are computed. The loop around the test of a barrier, which is open already, ends the block.
+__device__ __forceinline__ void stay(u64* open, u32 parity) { wait_for(open, parity); }
+
 // One lane of every warp says that a warp group has read what the barrier guards.
 __device__ __forceinline__ void release(u64* barrier) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+__device__ __forceinline__ float2 pair_at(u32 at) {
+    float2 pair;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(at));
+    return pair;
 }
 
 // The two warp groups issue products in turns, so that one has its softmax while the other multiplies.
@@ -196,8 +207,32 @@ __device__ __forceinline__ void end_turn(int group) {
 #endif
 }
 
-// Where a tile that passes by begins, from the loading warp to the others: its complement, if it is the last one.
-__device__ __forceinline__ int told(int at, bool last) { return last ? ~at : at; }
+// A piece of work, as the loading warp tells it to the others: a tile of rows, a head, and of queries where their answers begin.
+struct Piece {
+    Tile t;
+    int head;
+    int starts[ROWS];
+};
+
+// What of a tile that passes by a warp group sees.
+enum Sight { NONE, PART, WHOLE };
+
+// A tile that passes by, as the loading warp tells it to a warp group.
+struct Passing {
+    int word;
+
+    __device__ __forceinline__ Passing(int first, bool last, Sight sight) : word(first << 3 | last << 2 | sight) {}
+    __device__ __forceinline__ explicit Passing(int told) : word(told) {}
+    __device__ __forceinline__ int first() const { return word >> 3; }
+    __device__ __forceinline__ bool last() const { return word & 4; }
+    __device__ __forceinline__ Sight sight() const { return Sight(word & 3); }
+};
+
+// What 64 queries see of some keys. Queries behind the example do not count: their rows are not stored, or have no weight.
+__device__ __forceinline__ Sight sight_of(const Tile& t, Begins b, int query, int key, int keys, int window) {
+    if (none_visible(t, b, query, 64, key, keys, window)) return NONE;
+    return all_visible(t, b, query, min(64, t.length - query), key, keys, window) ? WHOLE : PART;
+}
 
 // Scores that queries do not see become nothing. `own` is the first of a thread's two rows, `column` the first of its columns' sixteen
 // bytes; ROWS_ARE_QUERIES says which are keys. `begin(i, n)` is where the answer of a query begins.
@@ -221,6 +256,13 @@ __device__ __forceinline__ void hide(float (&p)[N][4], const Tile& t, int own, i
     column += threadIdx.x % 4 * 2;
     if (window) hide<N, ROWS_ARE_QUERIES, true>(p, t, own, column, window, begin);
     else hide<N, ROWS_ARE_QUERIES, false>(p, t, own, column, window, begin);
+}
+
+// exp2_fast, which stays where it stands: before a wait for products that are computed meanwhile.
+__device__ __forceinline__ float exp2_now(float x) {
+    float y;
+    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 // The softmax of a thread's two rows, a tile of keys after the other.
@@ -249,22 +291,44 @@ struct RowSoftmax {
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2_fast(p[n][i] * scale - shift[i / 2]);
+                p[n][i] = exp2_now(p[n][i] * scale - shift[i / 2]);
                 sum[i / 2] += p[n][i];
             }
     }
 };
 
-// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A piece is a head and a tile of ROWS queries.
+// Waits for the next tile of which a warp group sees something, or the last one. Where it passes others by, the place of the tile before goes
+// back: they may need it.
+template <int N>
+__device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&told)[N][2], Turn& turn, int group, int& before) {
+    while (true) {
+        wait_for(full + turn.stage, turn.parity);
+        Passing tile(told[turn.stage][group]);
+        if (tile.last() || tile.sight() != NONE) return tile;
+        if (before >= 0) {
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release(empty + before);
+            before = -1;
+        }
+        release(empty + turn.stage);
+        turn.advance(N);
+    }
+}
+
+// out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A piece is a head and a tile of ROWS queries. Scores of the next tile
+// of keys, which may be the first of the next piece, are computed during the softmax.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
               const Tile* tiles, const int* begins, View out, float* lse, int count, Shape s) {
-    __shared__ u64 q_full, q_empty, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    __shared__ int at[STAGES];
-    u32 qs = swizzled_memory(), ks = qs + BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
+    __shared__ u64 q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    __shared__ Piece told_pieces[2];
+    __shared__ int told[STAGES][2];
+    u32 qs = swizzled_memory(), ks = qs + 2 * BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
     if (threadIdx.x == 0) {
-        make_barrier(&q_full, 1);
-        make_barrier(&q_empty, 8);
+        for (int i = 0; i < 2; i++) {
+            make_barrier(q_full + i, 1 + 32);
+            make_barrier(q_empty + i, 8);
+        }
         for (int i = 0; i < STAGES; i++) {
             make_barrier(k_full + i, 1);
             make_barrier(v_full + i, 1);
@@ -274,100 +338,69 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    int pieces = count * s.heads;
-    Turn turn;
-    u32 parity = 0;
+    int pieces = count * s.heads, lane = threadIdx.x % 32;
+    Turn turn, own;
     if (threadIdx.x < 128) {
         give_registers<24>();
-        if (threadIdx.x > 0) return;
+        if (threadIdx.x >= 32) return;
         for (int round = 0; piece_of(round) < pieces; round++) {
             Tile t = tiles[piece_of(round) / s.heads];
             int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
-            Begins b = begins_of(begins, t, t.first, ROWS);
-            auto next = [&](int key) {
-                while (key < last && none_visible(t, b, t.first, ROWS, key, KEYS, s.window)) key += KEYS;
-                return key;
-            };
-            wait_for(&q_empty, parity ^ 1);
-            expect(&q_full, BYTES(ROWS));
-            bring<ROWS>(qs, q, h, t.start + t.first - s.cached, &q_full);
-            parity ^= 1;
-            for (int key = next(0), after; key < last; key = after) {
-                after = next(key + KEYS);
-                wait_for(k_empty + turn.stage, turn.parity ^ 1);
-                at[turn.stage] = told(key, after >= last);
-                expect(k_full + turn.stage, BYTES(KEYS));
-                bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
-                wait_for(v_empty + turn.stage, turn.parity ^ 1);
-                expect(v_full + turn.stage, BYTES(KEYS));
-                bring<KEYS>(vs + turn.stage * BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
-                turn.advance(STAGES);
+            Piece& piece = told_pieces[own.stage];
+            wait_for(q_empty + own.stage, own.parity ^ 1);
+            for (int i = lane; i < ROWS; i += 32) piece.starts[i] = begin_of(begins, t, t.first + i);
+            if (lane == 0) {
+                piece.t = t;
+                piece.head = h;
+                expect(q_full + own.stage, BYTES(ROWS));
+                bring<ROWS>(qs + own.stage * BYTES(ROWS), q, h, t.start + t.first - s.cached, q_full + own.stage);
             }
+            arrive(q_full + own.stage);
+            own.advance(2);
+            __syncwarp();
+            if (lane == 0) {
+                auto next = [&](int key) {
+                    while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
+                    return key;
+                };
+                for (int key = next(0), after; key < last; key = after) {
+                    after = next(key + KEYS);
+                    wait_for(k_empty + turn.stage, turn.parity ^ 1);
+                    for (int i = 0; i < 2; i++) {
+                        Begins b = {piece.starts[i * 64], piece.starts[i * 64 + 63]};
+                        told[turn.stage][i] = Passing(key, after >= last, sight_of(t, b, t.first + i * 64, key, KEYS, s.window)).word;
+                    }
+                    expect(k_full + turn.stage, BYTES(KEYS));
+                    bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
+                    wait_for(v_empty + turn.stage, turn.parity ^ 1);
+                    expect(v_full + turn.stage, BYTES(KEYS));
+                    bring<KEYS>(vs + turn.stage * BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
+                    turn.advance(STAGES);
+                }
+            }
+            __syncwarp();
         }
         return;
     }
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
     qs += group * 64 * 128;
-    float scale = s.scale * LOG2E;
-    if (group == 1) end_turn(group);
-    for (int round = 0; piece_of(round) < pieces; round++) {
-        Tile t = tiles[piece_of(round) / s.heads];
-        int h = piece_of(round) % s.heads, query = t.first + group * 64, own = query + threadIdx.x % 128 / 32 * 16 + lane / 4;
-        Begins b = {begin_of(begins, t, query), begin_of(begins, t, query + 63)};
-        int starts[2] = {begin_of(begins, t, own), begin_of(begins, t, own + 8)};
-        // Scores of the queries that there are; those behind the example are not stored.
-        auto mask = [&](float (&p)[KEYS / 8][4], int key) {
+    float scale = s.scale * LOG2E, o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
+    RowSoftmax softmax;
+    auto weigh = [&](Passing tile) {
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+        for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) bend(p[n][i], s);
-            if (!all_visible(t, b, query, min(64, t.length - query), key, KEYS, s.window))
-                hide<true>(p, t, own, key, s.window, [&](int, int i) { return starts[i / 2]; });
-        };
-        float o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
-        RowSoftmax softmax;
-        wait_for(&q_full, parity);
-        wait_for(k_full + turn.stage, turn.parity);
-        int key = at[turn.stage];
-        begin_turn(group);
-        scores(p, qs, ks + turn.stage * BYTES(KEYS));
-        end_turn(group);
-        done<0>(p);
-        release(k_empty + turn.stage);
-        mask(p, key < 0 ? ~key : key);
-        softmax.step(p, shrink, scale);
-        while (key >= 0) {
-            Left<KEYS / 16> weights = as_left(p);
-            Turn now = turn;
-            turn.advance(STAGES);
-            wait_for(k_full + turn.stage, turn.parity);
-            key = at[turn.stage];
-            begin_turn(group);
-            scores(p, qs, ks + turn.stage * BYTES(KEYS));
-            wait_for(v_full + now.stage, now.parity);
-            add(o, weights, vs + now.stage * BYTES(KEYS));
-            end_turn(group);
-            done<1>(p);
-            release(k_empty + turn.stage);
-            mask(p, key < 0 ? ~key : key);
-            softmax.step(p, shrink, scale);
-            done<0>(o);
-            release(v_empty + now.stage);
-#pragma unroll
-            for (int n = 0; n < WIDTH / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
+            for (int i = 0; i < 4; i++) bend(p[n][i], s);
+        if (tile.sight() != WHOLE) {
+            const Piece& piece = told_pieces[own.stage];
+            int row = mine + lane / 4, starts[2] = {piece.starts[row], piece.starts[row + 8]};
+            hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
         }
-        release(&q_empty);
-        parity ^= 1;
-        Left<KEYS / 16> weights = as_left(p);
-        wait_for(v_full + turn.stage, turn.parity);
-        begin();
-        add(o, weights, vs + turn.stage * BYTES(KEYS));
-        done<0>(o);
-        release(v_empty + turn.stage);
-        turn.advance(STAGES);
+        softmax.step(p, shrink, scale);
+    };
+    auto finish = [&](const Piece& piece) {
+        Tile t = piece.t;
         float by[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -375,121 +408,187 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             by[r] = 1.f / sum;
-            if (lane % 4 == 0 && own + r * 8 < t.length)
-                lse[(long long)h * s.tokens + t.start + own + r * 8] = softmax.max[r] * s.scale + logf(sum);
+            int row = t.first + mine + lane / 4 + r * 8;
+            if (lane % 4 == 0 && row < t.length)
+                lse[(long long)piece.head * s.tokens + t.start + row] = softmax.max[r] * s.scale + logf(sum);
         }
-        store<DIM>(head(out, h), t, own - lane / 4, 0, o, by[0], by[1]);
+        store<DIM>(head(out, piece.head), t, t.first + mine, 0, o, by[0], by[1]);
+    };
+    if (group == 1) end_turn(group);
+    wait_for(q_full + own.stage, own.parity);
+    wait_for(k_full + turn.stage, turn.parity);
+    Passing tile(told[turn.stage][group]);
+    begin_turn(group);
+    scores(p, qs + own.stage * BYTES(ROWS), ks + turn.stage * BYTES(KEYS));
+    end_turn(group);
+    done<0>(p);
+    release(k_empty + turn.stage);
+    weigh(tile);
+    for (int round = 0;;) {
+        Left<KEYS / 16> weights = as_left(p);
+        Turn now = turn;
+        turn.advance(STAGES);
+        bool ended = tile.last();
+        int before = own.stage;
+        if (ended) {
+            if (piece_of(++round) >= pieces) break;
+            own.advance(2);
+            wait_for(q_full + own.stage, own.parity);
+        }
+        wait_for(k_full + turn.stage, turn.parity);
+        tile = Passing(told[turn.stage][group]);
+        begin_turn(group);
+        scores(p, qs + own.stage * BYTES(ROWS), ks + turn.stage * BYTES(KEYS));
+        wait_for(v_full + now.stage, now.parity);
+        add(o, weights, vs + now.stage * BYTES(KEYS));
+        end_turn(group);
+        done<1>(p);
+        release(k_empty + turn.stage);
+        if (ended) {
+            done<0>(o);
+            finish(told_pieces[before]);
+            release(q_empty + before);
+            softmax = RowSoftmax();
+        }
+        weigh(tile);
+        stay(v_full + now.stage, now.parity);
+        done<0>(o);
+        release(v_empty + now.stage);
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) o[n][i] = ended ? 0.f : o[n][i] * shrink[i / 2];
     }
+    Turn now = turn;
+    Left<KEYS / 16> weights = as_left(p);
+    now.stage = turn.stage == 0 ? STAGES - 1 : turn.stage - 1;
+    now.parity = turn.stage == 0 ? turn.parity ^ 1 : turn.parity;
+    wait_for(v_full + now.stage, now.parity);
+    begin();
+    add(o, weights, vs + now.stage * BYTES(KEYS));
+    done<0>(o);
+    finish(told_pieces[own.stage]);
 }
-
-// Places of the ring through which tiles of two values pass.
-#define PAIRS 4
 
 // dq. A piece is a head and a tile of ROWS queries; keys and values pass by.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention_dq(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                  const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
                  const float* delta, View dq, int count, Shape s) {
-    __shared__ u64 own_full, own_empty, full[PAIRS], empty[PAIRS];
-    __shared__ int at[PAIRS];
-    u32 owns = swizzled_memory(), pairs = owns + 2 * BYTES(ROWS);
+    __shared__ u64 q_full, q_empty, dout_full, dout_empty, full[STAGES], empty[STAGES];
+    __shared__ Piece told_pieces[2];
+    __shared__ int told[STAGES][2];
+    u32 qs = swizzled_memory(), douts = qs + BYTES(ROWS), pairs = douts + BYTES(ROWS);
     if (threadIdx.x == 0) {
-        make_barrier(&own_full, 1);
-        make_barrier(&own_empty, 8);
-        for (int i = 0; i < PAIRS; i++) make_barrier(full + i, 1), make_barrier(empty + i, 8);
+        make_barrier(&q_full, 1 + 32);
+        make_barrier(&q_empty, 8);
+        make_barrier(&dout_full, 1);
+        make_barrier(&dout_empty, 8);
+        for (int i = 0; i < STAGES; i++) make_barrier(full + i, 1), make_barrier(empty + i, 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    int pieces = count * s.heads;
+    int pieces = count * s.heads, lane = threadIdx.x % 32;
     Turn turn;
     u32 parity = 0;
     if (threadIdx.x < 128) {
         give_registers<24>();
-        if (threadIdx.x > 0) return;
-        for (int round = 0; piece_of(round) < pieces; round++) {
+        if (threadIdx.x >= 32) return;
+        for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
+            Piece& piece = told_pieces[parity];
             Tile t = tiles[piece_of(round) / s.heads];
             int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
-            Begins b = begins_of(begins, t, t.first, ROWS);
-            auto next = [&](int key) {
-                while (key < last && none_visible(t, b, t.first, ROWS, key, STEP, s.window)) key += STEP;
-                return key;
-            };
-            wait_for(&own_empty, parity ^ 1);
-            expect(&own_full, 2 * BYTES(ROWS));
-            bring<ROWS>(owns, q, h, t.start + t.first, &own_full);
-            bring<ROWS>(owns + BYTES(ROWS), dout, h, t.start + t.first, &own_full);
-            parity ^= 1;
-            for (int key = next(0), after; key < last; key = after) {
-                after = next(key + STEP);
-                wait_for(empty + turn.stage, turn.parity ^ 1);
-                at[turn.stage] = told(key, after >= last);
-                u32 to = pairs + turn.stage * 2 * BYTES(STEP);
-                expect(full + turn.stage, 2 * BYTES(STEP));
-                bring<STEP>(to, k, h / s.share, t.start + key, full + turn.stage);
-                bring<STEP>(to + BYTES(STEP), v, h / s.share, t.start + key, full + turn.stage);
-                turn.advance(PAIRS);
+            wait_for(&q_empty, parity ^ 1);
+            for (int i = lane; i < ROWS; i += 32) piece.starts[i] = begin_of(begins, t, t.first + i);
+            if (lane == 0) {
+                piece.t = t;
+                piece.head = h;
+                expect(&q_full, BYTES(ROWS));
+                bring<ROWS>(qs, q, h, t.start + t.first, &q_full);
             }
+            arrive(&q_full);
+            __syncwarp();
+            if (lane == 0) {
+                auto next = [&](int key) {
+                    while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
+                    return key;
+                };
+                bool first = true;
+                for (int key = next(0), after; key < last; key = after) {
+                    after = next(key + KEYS);
+                    wait_for(empty + turn.stage, turn.parity ^ 1);
+                    for (int i = 0; i < 2; i++) {
+                        Begins b = {piece.starts[i * 64], piece.starts[i * 64 + 63]};
+                        told[turn.stage][i] = Passing(key, after >= last, sight_of(t, b, t.first + i * 64, key, KEYS, s.window)).word;
+                    }
+                    u32 to = pairs + turn.stage * 2 * BYTES(KEYS);
+                    expect(full + turn.stage, 2 * BYTES(KEYS));
+                    bring<KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
+                    if (first) {
+                        wait_for(&dout_empty, parity ^ 1);
+                        expect(&dout_full, BYTES(ROWS));
+                        bring<ROWS>(douts, dout, h, t.start + t.first, &dout_full);
+                        first = false;
+                    }
+                    bring<KEYS>(to + BYTES(KEYS), v, h / s.share, t.start + key, full + turn.stage);
+                    turn.advance(STAGES);
+                }
+            }
+            __syncwarp();
         }
         return;
     }
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
-    owns += group * 64 * 128;
+    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+    qs += group * 64 * 128;
+    douts += group * 64 * 128;
     float scale = s.scale * LOG2E;
-    for (int round = 0; piece_of(round) < pieces; round++) {
-        Tile t = tiles[piece_of(round) / s.heads];
-        int h = piece_of(round) % s.heads, query = t.first + group * 64, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
-        int own = t.first + mine + lane / 4;
-        Begins b = {begin_of(begins, t, query), begin_of(begins, t, query + 63)};
-        int starts[2] = {begin_of(begins, t, own), begin_of(begins, t, own + 8)};
-        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
-        own_numbers(logsum, pull, lse, delta, t, mine, h, s);
-        int key = 0, before = -1;
-        // Waits for the next tile of which this warp group sees something; false behind the last. Gives the place of the tile before back
-        // where it goes past others: they may need it.
-        auto next = [&] {
-            while (key >= 0) {
-                wait_for(full + turn.stage, turn.parity);
-                key = at[turn.stage];
-                if (!none_visible(t, b, query, 64, key < 0 ? ~key : key, STEP, s.window)) return true;
-                if (before >= 0) {
-                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    release(empty + before);
-                    before = -1;
-                }
-                release(empty + turn.stage);
-                turn.advance(PAIRS);
-            }
-            return false;
-        };
-        wait_for(&own_full, parity);
-        bool more = next();
-        if (more) {
+    for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
+        wait_for(&q_full, parity);
+        const Piece& piece = told_pieces[parity];
+        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[KEYS / 8][4], dp[KEYS / 8][4];
+        own_numbers(logsum, pull, lse, delta, piece.t, mine, piece.head, s);
+        int before = -1;
+        Passing tile = next_tile(full, empty, told, turn, group, before);
+        begin();
+        scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
+        done<0>(p);
+        wait_for(&dout_full, parity);
+        for (bool more = true; more;) {
+            u32 at = pairs + turn.stage * 2 * BYTES(KEYS);
             begin();
-            scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
-            done<0>(p);
-        }
-        while (more) {
-            u32 tile = pairs + turn.stage * 2 * BYTES(STEP);
-            begin();
-            scores(dp, owns + BYTES(ROWS), tile + BYTES(STEP));
-            int first = key < 0 ? ~key : key;
+            scores(dp, douts, at + BYTES(KEYS));
+            more = !tile.last();
+            if (!more) release(&q_empty);
 #if SOFTCAP
-            float slopes[STEP / 8][4];
+            float slopes[KEYS / 8][4];
 #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
 #endif
-            if (!all_visible(t, b, query, min(64, t.length - query), first, STEP, s.window))
-                hide<true>(p, t, own, first, s.window, [&](int, int i) { return starts[i / 2]; });
+            if (tile.sight() != WHOLE) {
+                int row = mine + lane / 4, starts[2] = {piece.starts[row], piece.starts[row + 8]};
+                hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
+            }
 #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - logsum[i / 2]);
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - logsum[i / 2]);
+#ifdef PIN
+            u32 sign = 0;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) sign |= __float_as_uint(p[n][i]) | __float_as_uint(p[n][i + 1]);
+            stay(full + turn.stage, turn.parity | sign >> 31);
+#else
+            stay(full + turn.stage, turn.parity);
+#endif
             done<0>(dp);
+            if (!more) release(&dout_empty);
 #pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     p[n][i] *= dp[n][i] - pull[i / 2];
@@ -497,23 +596,21 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     p[n][i] *= slopes[n][i];
 #endif
                 }
-            Left<STEP / 16> left = as_left(p);
+            Left<KEYS / 16> left = as_left(p);
             begin();
-            add(sums, left, tile);
+            add(sums, left, at);
             before = turn.stage;
-            turn.advance(PAIRS);
-            more = next();
+            turn.advance(STAGES);
             if (more) {
+                tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+                scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
             }
             done<0>(p);
             done<0>(sums);
             if (before >= 0) release(empty + before);
         }
-        release(&own_empty);
-        parity ^= 1;
-        store<DIM>(head(dq, h), t, t.first + mine, 0, sums, s.scale, s.scale);
+        store<DIM>(head(dq, piece.head), piece.t, piece.t.first + mine, 0, sums, s.scale, s.scale);
     }
 }
 
@@ -523,13 +620,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                   const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
                   const float* delta, View dk, View dv, int count, int parts, Shape s) {
-    __shared__ u64 own_full, own_empty, full[PAIRS], empty[PAIRS];
-    __shared__ int at[PAIRS], starts[PAIRS][STEP];
-    __shared__ float logsums[PAIRS][STEP], pulls[PAIRS][STEP];
-    u32 owns = swizzled_memory(), pairs = owns + 2 * BYTES(ROWS);
+    __shared__ u64 k_full, k_empty, v_full, v_empty, full[PAIRS], empty[PAIRS];
+    __shared__ Piece told_pieces[2];
+    __shared__ int told[PAIRS][2], starts[PAIRS][STEP];
+    u32 ks = swizzled_memory(), vs = ks + BYTES(ROWS), pairs = vs + BYTES(ROWS);
+    u32 numbers = pairs + PAIRS * 2 * BYTES(STEP);  // [place][log-sum, delta][query]
     if (threadIdx.x == 0) {
-        make_barrier(&own_full, 1);
-        make_barrier(&own_empty, 8);
+        make_barrier(&k_full, 1);
+        make_barrier(&k_empty, 8);
+        make_barrier(&v_full, 1);
+        make_barrier(&v_empty, 8);
         for (int i = 0; i < PAIRS; i++) make_barrier(full + i, 1 + 32), make_barrier(empty + i, 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -540,7 +640,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     if (threadIdx.x < 128) {
         give_registers<24>();
         if (threadIdx.x >= 32) return;
-        for (int round = 0; piece_of(round) < pieces; round++) {
+        for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
+            Piece& piece = told_pieces[parity];
             Tile t = tiles[piece_of(round) / columns];
             int column = piece_of(round) % columns, kv = column / parts, part = column % parts;
             auto next = [&](int query) {
@@ -552,31 +653,43 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 return query;
             };
             if (lane == 0) {
-                wait_for(&own_empty, parity ^ 1);
-                expect(&own_full, 2 * BYTES(ROWS));
-                bring<ROWS>(owns, k, kv, t.start + t.first, &own_full);
-                bring<ROWS>(owns + BYTES(ROWS), v, kv, t.start + t.first, &own_full);
+                wait_for(&k_empty, parity ^ 1);
+                piece.t = t;
+                piece.head = column;
+                expect(&k_full, BYTES(ROWS));
+                bring<ROWS>(ks, k, kv, t.start + t.first, &k_full);
             }
-            parity ^= 1;
             int h = kv * s.share + s.share * part / parts, end = kv * s.share + s.share * (part + 1) / parts;
+            bool first = true;
             for (; h < end; h++)
                 for (int query = next(t.first), after; query < t.length; query = after) {
                     after = next(query + STEP);
                     wait_for(empty + turn.stage, turn.parity ^ 1);
                     if (lane == 0) {
-                        at[turn.stage] = told(query, after >= t.length && h + 1 == end);
                         u32 to = pairs + turn.stage * 2 * BYTES(STEP);
                         expect(full + turn.stage, 2 * BYTES(STEP));
                         bring<STEP>(to, q, h, t.start + query, full + turn.stage);
+                        if (first) {
+                            wait_for(&v_empty, parity ^ 1);
+                            expect(&v_full, BYTES(ROWS));
+                            bring<ROWS>(vs, v, kv, t.start + t.first, &v_full);
+                        }
                         bring<STEP>(to + BYTES(STEP), dout, h, t.start + query, full + turn.stage);
                     }
+                    first = false;
+                    float* to = (float*)__cvta_shared_to_generic(numbers) + turn.stage * 2 * STEP;
                     for (int i = lane; i < STEP; i += 32) {
                         // Queries behind the example have no weight: what lies there is of others.
                         bool inside = query + i < t.length;
                         long long place = (long long)h * s.tokens + t.start + query + i;
-                        logsums[turn.stage][i] = inside ? lse[place] * LOG2E : 1e30f;
-                        pulls[turn.stage][i] = inside ? delta[place] : 0.f;
+                        to[i] = inside ? lse[place] * LOG2E : 1e30f;
+                        to[STEP + i] = inside ? delta[place] : 0.f;
                         starts[turn.stage][i] = begin_of(begins, t, query + i);
+                    }
+                    __syncwarp();
+                    if (lane < 2) {
+                        Sight sight = sight_of(t, begins_of(starts[turn.stage]), query, t.first + lane * 64, 64, s.window);
+                        told[turn.stage][lane] = Passing(query, after >= t.length && h + 1 == end, sight).word;
                     }
                     arrive(full + turn.stage);
                     turn.advance(PAIRS);
@@ -585,42 +698,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         return;
     }
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, column = lane % 4 * 2;
-    owns += group * 64 * 128;
+    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+    ks += group * 64 * 128;
+    vs += group * 64 * 128;
+    numbers += lane % 4 * 8;
     float scale = s.scale * LOG2E;
-    for (int round = 0; piece_of(round) < pieces; round++) {
-        Tile t = tiles[piece_of(round) / columns];
-        int keys = t.first + group * 64, mine = group * 64 + threadIdx.x % 128 / 32 * 16, own = t.first + mine + lane / 4;
+    for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
+        wait_for(&k_full, parity);
+        const Piece& piece = told_pieces[parity];
         float dks[WIDTH / 8][4] = {}, dvs[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
-        int query = 0, before = -1;
-        // Waits for the next tile that sees something of this warp group's keys, as in attention_dq.
-        auto next = [&] {
-            while (query >= 0) {
-                wait_for(full + turn.stage, turn.parity);
-                query = at[turn.stage];
-                if (!none_visible(t, begins_of(starts[turn.stage]), query < 0 ? ~query : query, STEP, keys, 64, s.window)) return true;
-                if (before >= 0) {
-                    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                    release(empty + before);
-                    before = -1;
-                }
-                release(empty + turn.stage);
-                turn.advance(PAIRS);
-            }
-            return false;
-        };
-        wait_for(&own_full, parity);
-        bool more = next();
-        if (more) {
+        int before = -1;
+        Passing tile = next_tile(full, empty, told, turn, group, before);
+        begin();
+        scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
+        done<0>(p);
+        wait_for(&v_full, parity);
+        for (bool more = true; more;) {
+            u32 at = pairs + turn.stage * 2 * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
             begin();
-            scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
-            done<0>(p);
-        }
-        while (more) {
-            u32 tile = pairs + turn.stage * 2 * BYTES(STEP);
-            begin();
-            scores(dp, owns + BYTES(ROWS), tile + BYTES(STEP));
-            int stage = turn.stage, first = query < 0 ? ~query : query;
+            scores(dp, vs, at + BYTES(STEP));
+            more = !tile.last();
+            if (!more) release(&k_empty);
 #if SOFTCAP
             float slopes[STEP / 8][4];
 #pragma unroll
@@ -628,22 +726,24 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 #pragma unroll
                 for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
 #endif
-            if (!all_visible(t, begins_of(starts[stage]), first, min(STEP, t.length - first), keys, 64, s.window))
-                hide<false>(p, t, own, first, s.window,
-                                      [&](int n, int i) { return starts[stage][n * 8 + column + i % 2]; });
+            if (tile.sight() != WHOLE)
+                hide<false>(p, piece.t, piece.t.first + mine + lane / 4, tile.first(), s.window,
+                            [&](int n, int i) { return starts[turn.stage][n * 8 + lane % 4 * 2 + i % 2]; });
 #pragma unroll
             for (int n = 0; n < STEP / 8; n++) {
-                float2 logsum = *(const float2*)&logsums[stage][n * 8 + column];
+                float2 logsum = pair_at(of + n * 32);
 #pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
             }
             Left<STEP / 16> weights = as_left(p);
+            stay(full + turn.stage, turn.parity);
             done<0>(dp);
+            if (!more) release(&v_empty);
             begin();
-            add(dvs, weights, tile + BYTES(STEP));
+            add(dvs, weights, at + BYTES(STEP));
 #pragma unroll
             for (int n = 0; n < STEP / 8; n++) {
-                float2 pull = *(const float2*)&pulls[stage][n * 8 + column];
+                float2 pull = pair_at(of + STEP * 4 + n * 32);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     dp[n][i] = p[n][i] * (dp[n][i] - (i % 2 ? pull.y : pull.x));
@@ -654,23 +754,22 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             }
             Left<STEP / 16> pushes = as_left(dp);
             begin();
-            add(dks, pushes, tile);
-            before = stage;
+            add(dks, pushes, at);
+            before = turn.stage;
             turn.advance(PAIRS);
-            more = next();
             if (more) {
+                tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores(p, owns, pairs + turn.stage * 2 * BYTES(STEP));
+                scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
             }
             done<0>(p);
             done<0>(dvs);
             done<0>(dks);
             if (before >= 0) release(empty + before);
         }
-        release(&own_empty);
-        parity ^= 1;
-        int place = piece_of(round) % columns;
-        store<DIM>(head(dk, place), t, t.first + mine, 0, dks, s.scale, s.scale);
-        store<DIM>(head(dv, place), t, t.first + mine, 0, dvs, 1.f, 1.f);
+        Tile t = piece.t;
+        int column = piece.head;
+        store<DIM>(head(dk, column), t, t.first + mine, 0, dks, s.scale, s.scale);
+        store<DIM>(head(dv, column), t, t.first + mine, 0, dvs, 1.f, 1.f);
     }
 }
