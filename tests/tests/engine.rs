@@ -6,7 +6,7 @@
 use dpo_core::batch::Batch;
 use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
-use dpo_core::lora::AdapterConfig;
+use dpo_core::lora::{AdapterConfig, Targets};
 use dpo_tests::{CONFIGS, Numbers, engine, engine_with, examples, graph, weights};
 
 /// From one answer to five: a prompt of one token, answers of one token, answers of equal length.
@@ -85,6 +85,26 @@ fn dropout_follows_from_the_key_and_the_text() {
     assert!(other.0 != packed.0 && other.1 != packed.1 && packed.0 != without.0);
     engine.set_dropout(None);
     assert_eq!(without, pass(&engine, &[&examples]));
+}
+
+/// Nothing before the first adapted layer has a gradient; those of the others are what they are where it has one.
+#[test]
+fn layers_below_the_adapter_are_left_out() {
+    for (family, config) in CONFIGS {
+        let graph = graph(family, config);
+        let below = Some(Targets::parse(&[r".*layers\.0\..*".into()]).unwrap());
+        let upper = AdapterConfig { exclude: below, ..AdapterConfig::new(3, 6.0) };
+        let upper = engine_with(&graph, &weights(&graph, 1), 2, upper);
+        let mut whole = engine(&graph, &weights(&graph, 1), 2);
+        let from = whole.adapter().parameters() - upper.adapter().parameters();
+        assert!(from > 0 && whole.adapter().sites.iter().any(|s| s.offset == from));
+        let params = [vec![0.0; from], upper.adapter().params.clone()].concat();
+        whole.update(|all| all.copy_from_slice(&params)).unwrap();
+        let examples = examples(graph.vocab_size, 4, LENGTHS);
+        let (of_upper, of_whole) = (pass(&upper, &[&examples]), pass(&whole, &[&examples]));
+        close(&format!("{family}: log-probs"), &of_upper.0, &of_whole.0, 1e-6);
+        assert_eq!(of_upper.1, of_whole.1[from..], "{family}");
+    }
 }
 
 /// The shared prompt gives every answer the log-probs that it has alone, and the gradient of all is the sum of theirs.

@@ -38,7 +38,7 @@ fn an_old_plugin_works() {
     let family = registry.family_for("FrozenForCausalLM").unwrap();
     assert_eq!(family.name, "frozen-family");
     assert!(family.chat_template.as_ref().unwrap().contains("message.content"));
-    let graph = dpo_hub::model::graph_of(family, &family.example_config).unwrap();
+    let (graph, _) = dpo_hub::model::understood(family, &family.example_config, &[]).unwrap();
     assert_eq!(graph.layers.iter().map(|l| l.block).collect::<Vec<_>>(), [0, 0, 1]);
     let ops: Vec<&str> = graph.blocks[1].nodes.iter().map(|n| n.op.as_str()).collect();
     let layer = "rms_norm linear linear linear rms_norm rope rope attention add linear linear glu linear add";

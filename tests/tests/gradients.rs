@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::ops::lm_head::{self, Projection};
-use dpo_core::ops::{self, Call, Dropout, Kernel, Lora, OPS};
+use dpo_core::ops::{self, Call, Dropout, GATHER, INTERNAL, Kernel, Lora, OPS};
 use dpo_plugin_api::graph::{Node, Weight};
 use dpo_plugin_api::ops::check_node;
 use dpo_tests::{Numbers, examples};
@@ -100,6 +100,7 @@ fn cases() -> Vec<Case> {
             &[],
             json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2, "position_beta": 0.4, "position_period": 3}),
         ),
+        case(GATHER, &[5], 5, &[], json!({})),
         case("scale", &[7], 7, &[], json!({"factor": -1.7})),
         case("scale", &[7], 7, &[("factor", &[1])], json!({"factor": 0.5})),
     ]
@@ -111,7 +112,7 @@ const BY_NAME: &[&str] = &["embedding", "lm_head"];
 #[test]
 fn every_op_has_a_case() {
     let cases = cases();
-    for op in OPS {
+    for op in OPS.iter().chain(INTERNAL) {
         assert!(BY_NAME.contains(&op.name) || cases.iter().any(|c| c.op == op.name), "op '{}' has no case", op.name);
     }
 }
@@ -135,7 +136,11 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     let weights = case.weights.iter().map(weight).collect();
     let inputs = (0..case.widths.len()).collect();
     let node = Node { op: case.op.into(), inputs, weights, attrs, width: case.width };
-    check_node(&node, &case.widths).unwrap();
+    if OPS.iter().any(|op| op.name == case.op) {
+        check_node(&node, &case.widths).unwrap();
+    }
+    // Of a prompt's last row, the first token of every answer.
+    let rows = if case.op == GATHER { layout.predictors.len() } else { tokens };
     let frozen: Vec<Tensor> = case.weights.iter().map(|(_, shape)| numbers.tensor(shape)).collect();
     // What is differentiated by: the inputs, then A and B.
     let mut free: Vec<Tensor> = case.widths.iter().map(|w| numbers.tensor(&[tokens, *w])).collect();
@@ -148,7 +153,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
         free.push((numbers.tensor(&[case.width]) + 2.0).unwrap());
     }
     let begun = free.clone();
-    let dy = numbers.tensor(&[tokens, case.width]);
+    let dy = numbers.tensor(&[rows, case.width]);
     let Kernel::Value { forward, vjp } = ops::find(case.op).unwrap().kernel else { panic!("{} has no VJP", case.op) };
     let with_call = |free: &[Tensor], run: &mut dyn FnMut(&Call<'_>)| {
         let plain = |free: &[Tensor]| Lora::new(free[1].clone(), free[2].clone(), 1.7);
@@ -165,13 +170,13 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
             lora
         });
         let inputs = free[..case.widths.len()].iter().collect();
-        run(&Call { node: &node, inputs, weights: &frozen, lora: lora.as_ref(), layout });
+        run(&Call { node: &node, inputs, weights: &frozen, lora: lora.as_ref(), layout, input_gradients: true });
     };
     let value = |free: &[Tensor]| {
         let mut sum = 0.0;
         with_call(free, &mut |call| {
             let y = forward(call).unwrap();
-            assert_eq!(y.dims(), [tokens, case.width], "{}", case.op);
+            assert_eq!(y.dims(), [rows, case.width], "{}", case.op);
             sum = (y * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
         });
         sum
@@ -214,7 +219,8 @@ fn embedding_takes_rows_and_passes_nothing_on() {
     let ids = Tensor::new(&[4_u32, 0, 4], &Device::Cpu).unwrap();
     let layout = Layout::default();
     let weights = [table.clone()];
-    let call = Call { node: &node, inputs: vec![&ids], weights: &weights, lora: None, layout: &layout };
+    let call =
+        Call { node: &node, inputs: vec![&ids], weights: &weights, lora: None, layout: &layout, input_gradients: true };
     let Kernel::Value { forward, vjp } = ops::find("embedding").unwrap().kernel else { panic!() };
     let rows: Vec<Vec<f64>> = forward(&call).unwrap().to_vec2().unwrap();
     let table: Vec<Vec<f64>> = table.to_vec2().unwrap();

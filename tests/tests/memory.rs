@@ -62,7 +62,14 @@ fn attention_holds_no_more_than_is_planned() {
         let numbers = |h: usize| Tensor::randn(0.0_f32, 1.0, (n, h * dim), &Device::Cpu).unwrap();
         let (q, k, v, dy) = (numbers(heads), numbers(kv_heads), numbers(kv_heads), numbers(heads));
         let layout = Layout { spans: vec![span], ..Layout::default() };
-        let call = Call { node: &node, inputs: vec![&q, &k, &v], weights: &[], lora: None, layout: &layout };
+        let call = Call {
+            node: &node,
+            inputs: vec![&q, &k, &v],
+            weights: &[],
+            lora: None,
+            layout: &layout,
+            input_gradients: true,
+        };
         // The value, gradients, and copies of them and of the inputs, head by head.
         let copies = 12 * n * heads * dim * 4;
         let planned = attention::workspace(n, heads, kv_heads) + copies;

@@ -19,6 +19,9 @@ pub struct Layout {
     pub keys: Vec<u64>,
     /// Examples, in order and without gaps.
     pub spans: Vec<Span>,
+    /// For every token that gets a log-prob, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer,
+    /// then the prompt where that is scored. Where a text is continued, the last row.
+    pub predictors: Vec<u32>,
     /// Tokens before the row's first one, at positions from 0: of these, ops are given what they
     /// [remember](Op::cached_inputs). Above 0 only where one text is continued.
     pub cached: usize,
@@ -29,7 +32,14 @@ impl Layout {
     pub fn after(cached: usize, tokens: usize) -> Layout {
         let positions = (cached..cached + tokens).map(|p| p as u32).collect();
         let spans = vec![Span { start: 0, prompt: tokens, answers: Vec::new() }];
-        Layout { positions, keys: Vec::new(), spans, cached }
+        let predictors = tokens.checked_sub(1).map(|last| last as u32).into_iter().collect();
+        Layout { positions, keys: Vec::new(), spans, predictors, cached }
+    }
+
+    /// That of the rows that predict: such ops as read positions or other rows do not run on them.
+    pub fn of_predictors(&self) -> Layout {
+        let key = |row: &u32| self.keys.get(*row as usize).copied();
+        Layout { keys: self.predictors.iter().filter_map(key).collect(), ..Layout::default() }
     }
 
     /// Keys of tokens that follow one with this key; returns that of the last.
@@ -81,10 +91,7 @@ pub struct Batch {
     pub ids: Vec<u32>,
     /// Where they are.
     pub layout: Layout,
-    /// For every token that gets a log-prob, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer,
-    /// then the prompt where that is scored.
-    pub predictors: Vec<u32>,
-    /// Those tokens, `[answer tokens]`.
+    /// The tokens that get a log-prob, one for each of [`Layout::predictors`].
     pub targets: Vec<u32>,
     /// Whose they are.
     pub answers: AnswerOffsets,
@@ -113,12 +120,12 @@ impl Batch {
             self.layout.extend_keys(key, inputs);
             self.layout.positions.extend(prompt as u32..(prompt + inputs.len()) as u32);
             let predictor = |i: usize| if i == 0 { start + prompt - 1 } else { first + i - 1 };
-            self.predictors.extend((0..answer.ids.len()).map(|i| predictor(i) as u32));
+            self.layout.predictors.extend((0..answer.ids.len()).map(|i| predictor(i) as u32));
             self.targets.extend(&answer.ids);
             laid_out.push(inputs.len());
         }
         let scored = example.scored_prompt();
-        self.predictors.extend((start..start + scored.len()).map(|row| row as u32));
+        self.layout.predictors.extend((start..start + scored.len()).map(|row| row as u32));
         self.targets.extend(scored);
         self.answers.push(example.scored_lengths());
         self.layout.spans.push(Span { start, prompt, answers: laid_out });
@@ -196,7 +203,7 @@ mod tests {
         assert_eq!(batch.ids, [1, 2, 3, 4, 7, 7, 9, 11, 7, 8, 9]);
         assert_eq!(batch.layout.positions, [0, 1, 2, 3, 0, 0, 1, 1, 0, 1, 2]);
         assert_eq!(batch.targets, [3, 4, 5, 6, 8, 8, 9, 10, 11, 12, 10, 8, 9]);
-        assert_eq!(batch.predictors, [1, 2, 3, 1, 4, 5, 5, 6, 5, 7, 10, 8, 9]);
+        assert_eq!(batch.layout.predictors, [1, 2, 3, 1, 4, 5, 5, 6, 5, 7, 10, 8, 9]);
         let spans: Vec<_> = batch.layout.spans.iter().map(|s| (s.rows(), s.prompt, s.answers.clone())).collect();
         assert_eq!(spans, [(0..4, 2, vec![2, 0]), (4..5, 1, vec![0]), (5..8, 1, vec![0, 1, 1]), (8..11, 3, vec![0])]);
         assert_eq!((0..4).map(|e| batch.answers.example(e)).collect::<Vec<_>>(), [0..4, 4..5, 5..10, 10..13]);

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{ModelGraph, Node};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -17,6 +17,7 @@ use crate::logprobs::AnswerLogProbs;
 use crate::lora::{Adapter, Site};
 use crate::ops::lm_head::{self, Projection};
 use crate::ops::{self, Call, Dropout, Gradients, Kernel, KvCache, Lora};
+use crate::predictors;
 use crate::progress;
 use crate::weights::BlockId;
 
@@ -30,6 +31,8 @@ pub struct Engine {
     adapter: Adapter,
     /// The adapter's tensors by block and node.
     loras: HashMap<(BlockId, usize), Lora>,
+    /// The first layer that is adapted. Nothing before it has a gradient; behind the last one there is none.
+    first_adapted: usize,
     /// Layers whose inner values are computed again in the backward pass.
     recomputed: usize,
 }
@@ -51,20 +54,47 @@ struct Kept {
     grads: Tensor,
 }
 
+/// Where the tokens of a pass are, and the rows that predict.
+struct Rows<'a> {
+    all: &'a Layout,
+    predictors: Layout,
+}
+
+impl Rows<'_> {
+    fn of(all: &Layout) -> Rows<'_> {
+        Rows { all, predictors: all.of_predictors() }
+    }
+}
+
 /// A block that is run: which one, its nodes and their weights, and where its tokens are.
 struct Work<'a> {
     at: BlockId,
     nodes: &'a [Node],
     weights: Cow<'a, [Vec<Tensor>]>,
-    layout: &'a Layout,
+    rows: &'a Rows<'a>,
     /// Whether with the adapter.
     adapted: bool,
+}
+
+impl Work<'_> {
+    /// Where the rows are that a node's value has; of one that gathers, those that it gathers from.
+    fn layout(&self, index: usize) -> &Layout {
+        let after = predictors::first_after(self.nodes);
+        let predicts = matches!(self.at, BlockId::Head) || (after > 0 && index >= after);
+        if predicts { &self.rows.predictors } else { self.rows.all }
+    }
 }
 
 impl Engine {
     /// An engine over frozen weights.
     pub fn new(graph: ModelGraph, base: Base, adapter: Adapter) -> Result<Engine> {
-        let mut engine = Engine { graph, base, adapter, loras: HashMap::new(), recomputed: 0 };
+        predictors::check(&graph)?;
+        let layers = adapter.sites.iter().filter_map(|site| match site.node.0 {
+            BlockId::Layer(layer) => Some(layer),
+            _ => None,
+        });
+        let first_adapted = layers.min().unwrap_or(graph.layers.len());
+        let mut engine = Engine { graph, base, adapter, loras: HashMap::new(), first_adapted, recomputed: 0 };
         engine.refresh()?;
         Ok(engine)
     }
@@ -131,21 +161,21 @@ impl Engine {
         std::iter::once(BlockId::Embed).chain(layers).chain([BlockId::Head, BlockId::Projection])
     }
 
-    /// Those of a backward pass. Slopes took the projection's place; the embedding has no gradient.
+    /// Those of a backward pass. Slopes took the projection's place; what lies before the first adapted layer has no gradient.
     fn backwards(&self) -> impl Iterator<Item = BlockId> + use<> {
-        std::iter::once(BlockId::Head).chain((0..self.graph.layers.len()).rev().map(BlockId::Layer))
+        std::iter::once(BlockId::Head).chain((self.first_adapted..self.graph.layers.len()).rev().map(BlockId::Layer))
     }
 
     /// Log-probs of a batch's answer tokens. With `keep`, what [`backward`](Self::backward) needs is kept. An empty batch
     /// computes nothing, here and there, but gathers weights with the ranks that do.
     pub fn forward(&self, batch: &Batch, keep: bool) -> Result<Forward> {
-        let (graph, layout) = (&self.graph, &batch.layout);
+        let (graph, rows) = (&self.graph, &Rows::of(&batch.layout));
         let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
             base.participate()?;
             return Ok(Forward { logps: AnswerLogProbs::default(), kept: None });
         }
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted: true });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = self.run(&work(BlockId::Embed, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
@@ -158,9 +188,8 @@ impl Engine {
                 layers.push(values);
             }
         }
-        let rows = Tensor::new(batch.predictors.as_slice(), &Device::Cpu)?;
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
-        let head = self.run(&work(BlockId::Head, head)?, x.index_select(&rows, 0)?)?;
+        let head = self.run(&work(BlockId::Head, head)?, x)?;
         let hidden = &head[projection.inputs[0]];
         let weights = base.next()?;
         let out = lm_head::log_probs(hidden, &Projection::of(projection, &weights[0])?, &batch.targets, keep)?;
@@ -173,7 +202,7 @@ impl Engine {
     /// Adds the adapter's gradient to `gradient` (laid out as its parameters), given `d loss / d logp` of every answer
     /// token.
     pub fn backward(&self, batch: &Batch, forward: Forward, dlogps: &[f32], gradient: &mut [f32]) -> Result<()> {
-        let (graph, layout) = (&self.graph, &batch.layout);
+        let (graph, rows) = (&self.graph, &Rows::of(&batch.layout));
         let mut base = self.base.stream(self.backwards())?;
         if batch.answers.is_empty() {
             return base.participate();
@@ -181,15 +210,12 @@ impl Engine {
         let Some(Kept { mut layers, head, grads }) = forward.kept else {
             return Err(Error::run("the backward pass needs a forward pass that kept its values"));
         };
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted: true });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted: true });
         let [nodes @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let mut dvalues = vec![None; nodes.len() + 1];
         dvalues[projection.inputs[0]] = Some(lm_head::vjp(&grads, dlogps)?);
-        let rows = self.pull(&work(BlockId::Head, nodes)?, &head, dvalues, gradient)?;
-        let rows = rows.ok_or_else(|| Error::run("the head has no gradient"))?;
-        let zero = Tensor::zeros((batch.tokens(), rows.dim(D::Minus1)?), rows.dtype(), &Device::Cpu)?;
-        let mut dx = zero.index_add(&Tensor::new(batch.predictors.as_slice(), &Device::Cpu)?, &rows, 0)?;
-        for (at, layer) in graph.layers.iter().enumerate().rev() {
+        let mut dx = self.pull(&work(BlockId::Head, nodes)?, &head, dvalues, gradient)?;
+        for (at, layer) in graph.layers.iter().enumerate().skip(self.first_adapted).rev() {
             let block = &graph.blocks[layer.block];
             let work = work(BlockId::Layer(at), &block.nodes)?;
             let mut values = layers.pop().unwrap_or_default();
@@ -197,9 +223,8 @@ impl Engine {
                 values = self.run(&work, values.remove(0))?;
             }
             let mut dvalues = vec![None; block.nodes.len() + 1];
-            dvalues[block.output] = Some(dx);
-            let input = self.pull(&work, &values, dvalues, gradient)?;
-            dx = input.ok_or_else(|| Error::run(format!("layer {at} passes no gradient on")))?;
+            dvalues[block.output] = dx;
+            dx = self.pull(&work, &values, dvalues, gradient)?;
         }
         Ok(())
     }
@@ -207,10 +232,13 @@ impl Engine {
     /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of `cache` and are added to them; with the adapter
     /// or without. All tokens of one cache have to be computed alike.
     pub fn logits(&self, ids: &[u32], cache: &mut KvCache, adapted: bool) -> Result<Vec<f32>> {
-        let Some(last) = ids.len().checked_sub(1) else { return Err(Error::run("no token to go on from")) };
-        let (graph, layout) = (&self.graph, &Layout::after(cache.tokens(), ids.len()));
+        if ids.is_empty() {
+            return Err(Error::run("no token to go on from"));
+        }
+        let (graph, layout) = (&self.graph, Layout::after(cache.tokens(), ids.len()));
+        let rows = &Rows::of(&layout);
         let mut base = self.base.stream(self.forwards())?;
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, layout, adapted });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted });
         let mut x = Tensor::new(ids, &Device::Cpu)?;
         x = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, cache)?.swap_remove(graph.embed.output);
         for (at, layer) in graph.layers.iter().enumerate() {
@@ -218,7 +246,7 @@ impl Engine {
             x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, cache)?.swap_remove(block.output);
         }
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
-        let head = self.run(&work(BlockId::Head, head)?, x.narrow(0, last, 1)?)?;
+        let head = self.run(&work(BlockId::Head, head)?, x)?;
         let weights = base.next()?;
         let of_head = Projection::of(projection, &weights[0])?;
         let logits = of_head.logits(ops::product(&head[projection.inputs[0]], of_head.weight)?)?;
@@ -263,11 +291,26 @@ impl Engine {
             inputs: node.inputs.iter().map(|v| &values[*v]).collect(),
             weights: &work.weights[index],
             lora: self.loras.get(&(work.at, index)).filter(|_| work.adapted),
-            layout: work.layout,
+            layout: work.layout(index),
+            input_gradients: true,
         }
     }
 
-    /// Pulls gradients of values back through nodes: adds those of the adapter to `gradient`, returns that of value 0.
+    /// Which values of a block depend on parameters, so that their gradients are wanted.
+    fn trainable(&self, work: &Work<'_>) -> Vec<bool> {
+        let mut trainable = vec![match work.at {
+            BlockId::Layer(layer) => layer > self.first_adapted,
+            _ => self.first_adapted < self.graph.layers.len(),
+        }];
+        for (index, node) in work.nodes.iter().enumerate() {
+            let own = self.loras.contains_key(&(work.at, index));
+            trainable.push(own || node.inputs.iter().any(|value| trainable[*value]));
+        }
+        trainable
+    }
+
+    /// Pulls gradients of values back through nodes: adds those of the adapter to `gradient`, returns that of value 0, where it depends on
+    /// parameters.
     fn pull(
         &self,
         work: &Work<'_>,
@@ -275,18 +318,21 @@ impl Engine {
         mut dvalues: Vec<Option<Tensor>>,
         gradient: &mut [f32],
     ) -> Result<Option<Tensor>> {
+        let trainable = self.trainable(work);
         for (index, node) in work.nodes.iter().enumerate().rev() {
             // A value that nothing reads has no gradient, and neither has what made it.
-            let Some(dy) = dvalues[index + 1].take() else { continue };
+            let Some(dy) = dvalues[index + 1].take().filter(|_| trainable[index + 1]) else { continue };
             let Kernel::Value { vjp, .. } = ops::find(&node.op)?.kernel else { continue };
-            let Gradients { inputs, lora } = vjp(&self.call(work, index, values), &dy)?;
+            let input_gradients = node.inputs.iter().any(|value| trainable[*value]);
+            let call = Call { input_gradients, ..self.call(work, index, values) };
+            let Gradients { inputs, lora } = vjp(&call, &dy)?;
             if let Some(parts) = lora
                 && let Some(site) = self.adapter.sites.iter().find(|s| s.node == (work.at, index))
             {
                 self.accumulate(site, &parts, gradient)?;
             }
             for (value, dx) in node.inputs.iter().zip(inputs) {
-                let Some(dx) = dx else { continue };
+                let Some(dx) = dx.filter(|_| trainable[*value]) else { continue };
                 let sum = match dvalues[*value].take() {
                     Some(before) => (before + dx)?,
                     None => dx,

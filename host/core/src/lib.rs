@@ -21,6 +21,7 @@ pub mod memory;
 pub mod ops;
 pub mod optimizer;
 pub mod plan;
+pub mod predictors;
 pub mod progress;
 pub mod storage;
 pub mod testing;

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
 
+use crate::predictors::gather_predictors;
 use crate::weights::blocks;
 
 mod families;
@@ -42,7 +43,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             let h = b.rms_norm("norm", x, 1e-6);
             b.lm_head("head.weight", h, vocab)
         });
-        cases.push((name, graph.finish(&config)?));
+        cases.push((name, gather_predictors(graph.finish(&config)?)?));
         Ok(())
     };
     case("linear".into(), &|b, x| b.linear("a", x, 72))?;
@@ -326,7 +327,7 @@ fn whole_graphs(config: &Config) -> Result<Vec<(String, ModelGraph)>> {
         });
         graph.layer(block, "layers.0.");
         graph.head(|b, x| head(b, x, vocab));
-        Ok(graph.finish(config)?)
+        gather_predictors(graph.finish(config)?)
     };
     let table = |b: &mut BlockBuilder, tokens: Var, vocab: usize| b.embedding("embed.weight", tokens, vocab, hidden);
     let several = |b: &mut BlockBuilder, tokens: Var, vocab: usize| {
@@ -389,7 +390,7 @@ fn wide_stream(config: &Config) -> Result<ModelGraph> {
         let h = b.rms_norm("norm", x, 1e-6);
         b.lm_head("head.weight", h, vocab)
     });
-    Ok(graph.finish(config)?)
+    gather_predictors(graph.finish(config)?)
 }
 
 /// Weights by name, the same on both devices: values that bf16 holds. Norms have a factor near a half, those of queries and keys a

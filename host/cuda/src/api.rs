@@ -94,12 +94,18 @@ table! {
     cuLaunchKernel(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
     ) -> Status;
+    cuTensorMapEncodeTiled(
+        *mut c_void, c_uint, c_uint, *const c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint,
+        c_uint, c_uint
+    ) -> Status;
 }
 
 pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as c_int;
 pub(super) const CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: c_int =
     cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as c_int;
+pub(super) const CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int =
+    cu::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as c_int;
 pub(super) const CU_EVENT_DEFAULT: c_uint = cu::CUevent_flags::CU_EVENT_DEFAULT as c_uint;
 pub(super) const CU_EVENT_DISABLE_TIMING: c_uint = cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as c_uint;
 pub(super) const CU_EVENT_WAIT_DEFAULT: c_uint = cu::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT as c_uint;
@@ -108,6 +114,17 @@ pub(super) const CU_MEMORYTYPE_HOST: cu::CUmemorytype = cu::CUmemorytype::CU_MEM
 pub(super) const CU_MEMORYTYPE_DEVICE: cu::CUmemorytype = cu::CUmemorytype::CU_MEMORYTYPE_DEVICE;
 pub(super) const CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int =
     cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as c_int;
+
+pub(super) const CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: c_uint =
+    cu::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as c_uint;
+pub(super) const CU_TENSOR_MAP_INTERLEAVE_NONE: c_uint =
+    cu::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE as c_uint;
+pub(super) const CU_TENSOR_MAP_SWIZZLE_64B: c_uint = cu::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B as c_uint;
+pub(super) const CU_TENSOR_MAP_SWIZZLE_128B: c_uint = cu::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B as c_uint;
+pub(super) const CU_TENSOR_MAP_L2_PROMOTION_L2_128B: c_uint =
+    cu::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B as c_uint;
+pub(super) const CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: c_uint =
+    cu::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE as c_uint;
 
 pub(super) use cu::CUDA_MEMCPY2D as Copy2d;
 

@@ -5,14 +5,14 @@
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::blas::Blas;
 use super::footprint::{Arrangement, Footprint};
 use super::gpu::{Address, Gpu, Memory, View};
-use super::inputs::Inputs;
+use super::inputs::{Inputs, Rows};
 use super::kernels::Kernels;
 use super::launch::{KvCache, Launch, LoadedTable};
 use super::loading::{Source, Weights};
 use super::lowered::Lowered;
+use super::matmul::{self, Matmuls};
 use super::nccl::Nccl;
 use super::ops;
 use super::optimizer::{self, Optimizer};
@@ -29,7 +29,7 @@ use dpo_core::optimizer::Moments;
 pub struct CudaDevice {
     pub(super) nccl: Option<Nccl>,
     pub(super) gpu: Gpu,
-    pub(super) blas: Blas,
+    pub(super) matmuls: Matmuls,
     pub(super) kernels: Kernels,
     pub(super) graph: ModelGraph,
     pub(super) lowered: Lowered,
@@ -58,15 +58,16 @@ pub(super) struct Pass<'a> {
 
 impl Pass<'_> {
     pub(super) fn view(&self, slice: Slice) -> View {
-        let ld = self.program.buffers[slice.buffer].columns() as i64;
-        View { at: self.places[slice.buffer], ld }.column(slice.column)
+        let view = View { at: self.places[slice.buffer], ld: self.program.buffers[slice.buffer].columns() as i64 };
+        view.wanted().map_or(view, |view| view.column(slice.column))
     }
 
     /// Runs steps one after the other.
     pub(super) fn run(&self, steps: &[Step]) -> Result<()> {
         let views = |slices: &[Slice]| slices.iter().map(|s| self.view(*s)).collect::<Vec<View>>();
         steps.iter().try_for_each(|step| {
-            step.run.launch(&self.launch, &views(&step.reads), &views(&step.writes))?;
+            let launch = Launch { rows: self.launch.batch.rows(step.rows), ..self.launch };
+            step.run.launch(&launch, &views(&step.reads), &views(&step.writes))?;
             self.launch.gpu.mark(step.label)
         })
     }
@@ -82,11 +83,11 @@ impl CudaDevice {
         (plan, rank): (GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<CudaDevice> {
-        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers)?;
+        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers, plan.gates)?;
         let steps = lowered.all().flat_map(|p| p.forward.iter().chain(&p.backward));
-        let variants = steps.filter_map(|s| s.run.variant(gpu.capability));
+        let variants = steps.flat_map(|s| s.run.variants(gpu.capability));
         let kernels = Kernels::load(&gpu, sources(), variants)?;
-        let blas = Blas::new(&gpu)?;
+        let matmuls = Matmuls::new(&gpu)?;
         let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, (&plan, rank), progress)?;
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let optimizer = Optimizer::new(&gpu, &graph, &adapter, &parts)?;
@@ -101,7 +102,7 @@ impl CudaDevice {
             plain: adapter.changes_nothing(),
             moments: Moments::new(optimizer.count),
             gpu,
-            blas,
+            matmuls,
             kernels,
             graph,
             lowered,
@@ -156,15 +157,15 @@ impl CudaDevice {
     }
 
     /// What steps are started with that run on the weights of a block.
-    pub(super) fn launch<'a>(&'a self, weights: &'a BlockWeights, rows: usize, adapted: bool) -> Launch<'a> {
+    pub(super) fn launch<'a>(&'a self, weights: &'a BlockWeights, rows: Rows, adapted: bool) -> Launch<'a> {
         Launch {
             gpu: &self.gpu,
-            blas: &self.blas,
+            matmuls: &self.matmuls,
             kernels: &self.kernels,
             batch: &self.inputs.at,
             tables: &self.tables,
             weights,
-            rows,
+            rows: self.inputs.at.rows(rows),
             adapted,
             cache: None,
         }
@@ -179,7 +180,7 @@ impl CudaDevice {
         cache: Option<KvCache>,
     ) -> Result<()> {
         let program = &self.lowered.programs[self.graph.layers[layer].block];
-        let launch = self.launch(&self.weights.layers[layer], self.inputs.at.tokens, adapted);
+        let launch = self.launch(&self.weights.layers[layer], Rows::Tokens, adapted);
         Pass { program, places: self.addresses(offsets), launch: Launch { cache, ..launch } }.run(steps)
     }
 
@@ -234,15 +235,14 @@ impl CudaDevice {
     /// Token ids to the first layer's input.
     pub(super) fn embed(&self) -> Result<()> {
         let places = self.addresses(self.arrangement.embed_places(&self.lowered));
-        let launch = self.launch(&self.weights.embed, self.inputs.at.tokens, false);
+        let launch = self.launch(&self.weights.embed, Rows::Tokens, false);
         Pass { program: &self.lowered.embed, places, launch }.run(&self.lowered.embed.forward)
     }
 
-    /// The values between layers: the input of a layer, or the last one's output.
-    pub(super) fn edge(&self, layer: usize) -> View {
-        let bytes = self.lowered.programs[0].edge();
-        let at = self.values.address + (layer * bytes * self.arrangement.rows) as u64;
-        View { at, ld: (bytes / 2) as i64 }
+    /// Where the gradient between layers lies.
+    pub(super) fn gradient_edge(&self) -> View {
+        let at = self.values.address + self.arrangement.gradient as u64;
+        View { at, ld: (self.lowered.programs[0].edge() / 2) as i64 }
     }
 
     /// Sends a batch's arrays in one copy and makes its tables.
@@ -255,12 +255,12 @@ impl CudaDevice {
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))
         })?;
         self.inputs.send(&self.gpu, batch, self.tables.iter().map(LoadedTable::bytes).sum())?;
-        self.launch(&self.weights.embed, tokens, false).fill_tables()?;
+        self.launch(&self.weights.embed, Rows::Tokens, false).fill_tables()?;
         self.gpu.mark("send")
     }
 }
 
 /// Every source there is.
 pub(super) fn sources() -> impl Iterator<Item = &'static super::kernels::Source> {
-    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE])
+    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE, &matmul::SOURCE])
 }

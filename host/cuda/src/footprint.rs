@@ -2,6 +2,7 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
+use super::inputs::Rows;
 use super::liveness::Scheduled;
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
@@ -20,8 +21,8 @@ pub(super) struct Footprint {
     /// Bytes an answer token takes in the head, and those of its logits.
     head: usize,
     logits: usize,
-    /// Time of a step a token, in multiply-adds of matmuls.
-    work: f64,
+    /// Time of a step, in multiply-adds of matmuls.
+    work: Work,
 }
 
 /// What a token takes in a layer, in bytes.
@@ -30,7 +31,23 @@ struct Level {
     saved: usize,
     scratch: usize,
     /// Time of what is computed again, in multiply-adds of matmuls.
-    again: f64,
+    again: Work,
+}
+
+/// Time that a token takes, and a row that predicts.
+#[derive(Clone, Copy, Debug, Default)]
+struct Work([f64; 2]);
+
+impl Work {
+    /// The sum of such times, each so often.
+    fn sum(times: impl Iterator<Item = (Work, f64)>) -> Work {
+        times.fold(Work::default(), |Work([a, b]), (Work([c, d]), n)| Work([a + c * n, b + d * n]))
+    }
+
+    /// That of a batch.
+    fn of(self, tokens: usize, answers: usize) -> f64 {
+        self.0[0] * tokens as f64 + self.0[1] * answers as f64
+    }
 }
 
 /// Where the values of a batch lie in the memory for values: between layers, saved, in work. Offsets and sizes in bytes.
@@ -92,24 +109,31 @@ impl Arrangement {
         (0..lowered.embed.buffers.len()).map(place).collect()
     }
 
-    /// Offsets of the head's buffers.
+    /// Offsets of the head's buffers; its input is the last layer's output.
     pub(super) fn head_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
         let (program, rows) = (&lowered.head, self.answer_rows);
         let edge = program.edge() * rows;
         let (forward, backward) = (&lowered.head_schedule.forward, &lowered.head_schedule.backward);
         let place = |buffer| {
             let offset = match (buffer, forward.saved.get(buffer)) {
-                (INPUT | OUTPUT | GRADIENT, _) => buffer * edge,
-                (_, Some(Some(saved))) => 3 * edge + saved * rows,
+                (INPUT, _) => return Some(self.saved.len() * lowered.programs[0].edge() * self.rows),
+                (OUTPUT | GRADIENT, _) => (buffer - OUTPUT) * edge,
+                (_, Some(Some(saved))) => 2 * edge + saved * rows,
                 _ => {
                     let scratch = forward.scratch[buffer].or(backward.scratch[buffer])?;
-                    3 * edge + (forward.saved_bytes + scratch) * rows
+                    2 * edge + (forward.saved_bytes + scratch) * rows
                 }
             };
             Some(self.scratch + offset)
         };
         (0..program.buffers.len()).map(place).collect()
     }
+}
+
+/// Rows of a layer's buffers and of the head's: whole tiles keep every buffer at an aligned place. There are more answer tokens than tokens where a
+/// row predicts several.
+fn padded_rows(tokens: usize, answers: usize) -> [usize; 2] {
+    [tokens.max(answers), answers].map(|rows| rows.next_multiple_of(64))
 }
 
 /// Rows of logits at once, at least and at most.
@@ -121,14 +145,16 @@ const MATMUL_PER_BYTE: f64 = 120.0;
 impl Footprint {
     pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
         let free = |kind: &[Scheduled; 4]| kind[SavedActivations::BlockInput as usize].forward.scratch_bytes;
+        let work = |kind: usize, steps: &[Step]| lowered.programs[kind].work(steps);
         let level = |kind: usize, level: SavedActivations| {
             let scheduled = &lowered.schedules[kind];
             let own = &scheduled[level as usize];
             Level {
                 saved: own.forward.saved_bytes,
                 scratch: own.forward.scratch_bytes.max(own.backward.scratch_bytes).max(free(scheduled)),
-                again: lowered.programs[kind].work(&own.steps)
-                    - lowered.programs[kind].work(&lowered.programs[kind].backward),
+                again: Work::sum(
+                    [(work(kind, &own.steps), 1.0), (work(kind, &lowered.programs[kind].backward), -1.0)].into_iter(),
+                ),
             }
         };
         let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
@@ -138,9 +164,9 @@ impl Footprint {
             edge: lowered.programs[0].edge(),
             levels: (0..lowered.programs.len()).map(|kind| SavedActivations::ALL.map(|l| level(kind, l))).collect(),
             embed: lowered.embed_schedule.forward.scratch_bytes,
-            head: 3 * lowered.head.edge() + head.forward.saved_bytes + scratch,
+            head: 2 * lowered.head.edge() + head.forward.saved_bytes + scratch,
             logits: lowered.projection.rows * 4,
-            work: kinds.iter().map(|k| lowered.programs[*k].work(&lowered.programs[*k].forward) * 3.0).sum(),
+            work: Work::sum(kinds.iter().map(|k| (work(*k, &lowered.programs[*k].forward), 3.0))),
             kinds,
         }
     }
@@ -155,8 +181,7 @@ impl Footprint {
         allowed: &[SavedActivations],
         logits_rows: usize,
     ) -> Option<Arrangement> {
-        // Whole tiles keep every buffer at an aligned place.
-        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let [rows, answer_rows] = padded_rows(tokens, answers);
         let edges = (self.kinds.len() + 2) * self.edge * rows;
         let level = |kind: usize, level: SavedActivations| self.levels[kind][level as usize];
         let most = |least: SavedActivations| {
@@ -187,7 +212,7 @@ impl Footprint {
             at += level(*kind, *own).saved * rows;
         }
         let logits = at + self.head * answer_rows;
-        let again: f64 = saved.iter().zip(&self.kinds).map(|(own, kind)| level(*kind, *own).again).sum();
+        let again = Work::sum(saved.iter().zip(&self.kinds).map(|(own, kind)| (level(*kind, *own).again, 1.0)));
         Some(Arrangement {
             rows,
             saved,
@@ -198,7 +223,7 @@ impl Footprint {
             logits,
             logits_rows: logits_rows.clamp(1, answers.max(1)),
             logits_room: (bytes - logits) / self.logits,
-            again: again / self.work,
+            again: again.of(tokens, answers) / self.work.of(tokens, answers),
         })
     }
 
@@ -215,7 +240,7 @@ impl Footprint {
 
     /// Bytes with which a batch is computed without computing anything again, as fast as it goes.
     pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations) -> usize {
-        let (rows, answer_rows) = (tokens.next_multiple_of(64), answers.next_multiple_of(64));
+        let [rows, answer_rows] = padded_rows(tokens, answers);
         let level = |kind: &usize| self.levels[*kind][saved as usize];
         let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
         let scratch = self.kinds.iter().map(|k| level(k).scratch).max().unwrap_or(0).max(self.embed) * rows;
@@ -225,13 +250,16 @@ impl Footprint {
 }
 
 impl Program {
-    /// Time of steps a token, in multiply-adds of matmuls.
-    fn work(&self, steps: &[Step]) -> f64 {
+    /// Time of steps, in multiply-adds of matmuls.
+    fn work(&self, steps: &[Step]) -> Work {
         let one = |step: &Step| match step.cost {
             Cost::Matmul(multiply_adds) => multiply_adds as f64,
             Cost::Memory => MATMUL_PER_BYTE * step.buffers().map(|b| self.buffers[b].bytes() as f64).sum::<f64>(),
         };
-        steps.iter().map(one).sum()
+        Work::sum(steps.iter().map(|step| match step.rows {
+            Rows::Tokens => (Work([one(step), 0.0]), 1.0),
+            Rows::Predictors => (Work([0.0, one(step)]), 1.0),
+        }))
     }
 }
 

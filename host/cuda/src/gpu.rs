@@ -1,6 +1,6 @@
 //! One GPU: its context, its stream, its memory, launches and their times.
 //!
-//! This, `blas.rs`, `kernels.rs` and `nccl.rs` are the only places that call the functions of `api.rs`. Addresses on the device are plain numbers: a wrong one is an
+//! This, `matmul/library.rs`, `kernels.rs` and `nccl.rs` are the only places that call the functions of `api.rs`. Addresses on the device are plain numbers: a wrong one is an
 //! error of the device, which ends the run, and never touches memory of this process.
 
 use std::cell::RefCell;
@@ -21,6 +21,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, such as 90.
     pub capability: u32,
+    /// Its multiprocessors.
+    pub multiprocessors: usize,
     /// The same for a card wherever it is seen from.
     pub uuid: [u8; 16],
     stream: Handle,
@@ -65,14 +67,18 @@ pub(super) struct SideStream {
 /// Arguments of a kernel, laid out one after the other.
 #[derive(Default)]
 pub struct Args {
-    /// Every argument at an aligned place.
-    words: Vec<[u64; 8]>,
+    /// Every argument at a place as aligned as any needs.
+    slots: Vec<Slot>,
 }
+
+/// Room for one argument.
+#[repr(align(64))]
+struct Slot([u64; 16]);
 
 /// A value that a kernel takes as an argument, as its bytes.
 ///
 /// # Safety
-/// The type has no padding that matters to the kernel and is at most 64 bytes long.
+/// The type has no padding that matters to the kernel and is at most 128 bytes long.
 pub unsafe trait Argument: Copy {}
 
 // SAFETY: plain numbers.
@@ -97,7 +103,65 @@ pub(super) struct View {
 // SAFETY: two numbers of eight bytes.
 unsafe impl Argument for View {}
 
+/// A matrix that a kernel copies to shared memory box by box (CUDA Driver API, tensor map object management): a kernel takes it as
+/// `const __grid_constant__ TensorMap`.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct TensorMap([u64; 16]);
+
+// SAFETY: 128 bytes that the driver wrote.
+unsafe impl Argument for TensorMap {}
+
+impl TensorMap {
+    /// bf16 `[rows, columns]` in boxes of so many; see [`encode`](Self::encode).
+    pub(super) fn new(of: View, [rows, columns]: [usize; 2], [box_rows, box_columns]: [usize; 2]) -> Result<TensorMap> {
+        let boxes = [box_columns as u32, box_rows as u32];
+        TensorMap::encode(of.at, &[columns as u64, rows as u64], &[of.ld as u64 * 2], &boxes)
+    }
+
+    /// bf16 of some sizes, from the inner one out, the outer ones so many bytes apart; in boxes with rows of 64 or 128 bytes, which
+    /// are swizzled. What a box has beyond the matrix is zero.
+    ///
+    /// # Errors
+    /// Rows that are no multiple of 16 bytes apart, or begin at no such address.
+    pub(super) fn encode(at: Address, sizes: &[u64], strides: &[u64], boxes: &[u32]) -> Result<TensorMap> {
+        if strides.len() + 1 != sizes.len() || boxes.len() != sizes.len() {
+            return Err(Error::run("a matrix of as many sizes as it has not"));
+        }
+        let swizzle = match boxes[0] {
+            64 => api::CU_TENSOR_MAP_SWIZZLE_128B,
+            _ => api::CU_TENSOR_MAP_SWIZZLE_64B,
+        };
+        let (driver, ones) = (libraries::table::<Driver>()?, vec![1_u32; sizes.len()]);
+        let mut map = TensorMap([0; 16]);
+        // SAFETY: writes the map, whose alignment is 64; reads as many numbers of each list as there are sizes, of strides one fewer.
+        let status = unsafe {
+            (driver.cuTensorMapEncodeTiled)(
+                map.0.as_mut_ptr().cast(),
+                api::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                sizes.len() as u32,
+                at as *const c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                ones.as_ptr(),
+                api::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                api::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                api::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        done("describing a matrix", status)?;
+        Ok(map)
+    }
+}
+
 impl View {
+    /// Itself, unless it is null: of a write that nobody reads.
+    pub(super) fn wanted(self) -> Option<View> {
+        (self.at != 0).then_some(self)
+    }
+
     /// The same rows from a column on.
     pub(super) fn column(self, column: usize) -> View {
         View { at: self.at + (column * 2) as u64, ld: self.ld }
@@ -112,10 +176,12 @@ impl View {
 impl Args {
     /// One more argument.
     pub fn with<T: Argument>(mut self, value: T) -> Args {
-        let mut word = [0_u64; 8];
-        // SAFETY: an `Argument` has at most 64 bytes, which is what `word` holds.
-        unsafe { ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), word.as_mut_ptr().cast(), size_of::<T>()) };
-        self.words.push(word);
+        let mut slot = Slot([0; 16]);
+        // SAFETY: an `Argument` has at most 128 bytes, which is what a slot holds.
+        unsafe {
+            ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), slot.0.as_mut_ptr().cast(), size_of::<T>())
+        };
+        self.slots.push(slot);
         self
     }
 }
@@ -170,7 +236,7 @@ impl Gpu {
         }
         let driver = libraries::table::<Driver>()?;
         let (mut device, mut name, mut uuid): (_, [c_char; 256], _) = (0, [0; 256], [0; 16]);
-        let (mut major, mut minor): (c_int, c_int) = (0, 0);
+        let (mut major, mut minor, mut multiprocessors): (c_int, c_int, c_int) = (0, 0, 0);
         let mut context = ptr::null_mut();
         // SAFETY: the functions write what they are given the address of, at most as many bytes of the name as it has room for, which
         // ends with a zero then. The context stays for as long as the process.
@@ -182,6 +248,7 @@ impl Gpu {
             for (to, which) in [
                 (&mut major, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
                 (&mut minor, api::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
+                (&mut multiprocessors, api::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
             ] {
                 done("asking what the GPU can do", (driver.cuDeviceGetAttribute)(to, which, device))?;
             }
@@ -190,7 +257,15 @@ impl Gpu {
             api::text(name.as_ptr())
         };
         let stream = new_stream(driver)?;
-        Ok(Gpu { name, capability: (major * 10 + minor) as u32, uuid, stream, trace: RefCell::new(None), driver })
+        Ok(Gpu {
+            name,
+            capability: (major * 10 + minor) as u32,
+            multiprocessors: multiprocessors as usize,
+            uuid,
+            stream,
+            trace: RefCell::new(None),
+            driver,
+        })
     }
 
     pub(super) fn stream(&self) -> Handle {
@@ -344,7 +419,7 @@ impl Gpu {
             return Ok(());
         }
         let grid = grid.map(|g| g as u32);
-        let mut pointers: Vec<*mut c_void> = args.words.iter_mut().map(|w| w.as_mut_ptr().cast()).collect();
+        let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.0.as_mut_ptr().cast()).collect();
         // SAFETY: every pointer is to an argument, which is copied before the call returns.
         let status = unsafe {
             let ([x, y, z], [width, height, depth]) = (grid, block);

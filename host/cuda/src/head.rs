@@ -1,12 +1,13 @@
 //! The head on the GPU: rows that predict, logits in chunks of rows, log-probs and their gradient.
 
-use super::blas::{Matmul, Operands};
 use super::engine::{CudaDevice, Pass};
 use super::gpu::View;
+use super::inputs::Rows;
 use super::launch::KvCache;
-use super::ops::embedding;
+use super::matmul::{Matmul, Operands};
 use super::ops::lm_head::{self, LmHead};
-use super::program::{GRADIENT, INPUT, OUTPUT, Slice};
+use super::program::{GRADIENT, OUTPUT, Slice};
+use super::sum::copy_rows;
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::Result;
 
@@ -14,30 +15,26 @@ impl CudaDevice {
     /// The head's program for the batch's answer tokens.
     pub(super) fn head(&self) -> Pass<'_> {
         let places = self.addresses(self.arrangement.head_places(&self.lowered));
-        let launch = self.launch(&self.weights.head, self.inputs.at.answers, false);
+        let launch = self.launch(&self.weights.head, Rows::Predictors, false);
         Pass { program: &self.lowered.head, places, launch }
     }
 
     fn of_head(&self, head: &Pass<'_>, buffer: usize) -> View {
-        let width = if buffer == INPUT { self.graph.hidden_size } else { self.lowered.projection.inputs };
-        head.view(Slice::whole(buffer, width))
+        head.view(Slice::whole(buffer, self.lowered.projection.inputs))
     }
 
-    /// The head up to its projection, for the rows that predict.
+    /// The head up to its projection.
     pub(super) fn head_forward(&self, head: &Pass<'_>) -> Result<()> {
-        let (last, input) = (self.edge(self.graph.layers.len()), self.of_head(head, INPUT));
-        embedding::gather_rows(&head.launch, self.graph.hidden_size, last, input)?;
         head.run(&self.lowered.head.forward)
     }
 
     /// The head's backward pass, from the gradient of its output as [`log_probs`](Self::log_probs) left it, and the loss's by
     /// log-probs, to that of the last layer's output.
     pub(super) fn head_backward(&self, head: &Pass<'_>) -> Result<()> {
-        let (hidden, gradient) = (self.graph.hidden_size, self.of_head(head, GRADIENT));
+        let gradient = self.of_head(head, GRADIENT);
         lm_head::scale_rows(&head.launch, self.lowered.projection.inputs, gradient)?;
         head.run(&self.lowered.head_schedule.steps)?;
-        let to = View { at: self.values.address + self.arrangement.gradient as u64, ld: self.edge(0).ld };
-        embedding::scatter_rows(&head.launch, hidden, gradient, to)?;
+        copy_rows(&head.launch, self.graph.hidden_size, gradient, self.gradient_edge())?;
         self.gpu.mark("head vjp")
     }
 
@@ -49,7 +46,7 @@ impl CudaDevice {
         let d = View { at: self.values.address + self.arrangement.logits as u64, ld: rows as i64 };
         let mut matmul = Matmul::new(count, rows, inputs);
         (matmul.b_transposed, matmul.wide) = (true, true);
-        self.blas.run(&self.gpu, matmul, Operands { a, b, c: d, d, bias: 0 })?;
+        self.matmuls.run(&self.gpu, &self.kernels, matmul, Operands { a, b, c: d, d, bias: 0 })?;
         self.gpu.mark("logits")?;
         Ok(d)
     }
@@ -68,7 +65,12 @@ impl CudaDevice {
                 let dproducts = View { at: products.at, ld: 2 * products.ld };
                 let d = self.of_head(head, GRADIENT).row(first);
                 let matmul = Matmul::new(count, own.inputs, own.rows);
-                self.blas.run(&self.gpu, matmul, Operands { a: dproducts, b: table, c: d, d, bias: 0 })?;
+                self.matmuls.run(
+                    &self.gpu,
+                    &self.kernels,
+                    matmul,
+                    Operands { a: dproducts, b: table, c: d, d, bias: 0 },
+                )?;
                 self.gpu.mark("logits vjp")?;
             }
         }
@@ -84,9 +86,8 @@ impl CudaDevice {
         cache: impl Fn(usize) -> [View; 2],
         adapted: bool,
     ) -> Result<Vec<f32>> {
-        let last = ids.len().saturating_sub(1) as u32;
         let layout = Layout::after(cached, ids.len());
-        let batch = Batch { ids: ids.to_vec(), layout, predictors: vec![last], targets: vec![0], ..Batch::default() };
+        let batch = Batch { ids: ids.to_vec(), layout, targets: vec![0], ..Batch::default() };
         self.send(&batch, false)?;
         self.embed()?;
         for layer in 0..self.graph.layers.len() {

@@ -37,10 +37,28 @@ pub(super) struct BatchAddresses {
     pub(super) answers: usize,
 }
 
+/// The rows that a step runs on, as many as its values have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// All tokens.
+    #[default]
+    Tokens,
+    /// Those that predict scored tokens.
+    Predictors,
+}
+
 /// Tokens of a tile, of the kinds that attention has.
 const TILES: [usize; 3] = [64, 32, 16];
 
 impl BatchAddresses {
+    /// How many there are of such rows.
+    pub(super) fn rows(&self, rows: Rows) -> usize {
+        match rows {
+            Rows::Tokens => self.tokens,
+            Rows::Predictors => self.answers,
+        }
+    }
+
     /// Tiles of at most so many tokens, and how many there are.
     pub(super) fn tiles_of(&self, tokens: usize) -> (Address, usize) {
         self.tiles[TILES.iter().position(|t| *t == tokens).unwrap_or(0)]
@@ -58,14 +76,14 @@ impl Inputs {
     pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, tables: usize) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
         let (mut taken, mut next_taken) = (vec![u32::MAX; tokens], vec![u32::MAX; answers]);
-        for (row, predictor) in batch.predictors.iter().enumerate().rev() {
+        for (row, predictor) in batch.layout.predictors.iter().enumerate().rev() {
             next_taken[row] = std::mem::replace(&mut taken[*predictor as usize], row as u32);
         }
         self.used = 0;
         let mut at = BatchAddresses { tokens, answers, ..BatchAddresses::default() };
         at.ids = self.put(&batch.ids);
         at.positions = self.put(&batch.layout.positions);
-        at.predictors = self.put(&batch.predictors);
+        at.predictors = self.put(&batch.layout.predictors);
         at.targets = self.put(&batch.targets);
         at.taken = self.put(&taken);
         at.next_taken = self.put(&next_taken);

@@ -98,21 +98,23 @@ impl Kernels {
         sources: impl Iterator<Item = &'static Source>,
         variants: impl Iterator<Item = Variant>,
     ) -> Result<Kernels> {
-        let mut kernels = Kernels::default();
-        for source in sources.filter(|s| s.variants.is_none()) {
-            kernels.add(gpu, &Variant::plain(source))?;
-        }
+        let mut all: Vec<Variant> = sources.filter(|s| s.variants.is_none()).map(Variant::plain).collect();
         for variant in variants {
-            if !kernels.all.iter().any(|k| k.name == variant.source.kernels[0] && k.key == variant.key) {
-                kernels.add(gpu, &variant)?;
+            let same = |v: &Variant| std::ptr::eq(v.source, variant.source) && v.key == variant.key;
+            if !all.iter().any(same) {
+                all.push(variant);
             }
         }
+        let capability = gpu.capability;
+        let images: Vec<Result<Vec<u8>>> = all.par_iter().map(|variant| image(variant, capability)).collect();
+        let mut kernels = Kernels::default();
+        all.iter().zip(images).try_for_each(|(variant, image)| kernels.add(gpu, variant, &image?))?;
         Ok(kernels)
     }
 
-    fn add(&mut self, gpu: &Gpu, variant: &Variant) -> Result<()> {
+    fn add(&mut self, gpu: &Gpu, variant: &Variant, image: &[u8]) -> Result<()> {
         let names = variant.source.kernels;
-        for (name, kernel) in names.iter().copied().zip(gpu.load(&image(variant, gpu.capability)?, names)?) {
+        for (name, kernel) in names.iter().copied().zip(gpu.load(image, names)?) {
             let shared = variant.shared.iter().find(|(n, _)| *n == name).map_or(0, |(_, bytes)| *bytes);
             if shared > 0 {
                 gpu.allow_shared(kernel, shared)?;

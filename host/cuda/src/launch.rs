@@ -1,16 +1,17 @@
 //! What a step is started with: the device, the weights of its block, the batch; and the shapes in which kernels are started.
 
-use super::blas::Blas;
 use super::gpu::{Address, Args, Gpu, Memory, View};
 use super::inputs::BatchAddresses;
 use super::kernels::Kernels;
+use super::matmul::{Matmul, Matmuls, Operands};
 use super::weights::BlockWeights;
 use dpo_core::error::{Error, Result};
 
 /// Everything that a step runs on, but for its values.
+#[derive(Clone, Copy)]
 pub(crate) struct Launch<'a> {
     pub gpu: &'a Gpu,
-    pub blas: &'a Blas,
+    pub matmuls: &'a Matmuls,
     pub kernels: &'a Kernels,
     pub batch: &'a BatchAddresses,
     pub tables: &'a [LoadedTable],
@@ -94,6 +95,11 @@ impl LoadedTable {
 }
 
 impl Launch<'_> {
+    /// Starts a matmul.
+    pub(crate) fn matmul(&self, matmul: Matmul, on: Operands) -> Result<()> {
+        self.matmuls.run(self.gpu, self.kernels, matmul, on)
+    }
+
     /// Computes the batch's tables.
     pub(super) fn fill_tables(&self) -> Result<()> {
         let fill = |t: &LoadedTable| (t.table.fill)(self, &t.table, t.constants.address, self.place(t));

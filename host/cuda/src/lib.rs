@@ -1,6 +1,6 @@
 //! CUDA without a toolkit: the same graph, loop and files as on the CPU, on another device.
 //!
-//! `libraries` finds what the driver and pip bring, `api` has its functions; `gpu` and `blas` call them; `kernels` compiles the sources that lie beside the
+//! `libraries` finds what the driver and pip bring, `api` has its functions; `gpu` and `matmul` call them; `kernels` compiles the sources that lie beside the
 //! files of `ops`. `lowering` turns a block into a `program` of steps, each op as its file says; `saved`, `liveness`, `footprint`
 //! and `plan` say what is saved and where everything lies. `weights` holds the frozen ones, `optimizer` the adapter, `inputs` what
 //! a batch brings. `engine` runs the layers and `head` what follows them; `device` trains, `decoder` answers, `nccl` sums over GPUs.
@@ -8,7 +8,6 @@
 mod api;
 mod arena;
 mod backend;
-mod blas;
 mod decoder;
 mod device;
 mod engine;
@@ -23,6 +22,7 @@ mod liveness;
 mod loading;
 mod lowered;
 mod lowering;
+mod matmul;
 mod nccl;
 mod ops;
 mod optimizer;
@@ -89,5 +89,9 @@ pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room
     let own = context.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
-    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context })
+    Ok(Room {
+        available: limit.unwrap_or(usize::MAX).min(most),
+        context,
+        gates: matmul::computes_gates(gpu.capability),
+    })
 }

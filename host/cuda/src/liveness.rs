@@ -44,10 +44,11 @@ impl Layout {
             layout.saved[buffer] = Some(layout.saved_bytes);
             layout.saved_bytes += bytes(buffer);
         }
+        let needed: Vec<usize> = steps.iter().flat_map(Step::needs).collect();
         // The first and the last step that touches a buffer.
         let mut lives: Vec<Option<(usize, usize)>> = vec![None; count];
         for (at, step) in steps.iter().enumerate() {
-            for buffer in step.buffers().filter(|b| *b > GRADIENT && !saved[*b]) {
+            for buffer in step.buffers().filter(|b| *b > GRADIENT && !saved[*b] && needed.contains(b)) {
                 lives[buffer].get_or_insert((at, at)).1 = at;
             }
         }

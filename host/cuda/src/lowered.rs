@@ -3,6 +3,7 @@
 use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 
 use super::arena::aligned;
+use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::liveness::Scheduled;
 use super::lowering::Frame;
@@ -13,6 +14,7 @@ use super::saved::SavedActivations;
 use super::weights::{LayerStore, NUMBERS};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
+use dpo_core::predictors;
 use dpo_core::storage::{Numbers, Storage};
 use dpo_core::weights::BlockId;
 
@@ -35,10 +37,11 @@ pub(super) struct Lowered {
 }
 
 impl Lowered {
-    /// With layers kept as such numbers.
-    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) -> Result<Lowered> {
+    /// With layers kept as such numbers, and with matmuls that compute gated activations, or without.
+    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers, gates: bool) -> Result<Lowered> {
         let hidden = graph.hidden_size;
         refuse(adapter)?;
+        predictors::check(graph)?;
         if let Some(site) = adapter.sites.iter().find(|s| !matches!(s.node.0, BlockId::Layer(_))) {
             return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
                 .help("leave it out of --target-modules, or train with --device cpu"));
@@ -60,16 +63,26 @@ impl Lowered {
         let lower = |kind: usize| {
             let block = &graph.blocks[kind];
             let rank = |node| rank(kind, node);
-            let frame = Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true };
+            let frame =
+                Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true, rows: Rows::Tokens, gates };
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
-        let plain = |widths, behind, backward| Frame { widths, behind, rank: &|_| 0, numbers, backward };
+        let plain = |widths, rows| Frame {
+            widths,
+            behind,
+            rank: &|_| 0,
+            numbers,
+            backward: rows == Rows::Predictors,
+            rows,
+            gates,
+        };
         let embed = (graph.embed.nodes.as_slice(), graph.embed.output);
-        let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], behind, false))?;
+        let embed = Program::lower(&graph.embed, embed, ops::find, &plain([1, hidden], Rows::Tokens))?;
         let (node, nodes) = projection(graph)?;
         let projection = LmHead::of(node)?;
-        let frame = plain([hidden, projection.inputs], 0, true);
+        // Its input lies where the last layer's output does.
+        let frame = plain([hidden, projection.inputs], Rows::Predictors);
         let head = Program::lower(&graph.head, (nodes, node.inputs[0]), ops::find, &frame)?;
         let nodes = graph.blocks.iter().chain([&graph.embed, &graph.head]).flat_map(|b| &b.nodes);
         let tables = nodes.map(|n| Ok((ops::find(&n.op)?.table)(n))).collect::<Result<Vec<_>>>()?;

@@ -9,11 +9,13 @@ mod gradients;
 use dpo_plugin_api::graph::{Block, Node};
 
 use super::arena::padded;
+use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
 use super::weights::{Stack, Vector};
 use dpo_core::error::{Error, Result};
+use dpo_core::ops::GATHER;
 use dpo_core::storage::Numbers;
 
 /// The LoRA rank of every node of a block, a multiple of 8; 0 where it is not adapted.
@@ -55,6 +57,8 @@ pub(crate) struct BackwardReads {
 pub(crate) enum Epilogue {
     /// The sum of that step's value and another one.
     Sum,
+    /// A gated activation of that step's two values.
+    Gated,
 }
 
 impl CudaOp {
@@ -91,6 +95,10 @@ pub(super) struct Frame<'a> {
     pub numbers: Numbers,
     /// Whether it has a backward pass.
     pub backward: bool,
+    /// The rows that it begins with.
+    pub rows: Rows,
+    /// Whether a matmul computes the gated activation of what it makes.
+    pub gates: bool,
 }
 
 /// Values whose columns lie side by side in one buffer, and whose gradients do too.
@@ -218,6 +226,7 @@ impl Lowering<'_> {
     /// # Errors
     /// One that would overwrite what it reads, or what is read after it.
     pub(crate) fn push(&mut self, step: Step) -> Result<()> {
+        let step = Step { rows: self.rows(), ..step };
         let lost = step.clash().or_else(|| step.writes.iter().copied().find(|w| self.is_live(*w)));
         if let Some(lost) = lost {
             return Err(Error::run(format!("step '{}' would overwrite {lost:?}, which is still read", step.label)));
@@ -227,6 +236,16 @@ impl Lowering<'_> {
             At::Backward(_) => self.program.backward.push(step),
         }
         Ok(())
+    }
+
+    /// The rows that the node at hand runs on: where rows are gathered and behind, those that predict. Backward a gather gives all rows a gradient.
+    fn rows(&self) -> Rows {
+        let gathers = |index: usize| self.nodes[index].op == GATHER;
+        let gathered = match self.at {
+            At::Forward(index) => (0..=index).any(gathers),
+            At::Backward(index) => !gathers(index) && (0..index).any(gathers),
+        };
+        if gathered { Rows::Predictors } else { self.frame.rows }
     }
 
     /// Whether a value or a gradient lies there that the node at hand does not make and later ones read.
@@ -285,6 +304,11 @@ impl Lowering<'_> {
         self.frame.numbers
     }
 
+    /// Whether a matmul computes the gated activation of what it makes.
+    pub(crate) fn gates(&self) -> bool {
+        self.frame.gates
+    }
+
     /// The LoRA rank of a node; 0 where it is not adapted.
     pub(crate) fn rank(&self, index: usize) -> usize {
         (self.frame.rank)(index)
@@ -319,6 +343,13 @@ impl Lowering<'_> {
         let next = self.only_consumer(index + 1).filter(|c| self.ops[*c].epilogue == Some(epilogue))?;
         let other = self.nodes[next].inputs.iter().copied().find(|v| *v != index + 1)?;
         (other <= index).then_some((next, other))
+    }
+
+    /// The node that reads two values, and alone does, which their step could compute as its epilogue.
+    pub(crate) fn epilogue_of_two(&self, values: [usize; 2], epilogue: Epilogue) -> Option<usize> {
+        let [a, b] = values.map(|value| self.only_consumer(value));
+        let next = a.filter(|next| b == Some(*next) && self.ops[*next].epilogue == Some(epilogue))?;
+        (self.nodes[next].inputs == values).then_some(next)
     }
 
     /// Has a node's steps compute another one's value.

@@ -5,9 +5,9 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::blas::{CLASS, WORKSPACE};
 use super::footprint::{Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
+use super::matmul::{CLASS, WORKSPACE};
 use super::saved::SavedActivations;
 use super::weights::NUMBERS;
 use dpo_core::error::{Error, Result};
@@ -36,12 +36,14 @@ pub struct Room {
     pub available: usize,
     /// What of it context, kernels and libraries take.
     pub context: usize,
+    /// Whether the card's matmuls compute gated activations, which takes less memory.
+    pub gates: bool,
 }
 
 impl Room {
-    /// So much on each of some GPUs that need not be there.
+    /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 } }
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: false }
     }
 }
 
@@ -55,6 +57,8 @@ pub struct GpuPlan {
     pub available: usize,
     /// Context, kernels, libraries.
     pub context: usize,
+    /// Whether matmuls compute gated activations.
+    pub gates: bool,
     /// Ranks that share the layers' frozen weights; 1 where each has all.
     pub ranks: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
@@ -107,8 +111,8 @@ impl GpuPlan {
         ranks: usize,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
-        let Room { available, context } = room;
-        let lowered = Lowered::new(graph, adapter, NUMBERS)?;
+        let Room { available, context, gates } = room;
+        let lowered = Lowered::new(graph, adapter, NUMBERS, gates)?;
         let footprint = Footprint::new(graph, &lowered);
         let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
         let table = lowered.table(graph, table(Place::Resident));
@@ -136,6 +140,7 @@ impl GpuPlan {
                 };
                 let most = longest.max(*tokens).max(scoring);
                 let mut plan = GpuPlan {
+                    gates,
                     available,
                     context,
                     ranks,

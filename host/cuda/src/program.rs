@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use super::gpu::View;
+use super::inputs::Rows;
 use super::kernels::Variant;
 use super::launch::Launch;
 use super::weights::{Stack, Vector};
@@ -62,8 +63,14 @@ pub(crate) struct Step {
     pub writes: Vec<Slice>,
     /// Writes that may lie where a read lies, as places in both lists. Others never overlap.
     pub in_place: &'static [(usize, usize)],
+    /// Writes that are left out where nobody reads them: their views are null then.
+    pub optional: &'static [usize],
+    /// What computes one of its writes from others, for less than the step itself.
+    pub cheaper: Option<Arc<Step>>,
     pub cost: Cost,
     pub recompute: Recompute,
+    /// The lowering says it.
+    pub rows: Rows,
     pub run: Arc<dyn Execute>,
 }
 
@@ -72,9 +79,9 @@ pub(crate) trait Execute: Send + Sync {
     /// Starts it on the GPU.
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()>;
 
-    /// Which variant of its op's kernels it starts on a card, where those are compiled in more than one way.
-    fn variant(&self, _capability: u32) -> Option<Variant> {
-        None
+    /// Which variants of kernels it starts on a card, of those that are compiled in more than one way.
+    fn variants(&self, _capability: u32) -> Vec<Variant> {
+        Vec::new()
     }
 
     /// Computes the same in f32.
@@ -138,8 +145,11 @@ impl Step {
             reads,
             writes,
             in_place: &[],
+            optional: &[],
+            cheaper: None,
             cost: Cost::Memory,
             recompute: Recompute::Elementwise,
+            rows: Rows::default(),
             run: Arc::new(run),
         }
     }
@@ -147,6 +157,16 @@ impl Step {
     /// Lets writes lie where reads lie.
     pub(crate) fn in_place(self, in_place: &'static [(usize, usize)]) -> Step {
         Step { in_place, ..self }
+    }
+
+    /// Lets writes be left out that nobody reads.
+    pub(crate) fn optional(self, optional: &'static [usize]) -> Step {
+        Step { optional, ..self }
+    }
+
+    /// With a step that computes one of its writes from others, for less.
+    pub(crate) fn or_cheaper(self, cheaper: Step) -> Step {
+        Step { cheaper: Some(Arc::new(cheaper)), ..self }
     }
 
     /// With another cost.
@@ -157,6 +177,13 @@ impl Step {
     /// Buffers that it touches.
     pub(super) fn buffers(&self) -> impl Iterator<Item = usize> + '_ {
         self.reads.iter().chain(&self.writes).map(|s| s.buffer)
+    }
+
+    /// Buffers that have to have a place for it.
+    pub(super) fn needs(&self) -> impl Iterator<Item = usize> + '_ {
+        let written =
+            self.writes.iter().enumerate().filter(|(w, _)| !self.optional.contains(w)).map(|(_, slice)| slice);
+        self.reads.iter().chain(written).map(|s| s.buffer)
     }
 
     pub(super) fn writes(&self, buffer: usize) -> bool {

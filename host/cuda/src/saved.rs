@@ -1,5 +1,7 @@
 //! Which activations are saved for the backward pass, and which are computed again in it.
 
+use std::sync::Arc;
+
 use super::program::{GRADIENT, INPUT, Program, Recompute, Step};
 
 /// What of a layer is saved for its backward pass; the rest is computed again. From most to least memory.
@@ -25,6 +27,15 @@ impl SavedActivations {
     ];
 }
 
+/// A backward pass that is being completed.
+struct Again {
+    /// Buffers that are computed.
+    ready: Vec<bool>,
+    /// Steps of the forward pass that compute theirs again.
+    done: Vec<bool>,
+    steps: Vec<Step>,
+}
+
 impl Program {
     /// Buffers of the forward pass that are saved.
     pub(super) fn saved(&self, level: SavedActivations) -> Vec<bool> {
@@ -33,7 +44,12 @@ impl Program {
             let read = self.backward.iter().any(|s| s.reads(buffer));
             buffer > GRADIENT && read && makers(buffer).next().is_some()
         };
-        let elementwise = |buffer: usize| makers(buffer).all(|s| s.recompute == Recompute::Elementwise);
+        let elementwise = |buffer: usize| {
+            makers(buffer).all(|s| match &s.cheaper {
+                Some(cheaper) if cheaper.writes(buffer) => cheaper.recompute == Recompute::Elementwise,
+                _ => s.recompute == Recompute::Elementwise,
+            })
+        };
         let wide = |buffer: usize| {
             let limit = 4 * self.buffers[INPUT].bytes();
             makers(buffer).any(|s| s.recompute == Recompute::Matmul) && self.buffers[buffer].bytes() > limit
@@ -54,24 +70,29 @@ impl Program {
     pub(super) fn replayed(&self, saved: &[bool]) -> Vec<Step> {
         let mut ready = saved.to_vec();
         ready[INPUT] = true;
-        let mut steps = Vec::new();
+        let mut again = Again { ready, done: vec![false; self.forward.len()], steps: Vec::new() };
         for step in &self.backward {
-            for read in &step.reads {
-                self.ensure(read.buffer, &mut ready, &mut steps);
-            }
-            steps.push(step.clone());
+            step.reads.iter().for_each(|read| self.ensure(read.buffer, &mut again));
+            again.steps.push(step.clone());
         }
-        steps
+        again.steps
     }
 
-    fn ensure(&self, buffer: usize, ready: &mut Vec<bool>, steps: &mut Vec<Step>) {
-        if ready[buffer] {
+    fn ensure(&self, buffer: usize, again: &mut Again) {
+        if again.ready[buffer] {
             return;
         }
-        ready[buffer] = true;
-        for step in self.forward.iter().filter(|s| s.writes(buffer)) {
-            step.reads.iter().for_each(|r| self.ensure(r.buffer, ready, steps));
-            steps.push(step.clone());
+        again.ready[buffer] = true;
+        for (at, step) in self.forward.iter().enumerate().filter(|(_, s)| s.writes(buffer)) {
+            if std::mem::replace(&mut again.done[at], true) {
+                continue;
+            }
+            // What it is computed from for less may have been saved.
+            let saved =
+                |cheaper: &&Arc<Step>| cheaper.writes(buffer) && cheaper.reads.iter().all(|r| again.ready[r.buffer]);
+            let step = step.cheaper.as_ref().filter(saved).map_or(step, |cheaper| cheaper);
+            step.reads.iter().for_each(|r| self.ensure(r.buffer, again));
+            again.steps.push(step.clone());
         }
     }
 }

@@ -6,10 +6,11 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
+use super::inputs::Rows;
 use super::lowered::Lowered;
 use super::ops::lm_head::LmHead;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
-use super::program::{GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
+use super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::saved::SavedActivations;
 use super::weights::{NUMBERS, Stack};
 use dpo_core::batch::Batch;
@@ -55,13 +56,13 @@ struct Pass<'a> {
     block: &'a Block,
     prefix: &'a str,
     places: Vec<usize>,
-    rows: usize,
 }
 
 /// A step that is being emulated: what it runs on.
 pub(crate) struct Emulation<'a> {
     emulator: &'a mut Emulator,
     pass: &'a Pass<'a>,
+    rows: usize,
 }
 
 impl Pass<'_> {
@@ -72,7 +73,7 @@ impl Pass<'_> {
 
 impl Emulation<'_> {
     pub(crate) fn rows(&self) -> usize {
-        self.pass.rows
+        self.rows
     }
 
     pub(crate) fn batch(&self) -> &Batch {
@@ -89,7 +90,7 @@ impl Emulation<'_> {
 
     /// Of a buffer with a number for every head; a number has four bytes.
     pub(crate) fn number(&mut self, s: &Slice, head: usize, row: usize) -> &mut f32 {
-        &mut self.emulator.memory[self.pass.places[s.buffer] + (head * self.pass.rows + row) * 2]
+        &mut self.emulator.memory[self.pass.places[s.buffer] + (head * self.rows + row) * 2]
     }
 
     /// Computes rows one after the other: from what is read to what is written.
@@ -139,11 +140,12 @@ impl Emulator {
         graph: &ModelGraph,
         adapter: &Adapter,
         batch: Batch,
+        gates: bool,
         allowed: &[SavedActivations],
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
         let adapter = adapter.clone();
-        let lowered = Lowered::new(graph, &adapter, NUMBERS).unwrap();
+        let lowered = Lowered::new(graph, &adapter, NUMBERS, gates).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
         let arrangement =
@@ -163,7 +165,11 @@ impl Emulator {
         self.memory[at..at + s.width].to_vec()
     }
 
+    /// What has no place is left out.
     fn write(&mut self, pass: &Pass<'_>, s: &Slice, row: usize, values: &[f32]) {
+        if pass.places[s.buffer] == NOWHERE {
+            return;
+        }
         let at = pass.at(s, row);
         self.memory[at..at + s.width].copy_from_slice(values);
     }
@@ -179,7 +185,6 @@ impl Emulator {
             block: &graph.blocks[kind],
             prefix: &graph.layers[layer].prefix,
             places: elements(places),
-            rows: self.batch.tokens(),
         };
         // Nothing may be read from work space that another layer left.
         let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
@@ -192,8 +197,7 @@ impl Emulator {
     fn embed(&mut self) {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let places = elements(self.arrangement.embed_places(&lowered));
-        let (program, rows) = (&lowered.embed, self.batch.tokens());
-        let pass = Pass { layer: None, program, block: &graph.embed, prefix: "", places, rows };
+        let pass = Pass { layer: None, program: &lowered.embed, block: &graph.embed, prefix: "", places };
         self.run(&pass, &lowered.embed.forward);
         self.lowered = lowered;
     }
@@ -208,23 +212,16 @@ impl Emulator {
     fn head(&mut self, dlogps: Option<&[f32]>) -> Vec<f32> {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let hidden = graph.hidden_size;
-        let edge = |layer: usize| (layer * lowered.programs[0].edge() * self.arrangement.rows) / 2;
-        let (last, gradient) = (edge(graph.layers.len()), self.arrangement.gradient / 2);
+        let gradient = self.arrangement.gradient / 2;
         let ld = lowered.programs[0].edge() / 2;
         let places = elements(self.arrangement.head_places(&lowered));
         let rows = self.batch.targets.len();
-        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places, rows };
+        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places };
         let projection = lowered.projection;
         let of = |buffer| Slice::whole(buffer, projection.inputs);
-        let (input, input_gradient) = (Slice::whole(INPUT, hidden), Slice::whole(GRADIENT, hidden));
         let mut logps = Vec::new();
         match dlogps {
             None => {
-                for row in 0..rows {
-                    let from = last + self.batch.predictors[row] as usize * ld;
-                    let values = self.memory[from..from + hidden].to_vec();
-                    self.write(&pass, &input, row, &values);
-                }
                 self.run(&pass, &lowered.head.forward);
                 let node = graph.head.nodes.last().unwrap();
                 let [table, bias] =
@@ -244,14 +241,9 @@ impl Emulator {
                     self.write(&pass, &of(GRADIENT), row, &scaled);
                 }
                 self.run(&pass, &lowered.head_schedule.steps);
-                let mut sums = vec![0.0; self.batch.tokens() * hidden];
                 for row in 0..rows {
-                    let to = self.batch.predictors[row] as usize * hidden;
-                    let values = self.row(&pass, &input_gradient, row);
-                    sums[to..to + hidden].iter_mut().zip(values).for_each(|(s, v)| *s += v);
-                }
-                for (row, values) in sums.chunks(hidden).enumerate() {
-                    self.memory[gradient + row * ld..][..hidden].copy_from_slice(values);
+                    let values = self.row(&pass, &Slice::whole(GRADIENT, hidden), row);
+                    self.memory[gradient + row * ld..][..hidden].copy_from_slice(&values);
                 }
             }
         }
@@ -286,7 +278,11 @@ impl Emulator {
 
     fn run(&mut self, pass: &Pass<'_>, steps: &[Step]) {
         for step in steps {
-            step.run.emulate(&mut Emulation { emulator: self, pass }, &step.reads, &step.writes);
+            let rows = match step.rows {
+                Rows::Tokens => self.batch.tokens(),
+                Rows::Predictors => self.batch.targets.len(),
+            };
+            step.run.emulate(&mut Emulation { emulator: self, pass, rows }, &step.reads, &step.writes);
         }
     }
 }
@@ -335,9 +331,12 @@ impl StackValues {
     }
 }
 
+/// The place of what has none: no memory is as large.
+const NOWHERE: usize = usize::MAX / 4;
+
 /// Places as numbers of values.
 fn elements(places: Vec<Option<usize>>) -> Vec<usize> {
-    places.into_iter().map(|p| p.unwrap_or(usize::MAX / 4) / 2).collect()
+    places.into_iter().map(|p| p.map_or(NOWHERE, |p| p / 2)).collect()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -362,8 +361,9 @@ fn log_prob(hidden: &[f32], (own, table, bias): (&LmHead, &[f32], Option<&[f32]>
 #[test]
 fn programs_compute_what_the_cpu_computes() {
     let registry = Registry::discover(&[], None);
-    let families =
-        FAMILIES.iter().map(|(name, config)| (name.to_string(), registry.family(name).unwrap().graph(config).unwrap()));
+    let families = FAMILIES
+        .iter()
+        .map(|(name, config)| (name.to_string(), registry.family(name).unwrap().runnable(config).unwrap()));
     for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
         compare(&name, &graph, &adapter(&graph, false).unwrap());
     }
@@ -373,7 +373,7 @@ fn programs_compute_what_the_cpu_computes() {
 #[test]
 fn linears_may_have_ranks_and_scales_of_their_own() {
     let (family, config) = FAMILIES[0];
-    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
     let adapter = patterned_adapter(&graph).unwrap();
     let ranks: std::collections::BTreeSet<usize> = adapter.sites.iter().map(|s| s.rank).collect();
     assert!(ranks.into_iter().eq([3, 8, 12, 16]), "{:?}", adapter.sites);
@@ -384,7 +384,7 @@ fn linears_may_have_ranks_and_scales_of_their_own() {
 #[test]
 fn what_an_adapter_began_with_is_subtracted() {
     let (family, config) = FAMILIES[0];
-    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
     let adapter = subtracting_adapter(&graph).unwrap();
     assert!(adapter.subtracted.len() == adapter.params.len() && adapter.subtracted != adapter.params);
     compare("subtracted", &graph, &adapter);
@@ -393,14 +393,14 @@ fn what_an_adapter_began_with_is_subtracted() {
 #[test]
 fn kinds_of_adapter_without_kernels_are_refused() {
     let (family, config) = FAMILIES[0];
-    let graph = Registry::discover(&[], None).family(family).unwrap().graph(config).unwrap();
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
     let plain = || AdapterConfig::new(4, 8.0);
     for (config, flag) in [
         (AdapterConfig { dora: true, ..plain() }, "--use-dora"),
         (AdapterConfig { dropout: 0.1, ..plain() }, "--lora-dropout"),
     ] {
         let adapter = Adapter::planned(&graph, config).unwrap();
-        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS) else { panic!("{flag} is taken") };
+        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS, false) else { panic!("{flag} is taken") };
         assert!(error.to_string().contains(flag) && error.to_string().contains("--device cpu"), "{error}");
     }
 }
@@ -417,16 +417,16 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
     let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
     // Less than everything, so that layers save different parts.
     let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
-    for (allowed, level, part) in levels.chain(mixed) {
+    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| [(l.clone(), false), (l, true)]) {
         let bytes = |f: &Footprint| {
             let (whole, least) =
                 (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
             least.max((whole as f64 * part) as usize).next_multiple_of(2)
         };
-        let mut own = Emulator::new(graph, adapter, batch.clone(), &allowed, bytes);
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, bytes);
         let found = own.forward();
         let gradient = own.backward(&dlogps);
-        let what = format!("{name}, {allowed:?}, {:?}", own.arrangement.saved);
+        let what = format!("{name}, gates {gates}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
         assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
     }
@@ -437,7 +437,7 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
 fn parts_are_not_copied() {
     let cases = op_cases().unwrap();
     let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
-    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS).unwrap();
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS, false).unwrap();
     let program = &lowered.programs[0];
     let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
     let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
@@ -447,12 +447,63 @@ fn parts_are_not_copied() {
     assert_eq!(of("glu vjp").reads[..2], of("glu vjp").writes);
 }
 
+/// A matmul computes the gated activation of what it makes: gate and up have no place where nobody reads them, and where they are
+/// saved, the activation is computed again from them, not by the matmul.
+#[test]
+fn gated_activations_are_computed_by_the_matmul() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, true).unwrap();
+    let program = &lowered.programs[0];
+    let gated = program.forward.iter().find(|s| s.cheaper.is_some()).unwrap();
+    assert!(program.forward.iter().all(|s| s.label != "glu"));
+    let both = gated.writes[0].buffer;
+    for level in SavedActivations::ALL {
+        let scheduled = &lowered.schedules[0][level as usize];
+        let again = |label: &str| {
+            scheduled.steps.iter().filter(|s| s.label == label && s.writes(gated.writes[1].buffer)).count()
+        };
+        let (saved, placed) = (scheduled.forward.saved[both].is_some(), scheduled.forward.scratch[both].is_some());
+        let expected = match level {
+            SavedActivations::All => (true, [0, 0]),
+            SavedActivations::Matmuls => (true, [1, 0]),
+            SavedActivations::SmallMatmuls | SavedActivations::BlockInput => (false, [0, 1]),
+        };
+        assert_eq!((saved, [again("glu"), again("matmul")]), expected, "{level:?}");
+        assert!(!placed && (saved || scheduled.backward.scratch[both].is_some()), "{level:?}");
+    }
+}
+
+/// Behind its attention the last layer runs on the rows that predict, forward and backward; the others run on all.
+#[test]
+fn the_last_layer_runs_where_it_predicts() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, false).unwrap();
+    let last = graph.layers.last().unwrap().block;
+    for (kind, program) in lowered.programs.iter().enumerate() {
+        let all = program.forward.iter().chain(&program.backward);
+        if kind != last {
+            assert!(all.clone().all(|s| s.rows == Rows::Tokens));
+            continue;
+        }
+        let count = |label: &str, rows: Rows| all.clone().filter(|s| s.label == label && s.rows == rows).count();
+        let both = |label: &str| [Rows::Tokens, Rows::Predictors].map(|rows| count(label, rows));
+        // Of attention and of the residual stream.
+        assert_eq!([both("gather"), both("gather vjp")], [[0, 2], [2, 0]]);
+        // Queries, keys and values are one matmul; o, gate with up, down.
+        assert_eq!([both("matmul"), both("matmul vjp")], [[1, 3], [1, 3]]);
+        assert_eq!([both("norm"), both("glu"), both("attention")], [[1, 1], [0, 1], [1, 0]]);
+    }
+    assert!(lowered.head.forward.iter().chain(&lowered.head.backward).all(|s| s.rows == Rows::Predictors));
+}
+
 /// A plan stays within its memory, and more memory never makes it slower.
 #[test]
 fn plans_use_what_there_is() {
     let registry = Registry::discover(&[], None);
     let (family, config) = FAMILIES[0];
-    let graph = registry.family(family).unwrap().graph(config).unwrap();
+    let graph = registry.family(family).unwrap().runnable(config).unwrap();
     let adapter = adapter(&graph, true).unwrap();
     let plan =
         |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, Room::of(memory, 1), 1, MemoryOptions::default());
@@ -481,7 +532,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
     assert!(shared.total() <= 12 << 30);
-    let rest = Lowered::new(&graph, &adapter, NUMBERS).unwrap().rest();
+    let rest = Lowered::new(&graph, &adapter, NUMBERS, false).unwrap().rest();
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
@@ -494,8 +545,9 @@ const CPU_ONLY: &[&str] = &[];
 #[test]
 fn every_op_of_the_cpu_is_known() {
     let set = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<std::collections::BTreeSet<_>>();
-    let own = set(&mut super::ops::OPS.iter().map(|o| o.name).chain(CPU_ONLY.iter().copied()));
-    assert_eq!(own, set(&mut ops::OPS.iter().map(|o| o.name)));
+    let own = super::ops::OPS.iter().chain(super::ops::INTERNAL).map(|o| o.name);
+    let own = set(&mut own.chain(CPU_ONLY.iter().copied()));
+    assert_eq!(own, set(&mut ops::OPS.iter().chain(ops::INTERNAL).map(|o| o.name)));
 }
 
 /// An op that changes a gradient in place which is another value's, too.
@@ -520,7 +572,15 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
     let cases = op_cases().unwrap();
     let lower = |name: &str| {
         let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
-        let frame = Frame { widths: [104; 2], behind: 0, rank: &|_| 0, numbers: NUMBERS, backward: true };
+        let frame = Frame {
+            widths: [104; 2],
+            behind: 0,
+            rank: &|_| 0,
+            numbers: NUMBERS,
+            backward: true,
+            rows: Rows::Tokens,
+            gates: false,
+        };
         Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
     };
     let error = lower("rope of a value, added to itself").unwrap_err().to_string();
@@ -538,11 +598,11 @@ fn published_models_are_lowered() {
     let refused = |path: &std::path::PathBuf| {
         let family = path.file_stem().unwrap().to_str().unwrap();
         let config = std::fs::read_to_string(path).unwrap();
-        let mut graph = registry.family(family).unwrap().graph(&config).unwrap();
+        let mut graph = registry.family(family).unwrap().runnable(&config).unwrap();
         // A layer of every kind will do.
         let mut kinds = std::collections::BTreeSet::new();
         graph.layers.retain(|l| kinds.insert(l.block));
-        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS);
+        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS, false);
         Some(format!("{family}: {}", lowered.err()?))
     };
     assert!(files.len() > 30, "{files:?}");

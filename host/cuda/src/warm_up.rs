@@ -1,8 +1,8 @@
 //! Before the first step: every matmul once in every class of sizes, so that the fastest algorithms are known and nothing is loaded
 //! within a step.
 
-use super::blas::CLASS;
 use super::engine::CudaDevice;
+use super::matmul::CLASS;
 use super::optimizer::random;
 use dpo_core::batch::Batch;
 use dpo_core::device::Device;
@@ -17,13 +17,13 @@ impl CudaDevice {
         let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
         for tokens in (CLASS..=most).step_by(CLASS) {
             self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens))?, true)?;
-            self.blas.tune(|| self.once(true))?;
+            self.matmuls.tune(|| self.once(true))?;
             // The next batch is staged where this one was sent from.
             self.gpu.finish()?;
         }
         // Scoring fills its micro-batches, so that one class is enough.
         self.send(&self.filler(self.plan.scoring_tokens)?, false)?;
-        self.blas.tune(|| self.once(false))?;
+        self.matmuls.tune(|| self.once(false))?;
         self.clear_gradient()?;
         self.gpu.finish()
     }
@@ -31,7 +31,7 @@ impl CudaDevice {
     /// For continuing texts by so many tokens.
     pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
         self.send(&self.filler(tokens)?, false)?;
-        self.blas.tune(|| {
+        self.matmuls.tune(|| {
             self.once(false)?;
             let head = self.head();
             self.head_forward(&head)?;

@@ -10,6 +10,7 @@ use crate::config::{self, Remarks};
 use crate::{Name, Need};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora;
+use dpo_core::predictors::gather_predictors;
 use dpo_plugins::{Family, Registry};
 
 /// How a model's folder is read.
@@ -27,7 +28,7 @@ pub struct Model<'r> {
     pub folder: PathBuf,
     /// The family that answers for it.
     pub family: &'r Family,
-    /// Its graph, checked.
+    /// Its graph, checked, as devices run it.
     pub graph: ModelGraph,
     /// The text of its `config.json`.
     pub config: String,
@@ -66,6 +67,7 @@ impl<'r> Model<'r> {
                 .help("leave --plugin out to have it chosen by architecture"));
         }
         let (graph, remarks) = understood(family, &config, &options.ignored_keys).map_err(|e| e.at(&place))?;
+        let graph = gather_predictors(graph)?;
         Ok(Model { folder: folder.to_owned(), family, graph, config, remarks })
     }
 }
@@ -144,13 +146,13 @@ pub fn locate(model: &str, need: Need) -> Result<PathBuf> {
     crate::model(&name, need)
 }
 
-/// The checked graph of a checkpoint: every op known, every key of its config understood or harmless. `config` is the text of its
-/// `config.json`.
+/// The checked graph of a checkpoint as devices run it. `config` is the text of its `config.json`.
 pub fn graph_of(family: &Family, config: &str) -> Result<ModelGraph> {
-    understood(family, config, &[]).map(|(graph, _)| graph)
+    gather_predictors(understood(family, config, &[])?.0)
 }
 
-/// [`graph_of`], with keys that the user says change nothing, and what should be told of the others.
+/// The checked graph of a family: every op known, every key of its config understood or harmless, among them those of which the user
+/// says that they change nothing; and what should be told of the others.
 pub fn understood(family: &Family, config: &str, ignored: &[String]) -> Result<(ModelGraph, Remarks)> {
     let keys: Map<String, Value> =
         serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;

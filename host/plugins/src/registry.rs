@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use abi_stable::std_types::RSlice;
 use dpo_plugin_api::abi::{Item, RawExample, RawLossCall, RawLossResult, RawTotals};
+use dpo_plugin_api::check::check_graph;
 use dpo_plugin_api::dataset::{Record, Row as DataRow, check_records};
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::loss::{LossOption, Needs};
@@ -18,6 +19,7 @@ use serde_json::Value;
 use super::library::{Library, Origin, Shared, user_folder};
 use super::unclaimed::unclaimed;
 use dpo_core::error::{Error, Result};
+use dpo_core::predictors::gather_predictors;
 
 /// A model family.
 pub struct Family {
@@ -80,6 +82,13 @@ impl Family {
     /// The graph for the text of a `config.json`. Not yet checked against the ops of this host.
     pub fn graph(&self, config: &str) -> Result<ModelGraph> {
         self.handle.library.call_bounded("graph", self.handle.item, config)
+    }
+
+    /// The same, checked, as devices run it.
+    pub fn runnable(&self, config: &str) -> Result<ModelGraph> {
+        let graph = self.graph(config)?;
+        check_graph(&graph)?;
+        gather_predictors(graph)
     }
 }
 

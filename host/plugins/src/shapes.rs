@@ -60,7 +60,7 @@ impl Shape {
         found.copied().ok_or_else(|| Error::unknown("shape", name, SHAPES.iter().map(|s| s.name)))
     }
 
-    /// Its graph.
+    /// Its graph, as devices run it.
     ///
     /// # Errors
     /// A registry without its family.
@@ -75,6 +75,6 @@ impl Shape {
         let more: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.more)
             .map_err(|e| Error::run(format!("the shape '{}' is not written well: {e}", self.name)))?;
         more.into_iter().for_each(|(key, value)| config[key] = value);
-        registry.family(self.family)?.graph(&config.to_string())
+        registry.family(self.family)?.runnable(&config.to_string())
     }
 }

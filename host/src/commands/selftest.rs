@@ -82,7 +82,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         failures += usize::from(!compare(index, &name, &graph, &adapter(&graph, false)?, options.quick)?);
     }
     let (family, config) = FAMILIES[0];
-    let graph = registry.family(family)?.graph(config)?;
+    let graph = registry.family(family)?.runnable(config)?;
     for (name, adapter) in [
         ("LoRA rank and alpha patterns", patterned_adapter(&graph)?),
         ("LoRA minus its start", subtracting_adapter(&graph)?),
@@ -94,7 +94,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
-        let graph = registry.family(family)?.graph(config)?;
+        let graph = registry.family(family)?.runnable(config)?;
         failures += usize::from(!compare(index, family, &graph, &adapter(&graph, false)?, options.quick)?);
         failures += usize::from(!training(registry, index, family, &graph, steps)?);
         failures += usize::from(!answers(index, family, &graph)?);

@@ -287,7 +287,14 @@ mod tests {
             let (k, v) = (numbers(tokens, kv, 53), numbers(tokens, kv, 29));
             let run = |q: &Tensor, cached: usize| {
                 let layout = &Layout::after(cached, tokens - cached);
-                let call = Call { node: &node, inputs: vec![q, &k, &v], weights: &[], lora: None, layout };
+                let call = Call {
+                    node: &node,
+                    inputs: vec![q, &k, &v],
+                    weights: &[],
+                    lora: None,
+                    layout,
+                    input_gradients: true,
+                };
                 forward(&call).unwrap()
             };
             let all = run(&q, 0).narrow(0, tokens - 1, 1).unwrap();
@@ -309,7 +316,14 @@ mod tests {
         for more in [json!({}), json!({"window": 40}), json!({"softcap": 0.7})] {
             let node = node(heads, kv_heads, dim, &more);
             let layout = Layout { spans: vec![span.clone()], ..Layout::default() };
-            let call = Call { node: &node, inputs: inputs.iter().collect(), weights: &[], lora: None, layout: &layout };
+            let call = Call {
+                node: &node,
+                inputs: inputs.iter().collect(),
+                weights: &[],
+                lora: None,
+                layout: &layout,
+                input_gradients: true,
+            };
             let shape = Shape::of(&call);
             assert!(shape.blocks(n, n).count() > 1);
 

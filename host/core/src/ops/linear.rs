@@ -50,22 +50,23 @@ fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let u = (dropped.matmul(&lora.a.t()?)? * lora.scale)?;
     let mut parts = vec![v.t()?.matmul(&dropped)?, by_update.t()?.matmul(&u)?];
     let dx = match (&factor, &mask) {
-        (Some(_), None) => (by_update.matmul(w)? + v.matmul(&lora.a)?)?,
+        _ if !call.input_gradients => None,
+        (Some(_), None) => Some((by_update.matmul(w)? + v.matmul(&lora.a)?)?),
         (Some(_), Some(_)) => {
             let through = ((&by_update - dy)?.matmul(w)? + v.matmul(&lora.a)?)?;
-            (dy.matmul(w)? + masked(&through, mask.as_ref())?)?
+            Some((dy.matmul(w)? + masked(&through, mask.as_ref())?)?)
         }
-        (None, _) => (dy.matmul(w)? + masked(&v.matmul(&lora.a)?, mask.as_ref())?)?,
+        (None, _) => Some((dy.matmul(w)? + masked(&v.matmul(&lora.a)?, mask.as_ref())?)?),
     };
     if factor.is_some() {
         let sum = (product(&dropped, w)? + u.matmul(&lora.b.t()?)?)?;
         parts.push((dy * sum)?.sum(0)?.div(lora.norms(w)?)?);
     }
-    let dx = match &lora.subtracted {
-        Some([a, b]) => (dx - (dy.matmul(b)?.matmul(a)? * lora.scale)?)?,
-        None => dx,
+    let dx = match (dx, &lora.subtracted) {
+        (Some(dx), Some([a, b])) => Some((dx - (dy.matmul(b)?.matmul(a)? * lora.scale)?)?),
+        (dx, _) => dx,
     };
-    Ok(Gradients { inputs: vec![Some(dx)], lora: Some(parts) })
+    Ok(Gradients { inputs: vec![dx], lora: Some(parts) })
 }
 
 /// Lengths of the rows of `W + scale·B·A`, `[out]`, in A's type.

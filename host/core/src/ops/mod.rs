@@ -10,6 +10,7 @@ pub mod answer_mask;
 pub mod attention;
 mod cat;
 mod embedding;
+mod gather;
 mod glu;
 mod kv_cache;
 mod layer_norm;
@@ -31,6 +32,7 @@ use crate::batch::Layout;
 use crate::error::{Error, Result};
 
 pub use dpo_plugin_api::ops::{count, number, run};
+pub use gather::GATHER;
 pub use kv_cache::KvCache;
 pub use linear::row_norms;
 pub use product::product;
@@ -70,6 +72,8 @@ pub struct Call<'a> {
     pub lora: Option<&'a Lora>,
     /// Which token is where.
     pub layout: &'a Layout,
+    /// Whether a VJP has to give gradients of the inputs: not where nothing trainable lies before them.
+    pub input_gradients: bool,
 }
 
 /// A low-rank update: `W + scale · B · A` (Hu et al. 2021, eq. 3).
@@ -140,9 +144,15 @@ pub const OPS: &[Op] = &[
     lm_head::OP,
 ];
 
+/// Ops that no graph names: the host adds them.
+pub const INTERNAL: &[Op] = &[gather::OP];
+
 /// The op of a name.
 pub fn find(name: &str) -> Result<&'static Op> {
-    OPS.iter().find(|o| o.name == name).ok_or_else(|| Error::unknown("op", name, OPS.iter().map(|o| o.name)))
+    OPS.iter()
+        .chain(INTERNAL)
+        .find(|o| o.name == name)
+        .ok_or_else(|| Error::unknown("op", name, OPS.iter().map(|o| o.name)))
 }
 
 /// The weight of a role, of a call whose node was checked.

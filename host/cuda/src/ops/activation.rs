@@ -2,7 +2,7 @@
 
 #[cfg(test)]
 use super::Slice;
-use super::{Args, BackwardReads, CudaOp, Execute, Launch, Lowering, Source, Step, View, number};
+use super::{Args, BackwardReads, CudaOp, Execute, Gated, Launch, Lowering, Source, Step, View, number};
 use dpo_core::error::{Error, Result};
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
@@ -25,9 +25,10 @@ const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", 
 /// The activation of a node.
 #[derive(Clone, Copy)]
 pub(super) struct Activation {
-    width: usize,
-    kind: usize,
-    limit: f32,
+    pub width: usize,
+    /// Its place among [`ACTIVATIONS`].
+    pub kind: usize,
+    pub limit: f32,
 }
 
 struct Vjp(Activation);
@@ -38,6 +39,11 @@ impl Activation {
         let known = ACTIVATIONS.iter().position(|n| *n == name);
         let kind = known.ok_or_else(|| Error::input(format!("activation '{name}' has no CUDA kernel")))?;
         Ok(Activation { width: node.width, kind, limit: number(node, "limit") as f32 })
+    }
+
+    /// As the end of a matmul.
+    pub(super) fn gated(self) -> Gated {
+        Gated { activation: self.kind, limit: self.limit, width: self.width }
     }
 
     /// Starts a kernel on these views.

@@ -137,8 +137,8 @@ impl Attention {
 }
 
 impl Execute for Attention {
-    fn variant(&self, capability: u32) -> Option<Variant> {
-        Some(self.kernels().variant(capability))
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        vec![self.kernels().variant(capability)]
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -176,8 +176,8 @@ impl Execute for Attention {
 }
 
 impl Execute for AttentionVjp {
-    fn variant(&self, capability: u32) -> Option<Variant> {
-        self.0.variant(capability)
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        self.0.variants(capability)
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {

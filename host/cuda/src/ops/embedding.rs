@@ -3,8 +3,7 @@
 use super::{Args, CudaOp, Execute, Launch, Lowering, Source, Step, View};
 use dpo_core::error::{Error, Result};
 
-pub(super) static SOURCE: Source =
-    Source::plain("embedding", include_str!("embedding.cu"), &["gather", "gather_rows", "scatter_rows"]);
+pub(super) static SOURCE: Source = Source::plain("embedding", include_str!("embedding.cu"), &["gather"]);
 
 pub(super) const OP: CudaOp = CudaOp::new("embedding", forward, |_, _| Ok(()));
 
@@ -37,18 +36,4 @@ impl Execute for Gather {
             on.write(&writes[0], row, &table[id as usize * self.width..][..self.width]);
         }
     }
-}
-
-/// Rows of a value: those that predict, for the head.
-pub(crate) fn gather_rows(on: &Launch<'_>, width: usize, from: View, to: View) -> Result<()> {
-    let args = Args::default().with(from).with(on.batch.predictors).with(to);
-    on.by_columns("gather_rows", on.rows, width, args.with(on.rows as i32).with(width as i32))
-}
-
-/// The VJP of [`gather_rows`], for all rows that there are.
-pub(crate) fn scatter_rows(on: &Launch<'_>, width: usize, from: View, to: View) -> Result<()> {
-    let tokens = on.batch.tokens;
-    let args = Args::default().with(from).with(on.batch.taken).with(on.batch.next_taken).with(to);
-    let args = args.with(tokens as i32).with(width as i32);
-    on.by_columns("scatter_rows", tokens, width, args)
 }

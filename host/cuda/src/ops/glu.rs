@@ -1,16 +1,19 @@
 //! Gated activation: `y = activation(gate) · up`.
 
 use super::activation::Activation;
-use super::{BackwardReads, CudaOp, Execute, Launch, Lowering, Source, Step, View};
+use super::{BackwardReads, CudaOp, Epilogue, Execute, Launch, Lowering, Source, Step, View};
 use dpo_core::error::Result;
 
 pub(super) static SOURCE: Source =
     Source::plain("glu", concat!(include_str!("activations.cuh"), include_str!("glu.cu")), &["glu", "glu_vjp"]);
 
-pub(super) const OP: CudaOp =
-    CudaOp { backward_reads: BackwardReads { inputs: true, value: false }, ..CudaOp::new("glu", forward, backward) };
+pub(super) const OP: CudaOp = CudaOp {
+    backward_reads: BackwardReads { inputs: true, value: false },
+    epilogue: Some(Epilogue::Gated),
+    ..CudaOp::new("glu", forward, backward)
+};
 
-struct Glu(Activation);
+pub(super) struct Glu(pub(super) Activation);
 struct GluVjp(Activation);
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {

@@ -2,13 +2,16 @@
 //!
 //! Linears that read the same value are one matmul with stacked weights `[[W, s·B], [A, 0]]`: `u = x·Aᵀ` lies behind x's columns,
 //! and `[x, u] · [W, s·B]ᵀ` is the adapted output of all of them. Backward, `v = dy·s·B` lies behind dy's columns, and
-//! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition.
+//! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition; a gated activation of two is computed
+//! where their matmul ends.
 
 use dpo_plugin_api::graph::Node;
 
+use super::activation::Activation;
+use super::glu::Glu;
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, Launch, LoadedStack, Lowering, Matmul, Member, NUMBERS, Operands,
-    Recompute, Slice, Stack, Step, View,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Member,
+    NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View,
 };
 use dpo_core::error::{Error, Result};
 
@@ -32,8 +35,18 @@ struct Linears {
 }
 
 struct LoraA(Linears);
-struct Forward(Linears);
-struct Backward(Linears);
+struct Forward {
+    own: Linears,
+    /// Whether another value is added.
+    adds: bool,
+}
+/// Two linears and the gated activation of what they make; that is left too where it is read.
+struct GatedForward(Linears, Activation);
+struct Backward {
+    own: Linears,
+    /// Whether there is a part of the gradient before.
+    adds: bool,
+}
 
 fn same_input(a: &Node, b: &Node) -> bool {
     a.op == b.op && a.inputs == b.inputs
@@ -82,6 +95,18 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
             .help("train with --device cpu"));
     }
     let x = l.with_behind(x, own.rank)?;
+    let lora = (own.rank > 0).then(|| Step::new("LoRA A", [x], [x.behind(own.rank)], LoraA(own)));
+    if let Some((glu, activation)) = gated(l, &own, &members)? {
+        let both = l.place_together(&members, own.rank);
+        l.compute_with(glu, index);
+        let h = l.place(glu);
+        l.leave(index, vec![x]);
+        lora.into_iter().try_for_each(|step| l.push(step))?;
+        let [gate, up] = [0, activation.width].map(|column| both.part(column, activation.width));
+        let step = Step::new("matmul", [x.with(own.rank)], [both, h], GatedForward(own, activation));
+        let step = step.optional(&[0]).or_cheaper(Step::new("glu", [gate, up], [h], Glu(activation)));
+        return l.push(step.costs(own.cost(), Recompute::Matmul));
+    }
     let sum = l.epilogue(index, Epilogue::Sum).filter(|_| members.len() == 1);
     let (y, residual) = match sum {
         Some((add, other)) => {
@@ -93,11 +118,18 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         None => (l.place_together(&members, own.rank), None),
     };
     l.leave(index, vec![x]);
-    if own.rank > 0 {
-        l.push(Step::new("LoRA A", [x], [x.behind(own.rank)], LoraA(own)))?;
-    }
+    lora.into_iter().try_for_each(|step| l.push(step))?;
     let reads: Vec<Slice> = [x.with(own.rank)].into_iter().chain(residual).collect();
-    l.push(Step::new("matmul", reads, [y], Forward(own)).costs(own.cost(), Recompute::Matmul))
+    let run = Forward { own, adds: residual.is_some() };
+    l.push(Step::new("matmul", reads, [y], run).costs(own.cost(), Recompute::Matmul))
+}
+
+/// The gated activation that the matmul of two linears, gate and then up, can compute.
+fn gated(l: &Lowering<'_>, own: &Linears, members: &[usize]) -> Result<Option<(usize, Activation)>> {
+    let [gate, up] = members else { return Ok(None) };
+    let Some(glu) = l.epilogue_of_two([gate + 1, up + 1], Epilogue::Gated) else { return Ok(None) };
+    let activation = Activation::of(&l.nodes[glu])?;
+    Ok((l.gates() && !own.bias && Gated::is_supported(activation.width)).then_some((glu, activation)))
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
@@ -124,7 +156,9 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     writes.extend((own.rank > 0).then(|| dy.behind(own.rank)));
     let in_place = if own.rank > 0 { &[(0, 2)] } else { &[(0, 1)] };
     l.push(
-        Step::new("matmul vjp", reads, writes, Backward(own)).in_place(in_place).costs(own.cost(), Recompute::Matmul),
+        Step::new("matmul vjp", reads, writes, Backward { own, adds: before.is_some() })
+            .in_place(in_place)
+            .costs(own.cost(), Recompute::Matmul),
     )
 }
 
@@ -147,7 +181,7 @@ impl Execute for LoraA {
         let mut matmul = Matmul::new(on.rows, own.rank, own.inputs);
         matmul.b_transposed = true;
         let b = own.stack(on).view(own.outputs, 0);
-        on.blas.run(on.gpu, matmul, Operands { a: reads[0], b, c: d, d, bias: 0 })
+        on.matmul(matmul, Operands { a: reads[0], b, c: d, d, bias: 0 })
     }
 
     #[cfg(test)]
@@ -163,20 +197,25 @@ impl Execute for LoraA {
 }
 
 impl Execute for Forward {
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        let (adds, biased) = (self.adds, self.own.bias);
+        Gemm { weight_rows: true, adds, biased, gate: None, keeps: false }.variants(capability)
+    }
+
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let (own, stack, d) = (&self.0, self.0.stack(on), writes[0]);
+        let (own, stack, d) = (&self.own, self.own.stack(on), writes[0]);
         let rank = if on.adapted { own.rank } else { 0 };
         let mut matmul = Matmul::new(on.rows, own.outputs, own.inputs + rank);
         matmul.b_transposed = true;
-        matmul.add = reads.len() > 1;
+        matmul.add = self.adds;
         matmul.bias = own.bias;
         let c = reads.get(1).copied().unwrap_or(d);
-        on.blas.run(on.gpu, matmul, Operands { a: reads[0], b: stack.view(0, 0), c, d, bias: stack.bias })
+        on.matmul(matmul, Operands { a: reads[0], b: stack.view(0, 0), c, d, bias: stack.bias })
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let own = self.0;
+        let own = self.own;
         for row in 0..on.rows() {
             let x = on.row(&reads[0], row);
             let mut y = reads.get(1).map_or_else(|| vec![0.0; own.outputs], |r| on.row(r, row));
@@ -187,14 +226,44 @@ impl Execute for Forward {
     }
 }
 
-impl Execute for Backward {
+impl Execute for GatedForward {
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        self.1.gated().variants(capability)
+    }
+
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.0, self.0.stack(on));
+        let k = own.inputs + if on.adapted { own.rank } else { 0 };
+        let (x, weights) = (reads[0], stack.view(0, 0));
+        self.1.gated().launch(on.gpu, on.kernels, [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let (own, width) = (self.0, self.1.width);
+        for row in 0..on.rows() {
+            let x = on.row(&reads[0], row);
+            let stack = on.stack(own.stack);
+            let both: Vec<f32> = (0..own.outputs).map(|o| dot(stack.row(o), &x)).collect();
+            let h: Vec<f32> = (0..width).map(|i| self.1.at(both[i]).0 * both[width + i]).collect();
+            on.write(&writes[0], row, &both);
+            on.write(&writes[1], row, &h);
+        }
+    }
+}
+
+impl Execute for Backward {
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        Gemm { weight_rows: false, adds: self.adds, biased: false, gate: None, keeps: false }.variants(capability)
+    }
+
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (own, stack) = (&self.own, self.own.stack(on));
         let (dy, dx) = (reads[0], writes[0]);
         let before = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
             let matmul = Matmul::new(on.rows, own.rank, own.outputs);
-            on.blas.run(on.gpu, matmul, Operands { a: dy, b: stack.view(0, own.inputs), c: v, d: v, bias: 0 })?;
+            on.matmul(matmul, Operands { a: dy, b: stack.view(0, own.inputs), c: v, d: v, bias: 0 })?;
             let u = x.column(own.inputs);
             // The gradients of A and B.
             for (narrow, wide, width, to) in
@@ -203,7 +272,7 @@ impl Execute for Backward {
                 let mut matmul = Matmul::new(own.rank, width, on.rows);
                 (matmul.a_transposed, matmul.wide, matmul.add) = (true, true, true);
                 let d = View { at: to, ld: width as i64 };
-                on.blas.run(on.gpu, matmul, Operands { a: narrow, b: wide, c: d, d, bias: 0 })?;
+                on.matmul(matmul, Operands { a: narrow, b: wide, c: d, d, bias: 0 })?;
             }
             on.gpu.mark("LoRA vjp")?;
             reads.get(2)
@@ -213,12 +282,12 @@ impl Execute for Backward {
         let mut matmul = Matmul::new(on.rows, own.inputs, own.outputs + own.rank);
         matmul.add = before.is_some();
         let c = before.copied().unwrap_or(dx);
-        on.blas.run(on.gpu, matmul, Operands { a: dy, b: stack.view(0, 0), c, d: dx, bias: 0 })
+        on.matmul(matmul, Operands { a: dy, b: stack.view(0, 0), c, d: dx, bias: 0 })
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let own = self.0;
+        let own = self.own;
         let before = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
         for row in 0..on.rows() {
             let mut dy = on.row(&reads[0], row);

@@ -5,7 +5,8 @@ mod activation;
 mod add;
 mod attention;
 mod cat;
-pub(super) mod embedding;
+mod embedding;
+mod gather;
 mod glu;
 mod linear;
 pub(super) mod lm_head;
@@ -16,11 +17,11 @@ mod scale;
 mod xielu;
 
 // What files of ops are written with.
-use super::blas::{Matmul, Operands};
 use super::gpu::{Address, Args, Argument, View};
 use super::kernels::{Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
+use super::matmul::{Gated, Gemm, Matmul, Operands};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
@@ -46,12 +47,16 @@ pub(super) const OPS: &[CudaOp] = &[
     lm_head::OP,
 ];
 
+/// Those that no graph names.
+pub(super) const INTERNAL: &[CudaOp] = &[gather::OP];
+
 /// Their sources.
 pub(super) const SOURCES: &[&Source] = &[
     &super::sum::SOURCE,
     &activation::SOURCE,
     &attention::SOURCE,
     &embedding::SOURCE,
+    &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
     &narrow::SOURCE,
@@ -64,5 +69,5 @@ pub(super) const SOURCES: &[&Source] = &[
 /// The op of a name.
 pub(super) fn find(name: &str) -> Result<&'static CudaOp> {
     let none = || Error::input(format!("op '{name}' has no CUDA kernel")).help("train with --device cpu");
-    OPS.iter().find(|o| o.name == name).ok_or_else(none)
+    OPS.iter().chain(INTERNAL).find(|o| o.name == name).ok_or_else(none)
 }

@@ -1,0 +1,350 @@
+// D = X op(W), Hopper: a producer warp copies tiles to shared memory (TMA), two warp groups multiply them (wgmma), blocks walk over tiles
+// of D until none is left. X is [tokens, k], W [features, k], or [k, features] with W_ROWS 0. As in cuBLASLt's own kernels for this
+// card, tokens are the inner side of a product of the tensor cores, whose size is free there: TOKENS of a tile is chosen so that
+// all tiles take whole rounds of the card. A block has 64 features for each warp group. A cluster of two blocks has the same
+// tokens: each copies half of them for both.
+//
+// EPILOGUE is a sum of: 1, C is added; 2, a bias; 4, a gated activation, where W is [gate; up], and D is act(gate) * up; 8, with
+// that, C receives gate and up.
+
+#define DEPTH 64
+#define GROUPS 2
+#define FEATURES (64 * GROUPS)
+#define W_BYTES (FEATURES * DEPTH * 2)
+#define X_BYTES (TOKENS * DEPTH * 2)
+#define STAGE_BYTES (W_BYTES + X_BYTES)
+#define BUFFERS 2
+#define CHUNKS (TOKENS / CHUNK)
+#define ADDS (EPILOGUE & 1)
+#define BIASED (EPILOGUE & 2)
+#define GLU (EPILOGUE & 4)
+#define KEEPS (EPILOGUE & 8)
+#define WIDTH (GLU ? 32 : 64)  // features of a warp group in D
+#define PLANE_BYTES (CHUNK * WIDTH * 2)
+#define CHUNK_BYTES (PLANE_BYTES * (KEEPS ? 3 : 1))  // D, gate, up
+#define N8 (TOKENS / 8)
+
+struct TensorMap {
+    __align__(64) u64 words[16];
+};
+
+__device__ __forceinline__ u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u32 at, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count));
+}
+__device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
+    asm volatile("{\n.reg .pred p;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra WAIT;\nDONE:\n}"
+                 ::"r"(at), "r"(parity) : "memory");
+}
+// Arrives at the barrier of a block of the cluster that lies at the same place.
+__device__ __forceinline__ void barrier_arrive(u32 at, u32 block) {
+    asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(at), "r"(block) : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void copy_in_4d(u32 to, const TensorMap* map, int x, int y, int z, int w, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier) : "memory");
+}
+__device__ __forceinline__ void copy_in(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// To both blocks of the cluster.
+__device__ __forceinline__ void copy_in_both(u32 to, const TensorMap* map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%2, %3}], [%4], %5;"
+                 ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"((unsigned short)3) : "memory");
+}
+__device__ __forceinline__ void copy_out(u32 from, const TensorMap* map, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;"
+                 ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+// Waits until at most N copies out of shared memory still read it.
+template <int N>
+__device__ __forceinline__ void copies_read() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory"); }
+
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
+__device__ __forceinline__ u64 descriptor(u32 at, u32 leading) {
+    return (u64)(at >> 4 & 0x3fff) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+
+#if W_ROWS
+#define W_TRANSPOSED "0"
+#else
+#define W_TRANSPOSED "1"
+#endif
+
+#define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define SIXTEEN(d, n) FOUR(d, n), FOUR(d, n + 1), FOUR(d, n + 2), FOUR(d, n + 3)
+#define EIGHTY(d, n) SIXTEEN(d, n), SIXTEEN(d, n + 4), SIXTEEN(d, n + 8), SIXTEEN(d, n + 12), SIXTEEN(d, n + 16)
+#define D16(a) "%" #a "0,%" #a "1,%" #a "2,%" #a "3,%" #a "4,%" #a "5,%" #a "6,%" #a "7,%" #a "8,%" #a "9"
+#define D90 D16() "," D16(1) "," D16(2) "," D16(3) "," D16(4) "," D16(5) "," D16(6) "," D16(7) "," D16(8)
+#define WGMMA(N, SUMS, A, B, MORE, ...)                                                                                       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" MORE ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" SUMS \
+                 "}, %" A ", %" B ", p, 1, 1, " W_TRANSPOSED ", 0;\n}" : __VA_ARGS__ : "l"(w), "l"(x), "r"(more))
+
+// sums (+)= 64 rows of W times the tile of X, 16 deep; `more` 0 begins a sum.
+__device__ __forceinline__ void multiply(float d[N8][4], u64 w, u64 x, int more) {
+#if TOKENS == 256
+    WGMMA("256", D90 "," D16(9) "," D16(10) "," D16(11) ",%120,%121,%122,%123,%124,%125,%126,%127", "128", "129", "130", EIGHTY(d, 0),
+          SIXTEEN(d, 20), SIXTEEN(d, 24), SIXTEEN(d, 28));
+#elif TOKENS == 240
+    WGMMA("240", D90 "," D16(9) "," D16(10) "," D16(11), "120", "121", "122", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24), FOUR(d, 28),
+          FOUR(d, 29));
+#elif TOKENS == 224
+    WGMMA("224", D90 "," D16(9) "," D16(10) ",%110,%111", "112", "113", "114", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24));
+#elif TOKENS == 192
+    WGMMA("192", D90 ",%90,%91,%92,%93,%94,%95", "96", "97", "98", EIGHTY(d, 0), SIXTEEN(d, 20));
+#endif
+}
+
+__device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void done() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+
+// The two values of a word of bf16.
+__device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
+
+__device__ __forceinline__ float act(float x, float limit) {
+    return ACTIVATION == 0 ? __fdividef(x, 1.f + __expf(-x)) : activate(x, ACTIVATION, limit).value;
+}
+
+// The tiles of a cluster, one after the other: one of rows by two of columns. They come in bands of `high` tiles of rows, so that
+// what runs at one time reads few rows of either matrix.
+struct Tiles {
+    int rows, columns, high, at;
+    __device__ __forceinline__ bool next(int& row, int& column) {
+        if (at >= rows * columns) return false;
+        int first = at / (high * columns) * high, own = min(high, rows - first), within = at - first * columns;
+        row = first + within % own;
+        column = within / own;
+        at += gridDim.x / 2;
+        return true;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_dims__(2, 1, 1)
+    gemm_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap c,
+                const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit) {
+    extern __shared__ bf16 memory[];
+    u32 stages = (shared_at(memory) + 1023) / 1024 * 1024, chunks = stages + STAGES * STAGE_BYTES;
+    __shared__ __align__(8) u64 barriers[2 * STAGES + GROUPS * BUFFERS];
+    u32 full = shared_at(barriers), empty = full + STAGES * 8, fetched = empty + STAGES * 8;
+    u32 rank = cluster_rank();
+    int group = threadIdx.x / 128, steps = (k + DEPTH - 1) / DEPTH;
+    // Features are those of D: with a gated activation, a block has as many of gate and of up.
+    constexpr int OWN = WIDTH * GROUPS;
+    Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, (features + 2 * OWN - 1) / (2 * OWN), band, (int)blockIdx.x / 2};
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            barrier_init(full + 8 * s, 1);
+            barrier_init(empty + 8 * s, 2 * GROUPS);
+        }
+        for (int i = 0; i < GROUPS * BUFFERS; i++) barrier_init(fetched + 8 * i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+
+    int row, column;
+    if (group == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 0) {
+            int stage = 0, phase = 0;
+            while (tiles.next(row, column)) {
+                int feature = (column * 2 + rank) * OWN, token = row * TOKENS + rank * (TOKENS / 2);
+                for (int step = 0; step < steps; step++) {
+                    barrier_wait(empty + 8 * stage, phase ^ 1);
+                    u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;
+                    barrier_expect(barrier, STAGE_BYTES);
+#if GLU
+                    // Eight rows of gate, eight of up: a thread has both.
+                    copy_in_4d(at, &w, step * DEPTH, 0, 0, feature / 8, barrier);
+#elif W_ROWS
+                    copy_in(at, &w, step * DEPTH, feature, barrier);
+#else
+#pragma unroll
+                    for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, &w, feature + i * 64, step * DEPTH, barrier);
+#endif
+                    copy_in_both(at + W_BYTES + rank * (X_BYTES / 2), &x, step * DEPTH, token, barrier);
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        int own = group - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+        bool leads = threadIdx.x % 128 == 0;
+        u32 buffers = chunks + own * BUFFERS * CHUNK_BYTES;
+#if ADDS
+        u32 fetched_own = fetched + own * BUFFERS * 8, fetch_phases = 0;  // a bit a buffer
+#endif
+        int stage = 0, phase = 0, turn = 0;
+        while (tiles.next(row, column)) {
+            int feature = (column * 2 + rank) * OWN + own * WIDTH, token = row * TOKENS;
+            // Features behind the last one: the stages go by.
+            if (feature >= features) {
+                for (int step = 0; step < steps; step++) {
+                    barrier_wait(full + 8 * stage, phase);
+                    if (threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * stage, threadIdx.x % 128);
+                    if (++stage == STAGES) stage = 0, phase ^= 1;
+                }
+                continue;
+            }
+#if ADDS
+            auto fetch = [&](int i) {
+                u32 barrier = fetched_own + 8 * (i % BUFFERS);
+                copies_read<0>();
+                barrier_expect(barrier, PLANE_BYTES);
+                copy_in(buffers + i % BUFFERS * CHUNK_BYTES, &c, feature, token + i * CHUNK, barrier);
+            };
+            turn = 0;
+            if (leads)
+                for (int i = 0; i < BUFFERS; i++) fetch(i);
+#endif
+            float sums[N8][4];
+            for (int step = 0; step < steps; step++) {
+                barrier_wait(full + 8 * stage, phase);
+                u32 at = stages + stage * STAGE_BYTES, of_w = at + own * 8192, of_x = at + W_BYTES;
+                begin();
+#pragma unroll
+                for (int i = 0; i < DEPTH / 16; i++)
+#if W_ROWS
+                    multiply(sums, descriptor(of_w + i * 32, 16), descriptor(of_x + i * 32, 16), step | i);
+#else
+                    multiply(sums, descriptor(of_w + i * 2048, 8192), descriptor(of_x + i * 32, 16), step | i);
+#endif
+                end();
+                done<1>();
+                if (step > 0 && threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
+                if (++stage == STAGES) stage = 0, phase ^= 1;
+            }
+            done<0>();
+#pragma unroll
+            for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
+            if (threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
+
+            // Where this lane's row of a chunk's eight by eight parts lies: the parts of a warp's features, two times eight tokens, or, of
+            // gate or up alone, four times eight.
+#if GLU
+            auto place = [&](u32 buffer, int part) {
+                int t = part * 32 + lane;
+                return buffer + t * 64 + ((warp ^ t >> 1 & 3) << 4);
+            };
+            auto store = [&](u32 plane, const u32 (&v)[CHUNK / 8]) {
+#pragma unroll
+                for (int j = 0; j + 4 <= CHUNK / 8; j += 4)
+                    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                                 ::"r"(place(plane, j / 4)), "r"(v[j]), "r"(v[j + 1]), "r"(v[j + 2]), "r"(v[j + 3]) : "memory");
+#if CHUNK % 32
+                asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+                             ::"r"(place(plane, CHUNK / 32)), "r"(v[CHUNK / 8 - 2]), "r"(v[CHUNK / 8 - 1]) : "memory");
+#endif
+            };
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                u32 buffer = buffers + turn * CHUNK_BYTES, gate[CHUNK / 8], up[CHUNK / 8], product[CHUNK / 8];
+#pragma unroll
+                for (int j = 0; j < CHUNK / 8; j++) {
+                    const float* from = sums[i * (CHUNK / 8) + j];
+                    gate[j] = pack(from[0], from[1]), up[j] = pack(from[2], from[3]);
+                    product[j] = pack(act(from[0], limit) * from[2], act(from[1], limit) * from[3]);
+                }
+                if (leads) copies_read<(KEEPS ? 3 : 1) * (BUFFERS - 1)>();
+                group_sync(own);
+                store(buffer, product);
+                if (KEEPS) {
+                    store(buffer + PLANE_BYTES, gate);
+                    store(buffer + 2 * PLANE_BYTES, up);
+                }
+                publish();
+                group_sync(own);
+                if (leads) {
+                    int to = token + i * CHUNK;
+                    copy_out(buffer, &d, feature, to);
+                    if (KEEPS) {
+                        copy_out(buffer + PLANE_BYTES, &c, feature, to);
+                        copy_out(buffer + 2 * PLANE_BYTES, &c, features + feature, to);
+                    }
+                }
+                turn = (turn + 1) % BUFFERS;
+            }
+#else
+            auto place = [&](u32 buffer, int part) {
+                int t = part * 16 + lane / 16 * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+                return buffer + t * 128 + ((piece ^ t & 7) << 4);
+            };
+#if BIASED
+            float shift[2];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int of = feature + warp * 16 + half * 8 + lane / 4;
+                shift[half] = of < features ? to_float(bias[of]) : 0.f;
+            }
+#endif
+#pragma unroll
+            for (int i = 0; i < CHUNKS; i++) {
+                u32 buffer = buffers + turn * CHUNK_BYTES;
+#if ADDS
+                barrier_wait(fetched_own + 8 * turn, fetch_phases >> turn & 1);
+                fetch_phases ^= 1 << turn;
+#else
+                if (leads) copies_read<BUFFERS - 1>();
+                group_sync(own);
+#endif
+#pragma unroll
+                for (int j = 0; j < CHUNK / 16; j++) {
+                    u32 v[4], at = place(buffer, j);
+#if ADDS
+                    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+#endif
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        const float* from = &sums[i * (CHUNK / 8) + j * 2 + q / 2][q % 2 * 2];
+                        float a = from[0], b = from[1];
+#if ADDS
+                        a += low(v[q]), b += high(v[q]);
+#endif
+#if BIASED
+                        a += shift[q % 2], b += shift[q % 2];
+#endif
+                        v[q] = pack(a, b);
+                    }
+                    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                                 ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+                }
+                publish();
+                group_sync(own);
+                if (leads) {
+                    copy_out(buffer, &d, feature, token + i * CHUNK);
+#if ADDS
+                    // The chunk after the next comes where this one was, once that has been copied out.
+                    if (i + BUFFERS < CHUNKS) fetch(i + BUFFERS);
+#endif
+                }
+                turn = (turn + 1) % BUFFERS;
+            }
+#endif
+        }
+        if (leads) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+    cluster_sync();
+}
