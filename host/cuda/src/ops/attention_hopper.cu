@@ -44,6 +44,17 @@ __device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
 
+template <int N>
+__device__ __forceinline__ void make_barriers(u64 (&barriers)[N], int arrivals) {
+    for (int i = 0; i < N; i++) make_barrier(barriers + i, arrivals);
+}
+
+// Barriers that one thread has made are there for all, and for copies.
+__device__ __forceinline__ void barriers_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncthreads();
+}
+
 __device__ __forceinline__ void arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -170,11 +181,14 @@ __device__ __forceinline__ void add(float (&c)[WIDTH / 8][4], const Left<K>& p, 
     end();
 }
 
-// Pieces of work go to blocks one after the other, in every second round from the last block to the first: they come longest
-// first, so that every block gets long and short ones.
-__device__ __forceinline__ int piece_of(int round) {
-    int last = gridDim.x - 1;
-    return round * gridDim.x + (round % 2 ? last - blockIdx.x : blockIdx.x);
+// Pieces that blocks have taken beyond their first ones, of each kernel; none while no kernel runs.
+__device__ int taken[3];
+
+// The next piece of a block: pieces come longest first, and whoever is free takes one. Which block computes a piece changes nothing in it.
+__device__ __forceinline__ int next_piece(int& taken, int pieces) {
+    int before = atomicAdd(&taken, 1);
+    if (before == pieces - 1) taken = 0;  // a block asks once for each of its pieces: this was the last time
+    return gridDim.x + before;
 }
 
 // The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left to do
@@ -193,46 +207,37 @@ __device__ __forceinline__ float2 pair_at(u32 at) {
     return pair;
 }
 
-// The two warp groups issue products in turns, so that one has its softmax while the other multiplies.
-__device__ __forceinline__ void begin_turn(int group) {
-#ifdef PINGPONG
-    asm volatile("bar.sync %0, 256;" ::"r"(1 + group) : "memory");
-#endif
-    begin();
-}
-
-__device__ __forceinline__ void end_turn(int group) {
-#ifdef PINGPONG
-    asm volatile("bar.arrive %0, 256;" ::"r"(1 + (group ^ 1)) : "memory");
-#endif
-}
-
 // A piece of work, as the loading warp tells it to the others: a tile of rows, a head, and of queries where their answers begin.
 struct Piece {
     Tile t;
-    int head;
+    int head;  // -1 behind the last piece
     int starts[ROWS];
 };
 
 // What of a tile that passes by a warp group sees.
 enum Sight { NONE, PART, WHOLE };
 
-// A tile that passes by, as the loading warp tells it to a warp group.
-struct Passing {
-    int word;
-
-    __device__ __forceinline__ Passing(int first, bool last, Sight sight) : word(first << 3 | last << 2 | sight) {}
-    __device__ __forceinline__ explicit Passing(int told) : word(told) {}
-    __device__ __forceinline__ int first() const { return word >> 3; }
-    __device__ __forceinline__ bool last() const { return word & 4; }
-    __device__ __forceinline__ Sight sight() const { return Sight(word & 3); }
-};
-
 // What 64 queries see of some keys. Queries behind the example do not count: their rows are not stored, or have no weight.
 __device__ __forceinline__ Sight sight_of(const Tile& t, Begins b, int query, int key, int keys, int window) {
     if (none_visible(t, b, query, 64, key, keys, window)) return NONE;
     return all_visible(t, b, query, min(64, t.length - query), key, keys, window) ? WHOLE : PART;
 }
+
+// A tile that passes by, as the loading warp tells it to a warp group.
+struct Passing {
+    int word;
+
+    __device__ __forceinline__ Passing(int first, bool last, Sight sight) : word(first << 3 | last << 2 | sight) {}
+
+    // A tile of keys, as a warp group's 64 queries of a piece see it.
+    __device__ __forceinline__ Passing(const Piece& piece, int group, int key, bool last, int window)
+        : Passing(key, last, sight_of(piece.t, {piece.starts[group * 64], piece.starts[group * 64 + 63]},
+                                      piece.t.first + group * 64, key, KEYS, window)) {}
+    __device__ __forceinline__ explicit Passing(int told) : word(told) {}
+    __device__ __forceinline__ int first() const { return word >> 3; }
+    __device__ __forceinline__ bool last() const { return word & 4; }
+    __device__ __forceinline__ Sight sight() const { return Sight(word & 3); }
+};
 
 // Scores that queries do not see become nothing. `own` is the first of a thread's two rows, `column` the first of its columns' sixteen
 // bytes; ROWS_ARE_QUERIES says which are keys. `begin(i, n)` is where the answer of a query begins.
@@ -316,7 +321,7 @@ __device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&
 }
 
 // out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A piece is a head and a tile of ROWS queries. Scores of the next tile
-// of keys, which may be the first of the next piece, are computed during the softmax.
+// of keys are computed during the softmax.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
               const Tile* tiles, const int* begins, View out, float* lse, int count, Shape s) {
@@ -325,40 +330,39 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     __shared__ int told[STAGES][2];
     u32 qs = swizzled_memory(), ks = qs + 2 * BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) {
-            make_barrier(q_full + i, 1 + 32);
-            make_barrier(q_empty + i, 8);
-        }
-        for (int i = 0; i < STAGES; i++) {
-            make_barrier(k_full + i, 1);
-            make_barrier(v_full + i, 1);
-            make_barrier(k_empty + i, 8);
-            make_barrier(v_empty + i, 8);
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        make_barriers(q_full, 1 + 32);
+        make_barriers(q_empty, 8);
+        make_barriers(k_full, 1);
+        make_barriers(k_empty, 8);
+        make_barriers(v_full, 1);
+        make_barriers(v_empty, 8);
     }
-    __syncthreads();
-    int pieces = count * s.heads, lane = threadIdx.x % 32;
+    barriers_made();
+    int lane = threadIdx.x % 32;
     Turn turn, own;
     if (threadIdx.x < 128) {
         give_registers<24>();
         if (threadIdx.x >= 32) return;
-        for (int round = 0; piece_of(round) < pieces; round++) {
-            Tile t = tiles[piece_of(round) / s.heads];
-            int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
+        int pieces = count * s.heads, index = blockIdx.x;
+        while (true) {
+            bool end = index >= pieces;
+            Tile t = tiles[end ? 0 : index / s.heads];
+            int h = index % s.heads, last = min(t.first + ROWS, t.length);
             Piece& piece = told_pieces[own.stage];
             wait_for(q_empty + own.stage, own.parity ^ 1);
             for (int i = lane; i < ROWS; i += 32) piece.starts[i] = begin_of(begins, t, t.first + i);
             if (lane == 0) {
                 piece.t = t;
-                piece.head = h;
-                expect(q_full + own.stage, BYTES(ROWS));
-                bring<ROWS>(qs + own.stage * BYTES(ROWS), q, h, t.start + t.first - s.cached, q_full + own.stage);
+                piece.head = end ? -1 : h;
+                expect(q_full + own.stage, end ? 0 : BYTES(ROWS));
+                if (!end) bring<ROWS>(qs + own.stage * BYTES(ROWS), q, h, t.start + t.first - s.cached, q_full + own.stage);
             }
             arrive(q_full + own.stage);
+            if (end) return;
             own.advance(2);
             __syncwarp();
             if (lane == 0) {
+                index = next_piece(taken[0], pieces);
                 auto next = [&](int key) {
                     while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
                     return key;
@@ -366,10 +370,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 for (int key = next(0), after; key < last; key = after) {
                     after = next(key + KEYS);
                     wait_for(k_empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) {
-                        Begins b = {piece.starts[i * 64], piece.starts[i * 64 + 63]};
-                        told[turn.stage][i] = Passing(key, after >= last, sight_of(t, b, t.first + i * 64, key, KEYS, s.window)).word;
-                    }
+                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, after >= last, s.window).word;
                     expect(k_full + turn.stage, BYTES(KEYS));
                     bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
                     wait_for(v_empty + turn.stage, turn.parity ^ 1);
@@ -378,29 +379,71 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     turn.advance(STAGES);
                 }
             }
-            __syncwarp();
+            index = __shfl_sync(0xffffffffu, index, 0);
         }
-        return;
     }
     take_registers<240>();
     int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
     qs += group * 64 * 128;
-    float scale = s.scale * LOG2E, o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
-    RowSoftmax softmax;
-    auto weigh = [&](Passing tile) {
+    float scale = s.scale * LOG2E;
+    while (true) {
+        wait_for(q_full + own.stage, own.parity);
+        const Piece& piece = told_pieces[own.stage];
+        if (piece.head < 0) return;
+        u32 queries = qs + own.stage * BYTES(ROWS);
+        float o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
+        RowSoftmax softmax;
+        auto weigh = [&](Passing tile) {
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) bend(p[n][i], s);
-        if (tile.sight() != WHOLE) {
-            const Piece& piece = told_pieces[own.stage];
-            int row = mine + lane / 4, starts[2] = {piece.starts[row], piece.starts[row + 8]};
-            hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
+                for (int i = 0; i < 4; i++) bend(p[n][i], s);
+            if (tile.sight() != WHOLE) {
+                int row = mine + lane / 4, starts[2] = {piece.starts[row], piece.starts[row + 8]};
+                hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
+            }
+            softmax.step(p, shrink, scale);
+        };
+        wait_for(k_full + turn.stage, turn.parity);
+        Passing tile(told[turn.stage][group]);
+        begin();
+        scores(p, queries, ks + turn.stage * BYTES(KEYS));
+        done<0>(p);
+        release(k_empty + turn.stage);
+        weigh(tile);
+        while (!tile.last()) {
+            Left<KEYS / 16> weights = as_left(p);
+            Turn now = turn;
+            turn.advance(STAGES);
+            wait_for(k_full + turn.stage, turn.parity);
+            tile = Passing(told[turn.stage][group]);
+            begin();
+            scores(p, queries, ks + turn.stage * BYTES(KEYS));
+            wait_for(v_full + now.stage, now.parity);
+            begin();
+            add(o, weights, vs + now.stage * BYTES(KEYS));
+            done<1>(p);
+            release(k_empty + turn.stage);
+            weigh(tile);
+            stay(v_full + now.stage, now.parity);
+            done<0>(o);
+            release(v_empty + now.stage);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; n++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
         }
-        softmax.step(p, shrink, scale);
-    };
-    auto finish = [&](const Piece& piece) {
+        Left<KEYS / 16> weights = as_left(p);
+        wait_for(v_full + turn.stage, turn.parity);
+        begin();
+        add(o, weights, vs + turn.stage * BYTES(KEYS));
+        done<0>(o);
+        release(v_empty + turn.stage);
+        turn.advance(STAGES);
         Tile t = piece.t;
+        int h = piece.head;
+        release(q_empty + own.stage);
+        own.advance(2);
         float by[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -409,367 +452,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
             by[r] = 1.f / sum;
             int row = t.first + mine + lane / 4 + r * 8;
-            if (lane % 4 == 0 && row < t.length)
-                lse[(long long)piece.head * s.tokens + t.start + row] = softmax.max[r] * s.scale + logf(sum);
+            if (lane % 4 == 0 && row < t.length) lse[(long long)h * s.tokens + t.start + row] = softmax.max[r] * s.scale + logf(sum);
         }
-        store<DIM>(head(out, piece.head), t, t.first + mine, 0, o, by[0], by[1]);
-    };
-    if (group == 1) end_turn(group);
-    wait_for(q_full + own.stage, own.parity);
-    wait_for(k_full + turn.stage, turn.parity);
-    Passing tile(told[turn.stage][group]);
-    begin_turn(group);
-    scores(p, qs + own.stage * BYTES(ROWS), ks + turn.stage * BYTES(KEYS));
-    end_turn(group);
-    done<0>(p);
-    release(k_empty + turn.stage);
-    weigh(tile);
-    for (int round = 0;;) {
-        Left<KEYS / 16> weights = as_left(p);
-        Turn now = turn;
-        turn.advance(STAGES);
-        bool ended = tile.last();
-        int before = own.stage;
-        if (ended) {
-            if (piece_of(++round) >= pieces) break;
-            own.advance(2);
-            wait_for(q_full + own.stage, own.parity);
-        }
-        wait_for(k_full + turn.stage, turn.parity);
-        tile = Passing(told[turn.stage][group]);
-        begin_turn(group);
-        scores(p, qs + own.stage * BYTES(ROWS), ks + turn.stage * BYTES(KEYS));
-        wait_for(v_full + now.stage, now.parity);
-        add(o, weights, vs + now.stage * BYTES(KEYS));
-        end_turn(group);
-        done<1>(p);
-        release(k_empty + turn.stage);
-        if (ended) {
-            done<0>(o);
-            finish(told_pieces[before]);
-            release(q_empty + before);
-            softmax = RowSoftmax();
-        }
-        weigh(tile);
-        stay(v_full + now.stage, now.parity);
-        done<0>(o);
-        release(v_empty + now.stage);
-#pragma unroll
-        for (int n = 0; n < WIDTH / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) o[n][i] = ended ? 0.f : o[n][i] * shrink[i / 2];
-    }
-    Turn now = turn;
-    Left<KEYS / 16> weights = as_left(p);
-    now.stage = turn.stage == 0 ? STAGES - 1 : turn.stage - 1;
-    now.parity = turn.stage == 0 ? turn.parity ^ 1 : turn.parity;
-    wait_for(v_full + now.stage, now.parity);
-    begin();
-    add(o, weights, vs + now.stage * BYTES(KEYS));
-    done<0>(o);
-    finish(told_pieces[own.stage]);
-}
-
-// dq. A piece is a head and a tile of ROWS queries; keys and values pass by.
-extern "C" __global__ void __launch_bounds__(BLOCK, 1)
-    attention_dq(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
-                 const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
-                 const float* delta, View dq, int count, Shape s) {
-    __shared__ u64 q_full, q_empty, dout_full, dout_empty, full[STAGES], empty[STAGES];
-    __shared__ Piece told_pieces[2];
-    __shared__ int told[STAGES][2];
-    u32 qs = swizzled_memory(), douts = qs + BYTES(ROWS), pairs = douts + BYTES(ROWS);
-    if (threadIdx.x == 0) {
-        make_barrier(&q_full, 1 + 32);
-        make_barrier(&q_empty, 8);
-        make_barrier(&dout_full, 1);
-        make_barrier(&dout_empty, 8);
-        for (int i = 0; i < STAGES; i++) make_barrier(full + i, 1), make_barrier(empty + i, 8);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    int pieces = count * s.heads, lane = threadIdx.x % 32;
-    Turn turn;
-    u32 parity = 0;
-    if (threadIdx.x < 128) {
-        give_registers<24>();
-        if (threadIdx.x >= 32) return;
-        for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
-            Piece& piece = told_pieces[parity];
-            Tile t = tiles[piece_of(round) / s.heads];
-            int h = piece_of(round) % s.heads, last = min(t.first + ROWS, t.length);
-            wait_for(&q_empty, parity ^ 1);
-            for (int i = lane; i < ROWS; i += 32) piece.starts[i] = begin_of(begins, t, t.first + i);
-            if (lane == 0) {
-                piece.t = t;
-                piece.head = h;
-                expect(&q_full, BYTES(ROWS));
-                bring<ROWS>(qs, q, h, t.start + t.first, &q_full);
-            }
-            arrive(&q_full);
-            __syncwarp();
-            if (lane == 0) {
-                auto next = [&](int key) {
-                    while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
-                    return key;
-                };
-                bool first = true;
-                for (int key = next(0), after; key < last; key = after) {
-                    after = next(key + KEYS);
-                    wait_for(empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) {
-                        Begins b = {piece.starts[i * 64], piece.starts[i * 64 + 63]};
-                        told[turn.stage][i] = Passing(key, after >= last, sight_of(t, b, t.first + i * 64, key, KEYS, s.window)).word;
-                    }
-                    u32 to = pairs + turn.stage * 2 * BYTES(KEYS);
-                    expect(full + turn.stage, 2 * BYTES(KEYS));
-                    bring<KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
-                    if (first) {
-                        wait_for(&dout_empty, parity ^ 1);
-                        expect(&dout_full, BYTES(ROWS));
-                        bring<ROWS>(douts, dout, h, t.start + t.first, &dout_full);
-                        first = false;
-                    }
-                    bring<KEYS>(to + BYTES(KEYS), v, h / s.share, t.start + key, full + turn.stage);
-                    turn.advance(STAGES);
-                }
-            }
-            __syncwarp();
-        }
-        return;
-    }
-    take_registers<240>();
-    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
-    qs += group * 64 * 128;
-    douts += group * 64 * 128;
-    float scale = s.scale * LOG2E;
-    for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
-        wait_for(&q_full, parity);
-        const Piece& piece = told_pieces[parity];
-        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[KEYS / 8][4], dp[KEYS / 8][4];
-        own_numbers(logsum, pull, lse, delta, piece.t, mine, piece.head, s);
-        int before = -1;
-        Passing tile = next_tile(full, empty, told, turn, group, before);
-        begin();
-        scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
-        done<0>(p);
-        wait_for(&dout_full, parity);
-        for (bool more = true; more;) {
-            u32 at = pairs + turn.stage * 2 * BYTES(KEYS);
-            begin();
-            scores(dp, douts, at + BYTES(KEYS));
-            more = !tile.last();
-            if (!more) release(&q_empty);
-#if SOFTCAP
-            float slopes[KEYS / 8][4];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
-#endif
-            if (tile.sight() != WHOLE) {
-                int row = mine + lane / 4, starts[2] = {piece.starts[row], piece.starts[row + 8]};
-                hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
-            }
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - logsum[i / 2]);
-#ifdef PIN
-            u32 sign = 0;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i += 2) sign |= __float_as_uint(p[n][i]) | __float_as_uint(p[n][i + 1]);
-            stay(full + turn.stage, turn.parity | sign >> 31);
-#else
-            stay(full + turn.stage, turn.parity);
-#endif
-            done<0>(dp);
-            if (!more) release(&dout_empty);
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    p[n][i] *= dp[n][i] - pull[i / 2];
-#if SOFTCAP
-                    p[n][i] *= slopes[n][i];
-#endif
-                }
-            Left<KEYS / 16> left = as_left(p);
-            begin();
-            add(sums, left, at);
-            before = turn.stage;
-            turn.advance(STAGES);
-            if (more) {
-                tile = next_tile(full, empty, told, turn, group, before);
-                begin();
-                scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
-            }
-            done<0>(p);
-            done<0>(sums);
-            if (before >= 0) release(empty + before);
-        }
-        store<DIM>(head(dq, piece.head), piece.t, piece.t.first + mine, 0, sums, s.scale, s.scale);
-    }
-}
-
-// dk and dv. A piece is a tile of ROWS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
-// gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM].
-extern "C" __global__ void __launch_bounds__(BLOCK, 1)
-    attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
-                  const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
-                  const float* delta, View dk, View dv, int count, int parts, Shape s) {
-    __shared__ u64 k_full, k_empty, v_full, v_empty, full[PAIRS], empty[PAIRS];
-    __shared__ Piece told_pieces[2];
-    __shared__ int told[PAIRS][2], starts[PAIRS][STEP];
-    u32 ks = swizzled_memory(), vs = ks + BYTES(ROWS), pairs = vs + BYTES(ROWS);
-    u32 numbers = pairs + PAIRS * 2 * BYTES(STEP);  // [place][log-sum, delta][query]
-    if (threadIdx.x == 0) {
-        make_barrier(&k_full, 1);
-        make_barrier(&k_empty, 8);
-        make_barrier(&v_full, 1);
-        make_barrier(&v_empty, 8);
-        for (int i = 0; i < PAIRS; i++) make_barrier(full + i, 1 + 32), make_barrier(empty + i, 8);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncthreads();
-    int columns = s.heads / s.share * parts, pieces = count * columns, lane = threadIdx.x % 32;
-    Turn turn;
-    u32 parity = 0;
-    if (threadIdx.x < 128) {
-        give_registers<24>();
-        if (threadIdx.x >= 32) return;
-        for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
-            Piece& piece = told_pieces[parity];
-            Tile t = tiles[piece_of(round) / columns];
-            int column = piece_of(round) % columns, kv = column / parts, part = column % parts;
-            auto next = [&](int query) {
-                // Without a window, keys of the prompt are hidden from no query behind them.
-                if (s.window == 0 && t.first + ROWS <= t.prompt) return query;
-                while (query < t.length &&
-                       none_visible(t, begins_of(begins, t, query, STEP), query, STEP, t.first, ROWS, s.window))
-                    query += STEP;
-                return query;
-            };
-            if (lane == 0) {
-                wait_for(&k_empty, parity ^ 1);
-                piece.t = t;
-                piece.head = column;
-                expect(&k_full, BYTES(ROWS));
-                bring<ROWS>(ks, k, kv, t.start + t.first, &k_full);
-            }
-            int h = kv * s.share + s.share * part / parts, end = kv * s.share + s.share * (part + 1) / parts;
-            bool first = true;
-            for (; h < end; h++)
-                for (int query = next(t.first), after; query < t.length; query = after) {
-                    after = next(query + STEP);
-                    wait_for(empty + turn.stage, turn.parity ^ 1);
-                    if (lane == 0) {
-                        u32 to = pairs + turn.stage * 2 * BYTES(STEP);
-                        expect(full + turn.stage, 2 * BYTES(STEP));
-                        bring<STEP>(to, q, h, t.start + query, full + turn.stage);
-                        if (first) {
-                            wait_for(&v_empty, parity ^ 1);
-                            expect(&v_full, BYTES(ROWS));
-                            bring<ROWS>(vs, v, kv, t.start + t.first, &v_full);
-                        }
-                        bring<STEP>(to + BYTES(STEP), dout, h, t.start + query, full + turn.stage);
-                    }
-                    first = false;
-                    float* to = (float*)__cvta_shared_to_generic(numbers) + turn.stage * 2 * STEP;
-                    for (int i = lane; i < STEP; i += 32) {
-                        // Queries behind the example have no weight: what lies there is of others.
-                        bool inside = query + i < t.length;
-                        long long place = (long long)h * s.tokens + t.start + query + i;
-                        to[i] = inside ? lse[place] * LOG2E : 1e30f;
-                        to[STEP + i] = inside ? delta[place] : 0.f;
-                        starts[turn.stage][i] = begin_of(begins, t, query + i);
-                    }
-                    __syncwarp();
-                    if (lane < 2) {
-                        Sight sight = sight_of(t, begins_of(starts[turn.stage]), query, t.first + lane * 64, 64, s.window);
-                        told[turn.stage][lane] = Passing(query, after >= t.length && h + 1 == end, sight).word;
-                    }
-                    arrive(full + turn.stage);
-                    turn.advance(PAIRS);
-                }
-        }
-        return;
-    }
-    take_registers<240>();
-    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
-    ks += group * 64 * 128;
-    vs += group * 64 * 128;
-    numbers += lane % 4 * 8;
-    float scale = s.scale * LOG2E;
-    for (int round = 0; piece_of(round) < pieces; round++, parity ^= 1) {
-        wait_for(&k_full, parity);
-        const Piece& piece = told_pieces[parity];
-        float dks[WIDTH / 8][4] = {}, dvs[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
-        int before = -1;
-        Passing tile = next_tile(full, empty, told, turn, group, before);
-        begin();
-        scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
-        done<0>(p);
-        wait_for(&v_full, parity);
-        for (bool more = true; more;) {
-            u32 at = pairs + turn.stage * 2 * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
-            begin();
-            scores(dp, vs, at + BYTES(STEP));
-            more = !tile.last();
-            if (!more) release(&k_empty);
-#if SOFTCAP
-            float slopes[STEP / 8][4];
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
-#endif
-            if (tile.sight() != WHOLE)
-                hide<false>(p, piece.t, piece.t.first + mine + lane / 4, tile.first(), s.window,
-                            [&](int n, int i) { return starts[turn.stage][n * 8 + lane % 4 * 2 + i % 2]; });
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++) {
-                float2 logsum = pair_at(of + n * 32);
-#pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
-            }
-            Left<STEP / 16> weights = as_left(p);
-            stay(full + turn.stage, turn.parity);
-            done<0>(dp);
-            if (!more) release(&v_empty);
-            begin();
-            add(dvs, weights, at + BYTES(STEP));
-#pragma unroll
-            for (int n = 0; n < STEP / 8; n++) {
-                float2 pull = pair_at(of + STEP * 4 + n * 32);
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    dp[n][i] = p[n][i] * (dp[n][i] - (i % 2 ? pull.y : pull.x));
-#if SOFTCAP
-                    dp[n][i] *= slopes[n][i];
-#endif
-                }
-            }
-            Left<STEP / 16> pushes = as_left(dp);
-            begin();
-            add(dks, pushes, at);
-            before = turn.stage;
-            turn.advance(PAIRS);
-            if (more) {
-                tile = next_tile(full, empty, told, turn, group, before);
-                begin();
-                scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
-            }
-            done<0>(p);
-            done<0>(dvs);
-            done<0>(dks);
-            if (before >= 0) release(empty + before);
-        }
-        Tile t = piece.t;
-        int column = piece.head;
-        store<DIM>(head(dk, column), t, t.first + mine, 0, dks, s.scale, s.scale);
-        store<DIM>(head(dv, column), t, t.first + mine, 0, dvs, 1.f, 1.f);
+        store<DIM>(head(out, h), t, t.first + mine, 0, o, by[0], by[1]);
     }
 }
