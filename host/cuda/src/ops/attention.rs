@@ -4,8 +4,8 @@ use dpo_plugin_api::graph::Node;
 
 use super::super::sum::copy_rows;
 use super::{
-    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Launch, Lowering, Recompute, Slice, Source, Step,
-    Variant, View, count, number,
+    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source, Step,
+    TensorMap, Variant, View, count, number,
 };
 use dpo_core::error::{Error, Result};
 
@@ -24,10 +24,10 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Hopper's own instructions, which take the place of functions of `attention.cu`.
-const HOPPER: &str = include_str!("attention_hopper.cu");
+const HOPPER: &str = concat!(include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
 /// Widths of heads for which Hopper's are used.
-const HOPPER_DIMS: &[usize] = &[64, 128];
+const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128];
 
 /// Kernels of the widest heads, which take the place of functions of `attention.cu`.
 const WIDE: &str = include_str!("attention_wide.cu");
@@ -57,11 +57,12 @@ struct Shape {
     share: i32,
     tokens: i32,
     window: i32,
+    cached: i32,
     scale: f32,
     softcap: f32,
 }
 
-// SAFETY: six numbers of four bytes.
+// SAFETY: seven numbers of four bytes.
 unsafe impl Argument for Shape {}
 
 /// What the kernels are compiled for: the width of heads, and whether scores are capped.
@@ -123,16 +124,28 @@ impl Attention {
 
     /// Tiles of the batch, their number, and the numbers that kernels take last.
     fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
-        let (tiles, count) = on.batch.tiles_of(self.kernels().tile());
+        let (tiles, count) = on.batch.tiles_of(self.kernels().tile(on.gpu.capability));
         let shape = Shape {
             heads: self.heads as i32,
             share: (self.heads / self.kv_heads) as i32,
             tokens: on.batch.tokens as i32,
             window: self.window.min(i32::MAX as usize) as i32,
+            cached: on.cache.map_or(0, |cache| cache.tokens) as i32,
             scale: self.scale,
             softcap: self.softcap,
         };
         (tiles, count, shape)
+    }
+
+    /// Rows of heads as Hopper's kernels copy them to shared memory: boxes of 64 rows and 64 columns.
+    fn boxes(&self, of: View, rows: usize, heads: usize) -> Result<TensorMap> {
+        TensorMap::new(of, [rows, heads * self.dim], [64, 64])
+    }
+
+    /// Into how many runs the query heads of a key head are cut, where a block sums over a run: as few as give every multiprocessor
+    /// two pieces of work.
+    fn parts(&self, tiles: usize, multiprocessors: usize) -> usize {
+        (2 * multiprocessors).div_ceil((tiles * self.kv_heads).max(1)).clamp(1, self.heads / self.kv_heads)
     }
 }
 
@@ -145,6 +158,10 @@ impl Execute for Attention {
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
         let (mut to, mut sums, mut begins) = (writes[0], writes[1].at, on.batch.begins);
+        let heads = self.kernels();
+        let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
+        let hopper = heads.hopper(on.gpu.capability);
+        let queries = from;
         if let Some(cache) = &on.cache {
             for (new, all) in [(keys, cache.keys), (values, cache.values)] {
                 let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
@@ -154,11 +171,15 @@ impl Execute for Attention {
             (from, to) = (cache.of_text(from), cache.of_text(to));
             [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(cache.tokens as u64 * 4));
         }
+        if hopper {
+            let (rows, all) = (on.batch.tokens, on.batch.tokens + shape.cached as usize);
+            let args = Args::default().with(self.boxes(queries, rows, self.heads)?);
+            let args = args.with(self.boxes(keys, all, self.kv_heads)?).with(self.boxes(values, all, self.kv_heads)?);
+            let args = args.with(tiles).with(begins).with(to).with(sums).with(count as i32).with(shape);
+            return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(true), shared, args);
+        }
         let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
-        let args = args.with(sums).with(shape);
-        let heads = self.kernels();
-        let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
-        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(), shared, args)
+        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(false), shared, args.with(sums).with(shape))
     }
 
     #[cfg(test)]
@@ -189,6 +210,36 @@ impl Execute for AttentionVjp {
         let args = Args::default().with(*out).with(*dout).with(delta.at).with(on.rows as i32).with(a.heads as i32);
         on.gpu.launch(kernel("attention_delta")?.0, [(on.rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
         let (tiles, count, shape) = a.shape(on);
+        let add_parts = |count: usize| -> Result<()> {
+            for (part, sum) in parts.iter().zip([dk, dv]) {
+                let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(count as i32);
+                let grid = [(a.kv_heads * a.dim / 8).div_ceil(128) * on.rows, 1, 1];
+                on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
+            }
+            Ok(())
+        };
+        if heads.hopper(on.gpu.capability) {
+            let map = |of: &View, heads| a.boxes(*of, on.batch.tokens, heads);
+            let (q, k, v) = (map(q, a.heads)?, map(k, a.kv_heads)?, map(v, a.kv_heads)?);
+            let dout = map(dout, a.heads)?;
+            let read = |tiles: Address| {
+                let args = Args::default().with(q).with(k).with(v).with(dout).with(tiles).with(on.batch.begins);
+                args.with(lse.at).with(delta.at)
+            };
+            let (key_tiles, key_count) = on.batch.key_tiles;
+            let cuts = a.parts(key_count, on.gpu.multiprocessors);
+            let to = if let ([dk, dv], true) = (parts, cuts > 1) { [dk, dv] } else { [dk, dv] };
+            let (dkv, shared) = kernel("attention_dkv")?;
+            let args = read(key_tiles).with(*to[0]).with(*to[1]).with(key_count as i32).with(cuts as i32).with(shape);
+            on.gpu.launch(dkv, walkers(on.gpu, key_count * a.kv_heads * cuts), heads.block(true), shared, args)?;
+            if cuts > 1 {
+                add_parts(cuts)?;
+            }
+            on.gpu.mark("attention dk, dv")?;
+            let (kernel, shared) = kernel("attention_dq")?;
+            let args = read(tiles).with(*dq).with(count as i32).with(shape);
+            return on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), heads.block(true), shared, args);
+        }
         let read = || {
             let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
             args.with(*dout).with(lse.at).with(delta.at)
@@ -197,16 +248,11 @@ impl Execute for AttentionVjp {
         let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
         let (dkv, shared) = kernel("attention_dkv")?;
         let args = read().with(*to[0]).with(*to[1]).with(shape);
-        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(), shared, args)?;
-        for (part, sum) in parts.iter().zip([dk, dv]) {
-            let share = (a.heads / a.kv_heads) as i32;
-            let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(share);
-            let grid = [(a.kv_heads * a.dim / 8).div_ceil(128) * on.rows, 1, 1];
-            on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
-        }
+        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(false), shared, args)?;
+        add_parts(a.heads / a.kv_heads)?;
         on.gpu.mark("attention dk, dv")?;
         let (kernel, shared) = kernel("attention_dq")?;
-        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(), shared, read().with(*dq).with(shape))
+        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(false), shared, read().with(*dq).with(shape))
     }
 
     #[cfg(test)]
@@ -249,9 +295,10 @@ impl Execute for AttentionVjp {
 }
 
 impl Heads {
-    /// Queries or keys of a tile, as `attention.cu` has them.
-    fn tile(self) -> usize {
+    /// Queries or keys of a tile, as the kernels have them.
+    fn tile(self, capability: u32) -> usize {
         match self.dim {
+            _ if self.hopper(capability) => 128,
             ..=128 => 64,
             129..=256 => 32,
             _ => 16,
@@ -263,8 +310,13 @@ impl Heads {
         self.dim > 256
     }
 
-    fn block(self) -> [u32; 3] {
-        [if self.widest() { 128 } else { self.tile() as u32 * 2 }, 1, 1]
+    fn block(self, hopper: bool) -> [u32; 3] {
+        let threads = match self.dim {
+            _ if hopper => 384,
+            129..=256 => 64,
+            _ => 128,
+        };
+        [threads, 1, 1]
     }
 
     /// What tells its kernels from others.
@@ -302,15 +354,16 @@ impl Heads {
 
     /// Tiles of values that the kernel of dq holds: two, where shared memory has room for them.
     fn value_stages(self, capability: u32) -> usize {
-        if self.dim > 128 && self.rows(6 * self.tile()) + STATIC > most_shared(capability) { 1 } else { 2 }
+        if self.dim > 128 && self.rows(6 * self.tile(capability)) + STATIC > most_shared(capability) { 1 } else { 2 }
     }
 
     /// Bytes of shared memory that forward, dq and dkv take.
     fn shared(self, capability: u32) -> [usize; 3] {
-        let (dim, tile) = (self.dim, self.tile());
+        let (dim, tile) = (self.dim, self.tile(capability));
         if self.hopper(capability) {
-            // Whole tiles, from an aligned address on.
-            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+            // Six tiles in panels of 64 columns, from an aligned address on; for dk and dv numbers of queries behind them.
+            let tiles = 6 * dim.div_ceil(64) * tile * 128 + 1024;
+            return [tiles, tiles, tiles + 4 * 2 * 64 * 4];
         }
         if self.widest() {
             // Parts of scores behind the rows, and of their gradients.
@@ -325,8 +378,13 @@ impl Heads {
     }
 }
 
+/// A grid whose blocks walk over pieces of work, one on every multiprocessor.
+fn walkers(gpu: &Gpu, pieces: usize) -> [usize; 3] {
+    [pieces.min(gpu.multiprocessors), 1, 1]
+}
+
 /// Bytes of shared memory that kernels take beside what is asked for, at most.
-const STATIC: usize = 2048;
+const STATIC: usize = 3072;
 
 /// Bytes of shared memory that a block may have on a card (CUDA C++ Programming Guide, technical specifications per compute
 /// capability).
