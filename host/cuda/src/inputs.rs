@@ -2,8 +2,6 @@
 
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use dpo_core::batch::{Batch, Layout};
-#[cfg(test)]
-use dpo_core::batch::Span;
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::answer_mask::AnswerMask;
 
@@ -30,8 +28,8 @@ pub(super) struct BatchAddresses {
     pub(super) begins: Address,
     /// Tiles of so many queries as [`TILES`] says, and how many there are.
     tiles: [(Address, usize); TILES.len()],
-    /// Tiles of [`KEY_TILE`] keys, and how many there are.
-    pub(super) key_tiles: (Address, usize),
+    /// The same of keys, as [`KEY_TILES`] says.
+    key_tiles: [(Address, usize); KEY_TILES.len()],
     pub(super) results: Address,
     /// The loss's gradient by log-probs.
     pub(super) dlogps: Address,
@@ -55,10 +53,10 @@ pub(crate) enum Rows {
 const TILES: [usize; 4] = [128, 64, 32, 16];
 
 /// Keys of a tile, where tiles of keys are not those of queries.
-const KEY_TILE: usize = 128;
+const KEY_TILES: [usize; 2] = [128, 64];
 
 /// Bytes of tiles for each token at most: every kind may have one a token.
-pub(super) const TILE_BYTES: usize = (TILES.len() + 1) * 16;
+pub(super) const TILE_BYTES: usize = (TILES.len() + KEY_TILES.len()) * 16;
 
 impl BatchAddresses {
     /// How many there are of such rows.
@@ -69,9 +67,14 @@ impl BatchAddresses {
         }
     }
 
-    /// Tiles of at most so many tokens, and how many there are.
-    pub(super) fn tiles_of(&self, tokens: usize) -> (Address, usize) {
-        self.tiles[TILES.iter().position(|t| *t == tokens).unwrap_or(0)]
+    /// Tiles of at most so many queries, and how many there are.
+    pub(super) fn tiles_of(&self, queries: usize) -> (Address, usize) {
+        self.tiles[TILES.iter().position(|t| *t == queries).unwrap_or(0)]
+    }
+
+    /// Tiles of at most so many keys, and how many there are.
+    pub(super) fn key_tiles_of(&self, keys: usize) -> (Address, usize) {
+        self.key_tiles[KEY_TILES.iter().position(|t| *t == keys).unwrap_or(0)]
     }
 }
 
@@ -104,8 +107,10 @@ impl Inputs {
             let words = tiles(layout, &masks, size);
             *place = (self.put(&words), words.len() / 4);
         }
-        let words = key_tiles(layout, &masks);
-        at.key_tiles = (self.put(&words), words.len() / 4);
+        for (place, size) in at.key_tiles.iter_mut().zip(KEY_TILES) {
+            let words = key_tiles(layout, &masks, size);
+            *place = (self.put(&words), words.len() / 4);
+        }
         let sent = self.used;
         at.results = self.reserve(answers * 2 * 4);
         at.dlogps = self.reserve(answers * 4);
@@ -149,12 +154,12 @@ fn tiles(layout: &Layout, masks: &[AnswerMask], size: usize) -> Vec<u32> {
 }
 
 /// The same of keys; those that most queries see first. Their length ends with the last query that sees one of them.
-fn key_tiles(layout: &Layout, masks: &[AnswerMask]) -> Vec<u32> {
+fn key_tiles(layout: &Layout, masks: &[AnswerMask], size: usize) -> Vec<u32> {
     let (cached, mut all) = (layout.cached, Vec::<[u32; 4]>::new());
     for (span, mask) in layout.spans.iter().zip(masks) {
         let (prompt, length) = (cached + span.prompt, cached + span.len());
-        for first in (cached..length).step_by(KEY_TILE) {
-            let answer = mask.begins[(first + KEY_TILE).min(length) - 1];
+        for first in (cached..length).step_by(size) {
+            let answer = mask.begins[(first + size).min(length) - 1];
             let end = if first < prompt { length } else { mask.begins.partition_point(|begin| *begin <= answer) };
             all.push([span.start, first, prompt, end].map(|n| n as u32));
         }
@@ -165,26 +170,30 @@ fn key_tiles(layout: &Layout, masks: &[AnswerMask]) -> Vec<u32> {
 
 #[cfg(test)]
 mod tests {
-    use super::{AnswerMask, KEY_TILE, Layout, Span, key_tiles, tiles};
+    use super::{AnswerMask, Layout, key_tiles, tiles};
+    use dpo_core::batch::Span;
 
     /// Every token is in one tile of every kind, and a tile of keys ends where the last query does that sees one of them.
     #[test]
     fn tiles_cover_every_token() {
-        let spans =
-            vec![Span { start: 0, prompt: 200, answers: vec![150, 40] }, Span { start: 390, prompt: 1, answers: vec![5, 300] }];
+        let spans = vec![
+            Span { start: 0, prompt: 200, answers: vec![150, 40] },
+            Span { start: 390, prompt: 1, answers: vec![5, 300] },
+        ];
         let layout = Layout { spans, ..Layout::default() };
         let masks: Vec<AnswerMask> = layout.spans.iter().map(|s| AnswerMask::of(s, 0, 0)).collect();
         for size in [128, 16] {
             let words = tiles(&layout, &masks, size);
             let mut firsts: Vec<u32> = words.chunks(4).map(|t| t[0] + t[1]).collect();
             firsts.sort_unstable();
-            let expected = [(0, 390), (390, 306)].map(|(start, length)| (0..length).step_by(size).map(move |f| start + f as u32));
+            let expected =
+                [(0, 390), (390, 306)].map(|(start, length)| (0..length).step_by(size).map(move |f| start + f as u32));
             assert_eq!(firsts, expected.into_iter().flatten().collect::<Vec<u32>>());
         }
-        for tile in key_tiles(&layout, &masks).chunks(4) {
+        for tile in key_tiles(&layout, &masks, 64).chunks(4) {
             let of = layout.spans.iter().position(|s| s.start == tile[0] as usize).unwrap();
             let (first, length) = (tile[1] as usize, layout.spans[of].len());
-            let sees = |query: &usize| (first..(first + KEY_TILE).min(length)).any(|key| masks[of].sees(*query, key));
+            let sees = |query: &usize| (first..(first + 64).min(length)).any(|key| masks[of].sees(*query, key));
             assert_eq!(tile[3] as usize, (0..length).filter(sees).max().unwrap() + 1, "{tile:?}");
         }
     }

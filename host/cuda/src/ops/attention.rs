@@ -4,8 +4,8 @@ use dpo_plugin_api::graph::Node;
 
 use super::super::sum::copy_rows;
 use super::{
-    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source, Step,
-    TensorMap, Variant, View, count, number,
+    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source,
+    Step, TensorMap, Variant, View, count, number,
 };
 use dpo_core::error::{Error, Result};
 
@@ -27,7 +27,7 @@ pub(super) const OP: CudaOp = CudaOp {
 const HOPPER: &str = concat!(include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
 /// Widths of heads for which Hopper's are used.
-const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128];
+const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128, 256];
 
 /// Kernels of the widest heads, which take the place of functions of `attention.cu`.
 const WIDE: &str = include_str!("attention_wide.cu");
@@ -137,15 +137,15 @@ impl Attention {
         (tiles, count, shape)
     }
 
-    /// Rows of heads as Hopper's kernels copy them to shared memory: boxes of 64 rows and 64 columns.
-    fn boxes(&self, of: View, rows: usize, heads: usize) -> Result<TensorMap> {
-        TensorMap::new(of, [rows, heads * self.dim], [64, 64])
+    /// Rows of heads as Hopper's kernels copy them to shared memory: boxes of so many rows and 64 columns.
+    fn boxes(&self, of: View, rows: usize, heads: usize, of_box: usize) -> Result<TensorMap> {
+        TensorMap::new(of, [rows, heads * self.dim], [of_box, 64])
     }
 
     /// Into how many runs the query heads of a key head are cut, where a block sums over a run: as few as give every multiprocessor
-    /// two pieces of work.
+    /// four pieces of work, long and short ones.
     fn parts(&self, tiles: usize, multiprocessors: usize) -> usize {
-        (2 * multiprocessors).div_ceil((tiles * self.kv_heads).max(1)).clamp(1, self.heads / self.kv_heads)
+        (4 * multiprocessors).div_ceil((tiles * self.kv_heads).max(1)).clamp(1, self.heads / self.kv_heads)
     }
 }
 
@@ -173,8 +173,9 @@ impl Execute for Attention {
         }
         if hopper {
             let (rows, all) = (on.batch.tokens, on.batch.tokens + shape.cached as usize);
-            let args = Args::default().with(self.boxes(queries, rows, self.heads)?);
-            let args = args.with(self.boxes(keys, all, self.kv_heads)?).with(self.boxes(values, all, self.kv_heads)?);
+            let args = Args::default().with(self.boxes(queries, rows, self.heads, 64)?);
+            let args = args.with(self.boxes(keys, all, self.kv_heads, 64)?);
+            let args = args.with(self.boxes(values, all, self.kv_heads, 64)?);
             let args = args.with(tiles).with(begins).with(to).with(sums).with(count as i32).with(shape);
             return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(true), shared, args);
         }
@@ -219,25 +220,27 @@ impl Execute for AttentionVjp {
             Ok(())
         };
         if heads.hopper(on.gpu.capability) {
-            let map = |of: &View, heads| a.boxes(*of, on.batch.tokens, heads);
-            let (q, k, v) = (map(q, a.heads)?, map(k, a.kv_heads)?, map(v, a.kv_heads)?);
-            let dout = map(dout, a.heads)?;
-            let read = |tiles: Address| {
-                let args = Args::default().with(q).with(k).with(v).with(dout).with(tiles).with(on.batch.begins);
-                args.with(lse.at).with(delta.at)
+            let maps = |of_box: usize| -> Result<Args> {
+                let tokens = on.batch.tokens;
+                let args = Args::default().with(a.boxes(*q, tokens, a.heads, 64)?);
+                let args = args.with(a.boxes(*k, tokens, a.kv_heads, of_box)?);
+                Ok(args.with(a.boxes(*v, tokens, a.kv_heads, of_box)?).with(a.boxes(*dout, tokens, a.heads, 64)?))
             };
-            let (key_tiles, key_count) = on.batch.key_tiles;
+            let numbers = |args: Args| args.with(on.batch.begins).with(lse.at).with(delta.at);
+            let (key_tiles, key_count) = on.batch.key_tiles_of(if heads.wide() { 64 } else { 128 });
             let cuts = a.parts(key_count, on.gpu.multiprocessors);
             let to = if let ([dk, dv], true) = (parts, cuts > 1) { [dk, dv] } else { [dk, dv] };
             let (dkv, shared) = kernel("attention_dkv")?;
-            let args = read(key_tiles).with(*to[0]).with(*to[1]).with(key_count as i32).with(cuts as i32).with(shape);
+            let args = numbers(maps(64)?.with(key_tiles)).with(*to[0]).with(*to[1]);
+            let args = args.with(key_count as i32).with(cuts as i32).with(shape);
             on.gpu.launch(dkv, walkers(on.gpu, key_count * a.kv_heads * cuts), heads.block(true), shared, args)?;
             if cuts > 1 {
                 add_parts(cuts)?;
             }
             on.gpu.mark("attention dk, dv")?;
             let (kernel, shared) = kernel("attention_dq")?;
-            let args = read(tiles).with(*dq).with(count as i32).with(shape);
+            let args = numbers(maps(if heads.wide() { 32 } else { 64 })?.with(tiles));
+            let args = args.with(*dq).with(count as i32).with(shape);
             return on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), heads.block(true), shared, args);
         }
         let read = || {
@@ -305,6 +308,11 @@ impl Heads {
         }
     }
 
+    /// Whether tiles are smaller, so that they fit into shared memory and their sums into registers.
+    fn wide(self) -> bool {
+        self.dim > 128
+    }
+
     /// Whether four warps share a tile.
     fn widest(self) -> bool {
         self.dim > 256
@@ -361,9 +369,11 @@ impl Heads {
     fn shared(self, capability: u32) -> [usize; 3] {
         let (dim, tile) = (self.dim, self.tile(capability));
         if self.hopper(capability) {
-            // Six tiles in panels of 64 columns, from an aligned address on; for dk and dv numbers of queries behind them.
-            let tiles = 6 * dim.div_ceil(64) * tile * 128 + 1024;
-            return [tiles, tiles, tiles + 4 * 2 * 64 * 4];
+            // Six tiles in panels of 64 columns, or as much of wide heads, from an aligned address on. For dk and dv numbers of queries
+            // lie behind them, and weights of wide heads.
+            let (tiles, places, weights) = if self.wide() { (3, 2, 64 * 64 * 4) } else { (6, 4, 0) };
+            let bytes = tiles * dim.div_ceil(64) * tile * 128 + 1024;
+            return [bytes, bytes, bytes + places * 2 * 64 * 4 + weights];
         }
         if self.widest() {
             // Parts of scores behind the rows, and of their gradients.

@@ -10,17 +10,22 @@
 // bits: the 128-byte swizzle, in which wgmma reads a tile along its rows and across them. A head whose width is no multiple of 64
 // brings columns of the next head along (zeros behind the last), which nobody reads or which end in columns that nobody stores.
 
-#define ROWS 128
+#define WIDE_HEAD (DIM > 128)
+#define ROWS 128  // queries of a piece
 #define PANELS ((DIM + 63) / 64)
 #define WIDTH ((DIM + 31) / 32 * 32)  // columns of a sum
 #define BYTES(rows) (PANELS * (rows) * 128)
-#define STAGES 2
-#define KEYS 128  // keys of a tile that passes by
-#define STEP 64   // queries of a tile, for dk and dv
-#define PAIRS 4   // places of the ring through which those pass
+#define STAGES 2                          // places of a ring of keys
+#define Q_PLACES (WIDE_HEAD ? 1 : 2)      // places of queries, for the output
+#define KEYS (WIDE_HEAD ? 64 : 128)       // keys of a tile that passes by, for the output
+#define DQ_KEYS (WIDE_HEAD ? 32 : 128)    // the same for dq
+#define OWN_KEYS (WIDE_HEAD ? 64 : 128)   // keys of a piece, for dk and dv
+#define STEP 64                           // queries of a tile that passes by, for dk and dv
+#define PAIRS (WIDE_HEAD ? 2 : 4)         // places of a ring of those
 #define BLOCK 384
 
-// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows. Rows behind the last are zero.
+// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows, or the rows of a smaller tile. Rows behind the
+// last are zero.
 struct alignas(64) TensorMap {
     u64 words[16];
 };
@@ -78,7 +83,7 @@ __device__ __forceinline__ void bring(u32 to, const TensorMap& from, int head, i
 #pragma unroll
     for (int panel = 0; panel < PANELS; panel++)
 #pragma unroll
-        for (int r = 0; r < ROWS_OF; r += 64)
+        for (int r = 0; r < ROWS_OF; r += 64)  // a box
             asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                              to + (panel * ROWS_OF + r) * 128),
                          "l"(&from), "r"(head * DIM + panel * 64), "r"(row + r), "r"(shared_address(barrier))
@@ -107,14 +112,22 @@ __device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile 
 
 #define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define SIXTEEN(d, n) FOUR(d, n), FOUR(d, n + 1), FOUR(d, n + 2), FOUR(d, n + 3)
-#define ALL64(d) SIXTEEN(d, 0), SIXTEEN(d, 4)
+#define ALL32(d) SIXTEEN(d, 0)
+#define ALL64(d) ALL32(d), SIXTEEN(d, 4)
 #define ALL96(d) ALL64(d), SIXTEEN(d, 8)
 #define ALL128(d) ALL96(d), SIXTEEN(d, 12)
+#define ALL256(d) ALL128(d), SIXTEEN(d, 16), SIXTEEN(d, 20), SIXTEEN(d, 24), SIXTEEN(d, 28)
+#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define NAMES64 \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+    NAMES32 "," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES96 NAMES64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES128 NAMES96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES256 \
+    NAMES128 "," \
+    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+    "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+    "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // c (+)= a b^T of two tiles in shared memory, columns inside; `more` 0 begins a sum.
 #define MULTIPLY(N, A, B, MORE) \
@@ -123,6 +136,7 @@ __device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile 
                      "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES##N "}, %" A ", %" B ", p, 1, 1, 0, 0;\n}" \
                      : ALL##N(c) : "l"(a), "l"(b), "r"(more)); \
     }
+MULTIPLY(32, "16", "17", "18")
 MULTIPLY(64, "32", "33", "34")
 MULTIPLY(128, "64", "65", "66")
 
@@ -138,6 +152,7 @@ MULTIPLY(128, "64", "65", "66")
 MULTIPLY_ADD(64, "32", "33", "34", "35", "36")
 MULTIPLY_ADD(96, "48", "49", "50", "51", "52")
 MULTIPLY_ADD(128, "64", "65", "66", "67", "68")
+MULTIPLY_ADD(256, "128", "129", "130", "131", "132")
 
 // Registers are as the code before says; products may begin.
 __device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -165,11 +180,11 @@ __device__ __forceinline__ Left<N / 2> as_left(const float (&p)[N][4]) {
     return left;
 }
 
-// scores = rows of `own`, 64 of ROWS, times those of `other`.
-template <int N>
+// c = 64 rows of `own`, of so many, times those of `other`.
+template <int OF, int N>
 __device__ __forceinline__ void scores(float (&c)[N][4], u32 own, u32 other) {
 #pragma unroll
-    for (int k = 0; k < KSTEPS; k++) multiply(c, along<ROWS>(own, k), along<N * 8>(other, k), k);
+    for (int k = 0; k < KSTEPS; k++) multiply(c, along<OF>(own, k), along<N * 8>(other, k), k);
     end();
 }
 
@@ -194,6 +209,10 @@ __device__ __forceinline__ int next_piece(int& taken, int pieces) {
 // The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left to do
 // while they are computed. The loop around the test of a barrier, which is open already, ends the block.
 __device__ __forceinline__ void stay(u64* open, u32 parity) { wait_for(open, parity); }
+
+// A number that all lanes of a warp have alike, so that the assembler knows it: what follows from it then lies in uniform registers, where
+// wgmma takes the addresses of its tiles from.
+__device__ __forceinline__ int alike(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // One lane of every warp says that a warp group has read what the barrier guards.
 __device__ __forceinline__ void release(u64* barrier) {
@@ -230,9 +249,10 @@ struct Passing {
     __device__ __forceinline__ Passing(int first, bool last, Sight sight) : word(first << 3 | last << 2 | sight) {}
 
     // A tile of keys, as a warp group's 64 queries of a piece see it.
-    __device__ __forceinline__ Passing(const Piece& piece, int group, int key, bool last, int window)
+    __device__ __forceinline__ Passing(const Piece& piece, int group, int key, int keys, bool last, int window)
         : Passing(key, last, sight_of(piece.t, {piece.starts[group * 64], piece.starts[group * 64 + 63]},
-                                      piece.t.first + group * 64, key, KEYS, window)) {}
+                                      piece.t.first + group * 64, key, keys, window)) {}
+
     __device__ __forceinline__ explicit Passing(int told) : word(told) {}
     __device__ __forceinline__ int first() const { return word >> 3; }
     __device__ __forceinline__ bool last() const { return word & 4; }
@@ -308,7 +328,7 @@ template <int N>
 __device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&told)[N][2], Turn& turn, int group, int& before) {
     while (true) {
         wait_for(full + turn.stage, turn.parity);
-        Passing tile(told[turn.stage][group]);
+        Passing tile(alike(told[turn.stage][group]));
         if (tile.last() || tile.sight() != NONE) return tile;
         if (before >= 0) {
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -325,10 +345,10 @@ __device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
               const Tile* tiles, const int* begins, View out, float* lse, int count, Shape s) {
-    __shared__ u64 q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    __shared__ Piece told_pieces[2];
+    __shared__ u64 q_full[Q_PLACES], q_empty[Q_PLACES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    __shared__ Piece told_pieces[Q_PLACES];
     __shared__ int told[STAGES][2];
-    u32 qs = swizzled_memory(), ks = qs + 2 * BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
+    u32 qs = swizzled_memory(), ks = qs + Q_PLACES * BYTES(ROWS), vs = ks + STAGES * BYTES(KEYS);
     if (threadIdx.x == 0) {
         make_barriers(q_full, 1 + 32);
         make_barriers(q_empty, 8);
@@ -359,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             }
             arrive(q_full + own.stage);
             if (end) return;
-            own.advance(2);
+            own.advance(Q_PLACES);
             __syncwarp();
             if (lane == 0) {
                 index = next_piece(taken[0], pieces);
@@ -370,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 for (int key = next(0), after; key < last; key = after) {
                     after = next(key + KEYS);
                     wait_for(k_empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, after >= last, s.window).word;
+                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, KEYS, after >= last, s.window).word;
                     expect(k_full + turn.stage, BYTES(KEYS));
                     bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
                     wait_for(v_empty + turn.stage, turn.parity ^ 1);
@@ -383,13 +403,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         }
     }
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+    int group = alike(threadIdx.x / 128) - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
     qs += group * 64 * 128;
     float scale = s.scale * LOG2E;
     while (true) {
         wait_for(q_full + own.stage, own.parity);
         const Piece& piece = told_pieces[own.stage];
-        if (piece.head < 0) return;
+        if (alike(piece.head) < 0) return;
         u32 queries = qs + own.stage * BYTES(ROWS);
         float o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
         RowSoftmax softmax;
@@ -405,9 +425,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             softmax.step(p, shrink, scale);
         };
         wait_for(k_full + turn.stage, turn.parity);
-        Passing tile(told[turn.stage][group]);
+        Passing tile(alike(told[turn.stage][group]));
         begin();
-        scores(p, queries, ks + turn.stage * BYTES(KEYS));
+        scores<ROWS>(p, queries, ks + turn.stage * BYTES(KEYS));
         done<0>(p);
         release(k_empty + turn.stage);
         weigh(tile);
@@ -416,9 +436,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             Turn now = turn;
             turn.advance(STAGES);
             wait_for(k_full + turn.stage, turn.parity);
-            tile = Passing(told[turn.stage][group]);
+            tile = Passing(alike(told[turn.stage][group]));
             begin();
-            scores(p, queries, ks + turn.stage * BYTES(KEYS));
+            scores<ROWS>(p, queries, ks + turn.stage * BYTES(KEYS));
             wait_for(v_full + now.stage, now.parity);
             begin();
             add(o, weights, vs + now.stage * BYTES(KEYS));
@@ -443,7 +463,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         Tile t = piece.t;
         int h = piece.head;
         release(q_empty + own.stage);
-        own.advance(2);
+        own.advance(Q_PLACES);
         float by[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {

@@ -45,23 +45,23 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (lane == 0) {
                 index = next_piece(taken[1], pieces);
                 auto next = [&](int key) {
-                    while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
+                    while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, DQ_KEYS, s.window)) key += DQ_KEYS;
                     return key;
                 };
                 int begin = next(0);
                 for (int key = begin, after; key < last; key = after) {
-                    after = next(key + KEYS);
+                    after = next(key + DQ_KEYS);
                     wait_for(empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, after >= last, s.window).word;
-                    u32 to = pairs + turn.stage * 2 * BYTES(KEYS);
-                    expect(full + turn.stage, 2 * BYTES(KEYS));
-                    bring<KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
+                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, DQ_KEYS, after >= last, s.window).word;
+                    u32 to = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
+                    expect(full + turn.stage, 2 * BYTES(DQ_KEYS));
+                    bring<DQ_KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
                     if (key == begin) {
                         wait_for(&dout_empty, parity ^ 1);
                         expect(&dout_full, BYTES(ROWS));
                         bring<ROWS>(douts, dout, h, t.start + t.first, &dout_full);
                     }
-                    bring<KEYS>(to + BYTES(KEYS), v, h / s.share, t.start + key, full + turn.stage);
+                    bring<DQ_KEYS>(to + BYTES(DQ_KEYS), v, h / s.share, t.start + key, full + turn.stage);
                     turn.advance(STAGES);
                 }
             }
@@ -69,32 +69,32 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         }
     }
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+    int group = alike(threadIdx.x / 128) - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
     qs += group * 64 * 128;
     douts += group * 64 * 128;
     float scale = s.scale * LOG2E;
     for (;; parity ^= 1) {
         wait_for(&q_full, parity);
         const Piece& piece = told_pieces[parity];
-        if (piece.head < 0) return;
-        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[KEYS / 8][4], dp[KEYS / 8][4];
+        if (alike(piece.head) < 0) return;
+        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[DQ_KEYS / 8][4], dp[DQ_KEYS / 8][4];
         own_numbers(logsum, pull, lse, delta, piece.t, mine, piece.head, s);
         int before = -1;
         Passing tile = next_tile(full, empty, told, turn, group, before);
         begin();
-        scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
+        scores<ROWS>(p, qs, pairs + turn.stage * 2 * BYTES(DQ_KEYS));
         done<0>(p);
         wait_for(&dout_full, parity);
         for (bool more = true; more;) {
-            u32 at = pairs + turn.stage * 2 * BYTES(KEYS);
+            u32 at = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
             begin();
-            scores(dp, douts, at + BYTES(KEYS));
+            scores<ROWS>(dp, douts, at + BYTES(DQ_KEYS));
             more = !tile.last();
             if (!more) release(&q_empty);
 #if SOFTCAP
-            float slopes[KEYS / 8][4];
+            float slopes[DQ_KEYS / 8][4];
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < DQ_KEYS / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
 #endif
@@ -103,13 +103,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 hide<true>(p, piece.t, piece.t.first + row, tile.first(), s.window, [&](int, int i) { return starts[i / 2]; });
             }
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < DQ_KEYS / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - logsum[i / 2]);
             done<0>(dp);
             if (!more) release(&dout_empty);
 #pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < DQ_KEYS / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     p[n][i] *= dp[n][i] - pull[i / 2];
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     p[n][i] *= slopes[n][i];
 #endif
                 }
-            Left<KEYS / 16> left = as_left(p);
+            Left<DQ_KEYS / 16> left = as_left(p);
             begin();
             add(sums, left, at);
             before = turn.stage;
@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (more) {
                 tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores(p, qs, pairs + turn.stage * 2 * BYTES(KEYS));
+                scores<ROWS>(p, qs, pairs + turn.stage * 2 * BYTES(DQ_KEYS));
             }
             done<0>(p);
             done<0>(sums);
@@ -135,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     }
 }
 
-// dk and dv. A piece is a tile of ROWS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
+// dk and dv. A piece is a tile of OWN_KEYS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
 // gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM].
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
@@ -144,13 +144,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     __shared__ u64 k_full, k_empty, v_full, v_empty, full[PAIRS], empty[PAIRS];
     __shared__ Piece told_pieces[2];
     __shared__ int told[PAIRS][2], starts[PAIRS][STEP], following;
-    u32 ks = swizzled_memory(), vs = ks + BYTES(ROWS), pairs = vs + BYTES(ROWS);
+    u32 ks = swizzled_memory(), vs = ks + BYTES(OWN_KEYS), pairs = vs + BYTES(OWN_KEYS);
     u32 numbers = pairs + PAIRS * 2 * BYTES(STEP);  // [place][log-sum, delta][query]
     if (threadIdx.x == 0) {
         make_barrier(&k_full, 1);
         make_barrier(&k_empty, 8);
         make_barrier(&v_full, 1);
-        make_barrier(&v_empty, 8);
+        make_barrier(&v_empty, WIDE_HEAD ? 4 : 8);
         make_barriers(full, 1 + 32);
         make_barriers(empty, 8);
     }
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             auto next = [&](int query) {
                 if (s.window == 0) return query;
                 while (query < t.length &&
-                       none_visible(t, begins_of(begins, t, query, STEP), query, STEP, t.first, ROWS, s.window))
+                       none_visible(t, begins_of(begins, t, query, STEP), query, STEP, t.first, OWN_KEYS, s.window))
                     query += STEP;
                 return query;
             };
@@ -177,17 +177,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 wait_for(&k_empty, parity ^ 1);
                 told_pieces[parity].t = t;
                 told_pieces[parity].head = end ? -1 : column;
-                expect(&k_full, end ? 0 : BYTES(ROWS));
+                expect(&k_full, end ? 0 : BYTES(OWN_KEYS));
                 if (!end) {
-                    bring<ROWS>(ks, k, kv, t.start + t.first, &k_full);
+                    bring<OWN_KEYS>(ks, k, kv, t.start + t.first, &k_full);
                     following = next_piece(taken[2], pieces);
                 }
             }
             if (end) return;
             if (threadIdx.x == 32) {
                 wait_for(&v_empty, parity ^ 1);
-                expect(&v_full, BYTES(ROWS));
-                bring<ROWS>(vs, v, kv, t.start + t.first, &v_full);
+                expect(&v_full, BYTES(OWN_KEYS));
+                bring<OWN_KEYS>(vs, v, kv, t.start + t.first, &v_full);
             }
             __syncwarp();
             int h = kv * s.share + s.share * part / parts, last = kv * s.share + s.share * (part + 1) / parts - 1;
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     }
                     __syncwarp();
                     if (lane < 2) {
-                        Sight sight = sight_of(t, begins_of(starts[warp]), query, t.first + lane * 64, 64, s.window);
+                        Sight sight = sight_of(t, begins_of(starts[warp]), query, t.first + lane * (OWN_KEYS - 64), 64, s.window);
                         told[warp][lane] = Passing(query, after >= t.length && h == last, sight).word;
                     }
                     arrive(full + warp);
@@ -225,8 +225,95 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             asm volatile("bar.sync 1, 128;" ::: "memory");
         }
     }
+#if WIDE_HEAD
     take_registers<240>();
-    int group = threadIdx.x / 128 - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
+    // One warp group has the weights and dv, the other has their gradient and dk, for the same keys: sums of both would not fit into the
+    // registers of one. A thread gives its weights to the one at the same place of the other group.
+    u32 exchange = numbers + PAIRS * 2 * STEP * 4 + threadIdx.x % 128 * 16;
+    int group = alike(threadIdx.x / 128) - 1, mine = threadIdx.x % 128 / 32 * 16;
+    u32 own = group ? vs : ks;
+    numbers += lane % 4 * 8;
+    float scale = s.scale * LOG2E;
+    if (group) asm volatile("bar.arrive 3, 256;" ::: "memory");
+    for (;; parity ^= 1) {
+        wait_for(&k_full, parity);
+        const Piece& piece = told_pieces[parity];
+        if (alike(piece.head) < 0) return;
+        if (group) wait_for(&v_full, parity);
+        float sums[WIDTH / 8][4] = {}, p[STEP / 8][4];
+        int before = -1;
+        Passing tile = next_tile(full, empty, told, turn, group, before);
+        begin();
+        scores<OWN_KEYS>(p, own, pairs + (turn.stage * 2 + group) * BYTES(STEP));
+        done<0>(p);
+        for (bool more = true; more;) {
+            u32 at = pairs + (turn.stage * 2 + 1 - group) * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
+            more = !tile.last();
+            if (!more) release(&k_empty);
+            if (!more && group) release(&v_empty);
+            Left<STEP / 16> left;
+            if (group == 0) {
+#if SOFTCAP
+                float slopes[STEP / 8][4];
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) slopes[n][i] = bend(p[n][i], s);
+#endif
+                if (tile.sight() != WHOLE)
+                    hide<false>(p, piece.t, piece.t.first + mine + lane / 4, tile.first(), s.window,
+                                [&](int n, int i) { return starts[turn.stage][n * 8 + lane % 4 * 2 + i % 2]; });
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++) {
+                    float2 logsum = pair_at(of + n * 32);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
+                }
+                left = as_left(p);
+                asm volatile("bar.sync 3, 256;" ::: "memory");
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++) {
+#if SOFTCAP
+#pragma unroll
+                    for (int i = 0; i < 4; i++) p[n][i] *= slopes[n][i];
+#endif
+                    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(exchange + n * 2048), "f"(p[n][0]), "f"(p[n][1]),
+                                 "f"(p[n][2]), "f"(p[n][3]) : "memory");
+                }
+                asm volatile("bar.arrive 2, 256;" ::: "memory");
+            } else {
+                asm volatile("bar.sync 2, 256;" ::: "memory");
+#pragma unroll
+                for (int n = 0; n < STEP / 8; n++) {
+                    float2 pull = pair_at(of + STEP * 4 + n * 32);
+                    float weights[4];
+                    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(weights[0]), "=f"(weights[1]), "=f"(weights[2]),
+                                 "=f"(weights[3]) : "r"(exchange + n * 2048) : "memory");
+#pragma unroll
+                    for (int i = 0; i < 4; i++) p[n][i] = weights[i] * (p[n][i] - (i % 2 ? pull.y : pull.x));
+                }
+                asm volatile("bar.arrive 3, 256;" ::: "memory");
+                left = as_left(p);
+            }
+            begin();
+            add(sums, left, at);
+            before = turn.stage;
+            turn.advance(PAIRS);
+            if (more) {
+                tile = next_tile(full, empty, told, turn, group, before);
+                begin();
+                scores<OWN_KEYS>(p, own, pairs + (turn.stage * 2 + group) * BYTES(STEP));
+            }
+            done<0>(p);
+            done<0>(sums);
+            if (before >= 0) release(empty + before);
+        }
+        View to = group ? dk : dv;
+        store<DIM>(head(to, piece.head), piece.t, piece.t.first + mine, 0, sums, group ? s.scale : 1.f, group ? s.scale : 1.f);
+    }
+#else
+    take_registers<240>();
+    int group = alike(threadIdx.x / 128) - 1, mine = group * 64 + threadIdx.x % 128 / 32 * 16;
     ks += group * 64 * 128;
     vs += group * 64 * 128;
     numbers += lane % 4 * 8;
@@ -234,18 +321,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     for (;; parity ^= 1) {
         wait_for(&k_full, parity);
         const Piece& piece = told_pieces[parity];
-        if (piece.head < 0) return;
+        if (alike(piece.head) < 0) return;
         float dks[WIDTH / 8][4] = {}, dvs[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
         int before = -1;
         Passing tile = next_tile(full, empty, told, turn, group, before);
         begin();
-        scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
+        scores<OWN_KEYS>(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
         done<0>(p);
         wait_for(&v_full, parity);
         for (bool more = true; more;) {
             u32 at = pairs + turn.stage * 2 * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
             begin();
-            scores(dp, vs, at + BYTES(STEP));
+            scores<OWN_KEYS>(dp, vs, at + BYTES(STEP));
             more = !tile.last();
             if (!more) release(&k_empty);
 #if SOFTCAP
@@ -289,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (more) {
                 tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
+                scores<OWN_KEYS>(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
             }
             done<0>(p);
             done<0>(dvs);
@@ -301,4 +388,5 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         store<DIM>(head(dk, column), t, t.first + mine, 0, dks, s.scale, s.scale);
         store<DIM>(head(dv, column), t, t.first + mine, 0, dvs, 1.f, 1.f);
     }
+#endif
 }
