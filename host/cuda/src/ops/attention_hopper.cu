@@ -196,14 +196,17 @@ __device__ __forceinline__ void add(float (&c)[WIDTH / 8][4], const Left<K>& p, 
     end();
 }
 
-// Pieces that blocks have taken beyond their first ones, of each kernel; none while no kernel runs.
+// Pieces that blocks have taken beyond their first ones, of each kernel; none while no kernel runs. Pieces come longest first, and
+// whoever is free takes one: which block computes a piece changes nothing in it.
 __device__ int taken[3];
 
-// The next piece of a block: pieces come longest first, and whoever is free takes one. Which block computes a piece changes nothing in it.
-__device__ __forceinline__ int next_piece(int& taken, int pieces) {
-    int before = atomicAdd(&taken, 1);
-    if (before == pieces - 1) taken = 0;  // a block asks once for each of its pieces: this was the last time
-    return gridDim.x + before;
+// Asks for a piece, long before it is needed: the answer takes a while.
+__device__ __forceinline__ int take_piece(int& taken) { return atomicAdd(&taken, 1); }
+
+// The piece that was asked for. A block asks once for each piece that it has, so that all together ask as often as there are pieces.
+__device__ __forceinline__ int piece_taken(int& taken, int answer, int pieces) {
+    if (answer == pieces - 1) taken = 0;
+    return gridDim.x + answer;
 }
 
 // The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left to do
@@ -283,13 +286,6 @@ __device__ __forceinline__ void hide(float (&p)[N][4], const Tile& t, int own, i
     else hide<N, ROWS_ARE_QUERIES, false>(p, t, own, column, window, begin);
 }
 
-// exp2_fast, which stays where it stands: before a wait for products that are computed meanwhile.
-__device__ __forceinline__ float exp2_now(float x) {
-    float y;
-    asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // The softmax of a thread's two rows, a tile of keys after the other.
 struct RowSoftmax {
     float max[2] = {-1e30f, -1e30f}, sum[2] = {};
@@ -316,7 +312,7 @@ struct RowSoftmax {
         for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                p[n][i] = exp2_now(p[n][i] * scale - shift[i / 2]);
+                p[n][i] = exp2_fast(p[n][i] * scale - shift[i / 2]);
                 sum[i / 2] += p[n][i];
             }
     }
@@ -382,15 +378,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             own.advance(Q_PLACES);
             __syncwarp();
             if (lane == 0) {
-                index = next_piece(taken[0], pieces);
+                int answer = take_piece(taken[0]);
                 auto next = [&](int key) {
                     while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, KEYS, s.window)) key += KEYS;
                     return key;
                 };
                 for (int key = next(0), after; key < last; key = after) {
                     after = next(key + KEYS);
+                    Passing tile[2] = {{piece, 0, key, KEYS, after >= last, s.window}, {piece, 1, key, KEYS, after >= last, s.window}};
                     wait_for(k_empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, KEYS, after >= last, s.window).word;
+                    for (int i = 0; i < 2; i++) told[turn.stage][i] = tile[i].word;
                     expect(k_full + turn.stage, BYTES(KEYS));
                     bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
                     wait_for(v_empty + turn.stage, turn.parity ^ 1);
@@ -398,8 +395,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     bring<KEYS>(vs + turn.stage * BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
                     turn.advance(STAGES);
                 }
+                index = piece_taken(taken[0], answer, pieces);
             }
-            index = __shfl_sync(0xffffffffu, index, 0);
+            index = alike(index);
         }
     }
     take_registers<240>();

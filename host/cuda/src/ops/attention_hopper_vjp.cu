@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (end) return;
             __syncwarp();
             if (lane == 0) {
-                index = next_piece(taken[1], pieces);
+                int answer = take_piece(taken[1]);
                 auto next = [&](int key) {
                     while (key < last && none_visible(t, begins_of(piece.starts), t.first, ROWS, key, DQ_KEYS, s.window)) key += DQ_KEYS;
                     return key;
@@ -51,8 +51,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 int begin = next(0);
                 for (int key = begin, after; key < last; key = after) {
                     after = next(key + DQ_KEYS);
+                    Passing tile[2] = {{piece, 0, key, DQ_KEYS, after >= last, s.window}, {piece, 1, key, DQ_KEYS, after >= last, s.window}};
                     wait_for(empty + turn.stage, turn.parity ^ 1);
-                    for (int i = 0; i < 2; i++) told[turn.stage][i] = Passing(piece, i, key, DQ_KEYS, after >= last, s.window).word;
+                    for (int i = 0; i < 2; i++) told[turn.stage][i] = tile[i].word;
                     u32 to = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
                     expect(full + turn.stage, 2 * BYTES(DQ_KEYS));
                     bring<DQ_KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
@@ -64,8 +65,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     bring<DQ_KEYS>(to + BYTES(DQ_KEYS), v, h / s.share, t.start + key, full + turn.stage);
                     turn.advance(STAGES);
                 }
+                index = piece_taken(taken[1], answer, pieces);
             }
-            index = __shfl_sync(0xffffffffu, index, 0);
+            index = alike(index);
         }
     }
     take_registers<240>();
@@ -105,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 #pragma unroll
             for (int n = 0; n < DQ_KEYS / 8; n++)
 #pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - logsum[i / 2]);
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - logsum[i / 2]);
             done<0>(dp);
             if (!more) release(&dout_empty);
 #pragma unroll
@@ -173,6 +175,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     query += STEP;
                 return query;
             };
+            int answer = 0;
             if (threadIdx.x == 0) {
                 wait_for(&k_empty, parity ^ 1);
                 told_pieces[parity].t = t;
@@ -180,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 expect(&k_full, end ? 0 : BYTES(OWN_KEYS));
                 if (!end) {
                     bring<OWN_KEYS>(ks, k, kv, t.start + t.first, &k_full);
-                    following = next_piece(taken[2], pieces);
+                    answer = take_piece(taken[2]);
                 }
             }
             if (end) return;
@@ -220,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     arrive(full + warp);
                 }
             // All warps read what follows before it changes.
+            if (threadIdx.x == 0) following = piece_taken(taken[2], answer, pieces);
             asm volatile("bar.sync 1, 128;" ::: "memory");
             index = following;
             asm volatile("bar.sync 1, 128;" ::: "memory");
@@ -267,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 for (int n = 0; n < STEP / 8; n++) {
                     float2 logsum = pair_at(of + n * 32);
 #pragma unroll
-                    for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
+                    for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
                 }
                 left = as_left(p);
                 asm volatile("bar.sync 3, 256;" ::: "memory");
@@ -349,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             for (int n = 0; n < STEP / 8; n++) {
                 float2 logsum = pair_at(of + n * 32);
 #pragma unroll
-                for (int i = 0; i < 4; i++) p[n][i] = exp2_now(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
+                for (int i = 0; i < 4; i++) p[n][i] = exp2_fast(p[n][i] * scale - (i % 2 ? logsum.y : logsum.x));
             }
             Left<STEP / 16> weights = as_left(p);
             stay(full + turn.stage, turn.parity);
