@@ -91,9 +91,7 @@ table! {
     cuModuleLoadData(*mut Handle, *const c_void) -> Status;
     cuModuleGetFunction(*mut Handle, Handle, *const c_char) -> Status;
     cuFuncSetAttribute(Handle, c_int, c_int) -> Status;
-    cuLaunchKernel(
-        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
-    ) -> Status;
+    cuLaunchKernelEx(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> Status;
     cuTensorMapEncodeTiled(
         *mut c_void, c_uint, c_uint, *const c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint,
         c_uint, c_uint
@@ -127,6 +125,15 @@ pub(super) const CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE: c_uint =
     cu::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE as c_uint;
 
 pub(super) use cu::CUDA_MEMCPY2D as Copy2d;
+
+pub(super) use cu::CUlaunchConfig as LaunchConfig;
+
+/// Of a launch: that it may begin while the kernel before it ends, for which the new one waits by itself.
+pub(super) fn early_launch() -> cu::CUlaunchAttribute {
+    let value = cu::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 };
+    let id = cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    cu::CUlaunchAttribute { id, pad: [0; 4], value }
+}
 
 table! {
     /// The compiler.

@@ -70,8 +70,6 @@ impl CudaDecoder {
         let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
         let options =
             MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
-        // A token at a time fills no tiles.
-        let room = Room { gates: false, ..room };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
         let left = room.available.saturating_sub(plan.total());
         let most = (left / (variants * width * 2).max(1)).min(MOST);

@@ -85,7 +85,7 @@ impl CudaDevice {
     ) -> Result<CudaDevice> {
         let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers, plan.gates)?;
         let steps = lowered.all().flat_map(|p| p.forward.iter().chain(&p.backward));
-        let variants = steps.flat_map(|s| s.run.variants(gpu.capability));
+        let variants = steps.flat_map(|s| s.run.variants(gpu.kernels));
         let kernels = Kernels::load(&gpu, sources(), variants)?;
         let matmuls = Matmuls::new(&gpu)?;
         let weights = Weights::load(&gpu, &kernels, &graph, &lowered, source, (&plan, rank), progress)?;
@@ -262,5 +262,5 @@ impl CudaDevice {
 
 /// Every source there is.
 pub(super) fn sources() -> impl Iterator<Item = &'static super::kernels::Source> {
-    ops::SOURCES.iter().copied().chain([&optimizer::SOURCE, &matmul::SOURCE])
+    ops::SOURCES.iter().copied().chain(matmul::SOURCES).chain([&optimizer::SOURCE])
 }

@@ -21,6 +21,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability, such as 90.
     pub capability: u32,
+    /// The compute capability whose kernels it runs: its own, unless an older one was asked for.
+    pub kernels: u32,
     /// Its multiprocessors.
     pub multiprocessors: usize,
     /// The same for a card wherever it is seen from.
@@ -42,6 +44,8 @@ struct Trace {
 pub struct Kernel {
     function: Handle,
     name: &'static str,
+    /// Whether it waits by itself for what was started before it.
+    waits: bool,
 }
 
 /// Memory of the device, freed when dropped.
@@ -257,15 +261,30 @@ impl Gpu {
             api::text(name.as_ptr())
         };
         let stream = new_stream(driver)?;
+        let capability = (major * 10 + minor) as u32;
         Ok(Gpu {
             name,
-            capability: (major * 10 + minor) as u32,
+            capability,
+            kernels: capability,
             multiprocessors: multiprocessors as usize,
             uuid,
             stream,
             trace: RefCell::new(None),
             driver,
         })
+    }
+
+    /// With the kernels that are written for an older generation, such as 80; with its own, where none is named.
+    ///
+    /// # Errors
+    /// A newer generation than its own.
+    pub fn with_kernels(self, capability: Option<u32>) -> Result<Gpu> {
+        let kernels = capability.unwrap_or(self.capability);
+        if kernels > self.capability {
+            let what = format!("{} has no instructions of sm_{kernels}", self.name);
+            return Err(Error::input(what).at("--kernels").help(format!("it is sm_{}", self.capability)));
+        }
+        Ok(Gpu { kernels, ..self })
     }
 
     pub(super) fn stream(&self) -> Handle {
@@ -383,8 +402,8 @@ impl Gpu {
         Ok(())
     }
 
-    /// Kernels of a compiled module, by name.
-    pub fn load(&self, image: &[u8], names: &[&'static str]) -> Result<Vec<Kernel>> {
+    /// Kernels of a compiled module, by name; whether they wait by themselves for what was started before them.
+    pub fn load(&self, image: &[u8], names: &[&'static str], waits: bool) -> Result<Vec<Kernel>> {
         let mut module = ptr::null_mut();
         // SAFETY: the image is a whole cubin, as NVRTC made it. Modules are never unloaded.
         done("loading kernels", unsafe { (self.driver.cuModuleLoadData)(&mut module, image.as_ptr().cast()) })?;
@@ -393,7 +412,7 @@ impl Gpu {
             let mut function = ptr::null_mut();
             // SAFETY: the module is alive, and the text ends with a zero.
             done(name, unsafe { (self.driver.cuModuleGetFunction)(&mut function, module, text.as_ptr()) })?;
-            Ok(Kernel { function, name })
+            Ok(Kernel { function, name, waits })
         };
         names.iter().map(find).collect()
     }
@@ -418,27 +437,25 @@ impl Gpu {
         if grid.contains(&0) {
             return Ok(());
         }
-        let grid = grid.map(|g| g as u32);
-        let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.0.as_mut_ptr().cast()).collect();
-        // SAFETY: every pointer is to an argument, which is copied before the call returns.
-        let status = unsafe {
-            let ([x, y, z], [width, height, depth]) = (grid, block);
-            let (arguments, none) = (pointers.as_mut_ptr(), ptr::null_mut());
-            let shared = shared as u32;
-            (self.driver.cuLaunchKernel)(
-                kernel.function,
-                x,
-                y,
-                z,
-                width,
-                height,
-                depth,
-                shared,
-                self.stream,
-                arguments,
-                none,
-            )
+        let ([x, y, z], [width, height, depth]) = (grid.map(|g| g as u32), block);
+        let mut early = api::early_launch();
+        let config = api::LaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: width,
+            blockDimY: height,
+            blockDimZ: depth,
+            sharedMemBytes: shared as u32,
+            hStream: self.stream.cast(),
+            attrs: &raw mut early,
+            // Kernels for cards before Hopper do not wait: such cards know no early start.
+            numAttrs: u32::from(kernel.waits && self.kernels >= 90),
         };
+        let mut pointers: Vec<*mut c_void> = args.slots.iter_mut().map(|s| s.0.as_mut_ptr().cast()).collect();
+        // SAFETY: every pointer is to an argument, which is copied before the call returns, as are the configuration and its attribute.
+        let status =
+            unsafe { (self.driver.cuLaunchKernelEx)(&config, kernel.function, pointers.as_mut_ptr(), ptr::null_mut()) };
         done(kernel.name, status)
     }
 

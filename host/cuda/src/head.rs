@@ -46,7 +46,7 @@ impl CudaDevice {
         let d = View { at: self.values.address + self.arrangement.logits as u64, ld: rows as i64 };
         let mut matmul = Matmul::new(count, rows, inputs);
         (matmul.b_transposed, matmul.wide) = (true, true);
-        self.matmuls.run(&self.gpu, &self.kernels, matmul, Operands { a, b, c: d, d, bias: 0 })?;
+        head.launch.matmul(matmul, Operands { a, b, c: d, d, bias: 0 })?;
         self.gpu.mark("logits")?;
         Ok(d)
     }
@@ -65,12 +65,7 @@ impl CudaDevice {
                 let dproducts = View { at: products.at, ld: 2 * products.ld };
                 let d = self.of_head(head, GRADIENT).row(first);
                 let matmul = Matmul::new(count, own.inputs, own.rows);
-                self.matmuls.run(
-                    &self.gpu,
-                    &self.kernels,
-                    matmul,
-                    Operands { a: dproducts, b: table, c: d, d, bias: 0 },
-                )?;
+                head.launch.matmul(matmul, Operands { a: dproducts, b: table, c: d, d, bias: 0 })?;
                 self.gpu.mark("logits vjp")?;
             }
         }

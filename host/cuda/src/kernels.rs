@@ -16,6 +16,8 @@ pub(crate) struct Source {
     pub file: &'static str,
     pub text: &'static str,
     pub kernels: &'static [&'static str],
+    /// Whether its kernels wait for those before by `after_previous`, so that they may be started while those end.
+    pub waits: bool,
     /// All ways to compile it for a card, where there are more than one.
     pub variants: Option<fn(u32) -> Vec<Variant>>,
 }
@@ -59,7 +61,7 @@ struct Compiled {
 impl Source {
     /// A source that is compiled in one way.
     pub(crate) const fn plain(file: &'static str, text: &'static str, kernels: &'static [&'static str]) -> Source {
-        Source { file, text, kernels, variants: None }
+        Source { file, text, kernels, waits: false, variants: None }
     }
 
     fn variants(&'static self, capability: u32) -> Vec<Variant> {
@@ -114,7 +116,7 @@ impl Kernels {
 
     fn add(&mut self, gpu: &Gpu, variant: &Variant, image: &[u8]) -> Result<()> {
         let names = variant.source.kernels;
-        for (name, kernel) in names.iter().copied().zip(gpu.load(image, names)?) {
+        for (name, kernel) in names.iter().copied().zip(gpu.load(image, names, variant.source.waits)?) {
             let shared = variant.shared.iter().find(|(n, _)| *n == name).map_or(0, |(_, bytes)| *bytes);
             if shared > 0 {
                 gpu.allow_shared(kernel, shared)?;
@@ -260,4 +262,21 @@ fn buffer(
     let mut all = vec![0_u8; bytes];
     ok(fill(all.as_mut_ptr().cast()))?;
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::engine::sources;
+
+    /// A kernel that did not wait would read what the one before it has not written yet.
+    #[test]
+    fn kernels_that_start_early_wait() {
+        let early: Vec<_> = sources().filter(|source| source.waits).collect();
+        assert!(!early.is_empty());
+        for source in early {
+            let kernels: Vec<&str> = source.text.split("extern \"C\"").skip(1).collect();
+            assert_eq!(kernels.len(), source.kernels.len(), "{}", source.file);
+            assert!(kernels.iter().all(|kernel| kernel.contains("after_previous();")), "{}", source.file);
+        }
+    }
 }

@@ -97,7 +97,7 @@ impl LoadedTable {
 impl Launch<'_> {
     /// Starts a matmul.
     pub(crate) fn matmul(&self, matmul: Matmul, on: Operands) -> Result<()> {
-        self.matmuls.run(self.gpu, self.kernels, matmul, on)
+        self.matmuls.run(self, matmul, on)
     }
 
     /// Computes the batch's tables.
@@ -116,10 +116,12 @@ impl Launch<'_> {
         self.batch.tables + (table.offset * self.batch.tokens) as u64
     }
 
-    /// A kernel with some lanes of a warp for every run of `dim` columns; their number is its last argument.
+    /// A kernel with some lanes for every run of `dim` columns; their number is its last argument. A run has a warp at most, or a block
+    /// where that leaves no multiprocessor more than one.
     pub(crate) fn by_rows(&self, kernel: &str, rows: usize, dim: usize, args: Args) -> Result<()> {
-        let lanes = (dim / 8).next_power_of_two().min(32);
-        let grid = [rows.div_ceil(8 * 32 / lanes), 1, 1];
+        let most = if rows <= self.gpu.multiprocessors { 256 } else { 32 };
+        let lanes = (dim / 8).next_power_of_two().min(most);
+        let grid = [rows.div_ceil(256 / lanes), 1, 1];
         self.gpu.launch(self.kernels.get(kernel)?, grid, [32, 8, 1], 0, args.with(lanes as i32))
     }
 

@@ -89,9 +89,5 @@ pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room
     let own = context.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
-    Ok(Room {
-        available: limit.unwrap_or(usize::MAX).min(most),
-        context,
-        gates: matmul::computes_gates(gpu.capability),
-    })
+    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context, gates: matmul::computes_gates(gpu.kernels) })
 }

@@ -16,8 +16,11 @@ use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing, RESUMED, of_tokens, share};
 use dpo_core::storage::{Place, Storage};
 
-/// Tokens at once that fill an H100; more gain nothing.
-const ENOUGH_TOKENS: usize = 8192;
+/// Tokens at once behind which more gain nothing.
+const ENOUGH_TOKENS: usize = 16384;
+
+/// Tokens that sizes of micro-batches differ by.
+const SIZE_STEP: usize = 512;
 
 /// Tokens whose time a micro-batch loses, about: the last pair that did not fit, matmuls that are too small to fill the
 /// card, the wait for the loss. Fitted to an H100 (docs/performance.md).
@@ -126,7 +129,7 @@ impl GpuPlan {
         let fixed = options.packing.map(|p| p.micro_batch_tokens).or(options.micro_batch_tokens);
         let sizes = match fixed {
             Some(tokens) => vec![tokens],
-            None => (1..=16).map(|n| n * ENOUGH_TOKENS / 16).collect(),
+            None => (SIZE_STEP..=ENOUGH_TOKENS).step_by(SIZE_STEP).collect(),
         };
         let mut best: Option<(f64, GpuPlan)> = None;
         let mut need = 0;

@@ -2,7 +2,7 @@
 //! within a step.
 
 use super::engine::CudaDevice;
-use super::matmul::CLASS;
+use super::matmul::class_of;
 use super::optimizer::random;
 use dpo_core::batch::Batch;
 use dpo_core::device::Device;
@@ -14,9 +14,10 @@ impl CudaDevice {
     pub fn warm_up(&mut self) -> Result<()> {
         let rows = self.values.bytes / 8192;
         random(&self.gpu, &self.kernels, self.values.address, (rows, 4096, 4096), 0.5, 1)?;
-        let most = self.plan.micro_batch_tokens.next_multiple_of(CLASS);
-        for tokens in (CLASS..=most).step_by(CLASS) {
-            self.send(&self.filler(tokens.min(self.plan.micro_batch_tokens))?, true)?;
+        let most = self.plan.micro_batch_tokens;
+        let classes = std::iter::successors(Some(class_of(1)), |class| Some(class_of(class + 1)));
+        for class in classes.take_while(|class| *class < class_of(most)).chain([most]) {
+            self.send(&self.filler(class)?, true)?;
             self.matmuls.tune(|| self.once(true))?;
             // The next batch is staged where this one was sent from.
             self.gpu.finish()?;

@@ -95,6 +95,23 @@ impl fmt::Display for DeviceArg {
     }
 }
 
+/// Whose kernels a GPU runs, by the name of a generation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KernelsArg(pub u32);
+
+impl FromStr for KernelsArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<KernelsArg, String> {
+        let known = dpo_cuda::kernels::ARCHITECTURES;
+        let named = text.strip_prefix("sm_").and_then(|n| n.parse().ok()).filter(|n| known.contains(n));
+        named.map(KernelsArg).ok_or_else(|| {
+            let all: Vec<String> = known.iter().map(|n| format!("sm_{n}")).collect();
+            format!("'{text}' should be one of {}", all.join(", "))
+        })
+    }
+}
+
 impl Serialize for DeviceArg {
     fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
         to.serialize_str(&self.to_string())

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use crate::args::{DeviceArg, SizeArg};
+use crate::args::{DeviceArg, KernelsArg, SizeArg};
 use crate::backends;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
@@ -72,6 +72,9 @@ pub(crate) struct BenchOptions {
     /// The GPUs: cuda or cuda:N,M
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Cuda(Vec::new()))]
     device: DeviceArg,
+    /// Run the kernels for an older generation of GPUs, such as sm_80 [default: the GPU's own]
+    #[arg(long, value_name = "GENERATION")]
+    kernels: Option<KernelsArg>,
     /// Print the time of every op in a further step
     #[arg(long)]
     profile_ops: bool,
@@ -200,7 +203,7 @@ fn measure(
     let pairs = options.profile.examples(count, (&wanted, options.answers), graph.vocab_size, options.max_length)?;
     let longest = pairs.iter().map(Example::packed_tokens).max().unwrap_or(1);
     let answers = pairs.iter().map(Example::scored_share).fold(0.0, f64::max);
-    let gpu = Gpu::open(index)?;
+    let gpu = Gpu::open(index)?.with_kernels(options.kernels.map(|k| k.0))?;
     let nccl = Nccl::join(&gpu, group)?;
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
     let memory_options =

@@ -1,7 +1,7 @@
 //! `dpo-host selftest`: every op of the GPU, forward and backward, and ten steps of training against the CPU; with `--gpus`, what
 //! several GPUs sum and gather against the same through the hosts.
 
-use crate::args::DeviceArg;
+use crate::args::{DeviceArg, KernelsArg};
 use crate::backends;
 use clap::Args;
 use dpo_plugin_api::graph::ModelGraph;
@@ -41,9 +41,25 @@ pub(crate) struct SelftestOptions {
     /// Small batches only, for tools that make every access slow
     #[arg(long)]
     quick: bool,
+    /// Run the kernels for an older generation of GPUs, such as sm_80 [default: the GPU's own]
+    #[arg(long, value_name = "GENERATION")]
+    kernels: Option<KernelsArg>,
     /// Only the comparisons with this text in their names
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
+}
+
+/// The GPU that is tested, and whose kernels it runs.
+#[derive(Clone, Copy)]
+struct Card {
+    index: usize,
+    kernels: Option<u32>,
+}
+
+impl Card {
+    fn open(self) -> Result<Gpu> {
+        Gpu::open(self.index)?.with_kernels(self.kernels)
+    }
 }
 
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
@@ -75,11 +91,12 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     let Some(index) = backends::gpu(&options.device, None)? else {
         return Err(Error::input("the CPU is what GPUs are tested against").at("--device").help("say --device cuda"));
     };
-    println!("{:<44} {:>10} {:>10} {:>8}", Gpu::open(index)?.name, "log-probs", "gradient", "repeats");
+    let card = Card { index, kernels: options.kernels.map(|k| k.0) };
+    println!("{:<44} {:>10} {:>10} {:>8}", card.open()?.name, "log-probs", "gradient", "repeats");
     let mut failures = 0;
     let wanted = |name: &str| name.contains(&options.only);
     for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
-        failures += usize::from(!compare(index, &name, &graph, &adapter(&graph, false)?, options.quick)?);
+        failures += usize::from(!compare(card, &name, &graph, &adapter(&graph, false)?, options.quick)?);
     }
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family)?.runnable(config)?;
@@ -88,16 +105,16 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         ("LoRA minus its start", subtracting_adapter(&graph)?),
     ] {
         if wanted(name) {
-            failures += usize::from(!compare(index, name, &graph, &adapter, options.quick)?);
-            failures += usize::from(!updates(index, name, &graph, &adapter)?);
+            failures += usize::from(!compare(card, name, &graph, &adapter, options.quick)?);
+            failures += usize::from(!updates(card, name, &graph, &adapter)?);
         }
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
-        failures += usize::from(!compare(index, family, &graph, &adapter(&graph, false)?, options.quick)?);
-        failures += usize::from(!training(registry, index, family, &graph, steps)?);
-        failures += usize::from(!answers(index, family, &graph)?);
+        failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, options.quick)?);
+        failures += usize::from(!training(registry, card, family, &graph, steps)?);
+        failures += usize::from(!answers(card, family, &graph)?);
     }
     if failures > 0 {
         return Err(Error::run(format!("{failures} of the comparisons failed")));
@@ -133,8 +150,8 @@ fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank:
 }
 
 /// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
-fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
-    let gpu = Gpu::open(index)?;
+fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
+    let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
@@ -156,21 +173,15 @@ fn answers(index: usize, name: &str, graph: &ModelGraph) -> Result<bool> {
     Ok(good)
 }
 
-fn gpu(
-    index: usize,
-    graph: &ModelGraph,
-    tokens: usize,
-    adapter: Adapter,
-    recompute: Option<bool>,
-) -> Result<CudaDevice> {
-    let gpu = Gpu::open(index)?;
+fn gpu(card: Card, graph: &ModelGraph, tokens: usize, adapter: Adapter, recompute: Option<bool>) -> Result<CudaDevice> {
+    let gpu = card.open()?;
     let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Compares log-probs and gradients; a line of the table.
-fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
+fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
         &[&[1, 1, 1]],
@@ -196,7 +207,7 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quic
     let mut repeats = true;
     let mut devices = Vec::new();
     for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
-        devices.push(gpu(index, graph, tokens, adapter.clone(), *recompute)?);
+        devices.push(gpu(card, graph, tokens, adapter.clone(), *recompute)?);
     }
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
@@ -233,11 +244,11 @@ fn compare(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter, quic
 }
 
 /// Compares steps of the optimizer, with LoRA+, from the same gradient; a line of the table.
-fn updates(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Result<bool> {
+fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Result<bool> {
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(index, graph, batch.tokens(), adapter.clone(), None)?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), None)?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -259,14 +270,14 @@ fn updates(index: usize, name: &str, graph: &ModelGraph, adapter: &Adapter) -> R
 }
 
 /// Trains on both devices from the same start; a line of the table.
-fn training(registry: &Registry, index: usize, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
+fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, steps: usize) -> Result<bool> {
     let lengths: [&[usize]; 4] = [&[20, 9, 14], &[7, 30, 22], &[41, 5, 3], &[2, 17, 40]];
     let pairs = examples(graph.vocab_size, &lengths, 11)?;
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
     let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(index, graph, tokens, start, None)?)];
+        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(card, graph, tokens, start, None)?)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];

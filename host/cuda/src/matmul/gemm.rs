@@ -1,17 +1,12 @@
-//! Matmuls in kernels of our own: `gemm_hopper.cu` for Hopper. Their ends add a value, add a bias, or compute a gated activation.
+//! Matmuls in kernels of our own, which add a value, add a bias, or compute a gated activation where they end: what they are compiled for,
+//! and which kernel computes them on a card.
 
-use super::super::gpu::{Address, Args, Gpu, TensorMap, View};
-use super::super::kernels::{Kernels, Source, Variant};
-use super::{Matmul, Operands};
+use super::super::gpu::View;
+use super::super::kernels::{Kernels, Variant};
+use super::super::launch::Launch;
+use super::{Matmul, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
-
-pub(crate) static SOURCE: Source = Source {
-    file: "gemm_hopper",
-    text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
-    kernels: &["gemm_hopper"],
-    variants: Some(all_variants),
-};
 
 /// What a kernel is compiled for: how the weights lie, and what happens to a product before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,132 +32,42 @@ pub(crate) struct Gated {
     pub width: usize,
 }
 
-/// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too.
-struct Tile {
-    tokens: usize,
-    chunk: usize,
-    kept_chunk: usize,
-}
-
-/// All tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
-const TILES: &[Tile] = &[
-    Tile { tokens: 256, chunk: 64, kept_chunk: 32 },
-    Tile { tokens: 240, chunk: 48, kept_chunk: 48 },
-    Tile { tokens: 224, chunk: 32, kept_chunk: 32 },
-    Tile { tokens: 192, chunk: 64, kept_chunk: 64 },
-];
-
-/// Columns of A that are multiplied at once, features of a block, and stages of both in shared memory.
-const DEPTH: usize = 64;
-const FEATURES: usize = 128;
-const STAGES: usize = 4;
-
-/// What a tile costs beside its tokens, in tokens.
-const TILE_COST: usize = 6;
-
-/// Tiles of rows that blocks walk together.
-const BAND: usize = 8;
-
 impl Gemm {
     /// What computes a matmul.
     pub(super) fn of(matmul: &Matmul) -> Gemm {
         Gemm { weight_rows: matmul.b_transposed, adds: matmul.add, biased: matmul.bias, gate: None, keeps: false }
     }
 
-    /// Every way it is compiled for a card; none on cards that it is not written for.
+    /// Every way it is compiled for a card.
     pub(crate) fn variants(self, capability: u32) -> Vec<Variant> {
-        if computes_gates(capability) { TILES.iter().map(|tile| self.variant(tile)).collect() } else { Vec::new() }
+        if hopper::is_for(capability) { hopper::variants(self) } else { vec![ampere::variant(self)] }
     }
 
-    fn variant(self, tile: &Tile) -> Variant {
-        let numbers = [
-            ("TOKENS", tile.tokens),
-            ("CHUNK", self.chunk(tile)),
-            ("STAGES", STAGES),
-            ("W_ROWS", self.weight_rows.into()),
-            ("EPILOGUE", self.epilogue()),
-            ("ACTIVATION", self.gate.unwrap_or(0)),
-        ];
-        Variant {
-            source: &SOURCE,
-            key: self.key(tile),
-            label: format!("{self:?}, {} tokens", tile.tokens),
-            before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
-            after: "",
-            generation: true,
-            shared: vec![("gemm_hopper", self.shared(tile))],
-        }
+    /// What tells its kernels from others.
+    pub(super) fn key(self) -> usize {
+        self.epilogue() * 32 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
     }
 
-    /// As `gemm_hopper.cu` has it.
-    fn epilogue(self) -> usize {
+    /// The sum of 1, where a value is added, 2 with a bias, 4 with a gated activation, 8 where that leaves gate and up.
+    pub(super) fn epilogue(self) -> usize {
         [self.adds, self.biased, self.gate.is_some(), self.keeps]
             .iter()
             .rev()
             .fold(0, |all, on| all * 2 + usize::from(*on))
     }
 
-    fn key(self, tile: &Tile) -> usize {
-        ((tile.tokens * 2 + usize::from(self.weight_rows)) * 16 + self.epilogue()) * 16 + self.gate.unwrap_or(0)
-    }
-
-    fn chunk(self, tile: &Tile) -> usize {
-        if self.keeps { tile.kept_chunk } else { tile.chunk }
-    }
-
-    /// Features of D that a warp group has.
-    fn columns(self) -> usize {
-        if self.gate.is_some() { 32 } else { 64 }
-    }
-
-    /// Bytes of shared memory: stages, two buffers of results for each warp group, and up to an aligned address.
-    fn shared(self, tile: &Tile) -> usize {
-        let planes = if self.keeps { 3 } else { 1 };
-        STAGES * (FEATURES + tile.tokens) * DEPTH * 2 + 4 * self.chunk(tile) * self.columns() * 2 * planes + 1024
-    }
-
-    /// The tile that takes the least time: rounds of all multiprocessors, two of which share tokens.
-    fn tile(self, tokens: usize, features: usize, multiprocessors: usize) -> &'static Tile {
-        let pairs = features.div_ceil(4 * self.columns());
-        let cost = |tile: &&Tile| {
-            (tokens.div_ceil(tile.tokens) * pairs).div_ceil((multiprocessors / 2).max(1)) * (tile.tokens + TILE_COST)
-        };
-        TILES.iter().min_by_key(cost).unwrap_or(&TILES[0])
-    }
-
     /// Whether its kernels were compiled.
-    pub(super) fn is_loaded(self, gpu: &Gpu, kernels: &Kernels) -> bool {
-        !self.variants(gpu.capability).is_empty() && kernels.variant("gemm_hopper", self.key(&TILES[0])).is_ok()
+    pub(super) fn is_loaded(self, kernels: &Kernels, capability: u32) -> bool {
+        self.variants(capability).iter().all(|v| kernels.variant(v.source.kernels[0], v.key).is_ok())
     }
 
     /// Starts a product of sizes `[m, n, k]`.
-    pub(super) fn launch(self, gpu: &Gpu, kernels: &Kernels, [m, n, k]: [usize; 3], on: Operands) -> Result<()> {
-        let weights = match self.weight_rows {
-            true => TensorMap::new(on.b, [n, k], [FEATURES, 64])?,
-            false => TensorMap::new(on.b, [k, n], [DEPTH, 64])?,
-        };
-        let c = if self.adds { on.c } else { on.d };
-        self.start(gpu, kernels, [m, n, k], (on.a, weights), [(c, n), (on.d, n)], on.bias, 0.0)
-    }
-
-    fn start(
-        self,
-        gpu: &Gpu,
-        kernels: &Kernels,
-        [m, n, k]: [usize; 3],
-        (x, weights): (View, TensorMap),
-        stored: [(View, usize); 2],
-        bias: Address,
-        limit: f32,
-    ) -> Result<()> {
-        let tile = self.tile(m, n, gpu.multiprocessors);
-        let (kernel, shared) = kernels.variant("gemm_hopper", self.key(tile))?;
-        let x = TensorMap::new(x, [m, k], [tile.tokens / 2, DEPTH])?;
-        let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [self.chunk(tile), self.columns()]));
-        let args = Args::default().with(x).with(weights).with(c?).with(d?).with(bias);
-        let args = args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit);
-        let block = [(FEATURES * 2 + 128) as u32, 1, 1];
-        gpu.launch(kernel, [gpu.multiprocessors / 2 * 2, 1, 1], block, shared, args)
+    pub(super) fn launch(self, on: &Launch<'_>, [m, n, k]: [usize; 3], operands: Operands) -> Result<()> {
+        if hopper::is_for(on.gpu.kernels) {
+            hopper::launch(self, on, [m, n, k], operands)
+        } else {
+            ampere::launch(self, on, [m, n, k], operands, None, 0.0)
+        }
     }
 }
 
@@ -181,37 +86,40 @@ impl Gated {
         [false, true].iter().flat_map(|keeps| self.gemm(*keeps).variants(capability)).collect()
     }
 
-    /// Starts `h = act(x · Gᵀ) · (x · Uᵀ)` for `m` rows of `k` columns; with `both`, leaves gate and up there too, side by side.
+    /// Starts `h = act(x · Gᵀ) · (x · Uᵀ)` for the rows of `k` columns; with `both`, leaves gate and up there too, side by side.
     pub(crate) fn launch(
         self,
-        gpu: &Gpu,
-        kernels: &Kernels,
-        [m, k]: [usize; 2],
+        on: &Launch<'_>,
+        k: usize,
         [x, weights]: [View; 2],
         both: Option<View>,
         h: View,
     ) -> Result<()> {
-        let (width, ld) = (self.width, weights.ld as u64 * 2);
-        // Eight rows of gate, then eight of up.
-        let sizes = [k as u64, 8, 2, width as u64 / 8];
-        let weights = TensorMap::encode(weights.at, &sizes, &[ld, width as u64 * ld, 8 * ld], &[64, 8, 2, 8])?;
-        let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
-        self.gemm(both.is_some()).start(gpu, kernels, [m, width, k], (x, weights), stored, 0, self.limit)
+        if on.rows == 1 && both.is_none() {
+            return self.start_gemv(on, k, [x, weights], h);
+        }
+        let (gemm, width) = (self.gemm(both.is_some()), self.width);
+        if hopper::is_for(on.gpu.kernels) {
+            return hopper::launch_gated(gemm, on, [on.rows, width, k], [x, weights], both, h, self.limit);
+        }
+        let operands = Operands { a: x, b: weights, c: h, d: h, bias: 0 };
+        ampere::launch(gemm, on, [on.rows, 2 * width, k], operands, both, self.limit)
     }
 }
 
-/// Whether a card's matmuls compute gated activations.
+/// Whether a card's matmuls compute gated activations. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of
+/// ours uses, the library's matmul and a kernel behind it are faster.
 pub(crate) fn computes_gates(capability: u32) -> bool {
-    capability == 90
+    !matches!(capability, 100..120)
 }
 
 /// Tells kernels of one build from those of another, as far as they round otherwise.
 pub(super) fn version() -> String {
-    cache::name(&[SOURCE.text.as_bytes()])
+    cache::name(&[hopper::SOURCE.text.as_bytes(), ampere::SOURCE.text.as_bytes()])
 }
 
 /// Those that most models need.
-fn all_variants(capability: u32) -> Vec<Variant> {
+pub(super) fn usual(capability: u32, source: &'static str) -> Vec<Variant> {
     let plain = Gemm { weight_rows: true, adds: false, biased: false, gate: None, keeps: false };
     let gated = Gated { activation: 0, limit: 0.0, width: 0 };
     let all = [
@@ -222,5 +130,12 @@ fn all_variants(capability: u32) -> Vec<Variant> {
         Gemm { weight_rows: false, ..plain },
         Gemm { weight_rows: false, adds: true, ..plain },
     ];
-    all.iter().flat_map(|gemm| gemm.variants(capability)).chain(gated.variants(capability)).collect()
+    let all = all.iter().flat_map(|gemm| gemm.variants(capability)).chain(gated.variants(capability));
+    let mut usual: Vec<Variant> = Vec::new();
+    for variant in all.filter(|v| v.source.file == source) {
+        if usual.iter().all(|v| v.key != variant.key) {
+            usual.push(variant);
+        }
+    }
+    usual
 }

@@ -46,6 +46,11 @@ impl Library {
         Ok(Library { handle, functions, workspace: gpu.allocate(WORKSPACE)? })
     }
 
+    /// Its scratch.
+    pub(super) fn workspace(&self) -> Address {
+        self.workspace.address
+    }
+
     /// Its version, such as 130100.
     pub(super) fn version(&self) -> usize {
         // SAFETY: takes nothing and returns a number.

@@ -1,7 +1,11 @@
 //! Matmuls: cuBLASLt's, and kernels of our own, which take more than it does into their ends. Which of them computes a class of shapes is
-//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits.
+//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits. Matmuls of one row have
+//! a kernel of their own.
 
+mod ampere;
 mod gemm;
+mod gemv;
+mod hopper;
 mod library;
 
 use std::cell::{Cell, RefCell};
@@ -11,20 +15,26 @@ use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
+pub(super) use gemm::computes_gates;
 pub(crate) use gemm::{Gated, Gemm};
-pub(super) use gemm::{SOURCE, computes_gates};
 pub(super) use library::WORKSPACE;
 
 use super::api;
-use super::gpu::{Address, Gpu, View};
-use super::kernels::Kernels;
+use super::gpu::{Address, Gpu, Memory, View};
+use super::kernels::Source;
+use super::launch::Launch;
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 use library::{Library, Plan};
 
+/// Kernels of our own.
+pub(super) static SOURCES: [&Source; 3] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE];
+
 /// All matmuls of one GPU.
 pub(super) struct Matmuls {
     library: Library,
+    /// Zero, between matmuls.
+    arrived: Memory,
     plans: RefCell<HashMap<Matmul, (Plan, Algorithm)>>,
     /// Algorithms by [`Matmul::class`].
     tuned: RefCell<BTreeMap<String, Algorithm>>,
@@ -41,8 +51,13 @@ pub(super) enum Algorithm {
     Gemm,
 }
 
-/// Rows of a class of shapes are a multiple of this.
+/// Rows of small classes of shapes are a multiple of this.
 pub(super) const CLASS: usize = 512;
+
+/// The most rows of the class that so many are in: they differ by 512, or by an eighth to a quarter.
+pub(super) fn class_of(rows: usize) -> usize {
+    rows.next_multiple_of((rows.next_power_of_two() / 8).max(CLASS))
+}
 
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,24 +102,44 @@ fn read(name: &str) -> BTreeMap<String, Algorithm> {
     cache::read(CACHE, name).and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
 }
 
+/// Bytes of counters: a tile that is cut has two blocks at least, so that a thousand are more than any card needs.
+const ARRIVED: usize = 4 << 10;
+
 /// Where algorithms are cached.
 const CACHE: &str = "products";
 
-/// By how much cuBLASLt's best has to be faster than a kernel of our own to be taken: times spread about as much, and ours fit their
-/// tiles to the rows at hand, of which a class has many.
-const MARGIN: f32 = 0.98;
+/// Within its spread a time says nothing: so much of cuBLASLt's first choice another of its algorithms has to take.
+const SPREAD: f32 = 0.98;
+
+/// So much of the time of a kernel of our own cuBLASLt has to take to be chosen. Ours fits its tiles to the rows at hand, of which a class
+/// has many, and takes less power: on a card that is hot it gains on the library (docs/performance.md), and times are taken on a cold one.
+const OWN_MARGIN: f32 = 0.96;
 
 impl Matmuls {
     pub(super) fn new(gpu: &Gpu) -> Result<Matmuls> {
         let library = Library::new(gpu)?;
-        let name = format!("{}-cublas-{}-gemm-{}", gpu.name.replace(' ', "-"), library.version(), gemm::version());
+        let card = gpu.name.replace(' ', "-");
+        let name = format!("{card}-sm_{}-cublas-{}-gemm-{}", gpu.kernels, library.version(), gemm::version());
+        let arrived = gpu.allocate(ARRIVED)?;
+        gpu.zero(arrived.address, ARRIVED)?;
         Ok(Matmuls {
             library,
+            arrived,
             plans: RefCell::default(),
             tuned: RefCell::new(read(&name)),
             tuning: Cell::new(false),
             name,
         })
+    }
+
+    /// Scratch of [`WORKSPACE`] bytes, for steps that start matmuls before or after.
+    pub(super) fn workspace(&self) -> Address {
+        self.library.workspace()
+    }
+
+    /// Counters of blocks that have arrived, one for each tile that some blocks compute together: zero before and after a matmul.
+    fn arrived(&self) -> Address {
+        self.arrived.address
     }
 
     /// Runs `body`, in which algorithms are timed for classes that have none; then keeps them on disk. Matmuls in `body` leave
@@ -145,39 +180,45 @@ impl Matmuls {
     }
 
     /// Starts a matmul.
-    pub(super) fn run(&self, gpu: &Gpu, kernels: &Kernels, mut matmul: Matmul, on: Operands) -> Result<()> {
+    pub(super) fn run(&self, on: &Launch<'_>, mut matmul: Matmul, operands: Operands) -> Result<()> {
         if matmul.m == 0 || matmul.n == 0 {
             return Ok(());
         }
-        let of = [on.a, on.b, on.c, on.d];
+        let of = [operands.a, operands.b, operands.c, operands.d];
         matmul.lds = of.map(|v| v.ld);
         matmul.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
+        if matmul.is_gemv() {
+            return matmul.start_gemv(on, operands);
+        }
         let mut plans = self.plans.borrow_mut();
         let (plan, algorithm) = match plans.entry(matmul) {
             std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(gpu, kernels, &matmul, on)?),
+            std::collections::hash_map::Entry::Vacant(new) => new.insert(self.plan(on, &matmul, operands)?),
         };
-        self.start(gpu, kernels, (&matmul, plan), *algorithm, on)
+        self.start(on, (&matmul, plan), *algorithm, operands)
     }
 
     fn start(
         &self,
-        gpu: &Gpu,
-        kernels: &Kernels,
+        on: &Launch<'_>,
         (matmul, plan): (&Matmul, &Plan),
         algorithm: Algorithm,
-        on: Operands,
+        operands: Operands,
     ) -> Result<()> {
         match algorithm {
-            Algorithm::CublasLt(algorithm) => self.library.start(gpu, matmul, plan, &algorithm, on),
-            Algorithm::Gemm => Gemm::of(matmul).launch(gpu, kernels, [matmul.m, matmul.n, matmul.k], on),
+            Algorithm::CublasLt(algorithm) => self.library.start(on.gpu, matmul, plan, &algorithm, operands),
+            Algorithm::Gemm => Gemm::of(matmul).launch(on, [matmul.m, matmul.n, matmul.k], operands),
         }
     }
 
-    fn plan(&self, gpu: &Gpu, kernels: &Kernels, matmul: &Matmul, on: Operands) -> Result<(Plan, Algorithm)> {
+    fn plan(&self, on: &Launch<'_>, matmul: &Matmul, operands: Operands) -> Result<(Plan, Algorithm)> {
         let plan = self.library.plan(matmul)?;
         let known = self.tuned.borrow().get(&matmul.class()).copied();
-        let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(gpu, kernels);
+        let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(on.kernels, on.gpu.kernels);
+        // Kernels for another card would not be compared with a library that has those of this one.
+        if own && on.gpu.kernels != on.gpu.capability {
+            return Ok((plan, Algorithm::Gemm));
+        }
         let fits = |algorithm: &Algorithm| match algorithm {
             Algorithm::CublasLt(algorithm) => self.library.fits(&plan, algorithm),
             Algorithm::Gemm => own,
@@ -185,13 +226,16 @@ impl Matmuls {
         if let Some(algorithm) = known.filter(fits) {
             return Ok((plan, algorithm));
         }
+        if own && !self.tuning.get() {
+            return Ok((plan, Algorithm::Gemm));
+        }
         let found = self.library.candidates(matmul, &plan, if self.tuning.get() { CANDIDATES } else { 1 })?;
         let mut candidates: Vec<Algorithm> = found.into_iter().map(Algorithm::CublasLt).collect();
         if !self.tuning.get() {
             return Ok((plan, candidates[0]));
         }
         candidates.extend(own.then_some(Algorithm::Gemm));
-        let fastest = self.fastest(gpu, kernels, (matmul, &plan), &candidates, on)?;
+        let fastest = self.fastest(on, (matmul, &plan), &candidates, operands)?;
         self.tuned.borrow_mut().insert(matmul.class(), fastest);
         Ok((plan, fastest))
     }
@@ -199,19 +243,18 @@ impl Matmuls {
     /// The fastest of some algorithms, of which the first is cuBLASLt's choice; by the median of three runs after one.
     fn fastest(
         &self,
-        gpu: &Gpu,
-        kernels: &Kernels,
+        on: &Launch<'_>,
         matmul: (&Matmul, &Plan),
         candidates: &[Algorithm],
-        on: Operands,
+        operands: Operands,
     ) -> Result<Algorithm> {
         let mut times = Vec::new();
         for algorithm in candidates {
-            let start = || self.start(gpu, kernels, matmul, *algorithm, on);
+            let start = || self.start(on, matmul, *algorithm, operands);
             start()?;
             let mut runs = [0.0_f32; 3];
             for run in &mut runs {
-                *run = gpu.time(start)?;
+                *run = on.gpu.time(start)?;
             }
             runs.sort_by(f32::total_cmp);
             times.push((runs[1], *algorithm));
@@ -219,9 +262,8 @@ impl Matmuls {
         let own = times.pop_if(|(_, algorithm)| matches!(algorithm, Algorithm::Gemm));
         let first = times[0];
         let best = times.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or(first);
-        // Within its spread a time says nothing: then cuBLASLt's ranking stays.
-        let library = if best.0 < first.0 * MARGIN { best } else { first };
-        Ok(own.filter(|own| own.0 * MARGIN < library.0).unwrap_or(library).1)
+        let library = if best.0 < first.0 * SPREAD { best } else { first };
+        Ok(own.filter(|own| own.0 * OWN_MARGIN < library.0).unwrap_or(library).1)
     }
 }
 
@@ -254,7 +296,7 @@ impl Matmul {
     /// Shapes that differ little in their rows share an algorithm.
     fn class(&self) -> String {
         // A token at a time is a class of its own: then it is the weights that are read.
-        let round = |n: usize| if n == 1 { 1 } else { n.next_multiple_of(CLASS) };
+        let round = |n: usize| if n == 1 { 1 } else { class_of(n) };
         let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
         format!(
             "{}x{}x{}{}{}{}{}{}",

@@ -398,7 +398,7 @@ const STATIC: usize = 3072;
 
 /// Bytes of shared memory that a block may have on a card (CUDA C++ Programming Guide, technical specifications per compute
 /// capability).
-fn most_shared(capability: u32) -> usize {
+pub(super) fn most_shared(capability: u32) -> usize {
     match capability {
         80 | 87 => 163 << 10,
         90 | 100 | 103 => 227 << 10,

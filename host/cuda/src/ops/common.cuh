@@ -60,3 +60,11 @@ __device__ __forceinline__ Place place(int width) {
     int blocks = (width / 8 + blockDim.x - 1) / blockDim.x;
     return {blockIdx.x / blocks, (int)(blockIdx.x % blocks * blockDim.x + threadIdx.x) * 8};
 }
+
+// Where kernels are started while those before them end (CUDA C++ Programming Guide, programmatic dependent launch): waits until all that
+// those wrote is there, and lets the next one be started. Elsewhere it does nothing.
+__device__ __forceinline__ void after_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#endif
+}

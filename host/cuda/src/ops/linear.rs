@@ -9,6 +9,7 @@ use dpo_plugin_api::graph::Node;
 
 use super::activation::Activation;
 use super::glu::Glu;
+use super::lora::{Lora, Matrices};
 use super::{
     BackwardReads, Cost, CudaOp, Epilogue, Execute, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Member,
     NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View,
@@ -167,6 +168,10 @@ impl Linears {
         Cost::Matmul((self.inputs + self.rank) * (self.outputs + self.rank))
     }
 
+    fn lora(&self) -> Lora {
+        Lora { inputs: self.inputs, outputs: self.outputs, rank: self.rank }
+    }
+
     fn stack<'a>(&self, on: &'a Launch<'_>) -> &'a LoadedStack {
         &on.weights.stacks[self.stack]
     }
@@ -235,7 +240,7 @@ impl Execute for GatedForward {
         let (own, stack) = (&self.0, self.0.stack(on));
         let k = own.inputs + if on.adapted { own.rank } else { 0 };
         let (x, weights) = (reads[0], stack.view(0, 0));
-        self.1.gated().launch(on.gpu, on.kernels, [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
+        self.1.gated().launch(on, k, [x, weights], writes[0].wanted(), writes[1])
     }
 
     #[cfg(test)]
@@ -254,7 +259,8 @@ impl Execute for GatedForward {
 
 impl Execute for Backward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        Gemm { weight_rows: false, adds: self.adds, biased: false, gate: None, keeps: false }.variants(capability)
+        let gemm = Gemm { weight_rows: false, adds: self.adds, biased: false, gate: None, keeps: false };
+        gemm.variants(capability).into_iter().chain(self.own.lora().variant(capability)).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -262,17 +268,22 @@ impl Execute for Backward {
         let (dy, dx) = (reads[0], writes[0]);
         let before = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
-            let matmul = Matmul::new(on.rows, own.rank, own.outputs);
-            on.matmul(matmul, Operands { a: dy, b: stack.view(0, own.inputs), c: v, d: v, bias: 0 })?;
-            let u = x.column(own.inputs);
-            // The gradients of A and B.
-            for (narrow, wide, width, to) in
-                [(v, x, own.inputs, stack.gradients[0]), (u, dy, own.outputs, stack.gradients[1])]
-            {
-                let mut matmul = Matmul::new(own.rank, width, on.rows);
-                (matmul.a_transposed, matmul.wide, matmul.add) = (true, true, true);
-                let d = View { at: to, ld: width as i64 };
-                on.matmul(matmul, Operands { a: narrow, b: wide, c: d, d, bias: 0 })?;
+            let (lora, sb) = (own.lora(), stack.view(0, own.inputs));
+            if lora.has_kernels(on.gpu.kernels) {
+                lora.vjp(on, &Matrices { x, dy, sb, gradients: stack.gradients })?;
+            } else {
+                let matmul = Matmul::new(on.rows, own.rank, own.outputs);
+                on.matmul(matmul, Operands { a: dy, b: sb, c: v, d: v, bias: 0 })?;
+                let u = x.column(own.inputs);
+                // The gradients of A and B.
+                for (narrow, wide, width, to) in
+                    [(v, x, own.inputs, stack.gradients[0]), (u, dy, own.outputs, stack.gradients[1])]
+                {
+                    let mut matmul = Matmul::new(own.rank, width, on.rows);
+                    (matmul.a_transposed, matmul.wide, matmul.add) = (true, true, true);
+                    let d = View { at: to, ld: width as i64 };
+                    on.matmul(matmul, Operands { a: narrow, b: wide, c: d, d, bias: 0 })?;
+                }
             }
             on.gpu.mark("LoRA vjp")?;
             reads.get(2)

@@ -10,6 +10,7 @@ mod gather;
 mod glu;
 mod linear;
 pub(super) mod lm_head;
+mod lora;
 mod narrow;
 mod norms;
 mod rope;
@@ -21,7 +22,7 @@ use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
-use super::matmul::{Gated, Gemm, Matmul, Operands};
+use super::matmul::{Gated, Gemm, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
@@ -59,6 +60,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
+    &lora::SOURCE,
     &narrow::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,

@@ -1,6 +1,9 @@
 // y = f * (x - m) / sqrt(mean((x - m)^2) + eps) + b over runs of `run` columns, `runs` of them a token; and its VJP. Of an RMS norm m
 // is 0, of a layer norm mean(x). f is 1, or offset + w where weights are given; b is 0 unless it is given. Runs share w and b, or,
-// with `apart`, have their own. A run has `lanes` lanes of a warp, 32 or as many as it has pieces of eight columns.
+// with `apart`, have their own. A run has `lanes` lanes: as many as it has pieces of eight columns, up to a warp, or up to a block of
+// LANES where there are few runs.
+
+#define LANES 256
 
 struct Norm {
     const bf16 *w, *b;
@@ -15,15 +18,24 @@ struct Run {
 };
 
 __device__ __forceinline__ Run run_of(const Norm& n, int lanes) {
-    long long at = ((long long)blockIdx.x * blockDim.y + threadIdx.y) * (32 / lanes) + threadIdx.x / lanes;
+    int thread = threadIdx.y * 32 + threadIdx.x;
+    long long at = (long long)blockIdx.x * (LANES / lanes) + thread / lanes;
     int column = (int)(at % n.runs) * n.run;
     // Lanes beyond the last run take part in sums.
     bool inside = at < (long long)n.tokens * n.runs;
-    return {at / n.runs, column, n.apart ? column : 0, (int)threadIdx.x % lanes, inside ? n.run : 0};
+    return {at / n.runs, column, n.apart ? column : 0, thread % lanes, inside ? n.run : 0};
 }
 
 __device__ __forceinline__ float run_sum(float x, int lanes) {
-    for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    for (int step = min(lanes, 32) / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    if (lanes <= 32) return x;
+    __shared__ float warps[LANES / 32];
+    __syncthreads();
+    warps[threadIdx.y] = x;
+    __syncthreads();
+    int first = threadIdx.y / (lanes / 32) * (lanes / 32);
+    x = 0.f;
+    for (int i = 0; i < lanes / 32; i++) x += warps[first + i];
     return x;
 }
 
@@ -100,14 +112,22 @@ __device__ __forceinline__ void backward(const View& x, const View& dy, const Vi
     }
 }
 
-extern "C" __global__ void rms_norm(View x, View y, Norm n, int lanes) { forward<false>(x, y, n, lanes); }
+extern "C" __global__ void rms_norm(View x, View y, Norm n, int lanes) {
+    after_previous();
+    forward<false>(x, y, n, lanes);
+}
 
-extern "C" __global__ void layer_norm(View x, View y, Norm n, int lanes) { forward<true>(x, y, n, lanes); }
+extern "C" __global__ void layer_norm(View x, View y, Norm n, int lanes) {
+    after_previous();
+    forward<true>(x, y, n, lanes);
+}
 
 extern "C" __global__ void rms_norm_vjp(View x, View dy, View before, View dx, Norm n, int lanes) {
+    after_previous();
     backward<false>(x, dy, before, dx, n, lanes);
 }
 
 extern "C" __global__ void layer_norm_vjp(View x, View dy, View before, View dx, Norm n, int lanes) {
+    after_previous();
     backward<true>(x, dy, before, dx, n, lanes);
 }

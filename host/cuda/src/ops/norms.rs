@@ -7,8 +7,10 @@ use super::{
 };
 use dpo_core::error::Result;
 
-pub(super) static SOURCE: Source =
-    Source::plain("norms", include_str!("norms.cu"), &["rms_norm", "rms_norm_vjp", "layer_norm", "layer_norm_vjp"]);
+pub(super) static SOURCE: Source = Source {
+    waits: true,
+    ..Source::plain("norms", include_str!("norms.cu"), &["rms_norm", "rms_norm_vjp", "layer_norm", "layer_norm_vjp"])
+};
 
 pub(super) const RMS: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },

@@ -4,6 +4,7 @@
 // cos and sin of every token and frequency, [tokens, n], times `scale` and, with a `period`, 1 + beta ln(1 + floor(position / period)).
 extern "C" __global__ void rope_table(const int* positions, const float* inv_freq, float2* table, int tokens, int n, float scale,
                                       float beta, int period) {
+    after_previous();
     int at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= tokens * n) return;
     int position = positions[at / n];
@@ -22,6 +23,7 @@ __device__ __forceinline__ void turn(float& a, float& b, float2 by, float direct
 // In place, a thread up to eight pairs; `direction` 1 turns, -1 turns back, which is the VJP.
 extern "C" __global__ void rope(View x, const float2* table, int tokens, int heads, int dim, int n, int interleaved,
                                 float direction) {
+    after_previous();
     int chunks = (n + 7) / 8;
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= (long long)tokens * heads * chunks) return;

@@ -5,7 +5,8 @@ use dpo_core::error::{Error, Result};
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
 
-pub(super) static SOURCE: Source = Source::plain("rope", include_str!("rope.cu"), &["rope_table", "rope"]);
+pub(super) static SOURCE: Source =
+    Source { waits: true, ..Source::plain("rope", include_str!("rope.cu"), &["rope_table", "rope"]) };
 
 pub(super) const OP: CudaOp =
     CudaOp { in_place: true, table: |node| Some(table(node)), ..CudaOp::new("rope", forward, backward) };

@@ -1,0 +1,161 @@
+//! The kernel for Ampere and Ada, `gemm_ampere.cu`, and for later cards that have no kernel of their own: how it is compiled, and how its tiles
+//! are cut along k.
+
+use super::super::gpu::{Address, Args, Argument, View};
+use super::super::kernels::{Source, Variant};
+use super::super::launch::Launch;
+use super::{Gemm, Operands, WORKSPACE, gemm};
+use dpo_core::error::Result;
+
+pub(crate) static SOURCE: Source = Source {
+    file: "gemm_ampere",
+    text: concat!(
+        include_str!("../ops/mma.cuh"),
+        include_str!("../ops/activations.cuh"),
+        include_str!("gemm_ampere.cu")
+    ),
+    kernels: &["gemm_ampere"],
+    waits: false,
+    variants: Some(|capability| gemm::usual(capability, SOURCE.file)),
+};
+
+/// Rows, columns and depth of a tile.
+const TILE: [usize; 3] = [128, 256, 32];
+/// Warps among a tile's rows, and among its columns.
+const WARPS: [usize; 2] = [2, 4];
+const STAGES: usize = 4;
+/// Rows of tiles that are computed together.
+const GROUP: usize = 16;
+
+/// `struct Problem` of `gemm_ampere.cu`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Problem {
+    a: View,
+    b: View,
+    c: View,
+    d: View,
+    bias: Address,
+    both: View,
+    sizes: [i32; 3],
+    limit: f32,
+    whole: i32,
+    split: i32,
+    parts: Address,
+    arrived: Address,
+}
+
+// SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
+unsafe impl Argument for Problem {}
+
+/// How it is compiled.
+pub(super) fn variant(gemm: Gemm) -> Variant {
+    let numbers = [
+        ("TILE_M", TILE[0]),
+        ("TILE_N", TILE[1]),
+        ("TILE_K", TILE[2]),
+        ("WARPS_M", WARPS[0]),
+        ("WARPS_N", WARPS[1]),
+        ("STAGES", STAGES),
+        ("BLOCKS", 1),
+        ("GROUP", GROUP),
+        ("B_TRANSPOSED", gemm.weight_rows.into()),
+        ("GATED", gemm.gate.is_some().into()),
+        ("ACTIVATION", gemm.gate.unwrap_or(0)),
+    ];
+    Variant {
+        source: &SOURCE,
+        key: key(gemm),
+        label: format!(
+            "weights as {}, gated {}",
+            if gemm.weight_rows { "rows" } else { "columns" },
+            gemm.gate.is_some()
+        ),
+        before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
+        after: "",
+        generation: false,
+        shared: vec![(SOURCE.kernels[0], shared())],
+    }
+}
+
+/// What is added, and whether gate and up are left, is said by addresses that are null or not.
+fn key(gemm: Gemm) -> usize {
+    Gemm { adds: false, biased: false, keeps: false, ..gemm }.key()
+}
+
+/// Bytes of shared memory: both tiles of every stage.
+fn shared() -> usize {
+    STAGES * (TILE[0] + TILE[1]) * TILE[2] * 2
+}
+
+/// Of so many tiles, how many are whole, and the parts of each of the others: as many as make the last turn of the blocks the shortest.
+fn schedule(tiles: usize, blocks: usize, steps: usize) -> [usize; 2] {
+    /// What a part costs beside its steps, in steps, and parts of a tile at most.
+    const PART: f64 = 16.0;
+    const MOST: usize = 8;
+    let rest = tiles % blocks;
+    if rest == 0 {
+        return [tiles, 1];
+    }
+    let room = (WORKSPACE / (rest * TILE[0] * TILE[1] * 4)).min(MOST).min(steps);
+    let cost = |split: &usize| {
+        let extra = if *split > 1 { PART } else { 0.0 };
+        (rest * split).div_ceil(blocks) as f64 * (steps as f64 / *split as f64 + extra)
+    };
+    let split = (1..=room).min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(1);
+    if split == 1 { [tiles, 1] } else { [tiles - rest, split] }
+}
+
+/// Starts a product of sizes `[m, n, k]`, or a gated activation of it, which with `both` leaves gate and up there too.
+pub(super) fn launch(
+    gemm: Gemm,
+    on: &Launch<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Operands,
+    both: Option<View>,
+    limit: f32,
+) -> Result<()> {
+    let none = View { at: 0, ld: 0 };
+    let (tiles, blocks) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), on.gpu.multiprocessors);
+    let [whole, split] = schedule(tiles, blocks, k.div_ceil(TILE[2]));
+    let problem = Problem {
+        a: operands.a,
+        b: operands.b,
+        c: if gemm.adds { operands.c } else { none },
+        d: operands.d,
+        bias: if gemm.biased { operands.bias } else { 0 },
+        both: both.unwrap_or(none),
+        sizes: [m, n, k].map(|n| n as i32),
+        limit,
+        whole: whole as i32,
+        split: split as i32,
+        parts: on.matmuls.workspace(),
+        arrived: on.matmuls.arrived(),
+    };
+    let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm))?;
+    let grid = [blocks.min(whole + (tiles - whole) * split), 1, 1];
+    let block = [(32 * WARPS[0] * WARPS[1]) as u32, 1, 1];
+    on.gpu.launch(kernel, grid, block, shared, Args::default().with(problem))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{TILE, WORKSPACE, schedule, shared};
+
+    #[test]
+    fn it_fits_into_the_shared_memory_of_an_ada_card() {
+        assert!(shared() <= 99 << 10);
+    }
+
+    /// 280 tiles on 132 multiprocessors leave 16, each of which is cut for eight blocks.
+    #[test]
+    fn the_last_tiles_are_cut() {
+        assert_eq!(schedule(280, 132, 593), [264, 8]);
+        assert_eq!(schedule(264, 132, 593), [264, 1]);
+        for (tiles, blocks) in [(1, 132), (131, 132), (500, 128), (17, 46)] {
+            let [whole, split] = schedule(tiles, blocks, 112);
+            assert!(whole % blocks == 0 || split == 1);
+            assert!(split == 1 || (tiles - whole) * split * TILE[0] * TILE[1] * 4 <= WORKSPACE);
+        }
+    }
+}
