@@ -124,7 +124,7 @@ impl Attention {
 
     /// Tiles of the batch, their number, and the numbers that kernels take last.
     fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
-        let (tiles, count) = on.batch.tiles_of(self.kernels().tile(on.gpu.capability));
+        let (tiles, count) = on.batch.tiles_of(self.kernels().tile(on.gpu.kernels));
         let shape = Shape {
             heads: self.heads as i32,
             share: (self.heads / self.kv_heads) as i32,
@@ -147,6 +147,16 @@ impl Attention {
     fn parts(&self, tiles: usize, multiprocessors: usize) -> usize {
         (4 * multiprocessors).div_ceil((tiles * self.kv_heads).max(1)).clamp(1, self.heads / self.kv_heads)
     }
+
+    /// What `count` parts of the query heads of a key head give to dk and dv, summed.
+    fn add_parts(&self, on: &Launch<'_>, count: usize, parts: &[View], sums: [&View; 2]) -> Result<()> {
+        for (part, sum) in parts.iter().zip(sums) {
+            let args = Args::default().with(*part).with(*sum).with(self.kv_heads as i32).with(count as i32);
+            let grid = [(self.kv_heads * self.dim / 8).div_ceil(128) * on.rows, 1, 1];
+            on.gpu.launch(on.kernels.variant("attention_sum", self.kernels().key())?.0, grid, [128, 1, 1], 0, args)?;
+        }
+        Ok(())
+    }
 }
 
 impl Execute for Attention {
@@ -158,10 +168,8 @@ impl Execute for Attention {
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
         let (mut to, mut sums, mut begins) = (writes[0], writes[1].at, on.batch.begins);
-        let heads = self.kernels();
+        let (heads, new, capability) = (self.kernels(), from, on.gpu.kernels);
         let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
-        let hopper = heads.hopper(on.gpu.capability);
-        let queries = from;
         if let Some(cache) = &on.cache {
             for (new, all) in [(keys, cache.keys), (values, cache.values)] {
                 let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
@@ -171,16 +179,16 @@ impl Execute for Attention {
             (from, to) = (cache.of_text(from), cache.of_text(to));
             [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(cache.tokens as u64 * 4));
         }
-        if hopper {
-            let (rows, all) = (on.batch.tokens, on.batch.tokens + shape.cached as usize);
-            let args = Args::default().with(self.boxes(queries, rows, self.heads, 64)?);
+        if heads.hopper(capability) {
+            let all = on.batch.tokens + shape.cached as usize;
+            let args = Args::default().with(self.boxes(new, on.batch.tokens, self.heads, 64)?);
             let args = args.with(self.boxes(keys, all, self.kv_heads, 64)?);
             let args = args.with(self.boxes(values, all, self.kv_heads, 64)?);
             let args = args.with(tiles).with(begins).with(to).with(sums).with(count as i32).with(shape);
-            return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(true), shared, args);
+            return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(capability), shared, args);
         }
         let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
-        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(false), shared, args.with(sums).with(shape))
+        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(capability), shared, args.with(sums).with(shape))
     }
 
     #[cfg(test)]
@@ -203,59 +211,30 @@ impl Execute for AttentionVjp {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let (a, heads) = (&self.0, self.0.kernels());
+        let (a, heads, capability) = (&self.0, self.0.kernels(), on.gpu.kernels);
         let kernel = |name| on.kernels.variant(name, heads.key());
         let ([q, k, v, out, dout, lse], [dq, dk, dv, delta, parts @ ..]) = (reads, writes) else {
             return Err(Error::run("an attention lacks values"));
         };
         let args = Args::default().with(*out).with(*dout).with(delta.at).with(on.rows as i32).with(a.heads as i32);
         on.gpu.launch(kernel("attention_delta")?.0, [(on.rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
-        let (tiles, count, shape) = a.shape(on);
-        let add_parts = |count: usize| -> Result<()> {
-            for (part, sum) in parts.iter().zip([dk, dv]) {
-                let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(count as i32);
-                let grid = [(a.kv_heads * a.dim / 8).div_ceil(128) * on.rows, 1, 1];
-                on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
-            }
-            Ok(())
-        };
-        if heads.hopper(on.gpu.capability) {
-            let maps = |of_box: usize| -> Result<Args> {
-                let tokens = on.batch.tokens;
-                let args = Args::default().with(a.boxes(*q, tokens, a.heads, 64)?);
-                let args = args.with(a.boxes(*k, tokens, a.kv_heads, of_box)?);
-                Ok(args.with(a.boxes(*v, tokens, a.kv_heads, of_box)?).with(a.boxes(*dout, tokens, a.heads, 64)?))
-            };
-            let numbers = |args: Args| args.with(on.batch.begins).with(lse.at).with(delta.at);
-            let (key_tiles, key_count) = on.batch.key_tiles_of(if heads.wide() { 64 } else { 128 });
-            let cuts = a.parts(key_count, on.gpu.multiprocessors);
-            let to = if let ([dk, dv], true) = (parts, cuts > 1) { [dk, dv] } else { [dk, dv] };
-            let (dkv, shared) = kernel("attention_dkv")?;
-            let args = numbers(maps(64)?.with(key_tiles)).with(*to[0]).with(*to[1]);
-            let args = args.with(key_count as i32).with(cuts as i32).with(shape);
-            on.gpu.launch(dkv, walkers(on.gpu, key_count * a.kv_heads * cuts), heads.block(true), shared, args)?;
-            if cuts > 1 {
-                add_parts(cuts)?;
-            }
-            on.gpu.mark("attention dk, dv")?;
-            let (kernel, shared) = kernel("attention_dq")?;
-            let args = numbers(maps(if heads.wide() { 32 } else { 64 })?.with(tiles));
-            let args = args.with(*dq).with(count as i32).with(shape);
-            return on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), heads.block(true), shared, args);
+        if heads.hopper(capability) {
+            return self.launch_on_hopper(on, reads, writes);
         }
+        let (tiles, count, shape) = a.shape(on);
         let read = || {
             let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
             args.with(*dout).with(lse.at).with(delta.at)
         };
         let halves = if a.dim > 128 && !heads.widest() { 2 } else { 1 };
-        let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
+        let [to_dk, to_dv] = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
         let (dkv, shared) = kernel("attention_dkv")?;
-        let args = read().with(*to[0]).with(*to[1]).with(shape);
-        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(false), shared, args)?;
-        add_parts(a.heads / a.kv_heads)?;
+        let args = read().with(*to_dk).with(*to_dv).with(shape);
+        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(capability), shared, args)?;
+        a.add_parts(on, a.heads / a.kv_heads, parts, [dk, dv])?;
         on.gpu.mark("attention dk, dv")?;
         let (kernel, shared) = kernel("attention_dq")?;
-        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(false), shared, read().with(*dq).with(shape))
+        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(capability), shared, read().with(*dq).with(shape))
     }
 
     #[cfg(test)]
@@ -297,6 +276,37 @@ impl Execute for AttentionVjp {
     }
 }
 
+impl AttentionVjp {
+    /// dk and dv, then dq, in blocks that walk over pieces of work.
+    fn launch_on_hopper(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (a, heads, tokens) = (&self.0, self.0.kernels(), on.batch.tokens);
+        let kernel = |name| on.kernels.variant(name, heads.key());
+        let ([q, k, v, _, dout, lse], [dq, dk, dv, delta, parts @ ..]) = (reads, writes) else {
+            return Err(Error::run("an attention lacks values"));
+        };
+        let read = |box_rows: usize, tiles: Address| -> Result<Args> {
+            let args = Args::default().with(a.boxes(*q, tokens, a.heads, 64)?);
+            let args = args.with(a.boxes(*k, tokens, a.kv_heads, box_rows)?);
+            let args = args.with(a.boxes(*v, tokens, a.kv_heads, box_rows)?).with(a.boxes(*dout, tokens, a.heads, 64)?);
+            Ok(args.with(tiles).with(on.batch.begins).with(lse.at).with(delta.at))
+        };
+        let (tiles, count) = on.batch.key_tiles_of(if heads.wide() { 64 } else { 128 });
+        let cuts = a.parts(count, on.gpu.multiprocessors);
+        let parts = if cuts > 1 { parts } else { &[] };
+        let [to_dk, to_dv] = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
+        let (own, pieces, block) = (a.shape(on), count * a.kv_heads * cuts, heads.block(on.gpu.kernels));
+        let (dkv, shared) = kernel("attention_dkv")?;
+        let args = read(64, tiles)?.with(*to_dk).with(*to_dv).with(count as i32).with(cuts as i32).with(own.2);
+        on.gpu.launch(dkv, walkers(on.gpu, pieces), block, shared, args)?;
+        a.add_parts(on, cuts, parts, [dk, dv])?;
+        on.gpu.mark("attention dk, dv")?;
+        let (tiles, count, shape) = own;
+        let (kernel, shared) = kernel("attention_dq")?;
+        let args = read(if heads.wide() { 32 } else { 64 }, tiles)?.with(*dq).with(count as i32).with(shape);
+        on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), block, shared, args)
+    }
+}
+
 impl Heads {
     /// Queries or keys of a tile, as the kernels have them.
     fn tile(self, capability: u32) -> usize {
@@ -308,7 +318,7 @@ impl Heads {
         }
     }
 
-    /// Whether tiles are smaller, so that they fit into shared memory and their sums into registers.
+    /// Whether Hopper's tiles are smaller, so that they fit into shared memory and their sums into registers.
     fn wide(self) -> bool {
         self.dim > 128
     }
@@ -318,9 +328,9 @@ impl Heads {
         self.dim > 256
     }
 
-    fn block(self, hopper: bool) -> [u32; 3] {
+    fn block(self, capability: u32) -> [u32; 3] {
         let threads = match self.dim {
-            _ if hopper => 384,
+            _ if self.hopper(capability) => 384,
             129..=256 => 64,
             _ => 128,
         };

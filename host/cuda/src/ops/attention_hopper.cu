@@ -1,14 +1,15 @@
-// Attention for Hopper in the shape of FlashAttention-3 (Shah et al. 2024): one warp brings tiles to shared memory by the tensor
-// memory accelerator, two warp groups multiply with wgmma, and one has its softmax while the other multiplies. Takes the place of
-// kernels of attention.cu; the mask and the names are from there.
+// Attention for Hopper in the shape of FlashAttention-3 (Shah et al. 2024): one warp copies tiles to shared memory (TMA), two warp
+// groups multiply them (wgmma), and one has its softmax while the other multiplies. Takes the place of kernels of attention.cu; the
+// mask and the names are from there. The backward pass is in attention_hopper_vjp.cu.
 //
-// A block stays on its multiprocessor and takes one piece of work after the other (`piece_of`), longest first, so that the next
-// tiles are on their way while results are written. A warp group owns 64 rows of a tile of ROWS rows: queries, in the kernels
-// of the output and of dq; keys, in that of dk and dv. Tiles of the other side pass through a ring of STAGES places.
+// A block stays on its multiprocessor and takes one piece of work after the other, so that the next tiles are on their way while
+// results are written. A warp group owns 64 rows: queries, for the output and for dq; keys, for dk and dv. Tiles of the other side
+// pass by in a ring of places: `full` barriers open when a place has its tile, `empty` ones when both groups have read it.
 //
 // In shared memory a tile lies in panels of 64 columns, rows of 128 bytes whose 16-byte pieces are swapped by the row's last three
 // bits: the 128-byte swizzle, in which wgmma reads a tile along its rows and across them. A head whose width is no multiple of 64
-// brings columns of the next head along (zeros behind the last), which nobody reads or which end in columns that nobody stores.
+// brings columns of the next head along (zeros behind the last): nobody reads them, or they end in columns that nobody stores.
+// Rows behind an example are the next one's, or zeros: they are hidden, or are not stored.
 
 #define WIDE_HEAD (DIM > 128)
 #define ROWS 128  // queries of a piece
@@ -24,8 +25,8 @@
 #define PAIRS (WIDE_HEAD ? 2 : 4)         // places of a ring of those
 #define BLOCK 384
 
-// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows, or the rows of a smaller tile. Rows behind the
-// last are zero.
+// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows, or as many as a smaller tile has. Rows
+// behind the last are zero.
 struct alignas(64) TensorMap {
     u64 words[16];
 };
@@ -209,12 +210,12 @@ __device__ __forceinline__ int piece_taken(int& taken, int answer, int pieces) {
     return gridDim.x + answer;
 }
 
-// The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left to do
-// while they are computed. The loop around the test of a barrier, which is open already, ends the block.
+// The assembler moves a wait for products up, over arithmetic that stands before it in the same basic block, and then nothing is left
+// to do while they are computed. The loop around the test of a barrier, which is open already, ends the block.
 __device__ __forceinline__ void stay(u64* open, u32 parity) { wait_for(open, parity); }
 
-// A number that all lanes of a warp have alike, so that the assembler knows it: what follows from it then lies in uniform registers, where
-// wgmma takes the addresses of its tiles from.
+// A number that all lanes of a warp have alike, so that the assembler knows it: what follows from it then lies in uniform registers,
+// from which wgmma takes the addresses of its tiles.
 __device__ __forceinline__ int alike(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // One lane of every warp says that a warp group has read what the barrier guards.
@@ -262,8 +263,8 @@ struct Passing {
     __device__ __forceinline__ Sight sight() const { return Sight(word & 3); }
 };
 
-// Scores that queries do not see become nothing. `own` is the first of a thread's two rows, `column` the first of its columns' sixteen
-// bytes; ROWS_ARE_QUERIES says which are keys. `begin(i, n)` is where the answer of a query begins.
+// Scores of keys that a query does not see become nothing. `own` is the first of a thread's two rows, `column` the tile's first column;
+// ROWS_ARE_QUERIES says which of them are queries. `begin(n, i)` is where the answer of a number's query begins.
 template <int N, bool ROWS_ARE_QUERIES, bool WINDOW, class Begin>
 __device__ __forceinline__ void hide(float (&p)[N][4], const Tile& t, int own, int column, int window, Begin begin) {
 #pragma unroll
@@ -318,8 +319,8 @@ struct RowSoftmax {
     }
 };
 
-// Waits for the next tile of which a warp group sees something, or the last one. Where it passes others by, the place of the tile before goes
-// back: they may need it.
+// Waits for the next tile of which a warp group sees something, or the last one. Where it lets others pass, the place of the tile before
+// goes back first: the ones to come may need it.
 template <int N>
 __device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&told)[N][2], Turn& turn, int group, int& before) {
     while (true) {

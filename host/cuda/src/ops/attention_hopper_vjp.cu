@@ -1,4 +1,5 @@
-// The backward pass of attention_hopper.cu.
+// The backward pass of attention_hopper.cu: scores are computed again, once for dk and dv and once for dq, so that every sum is taken by
+// one warp group in a fixed order. Where a warp group waits for products, the other one multiplies.
 
 // dq. A piece is a head and a tile of ROWS queries; keys and values pass by.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
@@ -51,7 +52,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                 int begin = next(0);
                 for (int key = begin, after; key < last; key = after) {
                     after = next(key + DQ_KEYS);
-                    Passing tile[2] = {{piece, 0, key, DQ_KEYS, after >= last, s.window}, {piece, 1, key, DQ_KEYS, after >= last, s.window}};
+                    Passing tile[2] = {{piece, 0, key, DQ_KEYS, after >= last, s.window},
+                                       {piece, 1, key, DQ_KEYS, after >= last, s.window}};
                     wait_for(empty + turn.stage, turn.parity ^ 1);
                     for (int i = 0; i < 2; i++) told[turn.stage][i] = tile[i].word;
                     u32 to = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
@@ -138,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 }
 
 // dk and dv. A piece is a tile of OWN_KEYS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
-// gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM].
+// gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM]. The length of a tile
+// ends with the last query that sees one of its keys.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
                   const __grid_constant__ TensorMap dout, const Tile* tiles, const int* begins, const float* lse,
@@ -231,8 +234,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     }
 #if WIDE_HEAD
     take_registers<240>();
-    // One warp group has the weights and dv, the other has their gradient and dk, for the same keys: sums of both would not fit into the
-    // registers of one. A thread gives its weights to the one at the same place of the other group.
+    // One warp group has the weights and dv, the other has their gradient and dk, for the same keys: both sums do not fit into the
+    // registers of one. A thread gives its weights to the one at the same place of the other group: barrier 2 says that they are
+    // there, barrier 3 that they have been read.
     u32 exchange = numbers + PAIRS * 2 * STEP * 4 + threadIdx.x % 128 * 16;
     int group = alike(threadIdx.x / 128) - 1, mine = threadIdx.x % 128 / 32 * 16;
     u32 own = group ? vs : ks;
