@@ -10,7 +10,7 @@ pub(crate) static SOURCE: Source = Source {
     file: "gemm_hopper",
     text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
     kernels: &["gemm_hopper"],
-    waits: false,
+    waits: true,
     variants: Some(|capability| gemm::usual(capability, SOURCE.file)),
 };
 
