@@ -5,6 +5,7 @@ use indicatif::ProgressBar;
 
 use super::engine::CudaDevice;
 use super::gpu::{Gpu, Memory, View};
+use super::launch::KvCache;
 use super::loading::Source;
 use super::plan::{GpuPlan, Room};
 use dpo_core::decoder::{CHUNK, Decoder, Variant};
@@ -21,6 +22,8 @@ const MOST: usize = 32 << 10;
 pub struct CudaDecoder {
     device: CudaDevice,
     texts: Vec<Text>,
+    /// [`KvCache::SCRATCH`] bytes.
+    scratch: Memory,
     /// Where a layer's keys lie in a text's memory, in elements a token, and how many there are in a token's row.
     rows: Vec<(usize, usize)>,
     /// Tokens that a text has room for.
@@ -71,13 +74,15 @@ impl CudaDecoder {
         let options =
             MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
-        let left = room.available.saturating_sub(plan.total());
+        let left = room.available.saturating_sub(plan.total() + KvCache::SCRATCH);
         let most = (left / (variants * width * 2).max(1)).min(MOST);
         if most < CHUNK {
             let need = size(variants * width * 2 * CHUNK);
             return Err(Error::input(format!("{} of the GPU are left for texts, {need} are needed", size(left)))
                 .help("take a GPU with more memory, or answer with --device cpu"));
         }
+        let scratch = gpu.allocate(KvCache::SCRATCH)?;
+        gpu.zero(scratch.address, scratch.bytes)?;
         let mut texts = Vec::new();
         for _ in 0..variants {
             texts.push(Text { memory: gpu.allocate(most * width * 2)?, tokens: 0 });
@@ -86,7 +91,7 @@ impl CudaDecoder {
         for tokens in [1, CHUNK] {
             device.warm_up_for(tokens)?;
         }
-        Ok(CudaDecoder { device, texts, rows, most })
+        Ok(CudaDecoder { device, texts, scratch, rows, most })
     }
 }
 
@@ -104,11 +109,12 @@ impl Decoder for CudaDecoder {
                 "the conversation is longer than the {most} tokens that the GPU has room for"
             )));
         }
-        let (address, cached) = (text.memory.address, text.tokens);
+        let (address, cached, scratch) = (text.memory.address, text.tokens, self.scratch.address);
         let cache = |layer: usize| {
             let (before, width) = rows[layer];
-            let keys = address + (before * most * 2) as u64;
-            [keys, keys + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 })
+            let from = address + (before * most * 2) as u64;
+            let [keys, values] = [from, from + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 });
+            KvCache { tokens: cached, keys, values, scratch }
         };
         let logits = self.device.continue_text(ids, cached, cache, variant == Variant::Tuned)?;
         self.texts[at].tokens += ids.len();

@@ -78,7 +78,7 @@ impl CudaDevice {
         &mut self,
         ids: &[u32],
         cached: usize,
-        cache: impl Fn(usize) -> [View; 2],
+        cache: impl Fn(usize) -> KvCache,
         adapted: bool,
     ) -> Result<Vec<f32>> {
         let layout = Layout::after(cached, ids.len());
@@ -86,8 +86,7 @@ impl CudaDevice {
         self.send(&batch, false)?;
         self.embed()?;
         for layer in 0..self.graph.layers.len() {
-            let [keys, values] = cache(layer);
-            self.layer_after(layer, KvCache { tokens: cached, keys, values }, adapted)?;
+            self.layer_after(layer, cache(layer), adapted)?;
         }
         let head = self.head();
         self.head_forward(&head)?;

@@ -70,7 +70,8 @@ impl Source {
 }
 
 impl Variant {
-    fn plain(source: &'static Source) -> Variant {
+    /// That of a source that is compiled in one way.
+    pub(crate) fn plain(source: &'static Source) -> Variant {
         Variant {
             source,
             key: 0,

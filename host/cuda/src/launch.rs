@@ -29,6 +29,8 @@ pub(crate) struct KvCache {
     pub tokens: usize,
     pub keys: View,
     pub values: View,
+    /// [`SCRATCH`](Self::SCRATCH) bytes, zero before the first text.
+    pub scratch: Address,
 }
 
 /// Numbers of every token that an op's steps read in every layer, computed once for a batch: cosines and sines of a rope.
@@ -52,6 +54,9 @@ pub(crate) struct LoadedTable {
 }
 
 impl KvCache {
+    /// Bytes for the parts of an attention, which are joined.
+    pub(crate) const SCRATCH: usize = 4 << 20;
+
     /// The view whose row of a text's token is that token's: it begins as many rows before the new ones as there are old ones.
     pub(crate) fn of_text(&self, new: View) -> View {
         View { at: new.at.wrapping_sub(self.tokens as u64 * new.ld as u64 * 2), ld: new.ld }

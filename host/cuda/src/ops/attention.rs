@@ -3,6 +3,7 @@
 use dpo_plugin_api::graph::Node;
 
 use super::super::sum::copy_rows;
+use super::attention_decode::{self, Decode};
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source,
     Step, TensorMap, Variant, View, count, number,
@@ -122,6 +123,12 @@ impl Attention {
         Heads { dim: self.dim, softcap: self.softcap > 0.0 }
     }
 
+    /// Of one query.
+    fn decode(&self) -> Decode {
+        let Attention { heads, kv_heads, dim, scale, window, softcap } = *self;
+        Decode { heads, kv_heads, dim, scale, window, softcap }
+    }
+
     /// Tiles of the batch, their number, and the numbers that kernels take last.
     fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
         let (tiles, count) = on.batch.tiles_of(self.kernels().tile(on.gpu.kernels));
@@ -161,10 +168,13 @@ impl Attention {
 
 impl Execute for Attention {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        vec![self.kernels().variant(capability)]
+        vec![self.kernels().variant(capability), attention_decode::variant()]
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        if let (Some(cache), 1, true) = (&on.cache, on.rows, self.decode().is_supported()) {
+            return self.decode().launch(on, cache, [reads[0], reads[1], reads[2]], writes[0]);
+        }
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
         let (mut to, mut sums, mut begins) = (writes[0], writes[1].at, on.batch.begins);

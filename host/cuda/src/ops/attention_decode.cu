@@ -1,21 +1,29 @@
-// Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, up to eight of
-// the query heads that share it, and a part of the keys, 32 at a time; the last block of a head to end joins the parts, in their order.
-// Which block that is changes no bit.
+// Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, query heads that
+// share it, and a part of the keys, a tile of 32 at a time. The last block of such heads that ends joins the parts, always in their
+// order: which block that is changes no bit.
 
-#define KEYS 32      // of a tile, one a lane
+#define KEYS 32  // of a tile: one a lane
 #define THREADS 256
-#define HEADS 16     // most query heads of a block
-#define ITEMS 4      // most pieces of four columns that a thread has of the output
-#define TICKETS 1024  // of groups of blocks that share heads
+#define WARPS (THREADS / 32)
+#define HEADS 16      // query heads of a block, at most
+#define ITEMS 4       // pieces of four columns of the output that a thread has, at most
+#define TICKETS 1024  // where blocks of the same heads count who is the last
 
 struct Decode {
-    int share, own;           // query heads of a key head, and of a block
-    int dim, first, cached;   // the first key that is seen, and keys in the cache: the newest is behind them
-    int tiles;                // of a part
+    int share, own;  // query heads of a key head, and of a block
+    int dim;
+    int first, cached;  // the first key that is seen, and keys in the cache; the newest one is behind them
+    int tiles;          // of a part
     float scale, softcap;
 };
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+}
 
 // Rows [from, from + KEYS) of the cache into shared memory; rows behind it are zero.
 __device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, const Decode& s) {
@@ -37,12 +45,33 @@ __device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf
     if (blockIdx.z == 0) *(uint4*)(row(cache, s.cached) + c) = values;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys,
-                                                                       View values, bf16* out, float* scratch, Decode s) {
+// The outputs of all parts, each of them a softmax over its own keys, become one.
+__device__ __forceinline__ void join(bf16* out, const float* outputs, const float2* numbers, int parts, int heads, const Decode& s) {
+    for (int at = threadIdx.x * 4; at < heads * s.dim; at += THREADS * 4) {
+        const float2* of = numbers + at / s.dim;
+        float top = -1e30f, all = 0.f;
+        float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 8
+        for (int p = 0; p < parts; p++) {
+            float2 number = __ldcg(of + p * s.own);
+            float4 part = __ldcg((const float4*)(outputs + (long long)p * s.own * s.dim + at));
+            float higher = fmaxf(top, number.x), by = __expf(number.x - higher), shrink = __expf(top - higher);
+            top = higher;
+            all = all * shrink + by * number.y;
+            o.x = o.x * shrink + by * part.x, o.y = o.y * shrink + by * part.y;
+            o.z = o.z * shrink + by * part.z, o.w = o.w * shrink + by * part.w;
+        }
+        float by = 1.f / all;
+        *(uint2*)(out + at) = make_uint2(pack(o.x * by, o.y * by), pack(o.z * by, o.w * by));
+    }
+}
+
+// `q`, `k` and `v` are the newest token's.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys, View values, bf16* out, float* scratch, Decode s) {
     extern __shared__ uint4 memory[];
     __shared__ float weights[HEADS][KEYS], shrinks[HEADS];
     __shared__ bool last;
-    release_next();
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x;
     int head = blockIdx.y * s.share + blockIdx.z * s.own, heads = min(s.own, s.share - (int)blockIdx.z * s.own);
     bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + KEYS * (s.dim + 8);
@@ -51,15 +80,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const bf1
     k += blockIdx.y * s.dim, v += blockIdx.y * s.dim;
     keys.at += blockIdx.y * s.dim, values.at += blockIdx.y * s.dim;
     int from = s.first + blockIdx.x * s.tiles * KEYS, end = min(from + s.tiles * KEYS, s.cached + 1);
-    float max[HEADS / 8], sum[HEADS / 8], o[ITEMS][4] = {};
+    float max[HEADS / WARPS], sum[HEADS / WARPS], o[ITEMS][4] = {};
 #pragma unroll
-    for (int i = 0; i < HEADS / 8; i++) max[i] = -1e30f, sum[i] = 0.f;
+    for (int i = 0; i < HEADS / WARPS; i++) max[i] = -1e30f, sum[i] = 0.f;
     for (int key = from; key < end; key += KEYS) {
-        // What is cached is there already: only the newest token's rows are of the kernels before.
+        // What is cached was there before this pass: of the kernels before come the newest rows alone.
         load_keys(key_tile, keys, key, s);
         load_keys(value_tile, values, key, s);
         if (key == from) {
-            wait_for_previous();
+            after_previous();
             for (int i = threadIdx.x * 8; i < heads * s.dim; i += THREADS * 8) {
                 Eight own = load8(q + head * s.dim + i);
 #pragma unroll
@@ -76,8 +105,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const bf1
         __syncthreads();
         // A warp has a head, a lane a key.
 #pragma unroll
-        for (int i = 0; i < HEADS / 8; i++) {
-            int h = warp + i * 8;
+        for (int i = 0; i < HEADS / WARPS; i++) {
+            int h = warp + i * WARPS;
             if (h >= heads) break;
             float score = 0.f;
 #pragma unroll 4
@@ -125,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const bf1
     float* outputs = scratch + TICKETS + (long long)group * parts * s.own * (s.dim + 4);
     float2* numbers = (float2*)(outputs + (long long)parts * s.own * s.dim);
 #pragma unroll
-    for (int i = 0; i < HEADS / 8; i++)
-        if (warp + i * 8 < heads && lane == 0) numbers[blockIdx.x * s.own + warp + i * 8] = make_float2(max[i], sum[i]);
+    for (int i = 0; i < HEADS / WARPS; i++)
+        if (warp + i * WARPS < heads && lane == 0) numbers[blockIdx.x * s.own + warp + i * WARPS] = make_float2(max[i], sum[i]);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         int at = (threadIdx.x + i * THREADS) * 4;
@@ -140,21 +169,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(const bf1
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) tickets[group] = 0;
-    for (int at = threadIdx.x * 4; at < heads * s.dim; at += THREADS * 4) {
-        const float2* of = numbers + at / s.dim;
-        float top = -1e30f, all = 0.f;
-        float4 out4 = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 8
-        for (int p = 0; p < parts; p++) {
-            float2 number = __ldcg(of + p * s.own);
-            float4 part = __ldcg((const float4*)(outputs + (long long)p * s.own * s.dim + at));
-            float higher = fmaxf(top, number.x), by = __expf(number.x - higher), shrink = __expf(top - higher);
-            top = higher;
-            all = all * shrink + by * number.y;
-            out4.x = out4.x * shrink + by * part.x, out4.y = out4.y * shrink + by * part.y;
-            out4.z = out4.z * shrink + by * part.z, out4.w = out4.w * shrink + by * part.w;
-        }
-        float by = 1.f / all;
-        *(uint2*)(out + head * s.dim + at) = make_uint2(pack(out4.x * by, out4.y * by), pack(out4.z * by, out4.w * by));
-    }
+    join(out + head * s.dim, outputs, numbers, parts, heads, s);
 }

@@ -4,6 +4,7 @@
 mod activation;
 mod add;
 mod attention;
+mod attention_decode;
 mod cat;
 mod embedding;
 mod gather;
@@ -56,6 +57,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &super::sum::SOURCE,
     &activation::SOURCE,
     &attention::SOURCE,
+    &attention_decode::SOURCE,
     &embedding::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
