@@ -3,7 +3,6 @@
 //!
 //! candle-transformers has the like, at the price of building a hundred models.
 
-use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -149,34 +148,36 @@ impl Sampler {
             let first = logits.iter().position(|logit| *logit == most);
             return first.map(|id| id as u32).ok_or_else(|| Error::run("the model has no tokens"));
         }
-        // Likely first; of equals the first, as torch's argmax has it.
-        let likelier = |a: &u32, b: &u32| match logits[*b as usize].total_cmp(&logits[*a as usize]) {
-            Ordering::Equal => a.cmp(b),
-            order => order,
-        };
-        let mut ids = likely(&logits, top_k);
-        if top_k < ids.len() {
-            ids.select_nth_unstable_by(top_k, likelier);
-            ids.truncate(top_k);
+        let most = f64::from(highest(&logits));
+        let weight = |id: &u32| ((f64::from(logits[*id as usize]) - most) / temperature).exp();
+        let sum = |ids: &[u32]| ids.iter().map(weight).sum::<f64>();
+        let few = top_k < logits.len();
+        let mut ids = if few { likeliest(&logits, top_k) } else { (0..logits.len() as u32).collect() };
+        if top_p < 1.0 {
+            // As few as reach the probability, and the one that does: they are looked for among more and more tokens.
+            let (enough, mut count) = (top_p * sum(&ids), FEW);
+            loop {
+                if !few {
+                    ids = likeliest(&logits, count);
+                }
+                let mut reached = 0.0;
+                let last = ids.iter().position(|id| {
+                    reached += weight(id);
+                    reached >= enough
+                });
+                ids.truncate(last.map_or(ids.len(), |at| at + 1));
+                if few || last.is_some() || count >= logits.len() {
+                    break;
+                }
+                count *= FEW;
+            }
         }
-        ids.sort_unstable_by(likelier);
-        let most = ids.first().map_or(0.0, |id| logits[*id as usize]);
-        let weight = |id: &u32| (f64::from(logits[*id as usize] - most) / temperature).exp();
-        let weights: Vec<f64> = ids.iter().map(weight).collect();
-        let all: f64 = weights.iter().sum();
-        // As few as reach the probability, and the one that does.
-        let mut sum = 0.0;
-        let enough = |weight: &f64| {
-            sum += weight;
-            sum >= top_p * all
-        };
-        let kept = weights.iter().position(enough).map_or(weights.len(), |at| at + 1);
-        let mut left = self.rng.random::<f64>() * weights[..kept].iter().sum::<f64>();
-        let drawn = weights[..kept].iter().position(|weight| {
-            left -= weight;
+        let mut left = self.rng.random::<f64>() * sum(&ids);
+        let drawn = ids.iter().find(|id| {
+            left -= weight(id);
             left < 0.0
         });
-        ids.get(drawn.unwrap_or(kept.saturating_sub(1))).copied().ok_or_else(|| Error::run("the model has no tokens"))
+        drawn.or(ids.last()).copied().ok_or_else(|| Error::run("the model has no tokens"))
     }
 }
 
@@ -191,8 +192,8 @@ fn highest(logits: &[f32]) -> f32 {
     lanes.into_iter().fold(rest, f32::max)
 }
 
-/// The tokens whose logits are as high as the `count` highest, and some others.
-fn likely(logits: &[f32], count: usize) -> Vec<u32> {
+/// The `count` likeliest tokens, likely ones first; of equals the first, as torch's argmax has it.
+fn likeliest(logits: &[f32], count: usize) -> Vec<u32> {
     // So many pieces have a logit that is as high as the last of so many of their maxima.
     let mut maxima: Vec<f32> = logits.chunks(PIECE).map(highest).collect();
     let least = if count < maxima.len() {
@@ -200,11 +201,22 @@ fn likely(logits: &[f32], count: usize) -> Vec<u32> {
     } else {
         f32::NEG_INFINITY
     };
-    (0..).zip(logits).filter(|(_, logit)| **logit >= least).map(|(id, _)| id).collect()
+    let high = (0..).zip(logits).filter(|(_, logit)| **logit >= least);
+    let mut ids: Vec<u32> = high.map(|(id, _)| id).collect();
+    let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    if count < ids.len() {
+        ids.select_nth_unstable_by(count, likelier);
+        ids.truncate(count);
+    }
+    ids.sort_unstable_by(likelier);
+    ids
 }
 
 /// Logits of a piece.
 const PIECE: usize = 256;
+
+/// Tokens among which a probability is looked for at first, and how many times more then.
+const FEW: usize = 32;
 
 #[cfg(test)]
 mod tests {
@@ -254,6 +266,13 @@ mod tests {
                 assert_eq!(drawn(top_k), expected, "{top_k} of {count}");
             }
         }
+    }
+
+    #[test]
+    fn half_the_probability_is_half_of_equal_tokens() {
+        let half = Sampling { temperature: 1.0, top_p: 0.5, ..Sampling::default() };
+        let drawn = drawn(&counts(half, &[0.5; 5000], &[]));
+        assert!(drawn.iter().all(|id| *id < 2500) && drawn.iter().any(|id| *id > 2400), "{drawn:?}");
     }
 
     #[test]
