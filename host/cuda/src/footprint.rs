@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
-use super::inputs::Rows;
+use super::inputs::{Rows, TILE_BYTES};
 use super::liveness::Scheduled;
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
@@ -268,5 +268,5 @@ pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> u
     let bytes = || lowered.tables.iter().map(|t| t.bytes);
     // All tables, and room for two of the widest at least.
     let tables = bytes().sum::<usize>().max(bytes().max().unwrap_or(0) * 2);
-    tokens * (4 + 4 + 4 + 4 + 48 + tables) + answers * 4 * 6 + (1 << 20)
+    tokens * (4 + 4 + 4 + 4 + TILE_BYTES + tables) + answers * 4 * 6 + (1 << 20)
 }

@@ -1,7 +1,7 @@
 //! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for tables and results.
 
 use super::gpu::{Address, Gpu, Memory, Pinned};
-use dpo_core::batch::{Batch, Layout, Span};
+use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::answer_mask::AnswerMask;
 
@@ -26,8 +26,10 @@ pub(super) struct BatchAddresses {
     pub(super) next_taken: Address,
     /// Of every token, where its answer begins in its example.
     pub(super) begins: Address,
-    /// Tiles of so many tokens as [`TILES`] says, and how many there are.
+    /// Tiles of so many queries as [`TILES`] says, and how many there are.
     tiles: [(Address, usize); TILES.len()],
+    /// The same of keys, as [`KEY_TILES`] says.
+    key_tiles: [(Address, usize); KEY_TILES.len()],
     pub(super) results: Address,
     /// The loss's gradient by log-probs.
     pub(super) dlogps: Address,
@@ -47,8 +49,14 @@ pub(crate) enum Rows {
     Predictors,
 }
 
-/// Tokens of a tile, of the kinds that attention has.
-const TILES: [usize; 3] = [64, 32, 16];
+/// Queries of a tile, of the kinds that attention has.
+const TILES: [usize; 4] = [128, 64, 32, 16];
+
+/// Keys of a tile, where tiles of keys are not those of queries.
+const KEY_TILES: [usize; 2] = [128, 64];
+
+/// Bytes of tiles for each token at most: every kind may have one a token.
+pub(super) const TILE_BYTES: usize = (TILES.len() + KEY_TILES.len()) * 16;
 
 impl BatchAddresses {
     /// How many there are of such rows.
@@ -59,9 +67,14 @@ impl BatchAddresses {
         }
     }
 
-    /// Tiles of at most so many tokens, and how many there are.
-    pub(super) fn tiles_of(&self, tokens: usize) -> (Address, usize) {
-        self.tiles[TILES.iter().position(|t| *t == tokens).unwrap_or(0)]
+    /// Tiles of at most so many queries, and how many there are.
+    pub(super) fn tiles_of(&self, queries: usize) -> (Address, usize) {
+        self.tiles[TILES.iter().position(|t| *t == queries).unwrap_or(0)]
+    }
+
+    /// Tiles of at most so many keys, and how many there are.
+    pub(super) fn key_tiles_of(&self, keys: usize) -> (Address, usize) {
+        self.key_tiles[KEY_TILES.iter().position(|t| *t == keys).unwrap_or(0)]
     }
 }
 
@@ -87,9 +100,15 @@ impl Inputs {
         at.targets = self.put(&batch.targets);
         at.taken = self.put(&taken);
         at.next_taken = self.put(&next_taken);
-        at.begins = self.put(&begins(&batch.layout));
+        let layout = &batch.layout;
+        let masks: Vec<AnswerMask> = layout.spans.iter().map(|s| AnswerMask::of(s, layout.cached, 0)).collect();
+        at.begins = self.put(&masks.iter().flat_map(|m| m.begins[layout.cached..].to_vec()).collect::<Vec<u32>>());
         for (place, size) in at.tiles.iter_mut().zip(TILES) {
-            let words = tiles(&batch.layout, size);
+            let words = tiles(layout, &masks, size);
+            *place = (self.put(&words), words.len() / 4);
+        }
+        for (place, size) in at.key_tiles.iter_mut().zip(KEY_TILES) {
+            let words = key_tiles(layout, &masks, size);
             *place = (self.put(&words), words.len() / 4);
         }
         let sent = self.used;
@@ -119,22 +138,63 @@ impl Inputs {
     }
 }
 
-/// Tiles of a batch's examples, four words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a
+/// Tiles of queries of a batch's examples, four words each as `struct Tile` of `attention.cu`; those that see most keys first. Where a
 /// text is continued, they are counted from its first token.
-fn tiles(layout: &Layout, size: usize) -> Vec<u32> {
-    let mut all: Vec<[u32; 4]> = Vec::new();
-    let cached = layout.cached;
-    for span in &layout.spans {
-        let [start, prompt, length] = [span.start, cached + span.prompt, cached + span.len()].map(|n| n as u32);
-        let firsts = (cached..cached + span.len()).step_by(size);
-        all.extend(firsts.map(|first| [start, first as u32, prompt, length]));
+fn tiles(layout: &Layout, masks: &[AnswerMask], size: usize) -> Vec<u32> {
+    let (cached, mut all) = (layout.cached, Vec::<(usize, [u32; 4])>::new());
+    for (span, mask) in layout.spans.iter().zip(masks) {
+        let (prompt, length) = (cached + span.prompt, cached + span.len());
+        for first in (cached..length).step_by(size) {
+            let hidden = if first < prompt { 0 } else { mask.begins[first] as usize - prompt };
+            all.push((first - hidden, [span.start, first, prompt, length].map(|n| n as u32)));
+        }
     }
-    all.sort_by_key(|t| std::cmp::Reverse(t[1]));
+    all.sort_by_key(|(seen, _)| std::cmp::Reverse(*seen));
+    all.into_iter().flat_map(|(_, tile)| tile).collect()
+}
+
+/// The same of keys; those that most queries see first. Their length ends with the last query that sees one of them.
+fn key_tiles(layout: &Layout, masks: &[AnswerMask], size: usize) -> Vec<u32> {
+    let (cached, mut all) = (layout.cached, Vec::<[u32; 4]>::new());
+    for (span, mask) in layout.spans.iter().zip(masks) {
+        let (prompt, length) = (cached + span.prompt, cached + span.len());
+        for first in (cached..length).step_by(size) {
+            let answer = mask.begins[(first + size).min(length) - 1];
+            let end = if first < prompt { length } else { mask.begins.partition_point(|begin| *begin <= answer) };
+            all.push([span.start, first, prompt, end].map(|n| n as u32));
+        }
+    }
+    all.sort_by_key(|tile| std::cmp::Reverse(tile[3] - tile[1]));
     all.concat()
 }
 
-/// Of every token of a batch, where its answer begins in its example.
-fn begins(layout: &Layout) -> Vec<u32> {
-    let of_span = |span: &Span| AnswerMask::of(span, layout.cached, 0).begins.split_off(layout.cached);
-    layout.spans.iter().flat_map(of_span).collect()
+#[cfg(test)]
+mod tests {
+    use super::{AnswerMask, Layout, key_tiles, tiles};
+    use dpo_core::batch::Span;
+
+    /// Every token is in one tile of every kind, and a tile of keys ends where the last query does that sees one of them.
+    #[test]
+    fn tiles_cover_every_token() {
+        let spans = vec![
+            Span { start: 0, prompt: 200, answers: vec![150, 40] },
+            Span { start: 390, prompt: 1, answers: vec![5, 300] },
+        ];
+        let layout = Layout { spans, ..Layout::default() };
+        let masks: Vec<AnswerMask> = layout.spans.iter().map(|s| AnswerMask::of(s, 0, 0)).collect();
+        for size in [128, 16] {
+            let words = tiles(&layout, &masks, size);
+            let mut firsts: Vec<u32> = words.chunks(4).map(|t| t[0] + t[1]).collect();
+            firsts.sort_unstable();
+            let expected =
+                [(0, 390), (390, 306)].map(|(start, length)| (0..length).step_by(size).map(move |f| start + f as u32));
+            assert_eq!(firsts, expected.into_iter().flatten().collect::<Vec<u32>>());
+        }
+        for tile in key_tiles(&layout, &masks, 64).chunks(4) {
+            let of = layout.spans.iter().position(|s| s.start == tile[0] as usize).unwrap();
+            let (first, length) = (tile[1] as usize, layout.spans[of].len());
+            let sees = |query: &usize| (first..(first + 64).min(length)).any(|key| masks[of].sees(*query, key));
+            assert_eq!(tile[3] as usize, (0..length).filter(sees).max().unwrap() + 1, "{tile:?}");
+        }
+    }
 }

@@ -40,6 +40,7 @@ pub use decoder::CudaDecoder;
 pub use engine::CudaDevice;
 pub use gpu::{Gpu, count};
 pub use loading::{Given, Source};
+pub use matmul::Gates;
 pub use nccl::Nccl;
 pub use plan::{GpuPlan, Room};
 
@@ -89,5 +90,5 @@ pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room
     let own = context.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
-    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context, gates: matmul::computes_gates(gpu.kernels) })
+    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context, gates: matmul::gates(gpu.kernels) })
 }

@@ -7,6 +7,7 @@ use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::liveness::Scheduled;
 use super::lowering::Frame;
+use super::matmul::Gates;
 use super::ops;
 use super::ops::lm_head::LmHead;
 use super::program::Program;
@@ -37,8 +38,8 @@ pub(super) struct Lowered {
 }
 
 impl Lowered {
-    /// With layers kept as such numbers, and with matmuls that compute gated activations, or without.
-    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers, gates: bool) -> Result<Lowered> {
+    /// With layers kept as such numbers, and with matmuls that compute these gated activations.
+    pub(super) fn new(graph: &ModelGraph, adapter: &Adapter, numbers: Numbers, gates: Gates) -> Result<Lowered> {
         let hidden = graph.hidden_size;
         refuse(adapter)?;
         predictors::check(graph)?;

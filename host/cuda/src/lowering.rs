@@ -11,6 +11,7 @@ use dpo_plugin_api::graph::{Block, Node};
 use super::arena::padded;
 use super::inputs::Rows;
 use super::launch::BatchTable;
+use super::matmul::Gates;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
 use super::weights::{Stack, Vector};
@@ -97,8 +98,8 @@ pub(super) struct Frame<'a> {
     pub backward: bool,
     /// The rows that it begins with.
     pub rows: Rows,
-    /// Whether a matmul computes the gated activation of what it makes.
-    pub gates: bool,
+    /// The gated activations that matmuls compute.
+    pub gates: Gates,
 }
 
 /// Values whose columns lie side by side in one buffer, and whose gradients do too.
@@ -134,6 +135,8 @@ pub(crate) struct Lowering<'a> {
     gradient_behind: Vec<usize>,
     /// Of every node, the node whose steps compute its value too.
     computed_by: Vec<Option<usize>>,
+    /// Of every node, whether another one's backward steps are also its own.
+    differentiated: Vec<bool>,
     /// Of every node, what its forward steps left for its backward steps.
     left: Vec<Vec<Slice>>,
     bundles: Vec<Bundle>,
@@ -169,6 +172,7 @@ impl Program {
             behind: vec![0; nodes.len() + 1],
             gradient_behind: vec![0; nodes.len() + 1],
             computed_by: vec![None; nodes.len()],
+            differentiated: vec![false; nodes.len()],
             left: vec![Vec::new(); nodes.len()],
             bundles: Vec::new(),
             gradients: vec![None; nodes.len() + 1],
@@ -262,7 +266,7 @@ impl Lowering<'_> {
         let lies = || self.homes[value].is_some_and(|home| home.overlaps(place));
         let reads = |c: usize| self.read_by(value, c).is_some_and(|read| read.overlaps(place));
         let backward_from = |last: usize| {
-            let again = |c: usize| c < last && self.ops[c].backward_reads.inputs && reads(c);
+            let again = |c: usize| c < last && self.ops[c].backward_reads.inputs && !self.differentiated[c] && reads(c);
             let makes = |m: usize| m < last && self.ops[m].backward_reads.value && lies();
             self.frame.backward && (self.consumers(value).any(again) || value.checked_sub(1).is_some_and(makes))
         };
@@ -304,8 +308,8 @@ impl Lowering<'_> {
         self.frame.numbers
     }
 
-    /// Whether a matmul computes the gated activation of what it makes.
-    pub(crate) fn gates(&self) -> bool {
+    /// The gated activations that matmuls compute.
+    pub(crate) fn gates(&self) -> Gates {
         self.frame.gates
     }
 
@@ -350,6 +354,17 @@ impl Lowering<'_> {
         let [a, b] = values.map(|value| self.only_consumer(value));
         let next = a.filter(|next| b == Some(*next) && self.ops[*next].epilogue == Some(epilogue))?;
         (self.nodes[next].inputs == values).then_some(next)
+    }
+
+    /// Whether a matmul computes a node's gated activation, and nobody but the node at hand reads that.
+    pub(crate) fn is_gate_of(&self, node: usize, reader: usize) -> bool {
+        let gated = self.ops[node].epilogue == Some(Epilogue::Gated) && self.computed_by[node].is_some();
+        gated && self.only_consumer(node + 1) == Some(reader)
+    }
+
+    /// Has the node at hand make the gradients that another one would.
+    pub(crate) fn differentiate(&mut self, other: usize) {
+        self.differentiated[other] = true;
     }
 
     /// Has a node's steps compute another one's value.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::footprint::{Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
-use super::matmul::{CLASS, WORKSPACE};
+use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
 use super::weights::NUMBERS;
 use dpo_core::error::{Error, Result};
@@ -39,14 +39,14 @@ pub struct Room {
     pub available: usize,
     /// What of it context, kernels and libraries take.
     pub context: usize,
-    /// Whether the card's matmuls compute gated activations, which takes less memory.
-    pub gates: bool,
+    /// The gated activations that the card's matmuls compute, which takes less memory.
+    pub gates: Gates,
 }
 
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: false }
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default() }
     }
 }
 
@@ -60,8 +60,8 @@ pub struct GpuPlan {
     pub available: usize,
     /// Context, kernels, libraries.
     pub context: usize,
-    /// Whether matmuls compute gated activations.
-    pub gates: bool,
+    /// The gated activations that matmuls compute.
+    pub gates: Gates,
     /// Ranks that share the layers' frozen weights; 1 where each has all.
     pub ranks: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.

@@ -8,6 +8,7 @@ use dpo_plugin_api::graph::{Block, ModelGraph};
 use super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
 use super::inputs::Rows;
 use super::lowered::Lowered;
+use super::matmul::Gates;
 use super::ops::lm_head::LmHead;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
 use super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
@@ -140,7 +141,7 @@ impl Emulator {
         graph: &ModelGraph,
         adapter: &Adapter,
         batch: Batch,
-        gates: bool,
+        gates: Gates,
         allowed: &[SavedActivations],
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
@@ -331,6 +332,9 @@ impl StackValues {
     }
 }
 
+/// Gated activations are computed by matmuls, forward and backward.
+const ALL_GATES: Gates = Gates { forward: true, backward: true };
+
 /// The place of what has none: no memory is as large.
 const NOWHERE: usize = usize::MAX / 4;
 
@@ -400,7 +404,7 @@ fn kinds_of_adapter_without_kernels_are_refused() {
         (AdapterConfig { dropout: 0.1, ..plain() }, "--lora-dropout"),
     ] {
         let adapter = Adapter::planned(&graph, config).unwrap();
-        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS, false) else { panic!("{flag} is taken") };
+        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS, Gates::default()) else { panic!("{flag} is taken") };
         assert!(error.to_string().contains(flag) && error.to_string().contains("--device cpu"), "{error}");
     }
 }
@@ -417,7 +421,9 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
     let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
     // Less than everything, so that layers save different parts.
     let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
-    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| [(l.clone(), false), (l, true)]) {
+    let forward = Gates { forward: true, backward: false };
+    let gates = [Gates::default(), forward, ALL_GATES];
+    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g))) {
         let bytes = |f: &Footprint| {
             let (whole, least) =
                 (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
@@ -426,7 +432,7 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
         let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, bytes);
         let found = own.forward();
         let gradient = own.backward(&dlogps);
-        let what = format!("{name}, gates {gates}, {allowed:?}, {:?}", own.arrangement.saved);
+        let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
         assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
     }
@@ -437,7 +443,7 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
 fn parts_are_not_copied() {
     let cases = op_cases().unwrap();
     let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
-    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS, false).unwrap();
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS, Gates::default()).unwrap();
     let program = &lowered.programs[0];
     let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
     let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
@@ -453,10 +459,11 @@ fn parts_are_not_copied() {
 fn gated_activations_are_computed_by_the_matmul() {
     let (family, config) = FAMILIES[0];
     let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
-    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, true).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, ALL_GATES).unwrap();
     let program = &lowered.programs[0];
     let gated = program.forward.iter().find(|s| s.cheaper.is_some()).unwrap();
     assert!(program.forward.iter().all(|s| s.label != "glu"));
+    assert!(program.backward.iter().all(|s| s.label != "glu vjp"));
     let both = gated.writes[0].buffer;
     for level in SavedActivations::ALL {
         let scheduled = &lowered.schedules[0][level as usize];
@@ -479,7 +486,7 @@ fn gated_activations_are_computed_by_the_matmul() {
 fn the_last_layer_runs_where_it_predicts() {
     let (family, config) = FAMILIES[0];
     let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
-    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, false).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, Gates::default()).unwrap();
     let last = graph.layers.last().unwrap().block;
     for (kind, program) in lowered.programs.iter().enumerate() {
         let all = program.forward.iter().chain(&program.backward);
@@ -532,7 +539,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     assert!(error.contains("weights 13.2 GiB"), "{error}");
     let shared = plan(4).unwrap();
     assert!(shared.total() <= 12 << 30);
-    let rest = Lowered::new(&graph, &adapter, NUMBERS, false).unwrap().rest();
+    let rest = Lowered::new(&graph, &adapter, NUMBERS, Gates::default()).unwrap().rest();
     let layers = shared.whole - rest;
     let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
     assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
@@ -579,7 +586,7 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
             numbers: NUMBERS,
             backward: true,
             rows: Rows::Tokens,
-            gates: false,
+            gates: Gates::default(),
         };
         Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
     };
@@ -602,7 +609,7 @@ fn published_models_are_lowered() {
         // A layer of every kind will do.
         let mut kinds = std::collections::BTreeSet::new();
         graph.layers.retain(|l| kinds.insert(l.block));
-        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS, false);
+        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS, Gates::default());
         Some(format!("{family}: {}", lowered.err()?))
     };
     assert!(files.len() > 30, "{files:?}");

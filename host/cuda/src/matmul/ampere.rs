@@ -80,7 +80,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
 
 /// What is added, and whether gate and up are left, is said by addresses that are null or not.
 fn key(gemm: Gemm) -> usize {
-    Gemm { adds: false, biased: false, keeps: false, ..gemm }.key()
+    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, ..Gemm::PLAIN }.key()
 }
 
 /// Bytes of shared memory: both tiles of every stage.

@@ -7,6 +7,7 @@ use super::super::launch::Launch;
 use super::{Matmul, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
+use serde::Serialize;
 
 /// What a kernel is compiled for: how the weights lie, and what happens to a product before it is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,17 @@ pub(crate) struct Gemm {
     pub gate: Option<usize>,
     /// Whether a gated activation leaves gate and up.
     pub keeps: bool,
+    /// Whether the product is the gradient of a gated activation, and becomes those of gate and up.
+    pub differentiates: bool,
+}
+
+/// Gated activations that a card's matmuls compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Gates {
+    /// Of what a matmul makes.
+    pub forward: bool,
+    /// The VJP of one, whose gradient a matmul makes.
+    pub backward: bool,
 }
 
 /// A gated activation of a product: the weights are those of gate and of up, `width` rows each.
@@ -33,9 +45,13 @@ pub(crate) struct Gated {
 }
 
 impl Gemm {
+    /// The product of a linear's input and its weights.
+    pub(crate) const PLAIN: Gemm =
+        Gemm { weight_rows: true, adds: false, biased: false, gate: None, keeps: false, differentiates: false };
+
     /// What computes a matmul.
     pub(super) fn of(matmul: &Matmul) -> Gemm {
-        Gemm { weight_rows: matmul.b_transposed, adds: matmul.add, biased: matmul.bias, gate: None, keeps: false }
+        Gemm { weight_rows: matmul.b_transposed, adds: matmul.add, biased: matmul.bias, ..Gemm::PLAIN }
     }
 
     /// Every way it is compiled for a card.
@@ -45,12 +61,14 @@ impl Gemm {
 
     /// What tells its kernels from others.
     pub(super) fn key(self) -> usize {
-        self.epilogue() * 32 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
+        self.epilogue() * 64 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
     }
 
-    /// The sum of 1, where a value is added, 2 with a bias, 4 with a gated activation, 8 where that leaves gate and up.
+    /// The sum of 1, where a value is added, 2 with a bias, 4 with a gated activation, 8 where that leaves gate and up, 16 with the VJP
+    /// of one.
     pub(super) fn epilogue(self) -> usize {
-        [self.adds, self.biased, self.gate.is_some(), self.keeps]
+        let gated = self.gate.is_some() && !self.differentiates;
+        [self.adds, self.biased, gated, self.keeps, self.differentiates]
             .iter()
             .rev()
             .fold(0, |all, on| all * 2 + usize::from(*on))
@@ -78,12 +96,38 @@ impl Gated {
     }
 
     fn gemm(self, keeps: bool) -> Gemm {
-        Gemm { weight_rows: true, adds: false, biased: false, gate: Some(self.activation), keeps }
+        Gemm { gate: Some(self.activation), keeps, ..Gemm::PLAIN }
     }
 
     /// Its kernels on a card, with gate and up stored and without.
     pub(crate) fn variants(self, capability: u32) -> Vec<Variant> {
         [false, true].iter().flat_map(|keeps| self.gemm(*keeps).variants(capability)).collect()
+    }
+
+    /// Whether a kernel computes its VJP.
+    pub(crate) fn is_vjp_supported(width: usize) -> bool {
+        width.is_multiple_of(64)
+    }
+
+    /// The kernels of its VJP.
+    pub(crate) fn vjp_variants(self, capability: u32) -> Vec<Variant> {
+        if gates(capability).backward { self.vjp().variants(capability) } else { Vec::new() }
+    }
+
+    fn vjp(self) -> Gemm {
+        Gemm { weight_rows: false, gate: Some(self.activation), differentiates: true, ..Gemm::PLAIN }
+    }
+
+    /// Starts the VJP of `h = act(gate) · up`, whose gradient is the product of `dy`, of `k` columns, and weights `[k, width]`: `both` has gate
+    /// and up, side by side, and `gradients` receives theirs; the two may be one.
+    pub(crate) fn launch_vjp(
+        self,
+        on: &Launch<'_>,
+        k: usize,
+        [dy, weights]: [View; 2],
+        [both, gradients]: [View; 2],
+    ) -> Result<()> {
+        hopper::launch_vjp(self.vjp(), on, [on.rows, self.width, k], [dy, weights], [both, gradients], self.limit)
     }
 
     /// Starts `h = act(x · Gᵀ) · (x · Uᵀ)` for the rows of `k` columns; with `both`, leaves gate and up there too, side by side.
@@ -107,10 +151,10 @@ impl Gated {
     }
 }
 
-/// Whether a card's matmuls compute gated activations. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of
+/// The gated activations that a card's matmuls compute. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of
 /// ours uses, the library's matmul and a kernel behind it are faster.
-pub(crate) fn computes_gates(capability: u32) -> bool {
-    !matches!(capability, 100..120)
+pub(crate) fn gates(capability: u32) -> Gates {
+    Gates { forward: !matches!(capability, 100..120), backward: hopper::is_for(capability) }
 }
 
 /// Tells kernels of one build from those of another, as far as they round otherwise.
@@ -120,7 +164,7 @@ pub(super) fn version() -> String {
 
 /// Those that most models need.
 pub(super) fn usual(capability: u32, source: &'static str) -> Vec<Variant> {
-    let plain = Gemm { weight_rows: true, adds: false, biased: false, gate: None, keeps: false };
+    let plain = Gemm::PLAIN;
     let gated = Gated { activation: 0, limit: 0.0, width: 0 };
     let all = [
         plain,
@@ -130,7 +174,8 @@ pub(super) fn usual(capability: u32, source: &'static str) -> Vec<Variant> {
         Gemm { weight_rows: false, ..plain },
         Gemm { weight_rows: false, adds: true, ..plain },
     ];
-    let all = all.iter().flat_map(|gemm| gemm.variants(capability)).chain(gated.variants(capability));
+    let gates = gated.variants(capability).into_iter().chain(gated.vjp_variants(capability));
+    let all = all.iter().flat_map(|gemm| gemm.variants(capability)).chain(gates);
     let mut usual: Vec<Variant> = Vec::new();
     for variant in all.filter(|v| v.source.file == source) {
         if usual.iter().all(|v| v.key != variant.key) {

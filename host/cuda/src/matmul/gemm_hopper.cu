@@ -5,7 +5,8 @@
 // tokens: each copies half of them for both.
 //
 // EPILOGUE is a sum of: 1, C is added; 2, a bias; 4, a gated activation, where W is [gate; up], and D is act(gate) * up; 8, with
-// that, C receives gate and up.
+// that, C receives gate and up; 16, the VJP of a gated activation, where the product is the gradient of act(gate) * up: C has gate and
+// up, D receives their gradients.
 
 #define DEPTH 64
 #define GROUPS 2
@@ -13,15 +14,16 @@
 #define W_BYTES (FEATURES * DEPTH * 2)
 #define X_BYTES (TOKENS * DEPTH * 2)
 #define STAGE_BYTES (W_BYTES + X_BYTES)
-#define BUFFERS 2
 #define CHUNKS (TOKENS / CHUNK)
 #define ADDS (EPILOGUE & 1)
 #define BIASED (EPILOGUE & 2)
 #define GLU (EPILOGUE & 4)
 #define KEEPS (EPILOGUE & 8)
+#define GLU_VJP (EPILOGUE & 16)
+#define FETCHES (ADDS || GLU_VJP)  // C is read
 #define WIDTH (GLU ? 32 : 64)  // features of a warp group in D
 #define PLANE_BYTES (CHUNK * WIDTH * 2)
-#define CHUNK_BYTES (PLANE_BYTES * (KEEPS ? 3 : 1))  // D, gate, up
+#define CHUNK_BYTES (PLANE_BYTES * (KEEPS ? 3 : GLU_VJP ? 2 : 1))  // D, gate, up; or gate and up
 #define N8 (TOKENS / 8)
 
 struct TensorMap {
@@ -123,8 +125,25 @@ __device__ __forceinline__ void done() { asm volatile("wgmma.wait_group.sync.ali
 __device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
 __device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000u); }
 
+// Both with the fast exponential and division: a block computes activations while nobody multiplies.
 __device__ __forceinline__ float act(float x, float limit) {
     return ACTIVATION == 0 ? __fdividef(x, 1.f + __expf(-x)) : activate(x, ACTIVATION, limit).value;
+}
+
+__device__ __forceinline__ Activation act_vjp(float x, float limit) {
+    if (ACTIVATION != 0) return activate(x, ACTIVATION, limit);
+    float s = __fdividef(1.f, 1.f + __expf(-x));
+    return {x * s, s * (1.f + x * (1.f - s))};
+}
+
+// Four 8 by 8 parts of a chunk, whose rows are tokens; a lane has rows that are features, as sums have them.
+__device__ __forceinline__ void load_transposed(u32* v, u32 at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+}
+__device__ __forceinline__ void store_transposed(u32 at, const u32* v) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
 // The tiles of a cluster, one after the other: one of rows by two of columns. They come in bands of `high` tiles of rows, so that
@@ -162,6 +181,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     cluster_sync();
+    after_previous();
 
     int row, column;
     if (group == 0) {
@@ -193,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
         int own = group - 1, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         bool leads = threadIdx.x % 128 == 0;
         u32 buffers = chunks + own * BUFFERS * CHUNK_BYTES;
-#if ADDS
+#if FETCHES
         u32 fetched_own = fetched + own * BUFFERS * 8, fetch_phases = 0;  // a bit a buffer
 #endif
         int stage = 0, phase = 0, turn = 0;
@@ -208,12 +228,15 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 }
                 continue;
             }
-#if ADDS
+#if FETCHES
             auto fetch = [&](int i) {
-                u32 barrier = fetched_own + 8 * (i % BUFFERS);
+                u32 barrier = fetched_own + 8 * (i % BUFFERS), buffer = buffers + i % BUFFERS * CHUNK_BYTES;
                 copies_read<0>();
-                barrier_expect(barrier, PLANE_BYTES);
-                copy_in(buffers + i % BUFFERS * CHUNK_BYTES, &c, feature, token + i * CHUNK, barrier);
+                barrier_expect(barrier, CHUNK_BYTES);
+                copy_in(buffer, &c, feature, token + i * CHUNK, barrier);
+#if GLU_VJP
+                copy_in(buffer + PLANE_BYTES, &c, features + feature, token + i * CHUNK, barrier);
+#endif
             };
             turn = 0;
             if (leads)
@@ -251,8 +274,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             auto store = [&](u32 plane, const u32 (&v)[CHUNK / 8]) {
 #pragma unroll
                 for (int j = 0; j + 4 <= CHUNK / 8; j += 4)
-                    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                                 ::"r"(place(plane, j / 4)), "r"(v[j]), "r"(v[j + 1]), "r"(v[j + 2]), "r"(v[j + 3]) : "memory");
+                    store_transposed(place(plane, j / 4), v + j);
 #if CHUNK % 32
                 asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
                              ::"r"(place(plane, CHUNK / 32)), "r"(v[CHUNK / 8 - 2]), "r"(v[CHUNK / 8 - 1]) : "memory");
@@ -302,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #pragma unroll
             for (int i = 0; i < CHUNKS; i++) {
                 u32 buffer = buffers + turn * CHUNK_BYTES;
-#if ADDS
+#if FETCHES
                 barrier_wait(fetched_own + 8 * turn, fetch_phases >> turn & 1);
                 fetch_phases ^= 1 << turn;
 #else
@@ -312,9 +334,22 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #pragma unroll
                 for (int j = 0; j < CHUNK / 16; j++) {
                     u32 v[4], at = place(buffer, j);
+#if GLU_VJP
+                    u32 gate[4], up[4];
+                    load_transposed(gate, at);
+                    load_transposed(up, at + PLANE_BYTES);
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        const float* from = &sums[i * (CHUNK / 8) + j * 2 + q / 2][q % 2 * 2];
+                        Activation a = act_vjp(low(gate[q]), limit), b = act_vjp(high(gate[q]), limit);
+                        v[q] = pack(from[0] * low(up[q]) * a.derivative, from[1] * high(up[q]) * b.derivative);
+                        up[q] = pack(from[0] * a.value, from[1] * b.value);
+                    }
+                    store_transposed(at, v);
+                    store_transposed(at + PLANE_BYTES, up);
+#else
 #if ADDS
-                    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(at) : "memory");
+                    load_transposed(v, at);
 #endif
 #pragma unroll
                     for (int q = 0; q < 4; q++) {
@@ -328,15 +363,18 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
                         v[q] = pack(a, b);
                     }
-                    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                                 ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+                    store_transposed(at, v);
+#endif
                 }
                 publish();
                 group_sync(own);
                 if (leads) {
                     copy_out(buffer, &d, feature, token + i * CHUNK);
-#if ADDS
-                    // The chunk after the next comes where this one was, once that has been copied out.
+#if GLU_VJP
+                    copy_out(buffer + PLANE_BYTES, &d, features + feature, token + i * CHUNK);
+#endif
+#if FETCHES
+                    // A later chunk comes where this one was, once that has been copied out.
                     if (i + BUFFERS < CHUNKS) fetch(i + BUFFERS);
 #endif
                 }

@@ -10,23 +10,24 @@ pub(crate) static SOURCE: Source = Source {
     file: "gemm_hopper",
     text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
     kernels: &["gemm_hopper"],
-    waits: false,
+    waits: true,
     variants: Some(|capability| gemm::usual(capability, SOURCE.file)),
 };
 
-/// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too.
+/// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too, or their gradients.
 struct Tile {
     tokens: usize,
     chunk: usize,
     kept_chunk: usize,
+    vjp_chunk: usize,
 }
 
 /// All tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
 const TILES: &[Tile] = &[
-    Tile { tokens: 256, chunk: 64, kept_chunk: 32 },
-    Tile { tokens: 240, chunk: 48, kept_chunk: 48 },
-    Tile { tokens: 224, chunk: 32, kept_chunk: 32 },
-    Tile { tokens: 192, chunk: 64, kept_chunk: 64 },
+    Tile { tokens: 256, chunk: 64, kept_chunk: 32, vjp_chunk: 32 },
+    Tile { tokens: 240, chunk: 48, kept_chunk: 48, vjp_chunk: 16 },
+    Tile { tokens: 224, chunk: 32, kept_chunk: 32, vjp_chunk: 32 },
+    Tile { tokens: 192, chunk: 64, kept_chunk: 64, vjp_chunk: 32 },
 ];
 
 /// Columns of A that are multiplied at once, features of a block, and stages of both in shared memory.
@@ -54,6 +55,7 @@ fn variant(gemm: Gemm, tile: &Tile) -> Variant {
     let numbers = [
         ("TOKENS", tile.tokens),
         ("CHUNK", chunk(gemm, tile)),
+        ("BUFFERS", buffers(gemm, tile)),
         ("STAGES", STAGES),
         ("W_ROWS", gemm.weight_rows.into()),
         ("EPILOGUE", gemm.epilogue()),
@@ -75,18 +77,32 @@ fn key(gemm: Gemm, tile: &Tile) -> usize {
 }
 
 fn chunk(gemm: Gemm, tile: &Tile) -> usize {
-    if gemm.keeps { tile.kept_chunk } else { tile.chunk }
+    match gemm {
+        Gemm { differentiates: true, .. } => tile.vjp_chunk,
+        Gemm { keeps: true, .. } => tile.kept_chunk,
+        _ => tile.chunk,
+    }
+}
+
+/// Places for chunks: of small ones more have to be on their way.
+fn buffers(gemm: Gemm, tile: &Tile) -> usize {
+    if chunk(gemm, tile) == 16 { 4 } else { 2 }
 }
 
 /// Features of D that a warp group has.
 fn features(gemm: Gemm) -> usize {
-    if gemm.gate.is_some() { 32 } else { 64 }
+    if gemm.gate.is_some() && !gemm.differentiates { 32 } else { 64 }
 }
 
-/// Bytes of shared memory: stages, two buffers of results for each of two warp groups, and up to an aligned address.
+/// Bytes of shared memory: stages, buffers of results for each of two warp groups, and up to an aligned address.
 fn shared(gemm: Gemm, tile: &Tile) -> usize {
-    let planes = if gemm.keeps { 3 } else { 1 };
-    STAGES * (FEATURES + tile.tokens) * DEPTH * 2 + 4 * chunk(gemm, tile) * features(gemm) * 2 * planes + 1024
+    let planes = match gemm {
+        Gemm { keeps: true, .. } => 3,
+        Gemm { differentiates: true, .. } => 2,
+        _ => 1,
+    };
+    let results = 2 * buffers(gemm, tile) * chunk(gemm, tile) * features(gemm) * 2 * planes;
+    STAGES * (FEATURES + tile.tokens) * DEPTH * 2 + results + 1024
 }
 
 /// The tile that takes the least time: rounds of all multiprocessors, two of which share tokens.
@@ -125,6 +141,19 @@ pub(super) fn launch_gated(
     start(gemm, on, [m, width, k], (x, weights), stored, 0, limit)
 }
 
+/// Starts the VJP of a gated activation of `width` columns, whose gradient is a product of sizes `[m, width, k]`.
+pub(super) fn launch_vjp(
+    gemm: Gemm,
+    on: &Launch<'_>,
+    [m, width, k]: [usize; 3],
+    [dy, weights]: [View; 2],
+    [both, gradients]: [View; 2],
+    limit: f32,
+) -> Result<()> {
+    let weights = TensorMap::new(weights, [k, width], [DEPTH, 64])?;
+    start(gemm, on, [m, width, k], (dy, weights), [(both, 2 * width), (gradients, 2 * width)], 0, limit)
+}
+
 fn start(
     gemm: Gemm,
     on: &Launch<'_>,
@@ -148,12 +177,13 @@ fn start(
 mod tests {
     use super::{Gemm, TILES, shared, tile};
 
-    const PLAIN: Gemm = Gemm { weight_rows: true, adds: false, biased: false, gate: None, keeps: false };
+    const PLAIN: Gemm = Gemm::PLAIN;
 
     #[test]
     fn kernels_fit_into_shared_memory() {
         for tile in TILES {
-            for gemm in [PLAIN, Gemm { gate: Some(0), ..PLAIN }, Gemm { gate: Some(0), keeps: true, ..PLAIN }] {
+            let gated = Gemm { gate: Some(0), ..PLAIN };
+            for gemm in [PLAIN, gated, Gemm { keeps: true, ..gated }, Gemm { differentiates: true, ..gated }] {
                 let bytes = shared(gemm, tile);
                 assert!(bytes + 256 <= 227 << 10, "{bytes} for {} tokens, {gemm:?}", tile.tokens);
             }
@@ -163,7 +193,7 @@ mod tests {
     /// 8,448 tokens are 33 tiles of 256, and 66 pairs of multiprocessors take whole rounds of them; 6,676 fit tiles of 240, 2,560 tiles of 192.
     #[test]
     fn tiles_fill_whole_rounds() {
-        for (tokens, expected) in [(8448, 256), (6676, 240), (4096, 256), (2560, 192)] {
+        for (tokens, expected) in [(8448, 256), (6676, 240), (4096, 240), (2560, 192)] {
             assert_eq!(tile(PLAIN, [tokens, 3584], 132).tokens, expected, "{tokens}");
         }
     }

@@ -15,7 +15,8 @@ use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
-pub(super) use gemm::computes_gates;
+pub use gemm::Gates;
+pub(super) use gemm::gates;
 pub(crate) use gemm::{Gated, Gemm};
 pub(super) use library::WORKSPACE;
 

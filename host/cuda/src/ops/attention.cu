@@ -27,6 +27,7 @@ struct Tile {
 
 struct Shape {
     int heads, share, tokens, window;  // `share` query heads read one key head; window 0 is none
+    int cached;                        // tokens of the text before the rows of queries
     float scale, softcap;
 };
 

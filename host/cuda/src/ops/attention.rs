@@ -5,8 +5,8 @@ use dpo_plugin_api::graph::Node;
 use super::super::sum::copy_rows;
 use super::attention_decode::{self, Decode};
 use super::{
-    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Launch, Lowering, Recompute, Slice, Source, Step,
-    Variant, View, count, number,
+    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source,
+    Step, TensorMap, Variant, View, count, number,
 };
 use dpo_core::error::{Error, Result};
 
@@ -25,10 +25,10 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Hopper's own instructions, which take the place of functions of `attention.cu`.
-const HOPPER: &str = include_str!("attention_hopper.cu");
+const HOPPER: &str = concat!(include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
 /// Widths of heads for which Hopper's are used.
-const HOPPER_DIMS: &[usize] = &[64, 128];
+const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128, 256];
 
 /// Kernels of the widest heads, which take the place of functions of `attention.cu`.
 const WIDE: &str = include_str!("attention_wide.cu");
@@ -58,11 +58,12 @@ struct Shape {
     share: i32,
     tokens: i32,
     window: i32,
+    cached: i32,
     scale: f32,
     softcap: f32,
 }
 
-// SAFETY: six numbers of four bytes.
+// SAFETY: seven numbers of four bytes.
 unsafe impl Argument for Shape {}
 
 /// What the kernels are compiled for: the width of heads, and whether scores are capped.
@@ -130,16 +131,38 @@ impl Attention {
 
     /// Tiles of the batch, their number, and the numbers that kernels take last.
     fn shape(&self, on: &Launch<'_>) -> (Address, usize, Shape) {
-        let (tiles, count) = on.batch.tiles_of(self.kernels().tile());
+        let (tiles, count) = on.batch.tiles_of(self.kernels().tile(on.gpu.kernels));
         let shape = Shape {
             heads: self.heads as i32,
             share: (self.heads / self.kv_heads) as i32,
             tokens: on.batch.tokens as i32,
             window: self.window.min(i32::MAX as usize) as i32,
+            cached: on.cache.map_or(0, |cache| cache.tokens) as i32,
             scale: self.scale,
             softcap: self.softcap,
         };
         (tiles, count, shape)
+    }
+
+    /// Rows of heads as Hopper's kernels copy them to shared memory: boxes of so many rows and 64 columns.
+    fn boxes(&self, of: View, rows: usize, heads: usize, of_box: usize) -> Result<TensorMap> {
+        TensorMap::new(of, [rows, heads * self.dim], [of_box, 64])
+    }
+
+    /// Into how many runs the query heads of a key head are cut, where a block sums over a run: as few as give every multiprocessor
+    /// four pieces of work, long and short ones.
+    fn parts(&self, tiles: usize, multiprocessors: usize) -> usize {
+        (4 * multiprocessors).div_ceil((tiles * self.kv_heads).max(1)).clamp(1, self.heads / self.kv_heads)
+    }
+
+    /// What `count` parts of the query heads of a key head give to dk and dv, summed.
+    fn add_parts(&self, on: &Launch<'_>, count: usize, parts: &[View], sums: [&View; 2]) -> Result<()> {
+        for (part, sum) in parts.iter().zip(sums) {
+            let args = Args::default().with(*part).with(*sum).with(self.kv_heads as i32).with(count as i32);
+            let grid = [(self.kv_heads * self.dim / 8).div_ceil(128) * on.rows, 1, 1];
+            on.gpu.launch(on.kernels.variant("attention_sum", self.kernels().key())?.0, grid, [128, 1, 1], 0, args)?;
+        }
+        Ok(())
     }
 }
 
@@ -155,6 +178,8 @@ impl Execute for Attention {
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
         let (mut to, mut sums, mut begins) = (writes[0], writes[1].at, on.batch.begins);
+        let (heads, new, capability) = (self.kernels(), from, on.gpu.kernels);
+        let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
         if let Some(cache) = &on.cache {
             for (new, all) in [(keys, cache.keys), (values, cache.values)] {
                 let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
@@ -164,11 +189,16 @@ impl Execute for Attention {
             (from, to) = (cache.of_text(from), cache.of_text(to));
             [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(cache.tokens as u64 * 4));
         }
+        if heads.hopper(capability) {
+            let all = on.batch.tokens + shape.cached as usize;
+            let args = Args::default().with(self.boxes(new, on.batch.tokens, self.heads, 64)?);
+            let args = args.with(self.boxes(keys, all, self.kv_heads, 64)?);
+            let args = args.with(self.boxes(values, all, self.kv_heads, 64)?);
+            let args = args.with(tiles).with(begins).with(to).with(sums).with(count as i32).with(shape);
+            return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(capability), shared, args);
+        }
         let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
-        let args = args.with(sums).with(shape);
-        let heads = self.kernels();
-        let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
-        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(), shared, args)
+        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(capability), shared, args.with(sums).with(shape))
     }
 
     #[cfg(test)]
@@ -191,32 +221,30 @@ impl Execute for AttentionVjp {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let (a, heads) = (&self.0, self.0.kernels());
+        let (a, heads, capability) = (&self.0, self.0.kernels(), on.gpu.kernels);
         let kernel = |name| on.kernels.variant(name, heads.key());
         let ([q, k, v, out, dout, lse], [dq, dk, dv, delta, parts @ ..]) = (reads, writes) else {
             return Err(Error::run("an attention lacks values"));
         };
         let args = Args::default().with(*out).with(*dout).with(delta.at).with(on.rows as i32).with(a.heads as i32);
         on.gpu.launch(kernel("attention_delta")?.0, [(on.rows * a.heads).div_ceil(8), 1, 1], [32, 8, 1], 0, args)?;
+        if heads.hopper(capability) {
+            return self.launch_on_hopper(on, reads, writes);
+        }
         let (tiles, count, shape) = a.shape(on);
         let read = || {
             let args = Args::default().with(tiles).with(on.batch.begins).with(*q).with(*k).with(*v);
             args.with(*dout).with(lse.at).with(delta.at)
         };
         let halves = if a.dim > 128 && !heads.widest() { 2 } else { 1 };
-        let to = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
+        let [to_dk, to_dv] = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
         let (dkv, shared) = kernel("attention_dkv")?;
-        let args = read().with(*to[0]).with(*to[1]).with(shape);
-        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(), shared, args)?;
-        for (part, sum) in parts.iter().zip([dk, dv]) {
-            let share = (a.heads / a.kv_heads) as i32;
-            let args = Args::default().with(*part).with(*sum).with(a.kv_heads as i32).with(share);
-            let grid = [(a.kv_heads * a.dim / 8).div_ceil(128) * on.rows, 1, 1];
-            on.gpu.launch(kernel("attention_sum")?.0, grid, [128, 1, 1], 0, args)?;
-        }
+        let args = read().with(*to_dk).with(*to_dv).with(shape);
+        on.gpu.launch(dkv, [a.heads, count, halves], heads.block(capability), shared, args)?;
+        a.add_parts(on, a.heads / a.kv_heads, parts, [dk, dv])?;
         on.gpu.mark("attention dk, dv")?;
         let (kernel, shared) = kernel("attention_dq")?;
-        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(), shared, read().with(*dq).with(shape))
+        on.gpu.launch(kernel, [a.heads, count, 1], heads.block(capability), shared, read().with(*dq).with(shape))
     }
 
     #[cfg(test)]
@@ -258,14 +286,51 @@ impl Execute for AttentionVjp {
     }
 }
 
+impl AttentionVjp {
+    /// dk and dv, then dq, in blocks that walk over pieces of work.
+    fn launch_on_hopper(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let (a, heads, tokens) = (&self.0, self.0.kernels(), on.batch.tokens);
+        let kernel = |name| on.kernels.variant(name, heads.key());
+        let ([q, k, v, _, dout, lse], [dq, dk, dv, delta, parts @ ..]) = (reads, writes) else {
+            return Err(Error::run("an attention lacks values"));
+        };
+        let read = |box_rows: usize, tiles: Address| -> Result<Args> {
+            let args = Args::default().with(a.boxes(*q, tokens, a.heads, 64)?);
+            let args = args.with(a.boxes(*k, tokens, a.kv_heads, box_rows)?);
+            let args = args.with(a.boxes(*v, tokens, a.kv_heads, box_rows)?).with(a.boxes(*dout, tokens, a.heads, 64)?);
+            Ok(args.with(tiles).with(on.batch.begins).with(lse.at).with(delta.at))
+        };
+        let (tiles, count) = on.batch.key_tiles_of(if heads.wide() { 64 } else { 128 });
+        let cuts = a.parts(count, on.gpu.multiprocessors);
+        let parts = if cuts > 1 { parts } else { &[] };
+        let [to_dk, to_dv] = if let [dk, dv] = parts { [dk, dv] } else { [dk, dv] };
+        let (own, pieces, block) = (a.shape(on), count * a.kv_heads * cuts, heads.block(on.gpu.kernels));
+        let (dkv, shared) = kernel("attention_dkv")?;
+        let args = read(64, tiles)?.with(*to_dk).with(*to_dv).with(count as i32).with(cuts as i32).with(own.2);
+        on.gpu.launch(dkv, walkers(on.gpu, pieces), block, shared, args)?;
+        a.add_parts(on, cuts, parts, [dk, dv])?;
+        on.gpu.mark("attention dk, dv")?;
+        let (tiles, count, shape) = own;
+        let (kernel, shared) = kernel("attention_dq")?;
+        let args = read(if heads.wide() { 32 } else { 64 }, tiles)?.with(*dq).with(count as i32).with(shape);
+        on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), block, shared, args)
+    }
+}
+
 impl Heads {
-    /// Queries or keys of a tile, as `attention.cu` has them.
-    fn tile(self) -> usize {
+    /// Queries or keys of a tile, as the kernels have them.
+    fn tile(self, capability: u32) -> usize {
         match self.dim {
+            _ if self.hopper(capability) => 128,
             ..=128 => 64,
             129..=256 => 32,
             _ => 16,
         }
+    }
+
+    /// Whether Hopper's tiles are smaller, so that they fit into shared memory and their sums into registers.
+    fn wide(self) -> bool {
+        self.dim > 128
     }
 
     /// Whether four warps share a tile.
@@ -273,8 +338,13 @@ impl Heads {
         self.dim > 256
     }
 
-    fn block(self) -> [u32; 3] {
-        [if self.widest() { 128 } else { self.tile() as u32 * 2 }, 1, 1]
+    fn block(self, capability: u32) -> [u32; 3] {
+        let threads = match self.dim {
+            _ if self.hopper(capability) => 384,
+            129..=256 => 64,
+            _ => 128,
+        };
+        [threads, 1, 1]
     }
 
     /// What tells its kernels from others.
@@ -312,15 +382,18 @@ impl Heads {
 
     /// Tiles of values that the kernel of dq holds: two, where shared memory has room for them.
     fn value_stages(self, capability: u32) -> usize {
-        if self.dim > 128 && self.rows(6 * self.tile()) + STATIC > most_shared(capability) { 1 } else { 2 }
+        if self.dim > 128 && self.rows(6 * self.tile(capability)) + STATIC > most_shared(capability) { 1 } else { 2 }
     }
 
     /// Bytes of shared memory that forward, dq and dkv take.
     fn shared(self, capability: u32) -> [usize; 3] {
-        let (dim, tile) = (self.dim, self.tile());
+        let (dim, tile) = (self.dim, self.tile(capability));
         if self.hopper(capability) {
-            // Whole tiles, from an aligned address on.
-            return [4, 6, 6].map(|tiles| tiles * tile * dim * 2 + 1024);
+            // Six tiles in panels of 64 columns, or as much of wide heads, from an aligned address on. For dk and dv numbers of queries
+            // lie behind them, and weights of wide heads.
+            let (tiles, places, weights) = if self.wide() { (3, 2, 64 * 64 * 4) } else { (6, 4, 0) };
+            let bytes = tiles * dim.div_ceil(64) * tile * 128 + 1024;
+            return [bytes, bytes, bytes + places * 2 * 64 * 4 + weights];
         }
         if self.widest() {
             // Parts of scores behind the rows, and of their gradients.
@@ -335,8 +408,13 @@ impl Heads {
     }
 }
 
+/// A grid whose blocks walk over pieces of work, one on every multiprocessor.
+fn walkers(gpu: &Gpu, pieces: usize) -> [usize; 3] {
+    [pieces.min(gpu.multiprocessors), 1, 1]
+}
+
 /// Bytes of shared memory that kernels take beside what is asked for, at most.
-const STATIC: usize = 2048;
+const STATIC: usize = 3072;
 
 /// Bytes of shared memory that a block may have on a card (CUDA C++ Programming Guide, technical specifications per compute
 /// capability).

@@ -1,6 +1,7 @@
 // y = act(gate) * up, and its VJP; see activations.cuh.
 
 extern "C" __global__ void glu(View gate, View up, View y, int tokens, int width, int kind, float limit) {
+    after_previous();
     auto [token, i] = place(width);
     if (i >= width) return;
     Eight g = load8(row(gate, token) + i), u = load8(row(up, token) + i);
@@ -12,6 +13,7 @@ extern "C" __global__ void glu(View gate, View up, View y, int tokens, int width
 // `dgate` and `dup` may be `gate` and `up`.
 extern "C" __global__ void glu_vjp(View gate, View up, View dy, View dgate, View dup, int tokens, int width, int kind,
                                    float limit) {
+    after_previous();
     auto [token, i] = place(width);
     if (i >= width) return;
     Eight g = load8(row(gate, token) + i), u = load8(row(up, token) + i), d = load8(row(dy, token) + i);

@@ -4,8 +4,10 @@ use super::activation::Activation;
 use super::{BackwardReads, CudaOp, Epilogue, Execute, Launch, Lowering, Source, Step, View};
 use dpo_core::error::Result;
 
-pub(super) static SOURCE: Source =
-    Source::plain("glu", concat!(include_str!("activations.cuh"), include_str!("glu.cu")), &["glu", "glu_vjp"]);
+pub(super) static SOURCE: Source = Source {
+    waits: true,
+    ..Source::plain("glu", concat!(include_str!("activations.cuh"), include_str!("glu.cu")), &["glu", "glu_vjp"])
+};
 
 pub(super) const OP: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },

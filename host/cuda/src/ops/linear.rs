@@ -47,6 +47,8 @@ struct Backward {
     own: Linears,
     /// Whether there is a part of the gradient before.
     adds: bool,
+    /// The gated activation that the input is: then the gradients are those of gate and up.
+    gated: Option<Activation>,
 }
 
 fn same_input(a: &Node, b: &Node) -> bool {
@@ -130,7 +132,7 @@ fn gated(l: &Lowering<'_>, own: &Linears, members: &[usize]) -> Result<Option<(u
     let [gate, up] = members else { return Ok(None) };
     let Some(glu) = l.epilogue_of_two([gate + 1, up + 1], Epilogue::Gated) else { return Ok(None) };
     let activation = Activation::of(&l.nodes[glu])?;
-    Ok((l.gates() && !own.bias && Gated::is_supported(activation.width)).then_some((glu, activation)))
+    Ok((l.gates().forward && !own.bias && Gated::is_supported(activation.width)).then_some((glu, activation)))
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
@@ -147,20 +149,42 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         (_, Some(all)) => all,
         _ => return Err(Error::run("linears with one input have no place for their gradients")),
     };
-    let [x] = l.left(index)?;
-    let (before, dx) = l.accumulate(l.nodes[index].inputs[0], Some(dy));
+    let ([x], gated) = (l.left(index)?, gated_input(l, index, &members)?);
+    let (last, dx, adds) = match gated {
+        // Of gate and up, in their places.
+        Some((glu, _)) => {
+            let (gate, values) = (l.home(l.nodes[glu].inputs[0])?, &l.nodes[glu].inputs);
+            l.differentiate(glu);
+            l.reuse_places(values);
+            values.iter().for_each(|value| _ = l.write_gradient(*value));
+            let gradients = l.gradients_together(values[0]);
+            let gradients = gradients.ok_or_else(|| Error::run("gate and up have no place for their gradients"))?;
+            (Some(Slice { width: gradients.width, ..gate }), gradients, false)
+        }
+        None => {
+            let (before, dx) = l.accumulate(l.nodes[index].inputs[0], Some(dy));
+            (before, dx, before.is_some())
+        }
+    };
     // Without an adapter only dy is read.
     let mut reads = vec![dy];
     reads.extend((own.rank > 0).then(|| x.with(own.rank)));
-    reads.extend(before);
+    reads.extend(last);
     let mut writes = vec![dx];
     writes.extend((own.rank > 0).then(|| dy.behind(own.rank)));
     let in_place = if own.rank > 0 { &[(0, 2)] } else { &[(0, 1)] };
-    l.push(
-        Step::new("matmul vjp", reads, writes, Backward { own, adds: before.is_some() })
-            .in_place(in_place)
-            .costs(own.cost(), Recompute::Matmul),
-    )
+    let run = Backward { own, adds, gated: gated.map(|(_, activation)| activation) };
+    l.push(Step::new("matmul vjp", reads, writes, run).in_place(in_place).costs(own.cost(), Recompute::Matmul))
+}
+
+/// The gated activation that a linear alone reads, where its matmul can make the gradients of gate and up.
+fn gated_input(l: &Lowering<'_>, index: usize, members: &[usize]) -> Result<Option<(usize, Activation)>> {
+    let Some(glu) = l.nodes[index].inputs[0].checked_sub(1) else { return Ok(None) };
+    if members.len() > 1 || !l.gates().backward || !l.is_gate_of(glu, index) {
+        return Ok(None);
+    }
+    let activation = Activation::of(&l.nodes[glu])?;
+    Ok(Gated::is_vjp_supported(activation.width).then_some((glu, activation)))
 }
 
 impl Linears {
@@ -204,7 +228,7 @@ impl Execute for LoraA {
 impl Execute for Forward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
         let (adds, biased) = (self.adds, self.own.bias);
-        Gemm { weight_rows: true, adds, biased, gate: None, keeps: false }.variants(capability)
+        Gemm { adds, biased, ..Gemm::PLAIN }.variants(capability)
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -259,14 +283,17 @@ impl Execute for GatedForward {
 
 impl Execute for Backward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        let gemm = Gemm { weight_rows: false, adds: self.adds, biased: false, gate: None, keeps: false };
-        gemm.variants(capability).into_iter().chain(self.own.lora().variant(capability)).collect()
+        let gemm = match self.gated {
+            Some(activation) => activation.gated().vjp_variants(capability),
+            None => Gemm { weight_rows: false, adds: self.adds, ..Gemm::PLAIN }.variants(capability),
+        };
+        gemm.into_iter().chain(self.own.lora().variant(capability)).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.own, self.own.stack(on));
         let (dy, dx) = (reads[0], writes[0]);
-        let before = if let [_, v] = writes {
+        let last = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
             let (lora, sb) = (own.lora(), stack.view(0, own.inputs));
             if lora.has_kernels(on.gpu.kernels) {
@@ -290,19 +317,24 @@ impl Execute for Backward {
         } else {
             reads.get(1)
         };
+        let weights = stack.view(0, 0);
+        if let (Some(activation), Some(both)) = (self.gated, last) {
+            return activation.gated().launch_vjp(on, own.outputs + own.rank, [dy, weights], [*both, dx]);
+        }
         let mut matmul = Matmul::new(on.rows, own.inputs, own.outputs + own.rank);
-        matmul.add = before.is_some();
-        let c = before.copied().unwrap_or(dx);
-        on.matmul(matmul, Operands { a: dy, b: stack.view(0, 0), c, d: dx, bias: 0 })
+        matmul.add = self.adds;
+        let c = last.copied().unwrap_or(dx);
+        on.matmul(matmul, Operands { a: dy, b: weights, c, d: dx, bias: 0 })
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = self.own;
-        let before = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
+        let last = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
         for row in 0..on.rows() {
             let mut dy = on.row(&reads[0], row);
             let x = if own.rank > 0 { on.row(&reads[1], row) } else { Vec::new() };
+            let before = last.filter(|_| self.adds);
             let mut dx = before.map_or_else(|| vec![0.0; own.inputs], |b| on.row(b, row));
             let stack = on.stack(own.stack);
             let v: Vec<f32> =
@@ -315,6 +347,13 @@ impl Execute for Backward {
             dy.extend(&v);
             for (o, d) in dy.iter().enumerate() {
                 dx.iter_mut().zip(stack.row(o)).for_each(|(dx, w)| *dx += d * w);
+            }
+            if let (Some(activation), Some(both)) = (self.gated, last) {
+                let (both, width) = (on.row(both, row), own.inputs);
+                let acts: Vec<(f32, f32)> = both[..width].iter().map(|gate| activation.at(*gate)).collect();
+                let up = (0..width).map(|i| dx[i] * acts[i].0);
+                let gate = (0..width).map(|i| dx[i] * both[width + i] * acts[i].1);
+                dx = gate.chain(up).collect();
             }
             on.write(&writes[0], row, &dx);
             if let Some(behind) = writes.get(1) {

@@ -140,17 +140,20 @@ __device__ __forceinline__ void narrow_products(const Narrow& p) {
 // v = dy·sB, dB = uᵀ·dy.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, RANK <= 24 ? 2 : 1)
     lora_vjp_b(View dy, View sb, View u, float* v, float* db, int tokens, int columns, int range) {
+    after_previous();
     narrow_products<64, 16, true>({dy, sb, u, v, db, tokens, columns, range});
 }
 
 // dA = vᵀ·x.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     lora_vjp_a(View x, View v, float* da, int tokens, int columns, int range) {
+    after_previous();
     narrow_products<32, 32, false>({x, {}, v, nullptr, da, tokens, columns, range});
 }
 
 // Adds the parts of v: a thread has two columns.
 extern "C" __global__ void lora_sum(const float* parts, int count, View to, int tokens) {
+    after_previous();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= tokens * (RANK / 2)) return;
     float2 sum = {};
@@ -165,6 +168,7 @@ extern "C" __global__ void lora_sum(const float* parts, int count, View to, int 
 // Adds the parts of both gradients to what those were: a thread has one value.
 extern "C" __global__ void lora_add(const float* a_parts, int a_count, int a_values, float* a, const float* b_parts, int b_count,
                                     int b_values, float* b) {
+    after_previous();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     bool second = i >= a_values;
     const float* parts = second ? b_parts : a_parts;

@@ -6,6 +6,7 @@ use super::{Address, Args, Launch, Source, Variant, View, WORKSPACE};
 use dpo_core::error::Result;
 
 pub(super) static SOURCE: Source = Source {
+    waits: true,
     variants: Some(variants),
     ..Source::plain(
         "lora",

@@ -19,7 +19,7 @@ mod scale;
 mod xielu;
 
 // What files of ops are written with.
-use super::gpu::{Address, Args, Argument, View};
+use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
