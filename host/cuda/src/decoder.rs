@@ -4,7 +4,7 @@ use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
 use super::engine::CudaDevice;
-use super::gpu::{Gpu, Memory, View};
+use super::gpu::{Gpu, Memory, Pinned, View};
 use super::launch::KvCache;
 use super::loading::Source;
 use super::plan::{GpuPlan, Room};
@@ -24,6 +24,8 @@ pub struct CudaDecoder {
     texts: Vec<Text>,
     /// [`KvCache::SCRATCH`] bytes.
     scratch: Memory,
+    /// Room for logits.
+    staged: Pinned,
     /// Where a layer's keys lie in a text's memory, in elements a token, and how many there are in a token's row.
     rows: Vec<(usize, usize)>,
     /// Tokens that a text has room for.
@@ -81,6 +83,7 @@ impl CudaDecoder {
             return Err(Error::input(format!("{} of the GPU are left for texts, {need} are needed", size(left)))
                 .help("take a GPU with more memory, or answer with --device cpu"));
         }
+        let staged = gpu.pinned(graph.vocab_size * 4)?;
         let scratch = gpu.allocate(KvCache::SCRATCH)?;
         gpu.zero(scratch.address, scratch.bytes)?;
         let mut texts = Vec::new();
@@ -91,7 +94,7 @@ impl CudaDecoder {
         for tokens in [1, CHUNK] {
             device.warm_up_for(tokens)?;
         }
-        Ok(CudaDecoder { device, texts, scratch, rows, most })
+        Ok(CudaDecoder { device, texts, scratch, staged, rows, most })
     }
 }
 
@@ -116,7 +119,7 @@ impl Decoder for CudaDecoder {
             let [keys, values] = [from, from + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 });
             KvCache { tokens: cached, keys, values, scratch }
         };
-        let logits = self.device.continue_text(ids, cached, cache, variant == Variant::Tuned)?;
+        let logits = self.device.continue_text(&mut self.staged, ids, cached, cache, variant == Variant::Tuned)?;
         self.texts[at].tokens += ids.len();
         Ok(logits)
     }

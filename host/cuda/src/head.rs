@@ -1,7 +1,7 @@
 //! The head on the GPU: rows that predict, logits in chunks of rows, log-probs and their gradient.
 
 use super::engine::{CudaDevice, Pass};
-use super::gpu::View;
+use super::gpu::{Pinned, View};
 use super::inputs::Rows;
 use super::launch::KvCache;
 use super::matmul::{Matmul, Operands};
@@ -73,9 +73,10 @@ impl CudaDevice {
     }
 
     /// Logits of the token after `ids`, `[vocab]`, which continue a text of `cached` tokens; `cache` has every layer's keys and
-    /// values.
+    /// values. They come by way of `staged`, which has room for them: copies to pinned memory are direct.
     pub(super) fn continue_text(
         &mut self,
+        staged: &mut Pinned,
         ids: &[u32],
         cached: usize,
         cache: impl Fn(usize) -> KvCache,
@@ -92,8 +93,7 @@ impl CudaDevice {
         self.head_forward(&head)?;
         let view = self.products(&head, 0, 1)?;
         self.lowered.projection.to_logits(&head.launch, view.at, self.weights.projection_bias)?;
-        let mut logits = vec![0.0; self.graph.vocab_size];
-        self.gpu.download(view.at, &mut logits)?;
-        Ok(logits)
+        self.gpu.download(view.at, staged.bytes_mut())?;
+        Ok(staged.bytes().chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
     }
 }
