@@ -102,6 +102,8 @@ enum Profile {
     Long,
     /// A document of some 7,000 tokens (give --max-length 8192)
     Document,
+    /// A prompt as long as --max-length leaves room for
+    Book,
 }
 
 impl Profile {
@@ -112,6 +114,7 @@ impl Profile {
             Profile::Instruct => ([140.0, 321.0, 281.0], 0.5),
             Profile::Long => ([1520.0, 161.0, 141.0], 0.25),
             Profile::Document => ([7000.0, 161.0, 141.0], 0.25),
+            Profile::Book => ([1e6, 161.0, 141.0], 0.25),
         }
     }
 
