@@ -243,22 +243,27 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 for (int i = 0; i < BUFFERS; i++) fetch(i);
 #endif
             float sums[N8][4];
-            for (int step = 0; step < steps; step++) {
+            auto multiply_step = [&](int step, int depth) {
                 barrier_wait(full + 8 * stage, phase);
                 u32 at = stages + stage * STAGE_BYTES, of_w = at + own * 8192, of_x = at + W_BYTES;
                 begin();
 #pragma unroll
-                for (int i = 0; i < DEPTH / 16; i++)
+                for (int i = 0; i < DEPTH / 16; i++) {
+                    if (i * 16 >= depth) break;
 #if W_ROWS
                     multiply(sums, descriptor(of_w + i * 32, 16), descriptor(of_x + i * 32, 16), step | i);
 #else
                     multiply(sums, descriptor(of_w + i * 2048, 8192), descriptor(of_x + i * 32, 16), step | i);
 #endif
+                }
                 end();
                 done<1>();
                 if (step > 0 && threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
-            }
+            };
+            // Of the last step, what lies behind k is zero, and left out as far as products of 16 go: LoRA's columns fill a part of a step.
+            for (int step = 0; step < steps - 1; step++) multiply_step(step, DEPTH);
+            multiply_step(steps - 1, k - (steps - 1) * DEPTH);
             done<0>();
 #pragma unroll
             for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
