@@ -3,7 +3,7 @@
 use dpo_plugin_api::graph::Node;
 
 use super::super::sum::copy_rows;
-use super::attention_decode::{self, Decode};
+use super::attention_decode::Decode;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source,
     Step, TensorMap, Variant, View, count, number,
@@ -168,7 +168,7 @@ impl Attention {
 
 impl Execute for Attention {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        vec![self.kernels().variant(capability), attention_decode::variant()]
+        vec![self.kernels().variant(capability), self.decode().variant()]
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {

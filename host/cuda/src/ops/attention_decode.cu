@@ -1,23 +1,22 @@
-// Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, query heads that
-// share it, and a part of the keys, a tile of 32 at a time. The last block of such heads that ends joins the parts, always in their
-// order: which block that is changes no bit.
+// Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, up to sixteen of
+// the query heads that share it, which are the rows of its products, and a part of the keys, a tile at a time. The last block of such heads
+// that ends joins the parts, always in their order: which block that is changes no bit. A warp has RUNS runs of eight columns of the output,
+// at most.
 
-#define KEYS 32  // of a tile: one a lane
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define HEADS 16      // query heads of a block, at most
-#define ITEMS 4       // pieces of four columns of the output that a thread has, at most
+#define KEYS 64       // of a tile, at most
 #define TICKETS 1024  // where blocks of the same heads count who is the last
 
 struct Decode {
     int share, own;  // query heads of a key head, and of a block
     int dim;
+    int keys;           // of a tile
     int first, cached;  // the first key that is seen, and keys in the cache; the newest one is behind them
     int tiles;          // of a part
     float scale, softcap;
 };
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
@@ -25,15 +24,15 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Rows [from, from + KEYS) of the cache into shared memory; rows behind it are zero.
+// Rows of the cache from `from` on into shared memory; rows behind it are zero.
 __device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, const Decode& s) {
     int pieces = s.dim / 8;
-    for (int i = threadIdx.x; i < KEYS * pieces; i += THREADS) {
-        int key = from + i / pieces, c = i % pieces * 8;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + i / pieces * (s.dim + 8) + c)),
-                     "l"(row(cache, key < s.cached ? key : 0) + c), "r"(key < s.cached ? 16 : 0));
+    for (int i = threadIdx.x; i < s.keys * pieces; i += THREADS) {
+        int n = i / pieces, c = i % pieces * 8;
+        bool inside = from + n < s.cached;
+        copy_async(shared_address(to + n * (s.dim + 8) + c), row(cache, inside ? from + n : 0) + c, inside);
     }
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
 }
 
 // The newest row, into its place in shared memory and in the cache.
@@ -43,6 +42,12 @@ __device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf
     uint4 values = *(const uint4*)(newest + c);
     *(uint4*)(to + (s.cached - from) * (s.dim + 8) + c) = values;
     if (blockIdx.z == 0) *(uint4*)(row(cache, s.cached) + c) = values;
+}
+
+// Where a lane's row of a left side of 16 rows and columns lies, whose rows are `ld` apart.
+__device__ __forceinline__ u32 left(const bf16* of, int ld) {
+    int lane = threadIdx.x % 32;
+    return shared_address(of + lane % 16 * ld + lane / 16 * 8);
 }
 
 // The outputs of all parts, each of them a softmax over its own keys, become one.
@@ -70,80 +75,104 @@ __device__ __forceinline__ void join(bf16* out, const float* outputs, const floa
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys, View values, bf16* out, float* scratch, Decode s) {
     extern __shared__ uint4 memory[];
-    __shared__ float weights[HEADS][KEYS], shrinks[HEADS];
+    __shared__ float scores[HEADS][KEYS + 4], shrinks[HEADS];
+    __shared__ __align__(16) bf16 weights[HEADS][KEYS + 8];
     __shared__ bool last;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x, ld = s.dim + 8;
     int head = blockIdx.y * s.share + blockIdx.z * s.own, heads = min(s.own, s.share - (int)blockIdx.z * s.own);
-    bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + KEYS * (s.dim + 8);
-    float* queries = (float*)(value_tile + KEYS * (s.dim + 8));
+    bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + s.keys * ld, *queries = value_tile + s.keys * ld;
     // The key head's rows.
     k += blockIdx.y * s.dim, v += blockIdx.y * s.dim;
     keys.at += blockIdx.y * s.dim, values.at += blockIdx.y * s.dim;
-    int from = s.first + blockIdx.x * s.tiles * KEYS, end = min(from + s.tiles * KEYS, s.cached + 1);
-    float max[HEADS / WARPS], sum[HEADS / WARPS], o[ITEMS][4] = {};
+    int from = s.first + blockIdx.x * s.tiles * s.keys, end = min(from + s.tiles * s.keys, s.cached + 1);
+    float max[HEADS / WARPS], sum[HEADS / WARPS], o[RUNS][4] = {};
 #pragma unroll
     for (int i = 0; i < HEADS / WARPS; i++) max[i] = -1e30f, sum[i] = 0.f;
-    for (int key = from; key < end; key += KEYS) {
+    for (int key = from; key < end; key += s.keys) {
         // What is cached was there before this pass: of the kernels before come the newest rows alone.
         load_keys(key_tile, keys, key, s);
         load_keys(value_tile, values, key, s);
         if (key == from) {
             after_previous();
-            for (int i = threadIdx.x * 8; i < heads * s.dim; i += THREADS * 8) {
-                Eight own = load8(q + head * s.dim + i);
-#pragma unroll
-                for (int j = 0; j < 8; j++) queries[i + j] = own.v[j] * s.scale;
+            for (int i = threadIdx.x * 8; i < HEADS * s.dim; i += THREADS * 8) {
+                int h = i / s.dim, c = i % s.dim;
+                *(uint4*)(queries + h * ld + c) = h < heads ? *(const uint4*)(q + (head + h) * s.dim + c) : make_uint4(0, 0, 0, 0);
             }
         }
-        asm volatile("cp.async.wait_group 1;");
-        if (s.cached < key + KEYS) {
-            asm volatile("cp.async.wait_group 0;");
+        copies_done<1>();
+        if (s.cached < key + s.keys) {
+            copies_done<0>();
             __syncthreads();
             add_newest(key_tile, keys, k, key, s);
             add_newest(value_tile, values, v, key, s);
         }
         __syncthreads();
-        // A warp has a head, a lane a key.
+        // A warp has eight keys.
+        if (warp * 8 < s.keys) {
+            float c[4] = {};
+            u32 mine = left(queries, ld), of = shared_address(key_tile + (warp * 8 + lane % 8) * ld + lane / 8 * 8);
+            for (int i = 0; i < s.dim; i += 32) {
+                u32 a[4], b[4];
+                ldmatrix(a, mine + i * 2);
+                // Of 32 columns, of which the last may be behind a row: then they are not read.
+                ldmatrix(b, of + i * 2);
+                mma(c, a, b);
+                if (i + 16 >= s.dim) break;
+                ldmatrix(a, mine + (i + 16) * 2);
+                mma(c, a, b + 2);
+            }
+            float* to = &scores[lane / 4][warp * 8 + lane % 4 * 2];
+            *(float2*)to = make_float2(c[0], c[1]);
+            *(float2*)(to + 8 * (KEYS + 4)) = make_float2(c[2], c[3]);
+        }
+        __syncthreads();
+        // A warp has a head, a lane two keys.
 #pragma unroll
         for (int i = 0; i < HEADS / WARPS; i++) {
             int h = warp + i * WARPS;
             if (h >= heads) break;
-            float score = 0.f;
-#pragma unroll 4
-            for (int c = 0; c < s.dim; c += 8) {
-                Eight mine = load8(key_tile + lane * (s.dim + 8) + c);
-                const float4* of = (const float4*)(queries + h * s.dim + c);
-                float4 a = of[0], b = of[1];
-                score += mine.v[0] * a.x + mine.v[1] * a.y + mine.v[2] * a.z + mine.v[3] * a.w;
-                score += mine.v[4] * b.x + mine.v[5] * b.y + mine.v[6] * b.z + mine.v[7] * b.w;
+            float score[KEYS / 32], top = max[i], all = 0.f;
+#pragma unroll
+            for (int j = 0; j < KEYS / 32; j++) {
+                int n = lane + j * 32;
+                score[j] = n < s.keys ? scores[h][n] * s.scale : 0.f;
+                if (s.softcap > 0.f) score[j] = s.softcap * (1.f - 2.f / (1.f + __expf(2.f * score[j] / s.softcap)));
+                if (n >= s.keys || key + n >= end) score[j] = -1e30f;
+                top = fmaxf(top, score[j]);
             }
-            if (s.softcap > 0.f) score = s.softcap * (1.f - 2.f / (1.f + __expf(2.f * score / s.softcap)));
-            if (key + lane >= end) score = -1e30f;
-            float top = fmaxf(max[i], warp_max(score));
-            float weight = key + lane < end ? __expf(score - top) : 0.f, shrink = __expf(max[i] - top);
-            sum[i] = sum[i] * shrink + warp_sum(weight);
+            top = warp_max(top);
+            float shrink = __expf(max[i] - top);
+#pragma unroll
+            for (int j = 0; j < KEYS / 32; j++) {
+                float weight = __expf(score[j] - top);
+                all += weight;
+                weights[h][lane + j * 32] = to_bf16(weight);
+            }
+            sum[i] = sum[i] * shrink + warp_sum(all);
             max[i] = top;
-            weights[h][lane] = weight;
             if (lane == 0) shrinks[h] = shrink;
         }
-        asm volatile("cp.async.wait_group 0;");
+        copies_done<0>();
         __syncthreads();
-        // A thread has four columns of a head.
+        // A warp has every eighth run of eight columns.
+        u32 a[KEYS / 16][4];
 #pragma unroll
-        for (int i = 0; i < ITEMS; i++) {
-            int at = (threadIdx.x + i * THREADS) * 4, h = at / s.dim, c = at % s.dim;
-            if (h >= heads) break;
-            float shrink = shrinks[h];
+        for (int i = 0; i < KEYS / 16; i++)
+            if (i * 16 < s.keys) ldmatrix(a[i], left(&weights[0][i * 16], KEYS + 8));
+        float shrink[2] = {shrinks[lane / 4], shrinks[lane / 4 + 8]};
 #pragma unroll
-            for (int j = 0; j < 4; j++) o[i][j] *= shrink;
-#pragma unroll 8
-            for (int n = 0; n < KEYS; n++) {
-                uint2 raw = *(const uint2*)(value_tile + n * (s.dim + 8) + c);
-                float weight = weights[h][n];
-                o[i][0] += weight * __uint_as_float(raw.x << 16);
-                o[i][1] += weight * __uint_as_float(raw.x & 0xffff0000u);
-                o[i][2] += weight * __uint_as_float(raw.y << 16);
-                o[i][3] += weight * __uint_as_float(raw.y & 0xffff0000u);
+        for (int r = 0; r < RUNS; r++) {
+            int c = (warp + r * WARPS) * 8;
+            if (c >= s.dim) break;
+#pragma unroll
+            for (int j = 0; j < 4; j++) o[r][j] *= shrink[j / 2];
+#pragma unroll
+            for (int i = 0; i < KEYS / 32; i++) {
+                if (i * 32 >= s.keys) break;
+                u32 b[4];
+                ldmatrix_transposed(b, shared_address(value_tile + (i * 32 + lane) * ld + c));
+                mma(o[r], a[2 * i], b);
+                mma(o[r], a[2 * i + 1], b + 2);
             }
         }
         __syncthreads();
@@ -157,10 +186,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < HEADS / WARPS; i++)
         if (warp + i * WARPS < heads && lane == 0) numbers[blockIdx.x * s.own + warp + i * WARPS] = make_float2(max[i], sum[i]);
 #pragma unroll
-    for (int i = 0; i < ITEMS; i++) {
-        int at = (threadIdx.x + i * THREADS) * 4;
-        if (at < heads * s.dim)
-            *(float4*)(outputs + blockIdx.x * s.own * s.dim + at) = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
+    for (int r = 0; r < RUNS; r++) {
+        int c = (warp + r * WARPS) * 8 + lane % 4 * 2;
+        if (c >= s.dim) break;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int h = lane / 4 + half * 8;
+            if (h < heads) *(float2*)(outputs + (blockIdx.x * s.own + h) * s.dim + c) = make_float2(o[r][2 * half], o[r][2 * half + 1]);
+        }
     }
     __threadfence();
     __syncthreads();

@@ -1,27 +1,29 @@
 //! Attention of one query over a KV cache: `attention_decode.cu`. Where a token at a time is answered, it is the keys that are many: blocks
 //! have parts of them.
 
+use super::super::launch::KvCache;
 use super::{Args, Argument, Launch, Source, Variant, View};
-use crate::launch::KvCache;
 use dpo_core::error::Result;
 
 pub(super) static SOURCE: Source = Source {
     waits: true,
-    variants: Some(|_| vec![variant()]),
-    ..Source::plain("attention_decode", include_str!("attention_decode.cu"), &["attention_decode"])
+    variants: Some(|_| RUNS.map(variant).to_vec()),
+    ..Source::plain(
+        "attention_decode",
+        concat!(include_str!("mma.cuh"), include_str!("attention_decode.cu")),
+        &["attention_decode"],
+    )
 };
 
-/// As `attention_decode.cu` has them: keys of a tile, threads of a block, query heads of a block at most, and columns of its output at most.
-const KEYS: usize = 32;
+/// As `attention_decode.cu` has them: threads of a block, and query heads of a block at most.
 const THREADS: usize = 256;
 const HEADS: usize = 16;
-const COLUMNS: usize = 4 * 4 * THREADS;
+
+/// Runs of eight columns that each of a block's eight warps has at most: what the kernel is compiled for.
+const RUNS: [usize; 3] = [2, 4, 8];
 
 /// Numbers before the parts in the scratch.
 const TICKETS: usize = 1024;
-
-/// Bytes of shared memory that it takes at most: heads of 512 columns.
-const SHARED: usize = shared(512, COLUMNS / 512);
 
 /// Blocks for each multiprocessor.
 const BLOCKS: usize = 2;
@@ -46,6 +48,7 @@ struct Numbers {
     share: i32,
     own: i32,
     dim: i32,
+    keys: i32,
     first: i32,
     cached: i32,
     tiles: i32,
@@ -53,7 +56,7 @@ struct Numbers {
     softcap: f32,
 }
 
-// SAFETY: eight numbers of four bytes.
+// SAFETY: nine numbers of four bytes.
 unsafe impl Argument for Numbers {}
 
 /// How many blocks there are: parts of the keys, and for each of them and each key head so many of `own` query heads; a part has `tiles`.
@@ -64,24 +67,45 @@ struct Partition {
     parts: usize,
 }
 
-/// Two tiles of rows, and the queries in f32.
-const fn shared(dim: usize, own: usize) -> usize {
-    2 * KEYS * (dim + 8) * 2 + own * dim * 4
+/// Keys of a tile.
+fn keys(dim: usize) -> usize {
+    if dim > 256 { 32 } else { 64 }
 }
 
-/// The one way in which it is compiled.
-pub(super) fn variant() -> Variant {
-    Variant { shared: vec![("attention_decode", SHARED)], ..Variant::plain(&SOURCE) }
+/// Bytes of shared memory: two tiles of rows, and the queries.
+fn shared(dim: usize) -> usize {
+    (2 * keys(dim) + HEADS) * (dim + 8) * 2
+}
+
+/// For heads of at most so many runs of columns a warp.
+fn variant(runs: usize) -> Variant {
+    let dim = runs * 64;
+    Variant {
+        key: runs,
+        label: format!("at most {dim} columns"),
+        before: format!("#define RUNS {runs}\n"),
+        shared: vec![("attention_decode", shared(dim))],
+        ..Variant::plain(&SOURCE)
+    }
 }
 
 impl Decode {
+    fn runs(&self) -> usize {
+        RUNS.into_iter().find(|runs| self.dim <= runs * 64).unwrap_or(RUNS[RUNS.len() - 1])
+    }
+
+    /// What it is compiled for.
+    pub(super) fn variant(&self) -> Variant {
+        variant(self.runs())
+    }
+
     /// Of so many keys, for blocks that are about twice as many as multiprocessors. It follows from the numbers alone, so that two runs sum
     /// alike.
     fn partition(&self, keys: usize, multiprocessors: usize) -> Partition {
         let share = self.heads / self.kv_heads;
-        let own = share.min(HEADS).min(COLUMNS / self.dim);
+        let own = share.min(HEADS);
         let groups = share.div_ceil(own);
-        let all = keys.div_ceil(KEYS);
+        let all = keys.div_ceil(self::keys(self.dim));
         // What a part leaves in the scratch: its output, and two numbers a head.
         let room = (KvCache::SCRATCH / 4 - TICKETS) / (self.kv_heads * groups * own * (self.dim + 4));
         let most = (BLOCKS * multiprocessors / (self.kv_heads * groups)).clamp(1, room.max(1));
@@ -105,6 +129,7 @@ impl Decode {
             share: (self.heads / self.kv_heads) as i32,
             own: own as i32,
             dim: self.dim as i32,
+            keys: keys(self.dim) as i32,
             first: first as i32,
             cached: cache.tokens as i32,
             tiles: tiles as i32,
@@ -113,9 +138,9 @@ impl Decode {
         };
         let args = Args::default().with(q.at).with(k.at).with(v.at).with(cache.keys).with(cache.values);
         let args = args.with(to.at).with(cache.scratch).with(numbers);
-        let kernel = on.kernels.get("attention_decode")?;
+        let (kernel, _) = on.kernels.variant("attention_decode", self.runs())?;
         let grid = [parts, self.kv_heads, groups];
-        on.gpu.launch(kernel, grid, [THREADS as u32, 1, 1], shared(self.dim, own), args)
+        on.gpu.launch(kernel, grid, [THREADS as u32, 1, 1], shared(self.dim), args)
     }
 }
 
@@ -136,15 +161,23 @@ mod tests {
             assert!(of.is_supported());
             for keys in (1..300).chain([900, 4096, 32 << 10]) {
                 let Partition { own, groups, tiles, parts } = of.partition(keys, 132);
-                assert!(
-                    parts * tiles * KEYS >= keys && (parts - 1) * tiles * KEYS < keys,
-                    "{keys}: {parts} of {tiles}"
-                );
-                assert!(own * groups >= heads / kv_heads && own * dim <= COLUMNS && shared(dim, own) <= SHARED);
+                let part = tiles * super::keys(dim);
+                assert!(parts * part >= keys && (parts - 1) * part < keys, "{keys}: {parts} of {tiles}");
+                assert!(own * groups >= heads / kv_heads);
                 let floats = TICKETS + kv_heads * groups * parts * own * (dim + 4);
                 assert!(kv_heads * groups <= TICKETS && floats * 4 <= KvCache::SCRATCH, "{keys}: {parts} parts");
             }
         }
         assert!(!decode(4096, 4096, 128).is_supported());
+    }
+
+    /// Cards have 99 KiB for a block at least, of which the kernel takes less than 8 beside what is asked for.
+    #[test]
+    fn tiles_fit_into_the_shared_memory_of_every_card() {
+        for dim in [16, 64, 80, 128, 160, 256, 512] {
+            let variant = decode(8, 2, dim).variant();
+            assert!(shared(dim) <= variant.shared[0].1 && dim <= variant.key * 64, "{dim}");
+            assert!(variant.shared[0].1 + (8 << 10) <= 99 << 10, "{dim}: {} bytes", variant.shared[0].1);
+        }
     }
 }
