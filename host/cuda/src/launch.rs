@@ -3,7 +3,7 @@
 use super::gpu::{Address, Args, Gpu, Memory, View};
 use super::inputs::BatchAddresses;
 use super::kernels::Kernels;
-use super::matmul::{Matmul, Matmuls, Operands};
+use super::matmul::{Matmul, Matmuls, On, Operands};
 use super::weights::BlockWeights;
 use dpo_core::error::{Error, Result};
 
@@ -102,7 +102,12 @@ impl LoadedTable {
 impl Launch<'_> {
     /// Starts a matmul.
     pub(crate) fn matmul(&self, matmul: Matmul, on: Operands) -> Result<()> {
-        self.matmuls.run(self, matmul, on)
+        self.matmuls.run(self.for_matmuls(), matmul, on)
+    }
+
+    /// What matmuls are started with.
+    pub(crate) fn for_matmuls(&self) -> On<'_> {
+        On { gpu: self.gpu, kernels: self.kernels, matmuls: self.matmuls }
     }
 
     /// Computes the batch's tables.

@@ -3,8 +3,7 @@
 
 use super::super::gpu::{Address, Args, Argument, View};
 use super::super::kernels::{Source, Variant};
-use super::super::launch::Launch;
-use super::{Gemm, Operands, WORKSPACE, gemm};
+use super::{Gemm, On, Operands, WORKSPACE, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -109,7 +108,7 @@ fn schedule(tiles: usize, blocks: usize, steps: usize) -> [usize; 2] {
 /// Starts a product of sizes `[m, n, k]`, or a gated activation of it, which with `both` leaves gate and up there too.
 pub(super) fn launch(
     gemm: Gemm,
-    on: &Launch<'_>,
+    on: On<'_>,
     [m, n, k]: [usize; 3],
     operands: Operands,
     both: Option<View>,

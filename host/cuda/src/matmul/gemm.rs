@@ -3,8 +3,7 @@
 
 use super::super::gpu::View;
 use super::super::kernels::{Kernels, Variant};
-use super::super::launch::Launch;
-use super::{Matmul, Operands, ampere, hopper};
+use super::{Matmul, On, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
 use serde::Serialize;
@@ -80,7 +79,7 @@ impl Gemm {
     }
 
     /// Starts a product of sizes `[m, n, k]`.
-    pub(super) fn launch(self, on: &Launch<'_>, [m, n, k]: [usize; 3], operands: Operands) -> Result<()> {
+    pub(super) fn launch(self, on: On<'_>, [m, n, k]: [usize; 3], operands: Operands) -> Result<()> {
         if hopper::is_for(on.gpu.kernels) {
             hopper::launch(self, on, [m, n, k], operands)
         } else {
@@ -118,36 +117,36 @@ impl Gated {
         Gemm { weight_rows: false, gate: Some(self.activation), differentiates: true, ..Gemm::PLAIN }
     }
 
-    /// Starts the VJP of `h = act(gate) · up`, whose gradient is the product of `dy`, of `k` columns, and weights `[k, width]`: `both` has gate
+    /// Starts the VJP of `h = act(gate) · up`, whose gradient is the product of `dy` `[m, k]` and weights `[k, width]`: `both` has gate
     /// and up, side by side, and `gradients` receives theirs; the two may be one.
     pub(crate) fn launch_vjp(
         self,
-        on: &Launch<'_>,
-        k: usize,
+        on: On<'_>,
+        [m, k]: [usize; 2],
         [dy, weights]: [View; 2],
         [both, gradients]: [View; 2],
     ) -> Result<()> {
-        hopper::launch_vjp(self.vjp(), on, [on.rows, self.width, k], [dy, weights], [both, gradients], self.limit)
+        hopper::launch_vjp(self.vjp(), on, [m, self.width, k], [dy, weights], [both, gradients], self.limit)
     }
 
-    /// Starts `h = act(x · Gᵀ) · (x · Uᵀ)` for the rows of `k` columns; with `both`, leaves gate and up there too, side by side.
+    /// Starts `h = act(x · Gᵀ) · (x · Uᵀ)` for `m` rows of `k` columns; with `both`, leaves gate and up there too, side by side.
     pub(crate) fn launch(
         self,
-        on: &Launch<'_>,
-        k: usize,
+        on: On<'_>,
+        [m, k]: [usize; 2],
         [x, weights]: [View; 2],
         both: Option<View>,
         h: View,
     ) -> Result<()> {
-        if on.rows == 1 && both.is_none() {
+        if m == 1 && both.is_none() {
             return self.start_gemv(on, k, [x, weights], h);
         }
         let (gemm, width) = (self.gemm(both.is_some()), self.width);
         if hopper::is_for(on.gpu.kernels) {
-            return hopper::launch_gated(gemm, on, [on.rows, width, k], [x, weights], both, h, self.limit);
+            return hopper::launch_gated(gemm, on, [m, width, k], [x, weights], both, h, self.limit);
         }
         let operands = Operands { a: x, b: weights, c: h, d: h, bias: 0 };
-        ampere::launch(gemm, on, [on.rows, 2 * width, k], operands, both, self.limit)
+        ampere::launch(gemm, on, [m, 2 * width, k], operands, both, self.limit)
     }
 }
 

@@ -2,8 +2,7 @@
 
 use super::super::gpu::{Args, View};
 use super::super::kernels::Source;
-use super::super::launch::Launch;
-use super::{Gated, Matmul, Operands};
+use super::{Gated, Matmul, On, Operands};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -27,7 +26,7 @@ impl Matmul {
     }
 
     /// Starts it, where it [is one](Self::is_gemv).
-    pub(super) fn start_gemv(&self, on: &Launch<'_>, Operands { a, b, c, d, bias }: Operands) -> Result<()> {
+    pub(super) fn start_gemv(&self, on: On<'_>, Operands { a, b, c, d, bias }: Operands) -> Result<()> {
         let [c, bias] = [(self.add, c.at), (self.bias, bias)].map(|(given, at)| if given { at } else { 0 });
         let args = Args::default().with(a.at).with(b).with(c).with(bias).with(d.at);
         let args = args.with(self.n as i32).with(self.k as i32);
@@ -38,7 +37,7 @@ impl Matmul {
 
 impl Gated {
     /// Starts `h = act(G · x) · (U · x)` for one row of `k` columns.
-    pub(super) fn start_gemv(self, on: &Launch<'_>, k: usize, [x, weights]: [View; 2], h: View) -> Result<()> {
+    pub(super) fn start_gemv(self, on: On<'_>, k: usize, [x, weights]: [View; 2], h: View) -> Result<()> {
         let args = Args::default().with(x.at).with(weights).with(h.at).with(self.width as i32).with(k as i32);
         let args = args.with(self.activation as i32).with(self.limit);
         on.gpu.launch(on.kernels.get("gemv_gated")?, [self.width, 1, 1], [THREADS, 1, 1], 0, args)

@@ -2,8 +2,7 @@
 
 use super::super::gpu::{Address, Args, TensorMap, View};
 use super::super::kernels::{Source, Variant};
-use super::super::launch::Launch;
-use super::{Gemm, Operands, gemm};
+use super::{Gemm, On, Operands, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -113,7 +112,7 @@ fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> &'static Tile
 }
 
 /// Starts a product of sizes `[m, n, k]`.
-pub(super) fn launch(gemm: Gemm, on: &Launch<'_>, [m, n, k]: [usize; 3], operands: Operands) -> Result<()> {
+pub(super) fn launch(gemm: Gemm, on: On<'_>, [m, n, k]: [usize; 3], operands: Operands) -> Result<()> {
     let Operands { a, b, c, d, bias } = operands;
     let weights = match gemm.weight_rows {
         true => TensorMap::new(b, [n, k], [FEATURES, 64])?,
@@ -126,7 +125,7 @@ pub(super) fn launch(gemm: Gemm, on: &Launch<'_>, [m, n, k]: [usize; 3], operand
 /// Starts a gated activation of `width` columns, of products of sizes `[m, 2 · width, k]`.
 pub(super) fn launch_gated(
     gemm: Gemm,
-    on: &Launch<'_>,
+    on: On<'_>,
     [m, width, k]: [usize; 3],
     [x, weights]: [View; 2],
     both: Option<View>,
@@ -144,7 +143,7 @@ pub(super) fn launch_gated(
 /// Starts the VJP of a gated activation of `width` columns, whose gradient is a product of sizes `[m, width, k]`.
 pub(super) fn launch_vjp(
     gemm: Gemm,
-    on: &Launch<'_>,
+    on: On<'_>,
     [m, width, k]: [usize; 3],
     [dy, weights]: [View; 2],
     [both, gradients]: [View; 2],
@@ -156,7 +155,7 @@ pub(super) fn launch_vjp(
 
 fn start(
     gemm: Gemm,
-    on: &Launch<'_>,
+    on: On<'_>,
     [m, n, k]: [usize; 3],
     (x, weights): (View, TensorMap),
     stored: [(View, usize); 2],

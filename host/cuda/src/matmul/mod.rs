@@ -22,11 +22,18 @@ pub(super) use library::WORKSPACE;
 
 use super::api;
 use super::gpu::{Address, Gpu, Memory, View};
-use super::kernels::Source;
-use super::launch::Launch;
+use super::kernels::{Kernels, Source};
 use dpo_core::cache;
 use dpo_core::error::{Error, Result};
 use library::{Library, Plan};
+
+/// What matmuls are started with.
+#[derive(Clone, Copy)]
+pub(super) struct On<'a> {
+    pub gpu: &'a Gpu,
+    pub kernels: &'a Kernels,
+    pub matmuls: &'a Matmuls,
+}
 
 /// Kernels of our own.
 pub(super) static SOURCES: [&Source; 3] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE];
@@ -181,7 +188,7 @@ impl Matmuls {
     }
 
     /// Starts a matmul.
-    pub(super) fn run(&self, on: &Launch<'_>, mut matmul: Matmul, operands: Operands) -> Result<()> {
+    pub(super) fn run(&self, on: On<'_>, mut matmul: Matmul, operands: Operands) -> Result<()> {
         if matmul.m == 0 || matmul.n == 0 {
             return Ok(());
         }
@@ -201,7 +208,7 @@ impl Matmuls {
 
     fn start(
         &self,
-        on: &Launch<'_>,
+        on: On<'_>,
         (matmul, plan): (&Matmul, &Plan),
         algorithm: Algorithm,
         operands: Operands,
@@ -212,7 +219,7 @@ impl Matmuls {
         }
     }
 
-    fn plan(&self, on: &Launch<'_>, matmul: &Matmul, operands: Operands) -> Result<(Plan, Algorithm)> {
+    fn plan(&self, on: On<'_>, matmul: &Matmul, operands: Operands) -> Result<(Plan, Algorithm)> {
         let plan = self.library.plan(matmul)?;
         let known = self.tuned.borrow().get(&matmul.class()).copied();
         let own = matmul.is_gemm() && Gemm::of(matmul).is_loaded(on.kernels, on.gpu.kernels);
@@ -244,7 +251,7 @@ impl Matmuls {
     /// The fastest of some algorithms, of which the first is cuBLASLt's choice; by the median of three runs after one.
     fn fastest(
         &self,
-        on: &Launch<'_>,
+        on: On<'_>,
         matmul: (&Matmul, &Plan),
         candidates: &[Algorithm],
         operands: Operands,

@@ -264,7 +264,7 @@ impl Execute for GatedForward {
         let (own, stack) = (&self.0, self.0.stack(on));
         let k = own.inputs + if on.adapted { own.rank } else { 0 };
         let (x, weights) = (reads[0], stack.view(0, 0));
-        self.1.gated().launch(on, k, [x, weights], writes[0].wanted(), writes[1])
+        self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
 
     #[cfg(test)]
@@ -319,7 +319,12 @@ impl Execute for Backward {
         };
         let weights = stack.view(0, 0);
         if let (Some(activation), Some(both)) = (self.gated, last) {
-            return activation.gated().launch_vjp(on, own.outputs + own.rank, [dy, weights], [*both, dx]);
+            return activation.gated().launch_vjp(
+                on.for_matmuls(),
+                [on.rows, own.outputs + own.rank],
+                [dy, weights],
+                [*both, dx],
+            );
         }
         let mut matmul = Matmul::new(on.rows, own.inputs, own.outputs + own.rank);
         matmul.add = self.adds;

@@ -1,0 +1,349 @@
+//! An emulator of lowered programs: it runs them in f32 in one piece of memory, laid out as on a card and full of NaN wherever nothing was
+//! written.
+
+use dpo_plugin_api::graph::{Block, ModelGraph};
+
+use super::super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
+use super::super::inputs::Rows;
+use super::super::lowered::Lowered;
+use super::super::matmul::Gates;
+use super::super::ops::lm_head::LmHead;
+use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
+use super::super::saved::SavedActivations;
+use super::super::weights::{NUMBERS, Stack};
+use dpo_core::batch::Batch;
+use dpo_core::lora::Adapter;
+use dpo_core::ops::answer_mask::AnswerMask;
+use dpo_core::testing::given;
+use dpo_core::weights::BlockId;
+
+/// A stack's `[[W, s·B], [A, 0]]`, its bias, and the gradients by A `[rank, inputs]` and B `[rank, outputs]`.
+pub(crate) struct StackValues {
+    weights: Vec<f32>,
+    columns: usize,
+    pub bias: Vec<f32>,
+    pub gradients: [Vec<f32>; 2],
+}
+
+pub(super) struct Emulator {
+    graph: ModelGraph,
+    adapter: Adapter,
+    lowered: Lowered,
+    pub(super) arrangement: Arrangement,
+    /// Of every layer, its stacks.
+    stacks: Vec<Vec<StackValues>>,
+    /// A value for every two bytes.
+    memory: Vec<f32>,
+    batch: Batch,
+    /// `d logp / d hidden` of every answer token.
+    dhidden: Vec<Vec<f32>>,
+}
+
+/// Where a program runs.
+struct Pass<'a> {
+    /// `None` for blocks without an adapter.
+    layer: Option<usize>,
+    program: &'a Program,
+    block: &'a Block,
+    prefix: &'a str,
+    places: Vec<usize>,
+}
+
+/// A step that is being emulated: what it runs on.
+pub(crate) struct Emulation<'a> {
+    emulator: &'a mut Emulator,
+    pass: &'a Pass<'a>,
+    rows: usize,
+}
+
+impl Pass<'_> {
+    fn at(&self, s: &Slice, row: usize) -> usize {
+        self.places[s.buffer] + row * self.program.buffers[s.buffer].columns() + s.column
+    }
+}
+
+impl Emulation<'_> {
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub(crate) fn batch(&self) -> &Batch {
+        &self.emulator.batch
+    }
+
+    pub(crate) fn row(&self, s: &Slice, row: usize) -> Vec<f32> {
+        self.emulator.row(self.pass, s, row)
+    }
+
+    pub(crate) fn write(&mut self, s: &Slice, row: usize, values: &[f32]) {
+        self.emulator.write(self.pass, s, row, values);
+    }
+
+    /// Of a buffer with a number for every head; a number has four bytes.
+    pub(crate) fn number(&mut self, s: &Slice, head: usize, row: usize) -> &mut f32 {
+        &mut self.emulator.memory[self.pass.places[s.buffer] + (head * self.rows + row) * 2]
+    }
+
+    /// Computes rows one after the other: from what is read to what is written.
+    pub(crate) fn each_row(
+        &mut self,
+        reads: &[Slice],
+        writes: &[Slice],
+        compute: impl Fn(usize, &[Vec<f32>], &mut [Vec<f32>]),
+    ) {
+        for row in 0..self.rows() {
+            let read: Vec<Vec<f32>> = reads.iter().map(|s| self.row(s, row)).collect();
+            let mut written = vec![Vec::new(); writes.len()];
+            compute(row, &read, &mut written);
+            writes.iter().zip(&written).for_each(|(s, values)| self.write(s, row, values));
+        }
+    }
+
+    pub(crate) fn vector(&self, at: usize) -> Vec<f32> {
+        let vector = &self.pass.program.vectors[at];
+        self.weight(vector.node, vector.role)
+    }
+
+    pub(crate) fn table(&self, at: usize) -> Vec<f32> {
+        self.weight(self.pass.program.tables[at], "weight")
+    }
+
+    fn weight(&self, node: usize, role: &str) -> Vec<f32> {
+        let weight = self.pass.block.nodes[node].weight(role).unwrap();
+        given(&format!("{}{}", self.pass.prefix, weight.tensor), &weight.shape)
+    }
+
+    pub(crate) fn stack(&mut self, at: usize) -> &mut StackValues {
+        &mut self.emulator.stacks[self.pass.layer.unwrap()][at]
+    }
+
+    /// The keys that a row sees in a window.
+    pub(crate) fn seen_by(&self, row: usize, window: usize) -> Vec<usize> {
+        let spans = &self.batch().layout.spans;
+        let span = spans.iter().find(|s| (s.start..s.start + s.len()).contains(&row)).unwrap();
+        let mask = AnswerMask::of(span, 0, window);
+        (span.start..=row).filter(|key| mask.sees(row - span.start, key - span.start)).collect()
+    }
+}
+
+impl Emulator {
+    pub(super) fn new(
+        graph: &ModelGraph,
+        adapter: &Adapter,
+        batch: Batch,
+        gates: Gates,
+        allowed: &[SavedActivations],
+        bytes: impl Fn(&Footprint) -> usize,
+    ) -> Emulator {
+        let adapter = adapter.clone();
+        let lowered = Lowered::new(graph, &adapter, NUMBERS, gates).unwrap();
+        let footprint = Footprint::new(graph, &lowered);
+        let bytes = bytes(&footprint);
+        let arrangement =
+            footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed, LOGITS_ROWS[0]).unwrap();
+        let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
+            let block = &graph.blocks[layer.block];
+            let stacks = lowered.programs[layer.block].stacks.iter();
+            stacks.map(|s| StackValues::new(s, block, &layer.prefix, at, &adapter)).collect()
+        });
+        let stacks = stacks.collect();
+        let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
+        Emulator { graph, adapter, lowered, arrangement, stacks, memory, batch, dhidden: Vec::new() }
+    }
+
+    fn row(&self, pass: &Pass<'_>, s: &Slice, row: usize) -> Vec<f32> {
+        let at = pass.at(s, row);
+        self.memory[at..at + s.width].to_vec()
+    }
+
+    /// What has no place is left out.
+    fn write(&mut self, pass: &Pass<'_>, s: &Slice, row: usize, values: &[f32]) {
+        if pass.places[s.buffer] == NOWHERE {
+            return;
+        }
+        let at = pass.at(s, row);
+        self.memory[at..at + s.width].copy_from_slice(values);
+    }
+
+    /// Runs a pass of a layer.
+    fn layer(&mut self, layer: usize, backward: bool) {
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
+        let kind = graph.layers[layer].block;
+        let places = self.arrangement.places(&lowered, kind, layer, true, backward);
+        let pass = Pass {
+            layer: Some(layer),
+            program: &lowered.programs[kind],
+            block: &graph.blocks[kind],
+            prefix: &graph.layers[layer].prefix,
+            places: elements(places),
+        };
+        // Nothing may be read from work space that another layer left.
+        let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
+        self.memory[from..to].fill(f32::NAN);
+        let scheduled = &lowered.schedules[kind][self.arrangement.saved[layer] as usize];
+        self.run(&pass, if backward { &scheduled.steps } else { &lowered.programs[kind].forward });
+        self.lowered = lowered;
+    }
+
+    fn embed(&mut self) {
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
+        let places = elements(self.arrangement.embed_places(&lowered));
+        let pass = Pass { layer: None, program: &lowered.embed, block: &graph.embed, prefix: "", places };
+        self.run(&pass, &lowered.embed.forward);
+        self.lowered = lowered;
+    }
+
+    pub(super) fn forward(&mut self) -> Vec<f32> {
+        self.embed();
+        (0..self.graph.layers.len()).for_each(|layer| self.layer(layer, false));
+        self.head(None)
+    }
+
+    /// The head forward; with a gradient by log-probs, backward.
+    fn head(&mut self, dlogps: Option<&[f32]>) -> Vec<f32> {
+        let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
+        let hidden = graph.hidden_size;
+        let gradient = self.arrangement.gradient / 2;
+        let ld = lowered.programs[0].edge() / 2;
+        let places = elements(self.arrangement.head_places(&lowered));
+        let rows = self.batch.targets.len();
+        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places };
+        let projection = lowered.projection;
+        let of = |buffer| Slice::whole(buffer, projection.inputs);
+        let mut logps = Vec::new();
+        match dlogps {
+            None => {
+                self.run(&pass, &lowered.head.forward);
+                let node = graph.head.nodes.last().unwrap();
+                let [table, bias] =
+                    ["weight", "bias"].map(|role| node.weight(role).map(|w| given(&w.tensor, &w.shape)));
+                let table = table.unwrap();
+                for row in 0..rows {
+                    let h = self.row(&pass, &of(OUTPUT), row);
+                    let target = self.batch.targets[row] as usize;
+                    let (logp, grad) = log_prob(&h, (&projection, &table, bias.as_deref()), target);
+                    logps.push(logp);
+                    self.write(&pass, &of(GRADIENT), row, &grad);
+                }
+            }
+            Some(dlogps) => {
+                for (row, by) in dlogps.iter().enumerate() {
+                    let scaled: Vec<f32> = self.dhidden[row].iter().map(|v| v * by).collect();
+                    self.write(&pass, &of(GRADIENT), row, &scaled);
+                }
+                self.run(&pass, &lowered.head_schedule.steps);
+                for row in 0..rows {
+                    let values = self.row(&pass, &Slice::whole(GRADIENT, hidden), row);
+                    self.memory[gradient + row * ld..][..hidden].copy_from_slice(&values);
+                }
+            }
+        }
+        if dlogps.is_none() {
+            self.dhidden = (0..rows).map(|row| self.row(&pass, &of(GRADIENT), row)).collect();
+        }
+        self.lowered = lowered;
+        logps
+    }
+
+    /// The adapter's gradient, laid out as its parameters.
+    pub(super) fn backward(&mut self, dlogps: &[f32]) -> Vec<f32> {
+        self.head(Some(dlogps));
+        (0..self.graph.layers.len()).rev().for_each(|layer| self.layer(layer, true));
+        let mut gradient = vec![0.0; self.adapter.params.len()];
+        for site in &self.adapter.sites {
+            let (rank, scale) = (site.rank, site.scale as f32);
+            let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
+            let stacks = &self.lowered.programs[self.graph.layers[layer].block].stacks;
+            let found = stacks.iter().zip(&self.stacks[layer]);
+            let mut found = found.filter_map(|(stack, values)| Some((stack, values, stack.member(site.node.1)?)));
+            let (stack, StackValues { gradients: [da, db], .. }, member) = found.next().unwrap();
+            let [a, b] = self.adapter.ranges(site);
+            gradient[a].copy_from_slice(&da[member.rank_column * stack.inputs..][..rank * stack.inputs]);
+            for (i, to) in gradient[b].iter_mut().enumerate() {
+                let (output, r) = (i / rank, i % rank);
+                *to = scale * db[(member.rank_column + r) * stack.outputs + member.column + output];
+            }
+        }
+        gradient
+    }
+
+    fn run(&mut self, pass: &Pass<'_>, steps: &[Step]) {
+        for step in steps {
+            let rows = match step.rows {
+                Rows::Tokens => self.batch.tokens(),
+                Rows::Predictors => self.batch.targets.len(),
+            };
+            step.run.emulate(&mut Emulation { emulator: self, pass, rows }, &step.reads, &step.writes);
+        }
+    }
+}
+
+impl StackValues {
+    fn new(stack: &Stack, block: &Block, prefix: &str, layer: usize, adapter: &Adapter) -> StackValues {
+        let columns = stack.inputs + stack.rank;
+        let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
+        let mut bias = vec![0.0; stack.outputs];
+        for member in &stack.members {
+            for weight in &block.nodes[member.node].weights {
+                let values = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
+                if weight.role == "bias" {
+                    bias[member.column..member.column + member.width].copy_from_slice(&values);
+                } else {
+                    for (row, values) in values.chunks(stack.inputs).enumerate() {
+                        weights[(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
+                    }
+                }
+            }
+            let Some(site) = adapter.sites.iter().find(|s| s.node == (BlockId::Layer(layer), member.node)) else {
+                continue;
+            };
+            let ([a, b], rank) = (adapter.ranges(site), site.rank);
+            // What is subtracted lies in the columns behind those of the site.
+            let all = [(&adapter.params, 0, 1.0), (&adapter.subtracted, rank, -1.0)];
+            for (params, behind, sign) in all.into_iter().filter(|(params, ..)| !params.is_empty()) {
+                let first = member.rank_column + behind;
+                for (r, row) in params[a.clone()].chunks(stack.inputs).enumerate() {
+                    let to = (stack.outputs + first + r) * columns;
+                    weights[to..to + stack.inputs].copy_from_slice(row);
+                }
+                for (output, row) in params[b.clone()].chunks(rank).enumerate() {
+                    let to = (member.column + output) * columns + stack.inputs + first;
+                    let scaled = row.iter().map(|v| v * sign * site.scale as f32);
+                    weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
+                }
+            }
+        }
+        let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
+        StackValues { weights, columns, bias, gradients }
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.weights[row * self.columns..][..self.columns]
+    }
+}
+
+/// The place of what has none: no memory is as large.
+const NOWHERE: usize = usize::MAX / 4;
+
+/// Places as numbers of values.
+fn elements(places: Vec<Option<usize>>) -> Vec<usize> {
+    places.into_iter().map(|p| p.map_or(NOWHERE, |p| p / 2)).collect()
+}
+
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The log-prob of a target and its gradient by the hidden state.
+fn log_prob(hidden: &[f32], (own, table, bias): (&LmHead, &[f32], Option<&[f32]>), target: usize) -> (f32, Vec<f32>) {
+    let rows: Vec<&[f32]> = table.chunks(hidden.len()).collect();
+    let mut logits: Vec<f32> = rows.iter().map(|row| dot(row, hidden)).collect();
+    own.bend(&mut logits, bias);
+    let max = logits.iter().copied().fold(f32::MIN, f32::max);
+    let sum = max + logits.iter().map(|z| (z - max).exp()).sum::<f32>().ln();
+    let mut grad: Vec<f32> = rows[target].iter().map(|w| w * own.slope(logits[target])).collect();
+    for (row, z) in rows.iter().zip(&logits) {
+        grad.iter_mut().zip(*row).for_each(|(s, w)| *s -= (z - sum).exp() * own.slope(*z) * w);
+    }
+    (logits[target] - sum, grad)
+}

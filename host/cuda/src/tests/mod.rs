@@ -1,0 +1,285 @@
+//! Lowered programs without a GPU: an [`emulator`] of them has to find the log-probs and gradients of the CPU engine. What it cannot see is
+//! the kernels: those are compared by `dpo-host selftest` on a GPU.
+#![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+mod emulator;
+
+pub(crate) use emulator::Emulation;
+
+use dpo_plugin_api::graph::ModelGraph;
+
+use super::footprint::Footprint;
+use super::inputs::Rows;
+use super::lowered::Lowered;
+use super::matmul::Gates;
+use super::plan::{GpuPlan, LOST_TOKENS, Room};
+use super::program::Program;
+use super::saved::SavedActivations;
+use super::weights::NUMBERS;
+use dpo_core::batch::Batch;
+use dpo_core::device::Device;
+use dpo_core::lora::{Adapter, AdapterConfig};
+use dpo_core::ops;
+use dpo_core::plan::MemoryOptions;
+use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, op_cases, patterned_adapter, subtracting_adapter};
+use dpo_plugins::Registry;
+use dpo_plugins::shapes;
+use emulator::Emulator;
+
+/// Gated activations are computed by matmuls, forward and backward.
+const ALL_GATES: Gates = Gates { forward: true, backward: true };
+
+/// Every graph of the self-test, at every level of what is saved and in just as many bytes as a mixture of levels takes.
+#[test]
+fn programs_compute_what_the_cpu_computes() {
+    let registry = Registry::discover(&[], None);
+    let families = FAMILIES
+        .iter()
+        .map(|(name, config)| (name.to_string(), registry.family(name).unwrap().runnable(config).unwrap()));
+    for (name, graph) in op_cases().unwrap().into_iter().chain(families) {
+        compare(&name, &graph, &adapter(&graph, false).unwrap());
+    }
+}
+
+/// A stack has columns for the largest rank of every linear in layers of a kind; where a layer has less, they are zero.
+#[test]
+fn linears_may_have_ranks_and_scales_of_their_own() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let adapter = patterned_adapter(&graph).unwrap();
+    let ranks: std::collections::BTreeSet<usize> = adapter.sites.iter().map(|s| s.rank).collect();
+    assert!(ranks.into_iter().eq([3, 8, 12, 16]), "{:?}", adapter.sites);
+    compare("patterns", &graph, &adapter);
+}
+
+/// The update is the difference of two products, of which one stays.
+#[test]
+fn what_an_adapter_began_with_is_subtracted() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let adapter = subtracting_adapter(&graph).unwrap();
+    assert!(adapter.subtracted.len() == adapter.params.len() && adapter.subtracted != adapter.params);
+    compare("subtracted", &graph, &adapter);
+}
+
+#[test]
+fn kinds_of_adapter_without_kernels_are_refused() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let plain = || AdapterConfig::new(4, 8.0);
+    for (config, flag) in [
+        (AdapterConfig { dora: true, ..plain() }, "--use-dora"),
+        (AdapterConfig { dropout: 0.1, ..plain() }, "--lora-dropout"),
+    ] {
+        let adapter = Adapter::planned(&graph, config).unwrap();
+        let Err(error) = Lowered::new(&graph, &adapter, NUMBERS, Gates::default()) else { panic!("{flag} is taken") };
+        assert!(error.to_string().contains(flag) && error.to_string().contains("--device cpu"), "{error}");
+    }
+}
+
+/// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.
+fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
+    let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
+    let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
+    let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut exact = cpu(graph, batch.tokens(), adapter.clone()).unwrap();
+    let logps = exact.forward(&batch, true).unwrap().logps;
+    exact.backward(&batch, &dlogps).unwrap();
+    let (tokens, answers) = (batch.tokens(), batch.targets.len());
+    let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
+    // Less than everything, so that layers save different parts.
+    let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
+    let forward = Gates { forward: true, backward: false };
+    let gates = [Gates::default(), forward, ALL_GATES];
+    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g))) {
+        let bytes = |f: &Footprint| {
+            let (whole, least) =
+                (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
+            least.max((whole as f64 * part) as usize).next_multiple_of(2)
+        };
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, bytes);
+        let found = own.forward();
+        let gradient = own.backward(&dlogps);
+        let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
+        let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
+        assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
+    }
+}
+
+/// Parts of a fused projection, and their gradients, lie where the projection and its gradient do.
+#[test]
+fn parts_are_not_copied() {
+    let cases = op_cases().unwrap();
+    let graph = &cases.iter().find(|(name, _)| name == "fused projections").unwrap().1;
+    let lowered = Lowered::new(graph, &adapter(graph, false).unwrap(), NUMBERS, Gates::default()).unwrap();
+    let program = &lowered.programs[0];
+    let labels = program.forward.iter().chain(&program.backward).map(|s| s.label);
+    let moves: Vec<_> = labels.filter(|l| ["add, copy", "zero", "narrow vjp"].contains(l)).collect();
+    assert!(moves.is_empty(), "{moves:?}");
+    // And the gradients of gate and up lie where these were.
+    let of = |label: &str| program.backward.iter().find(|s| s.label == label).unwrap();
+    assert_eq!(of("glu vjp").reads[..2], of("glu vjp").writes);
+}
+
+/// A matmul computes the gated activation of what it makes: gate and up have no place where nobody reads them, and where they are
+/// saved, the activation is computed again from them, not by the matmul.
+#[test]
+fn gated_activations_are_computed_by_the_matmul() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, ALL_GATES).unwrap();
+    let program = &lowered.programs[0];
+    let gated = program.forward.iter().find(|s| s.cheaper.is_some()).unwrap();
+    assert!(program.forward.iter().all(|s| s.label != "glu"));
+    assert!(program.backward.iter().all(|s| s.label != "glu vjp"));
+    let both = gated.writes[0].buffer;
+    for level in SavedActivations::ALL {
+        let scheduled = &lowered.schedules[0][level as usize];
+        let again = |label: &str| {
+            scheduled.steps.iter().filter(|s| s.label == label && s.writes(gated.writes[1].buffer)).count()
+        };
+        let (saved, placed) = (scheduled.forward.saved[both].is_some(), scheduled.forward.scratch[both].is_some());
+        let expected = match level {
+            SavedActivations::All => (true, [0, 0]),
+            SavedActivations::Matmuls => (true, [1, 0]),
+            SavedActivations::SmallMatmuls | SavedActivations::BlockInput => (false, [0, 1]),
+        };
+        assert_eq!((saved, [again("glu"), again("matmul")]), expected, "{level:?}");
+        assert!(!placed && (saved || scheduled.backward.scratch[both].is_some()), "{level:?}");
+    }
+}
+
+/// Behind its attention the last layer runs on the rows that predict, forward and backward; the others run on all.
+#[test]
+fn the_last_layer_runs_where_it_predicts() {
+    let (family, config) = FAMILIES[0];
+    let graph = Registry::discover(&[], None).family(family).unwrap().runnable(config).unwrap();
+    let lowered = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, Gates::default()).unwrap();
+    let last = graph.layers.last().unwrap().block;
+    for (kind, program) in lowered.programs.iter().enumerate() {
+        let all = program.forward.iter().chain(&program.backward);
+        if kind != last {
+            assert!(all.clone().all(|s| s.rows == Rows::Tokens));
+            continue;
+        }
+        let count = |label: &str, rows: Rows| all.clone().filter(|s| s.label == label && s.rows == rows).count();
+        let both = |label: &str| [Rows::Tokens, Rows::Predictors].map(|rows| count(label, rows));
+        // Of attention and of the residual stream.
+        assert_eq!([both("gather"), both("gather vjp")], [[0, 2], [2, 0]]);
+        // Queries, keys and values are one matmul; o, gate with up, down.
+        assert_eq!([both("matmul"), both("matmul vjp")], [[1, 3], [1, 3]]);
+        assert_eq!([both("norm"), both("glu"), both("attention")], [[1, 1], [0, 1], [1, 0]]);
+    }
+    assert!(lowered.head.forward.iter().chain(&lowered.head.backward).all(|s| s.rows == Rows::Predictors));
+}
+
+/// A plan stays within its memory, and more memory never makes it slower.
+#[test]
+fn plans_use_what_there_is() {
+    let registry = Registry::discover(&[], None);
+    let (family, config) = FAMILIES[0];
+    let graph = registry.family(family).unwrap().runnable(config).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan =
+        |memory: usize| GpuPlan::new(&graph, &adapter, 3000, 0.6, Room::of(memory, 1), 1, MemoryOptions::default());
+    let least = (1..4096).map(|n| n << 20).find(|m| plan(*m).is_ok()).unwrap();
+    let error = plan(least - (1 << 20)).unwrap_err().to_string();
+    assert!(error.contains("3000 tokens") && error.contains("help: lower --max-length"), "{error}");
+    let cost = |p: &GpuPlan| (1.0 + p.again) * (1.0 + LOST_TOKENS / p.micro_batch_tokens as f64);
+    let mut before = f64::INFINITY;
+    for memory in (0..40).map(|n| least + n * (16 << 20)) {
+        let plan = plan(memory).unwrap();
+        assert!(plan.total() <= memory, "{} of {memory}", plan.total());
+        assert!(cost(&plan) <= before * 1.006, "more memory makes it slower: {plan}");
+        before = cost(&plan);
+    }
+}
+
+/// Layers that ranks share take a part of their bytes on each, and the places of two layers.
+#[test]
+fn a_shared_base_fits_where_a_whole_one_does_not() {
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |ranks: usize| {
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, MemoryOptions::default())
+    };
+    let error = plan(1).unwrap_err().to_string();
+    assert!(error.contains("weights 13.2 GiB"), "{error}");
+    let shared = plan(4).unwrap();
+    assert!(shared.total() <= 12 << 30);
+    let rest = Lowered::new(&graph, &adapter, NUMBERS, Gates::default()).unwrap().rest();
+    let layers = shared.whole - rest;
+    let (expected, layer) = (layers / 4 + 2 * layers / graph.layers.len(), 28 * 4 * 256);
+    assert!((shared.weights - rest).abs_diff(expected) <= layer, "{} of {}", shared.weights, shared.whole);
+}
+
+/// Ops that only the CPU has.
+const CPU_ONLY: &[&str] = &[];
+
+/// Every op of the CPU has a file here or is listed, and no other has.
+#[test]
+fn every_op_of_the_cpu_is_known() {
+    let set = |names: &mut dyn Iterator<Item = &'static str>| names.collect::<std::collections::BTreeSet<_>>();
+    let own = super::ops::OPS.iter().chain(super::ops::INTERNAL).map(|o| o.name);
+    let own = set(&mut own.chain(CPU_ONLY.iter().copied()));
+    assert_eq!(own, set(&mut ops::OPS.iter().chain(ops::INTERNAL).map(|o| o.name)));
+}
+
+/// An op that changes a gradient in place which is another value's, too.
+#[test]
+fn a_step_that_overwrites_what_is_still_read_is_refused() {
+    use super::lowering::{CudaOp, Frame};
+    use super::{ops::find, sum::sum};
+    static RASH: CudaOp = CudaOp::new(
+        "rope",
+        |l, index| {
+            let [x] = l.inputs(index)?;
+            let y = l.place(index);
+            l.push(sum(x, x, y))
+        },
+        |l, index| {
+            let Some(dy) = l.take_gradient(index) else { return Ok(()) };
+            l.push(sum(dy, dy, dy))?;
+            l.pass_on(l.nodes[index].inputs[0], dy)
+        },
+    );
+    let with_rash = |name: &str| if name == RASH.name { Ok(&RASH) } else { find(name) };
+    let cases = op_cases().unwrap();
+    let lower = |name: &str| {
+        let block = &cases.iter().find(|(n, _)| n == name).unwrap().1.blocks[0];
+        let frame = Frame {
+            widths: [104; 2],
+            behind: 0,
+            rank: &|_| 0,
+            numbers: NUMBERS,
+            backward: true,
+            rows: Rows::Tokens,
+            gates: Gates::default(),
+        };
+        Program::lower(block, (&block.nodes, block.output), with_rash, &frame).map(|_| ())
+    };
+    let error = lower("rope of a value, added to itself").unwrap_err().to_string();
+    assert!(error.contains("step 'add, copy' would overwrite"), "{error}");
+    assert!(lower("rms_norm of heads, rope").is_ok());
+}
+
+/// A published checkpoint of every family runs on a GPU.
+#[test]
+fn published_models_are_lowered() {
+    let registry = Registry::discover(&[], None);
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../plugins/models/dense/configs");
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+    files.sort();
+    let refused = |path: &std::path::PathBuf| {
+        let family = path.file_stem().unwrap().to_str().unwrap();
+        let config = std::fs::read_to_string(path).unwrap();
+        let mut graph = registry.family(family).unwrap().runnable(&config).unwrap();
+        // A layer of every kind will do.
+        let mut kinds = std::collections::BTreeSet::new();
+        graph.layers.retain(|l| kinds.insert(l.block));
+        let lowered = Lowered::new(&graph, &adapter(&graph, true).unwrap(), NUMBERS, Gates::default());
+        Some(format!("{family}: {}", lowered.err()?))
+    };
+    assert!(files.len() > 30, "{files:?}");
+    assert_eq!(files.iter().filter_map(refused).collect::<Vec<_>>(), Vec::<String>::new());
+}
