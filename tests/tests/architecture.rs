@@ -33,7 +33,7 @@ fn modules(folder: &Path) -> BTreeMap<Module, String> {
             let name = entry.file_stem().unwrap().to_str().unwrap().to_owned();
             let within = |name: &str| path.iter().cloned().chain([name.to_owned()]).collect::<Module>();
             match (entry.is_dir(), name.as_str()) {
-                (true, "templates") | (false, "tests") => {}
+                (true, "templates") | (_, "tests") => {}
                 (true, _) => folders.push((entry, within(&name))),
                 (false, _) if entry.extension().is_none_or(|e| e != "rs") => {}
                 (false, "lib" | "main") if path.is_empty() => drop(all.insert(Module::new(), source(&entry))),

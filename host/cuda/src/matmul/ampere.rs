@@ -15,7 +15,7 @@ pub(crate) static SOURCE: Source = Source {
     ),
     kernels: &["gemm_ampere"],
     waits: false,
-    variants: Some(|capability| gemm::usual(capability, SOURCE.file)),
+    variants: Some(|_| usual()),
 };
 
 /// Rows, columns and depth of a tile.
@@ -46,6 +46,17 @@ struct Problem {
 
 // SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
 unsafe impl Argument for Problem {}
+
+/// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
+fn usual() -> Vec<Variant> {
+    let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates).map(variant);
+    all.fold(Vec::new(), |mut usual, variant| {
+        if usual.iter().all(|v: &Variant| v.key != variant.key) {
+            usual.push(variant);
+        }
+        usual
+    })
+}
 
 /// How it is compiled.
 pub(super) fn variant(gemm: Gemm) -> Variant {

@@ -10,7 +10,9 @@ pub(crate) static SOURCE: Source = Source {
     text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
     kernels: &["gemm_hopper"],
     waits: true,
-    variants: Some(|capability| gemm::usual(capability, SOURCE.file)),
+    variants: Some(|capability| {
+        if is_for(capability) { gemm::usual().into_iter().flat_map(variants).collect() } else { Vec::new() }
+    }),
 };
 
 /// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too, or their gradients.

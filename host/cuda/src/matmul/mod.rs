@@ -3,6 +3,7 @@
 //! a kernel of their own.
 
 mod ampere;
+mod dispatch;
 mod gemm;
 mod gemv;
 mod hopper;
@@ -15,9 +16,10 @@ use std::fs::File;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use dispatch::Gated;
+pub(super) use dispatch::gates;
 pub use gemm::Gates;
-pub(super) use gemm::gates;
-pub(crate) use gemm::{Gated, Gemm};
+pub(crate) use gemm::Gemm;
 pub(super) use library::WORKSPACE;
 
 use super::api;
@@ -127,7 +129,7 @@ impl Matmuls {
     pub(super) fn new(gpu: &Gpu) -> Result<Matmuls> {
         let library = Library::new(gpu)?;
         let card = gpu.name.replace(' ', "-");
-        let name = format!("{card}-sm_{}-cublas-{}-gemm-{}", gpu.kernels, library.version(), gemm::version());
+        let name = format!("{card}-sm_{}-cublas-{}-gemm-{}", gpu.kernels, library.version(), dispatch::version());
         let arrived = gpu.allocate(ARRIVED)?;
         gpu.zero(arrived.address, ARRIVED)?;
         Ok(Matmuls {
