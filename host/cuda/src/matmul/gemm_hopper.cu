@@ -26,12 +26,6 @@
 #define CHUNK_BYTES (PLANE_BYTES * (KEEPS ? 3 : GLU_VJP ? 2 : 1))  // D, gate, up; or gate and up
 #define N8 (TOKENS / 8)
 
-struct TensorMap {
-    __align__(64) u64 words[16];
-};
-
-__device__ __forceinline__ u32 shared_at(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ void barrier_init(u32 at, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count));
 }
@@ -81,19 +75,12 @@ __device__ __forceinline__ void copies_read() { asm volatile("cp.async.bulk.wait
 __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
-__device__ __forceinline__ u64 descriptor(u32 at, u32 leading) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
-
 #if W_ROWS
 #define W_TRANSPOSED "0"
 #else
 #define W_TRANSPOSED "1"
 #endif
 
-#define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define SIXTEEN(d, n) FOUR(d, n), FOUR(d, n + 1), FOUR(d, n + 2), FOUR(d, n + 3)
 #define EIGHTY(d, n) SIXTEEN(d, n), SIXTEEN(d, n + 4), SIXTEEN(d, n + 8), SIXTEEN(d, n + 12), SIXTEEN(d, n + 16)
 #define D16(a) "%" #a "0,%" #a "1,%" #a "2,%" #a "3,%" #a "4,%" #a "5,%" #a "6,%" #a "7,%" #a "8,%" #a "9"
 #define D90 D16() "," D16(1) "," D16(2) "," D16(3) "," D16(4) "," D16(5) "," D16(6) "," D16(7) "," D16(8)
@@ -116,8 +103,6 @@ __device__ __forceinline__ void multiply(float d[N8][4], u64 w, u64 x, int more)
 #endif
 }
 
-__device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int N>
 __device__ __forceinline__ void done() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
 
@@ -164,9 +149,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     gemm_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap c,
                 const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit) {
     extern __shared__ bf16 memory[];
-    u32 stages = (shared_at(memory) + 1023) / 1024 * 1024, chunks = stages + STAGES * STAGE_BYTES;
+    u32 stages = (shared_address(memory) + 1023) / 1024 * 1024, chunks = stages + STAGES * STAGE_BYTES;
     __shared__ __align__(8) u64 barriers[2 * STAGES + GROUPS * BUFFERS];
-    u32 full = shared_at(barriers), empty = full + STAGES * 8, fetched = empty + STAGES * 8;
+    u32 full = shared_address(barriers), empty = full + STAGES * 8, fetched = empty + STAGES * 8;
     u32 rank = cluster_rank();
     int group = threadIdx.x / 128, steps = (k + DEPTH - 1) / DEPTH;
     // Features are those of D: with a gated activation, a block has as many of gate and of up.

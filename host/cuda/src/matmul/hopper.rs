@@ -7,7 +7,11 @@ use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
     file: "gemm_hopper",
-    text: concat!(include_str!("../ops/activations.cuh"), include_str!("gemm_hopper.cu")),
+    text: concat!(
+        include_str!("../ops/hopper.cuh"),
+        include_str!("../ops/activations.cuh"),
+        include_str!("gemm_hopper.cu")
+    ),
     kernels: &["gemm_hopper"],
     waits: true,
     variants: Some(|capability| {

@@ -73,8 +73,6 @@ __device__ __forceinline__ bool none_visible(const Tile& t, Begins b, int query,
     return window > 0 && query - (key + keys - 1) - (b.last - t.prompt) >= window;
 }
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 __device__ __forceinline__ void ldmatrix(u32 r[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));

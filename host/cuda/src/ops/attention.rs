@@ -25,7 +25,8 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Hopper's own instructions, which take the place of functions of `attention.cu`.
-const HOPPER: &str = concat!(include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
+const HOPPER: &str =
+    concat!(include_str!("hopper.cuh"), include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
 /// Widths of heads for which Hopper's are used.
 const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128, 256];

@@ -25,12 +25,6 @@
 #define PAIRS (WIDE_HEAD ? 2 : 4)         // places of a ring of those
 #define BLOCK 384
 
-// What `cuTensorMapEncodeTiled` made of rows of a buffer: boxes of 64 columns and 64 rows, or as many as a smaller tile has. Rows
-// behind the last are zero.
-struct alignas(64) TensorMap {
-    u64 words[16];
-};
-
 // A place in a ring, and the parity of its turn.
 struct Turn {
     u32 stage = 0, parity = 0;
@@ -97,10 +91,6 @@ __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.
 template <int N>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 
-__device__ __forceinline__ u64 descriptor(u32 at, u32 leading) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)(leading >> 4) << 16 | (u64)(1024 >> 4) << 32 | 1ull << 62;
-}
-
 // A tile with its columns as the inner dimension, columns [16 k, 16 k + 16).
 template <int ROWS_OF>
 __device__ __forceinline__ u64 along(u32 tile, int k) {
@@ -111,8 +101,6 @@ __device__ __forceinline__ u64 along(u32 tile, int k) {
 template <int ROWS_OF>
 __device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile + k * 2048, ROWS_OF * 128); }
 
-#define FOUR(d, n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define SIXTEEN(d, n) FOUR(d, n), FOUR(d, n + 1), FOUR(d, n + 2), FOUR(d, n + 3)
 #define ALL32(d) SIXTEEN(d, 0)
 #define ALL64(d) ALL32(d), SIXTEEN(d, 4)
 #define ALL96(d) ALL64(d), SIXTEEN(d, 8)
@@ -154,10 +142,6 @@ MULTIPLY_ADD(64, "32", "33", "34", "35", "36")
 MULTIPLY_ADD(96, "48", "49", "50", "51", "52")
 MULTIPLY_ADD(128, "64", "65", "66", "67", "68")
 MULTIPLY_ADD(256, "128", "129", "130", "131", "132")
-
-// Registers are as the code before says; products may begin.
-__device__ __forceinline__ void begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Waits until at most PENDING groups of products are in work; then `c` may be read.
 template <int PENDING, int N>

@@ -15,6 +15,8 @@ __device__ __forceinline__ u32 pack(float low, float high) {
 
 __device__ __forceinline__ bf16 to_bf16(float x) { return (bf16)pack(x, 0.f); }
 
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
 // Eight values of a row: one access of 16 bytes.
 struct Eight {
     float v[8];

@@ -1,7 +1,5 @@
 // The tensor cores' instructions that every card since Ampere has, and copies to shared memory that run beside them.
 
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 // 16 bytes to shared memory, zeros where `inside` does not hold.
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
