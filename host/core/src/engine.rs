@@ -334,7 +334,7 @@ impl Engine {
             for (value, dx) in node.inputs.iter().zip(inputs) {
                 let Some(dx) = dx.filter(|_| trainable[*value]) else { continue };
                 let sum = match dvalues[*value].take() {
-                    Some(before) => (before + dx)?,
+                    Some(before) => ops::add(&before, &dx)?,
                     None => dx,
                 };
                 dvalues[*value] = Some(sum);

@@ -5,10 +5,11 @@
 //! With a soft cap `c` logits are `l = c·tanh(z / c)` (Gemma 2, section 2), and `1 - (l/c)²` is a factor on every row of W.
 //! Rows are taken in chunks, so that only a bounded block of logits exists at a time.
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
+use candle_core::{DType, Device, Storage, Tensor};
 use dpo_plugin_api::graph::Node;
 use rayon::prelude::*;
 
+use super::real::Real;
 use super::{Kernel, Op};
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
@@ -153,90 +154,8 @@ fn softmax_rows<T: Real>(logits: &[T], targets: &[u32], vocab: usize, keep: bool
 
 const BLOCK: usize = 256;
 
-/// f32 for training, f64 for the gradient tests.
-trait Real: WithDType + Send + Sync {
-    fn slice(storage: &CpuStorage) -> Result<&[Self]>;
-    fn maximum(self, other: Self) -> Self;
-    fn fast_exp(self) -> Self;
-    fn sum_of(values: &[Self]) -> f64;
-    fn sum_of_squares(values: &[Self]) -> f64;
-}
-
-impl Real for f64 {
-    fn slice(storage: &CpuStorage) -> Result<&[f64]> {
-        Ok(storage.as_slice()?)
-    }
-    fn maximum(self, other: f64) -> f64 {
-        self.max(other)
-    }
-    fn fast_exp(self) -> f64 {
-        self.exp()
-    }
-    fn sum_of(values: &[f64]) -> f64 {
-        values.iter().sum()
-    }
-    fn sum_of_squares(values: &[f64]) -> f64 {
-        values.iter().map(|v| v * v).sum()
-    }
-}
-
-impl Real for f32 {
-    fn slice(storage: &CpuStorage) -> Result<&[f32]> {
-        Ok(storage.as_slice()?)
-    }
-    fn maximum(self, other: f32) -> f32 {
-        self.max(other)
-    }
-    /// `eˣ` for `x <= 0` to 2 units in the last place, without branches, so that the compiler vectorises the loop around
-    /// it: `2ⁿ · e^r` with `r` in `±ln 2 / 2`, the polynomial of Cephes' `expf`.
-    fn fast_exp(self) -> f32 {
-        let x = self.max(-87.0);
-        // Adding and taking away 1.5 · 2²³ rounds to a whole number with plain additions.
-        let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
-        let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
-        let p = 1.987_569_1e-4_f32;
-        let p = p * r + 1.398_199_9e-3;
-        let p = p * r + 8.333_452e-3;
-        let p = p * r + 4.166_579_6e-2;
-        let p = p * r + 1.666_666_5e-1;
-        let p = p * r + 5.000_000_3e-1;
-        let e = p * r * r + r + 1.0;
-        // n is in -126..=0 here, so that the exponent field stays in range.
-        e * f32::from_bits(((n as i32 + 127) as u32) << 23)
-    }
-    fn sum_of(values: &[f32]) -> f64 {
-        let mut lanes = [0.0_f32; 8];
-        let chunks = values.chunks_exact(8);
-        let rest: f32 = chunks.remainder().iter().sum();
-        chunks.for_each(|c| lanes.iter_mut().zip(c).for_each(|(l, v)| *l += v));
-        f64::from(lanes.iter().sum::<f32>() + rest)
-    }
-    fn sum_of_squares(values: &[f32]) -> f64 {
-        let mut lanes = [0.0_f32; 8];
-        let chunks = values.chunks_exact(8);
-        let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
-        chunks.for_each(|c| lanes.iter_mut().zip(c).for_each(|(l, v)| *l += v * v));
-        f64::from(lanes.iter().sum::<f32>() + rest)
-    }
-}
-
 /// The head's backward: row `i` of the grads times `dlogps[i]`, `[answer tokens, width]`.
 pub fn vjp(grads: &Tensor, dlogps: &[f32]) -> Result<Tensor> {
     let scale = Tensor::from_slice(dlogps, (dlogps.len(), 1), &Device::Cpu)?.to_dtype(grads.dtype())?;
     Ok(grads.broadcast_mul(&scale)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn fast_exp_is_exp() {
-        for i in 0..100_000 {
-            let x = -(i as f32) * 8.6e-4;
-            let (fast, exact) = (x.fast_exp(), f64::from(x).exp());
-            assert!((f64::from(fast) - exact).abs() <= 2.5e-7 * exact, "exp({x}) = {fast}, should be {exact}");
-        }
-        assert!((-1e30_f32).fast_exp() < 1e-37);
-    }
 }
