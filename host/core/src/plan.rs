@@ -163,7 +163,7 @@ pub const RESUMED: &str = "free memory, so that the run goes on with the micro-b
 /// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
 /// tokens, or the head's logits.
 fn workspace(graph: &ModelGraph, longest: usize) -> usize {
-    attention::workspace(longest).max(lm_head::workspace(graph.vocab_size))
+    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size))
 }
 
 /// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.

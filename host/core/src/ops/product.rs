@@ -239,6 +239,26 @@ mod tests {
         }
     }
 
+    /// Of rows, of transposed views and of parts of matrices; large enough that threads share them.
+    #[test]
+    fn sums_of_products_are_candles_and_the_same_on_any_number_of_threads() {
+        for (m, n, k, rank) in [(1, 1, 1, 1), (70, 130, 33, 8), (300, 1100, 600, 4)] {
+            let (a, w) = (numbers((2 * m, k), 37).narrow(0, m, m).unwrap(), numbers((n, k), 53).t().unwrap());
+            let (u, b) = (numbers((rank, m), 29).t().unwrap(), numbers((n, rank), 17).t().unwrap());
+            let terms = [(&a, &w, 1.0), (&u, &b, -0.5)];
+            let on = |threads: usize| -> Vec<f32> {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| sum_of_products(&terms)).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            };
+            let expected = (a.matmul(&w).unwrap() - (u.matmul(&b).unwrap() * 0.5).unwrap()).unwrap();
+            let expected: Vec<f32> = expected.flatten_all().unwrap().to_vec1().unwrap();
+            let sum = on(1);
+            assert!(sum.iter().zip(&expected).all(|(is, wanted)| (is - wanted).abs() < 1e-6 * (k + rank) as f32));
+            assert!([2, 3].into_iter().all(|threads| on(threads) == sum), "{m} {n} {k}");
+        }
+        assert!(sum_of_products(&[(&numbers((2, 3), 1), &numbers((4, 2), 1), 1.0)]).is_err());
+    }
+
     #[test]
     fn every_processor_gives_the_same_bits() {
         let row: Vec<f32> = numbers((1, 1003), 37).flatten_all().unwrap().to_vec1().unwrap();
