@@ -1,5 +1,6 @@
 //! The command line of dpo-host: one subcommand a file. Flags are parsed here; what is done is in the crates beside this one.
 
+pub mod allocator;
 pub mod args;
 mod backends;
 pub mod commands;
@@ -102,10 +103,10 @@ fn name_threads() {
 }
 
 /// Keeps freed memory for the next tensor. By default glibc returns that of large ones at once, and a run on the CPU then spends
-/// some percent of its time in page faults.
+/// some percent of its time in page faults. Larger ones than this are kept by [`allocator`].
 fn keep_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    for (option, bytes) in [(libc::M_MMAP_THRESHOLD, 32 << 20), (libc::M_TRIM_THRESHOLD, 256 << 20)] {
+    for (option, bytes) in [(libc::M_MMAP_THRESHOLD, 1 << 20), (libc::M_TRIM_THRESHOLD, 256 << 20)] {
         // SAFETY: sets a number of the allocator; where it is refused, nothing changes.
         unsafe { libc::mallopt(option, bytes) };
     }

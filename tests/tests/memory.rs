@@ -70,14 +70,15 @@ fn attention_holds_no_more_than_is_planned() {
             layout: &layout,
             input_gradients: true,
         };
-        // The value, gradients, and copies of them and of the inputs, head by head.
-        let copies = 12 * n * heads * dim * 4;
-        let planned = attention::workspace(n, heads, kv_heads) + copies;
+        // Gradients, head by head and side by side.
+        let copies = 2 * n * (heads + 2 * kv_heads) * dim * 4;
+        let planned = attention::workspace(n) + copies;
         let held = [most(|| drop(forward(&call).unwrap())), most(|| drop(vjp(&call, &dy).unwrap()))];
         assert!(held.iter().all(|h| *h <= planned), "{heads} heads on {kv_heads}, {more}: {held:?} of {planned}");
-        // The plan is not made of air, and all scores at once would not have fitted.
-        assert!(held[1] > planned / 3, "{heads} heads on {kv_heads}, {more}: {held:?} of {planned}");
+        // The plan is not made of air where a token sees all before it, and all scores at once would not have fitted.
+        let windowed = more.get("window").is_some();
+        assert!(windowed || held[1] > planned / 3, "{heads} heads on {kv_heads}, {more}: {held:?} of {planned}");
         let all = heads * n * n * 4;
-        assert!(heads < 32 || planned < 3 * all, "{planned} of {all}");
+        assert!(planned < all / 5, "{planned} of {all}");
     }
 }

@@ -33,6 +33,8 @@ pub struct Engine {
     loras: HashMap<(BlockId, usize), Lora>,
     /// The first layer that is adapted. Nothing before it has a gradient; behind the last one there is none.
     first_adapted: usize,
+    /// Whether the adapter changes nothing, as before the first step: a pass without a gradient does without it.
+    plain: bool,
     /// Layers whose inner values are computed again in the backward pass.
     recomputed: usize,
 }
@@ -94,7 +96,8 @@ impl Engine {
             _ => None,
         });
         let first_adapted = layers.min().unwrap_or(graph.layers.len());
-        let mut engine = Engine { graph, base, adapter, loras: HashMap::new(), first_adapted, recomputed: 0 };
+        let mut engine =
+            Engine { graph, base, adapter, loras: HashMap::new(), first_adapted, plain: false, recomputed: 0 };
         engine.refresh()?;
         Ok(engine)
     }
@@ -147,6 +150,7 @@ impl Engine {
     fn refresh(&mut self) -> Result<()> {
         let tensors = self.adapter.sites.iter().map(|s| Ok((s.node, self.adapter.lora(s)?)));
         self.loras = tensors.collect::<Result<_>>()?;
+        self.plain = self.adapter.changes_nothing();
         Ok(())
     }
 
@@ -170,12 +174,13 @@ impl Engine {
     /// computes nothing, here and there, but gathers weights with the ranks that do.
     pub fn forward(&self, batch: &Batch, keep: bool) -> Result<Forward> {
         let (graph, rows) = (&self.graph, &Rows::of(&batch.layout));
+        let adapted = keep || !self.plain;
         let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
             base.participate()?;
             return Ok(Forward { logps: AnswerLogProbs::default(), kept: None });
         }
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted: true });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = self.run(&work(BlockId::Embed, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
@@ -334,7 +339,7 @@ impl Engine {
             for (value, dx) in node.inputs.iter().zip(inputs) {
                 let Some(dx) = dx.filter(|_| trainable[*value]) else { continue };
                 let sum = match dvalues[*value].take() {
-                    Some(before) => (before + dx)?,
+                    Some(before) => ops::add(&before, &dx)?,
                     None => dx,
                 };
                 dvalues[*value] = Some(sum);

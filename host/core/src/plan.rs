@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
-use crate::ops::{attention, count, lm_head};
+use crate::ops::{attention, lm_head};
 use crate::storage::{Numbers, Storage};
 use crate::weights::blocks;
 
@@ -163,9 +163,7 @@ pub const RESUMED: &str = "free memory, so that the run goes on with the micro-b
 /// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
 /// tokens, or the head's logits.
 fn workspace(graph: &ModelGraph, longest: usize) -> usize {
-    let nodes = graph.blocks.iter().flat_map(|b| &b.nodes).filter(|n| n.op == "attention");
-    let scores = nodes.map(|n| attention::workspace(longest, count(n, "heads"), count(n, "kv_heads")));
-    scores.max().unwrap_or(0).max(lm_head::workspace(graph.vocab_size))
+    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size))
 }
 
 /// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.

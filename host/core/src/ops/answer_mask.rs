@@ -5,6 +5,8 @@
 //! is where its answer begins. With a window, distances are those of positions, which restart at the prompt's end, not those of
 //! places in the row.
 
+use std::ops::Range;
+
 use crate::batch::Span;
 
 /// The mask of one example.
@@ -26,6 +28,19 @@ impl AnswerMask {
             begins.extend(std::iter::repeat_n(begins.len() as u32, *answer));
         }
         AnswerMask { prompt, begins, window: if window == 0 { usize::MAX } else { window } }
+    }
+
+    /// The keys that the token at `query` sees: of the prompt, and of its own answer. Both ends of both never fall from a token of an answer to the
+    /// next one, nor within the prompt.
+    pub fn keys(&self, query: usize) -> [Range<usize>; 2] {
+        let begin = self.begins[query] as usize;
+        let skipped = begin - self.prompt;
+        let first = (query + 1).saturating_sub(self.window);
+        let end = self.prompt.min(query + 1);
+        // Positions of an answer go on from the prompt's end.
+        let of_prompt = (query + 1 - skipped).saturating_sub(self.window).min(end)..end;
+        let own = if query < self.prompt { begin..begin } else { begin.max(first)..query + 1 };
+        [of_prompt, own]
     }
 
     /// Whether the token at `query` sees the one at `key`; places in the example.
@@ -58,6 +73,11 @@ mod tests {
                 let mask = AnswerMask::of(&span, 0, window);
                 assert!(mask.begins.is_sorted() && mask.begins.len() == span.len());
                 for (query, (answer, position)) in tokens.iter().enumerate() {
+                    let keys: Vec<usize> = mask.keys(query).into_iter().flatten().collect();
+                    assert!(
+                        keys.into_iter().eq((0..tokens.len()).filter(|key| mask.sees(query, *key))),
+                        "{span:?}, {query}"
+                    );
                     for (key, (other, before)) in tokens.iter().enumerate() {
                         let same = other.is_none() || answer == other;
                         let seen = same && before <= position && (window == 0 || position - before < window);

@@ -5,7 +5,8 @@
 
 use candle_core::{D, Tensor};
 
-use super::{Call, Dropout, Gradients, Kernel, Lora, Op, main_weight, product, weight};
+use super::product::sum_of_products;
+use super::{Call, Dropout, Gradients, Kernel, Lora, Op, add, main_weight, product, weight};
 use crate::batch::{Layout, mix};
 use crate::error::{Error, Result};
 
@@ -13,27 +14,46 @@ pub(super) const OP: Op = Op { name: "linear", cached_inputs: &[], kernel: Kerne
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let (x, w) = (call.inputs[0], main_weight(call)?);
-    let mut y = product(x, w)?;
-    if let Some(lora) = call.lora {
-        let mask = lora.dropout.map(|dropout| dropout.mask(x, call.layout)).transpose()?;
-        let dropped = masked(x, mask.as_ref())?;
-        let update = (product(&product(&dropped, &lora.a)?, &lora.b)? * lora.scale)?;
-        if let Some([a, b]) = &lora.subtracted {
-            y = (y - (product(&product(x, a)?, b)? * lora.scale)?)?;
-        }
-        y = match lora.factor(w)? {
-            None => (y + update)?,
-            Some(factor) if mask.is_none() => (y + update)?.broadcast_mul(&factor)?,
-            // With dropout PEFT has W twice: of x itself, and in the part that m adds, of what is left of x.
-            Some(factor) => {
-                let more = product(&dropped, w)?.broadcast_mul(&(&factor - 1.0)?)?;
-                ((y + more)? + update.broadcast_mul(&factor)?)?
-            }
-        };
-    }
+    let y = match call.lora {
+        None => product(x, w)?,
+        Some(lora) => adapted(call, x, w, lora)?,
+    };
     match weight(call, "bias") {
         Some(bias) => Ok(y.broadcast_add(bias)?),
         None => Ok(y),
+    }
+}
+
+fn adapted(call: &Call<'_>, x: &Tensor, w: &Tensor, lora: &Lora) -> Result<Tensor> {
+    let mask = lora.dropout.map(|dropout| dropout.mask(x, call.layout)).transpose()?;
+    let dropped = masked(x, mask.as_ref())?;
+    let u = product(&dropped, &lora.a)?;
+    let begun = lora.subtracted.as_ref().map(|[a, b]| Ok::<_, Error>((product(x, a)?, b.t()?))).transpose()?;
+    let begun = begun.as_ref().map(|(u, b)| (u, b, -lora.scale));
+    let (main, b) = (w.t()?, lora.b.t()?);
+    match lora.factor(w)? {
+        // One row, or a matrix in bf16.
+        None if x.dim(0)? == 1 || w.dtype() != x.dtype() => {
+            let update: Vec<_> = begun.into_iter().chain([(&u, &b, lora.scale)]).collect();
+            add(&product(x, w)?, &sum_of_products(&update)?)
+        }
+        None => {
+            let terms: Vec<_> = [(x, &main, 1.0), (&u, &b, lora.scale)].into_iter().chain(begun).collect();
+            sum_of_products(&terms)
+        }
+        Some(factor) => {
+            let mut y = product(x, w)?;
+            let update = sum_of_products(&[(&u, &b, lora.scale)])?;
+            if let Some(begun) = begun {
+                y = add(&y, &sum_of_products(&[begun])?)?;
+            }
+            if mask.is_none() {
+                return Ok((y + update)?.broadcast_mul(&factor)?);
+            }
+            // With dropout PEFT has W twice: of x itself, and in the part that m adds, of what is left of x.
+            let more = product(&dropped, w)?.broadcast_mul(&(&factor - 1.0)?)?;
+            Ok(((y + more)? + update.broadcast_mul(&factor)?)?)
+        }
     }
 }
 
@@ -41,32 +61,39 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 /// its column, and `dm = Σ dy ⊙ (x·(W + scale·B·A)ᵀ) / ‖W + scale·B·A‖`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let (x, w) = (call.inputs[0], main_weight(call)?);
-    let Some(lora) = call.lora else { return Ok(Gradients::of(vec![dy.matmul(w)?])) };
+    let Some(lora) = call.lora else { return Ok(Gradients::of(vec![sum_of_products(&[(dy, w, 1.0)])?])) };
     let mask = lora.dropout.map(|dropout| dropout.mask(x, call.layout)).transpose()?;
     let dropped = masked(x, mask.as_ref())?;
     let factor = lora.factor(w)?;
     let by_update = factor.as_ref().map_or(Ok(dy.clone()), |factor| dy.broadcast_mul(factor))?;
-    let v = (by_update.matmul(&lora.b)? * lora.scale)?;
-    let u = (dropped.matmul(&lora.a.t()?)? * lora.scale)?;
-    let mut parts = vec![v.t()?.matmul(&dropped)?, by_update.t()?.matmul(&u)?];
-    let dx = match (&factor, &mask) {
-        _ if !call.input_gradients => None,
-        (Some(_), None) => Some((by_update.matmul(w)? + v.matmul(&lora.a)?)?),
-        (Some(_), Some(_)) => {
-            let through = ((&by_update - dy)?.matmul(w)? + v.matmul(&lora.a)?)?;
-            Some((dy.matmul(w)? + masked(&through, mask.as_ref())?)?)
-        }
-        (None, _) => Some((dy.matmul(w)? + masked(&v.matmul(&lora.a)?, mask.as_ref())?)?),
-    };
+    let v = sum_of_products(&[(&by_update, &lora.b, lora.scale)])?;
+    let u = sum_of_products(&[(&dropped, &lora.a.t()?, lora.scale)])?;
+    let mut parts =
+        vec![sum_of_products(&[(&v.t()?, &dropped, 1.0)])?, sum_of_products(&[(&by_update.t()?, &u, 1.0)])?];
     if factor.is_some() {
         let sum = (product(&dropped, w)? + u.matmul(&lora.b.t()?)?)?;
         parts.push((dy * sum)?.sum(0)?.div(lora.norms(w)?)?);
     }
-    let dx = match (dx, &lora.subtracted) {
-        (Some(dx), Some([a, b])) => Some((dx - (dy.matmul(b)?.matmul(a)? * lora.scale)?)?),
-        (dx, _) => dx,
-    };
-    Ok(Gradients { inputs: vec![dx], lora: Some(parts) })
+    let dx = call.input_gradients.then(|| {
+        let begun = lora.subtracted.as_ref().map(|[a, b]| Ok::<_, Error>((sum_of_products(&[(dy, b, 1.0)])?, a)));
+        let begun = begun.transpose()?;
+        let begun = begun.as_ref().map(|(v, a)| (v, *a, -lora.scale));
+        let first = match (&factor, &mask) {
+            (None, None) => [(dy, w, 1.0), (&v, &lora.a, 1.0)],
+            (Some(_), None) => [(&by_update, w, 1.0), (&v, &lora.a, 1.0)],
+            (_, Some(mask)) => {
+                let through = match &factor {
+                    Some(_) => sum_of_products(&[(&(&by_update - dy)?, w, 1.0), (&v, &lora.a, 1.0)])?,
+                    None => sum_of_products(&[(&v, &lora.a, 1.0)])?,
+                };
+                let plain: Vec<_> = [(dy, w, 1.0)].into_iter().chain(begun).collect();
+                return add(&sum_of_products(&plain)?, &masked(&through, Some(mask))?);
+            }
+        };
+        let terms: Vec<_> = first.into_iter().chain(begun).collect();
+        sum_of_products(&terms)
+    });
+    Ok(Gradients { inputs: vec![dx.transpose()?], lora: Some(parts) })
 }
 
 /// Lengths of the rows of `W + scale·B·A`, `[out]`, in A's type.

@@ -3,25 +3,30 @@
 //! `logp = l[y] - ln Σ_v exp l[v]` with `l = W·h + b`. The forward pass also leaves `d logp / d h = W[y] - Σ_v p[v]·W[v]` for
 //! every token, so that once the loss is known the head's backward is one scaling, and the vocabulary is walked once.
 //! With a soft cap `c` logits are `l = c·tanh(z / c)` (Gemma 2, section 2), and `1 - (l/c)²` is a factor on every row of W.
-//! Rows are taken in chunks, so that only a bounded block of logits exists at a time.
+//! Some rows and a part of the vocabulary are taken at a time, so that only a bounded block of logits exists. Sums over the vocabulary go on from
+//! part to part with the largest logit so far (Milakov and Gimelshein 2018, algorithm 3).
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor, WithDType};
+use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::Node;
 use rayon::prelude::*;
 
+use super::product::{Matrix, multiply};
+use super::real::{Real, largest};
+use super::rows::{values, widest};
 use super::{Kernel, Op};
 use crate::error::{Error, Result};
 use crate::logprobs::STATISTICS;
 
 pub(super) const OP: Op = Op { name: "lm_head", cached_inputs: &[], kernel: Kernel::LogProb };
 
-/// Most logits held at once: 16 MiB in f32. Larger blocks gain nothing, and the system's allocator would give each back and
-/// fault it in again.
-const LOGITS: usize = 1 << 22;
+/// Rows whose logits are computed at once, and for how many tokens of the vocabulary: 16 MiB in f32.
+const ROWS: usize = 512;
+const PART: usize = 8192;
 
-/// Most bytes that the head holds in f32 beside its result: logits, their exponentials, derivatives of a soft cap, and the same again on their way.
-pub fn workspace(vocab: usize) -> usize {
-    6 * size_of::<f32>() * LOGITS.max(vocab)
+/// Most bytes that the head holds in f32 beside its result: logits, which become their exponentials, sums of rows as wide as hidden states, and
+/// as much again that a product packs.
+pub fn workspace(width: usize) -> usize {
+    2 * size_of::<f32>() * ROWS * (PART + width)
 }
 
 /// From hidden rows to logits.
@@ -53,12 +58,6 @@ impl<'a> Projection<'a> {
             None => products,
         })
     }
-
-    /// The derivative of logits by what they were before the soft cap.
-    fn softcap_derivative(&self, logits: &Tensor) -> Result<Option<Tensor>> {
-        let derivative = |cap: f64| -> Result<Tensor> { Ok((1.0 - (logits / cap)?.sqr()?)?) };
-        self.softcap.map(derivative).transpose()
-    }
 }
 
 /// What the head makes of hidden rows.
@@ -80,163 +79,127 @@ pub fn log_probs(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32], 
     }
 }
 
-/// Per row: log-prob, `ln Σ p²`, and the sum that turns `exp(l - max)` into probabilities.
-type RowSums = (f64, f64, f64);
+/// What is known of a row's logits when a part of the vocabulary is seen.
+#[derive(Clone, Copy)]
+struct Seen<T> {
+    /// The largest logit.
+    top: T,
+    /// Sums of `exp(l - top)` and of its square.
+    sum: f64,
+    squares: f64,
+    /// The target's logit, and its derivative by what it was before the soft cap.
+    target: T,
+    slope: T,
+}
 
-fn chunks<T: Real>(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32], grads: bool) -> Result<Head> {
-    let weight = projection.weight;
-    let vocab = weight.dim(0)?;
-    let rows = (LOGITS / vocab.max(1)).max(1);
-    let mut all = Head { logps: Vec::new(), statistics: Default::default(), grads: None };
-    let mut grad_chunks = Vec::new();
-    for (index, targets) in targets.chunks(rows).enumerate() {
-        let h = hidden.narrow(0, index * rows, targets.len())?;
-        let logits = projection.logits(h.matmul(&weight.t()?)?)?;
-        let (exps, sums) = {
-            let (storage, layout) = logits.storage_and_layout();
-            let Storage::Cpu(cpu) = &*storage else { return Err(Error::run("the CPU head got a device tensor")) };
-            let start = layout.start_offset();
-            let values = &T::slice(cpu)?[start..start + targets.len() * vocab];
-            softmax_rows(values, targets, vocab, grads)
-        };
-        all.logps.extend(sums.iter().map(|s| s.0));
-        all.statistics[0].extend(sums.iter().map(|s| s.1));
-        if grads {
-            let mut exps = Tensor::from_vec(exps, (targets.len(), vocab), &Device::Cpu)?;
-            let inverse: Vec<T> = sums.iter().map(|s| T::from_f64(1.0 / s.2)).collect();
-            let inverse = Tensor::from_vec(inverse, (targets.len(), 1), &Device::Cpu)?;
-            let targets = Tensor::new(targets, &Device::Cpu)?;
-            let mut own = weight.index_select(&targets, 0)?;
-            if let Some(derivative) = projection.softcap_derivative(&logits)? {
-                exps = (exps * &derivative)?;
-                own = own.broadcast_mul(&derivative.gather(&targets.unsqueeze(1)?, 1)?)?;
+/// A part of the vocabulary: its first token, its bias, and the soft cap, 0 for none.
+struct Part<'a, T> {
+    first: usize,
+    bias: Option<&'a [T]>,
+    softcap: f64,
+}
+
+impl<T: Real> Seen<T> {
+    fn nothing() -> Seen<T> {
+        let lowest = T::from_f64(f64::NEG_INFINITY);
+        Seen { top: lowest, sum: 0.0, squares: 0.0, target: lowest, slope: T::one() }
+    }
+
+    /// Goes on with products of a part, which become `exp(l - top)` times the slope of the soft cap; `expected`, a sum over those before,
+    /// gets what they are to the new `top`.
+    #[inline(always)]
+    fn go_on(&mut self, products: &mut [T], part: &Part<'_, T>, target: usize, expected: &mut [T]) {
+        if let Some(bias) = part.bias {
+            products.iter_mut().zip(bias).for_each(|(z, bias)| *z += *bias);
+        }
+        if part.softcap > 0.0 {
+            products.iter_mut().for_each(|z| *z = T::from_f64(part.softcap * (z.to_f64() / part.softcap).tanh()));
+        }
+        let slope = |logit: T| T::from_f64(1.0 - (logit.to_f64() / part.softcap).powi(2));
+        if let Some(logit) = target.checked_sub(part.first).and_then(|at| products.get(at)) {
+            self.target = *logit;
+            self.slope = if part.softcap > 0.0 { slope(*logit) } else { T::one() };
+        }
+        let top = self.top.maximum(largest(products));
+        let shrink = (self.top - top).fast_exp();
+        self.top = top;
+        self.sum *= shrink.to_f64();
+        self.squares *= shrink.to_f64() * shrink.to_f64();
+        if shrink != T::one() {
+            expected.iter_mut().for_each(|e| *e *= shrink);
+        }
+        for block in products.chunks_mut(BLOCK) {
+            if part.softcap > 0.0 {
+                let slopes = block.iter().map(|logit| slope(*logit)).collect::<Vec<T>>();
+                block.iter_mut().for_each(|v| *v = (*v - top).fast_exp());
+                (self.sum, self.squares) = (self.sum + T::sum_of(block), self.squares + T::sum_of_squares(block));
+                block.iter_mut().zip(slopes).for_each(|(e, slope)| *e *= slope);
+                continue;
             }
-            let expected = exps.matmul(weight)?.broadcast_mul(&inverse)?;
-            grad_chunks.push((own - expected)?);
+            block.iter_mut().for_each(|v| *v = (*v - top).fast_exp());
+            // A block is summed in its own type, which vectorises; blocks are summed in f64.
+            self.sum += T::sum_of(block);
+            self.squares += T::sum_of_squares(block);
         }
     }
-    if grads && !grad_chunks.is_empty() {
-        all.grads = Some(Tensor::cat(&grad_chunks, 0)?);
+}
+
+fn chunks<T: Real>(hidden: &Tensor, projection: &Projection<'_>, targets: &[u32], grads: bool) -> Result<Head> {
+    let ([vocab, width], softcap) = (<[usize; 2]>::from(projection.weight.dims2()?), projection.softcap.unwrap_or(0.0));
+    let hidden = hidden.contiguous()?;
+    let ((hidden, layout), (weight, of_weight)) = (hidden.storage_and_layout(), projection.weight.storage_and_layout());
+    let (hidden, weight) = (values::<T>(&hidden, layout)?, values::<T>(&weight, of_weight)?);
+    let bias = projection.bias.map(Tensor::storage_and_layout);
+    let bias = bias.as_ref().map(|(bias, layout)| values::<T>(bias, layout)).transpose()?;
+    let mut all = Head { logps: Vec::new(), statistics: Default::default(), grads: None };
+    let mut of_all: Vec<T> = Vec::new();
+    for (index, targets) in targets.chunks(ROWS).enumerate() {
+        let rows = targets.len();
+        let hidden = Matrix::rows(hidden, width, index * ROWS * width);
+        let mut seen = vec![Seen::nothing(); rows];
+        // `Σ_v exp(l[v] - top) · W[v]` of every row.
+        let mut expected = vec![T::zero(); rows * width];
+        let mut products = vec![T::zero(); rows * PART.min(vocab)];
+        for first in (0..vocab).step_by(PART) {
+            let count = PART.min(vocab - first);
+            let (weight, products) = (Matrix::rows(weight, width, first * width), &mut products[..rows * count]);
+            multiply((products, count), [rows, count, width], (hidden, weight.transposed()), 1.0, false, true);
+            let part = Part { first, bias: bias.map(|bias| &bias[first..first + count]), softcap };
+            let states = seen.par_iter_mut().zip(expected.par_chunks_mut(width)).zip(targets);
+            products.par_chunks_mut(count).zip(states).for_each(|(products, ((seen, expected), target))| {
+                widest(|| seen.go_on(products, &part, *target as usize, expected));
+            });
+            if grads {
+                multiply(
+                    (&mut expected, width),
+                    [rows, width, count],
+                    (Matrix::rows(products, count, 0), weight),
+                    1.0,
+                    true,
+                    true,
+                );
+            }
+        }
+        all.logps.extend(seen.iter().map(|s| (s.target - s.top).to_f64() - s.sum.ln()));
+        all.statistics[0].extend(seen.iter().map(|s| s.squares.ln() - 2.0 * s.sum.ln()));
+        if grads {
+            for ((seen, expected), target) in seen.iter().zip(expected.chunks_mut(width)).zip(targets) {
+                let (own, inverse) = (&weight[*target as usize * width..][..width], T::from_f64(1.0 / seen.sum));
+                expected.iter_mut().zip(own).for_each(|(e, own)| *e = *own * seen.slope - *e * inverse);
+            }
+            of_all.extend(expected);
+        }
+    }
+    if grads && !of_all.is_empty() {
+        all.grads = Some(Tensor::from_vec(of_all, (targets.len(), width), &Device::Cpu)?);
     }
     Ok(all)
 }
 
-/// `exp(l - max)` of every row (empty unless `keep`), and the rows' sums.
-fn softmax_rows<T: Real>(logits: &[T], targets: &[u32], vocab: usize, keep: bool) -> (Vec<T>, Vec<RowSums>) {
-    let mut exps = vec![T::zero(); if keep { logits.len() } else { 0 }];
-    let row = |logits: &[T], exps: Option<&mut [T]>, target: u32| {
-        let top = logits.iter().copied().fold(T::from_f64(f64::NEG_INFINITY), T::maximum);
-        let (mut sum, mut squares) = (0.0, 0.0);
-        let mut scratch = [T::zero(); BLOCK];
-        let mut exps = exps;
-        for (block, values) in logits.chunks(BLOCK).enumerate() {
-            let out = match &mut exps {
-                Some(exps) => &mut exps[block * BLOCK..block * BLOCK + values.len()],
-                None => &mut scratch[..values.len()],
-            };
-            out.iter_mut().zip(values).for_each(|(o, v)| *o = (*v - top).fast_exp());
-            // A block is summed in its own type, which vectorises; blocks are summed in f64.
-            sum += T::sum_of(out);
-            squares += T::sum_of_squares(out);
-        }
-        let logp = (logits[target as usize] - top).to_f64() - sum.ln();
-        (logp, squares.ln() - 2.0 * sum.ln(), sum)
-    };
-    let rows = logits.par_chunks(vocab).zip(targets.par_iter());
-    let sums = if keep {
-        rows.zip(exps.par_chunks_mut(vocab)).map(|((l, t), e)| row(l, Some(e), *t)).collect()
-    } else {
-        rows.map(|(l, t)| row(l, None, *t)).collect()
-    };
-    (exps, sums)
-}
-
 const BLOCK: usize = 256;
-
-/// f32 for training, f64 for the gradient tests.
-trait Real: WithDType + Send + Sync {
-    fn slice(storage: &CpuStorage) -> Result<&[Self]>;
-    fn maximum(self, other: Self) -> Self;
-    fn fast_exp(self) -> Self;
-    fn sum_of(values: &[Self]) -> f64;
-    fn sum_of_squares(values: &[Self]) -> f64;
-}
-
-impl Real for f64 {
-    fn slice(storage: &CpuStorage) -> Result<&[f64]> {
-        Ok(storage.as_slice()?)
-    }
-    fn maximum(self, other: f64) -> f64 {
-        self.max(other)
-    }
-    fn fast_exp(self) -> f64 {
-        self.exp()
-    }
-    fn sum_of(values: &[f64]) -> f64 {
-        values.iter().sum()
-    }
-    fn sum_of_squares(values: &[f64]) -> f64 {
-        values.iter().map(|v| v * v).sum()
-    }
-}
-
-impl Real for f32 {
-    fn slice(storage: &CpuStorage) -> Result<&[f32]> {
-        Ok(storage.as_slice()?)
-    }
-    fn maximum(self, other: f32) -> f32 {
-        self.max(other)
-    }
-    /// `eˣ` for `x <= 0` to 2 units in the last place, without branches, so that the compiler vectorises the loop around
-    /// it: `2ⁿ · e^r` with `r` in `±ln 2 / 2`, the polynomial of Cephes' `expf`.
-    fn fast_exp(self) -> f32 {
-        let x = self.max(-87.0);
-        // Adding and taking away 1.5 · 2²³ rounds to a whole number with plain additions.
-        let n = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
-        let r = x - n * 0.693_359_4 - n * -2.121_944_4e-4;
-        let p = 1.987_569_1e-4_f32;
-        let p = p * r + 1.398_199_9e-3;
-        let p = p * r + 8.333_452e-3;
-        let p = p * r + 4.166_579_6e-2;
-        let p = p * r + 1.666_666_5e-1;
-        let p = p * r + 5.000_000_3e-1;
-        let e = p * r * r + r + 1.0;
-        // n is in -126..=0 here, so that the exponent field stays in range.
-        e * f32::from_bits(((n as i32 + 127) as u32) << 23)
-    }
-    fn sum_of(values: &[f32]) -> f64 {
-        let mut lanes = [0.0_f32; 8];
-        let chunks = values.chunks_exact(8);
-        let rest: f32 = chunks.remainder().iter().sum();
-        chunks.for_each(|c| lanes.iter_mut().zip(c).for_each(|(l, v)| *l += v));
-        f64::from(lanes.iter().sum::<f32>() + rest)
-    }
-    fn sum_of_squares(values: &[f32]) -> f64 {
-        let mut lanes = [0.0_f32; 8];
-        let chunks = values.chunks_exact(8);
-        let rest: f32 = chunks.remainder().iter().map(|v| v * v).sum();
-        chunks.for_each(|c| lanes.iter_mut().zip(c).for_each(|(l, v)| *l += v * v));
-        f64::from(lanes.iter().sum::<f32>() + rest)
-    }
-}
 
 /// The head's backward: row `i` of the grads times `dlogps[i]`, `[answer tokens, width]`.
 pub fn vjp(grads: &Tensor, dlogps: &[f32]) -> Result<Tensor> {
     let scale = Tensor::from_slice(dlogps, (dlogps.len(), 1), &Device::Cpu)?.to_dtype(grads.dtype())?;
     Ok(grads.broadcast_mul(&scale)?)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn fast_exp_is_exp() {
-        for i in 0..100_000 {
-            let x = -(i as f32) * 8.6e-4;
-            let (fast, exact) = (x.fast_exp(), f64::from(x).exp());
-            assert!((f64::from(fast) - exact).abs() <= 2.5e-7 * exact, "exp({x}) = {fast}, should be {exact}");
-        }
-        assert!((-1e30_f32).fast_exp() < 1e-37);
-    }
 }

@@ -18,8 +18,10 @@ mod linear;
 pub mod lm_head;
 mod narrow;
 mod product;
+mod real;
 mod rms_norm;
 mod rope;
+mod rows;
 mod scale;
 mod xielu;
 
@@ -31,6 +33,7 @@ use dpo_plugin_api::graph::Node;
 use crate::batch::Layout;
 use crate::error::{Error, Result};
 
+pub use add::add;
 pub use dpo_plugin_api::ops::{count, number, run};
 pub use gather::GATHER;
 pub use kv_cache::KvCache;

@@ -5,6 +5,8 @@
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
+use super::real::Real;
+use super::rows::{RowOp, over_rows};
 use super::{Call, Gradients, Kernel, Op, count, number};
 use crate::error::Result;
 
@@ -18,46 +20,64 @@ pub(super) const OP: Op = Op {
     },
 };
 
+/// Of a token's heads, its cosines and its sines.
+struct Turn {
+    dim: usize,
+    interleaved: bool,
+}
+
+impl RowOp<3, 1> for Turn {
+    #[inline(always)]
+    fn row<T: Real>(&self, [x, cos, sin]: [&[T]; 3], [y]: [&mut [T]; 1]) {
+        let n = cos.len();
+        for (x, y) in x.chunks_exact(self.dim).zip(y.chunks_exact_mut(self.dim)) {
+            y[2 * n..].copy_from_slice(&x[2 * n..]);
+            let sin = &sin[..n];
+            if self.interleaved {
+                let pairs = x[..2 * n].as_chunks::<2>().0.iter().zip(y[..2 * n].as_chunks_mut::<2>().0);
+                for (([left, right], to), (cos, sin)) in pairs.zip(cos.iter().zip(sin)) {
+                    *to = [*left * *cos - *right * *sin, *right * *cos + *left * *sin];
+                }
+                continue;
+            }
+            let ((left, right), (to_left, to_right)) = (x[..2 * n].split_at(n), y[..2 * n].split_at_mut(n));
+            for at in 0..n {
+                to_left[at] = left[at] * cos[at] - right[at] * sin[at];
+                to_right[at] = right[at] * cos[at] + left[at] * sin[at];
+            }
+        }
+    }
+}
+
 fn turn(call: &Call<'_>, x: &Tensor, direction: f64) -> Result<Tensor> {
-    let dim = count(call.node, "head_dim");
-    let (tokens, width) = x.dims2()?;
-    let x = x.contiguous()?.reshape((tokens, width / dim, dim))?;
-    let [cos, sin] = table(call, direction, x.dtype())?;
-    let n = cos.dim(2)?;
     let interleaved = call.node.attrs.get("layout").and_then(Value::as_str) == Some("interleaved");
-    let turned = x.narrow(2, 0, 2 * n)?;
-    let turned = if interleaved {
-        let pairs = turned.reshape((tokens, width / dim, n, 2))?;
-        let [left, right] = [0, 1].map(|side| pairs.narrow(3, side, 1).and_then(|half| half.squeeze(3)));
-        let [left, right] = rotate(&left?, &right?, &cos, &sin)?;
-        Tensor::stack(&[left, right], 3)?.reshape((tokens, width / dim, 2 * n))?
-    } else {
-        let [left, right] = rotate(&turned.narrow(2, 0, n)?, &turned.narrow(2, n, n)?, &cos, &sin)?;
-        Tensor::cat(&[left, right], 2)?
-    };
-    let all = if 2 * n == dim { turned } else { Tensor::cat(&[turned, x.narrow(2, 2 * n, dim - 2 * n)?], 2)? };
-    Ok(all.reshape((tokens, width))?)
+    let [cos, sin] = table(call, direction, x.dtype())?;
+    let turn = Turn { dim: count(call.node, "head_dim"), interleaved };
+    let [y] = over_rows(&turn, [x, &cos, &sin], [x.dim(1)?])?;
+    Ok(y)
 }
 
-fn rotate(left: &Tensor, right: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<[Tensor; 2]> {
-    let turned_left = (left.broadcast_mul(cos)? - right.broadcast_mul(sin)?)?;
-    Ok([turned_left, (right.broadcast_mul(cos)? + left.broadcast_mul(sin)?)?])
-}
-
-/// Cosines and sines, `[tokens, 1, frequencies]` each. Angles are products of f32 numbers, as transformers has them.
+/// Cosines and sines, `[tokens, frequencies]` each. Angles are products of f32 numbers, as transformers has them.
 fn table(call: &Call<'_>, direction: f64, dtype: DType) -> Result<[Tensor; 2]> {
     let numbers = call.node.attrs.get("inv_freq").and_then(Value::as_array);
     let inv_freq: Vec<f32> = numbers.into_iter().flatten().filter_map(Value::as_f64).map(|f| f as f32).collect();
     let (scale, beta) = (number(call.node, "scale"), number(call.node, "position_beta"));
     let period = count(call.node, "position_period").max(1);
+    // Tokens share positions: each is computed once.
     let positions = &call.layout.positions;
-    let values = positions.iter().flat_map(|p| {
+    let first = positions.iter().min().copied().unwrap_or(0);
+    let end = positions.iter().max().map_or(0, |last| last + 1);
+    let values = (first..end).flat_map(|p| {
         // Queries far from the start are made longer (Llama 4's attention temperature; transformers, `modeling_ministral3.py`).
-        let scale = scale * (1.0 + beta * ((1 + *p as usize / period) as f64).ln());
-        inv_freq.iter().map(move |f| (f64::from(*p as f32 * f), scale))
+        let scale = scale * (1.0 + beta * ((1 + p as usize / period) as f64).ln());
+        inv_freq.iter().map(move |f| (f64::from(p as f32 * f), scale))
     });
     let (cos, sin): (Vec<f64>, Vec<f64>) = values.map(|(a, s)| (a.cos() * s, a.sin() * s * direction)).unzip();
-    let shape = (positions.len(), 1, inv_freq.len());
-    let tensor = |v: Vec<f64>| Tensor::from_vec(v, shape, &Device::Cpu)?.to_dtype(dtype);
+    let places: Vec<u32> = positions.iter().map(|p| p - first).collect();
+    let places = Tensor::new(places, &Device::Cpu)?;
+    let tensor = |values: Vec<f64>| {
+        let table = Tensor::from_vec(values, ((end - first) as usize, inv_freq.len()), &Device::Cpu)?;
+        table.to_dtype(dtype)?.index_select(&places, 0)
+    };
     Ok([tensor(cos)?, tensor(sin)?])
 }
