@@ -230,7 +230,7 @@ impl Lowering<'_> {
     /// # Errors
     /// One that would overwrite what it reads, or what is read after it.
     pub(crate) fn push(&mut self, step: Step) -> Result<()> {
-        let step = Step { rows: self.rows(), ..step };
+        let step = step.on(self.rows());
         let lost = step.clash().or_else(|| step.writes.iter().copied().find(|w| self.is_live(*w)));
         if let Some(lost) = lost {
             return Err(Error::run(format!("step '{}' would overwrite {lost:?}, which is still read", step.label)));

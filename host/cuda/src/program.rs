@@ -154,6 +154,12 @@ impl Step {
         }
     }
 
+    /// On these rows, as what computes one of its writes for less.
+    pub(super) fn on(self, rows: Rows) -> Step {
+        let cheaper = self.cheaper.map(|cheaper| Arc::new(Step { rows, ..(*cheaper).clone() }));
+        Step { rows, cheaper, ..self }
+    }
+
     /// Lets writes lie where reads lie.
     pub(crate) fn in_place(self, in_place: &'static [(usize, usize)]) -> Step {
         Step { in_place, ..self }

@@ -156,7 +156,11 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
             let (gate, values) = (l.home(l.nodes[glu].inputs[0])?, &l.nodes[glu].inputs);
             l.differentiate(glu);
             l.reuse_places(values);
-            values.iter().for_each(|value| _ = l.write_gradient(*value));
+            for value in values {
+                if l.write_gradient(*value).1.is_some() {
+                    return Err(Error::run("gate or up is read by more than their activation"));
+                }
+            }
             let gradients = l.gradients_together(values[0]);
             let gradients = gradients.ok_or_else(|| Error::run("gate and up have no place for their gradients"))?;
             (Some(Slice { width: gradients.width, ..gate }), gradients, false)

@@ -170,6 +170,12 @@ fn the_last_layer_runs_where_it_predicts() {
         assert_eq!([both("matmul"), both("matmul vjp")], [[1, 3], [1, 3]]);
         assert_eq!([both("norm"), both("glu"), both("attention")], [[1, 1], [0, 1], [1, 0]]);
     }
+    // What is computed again is, too, whatever computes it.
+    let gated = Lowered::new(&graph, &adapter(&graph, false).unwrap(), NUMBERS, ALL_GATES).unwrap();
+    let again = &gated.schedules[last][SavedActivations::Matmuls as usize].steps;
+    assert!(
+        again.iter().any(|s| s.label == "glu") && again.iter().all(|s| s.label != "glu" || s.rows == Rows::Predictors)
+    );
     assert!(lowered.head.forward.iter().chain(&lowered.head.backward).all(|s| s.rows == Rows::Predictors));
 }
 
