@@ -228,6 +228,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 for (int i = 0; i < BUFFERS; i++) fetch(i);
 #endif
             float sums[N8][4];
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1209
+            // Before CUDA 12.9 ptxas lets products wait for each other (C7515) where their sums begin undefined.
+#pragma unroll
+            for (int i = 0; i < N8 * 4; i++) sums[i / 4][i % 4] = 0.f;
+#pragma unroll
+            for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
+#endif
             auto multiply_step = [&](int step, int depth) {
                 barrier_wait(full + 8 * stage, phase);
                 u32 at = stages + stage * STAGE_BYTES, of_w = at + own * 8192, of_x = at + W_BYTES;
