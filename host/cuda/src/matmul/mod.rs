@@ -122,7 +122,7 @@ const CACHE: &str = "products";
 const SPREAD: f32 = 0.98;
 
 /// So much of the time of a kernel of our own cuBLASLt has to take to be chosen. Ours fits its tiles to the rows at hand, of which a class
-/// has many, and takes less power: on a card that is hot it gains on the library (docs/performance.md), and times are taken on a cold one.
+/// has many, and on a card that is hot it gains on the library (docs/performance.md); times are taken on a cold one.
 const OWN_MARGIN: f32 = 0.96;
 
 impl Matmuls {
