@@ -11,6 +11,7 @@ use dpo_core::engine::Engine;
 use dpo_core::example::{Answer, Example};
 use dpo_core::lora::Adapter;
 use dpo_core::ops::KvCache;
+use dpo_core::plan::MemoryOptions;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
 use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
@@ -237,7 +238,7 @@ fn generator(case: &str) -> Generator {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-    Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, None).unwrap()
+    Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, MemoryOptions::default()).unwrap()
 }
 
 fn go_on(generator: &mut Generator, variant: Variant, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {

@@ -65,7 +65,7 @@ pub trait Backend {
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>>;
 
-    /// Loads a model that answers, with so many bytes of memory at most.
+    /// Loads a model that answers, within the memory and with the base as options say.
     ///
     /// # Errors
     /// As [`plan`](Self::plan) and [`Planned::load`].
@@ -74,7 +74,7 @@ pub trait Backend {
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
         adapter: Option<Adapter>,
-        memory: Option<usize>,
+        options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>>;
 }
 
@@ -136,6 +136,7 @@ impl Backend for Cpu {
         workload: Workload,
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>> {
+        refuse(options)?;
         let plan = |parts| Plan::new(&graph, adapter.training_bytes(), workload.longest, parts, options);
         let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         let packing = agree_on_packing(group, plan.packing())?;
@@ -152,9 +153,18 @@ impl Backend for Cpu {
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
         adapter: Option<Adapter>,
-        _: Option<usize>,
+        options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
+        refuse(options)?;
         Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter)?))
+    }
+}
+
+/// Refuses what a CPU does not do.
+fn refuse(options: MemoryOptions) -> Result<()> {
+    match options.quantization {
+        Some(kind) => Err(Error::input(format!("the CPU keeps no base in {kind:?} yet")).at("--quantization")),
+        None => Ok(()),
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
 use crate::ops::{attention, lm_head};
-use crate::storage::{Numbers, Storage};
+use crate::storage::{Numbers, Quantization, Storage};
 use crate::weights::blocks;
 
 /// Bytes of an f32.
@@ -52,6 +52,10 @@ pub struct MemoryOptions {
     pub recompute: Option<bool>,
     /// Whether the frozen base weights are sharded over ranks.
     pub shard_base: Option<bool>,
+    /// What the layers' frozen matrices are kept as; by default as the device computes.
+    pub quantization: Option<Quantization>,
+    /// Whether the layers' frozen weights are in host memory.
+    pub offload_base: Option<bool>,
     /// The packing of the run that is resumed: it is used, or the plan is refused with the numbers.
     pub packing: Option<Packing>,
 }

@@ -1,6 +1,7 @@
 //! How frozen weights are kept: as which numbers, and where. Both devices plan and load by it.
 
 use dpo_plugin_api::graph::Weight;
+use serde::Serialize;
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,17 @@ pub enum Numbers {
     F32,
     /// bfloat16.
     Bf16,
+}
+
+/// What frozen matrices of layers are kept as where they are smaller than what a device computes in. Embeddings, the head, norms,
+/// biases and LoRA's matrices stay as they are, as they do in bitsandbytes and PEFT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Quantization {
+    /// float8 e4m3 with an f32 scale a row.
+    Fp8,
+    /// 4-bit NormalFloat (QLoRA, arXiv 2305.14314) in blocks of 64, with double quantisation.
+    Nf4,
 }
 
 /// Where values are kept.

@@ -88,13 +88,13 @@ impl Backend for Cuda {
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
         adapter: Option<Adapter>,
-        memory: Option<usize>,
+        options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
         let gpu = Gpu::open(self.0)?;
-        let room = room(&gpu, memory, None)?;
+        let room = room(&gpu, options.limit, None)?;
         let bar = console::bar(checkpoint.bytes() as u64, BAR);
         let source = Source::Checkpoint(checkpoint);
-        let decoder = CudaDecoder::load(gpu, graph.clone(), &source, adapter, room, &bar)?;
+        let decoder = CudaDecoder::load(gpu, graph.clone(), &source, adapter, (room, options), &bar)?;
         bar.finish_and_clear();
         Ok(Box::new(decoder))
     }

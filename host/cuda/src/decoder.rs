@@ -49,7 +49,7 @@ impl CudaDecoder {
         graph: ModelGraph,
         source: &Source<'_>,
         adapter: Option<Adapter>,
-        room: Room,
+        (room, options): (Room, MemoryOptions),
         progress: &ProgressBar,
     ) -> Result<CudaDecoder> {
         let (mut rows, mut width) = (Vec::new(), 0);
@@ -73,8 +73,7 @@ impl CudaDecoder {
         }
         let variants = if adapter.is_some() { 2 } else { 1 };
         let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
-        let options =
-            MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..MemoryOptions::default() };
+        let options = MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..options };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
         let left = room.available.saturating_sub(plan.total() + KvCache::SCRATCH);
         let most = (left / (variants * width * 2).max(1)).min(MOST);

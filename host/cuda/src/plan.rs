@@ -114,6 +114,9 @@ impl GpuPlan {
         ranks: usize,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
+        if let Some(kind) = options.quantization {
+            return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization"));
+        }
         let Room { available, context, gates } = room;
         let lowered = Lowered::new(graph, adapter, NUMBERS, gates)?;
         let footprint = Footprint::new(graph, &lowered);

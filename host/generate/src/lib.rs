@@ -15,6 +15,7 @@ use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
 use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_core::lora::Adapter;
+use dpo_core::plan::MemoryOptions;
 use dpo_core::weights::Checkpoint;
 use dpo_data::{ChatTokenizer, Rendering};
 use dpo_hub::model::Model;
@@ -110,7 +111,7 @@ impl Answer {
 }
 
 impl Generator {
-    /// Loads a model, with an adapter or without, on a device, with so many bytes of its memory at most.
+    /// Loads a model, with an adapter or without, on a device, within the memory and with the base as options say.
     ///
     /// # Errors
     /// A checkpoint or an adapter that cannot be used, a device that does not answer, a model that does not fit.
@@ -118,11 +119,11 @@ impl Generator {
         model: &Model<'_>,
         adapter: Option<Adapter>,
         backend: &dyn Backend,
-        memory: Option<usize>,
+        options: MemoryOptions,
     ) -> Result<Generator> {
         let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
         let checkpoint = Checkpoint::of(&model.folder, &model.graph)?;
-        let decoder = backend.decoder(&model.graph, &checkpoint, adapter, memory)?;
+        let decoder = backend.decoder(&model.graph, &checkpoint, adapter, options)?;
         Ok(Generator::of(model, tokenizer, decoder))
     }
 

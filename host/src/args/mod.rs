@@ -10,6 +10,7 @@ pub(crate) mod model;
 pub mod peers;
 pub(crate) mod resolve;
 pub(crate) mod sampling;
+pub(crate) mod storage;
 pub(crate) mod train;
 mod yaml;
 

@@ -23,6 +23,7 @@ use super::data::DataArgs;
 use super::lora::{LORA_ALPHA, LORA_RANK, LoraArgs};
 use super::loss::LossArgs;
 use super::model::ModelArgs;
+use super::storage::StorageArgs;
 use super::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::demo;
 
@@ -110,6 +111,9 @@ pub(crate) struct TrainArgs {
         help_heading = "Device"
     )]
     recompute: Auto<bool>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    storage: StorageArgs,
 
     /// Shard the frozen base weights over the processes (FSDP-like): each keeps a part and gathers a layer before it
     /// computes it; auto does so where they do not fit otherwise
@@ -491,13 +495,13 @@ impl TrainArgs {
         // Ranks that compute on the same host's CPU share its memory.
         let sharing = if on_gpu { None } else { place.and_then(|p| p.local_size) };
         let part = || free_memory().zip(sharing).map(|(free, ranks)| free / ranks.max(1));
-        MemoryOptions {
+        self.storage.on(MemoryOptions {
             limit: limit.or_else(part),
             micro_batch_tokens: self.micro_batch_tokens.0,
             recompute: self.recompute.0,
             shard_base: self.shard_base.0,
-            packing: None,
-        }
+            ..MemoryOptions::default()
+        })
     }
 
     fn output(&self) -> OutputConfig {

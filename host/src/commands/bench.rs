@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use crate::args::storage::StorageArgs;
 use crate::args::{DeviceArg, KernelsArg, SizeArg};
 use crate::backends;
 use clap::builder::PossibleValuesParser;
@@ -66,6 +67,8 @@ pub(crate) struct BenchOptions {
     /// Memory limit of a GPU [default: what is free]
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<SizeArg>,
+    #[command(flatten)]
+    storage: StorageArgs,
     /// Tokens of a micro-batch [default: as many as fit into memory]
     #[arg(long, value_name = "N")]
     micro_batch_tokens: Option<usize>,
@@ -211,6 +214,7 @@ fn measure(
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
     let memory_options =
         MemoryOptions { limit: memory, micro_batch_tokens: options.micro_batch_tokens, ..MemoryOptions::default() };
+    let memory_options = options.storage.on(memory_options);
     let (free, all) = gpu.memory()?;
     let before = all - free;
     let room = cuda::room(&gpu, memory, nccl.as_ref())?;

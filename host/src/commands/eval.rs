@@ -11,6 +11,7 @@ use crate::args::DeviceArg;
 use crate::args::data::DataArgs;
 use crate::args::loss::LossArgs;
 use crate::args::model::ModelArgs;
+use crate::args::storage::StorageArgs;
 use crate::{backends, demo};
 use dpo_core::backend::Workload;
 use dpo_core::collective::Alone;
@@ -50,6 +51,8 @@ pub(crate) struct EvalOptions {
     /// Where to compute: auto, cpu, cuda or cuda:N
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Auto)]
     device: DeviceArg,
+    #[command(flatten)]
+    storage: StorageArgs,
     /// Print JSON instead of a table: means under the names of the log, for every --dataset and for all
     #[arg(long)]
     json: bool,
@@ -98,7 +101,13 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
     let params = adapter.parameters();
     let backend = backends::open(&options.device, None)?;
     let workload = Workload::of(files.iter().flatten());
-    let planned = backend.plan(&mut Alone, model.graph.clone(), adapter, workload, MemoryOptions::default())?;
+    let planned = backend.plan(
+        &mut Alone,
+        model.graph.clone(),
+        adapter,
+        workload,
+        options.storage.on(MemoryOptions::default()),
+    )?;
     let folder = model::locate(&name, Need::Weights)?;
     let mut device = planned.load(&mut Alone, &Checkpoint::of(&folder, &model.graph)?)?;
     let policy = scores(device.as_mut(), &files)?;

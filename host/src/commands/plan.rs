@@ -1,6 +1,7 @@
 //! `dpo-host plan`: the memory of a run before it starts; for a GPU, also without one at hand.
 
 use crate::args::model::ModelArgs;
+use crate::args::storage::StorageArgs;
 use crate::args::{DeviceArg, SizeArg};
 use crate::{backends, demo};
 use clap::Args;
@@ -37,6 +38,8 @@ pub(crate) struct PlanOptions {
     /// Memory to plan with, such as 24GiB [default: what is free]
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<SizeArg>,
+    #[command(flatten)]
+    storage: StorageArgs,
     /// Number of GPUs, over which the base weights are sharded where one cannot hold them
     #[arg(long, value_name = "N", default_value_t = 1)]
     gpus: usize,
@@ -95,7 +98,7 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
     if gpu {
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
     }
-    let memory_options = MemoryOptions { limit: memory, ..MemoryOptions::default() };
+    let memory_options = options.storage.on(MemoryOptions { limit: memory, ..MemoryOptions::default() });
     let plan = |ranks| Plan::new(&graph, adapter.training_bytes(), longest(options), ranks, memory_options);
     print(&whole_or_shared(options.gpus, plan)?, options.json)
 }
@@ -127,7 +130,8 @@ fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
 /// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
 fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
     let room = Room::of(memory, options.gpus);
-    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, MemoryOptions::default());
+    let memory_options = options.storage.on(MemoryOptions::default());
+    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, memory_options);
     whole_or_shared(options.gpus, plan)
 }
 

@@ -155,7 +155,14 @@ fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
-    let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter), room, &ProgressBar::hidden())?;
+    let mut gpu = CudaDecoder::load(
+        gpu,
+        graph.clone(),
+        &source,
+        Some(adapter),
+        (room, MemoryOptions::default()),
+        &ProgressBar::hidden(),
+    )?;
     let mut cpu = CpuDecoder::of(engine(graph, false)?)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut worst = 0.0_f64;

@@ -42,6 +42,7 @@ const FREE: &[&str] = &[
     "metric_for_best_model",
     "micro_batch_tokens",
     "model",
+    "offload_base",
     "output_dir",
     "plugin",
     "plugin_dir",

@@ -307,7 +307,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         let generator = || {
             let folder = model::locate(&config.model, Need::Weights)?;
             let model = Model::open(registry, &folder, &config.reading)?;
-            Generator::open(&model, Some(adapter), backend, config.memory.limit)
+            Generator::open(&model, Some(adapter), backend, config.memory)
         };
         let written = generator().and_then(|generator| before_after::write(generator, examples, &output));
         written.unwrap_or_else(|e| console::warning(Remark::because("the report has no answers", &e)));

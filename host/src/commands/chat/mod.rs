@@ -15,11 +15,13 @@ use self::screen::{Interrupt, Lines, Screen};
 use crate::args::DeviceArg;
 use crate::args::model::ModelArgs;
 use crate::args::sampling::SamplingArgs;
+use crate::args::storage::StorageArgs;
 use crate::{backends, demo};
 use dpo_core::console;
 use dpo_core::decoder::Variant;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
+use dpo_core::plan::MemoryOptions;
 use dpo_generate::{Answer, Generator, Sampling, Stop};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
@@ -52,6 +54,8 @@ pub(crate) struct ChatOptions {
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceArg::Auto)]
     device: DeviceArg,
     #[command(flatten)]
+    storage: StorageArgs,
+    #[command(flatten)]
     sampling: SamplingArgs,
 }
 
@@ -72,7 +76,8 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
         (Some(_), false) => vec![Variant::Tuned],
         (Some(_), true) => vec![Variant::Base, Variant::Tuned],
     };
-    let generator = Generator::open(&model, adapter, backends::open(&options.device, None)?.as_ref(), None)?;
+    let memory = options.storage.on(MemoryOptions::default());
+    let generator = Generator::open(&model, adapter, backends::open(&options.device, None)?.as_ref(), memory)?;
     let screen = Screen::new();
     let interactive = options.prompt.is_empty() && screen.is_interactive();
     let mut chat = Chat {

@@ -1,0 +1,44 @@
+//! How the frozen base is kept: flags that several commands share.
+
+use clap::{Args, ValueEnum};
+use dpo_core::plan::MemoryOptions;
+use dpo_core::storage::Quantization;
+use serde::Serialize;
+
+use super::Auto;
+
+#[derive(Args, Clone, Debug, Serialize)]
+#[command(next_help_heading = "Device")]
+pub(crate) struct StorageArgs {
+    /// Keep the matrices of the frozen base small, as QLoRA does: nf4 takes 0.52 bytes a weight, fp8 takes 1; LoRA, embeddings
+    /// and head stay as they are
+    #[arg(long, value_enum, default_value_t = QuantizationArg::None)]
+    quantization: QuantizationArg,
+    /// Keep the layers' frozen weights in host memory, and copy each to the GPU before it is computed; auto does so where
+    /// they do not fit otherwise
+    #[arg(long, value_name = "auto|true|false", default_value_t = Auto(None))]
+    offload_base: Auto<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum QuantizationArg {
+    /// As the checkpoint has it, in what the device computes in
+    None,
+    /// float8 e4m3, a scale for each row
+    Fp8,
+    /// 4-bit NormalFloat in blocks of 64, double quantised, as bitsandbytes has it
+    Nf4,
+}
+
+impl StorageArgs {
+    /// With these.
+    pub(crate) fn on(&self, options: MemoryOptions) -> MemoryOptions {
+        let quantization = match self.quantization {
+            QuantizationArg::None => None,
+            QuantizationArg::Fp8 => Some(Quantization::Fp8),
+            QuantizationArg::Nf4 => Some(Quantization::Nf4),
+        };
+        MemoryOptions { quantization, offload_base: self.offload_base.0, ..options }
+    }
+}
