@@ -479,7 +479,8 @@ pub fn given_as(name: &str, shape: &[usize], numbers: Numbers) -> Vec<f32> {
     values
 }
 
-fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Result<Engine> {
+/// An engine over the same.
+pub fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Result<Engine> {
     let tensor = |name: String, shape: &[usize], numbers: Numbers| -> Result<Tensor> {
         let values = given_as(&name, shape, numbers);
         Ok(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)

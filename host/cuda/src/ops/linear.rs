@@ -261,6 +261,10 @@ impl Execute for Forward {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack, d) = (&self.own, self.own.stack(on), writes[0]);
         let rank = if on.adapted { own.rank } else { 0 };
+        if let (1, Matrix::Nf4(w)) = (on.rows, &stack.w) {
+            let c = reads.get(1).copied().unwrap_or(View { at: 0, ld: 0 });
+            return nf4::gemv(on, (stack, w), (own.outputs, rank), [reads[0], c, d]);
+        }
         let mut matmul = Matmul::new(on.rows, own.outputs, own.inputs + rank);
         matmul.b_transposed = true;
         matmul.add = self.adds;
@@ -288,8 +292,12 @@ impl Execute for GatedForward {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let own = &self.0;
-        let k = own.inputs + if on.adapted { own.rank } else { 0 };
+        let (own, stack) = (&self.0, self.0.stack(on));
+        let rank = if on.adapted { own.rank } else { 0 };
+        if let (1, Matrix::Nf4(w), None) = (on.rows, &stack.w, writes[0].wanted()) {
+            return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]);
+        }
+        let k = own.inputs + rank;
         let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
