@@ -24,7 +24,8 @@ use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::MemoryOptions;
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter,
+    subtracting_adapter,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -163,14 +164,8 @@ fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
-    let mut gpu = CudaDecoder::load(
-        gpu,
-        graph.clone(),
-        &source,
-        Some(adapter.clone()),
-        (room, options),
-        &ProgressBar::hidden(),
-    )?;
+    let mut gpu =
+        CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter.clone()), (room, options), &ProgressBar::hidden())?;
     let mut cpu = CpuDecoder::of(engine_as(graph, adapter, numbers(options))?)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut worst = 0.0_f64;

@@ -217,7 +217,7 @@ impl Linears {
         let rank = if on.adapted { self.rank } else { 0 };
         match &stack.w {
             Matrix::Bf16(whole) => Ok(*whole),
-            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, self.inputs, rank), self.ld),
+            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank), self.ld),
         }
     }
 

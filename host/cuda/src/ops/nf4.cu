@@ -48,23 +48,39 @@ __device__ __forceinline__ Eight values8(u32 codes, float scale, const Tables& t
     return out;
 }
 
-// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs]; what is 0 is not written.
+// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs]; what is 0 is not written. A block has a row at a time; a
+// thread reads what AHEAD stores take before it stores any.
+#define AHEAD 2
+
 extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank) {
     __shared__ Tables tables;
     Nf4 w = NF4;
     tables.fill();
     after_previous();
-    int eights = (inputs + rank) / 8, all = (outputs + rank) * eights;
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < all; i += gridDim.x * THREADS) {
-        int r = i / eights, c = (i - r * eights) * 8;
-        bf16* out = row(to, r) + c;
-        if (r < outputs && c < inputs) {
-            int word = ((u32)r * inputs + c) / 8;
-            store8(out, values8(codes[word], scale_of(w, tables, word / (BLOCK / 8)), tables));
-        } else if (r < outputs) {
-            *(uint4*)out = *(const uint4*)(row(sb, r) + c - inputs);
-        } else if (c < inputs) {
-            *(uint4*)out = *(const uint4*)(row(a, r - outputs) + c);
+    int own = inputs / 8, eights = own + rank / 8;
+    for (int r = blockIdx.x; r < outputs + rank; r += gridDim.x) {
+        uint4* out = (uint4*)row(to, r);
+        if (r >= outputs) {
+            for (int c = threadIdx.x; c < own; c += THREADS) out[c] = ((const uint4*)row(a, r - outputs))[c];
+            continue;
+        }
+        u32 first = (u32)r * own;
+        for (int c0 = threadIdx.x; c0 < eights; c0 += THREADS * AHEAD) {
+            u32 words[AHEAD];
+            float scales[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                u32 word = first + c0 + i * THREADS;
+                bool inside = c0 + i * THREADS < own;
+                words[i] = inside ? codes[word] : 0;
+                scales[i] = inside ? scale_of(w, tables, word / (BLOCK / 8)) : 0.f;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                int c = c0 + i * THREADS;
+                if (c < own) store8((bf16*)(out + c), values8(words[i], scales[i], tables));
+                else if (c < eights) out[c] = ((const uint4*)row(sb, r))[c - own];
+            }
         }
     }
 }

@@ -22,8 +22,8 @@ const THREADS: u32 = 256;
 /// Rows that a block of `nf4_gemv` has, and of `nf4_gemv_gated`.
 const ROWS: [usize; 2] = [16, 8];
 
-/// Blocks of threads that a multiprocessor has at once.
-const RESIDENT: usize = 8;
+/// Blocks of threads that a multiprocessor gets, at most.
+const BLOCKS: usize = 16;
 
 /// Its kernels, with what codes stand for.
 pub(super) fn variant() -> Variant {
@@ -36,12 +36,11 @@ pub(super) fn variant() -> Variant {
 pub(super) fn dequantized(
     on: &Launch<'_>,
     (stack, w): (&LoadedStack, &LoadedNf4),
-    (outputs, inputs, rank): (usize, usize, usize),
+    (outputs, rank): (usize, usize),
     ld: usize,
 ) -> Result<View> {
     let to = View { at: on.dequantized, ld: ld as i64 };
-    let eights = (outputs + rank) * (inputs + rank) / 8;
-    let blocks = eights.div_ceil(THREADS as usize).min(on.gpu.multiprocessors * RESIDENT);
+    let blocks = (outputs + rank).min(on.gpu.multiprocessors * BLOCKS);
     let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32);
     on.gpu.launch(on.kernels.get("nf4_dequantize")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)?;
     on.gpu.mark("dequantize")?;

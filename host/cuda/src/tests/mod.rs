@@ -90,7 +90,7 @@ fn a_base_in_nf4_is_small() {
     let layers = |numbers| lowered(numbers).layers(&graph).iter().sum::<usize>() as f64;
     let ratio = layers(Numbers::Nf4) / layers(NUMBERS);
     assert!((0.255..0.262).contains(&ratio), "{ratio}");
-    assert_eq!(lowered(Numbers::Nf4).dequantized(), (2 * 18_944 + 16) * (3_584 + 16) * 2);
+    assert_eq!(lowered(Numbers::Nf4).dequantized(), (2 * 18_944 + 16) * (3_584 + 64) * 2);
     let options = MemoryOptions { quantization: Some(Quantization::Nf4), ..MemoryOptions::default() };
     let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(memory, 1), 1, options);
     let plan = plan(7 << 30).unwrap();
