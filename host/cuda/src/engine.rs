@@ -19,7 +19,6 @@ use super::ops;
 use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
 use super::program::{Program, Slice, Step};
-use super::saved::SavedActivations;
 use super::weights::BlockWeights;
 use dpo_core::batch::Batch;
 use dpo_core::error::{Error, Result};
@@ -263,8 +262,11 @@ impl CudaDevice {
     /// Sends a batch's arrays in one copy and makes its tables.
     pub(super) fn send(&mut self, batch: &Batch, save: bool) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let allowed = if save { self.plan.allowed.as_slice() } else { &[SavedActivations::BlockInput] };
-        let arrangement = self.footprint.arrange(tokens, answers, self.plan.values, allowed, self.plan.at_once());
+        let (bytes, at_once) = (self.plan.values, self.plan.at_once());
+        let arrangement = match save {
+            true => self.footprint.arrange(tokens, answers, bytes, &self.plan.allowed, at_once),
+            false => self.footprint.arrange_forward(tokens, answers, bytes, at_once),
+        };
         self.arrangement = arrangement.ok_or_else(|| {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))

@@ -15,8 +15,9 @@ pub(super) struct Footprint {
     edge: usize,
     /// The kind of block of every layer.
     kinds: Vec<usize>,
-    /// Of every kind, for every level of [`SavedActivations`].
+    /// Of every kind, for every level of [`SavedActivations`], and in a forward pass that has no backward pass.
     levels: Vec<[Level; 4]>,
+    forward: Vec<Level>,
     /// Bytes a token takes in the embedding's block.
     embed: usize,
     /// Bytes an answer token takes in the head, and those of its logits.
@@ -75,9 +76,12 @@ pub(super) struct Arrangement {
     pub rows: usize,
     /// Rows of a chunk, at most.
     pub chunk: usize,
-    /// Of every layer, what is saved, and where it begins.
+    /// Values between layers that are there at the same time.
+    edges: usize,
+    /// Of every layer, what is saved, and where it begins; of none in a pass that has no backward pass.
     pub saved: Vec<SavedActivations>,
     pub saved_at: Vec<usize>,
+    /// The last layer's output; when the head has read it, the gradient that goes from layer to layer.
     pub gradient: usize,
     pub scratch: usize,
     /// Rows of the head's buffers.
@@ -108,8 +112,8 @@ impl Arrangement {
         let layout = if backward { back } else { forward };
         let edge = program.edge() * self.rows;
         let place = |buffer| match buffer {
-            INPUT => Some(Place::of(layer * edge)),
-            OUTPUT => Some(Place::of((layer + 1) * edge)),
+            INPUT => Some(Place::of(layer % self.edges * edge)),
+            OUTPUT => Some(Place::of((layer + 1) % self.edges * edge)),
             GRADIENT => Some(Place::of(self.gradient)),
             _ => match layout.saved[buffer] {
                 Some(saved) => Some(Place::of(self.saved_at[layer] + saved * self.rows)),
@@ -139,7 +143,7 @@ impl Arrangement {
         let Passes { forward, backward } = &lowered.head_schedule.whole;
         let place = |buffer| {
             let offset = match (buffer, forward.saved.get(buffer)) {
-                (INPUT, _) => return Some(Place::of(self.saved.len() * lowered.programs[0].edge() * self.rows)),
+                (INPUT, _) => return Some(Place::of(self.gradient)),
                 (OUTPUT | GRADIENT, _) => (buffer - OUTPUT) * edge,
                 (_, Some(Some(saved))) => 2 * edge + saved * rows,
                 _ => {
@@ -178,6 +182,9 @@ impl Level {
 /// Rows of logits at once, at least and at most.
 pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
 
+/// Values between layers of a forward pass that has no backward pass: before a layer and after it.
+const FORWARD_EDGES: usize = 2;
+
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
 
@@ -186,10 +193,10 @@ impl Footprint {
         let work = |kind: usize, steps: &[Step]| lowered.programs[kind].work(steps);
         let level = |kind: usize, level: SavedActivations| {
             let scheduled = &lowered.schedules[kind];
-            let (own, free) = (&scheduled[level as usize], &scheduled[SavedActivations::BlockInput as usize]);
+            let own = &scheduled[level as usize];
             let scratch = |chunked| {
                 let Passes { forward, backward } = own.passes(chunked);
-                [forward, backward, &free.passes(chunked).forward].map(|pass| pass.ends.as_slice()).concat()
+                [forward, backward].map(|pass| pass.ends.as_slice()).concat()
             };
             Level {
                 saved: own.whole.forward.saved_bytes,
@@ -199,12 +206,18 @@ impl Footprint {
                 ),
             }
         };
+        let forward = |kind: usize| {
+            let free = &lowered.schedules[kind][SavedActivations::BlockInput as usize];
+            let scratch = [false, true].map(|chunked| free.passes(chunked).forward.ends.clone());
+            Level { saved: 0, scratch, again: Work::default() }
+        };
         let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
         let head = &lowered.head_schedule.whole;
         let scratch = [&head.forward, &head.backward].map(Layout::row_bytes).into_iter().max().unwrap_or(0);
         Footprint {
             edge: lowered.programs[0].edge(),
             levels: (0..lowered.programs.len()).map(|kind| SavedActivations::ALL.map(|l| level(kind, l))).collect(),
+            forward: (0..lowered.programs.len()).map(forward).collect(),
             embed: lowered.embed_schedule.whole.forward.row_bytes(),
             head: 2 * lowered.head.edge() + head.forward.saved_bytes + scratch,
             logits: lowered.projection.rows * 4,
@@ -223,7 +236,7 @@ impl Footprint {
         at_once: AtOnce,
     ) -> Option<Arrangement> {
         let [rows, answer_rows] = padded_rows(tokens, answers);
-        let edges = (self.kinds.len() + 2) * self.edge * rows;
+        let edges = (self.kinds.len() + 1) * self.edge * rows;
         let AtOnce { logits: logits_rows, chunk } = at_once;
         let level = |kind: usize, level: SavedActivations| &self.levels[kind][level as usize];
         let most = |least: SavedActivations| {
@@ -258,6 +271,7 @@ impl Footprint {
         Some(Arrangement {
             rows,
             chunk,
+            edges: self.kinds.len() + 1,
             saved,
             saved_at,
             gradient: edges - self.edge * rows,
@@ -270,10 +284,45 @@ impl Footprint {
         })
     }
 
+    /// Arranges a batch for a forward pass that has no backward pass.
+    pub(super) fn arrange_forward(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        at_once: AtOnce,
+    ) -> Option<Arrangement> {
+        let ([rows, answer_rows], edges) = (padded_rows(tokens, answers), FORWARD_EDGES);
+        let scratch = edges * self.edge * rows;
+        let logits = scratch + self.head * answer_rows;
+        (self.forward(tokens, answers, at_once) <= bytes).then(|| Arrangement {
+            rows,
+            chunk: at_once.chunk,
+            edges,
+            saved: Vec::new(),
+            saved_at: Vec::new(),
+            gradient: self.kinds.len() % edges * self.edge * rows,
+            scratch,
+            answer_rows,
+            logits,
+            logits_rows: at_once.logits.clamp(1, answers.max(1)),
+            logits_room: (bytes - logits) / self.logits,
+            again: 0.0,
+        })
+    }
+
+    /// Bytes of a batch in a forward pass that has no backward pass.
+    pub(super) fn forward(&self, tokens: usize, answers: usize, at_once: AtOnce) -> usize {
+        let [rows, _] = padded_rows(tokens, answers);
+        let layers = self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
+        let most = layers.max(self.embed * rows).max(self.head(answers, at_once.logits));
+        FORWARD_EDGES * self.edge * rows + most
+    }
+
     /// Bytes a token takes between layers and saved in them.
     pub(super) fn per_token(&self, saved: &[SavedActivations]) -> usize {
         let bytes = |(level, kind): (&SavedActivations, &usize)| self.levels[*kind][*level as usize].saved;
-        (self.kinds.len() + 2) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
+        (self.kinds.len() + 1) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
     }
 
     /// Bytes of the head for so many answer tokens, with so many rows of logits at once.
@@ -289,7 +338,7 @@ impl Footprint {
         let scratch = self.kinds.iter().map(|k| level(k).scratch(rows, chunk)).max().unwrap_or(0);
         let scratch = scratch.max(self.embed * rows);
         let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
-        (self.kinds.len() + 2) * self.edge * rows + saved + scratch.max(head)
+        (self.kinds.len() + 1) * self.edge * rows + saved + scratch.max(head)
     }
 }
 

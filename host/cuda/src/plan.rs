@@ -201,9 +201,9 @@ impl GpuPlan {
                     Some(rows) => rows,
                     None => room.clamp(LOGITS_ROWS[0], LOGITS_ROWS[1]),
                 };
-                let (at_once, input) = (plan.at_once(), [SavedActivations::BlockInput]);
+                let at_once = plan.at_once();
                 let fits = |tokens: &usize| {
-                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &input, at_once).is_some()
+                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, at_once).is_some()
                 };
                 plan.scoring_tokens = match options.packing {
                     Some(_) if fits(&scoring) => scoring,

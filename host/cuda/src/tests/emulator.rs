@@ -4,13 +4,12 @@
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
 use super::super::chunks;
-use super::super::footprint::{Arrangement, AtOnce, Footprint, LOGITS_ROWS, Place};
+use super::super::footprint::{Arrangement, Footprint, Place};
 use super::super::inputs::Rows;
 use super::super::lowered::Lowered;
 use super::super::matmul::Gates;
 use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
-use super::super::saved::SavedActivations;
 use super::super::weights::{NUMBERS, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::lora::Adapter;
@@ -141,15 +140,13 @@ impl Emulator {
         adapter: &Adapter,
         batch: Batch,
         gates: Gates,
-        (allowed, chunk): (&[SavedActivations], usize),
-        bytes: impl Fn(&Footprint) -> usize,
+        arrange: impl Fn(&Footprint) -> (usize, Option<Arrangement>),
     ) -> Emulator {
         let adapter = adapter.clone();
         let lowered = Lowered::new(graph, &adapter, NUMBERS, gates).unwrap();
         let footprint = Footprint::new(graph, &lowered);
-        let bytes = bytes(&footprint);
-        let at_once = AtOnce { logits: LOGITS_ROWS[0], chunk };
-        let arrangement = footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed, at_once).unwrap();
+        let (bytes, arrangement) = arrange(&footprint);
+        let arrangement = arrangement.unwrap();
         let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
             let block = &graph.blocks[layer.block];
             let stacks = lowered.programs[layer.block].stacks.iter();
@@ -175,7 +172,8 @@ impl Emulator {
     fn layer(&mut self, layer: usize, backward: bool) {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let kind = graph.layers[layer].block;
-        let places = self.arrangement.places(&lowered, kind, layer, true, backward);
+        let saves = !self.arrangement.saved.is_empty();
+        let places = self.arrangement.places(&lowered, kind, layer, saves, backward);
         let pass = Pass {
             layer: Some(layer),
             program: &lowered.programs[kind],
@@ -187,8 +185,11 @@ impl Emulator {
         // Nothing may be read from work space that another layer left.
         let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
         self.memory[from..to].fill(f32::NAN);
-        let scheduled = &lowered.schedules[kind][self.arrangement.saved[layer] as usize];
-        self.run(&pass, if backward { &scheduled.steps } else { &lowered.programs[kind].forward });
+        let steps = match backward {
+            true => &lowered.schedules[kind][self.arrangement.saved[layer] as usize].steps,
+            false => &lowered.programs[kind].forward,
+        };
+        self.run(&pass, steps);
         self.lowered = lowered;
     }
 

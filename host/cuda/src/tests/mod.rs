@@ -9,7 +9,7 @@ pub(crate) use emulator::Emulation;
 use dpo_plugin_api::graph::ModelGraph;
 
 use super::chunks::TILE;
-use super::footprint::Footprint;
+use super::footprint::{AtOnce, LOGITS_ROWS};
 use super::inputs::Rows;
 use super::liveness::Passes;
 use super::lowered::Lowered;
@@ -124,18 +124,27 @@ fn compare_at(
     exact.backward(&batch, &dlogps).unwrap();
     let (tokens, answers) = (batch.tokens(), batch.targets.len());
     assert!(chunk == usize::MAX || tokens.min(answers) > chunk, "{tokens} tokens, {answers} answers");
+    let at_once = AtOnce { logits: LOGITS_ROWS[0], chunk };
     for ((allowed, level, part), gates) in levels {
-        let bytes = |f: &Footprint| {
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, |f| {
             let [whole, least] =
                 [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, chunk));
-            least.max((whole as f64 * part) as usize).next_multiple_of(2)
-        };
-        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, (&allowed, chunk), bytes);
+            let bytes = least.max((whole as f64 * part) as usize).next_multiple_of(2);
+            (bytes, f.arrange(tokens, answers, bytes, &allowed, at_once))
+        });
         let found = own.forward();
         let gradient = own.backward(&dlogps);
         let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
         assert!(off.iter().all(|d| *d < 1e-4), "{what}: log-probs and gradient are off by {off:?}");
+        if level != SavedActivations::BlockInput {
+            continue;
+        }
+        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, |f| {
+            let bytes = f.forward(tokens, answers, at_once);
+            (bytes, f.arrange_forward(tokens, answers, bytes, at_once))
+        });
+        assert_eq!(alone.forward(), found, "{what}: without a backward pass");
     }
 }
 
