@@ -21,7 +21,7 @@ use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments};
-use dpo_core::plan::MemoryOptions;
+use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
     FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter,
@@ -66,6 +66,9 @@ impl Card {
 
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
+
+/// Rows of a chunk, where batches are computed in chunks.
+const CHUNK_ROWS: usize = 64;
 
 /// Most answer tokens to a token that is laid out: five answers of one token to a prompt of one.
 const MOST_ANSWERS: f64 = 5.0;
@@ -200,9 +203,16 @@ fn numbers(options: MemoryOptions) -> Numbers {
     }
 }
 
-fn gpu(card: Card, graph: &ModelGraph, tokens: usize, adapter: Adapter, options: MemoryOptions) -> Result<CudaDevice> {
+fn gpu(
+    card: Card,
+    graph: &ModelGraph,
+    tokens: usize,
+    adapter: Adapter,
+    (options, chunk_rows): (MemoryOptions, Option<usize>),
+) -> Result<CudaDevice> {
     let gpu = card.open()?;
-    let options = MemoryOptions { micro_batch_tokens: Some(tokens), ..options };
+    let packing = Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows };
+    let options = MemoryOptions { packing: Some(packing), ..options };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
@@ -243,13 +253,16 @@ fn compare_kept(
     let mut cpu = cpu_as(graph, tokens, adapter.clone(), numbers(storages[0]))?;
     let mut worst = [0.0_f64; 2];
     let mut repeats = true;
-    let mut devices = Vec::new();
-    for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
-        for storage in storages {
-            let options = MemoryOptions { recompute: *recompute, ..*storage };
-            devices.push(gpu(card, graph, tokens, adapter.clone(), options)?);
-        }
-    }
+    let recompute = if quick { &[true][..] } else { &[false, true] };
+    let kept = recompute.iter().flat_map(|recompute| {
+        storages.iter().map(|storage| MemoryOptions { recompute: Some(*recompute), ..*storage })
+    });
+    // What is recomputed changes nothing; what is computed in chunks adds up in another order.
+    let load = |chunk_rows| {
+        let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows));
+        kept.clone().map(load).collect::<Result<Vec<_>>>()
+    };
+    let mut devices = [None, Some(CHUNK_ROWS)].map(load).into_iter().collect::<Result<Vec<_>>>()?;
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
@@ -257,9 +270,10 @@ fn compare_kept(
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
         cpu.backward(batch, &grads)?;
-        let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
-        for device in &mut devices {
-            for _ in 0..2 {
+        for devices in &mut devices {
+            let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
+            for turn in 0..2 * devices.len() {
+                let device = &mut devices[turn / 2];
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
                 device.backward(batch, &grads)?;
@@ -289,7 +303,7 @@ fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Res
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), MemoryOptions::default())?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (MemoryOptions::default(), None))?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -317,10 +331,8 @@ fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, ste
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
-    let mut devices: [Box<dyn Device>; 2] = [
-        Box::new(cpu(graph, tokens, start.clone())?),
-        Box::new(gpu(card, graph, tokens, start, MemoryOptions::default())?),
-    ];
+    let own = gpu(card, graph, tokens, start.clone(), (MemoryOptions::default(), None))?;
+    let mut devices: [Box<dyn Device>; 2] = [Box::new(cpu(graph, tokens, start)?), Box::new(own)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];
