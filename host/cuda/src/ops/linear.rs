@@ -268,6 +268,10 @@ impl Execute for GatedForward {
         let (own, stack) = (&self.0, self.0.stack(on));
         let k = own.inputs + if on.adapted { own.rank } else { 0 };
         let (x, weights) = (reads[0], stack.view(0, 0));
+        // A token of an answer. A batch of one row that is trained is computed as it is again, with gate and up: with the same bits.
+        if on.rows == 1 && on.cache.is_some() {
+            return self.1.gated().start_gemv(on.for_matmuls(), k, [x, weights], writes[1]);
+        }
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
 
