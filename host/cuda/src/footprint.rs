@@ -343,7 +343,8 @@ impl Footprint {
     /// Bytes of a batch in a forward pass that has no backward pass.
     pub(super) fn forward(&self, tokens: usize, answers: usize, at_once: AtOnce) -> usize {
         let [rows, _] = padded_rows(tokens, answers);
-        let layers = self.dequantized + self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
+        let layers =
+            self.dequantized + self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
         let most = layers.max(self.dequantized + self.embed * rows).max(self.head(answers, at_once.logits));
         FORWARD_EDGES * self.edge * rows + most
     }

@@ -202,7 +202,7 @@ fn compare_at(
         if level != SavedActivations::BlockInput {
             continue;
         }
-        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, |f| {
+        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
             let bytes = f.forward(tokens, answers, at_once);
             (bytes, f.arrange_forward(tokens, answers, bytes, at_once))
         });
