@@ -309,7 +309,7 @@ impl Footprint {
         let dequantizing = turns * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
         let passes = [1.0 / 3.0 + dequantizing, 2.0 / 3.0 + again + (1.0 + 3.0 * again) * dequantizing];
         let bus = if place == Weights::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
-        passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again
+        (passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again).max(0.0)
     }
 
     /// Arranges a batch for a forward pass that has no backward pass.

@@ -63,6 +63,8 @@ struct Loader<'a> {
     source: &'a Source<'a>,
     stages: [Pinned; 2],
     at: usize,
+    /// Of the tensor that is quantised.
+    values: Vec<f32>,
     seed: u32,
     progress: &'a ProgressBar,
 }
@@ -166,7 +168,7 @@ impl Weights {
             gpu.zero(memory.address, memory.bytes)?;
         }
         let stages = [gpu.pinned(STAGE)?, gpu.pinned(STAGE)?];
-        let mut loader = Loader { gpu, kernels, source, stages, at: 0, seed: 0, progress };
+        let mut loader = Loader { gpu, kernels, source, stages, at: 0, values: Vec::new(), seed: 0, progress };
         let mut next_gradient = gradients.address;
         let (mut layers, mut head) = (Vec::new(), BlockWeights::default());
         for (id, prefix, nodes) in blocks(graph) {
@@ -337,22 +339,23 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            let values = self.values(prefix, weight(&nodes[member.node], "weight")?)?;
-            layout.write(&mut bytes, at, &quantize(&values));
+            self.read_values(prefix, weight(&nodes[member.node], "weight")?)?;
+            layout.write(&mut bytes, at, &quantize(&self.values));
         }
         self.gpu.upload(&bytes, w.codes)
     }
 
-    /// A weight's values, as they are in bf16.
-    fn values(&self, prefix: &str, weight: &Weight) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; weight.shape.iter().product()];
+    /// Reads a weight's values, as they are in bf16.
+    fn read_values(&mut self, prefix: &str, weight: &Weight) -> Result<()> {
+        let values = &mut self.values;
+        values.resize(weight.shape.iter().product(), 0.0);
         match self.source {
             Source::Checkpoint(checkpoint) => {
                 let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
                 match dtype {
-                    DType::BF16 => each(&mut values, bytes, bf16::from_le_bytes),
-                    DType::F16 => each(&mut values, bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-                    _ => each(&mut values, bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
+                    DType::BF16 => each(values, bytes, bf16::from_le_bytes),
+                    DType::F16 => each(values, bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+                    _ => each(values, bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
                 }
                 self.progress.inc(bytes.len() as u64);
             }
@@ -362,7 +365,7 @@ impl Loader<'_> {
             }
             Source::Random => {}
         }
-        Ok(values)
+        Ok(())
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.
