@@ -312,7 +312,7 @@ impl Loader<'_> {
         match self.source {
             Source::Checkpoint(checkpoint) => {
                 let (dtype, bytes) = checkpoint.raw("", weight)?;
-                to_bf16(table.bytes_mut(), bytes, dtype);
+                to_bf16(table.bytes_mut(), &bytes, dtype);
             }
             Source::Random | Source::Given(_) => self.load("", weight, table.address(), row_bytes(weight))?,
         }
