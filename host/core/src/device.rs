@@ -115,7 +115,7 @@ impl Device for CpuDevice {
 
     fn packing(&self) -> Packing {
         let tokens = self.micro_batch_tokens;
-        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows: None }
     }
 
     fn graph(&self) -> &ModelGraph {

@@ -74,6 +74,9 @@ pub struct Packing {
     /// Rows of logits at once, where that follows from memory.
     #[serde(default)]
     pub logits_rows: Option<usize>,
+    /// Rows of a layer at once, where a longer batch is computed in chunks.
+    #[serde(default)]
+    pub chunk_rows: Option<usize>,
 }
 
 impl Packing {
@@ -83,6 +86,7 @@ impl Packing {
             micro_batch_tokens: self.micro_batch_tokens.min(other.micro_batch_tokens),
             scoring_tokens: self.scoring_tokens.min(other.scoring_tokens),
             logits_rows: self.logits_rows.zip(other.logits_rows).map(|(a, b)| a.min(b)),
+            chunk_rows: [self.chunk_rows, other.chunk_rows].into_iter().flatten().min(),
         }
     }
 }
@@ -152,7 +156,7 @@ impl Plan {
     /// What of it a run saves and reuses.
     pub fn packing(&self) -> Packing {
         let tokens = self.micro_batch_tokens;
-        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows: None }
     }
 }
 

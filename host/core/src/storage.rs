@@ -7,7 +7,7 @@ use crate::nf4::Nf4;
 use crate::{fp8, nf4};
 
 /// How a frozen weight is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Storage {
     /// As which numbers.
     pub numbers: Numbers,
@@ -16,7 +16,8 @@ pub struct Storage {
 }
 
 /// What a value is kept as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Numbers {
     /// float32.
     F32,
@@ -40,7 +41,8 @@ pub enum Quantization {
 }
 
 /// Where values are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Place {
     /// All of them on the device.
     Resident,

@@ -15,35 +15,58 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
-
+use crate::nf4;
 use crate::predictors::gather_predictors;
-use crate::weights::blocks;
+use crate::storage::Numbers;
+use crate::weights::{BlockId, blocks};
 
 mod families;
 
 pub use families::FAMILIES;
 
+/// A block's own nodes.
+type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
+
+/// Two layers of a body that is followed by a linear and a sum.
+fn case(body: Body<'_>) -> Result<ModelGraph> {
+    let (hidden, vocab) = (104, 248);
+    let mut graph = GraphBuilder::decoder(hidden, vocab);
+    graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
+    let block = graph.block("case", |b, x| {
+        let inner = body(b, x);
+        let out = b.linear("out", inner, hidden);
+        b.add(x, out)
+    });
+    graph.layer(block, "layers.0.");
+    graph.layer(block, "layers.1.");
+    graph.head(|b, x| {
+        let h = b.rms_norm("norm", x, 1e-6);
+        b.lm_head("head.weight", h, vocab)
+    });
+    gather_predictors(graph.finish(&Config::parse("{}")?)?)
+}
+
+/// Graphs whose matmuls have so many columns that, of the rows of the self-test's batches, they take tiles of every size: a plain one, with a
+/// bias, with a sum, with a gated activation, and their backward ones.
+pub fn wide_cases() -> Result<Vec<(String, ModelGraph)>> {
+    let of = |width: usize| {
+        let graph = case(&|b, x| {
+            let h = b.linear_bias("a", x, width);
+            let g = b.linear("b", h, width);
+            let h = b.add(h, g);
+            let (gate, up) = (b.linear("gate", h, width), b.linear("up", h, width));
+            b.glu("silu", gate, up)
+        })?;
+        Ok((format!("linears of {width} columns"), graph))
+    };
+    [2048, 2304, 3328].into_iter().map(of).collect()
+}
+
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
 pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
-    type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
     let mut cases: Vec<(String, ModelGraph)> = Vec::new();
-    let config = Config::parse("{}")?;
     let mut case = |name: String, body: Body<'_>| -> Result<()> {
-        let (hidden, vocab) = (104, 248);
-        let mut graph = GraphBuilder::decoder(hidden, vocab);
-        graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
-        let block = graph.block("case", |b, x| {
-            let inner = body(b, x);
-            let out = b.linear("out", inner, hidden);
-            b.add(x, out)
-        });
-        graph.layer(block, "layers.0.");
-        graph.layer(block, "layers.1.");
-        graph.head(|b, x| {
-            let h = b.rms_norm("norm", x, 1e-6);
-            b.lm_head("head.weight", h, vocab)
-        });
-        cases.push((name, gather_predictors(graph.finish(&config)?)?));
+        cases.push((name, case(body)?));
         Ok(())
     };
     case("linear".into(), &|b, x| b.linear("a", x, 72))?;
@@ -308,7 +331,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
-    cases.extend(whole_graphs(&config)?);
+    cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }
 
@@ -461,12 +484,36 @@ pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
 }
 
 fn engine_with(graph: &ModelGraph, adapter: Adapter) -> Result<Engine> {
-    let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
-        Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
+    engine_as(graph, adapter, Numbers::Bf16)
+}
+
+/// [`cpu`] with the matrices of layers as they are once they were kept as such numbers.
+pub fn cpu_as(graph: &ModelGraph, tokens: usize, adapter: Adapter, numbers: Numbers) -> Result<CpuDevice> {
+    CpuDevice::new(engine_as(graph, adapter, numbers)?, tokens)
+}
+
+/// [`given`], once it was kept as such numbers.
+pub fn given_as(name: &str, shape: &[usize], numbers: Numbers) -> Vec<f32> {
+    let mut values = given(name, shape);
+    if numbers == Numbers::Nf4 {
+        nf4::quantize(&values).dequantize(&mut values);
+    }
+    values
+}
+
+/// An engine over the same.
+pub fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Result<Engine> {
+    let tensor = |name: String, shape: &[usize], numbers: Numbers| -> Result<Tensor> {
+        let values = given_as(&name, shape, numbers);
+        Ok(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
-    let of = blocks(graph).map(|(_, prefix, nodes)| {
+    let of = blocks(graph).map(|(id, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
-            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape)).collect()
+            let kept = |w: &Weight| match id {
+                BlockId::Layer(_) if n.op == "linear" && w.role == "weight" => numbers,
+                _ => Numbers::Bf16,
+            };
+            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape, kept(w))).collect()
         };
         nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });

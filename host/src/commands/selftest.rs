@@ -21,9 +21,11 @@ use dpo_core::logprobs::AnswerLogProbs;
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments};
-use dpo_core::plan::MemoryOptions;
+use dpo_core::plan::{MemoryOptions, Packing};
+use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter,
+    subtracting_adapter, wide_cases,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -65,6 +67,9 @@ impl Card {
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
 
+/// Rows of a chunk, where batches are computed in chunks.
+const CHUNK_ROWS: usize = 64;
+
 /// Most answer tokens to a token that is laid out: five answers of one token to a prompt of one.
 const MOST_ANSWERS: f64 = 5.0;
 
@@ -95,7 +100,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     println!("{:<44} {:>10} {:>10} {:>8}", card.open()?.name, "log-probs", "gradient", "repeats");
     let mut failures = 0;
     let wanted = |name: &str| name.contains(&options.only);
-    for (name, graph) in op_cases()?.into_iter().filter(|(name, _)| wanted(name)) {
+    for (name, graph) in op_cases()?.into_iter().chain(wide_cases()?).filter(|(name, _)| wanted(name)) {
         failures += usize::from(!compare(card, &name, &graph, &adapter(&graph, false)?, options.quick)?);
     }
     let (family, config) = FAMILIES[0];
@@ -109,12 +114,19 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
             failures += usize::from(!updates(card, name, &graph, &adapter)?);
         }
     }
+    for (name, storages) in storages() {
+        if wanted(name) {
+            let adapter = patterned_adapter(&graph)?;
+            failures += usize::from(!compare_kept(card, (name, &storages), &graph, &adapter, options.quick)?);
+            failures += usize::from(!answers(card, name, &graph, storages[1])?);
+        }
+    }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
         failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, options.quick)?);
         failures += usize::from(!training(registry, card, family, &graph, steps)?);
-        failures += usize::from(!answers(card, family, &graph)?);
+        failures += usize::from(!answers(card, family, &graph, MemoryOptions::default())?);
     }
     if failures > 0 {
         return Err(Error::run(format!("{failures} of the comparisons failed")));
@@ -150,20 +162,14 @@ fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank:
 }
 
 /// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
-fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
+fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -> Result<bool> {
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
-    let mut gpu = CudaDecoder::load(
-        gpu,
-        graph.clone(),
-        &source,
-        Some(adapter),
-        (room, MemoryOptions::default()),
-        &ProgressBar::hidden(),
-    )?;
-    let mut cpu = CpuDecoder::of(engine(graph, false)?)?;
+    let mut gpu =
+        CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter.clone()), (room, options), &ProgressBar::hidden())?;
+    let mut cpu = CpuDecoder::of(engine_as(graph, adapter, numbers(options))?)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut worst = 0.0_f64;
     for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
@@ -180,15 +186,60 @@ fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
     Ok(good)
 }
 
-fn gpu(card: Card, graph: &ModelGraph, tokens: usize, adapter: Adapter, recompute: Option<bool>) -> Result<CudaDevice> {
+/// Ways to keep the frozen base that compute the same bits, by name.
+fn storages() -> Vec<(&'static str, Vec<MemoryOptions>)> {
+    let with = |quantization, offload_base| MemoryOptions { quantization, offload_base, ..MemoryOptions::default() };
+    let both = |quantization| vec![with(quantization, Some(false)), with(quantization, Some(true))];
+    vec![
+        ("layers on the GPU and in host memory", both(None)),
+        ("layers in nf4, on the GPU and in host memory", both(Some(Quantization::Nf4))),
+    ]
+}
+
+fn numbers(options: MemoryOptions) -> Numbers {
+    match options.quantization {
+        Some(Quantization::Nf4) => Numbers::Nf4,
+        _ => Numbers::Bf16,
+    }
+}
+
+fn gpu(
+    card: Card,
+    graph: &ModelGraph,
+    tokens: usize,
+    adapter: Adapter,
+    (options, chunk_rows): (MemoryOptions, Option<usize>),
+) -> Result<CudaDevice> {
     let gpu = card.open()?;
-    let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
+    let packing = Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows };
+    let options = MemoryOptions { packing: Some(packing), ..options };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
+/// Whether passes give the same bits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Repeats {
+    Equal,
+    /// One after the other.
+    Differ,
+    /// With saved activations and with recomputed ones.
+    RecomputedDiffer,
+}
+
 /// Compares log-probs and gradients; a line of the table.
 fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
+    compare_kept(card, (name, &[MemoryOptions::default()]), graph, adapter, quick)
+}
+
+/// The same, with the frozen base kept in several ways, which are of the same numbers and compute the same bits.
+fn compare_kept(
+    card: Card,
+    (name, storages): (&str, &[MemoryOptions]),
+    graph: &ModelGraph,
+    adapter: &Adapter,
+    quick: bool,
+) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
         &[&[1, 1, 1]],
@@ -209,13 +260,19 @@ fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick:
     };
     let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let mut cpu = cpu(graph, tokens, adapter.clone())?;
+    let mut cpu = cpu_as(graph, tokens, adapter.clone(), numbers(storages[0]))?;
     let mut worst = [0.0_f64; 2];
-    let mut repeats = true;
-    let mut devices = Vec::new();
-    for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
-        devices.push(gpu(card, graph, tokens, adapter.clone(), *recompute)?);
-    }
+    let mut repeats = Repeats::Equal;
+    let recompute = if quick { &[true][..] } else { &[false, true] };
+    let kept = recompute
+        .iter()
+        .flat_map(|recompute| storages.iter().map(|storage| MemoryOptions { recompute: Some(*recompute), ..*storage }));
+    // What is recomputed changes nothing; what is computed in chunks adds up in another order.
+    let load = |chunk_rows| {
+        let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows));
+        kept.clone().map(load).collect::<Result<Vec<_>>>()
+    };
+    let mut devices = [None, Some(CHUNK_ROWS)].map(load).into_iter().collect::<Result<Vec<_>>>()?;
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
         let mut rng = ChaCha8Rng::seed_from_u64(9);
@@ -223,9 +280,11 @@ fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick:
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
         cpu.backward(batch, &grads)?;
-        let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
-        for device in &mut devices {
-            for _ in 0..2 {
+        for devices in &mut devices {
+            let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
+            for turn in 0..2 * devices.len() {
+                let device = &mut devices[turn / 2];
+                let differ = [Repeats::RecomputedDiffer, Repeats::Differ][turn % 2];
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
                 device.backward(batch, &grads)?;
@@ -234,18 +293,24 @@ fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick:
                 worse(&mut worst[0], distance(&own.values(), &exact.values()));
                 worse(&mut worst[1], distance(&gradient, cpu.gradient()));
                 let now = (own, gradient);
-                repeats &= before.as_ref().is_none_or(|b| *b == now);
+                if before.as_ref().is_some_and(|b| *b != now) {
+                    repeats = differ;
+                }
                 before = Some(now);
             }
         }
     }
-    let good = worst.iter().all(|w| *w < TOLERANCE) && repeats;
+    let good = worst.iter().all(|w| *w < TOLERANCE) && repeats == Repeats::Equal;
     let verdict = if good { "" } else { "  FAILED" };
     println!(
         "{name:<44} {:>10.5} {:>10.5} {:>8}{verdict}",
         worst[0],
         worst[1],
-        if repeats { "equal" } else { "differ" }
+        match repeats {
+            Repeats::Equal => "equal",
+            Repeats::Differ => "differ",
+            Repeats::RecomputedDiffer => "differ from recomputed",
+        }
     );
     Ok(good)
 }
@@ -255,7 +320,7 @@ fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Res
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), None)?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (MemoryOptions::default(), None))?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -283,8 +348,8 @@ fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, ste
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
-    let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(card, graph, tokens, start, None)?)];
+    let own = gpu(card, graph, tokens, start.clone(), (MemoryOptions::default(), None))?;
+    let mut devices: [Box<dyn Device>; 2] = [Box::new(cpu(graph, tokens, start)?), Box::new(own)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];
