@@ -209,7 +209,10 @@ fn a_run_begins_as_its_reference_and_goes_on_in_its_storage() {
     let ok = |args: Vec<String>| s.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
     ok(train(&s.path("plain"), &[]));
     let small = s.path("small");
-    ok(train(&small, &["--quantization", "nf4", "--use-dora"]));
+    let said = ok(train(&small, &["--quantization", "nf4", "--use-dora"])).stderr;
+    // What is printed to go on with has it: to chat and to evaluate.
+    assert_eq!(said.matches(&format!(" --adapter {small} --quantization nf4")).count(), 1, "{said}");
+    assert_eq!(said.matches(&format!("--dataset {rows} --quantization nf4")).count(), 1, "{said}");
     let first = &log(&small)[0];
     let number = |name: &str| first[name].as_f64().unwrap();
     assert!(number("rewards/margins").abs() < 1e-6 && number("rewards/chosen").abs() < 1e-6, "{first}");

@@ -89,7 +89,7 @@ impl Method {
     }
 
     /// The module of whose weight a tensor is the sign.
-    pub fn module<'n>(self, name: &'n str, dtype: Dtype) -> Option<&'n str> {
+    pub fn module(self, name: &str, dtype: Dtype) -> Option<&str> {
         match self {
             Method::Bitsandbytes => bitsandbytes::STATES.iter().find_map(|state| name.strip_suffix(state)),
             Method::Float8(_) => name.strip_suffix("weight").filter(|_| dtype == Dtype::F8_E4M3),
