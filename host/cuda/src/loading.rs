@@ -17,7 +17,7 @@ use super::program::Program;
 use super::weights::{BlockWeights, LayerStore, Layout, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
-use dpo_core::nf4::quantize;
+use dpo_core::nf4::{Nf4, quantize};
 use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
 
@@ -339,23 +339,26 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            self.read_values(prefix, weight(&nodes[member.node], "weight")?)?;
-            layout.write(&mut bytes, at, &quantize(&self.values));
+            layout.write(&mut bytes, at, &self.codes(prefix, weight(&nodes[member.node], "weight")?)?);
         }
         self.gpu.upload(&bytes, w.codes)
     }
 
-    /// Reads a weight's values, as they are in bf16.
-    fn read_values(&mut self, prefix: &str, weight: &Weight) -> Result<()> {
+    /// A weight's codes: the checkpoint's own, or made of its values as they are in bf16.
+    fn codes(&mut self, prefix: &str, weight: &Weight) -> Result<Nf4> {
         let values = &mut self.values;
         values.resize(weight.shape.iter().product(), 0.0);
         match self.source {
             Source::Checkpoint(checkpoint) => {
+                if let Some(codes) = checkpoint.nf4(prefix, weight)? {
+                    self.progress.inc(codes.codes.len() as u64);
+                    return Ok(codes);
+                }
                 let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
                 match dtype {
-                    DType::BF16 => each(values, bytes, bf16::from_le_bytes),
-                    DType::F16 => each(values, bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-                    _ => each(values, bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
+                    DType::BF16 => each(values, &bytes, bf16::from_le_bytes),
+                    DType::F16 => each(values, &bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+                    _ => each(values, &bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
                 }
                 self.progress.inc(bytes.len() as u64);
             }
@@ -365,7 +368,7 @@ impl Loader<'_> {
             }
             Source::Random => {}
         }
-        Ok(())
+        Ok(quantize(values))
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.
@@ -381,7 +384,7 @@ impl Loader<'_> {
         match self.source {
             Source::Checkpoint(checkpoint) => {
                 let (dtype, bytes) = checkpoint.raw("", weight)?;
-                to_bf16(table.bytes_mut(), bytes, dtype);
+                to_bf16(table.bytes_mut(), &bytes, dtype);
             }
             Source::Random | Source::Given(_) => self.load("", weight, table.address(), row_bytes(weight))?,
         }
