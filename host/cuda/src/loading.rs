@@ -14,7 +14,7 @@ use super::ops::nf4::random as random_codes;
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, Layout, LoadedNf4, Matrix, NUMBERS, Stack};
+use super::weights::{BlockWeights, LayerStore, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::nf4::{Nf4, quantize};
@@ -303,7 +303,7 @@ impl Loader<'_> {
                 loaded.bias = arena.take(stack.bias_bytes())?;
             }
             if let Matrix::Nf4(w) = &loaded.w {
-                self.gpu.upload(Layout::of(stack).members.as_flattened(), places[2])?;
+                self.gpu.upload(stack.nf4().members.as_flattened(), places[2])?;
                 self.nf4(prefix, nodes, stack, w)?;
             }
             for member in &stack.members {
@@ -330,7 +330,7 @@ impl Loader<'_> {
 
     /// W of a stack, quantised here unless it is random; all of it is sent at once.
     fn nf4(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedNf4) -> Result<()> {
-        let layout = Layout::of(stack);
+        let layout = stack.nf4();
         if matches!(self.source, Source::Random) {
             self.seed += 1;
             random_codes(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
