@@ -30,7 +30,7 @@ pub(super) const LOST_TOKENS: f64 = 300.0;
 const CHUNK_ROWS: [Option<usize>; 4] = [None, Some(8192), Some(4096), Some(2048)];
 
 /// Tokens whose time every further chunk of a batch takes: its matmuls fill the card less well (docs/performance.md).
-const LOST_CHUNK_TOKENS: f64 = 100.0;
+const LOST_CHUNK_TOKENS: f64 = 130.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
