@@ -8,6 +8,7 @@ use super::liveness::{Bytes, Layout, Passes};
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
+use dpo_core::storage::Place as Weights;
 
 /// What values take, from which the arrangement of a batch follows.
 pub(super) struct Footprint {
@@ -23,6 +24,11 @@ pub(super) struct Footprint {
     /// Bytes an answer token takes in the head, and those of its logits.
     head: usize,
     logits: usize,
+    /// Bytes of the largest stack that is dequantised before it is read, and bytes read and written to dequantise all of them once.
+    dequantized: usize,
+    dequantizing: usize,
+    /// Bytes of the layers' frozen weights.
+    weights: usize,
     /// Time of a step, in multiply-adds of matmuls.
     work: Work,
 }
@@ -83,6 +89,8 @@ pub(super) struct Arrangement {
     pub saved_at: Vec<usize>,
     /// The last layer's output; when the head has read it, the gradient that goes from layer to layer.
     pub gradient: usize,
+    /// Where what is in work lies: of a layer a dequantised stack and then its buffers, of the head all.
+    pub work: usize,
     pub scratch: usize,
     /// Rows of the head's buffers.
     pub answer_rows: usize,
@@ -151,7 +159,7 @@ impl Arrangement {
                     2 * edge + (forward.saved_bytes + scratch.at.row) * rows
                 }
             };
-            Some(Place::of(self.scratch + offset))
+            Some(Place::of(self.work + offset))
         };
         (0..program.buffers.len()).map(place).collect()
     }
@@ -188,6 +196,10 @@ const FORWARD_EDGES: usize = 2;
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
 
+/// Multiply-adds of matmuls that take as long as moving a byte from host memory, about: 310 T/s to 54 GB/s on an H200, 80 T/s to 25 GB/s
+/// on an RTX 4090.
+const MATMUL_PER_BUS_BYTE: f64 = 5600.0;
+
 impl Footprint {
     pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
         let work = |kind: usize, steps: &[Step]| lowered.programs[kind].work(steps);
@@ -221,6 +233,9 @@ impl Footprint {
             embed: lowered.embed_schedule.whole.forward.row_bytes(),
             head: 2 * lowered.head.edge() + head.forward.saved_bytes + scratch,
             logits: lowered.projection.rows * 4,
+            dequantized: lowered.dequantized(),
+            dequantizing: graph.layers.iter().map(|l| lowered.programs[l.block].dequantizing()).sum(),
+            weights: lowered.layers(graph).iter().sum(),
             work: Work::sum(kinds.iter().map(|k| (work(*k, &lowered.programs[*k].forward), 3.0))),
             kinds,
         }
@@ -242,7 +257,8 @@ impl Footprint {
         let most = |least: SavedActivations| {
             let allowed = allowed.iter().filter(|a| **a <= least);
             let levels = allowed.flat_map(|a| self.kinds.iter().map(move |kind| level(*kind, *a)));
-            levels.map(|l| l.scratch(rows, chunk)).max().unwrap_or(0).max(self.embed * rows)
+            let scratch = levels.map(|l| l.scratch(rows, chunk)).max().unwrap_or(0);
+            self.dequantized + scratch.max(self.embed * rows)
         };
         let head = self.head(answers, logits_rows);
         let sum = |l: SavedActivations| self.kinds.iter().map(|kind| level(*kind, l).saved * rows).sum::<usize>();
@@ -275,13 +291,25 @@ impl Footprint {
             saved,
             saved_at,
             gradient: edges - self.edge * rows,
-            scratch: at,
+            work: at,
+            scratch: at + self.dequantized,
             answer_rows,
             logits,
             logits_rows: logits_rows.clamp(1, answers.max(1)),
             logits_room: (bytes - logits) / self.logits,
             again: again.of(tokens, answers) / self.work.of(tokens, answers),
         })
+    }
+
+    /// Time of a micro-batch's step with so much of it computed again, as a share of what it takes without waiting for weights: that of
+    /// dequantising them, in each of so many turns of chunks, and where layers are in host memory, that of the bus.
+    pub(super) fn waits(&self, (tokens, answers): (usize, usize), again: f64, turns: f64, place: Weights) -> f64 {
+        let all = self.work.of(tokens, answers);
+        // Of a forward and a backward pass; what is computed again is of the forward pass, a third of the step.
+        let dequantizing = turns * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
+        let passes = [1.0 / 3.0 + dequantizing, 2.0 / 3.0 + again + (1.0 + 3.0 * again) * dequantizing];
+        let bus = if place == Weights::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
+        passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again
     }
 
     /// Arranges a batch for a forward pass that has no backward pass.
@@ -302,7 +330,8 @@ impl Footprint {
             saved: Vec::new(),
             saved_at: Vec::new(),
             gradient: self.kinds.len() % edges * self.edge * rows,
-            scratch,
+            work: scratch,
+            scratch: scratch + self.dequantized,
             answer_rows,
             logits,
             logits_rows: at_once.logits.clamp(1, answers.max(1)),
@@ -314,8 +343,8 @@ impl Footprint {
     /// Bytes of a batch in a forward pass that has no backward pass.
     pub(super) fn forward(&self, tokens: usize, answers: usize, at_once: AtOnce) -> usize {
         let [rows, _] = padded_rows(tokens, answers);
-        let layers = self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
-        let most = layers.max(self.embed * rows).max(self.head(answers, at_once.logits));
+        let layers = self.dequantized + self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
+        let most = layers.max(self.dequantized + self.embed * rows).max(self.head(answers, at_once.logits));
         FORWARD_EDGES * self.edge * rows + most
     }
 
@@ -336,7 +365,7 @@ impl Footprint {
         let level = |kind: &usize| &self.levels[*kind][saved as usize];
         let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
         let scratch = self.kinds.iter().map(|k| level(k).scratch(rows, chunk)).max().unwrap_or(0);
-        let scratch = scratch.max(self.embed * rows);
+        let scratch = self.dequantized + scratch.max(self.embed * rows);
         let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
         (self.kinds.len() + 1) * self.edge * rows + saved + scratch.max(head)
     }

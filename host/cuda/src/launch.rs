@@ -16,6 +16,8 @@ pub(crate) struct Launch<'a> {
     pub batch: &'a BatchAddresses,
     pub tables: &'a [LoadedTable],
     pub weights: &'a BlockWeights,
+    /// Where a stack is made that is not kept as matmuls read it.
+    pub dequantized: Address,
     pub rows: usize,
     /// The first of them among the rows of the batch.
     pub first: usize,

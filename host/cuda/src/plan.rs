@@ -9,12 +9,12 @@ use super::footprint::{AtOnce, Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
-use super::weights::NUMBERS;
+use super::weights::{LayerStore, NUMBERS};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing, RESUMED, of_tokens, share};
-use dpo_core::storage::{Place, Storage};
+use dpo_core::storage::{Numbers, Place, Quantization, Storage};
 
 /// Tokens at once of the largest micro-batches: 14,000 were 2.4% faster than 8,192 on an H200; more than these were not tried.
 const ENOUGH_TOKENS: usize = 16384;
@@ -47,12 +47,14 @@ pub struct Room {
     pub context: usize,
     /// The gated activations that the card's matmuls compute, which takes less memory.
     pub gates: Gates,
+    /// Host memory that is free for this process, where that is known.
+    pub host: Option<usize>,
 }
 
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default() }
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), host: None }
     }
 }
 
@@ -70,6 +72,10 @@ pub struct GpuPlan {
     pub gates: Gates,
     /// Ranks that share the layers' frozen weights; 1 where each has all.
     pub ranks: usize,
+    /// How the layers' frozen weights are kept.
+    pub layers: Storage,
+    /// Bytes of layers in host memory.
+    pub host_layers: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
     pub weights: usize,
     /// The same where they are not shared.
@@ -108,11 +114,13 @@ pub struct GpuPlan {
     pub allowed: Vec<SavedActivations>,
     /// Time that a full micro-batch loses by computing values again, as a share.
     pub again: f64,
+    /// Time that it loses by waiting for weights that are dequantised or come from host memory, as a share.
+    pub waits: f64,
 }
 
 impl GpuPlan {
     /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers sharded over so many
-    /// `ranks`; refuses what does not fit.
+    /// `ranks`; refuses what does not fit. Layers that do not fit otherwise stay in host memory, unless options say that none does.
     pub fn new(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -122,13 +130,47 @@ impl GpuPlan {
         ranks: usize,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
-        if let Some(kind) = options.quantization {
-            return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization"));
+        let plan = |place| GpuPlan::with(graph, adapter, (longest, answers), room, place, options);
+        match (ranks, options.offload_base) {
+            (1, Some(true)) => plan(Place::Host),
+            (1, Some(false)) => plan(Place::Resident),
+            (1, None) => plan(Place::Resident).or_else(|e| plan(Place::Host).map_err(|_| e)),
+            (_, Some(true)) => Err(Error::input("layers are either sharded over ranks or in host memory")
+                .at("--offload-base")
+                .help("leave out --offload-base or --shard-base")),
+            _ => plan(Place::Sharded(ranks)),
         }
-        let Room { available, context, gates } = room;
-        let lowered = Lowered::new(graph, adapter, NUMBERS, gates)?;
+    }
+
+    /// Plans with the layers in this place.
+    fn with(
+        graph: &ModelGraph,
+        adapter: &Adapter,
+        (longest, answers): (usize, f64),
+        room: Room,
+        place: Place,
+        options: MemoryOptions,
+    ) -> Result<GpuPlan> {
+        let numbers = match options.quantization {
+            None => NUMBERS,
+            Some(Quantization::Nf4) => Numbers::Nf4,
+            Some(kind) => return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization")),
+        };
+        let layers = Storage { numbers, place };
+        let Room { available, context, gates, host } = room;
+        let lowered = Lowered::new(graph, adapter, numbers, gates)?;
         let footprint = Footprint::new(graph, &lowered);
-        let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
+        let ranks = if let Place::Sharded(ranks) = place { ranks } else { 1 };
+        let [weights, whole] =
+            [place, Place::Resident].map(|place| lowered.weights(graph, Storage { place, ..layers }));
+        let host_layers = LayerStore::host_bytes(layers, &lowered.layers(graph));
+        if let Some(host) = host.filter(|host| *host < host_layers) {
+            let (need, there) = (size(host_layers), size(host));
+            return Err(Error::input(format!(
+                "the layers' frozen weights take {need} of host memory, {there} are free"
+            ))
+            .at("--offload-base"));
+        }
         let table = lowered.table(graph, table(Place::Resident));
         let optimizer = adapter.parameters() * 8;
         let adapter = lowered.adapter(graph, adapter.parameters()) + adapter.subtracted_parameters() * 4;
@@ -162,6 +204,8 @@ impl GpuPlan {
                     available,
                     context,
                     ranks,
+                    layers,
+                    host_layers,
                     weights: weights + here,
                     whole: whole + here,
                     host_embedding: host,
@@ -181,6 +225,7 @@ impl GpuPlan {
                     saved: [Vec::new(), Vec::new()],
                     allowed: allowed.to_vec(),
                     again: 0.0,
+                    waits: 0.0,
                 };
                 let longest = longest.max(*tokens);
                 let at_once = plan.at_once();
@@ -213,10 +258,16 @@ impl GpuPlan {
                 plan.values = bytes;
                 plan.again = full.again;
                 plan.per_token = footprint.per_token(&full.saved);
+                let waits = |tokens: usize, again: f64| {
+                    let turns = chunk.map_or(1, |rows| tokens.div_ceil(rows)) as f64;
+                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, layers.place)
+                };
+                plan.waits = waits(*tokens, full.again);
                 let cost = |tokens: usize, again: f64| {
                     let further = chunk.map_or(0, |rows| tokens.div_ceil(rows) - 1) as f64;
                     let lost = (LOST_TOKENS + further * LOST_CHUNK_TOKENS) / tokens as f64;
-                    (1.0 + again) * (1.0 + lost) + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 }
+                    let waits = waits(tokens, again);
+                    (1.0 + again + waits) * (1.0 + lost) + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 }
                 };
                 // Of plans that are as good for full micro-batches, the best for the longest.
                 let cost = [cost(*tokens, full.again), cost(longest, largest.again)];
@@ -239,7 +290,8 @@ impl GpuPlan {
                 Some(_) => RESUMED,
                 // No setting helps where the weights alone do not fit.
                 None if weights > available && ranks == 1 => {
-                    "the weights alone do not fit: --gpus N shards them over N GPUs, or take a smaller model"
+                    "the weights alone do not fit: --quantization nf4 keeps them small, --gpus N shards them over N GPUs, --offload-base \
+                     keeps them in host memory; or take a smaller model"
                 }
                 None => "lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory",
             })
@@ -262,11 +314,6 @@ impl GpuPlan {
         self.context + self.weights + self.adapter + self.optimizer + self.workspace + self.inputs + self.values
     }
 
-    /// How the layers are kept.
-    pub(super) fn layers(&self) -> Storage {
-        layers(self.ranks)
-    }
-
     /// How the embedding table is kept.
     pub(super) fn table(&self) -> Storage {
         table(if self.host_embedding > 0 { Place::Host } else { Place::Resident })
@@ -283,13 +330,13 @@ fn table(place: Place) -> Storage {
     Storage { numbers: NUMBERS, place }
 }
 
-/// How layers are kept on so many ranks.
-pub(super) fn layers(ranks: usize) -> Storage {
-    Storage { numbers: NUMBERS, place: if ranks > 1 { Place::Sharded(ranks) } else { Place::Resident } }
-}
-
 fn answer_tokens(tokens: usize, share: f64) -> usize {
     ((tokens as f64 * share).ceil() as usize).next_multiple_of(8).max(8)
+}
+
+/// What is waited of all time, in percent.
+fn share_of(waits: f64, again: f64) -> f64 {
+    100.0 * waits / (1.0 + again + waits)
 }
 
 /// Such as `4 layers save all activations, 24 layers save outputs of matmuls`.
@@ -313,9 +360,14 @@ impl fmt::Display for GpuPlan {
             0 => String::new(),
             bytes => format!("; the embedding table, {}, stays in host memory", size(bytes)),
         };
-        let shared = match self.ranks {
-            1 => String::new(),
-            ranks => format!(", of {}: layers are sharded over {ranks} ranks", size(self.whole)),
+        let shared = match self.layers.place {
+            Place::Resident => String::new(),
+            Place::Sharded(ranks) => format!(", of {}: layers are sharded over {ranks} ranks", size(self.whole)),
+            Place::Host => format!("; layers, {}, stay in host memory", size(self.host_layers)),
+        };
+        let numbers = match self.layers.numbers {
+            Numbers::Nf4 => "layers in nf4, the rest in bf16",
+            _ => "bf16",
         };
         let per_token = format!(
             "{} per token, {} for the head; micro-batches of {} tokens",
@@ -324,7 +376,7 @@ impl fmt::Display for GpuPlan {
             self.micro_batch_tokens
         );
         for (name, bytes, note) in [
-            ("weights", self.weights, format!("bf16, with the adapter's copy{shared}{table}")),
+            ("weights", self.weights, format!("{numbers}, with the adapter's copy{shared}{table}")),
             ("adapter", self.adapter, "parameters and gradient in f32".into()),
             ("optimizer", self.optimizer, "moments".into()),
             ("values", self.values, per_token),
@@ -338,6 +390,12 @@ impl fmt::Display for GpuPlan {
             again if again > 0.0005 => format!("; recomputing activations takes {:.1}% of a step", again * 100.0),
             _ => String::new(),
         };
+        let waits = match self.layers.place {
+            Place::Host => format!("; waiting for the bus, about {:.0}% of the time", share_of(self.waits, self.again)),
+            _ if self.waits > 0.0005 => format!("; dequantising takes {:.1}%", share_of(self.waits, self.again)),
+            _ => String::new(),
+        };
+        let again = again + &waits;
         let chunks = |tokens: usize| match self.chunk_rows {
             Some(rows) if rows < tokens => format!(" in chunks of up to {rows} rows"),
             _ => String::new(),

@@ -22,8 +22,10 @@ use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::{MemoryOptions, Packing};
+use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter,
+    subtracting_adapter,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -112,12 +114,19 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
             failures += usize::from(!updates(card, name, &graph, &adapter)?);
         }
     }
+    for (name, storages) in storages() {
+        if wanted(name) {
+            let adapter = patterned_adapter(&graph)?;
+            failures += usize::from(!compare_kept(card, (name, &storages), &graph, &adapter, options.quick)?);
+            failures += usize::from(!answers(card, name, &graph, storages[1])?);
+        }
+    }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
         failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, options.quick)?);
         failures += usize::from(!training(registry, card, family, &graph, steps)?);
-        failures += usize::from(!answers(card, family, &graph)?);
+        failures += usize::from(!answers(card, family, &graph, MemoryOptions::default())?);
     }
     if failures > 0 {
         return Err(Error::run(format!("{failures} of the comparisons failed")));
@@ -153,20 +162,14 @@ fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank:
 }
 
 /// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
-fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
+fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -> Result<bool> {
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
     let source = Source::Given(&given);
-    let mut gpu = CudaDecoder::load(
-        gpu,
-        graph.clone(),
-        &source,
-        Some(adapter),
-        (room, MemoryOptions::default()),
-        &ProgressBar::hidden(),
-    )?;
-    let mut cpu = CpuDecoder::of(engine(graph, false)?)?;
+    let mut gpu =
+        CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter.clone()), (room, options), &ProgressBar::hidden())?;
+    let mut cpu = CpuDecoder::of(engine_as(graph, adapter, numbers(options))?)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
     let mut worst = 0.0_f64;
     for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
@@ -183,22 +186,50 @@ fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
     Ok(good)
 }
 
+/// Ways to keep the frozen base that compute the same bits, by name.
+fn storages() -> Vec<(&'static str, Vec<MemoryOptions>)> {
+    let with = |quantization, offload_base| MemoryOptions { quantization, offload_base, ..MemoryOptions::default() };
+    let both = |quantization| vec![with(quantization, Some(false)), with(quantization, Some(true))];
+    vec![
+        ("layers on the GPU and in host memory", both(None)),
+        ("layers in nf4, on the GPU and in host memory", both(Some(Quantization::Nf4))),
+    ]
+}
+
+fn numbers(options: MemoryOptions) -> Numbers {
+    match options.quantization {
+        Some(Quantization::Nf4) => Numbers::Nf4,
+        _ => Numbers::Bf16,
+    }
+}
+
 fn gpu(
     card: Card,
     graph: &ModelGraph,
     tokens: usize,
     adapter: Adapter,
-    (recompute, chunk_rows): (Option<bool>, Option<usize>),
+    (options, chunk_rows): (MemoryOptions, Option<usize>),
 ) -> Result<CudaDevice> {
     let gpu = card.open()?;
     let packing = Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows };
-    let options = MemoryOptions { packing: Some(packing), recompute, ..MemoryOptions::default() };
+    let options = MemoryOptions { packing: Some(packing), ..options };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Compares log-probs and gradients; a line of the table.
 fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
+    compare_kept(card, (name, &[MemoryOptions::default()]), graph, adapter, quick)
+}
+
+/// The same, with the frozen base kept in several ways, which are of the same numbers and compute the same bits.
+fn compare_kept(
+    card: Card,
+    (name, storages): (&str, &[MemoryOptions]),
+    graph: &ModelGraph,
+    adapter: &Adapter,
+    quick: bool,
+) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
         &[&[1, 1, 1]],
@@ -219,14 +250,17 @@ fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick:
     };
     let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let mut cpu = cpu(graph, tokens, adapter.clone())?;
+    let mut cpu = cpu_as(graph, tokens, adapter.clone(), numbers(storages[0]))?;
     let mut worst = [0.0_f64; 2];
     let mut repeats = true;
     let recompute = if quick { &[true][..] } else { &[false, true] };
+    let kept = recompute.iter().flat_map(|recompute| {
+        storages.iter().map(|storage| MemoryOptions { recompute: Some(*recompute), ..*storage })
+    });
     // What is recomputed changes nothing; what is computed in chunks adds up in another order.
     let load = |chunk_rows| {
-        let load = |recompute: &bool| gpu(card, graph, tokens, adapter.clone(), (Some(*recompute), chunk_rows));
-        recompute.iter().map(load).collect::<Result<Vec<_>>>()
+        let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows));
+        kept.clone().map(load).collect::<Result<Vec<_>>>()
     };
     let mut devices = [None, Some(CHUNK_ROWS)].map(load).into_iter().collect::<Result<Vec<_>>>()?;
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
@@ -269,7 +303,7 @@ fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Res
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (None, None))?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (MemoryOptions::default(), None))?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -297,8 +331,8 @@ fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, ste
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
-    let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(card, graph, tokens, start, (None, None))?)];
+    let own = gpu(card, graph, tokens, start.clone(), (MemoryOptions::default(), None))?;
+    let mut devices: [Box<dyn Device>; 2] = [Box::new(cpu(graph, tokens, start)?), Box::new(own)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];

@@ -23,7 +23,10 @@ use dpo_core::device::Device;
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, op_cases, patterned_adapter, subtracting_adapter};
+use dpo_core::storage::{Numbers, Quantization};
+use dpo_core::testing::{
+    FAMILIES, adapter, cpu_as, distance, examples, op_cases, patterned_adapter, subtracting_adapter,
+};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
 use emulator::Emulator;
@@ -64,6 +67,59 @@ fn what_an_adapter_began_with_is_subtracted() {
     compare("subtracted", &graph, &adapter);
 }
 
+/// W of layers in nf4, whose members have blocks and groups of scales of their own; a dequantised stack lies among the values.
+#[test]
+fn layers_may_be_kept_in_nf4() {
+    let registry = Registry::discover(&[], None);
+    let (family, config) = FAMILIES[0];
+    let graph = registry.family(family).unwrap().runnable(config).unwrap();
+    for adapter in [patterned_adapter(&graph).unwrap(), subtracting_adapter(&graph).unwrap()] {
+        compare_as("nf4", &graph, &adapter, Numbers::Nf4);
+    }
+    for (name, graph) in op_cases().unwrap() {
+        if ["fused projections", "linear"].iter().any(|part| name.contains(part)) {
+            compare_as(&name, &graph, &adapter(&graph, false).unwrap(), Numbers::Nf4);
+        }
+    }
+}
+
+/// The plan of a base in nf4: codes and scales take 0.516 bytes a weight, and one stack at a time is dequantised.
+#[test]
+fn a_base_in_nf4_is_small() {
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let lowered = |numbers| Lowered::new(&graph, &adapter, numbers, Gates::default()).unwrap();
+    let layers = |numbers| lowered(numbers).layers(&graph).iter().sum::<usize>() as f64;
+    let ratio = layers(Numbers::Nf4) / layers(NUMBERS);
+    assert!((0.255..0.262).contains(&ratio), "{ratio}");
+    assert_eq!(lowered(Numbers::Nf4).dequantized(), (2 * 18_944 + 16) * (3_584 + 64) * 2);
+    let options = MemoryOptions { quantization: Some(Quantization::Nf4), ..MemoryOptions::default() };
+    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(memory, 1), 1, options);
+    let plan = plan(7 << 30).unwrap();
+    assert!(plan.total() <= 7 << 30 && plan.host_layers == 0 && plan.waits > 0.0, "{plan}");
+}
+
+/// Layers that do not fit stay in host memory: two are on the GPU, and micro-batches are as large as it takes to compute while they
+/// come.
+#[test]
+fn layers_that_do_not_fit_stay_in_host_memory() {
+    let graph = shapes::Shape::named("qwen2.5-14b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |memory: usize, offload_base: Option<bool>, host: Option<usize>| {
+        let options = MemoryOptions { offload_base, ..MemoryOptions::default() };
+        let room = Room { host, ..Room::of(memory, 1) };
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, room, 1, options)
+    };
+    let auto = plan(24 << 30, None, None).unwrap();
+    assert!(auto.total() <= 24 << 30 && auto.host_layers > 24 << 30, "{auto}");
+    assert!(auto.micro_batch_tokens >= 4096 && auto.to_string().contains("stay in host memory"), "{auto}");
+    assert_eq!(plan(48 << 30, None, None).unwrap().host_layers, 0);
+    assert!(plan(48 << 30, Some(true), None).unwrap().host_layers > 0);
+    let refused = |offload, host| plan(24 << 30, offload, host).unwrap_err().to_string();
+    assert!(refused(Some(false), None).contains("weights 26.2 GiB"));
+    assert!(refused(Some(true), Some(8 << 30)).contains("of host memory, 8.0 GiB are free"));
+}
+
 #[test]
 fn kinds_of_adapter_without_kernels_are_refused() {
     let (family, config) = FAMILIES[0];
@@ -92,12 +148,18 @@ fn chunks_compute_what_the_cpu_computes() {
         let least = (vec![SavedActivations::BlockInput], SavedActivations::BlockInput, 1.0);
         let some = (SavedActivations::ALL[at / 2 % 4..].to_vec(), level, 0.9);
         let levels = [(some, gates), (least, ALL_GATES)].into_iter();
-        compare_at(&name, (&graph, &adapter(&graph, false).unwrap()), &lengths, TILE, levels);
+        let numbers = [NUMBERS, Numbers::Nf4][at % 3 / 2];
+        compare_at(&name, (&graph, &adapter(&graph, false).unwrap(), numbers), &lengths, TILE, levels);
     }
 }
 
 /// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.
 fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
+    compare_as(name, graph, adapter, NUMBERS);
+}
+
+/// The same, with layers kept as such numbers.
+fn compare_as(name: &str, graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) {
     let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
     let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
     // Less than everything, so that layers save different parts.
@@ -105,28 +167,28 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
     let forward = Gates { forward: true, backward: false };
     let gates = [Gates::default(), forward, ALL_GATES];
     let levels = levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g)));
-    compare_at(name, (graph, adapter), &lengths, usize::MAX, levels);
+    compare_at(name, (graph, adapter, numbers), &lengths, usize::MAX, levels);
 }
 
 /// The same of examples of such lengths, in chunks of so many rows, at levels of what is saved: those that are allowed, and the bytes to
 /// save them in, as a part of those that one of them takes.
 fn compare_at(
     name: &str,
-    (graph, adapter): (&ModelGraph, &Adapter),
+    (graph, adapter, numbers): (&ModelGraph, &Adapter, Numbers),
     lengths: &[&[usize]],
     chunk: usize,
     levels: impl Iterator<Item = ((Vec<SavedActivations>, SavedActivations, f64), Gates)>,
 ) {
     let batch = Batch::of(&examples(graph.vocab_size, lengths, 5).unwrap());
     let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
-    let mut exact = cpu(graph, batch.tokens(), adapter.clone()).unwrap();
+    let mut exact = cpu_as(graph, batch.tokens(), adapter.clone(), numbers).unwrap();
     let logps = exact.forward(&batch, true).unwrap().logps;
     exact.backward(&batch, &dlogps).unwrap();
     let (tokens, answers) = (batch.tokens(), batch.targets.len());
     assert!(chunk == usize::MAX || tokens.min(answers) > chunk, "{tokens} tokens, {answers} answers");
     let at_once = AtOnce { logits: LOGITS_ROWS[0], chunk };
     for ((allowed, level, part), gates) in levels {
-        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, |f| {
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
             let [whole, least] =
                 [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, chunk));
             let bytes = least.max((whole as f64 * part) as usize).next_multiple_of(2);
@@ -250,7 +312,8 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
     let adapter = adapter(&graph, true).unwrap();
     let plan = |ranks: usize| {
-        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, MemoryOptions::default())
+        let options = MemoryOptions { offload_base: (ranks == 1).then_some(false), ..MemoryOptions::default() };
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, options)
     };
     let error = plan(1).unwrap_err().to_string();
     assert!(error.contains("weights 13.2 GiB"), "{error}");
