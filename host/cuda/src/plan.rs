@@ -5,7 +5,7 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::footprint::{AtOnce, Footprint, LOGITS_ROWS, input_bytes};
+use super::footprint::{Footprint, LOGITS_ROWS, Mode, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
@@ -34,6 +34,9 @@ const LOST_CHUNK_TOKENS: f64 = 130.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
+
+/// What inputs of layers that wait in host memory cost beside the time of the bus, as a share of a step.
+const OFFLOAD_COST: f64 = 0.01;
 
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
 pub(super) const CONTEXT: usize = 640 << 20;
@@ -76,6 +79,8 @@ pub struct GpuPlan {
     pub layers: Storage,
     /// Bytes of layers in host memory.
     pub host_layers: usize,
+    /// Bytes of host memory in which the layers' inputs wait for the backward pass; 0 where they stay on the GPU.
+    pub host_inputs: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
     pub weights: usize,
     /// The same where they are not shared.
@@ -188,17 +193,24 @@ impl GpuPlan {
             Some(packing) => vec![packing.chunk_rows],
             None => CHUNK_ROWS.to_vec(),
         };
+        let ways = chunks.iter().flat_map(|chunk| [false, true].map(|offload| (*chunk, offload)));
         let mut best: Option<([f64; 2], GpuPlan)> = None;
         let mut need = 0;
         for place in if table > 0 { &[Place::Resident, Place::Host][..] } else { &[Place::Resident] } {
             let (here, host) = if *place == Place::Host { (0, table) } else { (table, 0) };
-            for (tokens, chunk) in sizes.iter().flat_map(|tokens| chunks.iter().map(move |chunk| (tokens, *chunk))) {
+            for (tokens, (chunk, offload)) in sizes.iter().flat_map(|tokens| ways.clone().map(move |way| (tokens, way)))
+            {
                 let scoring = match options.packing {
                     Some(packing) => packing.scoring_tokens,
                     None if fixed.is_some() => *tokens,
                     None => ENOUGH_TOKENS,
                 };
                 let most = longest.max(*tokens).max(scoring);
+                let held = longest.max(*tokens);
+                let waiting = footprint.host_inputs(held, answer_tokens(held, answers)).filter(|_| offload);
+                if offload && waiting.is_none_or(|bytes| room.host.is_some_and(|host| host < host_layers + bytes)) {
+                    continue;
+                }
                 let mut plan = GpuPlan {
                     gates,
                     available,
@@ -206,6 +218,7 @@ impl GpuPlan {
                     ranks,
                     layers,
                     host_layers,
+                    host_inputs: waiting.unwrap_or(0),
                     weights: weights + here,
                     whole: whole + here,
                     host_embedding: host,
@@ -228,13 +241,12 @@ impl GpuPlan {
                     waits: 0.0,
                 };
                 let longest = longest.max(*tokens);
-                let at_once = plan.at_once();
-                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep, at_once.chunk);
+                let mode = plan.mode();
+                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep, mode);
                 let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
-                let arrange =
-                    |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, at_once);
+                let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, mode);
                 let (Some(full), Some(largest)) = (arrange(*tokens), arrange(longest)) else {
                     let all = plan.total() + least;
                     need = if need == 0 { all } else { need.min(all) };
@@ -246,9 +258,9 @@ impl GpuPlan {
                     Some(rows) => rows,
                     None => room.clamp(LOGITS_ROWS[0], LOGITS_ROWS[1]),
                 };
-                let at_once = plan.at_once();
+                let mode = plan.mode();
                 let fits = |tokens: &usize| {
-                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, at_once).is_some()
+                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, mode).is_some()
                 };
                 plan.scoring_tokens = match options.packing {
                     Some(_) if fits(&scoring) => scoring,
@@ -257,17 +269,19 @@ impl GpuPlan {
                 };
                 plan.values = bytes;
                 plan.again = full.again;
-                plan.per_token = footprint.per_token(&full.saved);
+                plan.per_token = footprint.per_token(&full.saved, offload);
                 let waits = |tokens: usize, again: f64| {
                     let turns = chunk.map_or(1, |rows| tokens.div_ceil(rows)) as f64;
-                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, layers.place)
+                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, (layers.place, offload))
                 };
                 plan.waits = waits(*tokens, full.again);
                 let cost = |tokens: usize, again: f64| {
                     let further = chunk.map_or(0, |rows| tokens.div_ceil(rows) - 1) as f64;
                     let lost = (LOST_TOKENS + further * LOST_CHUNK_TOKENS) / tokens as f64;
                     let waits = waits(tokens, again);
-                    (1.0 + again + waits) * (1.0 + lost) + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 }
+                    let host = [(host > 0, HOST_EMBEDDING_COST), (offload, OFFLOAD_COST)].into_iter();
+                    let host: f64 = host.filter(|(is, _)| *is).map(|(_, cost)| cost).sum();
+                    (1.0 + again + waits) * (1.0 + lost) + host
                 };
                 // Of plans that are as good for full micro-batches, the best for the longest.
                 let cost = [cost(*tokens, full.again), cost(longest, largest.again)];
@@ -304,9 +318,15 @@ impl GpuPlan {
         Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows), chunk_rows }
     }
 
-    /// Rows that are computed at once.
-    pub(super) fn at_once(&self) -> AtOnce {
-        AtOnce { logits: self.logits_rows, chunk: self.chunk_rows.unwrap_or(usize::MAX) }
+    /// Whether the layers' inputs wait for the backward pass in host memory.
+    pub(super) fn offloads(&self) -> bool {
+        self.host_inputs > 0
+    }
+
+    /// How batches are computed.
+    pub(super) fn mode(&self) -> Mode {
+        let chunk = self.chunk_rows.unwrap_or(usize::MAX);
+        Mode { logits: self.logits_rows, chunk, offload: self.offloads() }
     }
 
     /// Bytes of the whole process on the GPU.
@@ -375,6 +395,10 @@ impl fmt::Display for GpuPlan {
             size(self.head),
             self.micro_batch_tokens
         );
+        let per_token = match self.host_inputs {
+            0 => per_token,
+            bytes => format!("{per_token}; inputs of layers, {}, wait in host memory", size(bytes)),
+        };
         for (name, bytes, note) in [
             ("weights", self.weights, format!("{numbers}, with the adapter's copy{shared}{table}")),
             ("adapter", self.adapter, "parameters and gradient in f32".into()),
