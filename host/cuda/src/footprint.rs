@@ -69,7 +69,7 @@ pub(super) struct Mode {
     pub logits: usize,
     /// Rows at once of a layer's steps that do not mix rows.
     pub chunk: usize,
-    /// Whether the layers' inputs wait for the backward pass in host memory.
+    /// Whether the layers' inputs may wait for the backward pass in host memory.
     pub offload: bool,
 }
 
@@ -91,7 +91,7 @@ pub(super) struct Arrangement {
     /// Bytes of a value between layers, of how many there is room, and whether others wait in host memory.
     edge: usize,
     edges: usize,
-    offloads: bool,
+    pub offloads: bool,
     /// Of every layer, what is saved, and where it begins; of none in a pass that has no backward pass.
     pub saved: Vec<SavedActivations>,
     pub saved_at: Vec<usize>,
@@ -223,6 +223,9 @@ const FORWARD_EDGES: usize = 2;
 /// The same where others wait in host memory: one more is on its way. In the backward pass, one has the gradient.
 const OFFLOAD_EDGES: usize = 3;
 
+/// What inputs of layers that wait in host memory cost beside the time of the bus, as a share of a step.
+pub(super) const OFFLOAD_COST: f64 = 0.01;
+
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
 
@@ -273,8 +276,24 @@ impl Footprint {
         }
     }
 
-    /// Arranges a batch in so many bytes, with so many rows at once: what is saved is as much as fits, of the last layers first. `None` where even the least of the allowed levels does not fit.
+    /// Arranges a batch in so many bytes, with so many rows at once: what is saved is as much as fits, of the last layers first. Inputs of layers
+    /// wait in host memory where that may be and more is saved for it. `None` where even the least of the allowed levels does not fit.
     pub(super) fn arrange(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        allowed: &[SavedActivations],
+        mode: Mode,
+    ) -> Option<Arrangement> {
+        let all = [false, true].into_iter().filter(|offload| mode.offload || !offload);
+        let all = all.filter_map(|offload| self.arranged(tokens, answers, bytes, allowed, Mode { offload, ..mode }));
+        let cost = |a: &Arrangement| a.again + if a.offloads { OFFLOAD_COST } else { 0.0 };
+        all.min_by(|a, b| cost(a).total_cmp(&cost(b)))
+    }
+
+    /// The same, with inputs of layers in host memory if `mode` says so.
+    pub(super) fn arranged(
         &self,
         tokens: usize,
         answers: usize,

@@ -5,7 +5,7 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::footprint::{Footprint, LOGITS_ROWS, Mode, input_bytes};
+use super::footprint::{Footprint, LOGITS_ROWS, Mode, OFFLOAD_COST, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
@@ -34,9 +34,6 @@ const LOST_CHUNK_TOKENS: f64 = 130.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
-
-/// What inputs of layers that wait in host memory cost beside the time of the bus, as a share of a step.
-const OFFLOAD_COST: f64 = 0.01;
 
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
 pub(super) const CONTEXT: usize = 640 << 20;
@@ -242,8 +239,9 @@ impl GpuPlan {
                 };
                 let longest = longest.max(*tokens);
                 let mode = plan.mode();
-                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep, mode);
-                let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
+                let values = |keep, mode| footprint.whole(longest, answer_tokens(longest, answers), keep, mode);
+                let least = values(allowed[allowed.len() - 1], mode);
+                let most_useful = values(allowed[0], Mode { offload: false, ..mode });
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
                 let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, mode);
@@ -269,22 +267,22 @@ impl GpuPlan {
                 };
                 plan.values = bytes;
                 plan.again = full.again;
-                plan.per_token = footprint.per_token(&full.saved, offload);
-                let waits = |tokens: usize, again: f64| {
+                plan.per_token = footprint.per_token(&full.saved, full.offloads);
+                let waits = |tokens: usize, again: f64, offloads: bool| {
                     let turns = chunk.map_or(1, |rows| tokens.div_ceil(rows)) as f64;
-                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, (layers.place, offload))
+                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, (layers.place, offloads))
                 };
-                plan.waits = waits(*tokens, full.again);
-                let cost = |tokens: usize, again: f64| {
+                plan.waits = waits(*tokens, full.again, full.offloads);
+                let cost = |tokens: usize, again: f64, offloads: bool| {
                     let further = chunk.map_or(0, |rows| tokens.div_ceil(rows) - 1) as f64;
                     let lost = (LOST_TOKENS + further * LOST_CHUNK_TOKENS) / tokens as f64;
-                    let waits = waits(tokens, again);
-                    let host = [(host > 0, HOST_EMBEDDING_COST), (offload, OFFLOAD_COST)].into_iter();
+                    let waits = waits(tokens, again, offloads);
+                    let host = [(host > 0, HOST_EMBEDDING_COST), (offloads, OFFLOAD_COST)].into_iter();
                     let host: f64 = host.filter(|(is, _)| *is).map(|(_, cost)| cost).sum();
                     (1.0 + again + waits) * (1.0 + lost) + host
                 };
                 // Of plans that are as good for full micro-batches, the best for the longest.
-                let cost = [cost(*tokens, full.again), cost(longest, largest.again)];
+                let cost = [(*tokens, &full), (longest, &largest)].map(|(tokens, a)| cost(tokens, a.again, a.offloads));
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     plan.saved = [full.saved, largest.saved];
                     best = Some((cost, plan));
@@ -318,7 +316,7 @@ impl GpuPlan {
         Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows), chunk_rows }
     }
 
-    /// Whether the layers' inputs wait for the backward pass in host memory.
+    /// Whether the layers' inputs may wait for the backward pass in host memory.
     pub(super) fn offloads(&self) -> bool {
         self.host_inputs > 0
     }

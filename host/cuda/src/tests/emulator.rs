@@ -367,7 +367,7 @@ impl StackValues {
 /// A value of W from its bytes, as `nf4.cu` reads it.
 fn nf4_value(layout: &Layout, bytes: &[u8], at: usize) -> f32 {
     let pair = bytes[layout.codes.start + at / 2];
-    let code = if at % 2 == 0 { pair >> 4 } else { pair & 15 };
+    let code = if at.is_multiple_of(2) { pair >> 4 } else { pair & 15 };
     let block = at / BLOCK;
     let [first, group] = *layout.members.iter().rev().find(|m| m[0] as usize <= block).unwrap();
     let group = group as usize + (block - first as usize) / SCALE_BLOCK;

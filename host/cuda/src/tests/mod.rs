@@ -22,7 +22,7 @@ use dpo_core::batch::Batch;
 use dpo_core::device::Device;
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::ops;
-use dpo_core::plan::MemoryOptions;
+use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
     FAMILIES, adapter, cpu_as, distance, examples, op_cases, patterned_adapter, subtracting_adapter,
@@ -208,7 +208,7 @@ fn compare_at(
             let [whole, least] =
                 [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, mode));
             let bytes = least.max((whole as f64 * part) as usize).next_multiple_of(2);
-            (bytes, f.arrange(tokens, answers, bytes, &allowed, mode))
+            (bytes, f.arranged(tokens, answers, bytes, &allowed, mode))
         });
         let found = own.forward();
         let gradient = own.backward(&dlogps);
@@ -320,6 +320,31 @@ fn plans_use_what_there_is() {
         assert!(cost(&plan) <= before * 1.006, "more memory makes it slower: {plan}");
         before = cost(&plan);
     }
+}
+
+/// Rows of 30,000 tokens fit within 24 GiB in chunks, rows twice as long where the layers' inputs wait in host memory; packing decides chunks, so
+/// that a resumed run has them.
+#[test]
+fn long_rows_fit() {
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |longest: usize, host: Option<usize>, packing: Option<Packing>| {
+        let room = Room { host, ..Room::of(24 << 30, 1) };
+        let options = MemoryOptions { packing, offload_base: Some(false), ..MemoryOptions::default() };
+        GpuPlan::new(&graph, &adapter, longest, 0.02, room, 1, options)
+    };
+    let long = plan(30_000, Some(0), None).unwrap();
+    assert!(long.chunk_rows.is_some() && !long.offloads() && long.total() <= 24 << 30, "{long}");
+    assert!(plan(60_000, Some(0), None).is_err());
+    let longer = plan(60_000, None, None).unwrap();
+    assert!(longer.chunk_rows.is_some() && longer.offloads() && longer.total() <= 24 << 30, "{longer}");
+    for plan in [plan(30_000, None, Some(long.packing())), plan(60_000, None, Some(longer.packing()))] {
+        let plan = plan.unwrap();
+        assert!([long.packing(), longer.packing()].contains(&plan.packing()), "{plan}");
+    }
+    // Rows that fit at once are computed at once.
+    let short = plan(4_096, None, None).unwrap();
+    assert_eq!(short.chunk_rows, None, "{short}");
 }
 
 /// Layers that ranks share take a part of their bytes on each, and the places of two layers.
