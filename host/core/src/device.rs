@@ -110,7 +110,7 @@ impl CpuDevice {
 
 impl Device for CpuDevice {
     fn name(&self) -> String {
-        "cpu float32".into()
+        self.engine.name()
     }
 
     fn packing(&self) -> Packing {

@@ -261,7 +261,8 @@ impl Execute for Forward {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack, d) = (&self.own, self.own.stack(on), writes[0]);
         let rank = if on.adapted { own.rank } else { 0 };
-        if let (1, Matrix::Nf4(w)) = (on.rows, &stack.w) {
+        // A token of an answer.
+        if let (1, Some(_), Matrix::Nf4(w)) = (on.rows, &on.cache, &stack.w) {
             let c = reads.get(1).copied().unwrap_or(View { at: 0, ld: 0 });
             return nf4::gemv(on, (stack, w), (own.outputs, rank), [reads[0], c, d]);
         }
@@ -294,10 +295,14 @@ impl Execute for GatedForward {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.0, self.0.stack(on));
         let rank = if on.adapted { own.rank } else { 0 };
-        if let (1, Matrix::Nf4(w), None) = (on.rows, &stack.w, writes[0].wanted()) {
-            return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]);
-        }
         let k = own.inputs + rank;
+        // A token of an answer. A batch of one row that is trained is computed as it is again, with gate and up: with the same bits.
+        if on.rows == 1 && on.cache.is_some() {
+            return match &stack.w {
+                Matrix::Bf16(w) => self.1.gated().start_gemv(on.for_matmuls(), k, [reads[0], *w], writes[1]),
+                Matrix::Nf4(w) => nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]),
+            };
+        }
         let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
