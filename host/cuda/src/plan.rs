@@ -202,12 +202,15 @@ impl GpuPlan {
                     None if fixed.is_some() => *tokens,
                     None => ENOUGH_TOKENS,
                 };
-                let most = longest.max(*tokens).max(scoring);
-                let held = longest.max(*tokens);
-                let waiting = footprint.host_inputs(held, answer_tokens(held, answers)).filter(|_| offload);
-                if offload && waiting.is_none_or(|bytes| room.host.is_some_and(|host| host < host_layers + bytes)) {
-                    continue;
-                }
+                let longest = longest.max(*tokens);
+                let most = longest.max(scoring);
+                // Half of the host memory that is left then stays for others.
+                let fits = |inputs: &usize| room.host.is_none_or(|host| host_layers + 2 * inputs <= host);
+                let inputs = match offload {
+                    true => footprint.host_inputs(longest, answer_tokens(longest, answers)).filter(fits),
+                    false => Some(0),
+                };
+                let Some(host_inputs) = inputs else { continue };
                 let mut plan = GpuPlan {
                     gates,
                     available,
@@ -215,7 +218,7 @@ impl GpuPlan {
                     ranks,
                     layers,
                     host_layers,
-                    host_inputs: waiting.unwrap_or(0),
+                    host_inputs,
                     weights: weights + here,
                     whole: whole + here,
                     host_embedding: host,
@@ -230,14 +233,13 @@ impl GpuPlan {
                     chunk_rows: chunk,
                     micro_batch_tokens: *tokens,
                     scoring_tokens: *tokens,
-                    most_tokens: longest.max(*tokens),
+                    most_tokens: longest,
                     answers,
                     saved: [Vec::new(), Vec::new()],
                     allowed: allowed.to_vec(),
                     again: 0.0,
                     waits: 0.0,
                 };
-                let longest = longest.max(*tokens);
                 let mode = plan.mode();
                 let values = |keep, mode| footprint.whole(longest, answer_tokens(longest, answers), keep, mode);
                 let least = values(allowed[allowed.len() - 1], mode);
