@@ -182,38 +182,38 @@ fn quantised_checkpoints_are_named_with_what_to_take() {
     let cases = [
         (
             "models--Qwen--Qwen2.5-7B-Instruct-AWQ/snapshots/0f",
-            json!({"bits": 4, "group_size": 128, "quant_method": "awq"}),
-            "quantised (awq, 4 bits)",
+            json!({"bits": 4, "group_size": 128, "quant_method": "awq", "version": "GEMV"}),
+            "quantised (awq, 4 bits): its layout is gemv; gemm is read",
             "Qwen/Qwen2.5-7B-Instruct, by its name",
         ),
         (
             "models--Qwen--Qwen2.5-7B-Instruct-GPTQ-Int4/snapshots/0f",
-            json!({"bits": 4, "quant_method": "gptq"}),
-            "quantised (gptq, 4 bits)",
+            json!({"bits": 3, "quant_method": "gptq"}),
+            "quantised (gptq, 3 bits): 4 and 8 bits are read",
             "Qwen/Qwen2.5-7B-Instruct, by",
         ),
         (
             "models--unsloth--Llama-3.2-1B-Instruct-unsloth-bnb-4bit/snapshots/0f",
-            json!({"load_in_4bit": true, "quant_method": "bitsandbytes"}),
-            "quantised (bitsandbytes)",
+            json!({"load_in_8bit": true, "quant_method": "bitsandbytes"}),
+            "quantised (bitsandbytes): its 8 bits are int8",
             "unsloth/Llama-3.2-1B-Instruct, by",
         ),
         (
             "Qwen3-8B-FP8",
-            json!({"quant_method": "fp8", "weight_block_size": [128, 128]}),
-            "quantised (fp8)",
+            json!({"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}),
+            "quantised (fp8): fmt is e5m2; e4m3 is read",
             "bf16: Qwen3-8B, by",
         ),
         (
             "models/Qwen/Qwen2___5-7B-Instruct-GPTQ-Int8",
-            json!({"bits": 8, "quant_method": "gptq"}),
-            "8 bits",
+            json!({"bits": 8, "quant_method": "gptq", "checkpoint_format": "marlin"}),
+            "8 bits): its format is marlin",
             "bf16: Qwen2.5-7B-Instruct, by",
         ),
         (
             "other",
-            json!({"quant_method": "compressed-tensors"}),
-            "quantised (compressed-tensors)",
+            json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+            "quantised (compressed-tensors): its format is nvfp4-pack-quantized",
             "made from, in bf16",
         ),
     ];
@@ -227,6 +227,8 @@ fn quantised_checkpoints_are_named_with_what_to_take() {
     let other = config("LlamaForCausalLM", &json!({"compression_config": {"format": "pack"}}));
     assert!(opened_as("m", &other, &[]).unwrap_err().to_string().contains("quantised (in an unknown way)"));
     opened_as("m", &other, &["compression_config"]).unwrap();
+    let read = json!({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false});
+    opened_as("m", &config("LlamaForCausalLM", &json!({"quantization_config": read})), &[]).unwrap();
 }
 
 #[test]

@@ -92,10 +92,21 @@ fn a_process_stays_within_its_plan() {
         let said: Value = serde_json::from_str(&said).unwrap();
         let of_row: u64 = said["parts"].as_array().unwrap().iter().map(|p| p["lengths"]["max"].as_u64().unwrap()).sum();
         let tokens = &(2 * of_row).to_string();
-        for recompute in ["false", "true"] {
-            let output = sandbox.path(&format!("run-{i}-{recompute}"));
+        for (recompute, base) in [("false", "none"), ("true", "none"), ("true", "nf4"), ("true", "fp8")] {
+            let output = sandbox.path(&format!("run-{i}-{recompute}-{base}"));
             let args = ["train", "--device", "cpu", "--max-steps", "1", "--batch-size", "2", "--max-length", "30000"];
-            let more = ["--model", &folder, "--dataset", &rows, "--output-dir", &output, "--recompute", recompute];
+            let more = [
+                "--model",
+                &folder,
+                "--dataset",
+                &rows,
+                "--output-dir",
+                &output,
+                "--recompute",
+                recompute,
+                "--quantization",
+                base,
+            ];
             let mut command = sandbox.command(&[&args[..], &more, &["--micro-batch-tokens", tokens]].concat());
             // With an arena for each thread, glibc keeps what was freed in one of them while another grows: which thread runs
             // a pass is chance, and so is how much is kept.
@@ -105,8 +116,9 @@ fn a_process_stays_within_its_plan() {
             let line = stderr.lines().find(|l| l.starts_with("memory")).unwrap_or_else(|| panic!("{stderr}"));
             let planned = mib(line.split(", ").nth(1).unwrap().trim_end_matches("planned"));
             let peak = log(&output).last().and_then(|l: &Value| l["memory_gib"].as_f64()).unwrap() * 1024.0;
-            let told =
-                format!("{shape:?}, {tokens} tokens, recompute {recompute}: planned {planned:.0} MiB, peak {peak:.0}");
+            let told = format!(
+                "{shape:?}, {tokens} tokens, recompute {recompute}, base {base}: planned {planned:.0} MiB, peak {peak:.0}"
+            );
             println!("{told}");
             if peak > planned {
                 beyond.push(told);

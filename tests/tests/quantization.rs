@@ -1,6 +1,7 @@
-//! Frozen matrices that are kept small: nf4 against bitsandbytes, fp8 against its definition.
+//! Frozen matrices that are kept small: nf4 against bitsandbytes, fp8 against its definition; checkpoints that are published so, against
+//! the tools that write them.
 //!
-//! Goldens are in `tests/golden/quantization`, made by `tests/oracle/bitsandbytes_nf4.py`.
+//! Goldens are in `tests/golden/quantization`, made by `tests/oracle/bitsandbytes_nf4.py` and `published.py`.
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::collections::BTreeSet;
@@ -21,7 +22,7 @@ use dpo_plugins::Registry;
 use dpo_tests::{Numbers, Sandbox, golden, log};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn f32s(tensor: &TensorView<'_>) -> Vec<f32> {
     let of = |b: &[u8]| {
@@ -208,7 +209,10 @@ fn a_run_begins_as_its_reference_and_goes_on_in_its_storage() {
     let ok = |args: Vec<String>| s.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
     ok(train(&s.path("plain"), &[]));
     let small = s.path("small");
-    ok(train(&small, &["--quantization", "nf4", "--use-dora"]));
+    let said = ok(train(&small, &["--quantization", "nf4", "--use-dora"])).stderr;
+    // What is printed to go on with has it: to chat and to evaluate.
+    assert_eq!(said.matches(&format!(" --adapter {small} --quantization nf4")).count(), 1, "{said}");
+    assert_eq!(said.matches(&format!("--dataset {rows} --quantization nf4")).count(), 1, "{said}");
     let first = &log(&small)[0];
     let number = |name: &str| first[name].as_f64().unwrap();
     assert!(number("rewards/margins").abs() < 1e-6 && number("rewards/chosen").abs() < 1e-6, "{first}");
@@ -217,4 +221,139 @@ fn a_run_begins_as_its_reference_and_goes_on_in_its_storage() {
     let other = train(&small, &["--quantization", "fp8", "--use-dora", "--resume-from-checkpoint", "latest"]);
     let other: Vec<&str> = other.iter().map(String::as_str).collect();
     s.refuses(&other, &["--quantization was nf4, is fp8"]);
+}
+
+/// A tensor to be written: its type, shape and bytes.
+type Raw = (safetensors::Dtype, Vec<usize>, Vec<u8>);
+
+fn write(folder: &Path, config: &Value, tensors: &[(String, Raw)]) {
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let views = tensors
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    std::fs::write(folder.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn published_forms_have_the_values_of_their_tools() {
+    let s = sandbox();
+    let file = std::fs::read(golden("quantization/published.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&file).unwrap();
+    let configs: Value =
+        serde_json::from_str(&std::fs::read_to_string(golden("quantization/published.json")).unwrap()).unwrap();
+    let configs = configs.as_object().unwrap();
+    assert_eq!(configs.len(), 17);
+    for (case, config) in configs {
+        let parts: Vec<(String, Raw)> = file
+            .tensors()
+            .into_iter()
+            .filter_map(|(name, t)| {
+                let name = name.strip_prefix(&format!("{case}."))?.to_owned();
+                name.starts_with("m.").then(|| (name, (t.dtype(), t.shape().to_vec(), t.data().to_vec())))
+            })
+            .collect();
+        let folder = s.path(case);
+        write(Path::new(&folder), &json!({"quantization_config": config}), &parts);
+        let checkpoint = Checkpoint::open(Path::new(&folder)).unwrap();
+        let expected = file.tensor(&format!("{case}.expected")).unwrap();
+        assert!(checkpoint.is_quantized(), "{case}");
+        assert_eq!(checkpoint.bytes_of("m.weight").unwrap(), expected.data(), "{case}");
+        // A part that is missing is named.
+        let part = parts.iter().find(|(name, _)| {
+            [".absmax", "weight_scale", "scale_inv", ".scales"].iter().any(|end| name.ends_with(end))
+        });
+        let part = part.unwrap().0.clone();
+        let less: Vec<_> = parts.into_iter().filter(|(name, _)| *name != part).collect();
+        write(Path::new(&folder), &json!({"quantization_config": config}), &less);
+        let missing = Checkpoint::open(Path::new(&folder)).err().unwrap().to_string();
+        assert!(missing.contains("tensor 'm.weight'") && missing.contains("missing"), "{case}: {missing}");
+    }
+}
+
+/// A copy of a model whose layers' matrices are in nf4, as bitsandbytes saves it.
+fn saved_by_bitsandbytes(s: &Sandbox, folder: &Path) -> String {
+    let graph = model(folder).graph;
+    let mut matrices = BTreeSet::new();
+    for (block, prefix, nodes) in blocks(&graph) {
+        for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
+            if is_quantized(block, node, weight) {
+                matrices.insert(format!("{prefix}{}", weight.tensor));
+            }
+        }
+    }
+    let file = std::fs::read(folder.join("model.safetensors")).unwrap();
+    let floats = |values: &[f32]| {
+        (safetensors::Dtype::F32, vec![values.len()], values.iter().flat_map(|v| v.to_le_bytes()).collect())
+    };
+    let codes = |values: &[u8]| (safetensors::Dtype::U8, vec![values.len()], values.to_vec());
+    let mut tensors: Vec<(String, Raw)> = Vec::new();
+    for (name, tensor) in SafeTensors::deserialize(&file).unwrap().tensors() {
+        if !matrices.contains(&name) {
+            tensors.push((name, (tensor.dtype(), tensor.shape().to_vec(), tensor.data().to_vec())));
+            continue;
+        }
+        let values = Tensor::from_vec(f32s(&tensor), tensor.shape(), &Device::Cpu).unwrap();
+        let values = values.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap();
+        let nf4 = nf4::quantize(&values.to_vec1::<f32>().unwrap());
+        let state = json!({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": tensor.shape(),
+            "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": f64::from(nf4.offset)});
+        let parts = [
+            ("", codes(&nf4.codes)),
+            (".absmax", codes(&nf4.scales)),
+            (".quant_map", floats(&nf4::VALUES)),
+            (".nested_absmax", floats(&nf4.scale_scales)),
+            (".nested_quant_map", floats(&nf4::SCALES)),
+            (".quant_state.bitsandbytes__nf4", codes(state.to_string().as_bytes())),
+        ];
+        tensors.extend(parts.map(|(part, raw)| (format!("{name}{part}"), raw)));
+    }
+    let to = s.path("saved");
+    dpo_tests::copy(folder, Path::new(&to));
+    let mut config: Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+    config["quantization_config"] =
+        json!({"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4"});
+    write(Path::new(&to), &config, &tensors);
+    to
+}
+
+#[test]
+fn a_checkpoint_in_nf4_is_read_trained_and_merged() {
+    let s = sandbox();
+    let (folder, rows) = (Path::new(&case("llama3")).join("model"), format!("{}/prefs.jsonl", case("llama3")));
+    let (saved, whole) = (saved_by_bitsandbytes(&s, &folder), made_whole(&s, &folder, Quantization::Nf4));
+    let adapter = format!("{}/final_adapter", case("llama3"));
+    let scores = |model: &str, more: &[&str]| {
+        let output = s.path("scores.jsonl");
+        let _ = std::fs::remove_file(&output);
+        let eval = ["eval", "--device", "cpu", "--model", model, "--dataset", &rows, "--output", &output];
+        s.ok(&[&eval[..], more].concat());
+        std::fs::read_to_string(output).unwrap()
+    };
+    let expected = scores(&whole, &["--adapter", &adapter]);
+    // Dequantised, and with the codes as they are.
+    for how in ["none", "nf4"] {
+        assert_eq!(scores(&saved, &["--adapter", &adapter, "--quantization", how]), expected, "{how}");
+    }
+    let run = s.path("run");
+    let train = ["train", "--device", "cpu", "--model", &saved, "--dataset", &rows, "--quantization", "nf4"];
+    s.ok(&[&train[..], &["--max-steps", "1", "--batch-size", "4", "--output-dir", &run]].concat());
+    let [merged, of_whole] = [&saved, &whole].map(|model| {
+        let merged = format!("{model}-merged");
+        s.ok(&["merge", "--model", model, "--adapter", &adapter, "--output-dir", &merged]);
+        merged
+    });
+    let config = std::fs::read_to_string(format!("{merged}/config.json")).unwrap();
+    assert!(!config.contains("quantization"), "{config}");
+    let names = |model: &str| -> BTreeSet<String> {
+        let file = std::fs::read(format!("{model}/model.safetensors")).unwrap();
+        SafeTensors::deserialize(&file).unwrap().names().into_iter().map(str::to_owned).collect()
+    };
+    assert_eq!(names(&merged), names(&of_whole));
+    // Its matrices are in bf16.
+    let number = |line: &str| serde_json::from_str::<Value>(line).unwrap()["chosen"].as_f64().unwrap();
+    for (a, b) in scores(&merged, &[]).lines().zip(expected.lines()) {
+        assert!((number(a) / number(b) - 1.0).abs() < 5e-3, "{a} {b}");
+    }
 }

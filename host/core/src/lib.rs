@@ -25,6 +25,8 @@ pub mod optimizer;
 pub mod plan;
 pub mod predictors;
 pub mod progress;
+pub mod quantized;
+mod shard;
 pub mod storage;
 pub mod testing;
 pub mod weights;

@@ -1,31 +1,23 @@
-//! A checkpoint's tensors: safetensors files, mapped into memory, read where they are needed.
+//! A checkpoint's tensors, read where they are needed: from its files, and where these are quantised as the values that they stand for.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{Layout, ModelGraph, Node, Weight, renamed};
 use half::bf16;
-use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::tensor::{Metadata, TensorInfo};
-use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
-use sha2::{Digest, Sha256};
+use safetensors::Dtype;
+use serde_json::{Map, Value, json};
 
-use crate::error::{Error, IoContext, Result};
+use crate::error::{Error, Result};
+use crate::nf4::Nf4;
 use crate::progress;
-use crate::storage::Quantization;
-
-/// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
-const SAMPLE: usize = 4096;
-const SAMPLES: usize = 1024;
-
-/// The one file of a checkpoint that is not in shards.
-pub const SINGLE: &str = "model.safetensors";
-/// What names the shards of one that is.
-pub const INDEX: &str = "model.safetensors.index.json";
+use crate::quantized::{self, Method, Parts};
+use crate::shard::{Entry, Shard, shard_files};
+pub use crate::shard::{INDEX, SINGLE, Values, read_f32, shard_names};
+use crate::storage::{Numbers, Quantization};
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
 pub const FILES: &[&str] = &[
@@ -46,35 +38,53 @@ pub const FILES: &[&str] = &[
 pub struct Checkpoint {
     shards: Vec<Shard>,
     /// Every tensor by its name in the files.
-    tensors: BTreeMap<String, Entry>,
+    tensors: BTreeMap<String, Held>,
     /// How the files name a graph's tensors.
     layout: Layout,
     folder: PathBuf,
 }
 
-struct Shard {
-    path: PathBuf,
-    map: Mmap,
+/// A tensor, and where it lies.
+enum Held {
+    /// In a file, as it is.
+    Plain(Entry),
+    /// In several tensors, quantised.
+    Quantized { method: Method, shape: Vec<usize>, parts: BTreeMap<&'static str, Entry> },
 }
 
-/// A file as it stands.
+/// A file, for one that is to be like it. What is quantised in it is not, there.
 pub struct Part<'a> {
     /// Its path.
     pub path: &'a Path,
     /// Its first bytes: the header, and before it the header's length.
-    pub header: &'a [u8],
-    /// Names and bytes of its tensors, which fill the rest in this order.
-    pub tensors: Vec<(String, &'a [u8])>,
+    pub header: Cow<'a, [u8]>,
+    /// Names of its tensors, whose [bytes](Checkpoint::bytes_of) fill the rest in this order.
+    pub tensors: Vec<String>,
+    /// How many these bytes are.
+    pub bytes: usize,
 }
 
-/// A tensor, and where it lies.
-struct Entry {
-    /// Which file.
-    shard: usize,
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Which bytes of it.
-    bytes: Range<usize>,
+impl Held {
+    fn shape(&self) -> &[usize] {
+        match self {
+            Held::Plain(entry) => &entry.shape,
+            Held::Quantized { shape, .. } => shape,
+        }
+    }
+
+    /// What of it lies in files. Of one that is quantised the first is where the others are looked for.
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        let (plain, parts) = match self {
+            Held::Plain(entry) => (Some(entry), None),
+            Held::Quantized { parts, .. } => (None, Some(parts.values())),
+        };
+        plain.into_iter().chain(parts.into_iter().flatten())
+    }
+
+    /// Its file, and where it begins there.
+    fn place(&self) -> (usize, usize) {
+        self.entries().map(|entry| (entry.shard, entry.first())).min().unwrap_or_default()
+    }
 }
 
 impl Checkpoint {
@@ -92,15 +102,21 @@ impl Checkpoint {
                 .help("only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained"));
         };
         let shards = files.into_iter().map(Shard::open).collect::<Result<Vec<_>>>()?;
-        let mut tensors = BTreeMap::new();
+        let mut entries: BTreeMap<String, Entry> = BTreeMap::new();
         for (at, shard) in shards.iter().enumerate() {
             for (name, entry) in shard.entries(at)? {
-                if let Some(Entry { shard: other, .. }) = tensors.insert(name.clone(), entry) {
+                if let Some(Entry { shard: other, .. }) = entries.insert(name.clone(), entry) {
                     let place = shards[other].path.display();
                     return Err(Error::input(format!("tensor '{name}' is in {place} too")).at(shard.path.display()));
                 }
             }
         }
+        let quantized = match method_of(folder) {
+            Some(method) => gathered(method, &shards, &mut entries)?,
+            None => BTreeMap::new(),
+        };
+        let mut tensors: BTreeMap<String, Held> = entries.into_iter().map(|(n, e)| (n, Held::Plain(e))).collect();
+        tensors.extend(quantized);
         Ok(Checkpoint { shards, tensors, layout: Layout::new(), folder: folder.to_owned() })
     }
 
@@ -123,27 +139,38 @@ impl Checkpoint {
             let more = checkpoint.extra(graph).map(|(name, _)| format!(", where '{name}' is not part of the model"));
             e.help(format!("{OTHER_MODEL}: {fits}{by}{}", more.unwrap_or_default()))
         })?;
-        graph.weights().try_for_each(|(prefix, weight)| checkpoint.raw(prefix, weight).map(drop))?;
+        graph.weights().try_for_each(|(prefix, weight)| checkpoint.held(prefix, weight).map(drop))?;
         match checkpoint.extra(graph) {
-            Some((name, entry)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
-                .at(checkpoint.shards[entry.shard].path.display())
+            Some((name, held)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
+                .at(checkpoint.path(held).display())
                 .help("the checkpoint has a part that the plugin does not know; training without it would be wrong")),
             None => Ok(checkpoint),
         }
     }
 
     /// A tensor that the graph neither reads nor names as unused.
-    fn extra(&self, graph: &ModelGraph) -> Option<(&str, &Entry)> {
+    fn extra(&self, graph: &ModelGraph) -> Option<(&str, &Held)> {
         let needed: BTreeSet<String> = graph.weights().map(|(prefix, weight)| self.name(prefix, weight)).collect();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
-        let mut tensors = self.tensors.iter().map(|(name, entry)| (name.as_str(), entry));
-        tensors.find(|(name, _)| !needed.contains(*name) && !unused(name))
+        let mut tensors = self.tensors.iter().map(|(name, held)| (name.as_str(), held));
+        tensors.find(|(name, held)| !needed.contains(*name) && !unused(name) && !self.is_no_bias(name, held))
+    }
+
+    /// Whether it is the bias of zeros that AutoGPTQ writes for linears without one.
+    fn is_no_bias(&self, name: &str, held: &Held) -> bool {
+        let weight = name.strip_suffix("bias").and_then(|module| self.tensors.get(&format!("{module}weight")));
+        let is_zero = |entry: &Entry| self.shards[entry.shard].bytes(entry).iter().all(|byte| *byte == 0);
+        matches!((weight, held), (Some(Held::Quantized { .. }), Held::Plain(entry)) if is_zero(entry))
+    }
+
+    fn path(&self, held: &Held) -> &Path {
+        &self.shards[held.place().0].path
     }
 
     /// Whether a weight is there in its shape.
     fn fits(&self, layout: &Layout, prefix: &str, weight: &Weight) -> bool {
-        let entry = renamed(layout, &format!("{prefix}{}", weight.tensor)).and_then(|name| self.tensors.get(&name));
-        entry.is_some_and(|entry| same_shape(&entry.shape, &weight.shape))
+        let held = renamed(layout, &format!("{prefix}{}", weight.tensor)).and_then(|name| self.tensors.get(&name));
+        held.is_some_and(|held| same_shape(held.shape(), &weight.shape))
     }
 
     /// The name of a weight of the graph in the files.
@@ -153,13 +180,13 @@ impl Checkpoint {
     }
 
     /// A weight of the graph in its shape.
-    fn entry(&self, prefix: &str, weight: &Weight) -> Result<&Entry> {
+    fn entry(&self, prefix: &str, weight: &Weight) -> Result<&Held> {
         let name = self.name(prefix, weight);
         match self.tensors.get(&name) {
-            Some(entry) if same_shape(&entry.shape, &weight.shape) => Ok(entry),
-            Some(Entry { shape, shard, .. }) => {
-                let what = format!("tensor '{name}' has shape {shape:?}, the model needs {:?}", weight.shape);
-                Err(Error::input(what).at(self.shards[*shard].path.display()))
+            Some(held) if same_shape(held.shape(), &weight.shape) => Ok(held),
+            Some(held) => {
+                let what = format!("tensor '{name}' has shape {:?}, the model needs {:?}", held.shape(), weight.shape);
+                Err(Error::input(what).at(self.path(held).display()))
             }
             None => {
                 let what = format!("tensor '{name}' of shape {:?} is missing", weight.shape);
@@ -168,40 +195,84 @@ impl Checkpoint {
         }
     }
 
-    /// A weight of the graph as it lies in its file: its type, which is one of bf16, f16 and f32, and its bytes. Its shape is
-    /// checked.
-    pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, &[u8])> {
+    /// The same, of a type that is read.
+    fn held(&self, prefix: &str, weight: &Weight) -> Result<&Held> {
+        let held = self.entry(prefix, weight).map_err(|e| e.help(OTHER_MODEL))?;
+        if let Held::Plain(entry) = held
+            && dtype(entry).is_none()
+        {
+            let name = self.name(prefix, weight);
+            let what = format!("tensor '{name}' is of type {:?}; bf16, f16 and f32 are read", entry.dtype);
+            return Err(Error::input(what).at(self.path(held).display()));
+        }
+        Ok(held)
+    }
+
+    /// The type of a weight of the graph, one of bf16, f16 and f32. Its shape is checked.
+    ///
+    /// # Errors
+    /// A weight that is not there, or not in its shape or such a type.
+    pub fn dtype(&self, prefix: &str, weight: &Weight) -> Result<DType> {
+        match self.held(prefix, weight)? {
+            Held::Plain(entry) => Ok(dtype(entry).unwrap_or(DType::F32)),
+            Held::Quantized { method, parts, .. } => method.dtype(&self.stored(parts)),
+        }
+    }
+
+    /// A weight of the graph: its type, which is one of bf16, f16 and f32, and its bytes, as they lie in its file or, of one that is
+    /// quantised, as they are computed. Its shape is checked.
+    pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, Cow<'_, [u8]>)> {
         progress::advance();
-        let entry = self.entry(prefix, weight).map_err(|e| e.help(OTHER_MODEL))?;
-        let dtype = match entry.dtype {
-            Dtype::F32 => DType::F32,
-            Dtype::F16 => DType::F16,
-            Dtype::BF16 => DType::BF16,
-            other => {
-                let name = self.name(prefix, weight);
-                let what = format!("tensor '{name}' is of type {other:?}; bf16, f16 and f32 are read");
-                return Err(Error::input(what).at(self.shards[entry.shard].path.display()));
+        match self.held(prefix, weight)? {
+            Held::Plain(entry) => {
+                Ok((dtype(entry).unwrap_or(DType::F32), Cow::Borrowed(self.shards[entry.shard].bytes(entry))))
             }
-        };
-        Ok((dtype, self.shards[entry.shard].bytes(entry)))
+            Held::Quantized { method, parts, .. } => {
+                let (dtype, values) = method
+                    .values(&self.stored(parts))
+                    .map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))?;
+                parts.values().for_each(|entry| self.shards[entry.shard].leave(entry));
+                Ok((dtype, Cow::Owned(quantized::bytes(dtype, &values))))
+            }
+        }
+    }
+
+    fn stored<'a>(&'a self, parts: &'a BTreeMap<&'static str, Entry>) -> Parts<'a> {
+        parts.iter().map(|(name, entry)| (*name, self.shards[entry.shard].stored(entry))).collect()
+    }
+
+    /// Bytes of a tensor by its name in the files, as in [`raw`](Self::raw), whatever its type.
+    ///
+    /// # Errors
+    /// One that is not there, or is quantised wrongly.
+    pub fn bytes_of(&self, name: &str) -> Result<Cow<'_, [u8]>> {
+        match self.tensors.get(name) {
+            Some(Held::Plain(entry)) => Ok(Cow::Borrowed(self.shards[entry.shard].bytes(entry))),
+            Some(Held::Quantized { method, parts, .. }) => {
+                let (dtype, values) = method.values(&self.stored(parts))?;
+                Ok(Cow::Owned(quantized::bytes(dtype, &values)))
+            }
+            None => Err(Error::input(format!("tensor '{name}' is missing")).at(self.folder.display())),
+        }
+    }
+
+    /// Whether some of it is quantised.
+    pub fn is_quantized(&self) -> bool {
+        self.tensors.values().any(|held| matches!(held, Held::Quantized { .. }))
     }
 
     /// A weight of the graph as a CPU tensor in f32.
     pub fn load(&self, prefix: &str, weight: &Weight) -> Result<Tensor> {
         let (dtype, bytes) = self.raw(prefix, weight)?;
-        let tensor = Tensor::from_raw_buffer(bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?;
-        self.leave(bytes);
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, &weight.shape, &Device::Cpu)?.to_dtype(DType::F32)?;
+        self.leave(prefix, weight, 0..bytes.len());
         Ok(tensor)
     }
 
-    /// Gives back the pages of a file's bytes that were copied: the weights would else be in memory twice while they load.
-    fn leave(&self, bytes: &[u8]) {
-        for map in self.shards.iter().map(|s| &s.map) {
-            let Some(first) = (bytes.as_ptr() as usize).checked_sub(map.as_ptr() as usize) else { continue };
-            if first + bytes.len() <= map.len() {
-                // SAFETY: the mapping is of a file and only read, so that a page which is left is read from the file again.
-                let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, bytes.len()) };
-            }
+    /// Gives back the pages of a weight's bytes that were copied, as far as they are a file's.
+    fn leave(&self, prefix: &str, weight: &Weight, bytes: Range<usize>) {
+        if let Ok(Held::Plain(entry)) = self.entry(prefix, weight) {
+            self.shards[entry.shard].leave_range(entry, bytes);
         }
     }
 
@@ -213,26 +284,44 @@ impl Checkpoint {
                 #[cfg(target_os = "linux")]
                 in_huge_pages(&mut values);
                 values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)));
-                self.leave(bytes);
+                self.leave(prefix, weight, 0..bytes.len());
                 Ok(Tensor::from_vec(values, weight.shape.as_slice(), &Device::Cpu)?)
             }
             _ => self.load(prefix, weight),
         }
     }
 
-    /// A weight, quantised. What a checkpoint has in more than bf16 is rounded to that first, as it is for a model in bf16.
+    /// A weight, quantised: from what a checkpoint has in nf4 already, or from values that are rounded to bf16, as they are for a
+    /// model in bf16.
     pub fn load_packed(&self, prefix: &str, weight: &Weight, kind: Quantization) -> Result<Vec<u8>> {
+        if let (Quantization::Nf4, Some(nf4)) = (kind, self.nf4(prefix, weight)?) {
+            return Ok(nf4.to_bytes());
+        }
         let tensor = self.load(prefix, weight)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
         Ok(kind.pack(&weight.shape, &tensor.flatten_all()?.to_vec1()?))
+    }
+
+    /// The codes and scales of a weight that the checkpoint has in nf4.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn nf4(&self, prefix: &str, weight: &Weight) -> Result<Option<Nf4>> {
+        match self.held(prefix, weight)? {
+            Held::Plain(_) => Ok(None),
+            Held::Quantized { method, parts, .. } => {
+                method.nf4(&self.stored(parts)).map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))
+            }
+        }
     }
 
     /// A range of a weight's values, without touching the others, in f32.
     pub fn load_range(&self, prefix: &str, weight: &Weight, range: &Range<usize>) -> Result<Vec<f32>> {
         let (dtype, bytes) = self.raw(prefix, weight)?;
         let size = dtype.size_in_bytes();
-        let own = &bytes[range.start * size..range.end * size];
-        let values = Tensor::from_raw_buffer(own, dtype, &[range.len()], &Device::Cpu)?.to_dtype(DType::F32)?;
-        self.leave(own);
+        let own = range.start * size..range.end * size;
+        let values = Tensor::from_raw_buffer(&bytes[own.clone()], dtype, &[range.len()], &Device::Cpu)?;
+        let values = values.to_dtype(DType::F32)?;
+        self.leave(prefix, weight, own);
         Ok(values.to_vec1()?)
     }
 
@@ -248,36 +337,21 @@ impl Checkpoint {
 
     /// A text that other weights do not have, wherever they lie: name and size of every file, and a hash of samples of it.
     pub fn content(&self) -> Result<String> {
-        let mut text = String::new();
-        for shard in &self.shards {
-            let name = shard.path.file_name().unwrap_or_default().to_string_lossy();
-            let samples = shard.map.chunks(SAMPLE).step_by((shard.map.len() / SAMPLE / SAMPLES).max(1));
-            let hash = samples.fold(Sha256::new(), |hash, sample| hash.chain_update(sample)).finalize();
-            text += &format!("{name} {} {hash:x}\n", shard.map.len());
-        }
-        Ok(text)
+        Ok(self.shards.iter().map(Shard::content).collect())
     }
 
     /// The first number that is NaN or infinite, with its tensor. It reads every tensor from end to end, for a run that does not
     /// know why its numbers are not finite.
     pub fn first_not_finite(&self) -> Result<Option<String>> {
-        for (name, entry) in &self.tensors {
-            let Shard { path, .. } = &self.shards[entry.shard];
-            let bytes = self.shards[entry.shard].bytes(entry);
-            // The numbers whose exponent's bits are all set.
-            let at = match entry.dtype {
-                Dtype::F32 => {
-                    bytes.as_chunks().0.iter().position(|b| u32::from_le_bytes(*b) & 0x7f80_0000 == 0x7f80_0000)
+        for (name, held) in &self.tensors {
+            for entry in held.entries() {
+                let shard = &self.shards[entry.shard];
+                if let Some(at) = shard.stored(entry).first_not_finite() {
+                    let (shape, file) = (&entry.shape, shard.path.display());
+                    return Ok(Some(format!(
+                        "number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite"
+                    )));
                 }
-                Dtype::BF16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7f80 == 0x7f80),
-                Dtype::F16 => bytes.as_chunks().0.iter().position(|b| u16::from_le_bytes(*b) & 0x7c00 == 0x7c00),
-                _ => None,
-            };
-            if let Some(at) = at {
-                let (shape, file) = (&entry.shape, path.display());
-                return Ok(Some(format!(
-                    "number {at} of tensor '{name}' of shape {shape:?} in {file} is NaN or infinite"
-                )));
             }
         }
         Ok(None)
@@ -285,12 +359,106 @@ impl Checkpoint {
 
     /// Every file, for one that is to be like it.
     pub fn parts(&self) -> impl Iterator<Item = Result<Part<'_>>> {
-        self.shards.iter().map(Shard::part)
+        self.shards.iter().enumerate().map(|(at, shard)| self.part(at, shard))
     }
 
-    /// Bytes of all files.
+    fn part<'a>(&'a self, at: usize, shard: &'a Shard) -> Result<Part<'a>> {
+        let mut own: Vec<(&String, &Held)> = self.tensors.iter().filter(|(_, held)| held.place().0 == at).collect();
+        own.sort_by_key(|(_, held)| held.place());
+        let tensors = own.iter().map(|(name, _)| (*name).clone()).collect();
+        if own.iter().all(|(_, held)| matches!(held, Held::Plain(_))) && own.len() == shard.entries(at)?.len() {
+            let header = shard.header_bytes()?;
+            return Ok(Part {
+                path: &shard.path,
+                header: Cow::Borrowed(header),
+                tensors,
+                bytes: shard.len() - header.len(),
+            });
+        }
+        let (mut header, mut first) = (Map::new(), 0);
+        for (name, held) in own {
+            let (dtype, bytes) = match held {
+                Held::Plain(entry) => (entry.dtype, shard.bytes(entry).len()),
+                Held::Quantized { method, parts, shape } => {
+                    let dtype = method.dtype(&self.stored(parts))?;
+                    (safetensors_type(dtype), shape.iter().product::<usize>() * dtype.size_in_bytes())
+                }
+            };
+            let end = first + bytes;
+            header.insert(name.clone(), json!({"dtype": dtype, "shape": held.shape(), "data_offsets": [first, end]}));
+            first = end;
+        }
+        let mut text = Value::Object(header).to_string();
+        // As safetensors' own writer does, tensors begin at multiples of eight.
+        text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
+        let header = [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+        Ok(Part { path: &shard.path, header: Cow::Owned(header), tensors, bytes: first })
+    }
+
+    /// Bytes of all tensors, of quantised ones as they are computed.
     pub fn bytes(&self) -> usize {
-        self.shards.iter().map(|s| s.map.len()).sum()
+        let of = |held: &Held| match held {
+            Held::Plain(entry) => entry.len(),
+            Held::Quantized { method, shape, parts } => {
+                let dtype = method.dtype(&self.stored(parts)).unwrap_or(DType::F32);
+                shape.iter().product::<usize>() * dtype.size_in_bytes()
+            }
+        };
+        self.tensors.values().map(of).sum()
+    }
+
+    /// Bytes that a graph's weights take as [`load_kept`](Self::load_kept) has them.
+    ///
+    /// # Errors
+    /// As [`dtype`](Self::dtype).
+    pub fn kept_bytes(&self, graph: &ModelGraph) -> Result<usize> {
+        let mut bytes = BTreeMap::new();
+        for (prefix, weight) in graph.weights() {
+            let stays = self.dtype(prefix, weight)? == DType::BF16 && weight.shape.len() > 1;
+            let numbers = if stays { Numbers::Bf16 } else { Numbers::F32 };
+            bytes.insert(self.name(prefix, weight), numbers.bytes_of(&weight.shape));
+        }
+        Ok(bytes.values().sum())
+    }
+}
+
+/// How the folder's `config.json` says that its weights are quantised. What cannot be read is refused where a model is opened.
+fn method_of(folder: &Path) -> Option<Method> {
+    let config = std::fs::read(folder.join("config.json")).ok()?;
+    Method::of(&serde_json::from_slice(&config).ok()?, &[]).ok().flatten()
+}
+
+/// Takes the tensors that make weights, which then are there by their own names.
+fn gathered(method: Method, shards: &[Shard], entries: &mut BTreeMap<String, Entry>) -> Result<BTreeMap<String, Held>> {
+    let module = |(name, entry): (&String, &Entry)| method.module(name, entry.dtype).map(str::to_owned);
+    let modules: Vec<String> = entries.iter().filter_map(module).collect();
+    let mut gathered = BTreeMap::new();
+    for module in modules {
+        let name = format!("{module}weight");
+        let take = |part: &&'static str| Some((*part, entries.remove(&format!("{module}{part}"))?));
+        let parts: BTreeMap<&'static str, Entry> = method.parts().iter().filter_map(take).collect();
+        let stored: Parts<'_> = parts.iter().map(|(name, entry)| (*name, shards[entry.shard].stored(entry))).collect();
+        let shape = method.shape(&stored).map_err(|e| e.at(format!("tensor '{name}'")))?;
+        gathered.insert(name, Held::Quantized { method, shape, parts });
+    }
+    Ok(gathered)
+}
+
+/// A type that is read.
+fn dtype(entry: &Entry) -> Option<DType> {
+    match entry.dtype {
+        Dtype::F32 => Some(DType::F32),
+        Dtype::F16 => Some(DType::F16),
+        Dtype::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+fn safetensors_type(dtype: DType) -> Dtype {
+    match dtype {
+        DType::BF16 => Dtype::BF16,
+        DType::F16 => Dtype::F16,
+        _ => Dtype::F32,
     }
 }
 
@@ -341,123 +509,7 @@ fn same_shape(a: &[usize], b: &[usize]) -> bool {
     a == b || matches!((a, b), ([], [1]) | ([1], []))
 }
 
-/// A tensor's shape and values.
-pub type Values = (Vec<usize>, Vec<f32>);
-
-/// Tensors of one safetensors file as f32 values with their shapes, by name.
-pub fn read_f32(path: &Path) -> Result<BTreeMap<String, Values>> {
-    let shard = Shard::open(path.to_owned())?;
-    let mut tensors = BTreeMap::new();
-    for (name, entry) in shard.entries(0)? {
-        let bytes = shard.bytes(&entry);
-        let values = match entry.dtype {
-            Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
-            Dtype::BF16 => bytes.chunks_exact(2).map(|b| f32::from_le_bytes([0, 0, b[0], b[1]])).collect(),
-            Dtype::F16 => {
-                let tensor = Tensor::from_raw_buffer(bytes, DType::F16, &entry.shape, &Device::Cpu)?;
-                tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?
-            }
-            other => return Err(Error::input(format!("tensor '{name}' is of type {other:?}")).at(path.display())),
-        };
-        tensors.insert(name, (entry.shape, values));
-    }
-    Ok(tensors)
-}
-
-impl Shard {
-    fn open(path: PathBuf) -> Result<Shard> {
-        let file = File::open(&path).reading(&path)?;
-        // SAFETY: the mapping is only read. A file that another program cuts short while we read it would end this process;
-        // checkpoints are replaced by renaming, not rewritten in place.
-        let map = unsafe { Mmap::map(&file) }.reading(&path)?;
-        Ok(Shard { path, map })
-    }
-
-    /// Where the file's numbers begin, and what its header says of them.
-    fn header(&self) -> Result<(usize, Metadata)> {
-        let (length, header) = SafeTensors::read_metadata(&self.map).map_err(|e| {
-            let cause = cut_tensor(&self.map).unwrap_or_else(|| format!("is not a safetensors file: {e}"));
-            Error::input(cause).at(self.path.display()).help("download or copy the file again")
-        })?;
-        // The length is eight bytes itself.
-        Ok((8 + length, header))
-    }
-
-    /// Every tensor of the file, which is that of this number.
-    fn entries(&self, shard: usize) -> Result<Vec<(String, Entry)>> {
-        let (first, header) = self.header()?;
-        let entry = |(name, info): (String, &TensorInfo)| {
-            let bytes = first + info.data_offsets.0..first + info.data_offsets.1;
-            (name, Entry { shard, dtype: info.dtype, shape: info.shape.clone(), bytes })
-        };
-        Ok(header.tensors().into_iter().map(entry).collect())
-    }
-
-    fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.map[entry.bytes.clone()]
-    }
-
-    fn part(&self) -> Result<Part<'_>> {
-        let (first, header) = self.header()?;
-        let (first, data) = self.map.split_at(first);
-        let bytes = |name: &str| header.info(name).and_then(|t| data.get(t.data_offsets.0..t.data_offsets.1));
-        let tensors = header.offset_keys().into_iter().map(|name| {
-            let bytes = bytes(&name).unwrap_or_default();
-            (name, bytes)
-        });
-        Ok(Part { path: &self.path, header: first, tensors: tensors.collect() })
-    }
-}
-
-/// The first tensor whose bytes a cut file no longer holds.
-fn cut_tensor(file: &[u8]) -> Option<String> {
-    if file.starts_with(b"version https://git-lfs") {
-        return Some("is a pointer of Git LFS, not the file itself: `git lfs pull` in its folder fetches that".into());
-    }
-    let length = u64::from_le_bytes(file.get(..8)?.try_into().ok()?) as usize;
-    let Some(header) = file.get(8..8usize.checked_add(length)?) else {
-        return Some(format!("is cut short: its header has {length} bytes, the file {}", file.len()));
-    };
-    let header: serde_json::Map<String, Value> = serde_json::from_slice(header).ok()?;
-    let there = file.len() - 8 - length;
-    let end = |v: &Value| v.get("data_offsets")?.get(1)?.as_u64().map(|e| e as usize);
-    let mut cut: Vec<_> =
-        header.iter().filter_map(|(n, v)| Some((end(v)?, n, v))).filter(|(e, ..)| *e > there).collect();
-    cut.sort_by_key(|(e, ..)| *e);
-    let (end, name, value) = cut.first()?;
-    let shape = value.get("shape").map(Value::to_string).unwrap_or_default();
-    Some(format!("is cut short at tensor '{name}' of shape {shape}: needs {end} bytes of data, has {there}"))
-}
-
 const OTHER_MODEL: &str = "config.json and the weights are of different models";
-
-fn shard_files(index: &Path) -> Result<Vec<PathBuf>> {
-    let files: Vec<PathBuf> = shard_names(index)?.into_iter().map(|name| index.with_file_name(name)).collect();
-    match files.iter().find(|f| !f.is_file()) {
-        Some(missing) => Err(Error::input(format!("names {}, which is missing", missing.display()))
-            .at(index.display())
-            .help("copy or fetch all files of the model")),
-        None => Ok(files),
-    }
-}
-
-/// The files that an index names, all of which belong into its folder.
-pub fn shard_names(index: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(index).reading(index)?;
-    let wrong = |what: String| Error::input(what).at(index.display());
-    let value: Value = serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?;
-    let Some(map) = value.get("weight_map").and_then(Value::as_object) else {
-        return Err(wrong("has no weight_map".into()));
-    };
-    let mut names: Vec<&str> = map.values().filter_map(Value::as_str).collect();
-    let plain = |n: &str| Path::new(n).file_name().is_some_and(|f| f == n);
-    if let Some(name) = names.iter().find(|n| !plain(n)) {
-        return Err(wrong(format!("names '{name}', which is not a file of this folder")));
-    }
-    names.sort_unstable();
-    names.dedup();
-    Ok(names.into_iter().map(str::to_owned).collect())
-}
 
 /// Whether a name is of a pattern in which `*` stands for any text.
 fn matches(pattern: &str, name: &str) -> bool {

@@ -337,8 +337,13 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            let values = self.values(prefix, weight(&nodes[member.node], "weight")?)?;
-            layout.write(&mut bytes, at, &quantize(&values));
+            let weight = weight(&nodes[member.node], "weight")?;
+            let published = match self.source {
+                Source::Checkpoint(checkpoint) => checkpoint.nf4(prefix, weight)?,
+                Source::Random | Source::Given(_) => None,
+            };
+            let codes = published.map_or_else(|| Ok(quantize(&self.values(prefix, weight)?)), Ok::<_, Error>)?;
+            layout.write(&mut bytes, at, &codes);
         }
         self.gpu.upload(&bytes, w.codes)
     }
@@ -350,9 +355,9 @@ impl Loader<'_> {
             Source::Checkpoint(checkpoint) => {
                 let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
                 match dtype {
-                    DType::BF16 => each(&mut values, bytes, bf16::from_le_bytes),
-                    DType::F16 => each(&mut values, bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-                    _ => each(&mut values, bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
+                    DType::BF16 => each(&mut values, &bytes, bf16::from_le_bytes),
+                    DType::F16 => each(&mut values, &bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+                    _ => each(&mut values, &bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
                 }
                 self.progress.inc(bytes.len() as u64);
             }
@@ -378,7 +383,7 @@ impl Loader<'_> {
         match self.source {
             Source::Checkpoint(checkpoint) => {
                 let (dtype, bytes) = checkpoint.raw("", weight)?;
-                to_bf16(table.bytes_mut(), bytes, dtype);
+                to_bf16(table.bytes_mut(), &bytes, dtype);
             }
             Source::Random | Source::Given(_) => self.load("", weight, table.address(), row_bytes(weight))?,
         }

@@ -5,12 +5,9 @@ use std::path::Path;
 
 use dpo_core::console::{self, Remark};
 use dpo_core::error::{Error, Result};
-use dpo_plugin_api::config_keys::{Unread, UnreadKey, value_at};
+use dpo_core::quantized::Method;
+use dpo_plugin_api::config_keys::{Unread, UnreadKey};
 use serde_json::{Map, Value};
-
-/// Where a checkpoint says how its weights are quantised.
-const QUANTISED: &[&str] =
-    &["quantization_config", "compression_config", "text_config.quantization_config", "text_config.compression_config"];
 
 /// What should be told of a config, if anything.
 #[derive(Debug, Default)]
@@ -60,28 +57,17 @@ pub(super) fn judge(
     })
 }
 
-/// Refuses a checkpoint whose weights are quantised, with the name of the one that it was made from, as far as its own tells.
+/// Refuses a checkpoint whose weights are quantised in a way that is not read, with the name of the one that it was made from, as far
+/// as its own tells.
 pub(super) fn refuse_quantised(config: &Map<String, Value>, folder: Option<&Path>, ignored: &[String]) -> Result<()> {
-    let stated = QUANTISED.iter().filter(|path| !ignored.iter().any(|i| i == *path));
-    let Some(how) = stated.filter_map(|path| value_at(config, path)?.1.as_object()).find(|how| !how.is_empty()) else {
-        return Ok(());
-    };
-    let load_in = ["load_in_4bit", "load_in_8bit"].map(|key| how.get(key).and_then(Value::as_bool));
-    if load_in.iter().any(Option::is_some) && !load_in.contains(&Some(true)) {
-        return Ok(());
-    }
-    let by_key = if load_in.contains(&Some(true)) { "bitsandbytes" } else { "in an unknown way" };
-    let method = how.get("quant_method").and_then(Value::as_str).unwrap_or(by_key);
-    let bits = how.get("bits").and_then(Value::as_u64).map(|bits| format!(", {bits} bits")).unwrap_or_default();
     let stated = config.get("_name_or_path").and_then(Value::as_str);
-    let name =
-        folder.and_then(name_of).into_iter().chain(stated.map(str::to_owned)).find_map(|name| unquantised(&name));
-    Err(Error::input(format!("the model is quantised ({method}{bits}); bf16, f16 and f32 are trained")).help(
-        match name {
+    Method::of(config, ignored).map(drop).map_err(|e| {
+        let names = folder.and_then(name_of).into_iter().chain(stated.map(str::to_owned));
+        e.help(match names.filter_map(|name| unquantised(&name)).next() {
             Some(name) => format!("take the model that it was made from, in bf16: {name}, by its name"),
             None => "take the model that it was made from, in bf16".to_owned(),
-        },
-    ))
+        })
+    })
 }
 
 /// What a model's folder says of its name: `owner/name` in the caches of hubs, else its own name.

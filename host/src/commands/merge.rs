@@ -6,9 +6,12 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use crate::args::model::ModelArgs;
+use serde_json::{Map, Value, json};
+
 use crate::demo;
-use dpo_core::error::{IoContext, Result};
+use dpo_core::error::{Error, IoContext, Result};
 use dpo_core::lora::{self, Adapter};
+use dpo_core::quantized::KEYS;
 use dpo_core::weights::{Checkpoint, FILES, INDEX};
 use dpo_core::{console, files};
 use dpo_hub::Need;
@@ -46,11 +49,48 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
         for name in FILES.iter().chain([&INDEX]) {
             copy(&folder.join(name), &output.join(name))?;
         }
-        Ok(())
+        if checkpoint.is_quantized() { plain(&checkpoint, output) } else { Ok(()) }
     })?;
     bar.finish_and_clear();
     console::result(format!("merged      {} linears, in {}", adapter.sites.len(), options.output_dir.display()));
     Ok(())
+}
+
+/// Lets the files beside weights that were quantised say that they no longer are.
+fn plain(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
+    let edit = |name: &str, change: &dyn Fn(&mut Map<String, Value>)| {
+        let path = folder.join(name);
+        if !path.is_file() {
+            return Ok(());
+        }
+        let wrong = |e: serde_json::Error| Error::input(e.to_string()).at(path.display());
+        let mut keys: Map<String, Value> = serde_json::from_str(&files::read_text(&path)?).map_err(wrong)?;
+        change(&mut keys);
+        files::write(&path, serde_json::to_string_pretty(&keys).map_err(wrong)?.as_bytes())
+    };
+    edit("config.json", &|keys| {
+        for path in KEYS {
+            match path.split_once('.') {
+                None => drop(keys.shift_remove(*path)),
+                Some((outer, key)) => {
+                    keys.get_mut(outer).and_then(Value::as_object_mut).map(|inner| inner.shift_remove(key));
+                }
+            }
+        }
+    })?;
+    let (mut names, mut bytes) = (Map::new(), 0);
+    for part in checkpoint.parts() {
+        let part = part?;
+        let file = part.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        bytes += part.bytes;
+        names.extend(part.tensors.into_iter().map(|name| (name, json!(file))));
+    }
+    edit(INDEX, &|keys| {
+        *keys = Map::from_iter([
+            ("metadata".to_owned(), json!({"total_size": bytes})),
+            ("weight_map".to_owned(), Value::Object(names.clone())),
+        ])
+    })
 }
 
 /// Copies a file that may be missing.

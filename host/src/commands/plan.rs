@@ -13,6 +13,7 @@ use dpo_core::error::{Error, Result};
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Plan};
+use dpo_core::storage::Quantization;
 use dpo_cuda::{self as cuda, Gpu, GpuPlan, Room};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
@@ -53,6 +54,9 @@ pub(crate) struct PlanOptions {
 
 /// Sizes of GPUs in GiB: RTX 3060, 4080, 3090 and 4090, 5090, L40S, A100 and H100.
 const GPUS: &[usize] = &[8, 12, 16, 24, 32, 48, 80];
+
+/// Half GiB that no shape needs more of.
+const MOST_HALVES: usize = 512;
 
 pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
     if options.table {
@@ -96,7 +100,8 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         },
     };
     if gpu {
-        return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0))?, options.json);
+        let storage = options.storage.on(MemoryOptions::default());
+        return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0), storage)?, options.json);
     }
     let memory_options = options.storage.on(MemoryOptions { limit: memory, ..MemoryOptions::default() });
     let plan = |ranks| Plan::new(&graph, adapter.training_bytes(), longest(options), ranks, memory_options);
@@ -128,37 +133,54 @@ fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
 }
 
 /// A plan for the longest pairs there can be, all of whose tokens may be an answer's.
-fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
+fn on_gpu(
+    graph: &ModelGraph,
+    adapter: &Adapter,
+    options: &PlanOptions,
+    memory: usize,
+    storage: MemoryOptions,
+) -> Result<GpuPlan> {
     let room = Room::of(memory, options.gpus);
-    let memory_options = options.storage.on(MemoryOptions::default());
     // Ranks shard the layers before they keep them in host memory; a table says what fits without that.
-    let offload_base = memory_options.offload_base.or((options.gpus > 1 || options.table).then_some(false));
-    let memory_options = MemoryOptions { offload_base, ..memory_options };
-    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, memory_options);
+    let offload_base = storage.offload_base.or((options.gpus > 1 || options.table).then_some(false));
+    let storage = MemoryOptions { offload_base, ..storage };
+    let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, storage);
     whole_or_shared(options.gpus, plan)
 }
 
+/// Of every shape a row for each way to keep the base, or for the one that is asked for.
 fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
-    let rows: Vec<Vec<String>> = SHAPES.iter().map(|s| row(registry, options, *s)).collect::<Result<_>>()?;
+    let asked = options.storage.on(MemoryOptions::default());
+    let kinds = match asked.quantization {
+        Some(kind) => vec![Some(kind)],
+        None => vec![None, Some(Quantization::Fp8), Some(Quantization::Nf4)],
+    };
     let header: Vec<String> = GPUS.iter().map(|g| format!("{g} GiB")).collect();
     let (rank, length) = (options.lora_rank, options.max_length);
-    println!("| bf16, LoRA rank {rank}, --max-length {length} | needs | {} |", header.join(" | "));
-    println!("|---|---|{}", "---|".repeat(GPUS.len()));
-    rows.iter().for_each(|row| println!("| {} |", row.join(" | ")));
+    println!("| LoRA rank {rank}, --max-length {length} | base | needs | {} |", header.join(" | "));
+    println!("|---|---|---|{}", "---|".repeat(GPUS.len()));
+    for shape in SHAPES {
+        for quantization in &kinds {
+            let storage = MemoryOptions { quantization: *quantization, ..asked };
+            println!("| {} |", row(registry, options, *shape, storage)?.join(" | "));
+        }
+    }
     Ok(())
 }
 
 /// The least that a shape needs, in steps of half a GiB; of every size of GPU the tokens at once, and what computing again
 /// costs.
-fn row(registry: &Registry, options: &PlanOptions, shape: Shape) -> Result<Vec<String>> {
+fn row(registry: &Registry, options: &PlanOptions, shape: Shape, storage: MemoryOptions) -> Result<Vec<String>> {
     let graph = shape.graph(registry)?;
     let adapter = adapter(&graph, options)?;
-    let least = (1..).map(|half| half << 29).find(|memory| on_gpu(&graph, &adapter, options, *memory).is_ok());
-    let mut cells = vec![shape.name.to_owned(), least.map(size).unwrap_or_default()];
+    let plan = |memory| on_gpu(&graph, &adapter, options, memory, storage);
+    let least = (1..=MOST_HALVES).map(|half| half << 29).find(|memory| plan(*memory).is_ok());
+    let base = storage.quantization.map_or("bf16", Quantization::name).to_owned();
+    let mut cells = vec![shape.name.to_owned(), base, least.map_or_else(|| "—".into(), size)];
     for gib in GPUS {
         // The desktop, other processes and the driver take some of a card.
         let memory = (gib << 30) - (gib << 30) / 32;
-        cells.push(match on_gpu(&graph, &adapter, options, memory) {
+        cells.push(match plan(memory) {
             Ok(plan) if plan.again > 0.005 => {
                 format!("{} tokens, +{:.0}%", plan.micro_batch_tokens, plan.again * 100.0)
             }

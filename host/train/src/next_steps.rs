@@ -2,16 +2,21 @@
 
 use std::path::{Path, PathBuf};
 
+use dpo_core::storage::Quantization;
+
 /// Commands, by the name that this program was called by, that go on from a run's folder; `rows` are those that it was
-/// evaluated on, or `trained` on, `plugins` the folders of plugins that the run named, and `ignored` the keys of config.json.
+/// evaluated on, or `trained` on, `plugins` the folders of plugins that the run named, `ignored` the keys of config.json, and
+/// `quantization` what its base is kept as.
 pub(super) fn commands(
     output: &Path,
     rows: &[String],
     trained: bool,
     plugins: &[PathBuf],
     ignored: &[String],
+    quantization: Option<Quantization>,
 ) -> String {
     let ignored: String = ignored.iter().map(|key| format!(" --ignore-config-key {}", word(key))).collect();
+    let base = quantization.map(|kind| format!(" --quantization {}", kind.name())).unwrap_or_default();
     let plugins = plugins.iter().map(|dir| format!(" --plugin-dir {}", quoted(dir)));
     let program = format!("{}{}", program(), plugins.collect::<String>());
     let adapter = quoted(output);
@@ -19,8 +24,8 @@ pub(super) fn commands(
     let rows: Vec<String> = rows.iter().map(|row| word(row)).collect();
     let remark = if trained { "    # on rows that it was trained on" } else { "" };
     format!(
-        "next        {program} chat --compare --adapter {adapter}{ignored}\n            \
-         {program} eval --adapter {adapter} --dataset {}{ignored}{remark}\n            \
+        "next        {program} chat --compare --adapter {adapter}{base}{ignored}\n            \
+         {program} eval --adapter {adapter} --dataset {}{base}{ignored}{remark}\n            \
          {program} merge --adapter {adapter} --output-dir {merged}{ignored}",
         rows.join(" ")
     )
@@ -57,15 +62,24 @@ mod tests {
 
     #[test]
     fn names_with_spaces_are_words() {
-        let text =
-            commands(Path::new("out/it's 1"), &["a.jsonl#5".into(), "b c".into()], false, &["my plugins".into()], &[]);
+        let text = commands(
+            Path::new("out/it's 1"),
+            &["a.jsonl#5".into(), "b c".into()],
+            false,
+            &["my plugins".into()],
+            &[],
+            None,
+        );
         assert!(text.contains(" --plugin-dir 'my plugins' chat "), "{text}");
         assert!(
             text.contains("--adapter 'out/it'\\''s 1'\n") && text.contains("--dataset a.jsonl#5 'b c'\n"),
             "{text}"
         );
         assert!(text.ends_with("--output-dir 'out/it'\\''s 1-merged'"), "{text}");
-        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[], &[]);
-        assert!(trained.contains("--dataset a.jsonl    # on rows that it was trained on\n"), "{trained}");
+        let trained = commands(Path::new("run"), &["a.jsonl".into()], true, &[], &[], Some(Quantization::Nf4));
+        assert!(
+            trained.contains("--dataset a.jsonl --quantization nf4    # on rows that it was trained on\n"),
+            "{trained}"
+        );
     }
 }

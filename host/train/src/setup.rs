@@ -316,7 +316,14 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
     let trained = config.val_dataset.is_empty();
     let held_out: Vec<String> = config.val_dataset.iter().flat_map(|set| set.paths.clone()).collect();
     let rows = if trained { &config.dataset } else { &held_out };
-    console::line(next_steps::commands(&output, rows, trained, &config.plugin_dirs, &config.reading.ignored_keys));
+    console::line(next_steps::commands(
+        &output,
+        rows,
+        trained,
+        &config.plugin_dirs,
+        &config.reading.ignored_keys,
+        config.memory.quantization,
+    ));
     let best = best.found.map(|(step, value)| json!({"global_step": step, "value": value}));
     let end = [
         ("adapter", json!(adapter)),

@@ -39,13 +39,14 @@ pub fn merge(
         let part = part?;
         let path = folder.join(part.path.file_name().unwrap_or_default());
         let mut file = BufWriter::new(File::create(&path).writing(&path)?);
-        file.write_all(part.header).writing(&path)?;
-        for (name, bytes) in part.tensors {
+        file.write_all(&part.header).writing(&path)?;
+        for name in part.tensors {
+            let bytes = checkpoint.bytes_of(&name)?;
             match adapted.get(&name) {
-                None => file.write_all(bytes).writing(&path)?,
+                None => file.write_all(&bytes).writing(&path)?,
                 Some(weight) => {
                     let piece = |piece: &[u8]| file.write_all(piece).writing(&path);
-                    weight.sum(bytes, piece).map_err(|e| e.at(format!("tensor '{name}'")))?;
+                    weight.sum(&bytes, piece).map_err(|e| e.at(format!("tensor '{name}'")))?;
                 }
             }
             done(bytes.len());
@@ -63,7 +64,7 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
             let site = adapter.sites.iter().find(|s| s.node == (block, index));
             for weight in &node.weights {
                 // Also of those that are copied: a checkpoint that lacks one is not to look merged.
-                let (dtype, _) = checkpoint.raw(prefix, weight)?;
+                let dtype = checkpoint.dtype(prefix, weight)?;
                 let Some(site) = site.filter(|_| weight.role == "weight") else { continue };
                 let name = checkpoint.name(prefix, weight);
                 let what = format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
