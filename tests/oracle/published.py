@@ -9,7 +9,8 @@ import importlib.util, json, sys, types
 
 import torch
 import bitsandbytes.functional as F
-from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
@@ -66,6 +67,29 @@ def float8():
              dequantize(codes, scales, None, args), weight=codes, weight_scale=scales, input_scale=torch.ones(1))
 
 
+def integers():
+    """compressed-tensors' int8 by rows, and its packed forms."""
+    args = QuantizationArgs(num_bits=8, type="int", strategy="channel", symmetric=True)
+    weight = (torch.randn(24, 96) * 0.05).bfloat16()
+    scales = (weight.float().abs().amax(1, keepdim=True) / 127).bfloat16()
+    codes = quantize(weight, scales, None, args, dtype=torch.int8)
+    config = lambda args, format: dict(quant_method="compressed-tensors", format=format, config_groups=dict(group_0=dict(weights=json.loads(args.model_dump_json()), targets=["Linear"])))
+    case("compressed-int8", config(args, "int-quantized"), dequantize(codes, scales, None, args), weight=codes, weight_scale=scales)
+    for name, bits, symmetric, strategy, shape in (("4", 4, True, "group", (24, 96)), ("4-zeros", 4, False, "group", (20, 96)), ("8", 8, True, "channel", (24, 50))):
+        size = 32 if strategy == "group" else shape[1]
+        args = QuantizationArgs(num_bits=bits, type="int", strategy=strategy, symmetric=symmetric, **({"group_size": 32} if strategy == "group" else {}))
+        weight = (torch.randn(*shape) * 0.05).bfloat16()
+        grouped, half = weight.float().view(shape[0], -1, size), 2 ** (bits - 1)
+        if symmetric: scales, zeros = grouped.abs().amax(2) / (half - 0.5), None
+        else:
+            scales = (grouped.amax(2) - grouped.amin(2)) / (2 ** bits - 1)
+            zeros = torch.round(-half - grouped.amin(2) / scales).clamp(-half, half - 1).to(torch.int8)
+        tensors = dict(weight=weight, weight_scale=scales.bfloat16()) | ({} if symmetric else dict(weight_zero_point=zeros))
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        parts = PackedQuantizationCompressor.compress(tensors, scheme)
+        case(f"compressed-packed-{name}", config(args, "pack-quantized"), PackedQuantizationCompressor.decompress(parts, scheme)["weight"], **parts)
+
+
 def gptq():
     quiet = types.ModuleType("auto_gptq_stub")
     linear = source("auto_gptq/auto_gptq/nn_modules/qlinear/qlinear_cuda.py", autogptq_cuda_256=quiet, autogptq_cuda_64=quiet).QuantLinear
@@ -109,7 +133,7 @@ def awq():
 
 def main():
     torch.manual_seed(0)
-    for make in (bitsandbytes, float8, gptq, awq): make()
+    for make in (bitsandbytes, float8, gptq, awq, integers): make()
     save_file(TENSORS, f"{OUT}/published.safetensors")
     with open(f"{OUT}/published.json", "w") as file: json.dump(CONFIGS, file, indent=1)
 

@@ -212,8 +212,8 @@ fn quantised_checkpoints_are_named_with_what_to_take() {
         ),
         (
             "other",
-            json!({"quant_method": "compressed-tensors", "format": "pack-quantized"}),
-            "quantised (compressed-tensors): its format is pack-quantized",
+            json!({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}),
+            "quantised (compressed-tensors): its format is nvfp4-pack-quantized",
             "made from, in bf16",
         ),
     ];

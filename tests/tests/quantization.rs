@@ -243,7 +243,7 @@ fn published_forms_have_the_values_of_their_tools() {
     let configs: Value =
         serde_json::from_str(&std::fs::read_to_string(golden("quantization/published.json")).unwrap()).unwrap();
     let configs = configs.as_object().unwrap();
-    assert_eq!(configs.len(), 13);
+    assert_eq!(configs.len(), 17);
     for (case, config) in configs {
         let parts: Vec<(String, Raw)> = file
             .tensors()

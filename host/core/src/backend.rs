@@ -134,6 +134,7 @@ impl Backend for Cpu {
         workload: Workload,
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>> {
+        note_offload(options);
         let plan = |parts| Plan::new(&graph, adapter.training_bytes(), workload.longest, parts, options);
         let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         let packing = agree_on_packing(group, plan.packing())?;
@@ -152,7 +153,14 @@ impl Backend for Cpu {
         adapter: Option<Adapter>,
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
+        note_offload(options);
         Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter, options.quantization)?))
+    }
+}
+
+fn note_offload(options: MemoryOptions) {
+    if options.offload_base == Some(true) {
+        console::note("--offload-base is ignored: the CPU's memory is the host's");
     }
 }
 

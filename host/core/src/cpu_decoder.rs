@@ -33,7 +33,10 @@ impl CpuDecoder {
         adapter: Option<Adapter>,
         quantization: Option<Quantization>,
     ) -> Result<CpuDecoder> {
-        let needs = quantization.map_or_else(|| checkpoint.bytes(), |kind| weights(graph, Some(kind), 1));
+        let needs = match quantization {
+            None => checkpoint.kept_bytes(graph)?,
+            Some(kind) => weights(graph, Some(kind), 1),
+        };
         let free = free_memory().unwrap_or(usize::MAX);
         if needs > free {
             let (needs, free) = (size(needs), size(free));

@@ -138,6 +138,11 @@ impl Entry {
     pub(crate) fn first(&self) -> usize {
         self.bytes.start
     }
+
+    /// How many bytes it has.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes.len()
+    }
 }
 
 /// The first tensor whose bytes a cut file no longer holds.

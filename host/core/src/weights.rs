@@ -18,7 +18,7 @@ use crate::progress;
 use crate::quantized::{self, Method, Parts};
 use crate::shard::{Entry, Shard, shard_files};
 pub use crate::shard::{INDEX, SINGLE, Values, read_f32, shard_names};
-use crate::storage::Quantization;
+use crate::storage::{Numbers, Quantization};
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
 pub const FILES: &[&str] = &[
@@ -395,9 +395,30 @@ impl Checkpoint {
         Ok(Part { path: &shard.path, header: Cow::Owned(header), tensors, bytes: first })
     }
 
-    /// Bytes of all files.
+    /// Bytes of all tensors, of quantised ones as they are computed.
     pub fn bytes(&self) -> usize {
-        self.shards.iter().map(Shard::len).sum()
+        let of = |held: &Held| match held {
+            Held::Plain(entry) => entry.len(),
+            Held::Quantized { method, shape, parts } => {
+                let dtype = method.dtype(&self.stored(parts)).unwrap_or(DType::F32);
+                shape.iter().product::<usize>() * dtype.size_in_bytes()
+            }
+        };
+        self.tensors.values().map(of).sum()
+    }
+
+    /// Bytes that a graph's weights take as [`load_kept`](Self::load_kept) has them.
+    ///
+    /// # Errors
+    /// As [`dtype`](Self::dtype).
+    pub fn kept_bytes(&self, graph: &ModelGraph) -> Result<usize> {
+        let mut bytes = BTreeMap::new();
+        for (prefix, weight) in graph.weights() {
+            let stays = self.dtype(prefix, weight)? == DType::BF16 && weight.shape.len() > 1;
+            let numbers = if stays { Numbers::Bf16 } else { Numbers::F32 };
+            bytes.insert(self.name(prefix, weight), numbers.bytes_of(&weight.shape));
+        }
+        Ok(bytes.values().sum())
     }
 }
 

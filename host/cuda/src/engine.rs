@@ -15,6 +15,7 @@ use super::loading::{Source, Weights};
 use super::lowered::Lowered;
 use super::matmul::{self, Matmuls};
 use super::nccl::Nccl;
+use super::offload::Offload;
 use super::ops;
 use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
@@ -45,6 +46,7 @@ pub struct CudaDevice {
     /// Values of the batch in work.
     pub(super) values: Memory,
     pub(super) arrangement: Arrangement,
+    offload: Option<Offload>,
     pub(super) inputs: Inputs,
     tables: Vec<LoadedTable>,
 }
@@ -103,9 +105,10 @@ impl CudaDevice {
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let optimizer = Optimizer::new(&gpu, &graph, &adapter, &parts)?;
         let footprint = Footprint::new(&graph, &lowered);
-        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed, plan.at_once());
+        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed, plan.mode());
         let arrangement = arrangement.ok_or_else(|| Error::run("the plan has no room for a token"))?;
         let values = gpu.allocate(plan.values)?;
+        let offload = plan.offloads().then(|| Offload::new(&gpu, plan.host_inputs)).transpose()?;
         let inputs = Inputs::new(&gpu, plan.inputs)?;
         let tables = LoadedTable::load(&gpu, lowered.tables.clone())?;
         let device = CudaDevice {
@@ -124,6 +127,7 @@ impl CudaDevice {
             optimizer,
             values,
             arrangement,
+            offload,
             inputs,
             tables,
         };
@@ -227,6 +231,14 @@ impl CudaDevice {
 
     /// The forward pass of a layer; with `save`, for a backward pass.
     pub(super) fn layer_forward(&self, layer: usize, save: bool) -> Result<()> {
+        if let (Some(offload), true) = (&self.offload, save) {
+            match self.arrangement.travels(layer, false) {
+                Some([here, there, bytes]) => {
+                    offload.keep(&self.gpu, self.values.address + here as u64, there, bytes)?;
+                }
+                None => offload.follow(&self.gpu)?,
+            }
+        }
         self.layer(layer, self.forward_steps(layer, save), save || !self.plain, None)
     }
 
@@ -243,6 +255,14 @@ impl CudaDevice {
 
     /// The backward pass of a layer.
     pub(super) fn layer_backward(&self, layer: usize) -> Result<()> {
+        if let Some(offload) = &self.offload {
+            match self.arrangement.travels(layer, true) {
+                Some([here, there, bytes]) => {
+                    offload.fetch(&self.gpu, there, self.values.address + here as u64, bytes)?;
+                }
+                None => offload.follow(&self.gpu)?,
+            }
+        }
         let kind = self.graph.layers[layer].block;
         let scheduled = &self.lowered.schedules[kind][self.arrangement.saved[layer] as usize];
         let places = self.arrangement.places(&self.lowered, kind, layer, true, true);
@@ -263,17 +283,17 @@ impl CudaDevice {
 
     /// Where the gradient between layers lies.
     pub(super) fn gradient_edge(&self) -> View {
-        let at = self.values.address + self.arrangement.gradient as u64;
+        let at = self.values.address + self.arrangement.gradient() as u64;
         View { at, ld: (self.lowered.programs[0].edge() / 2) as i64 }
     }
 
     /// Sends a batch's arrays in one copy and makes its tables.
     pub(super) fn send(&mut self, batch: &Batch, save: bool) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let (bytes, at_once) = (self.plan.values, self.plan.at_once());
+        let (bytes, mode) = (self.plan.values, self.plan.mode());
         let arrangement = match save {
-            true => self.footprint.arrange(tokens, answers, bytes, &self.plan.allowed, at_once),
-            false => self.footprint.arrange_forward(tokens, answers, bytes, at_once),
+            true => self.footprint.arrange(tokens, answers, bytes, &self.plan.allowed, mode),
+            false => self.footprint.arrange_forward(tokens, answers, bytes, mode),
         };
         self.arrangement = arrangement.ok_or_else(|| {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());

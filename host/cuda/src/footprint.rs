@@ -29,6 +29,8 @@ pub(super) struct Footprint {
     dequantizing: usize,
     /// Bytes of the layers' frozen weights.
     weights: usize,
+    /// Whether a layer's backward pass computes its output again.
+    rewrites_output: bool,
     /// Time of a step, in multiply-adds of matmuls.
     work: Work,
 }
@@ -60,11 +62,15 @@ impl Work {
     }
 }
 
-/// Rows that are computed at once: of logits, and of a layer's steps that do not mix rows.
+/// How batches are computed.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct AtOnce {
+pub(super) struct Mode {
+    /// Rows of logits at once.
     pub logits: usize,
+    /// Rows at once of a layer's steps that do not mix rows.
     pub chunk: usize,
+    /// Whether the layers' inputs may wait for the backward pass in host memory.
+    pub offload: bool,
 }
 
 /// Where a buffer lies in the memory for values, in bytes.
@@ -82,13 +88,15 @@ pub(super) struct Arrangement {
     pub rows: usize,
     /// Rows of a chunk, at most.
     pub chunk: usize,
-    /// Values between layers that are there at the same time.
+    /// Bytes of a value between layers, of how many there is room, and whether others wait in host memory.
+    edge: usize,
     edges: usize,
+    pub offloads: bool,
     /// Of every layer, what is saved, and where it begins; of none in a pass that has no backward pass.
     pub saved: Vec<SavedActivations>,
     pub saved_at: Vec<usize>,
-    /// The last layer's output; when the head has read it, the gradient that goes from layer to layer.
-    pub gradient: usize,
+    /// Layers that there are.
+    layers: usize,
     /// Where what is in work lies: of a layer a dequantised stack and then its buffers, of the head all.
     pub work: usize,
     pub scratch: usize,
@@ -104,6 +112,26 @@ pub(super) struct Arrangement {
 }
 
 impl Arrangement {
+    /// Where a layer's input lies, which is the output of the one before it. Those that come back from host memory take turns in the places
+    /// that the last two have.
+    fn input(&self, layer: usize, backward: bool) -> usize {
+        let last = self.layers.saturating_sub(1);
+        let at = if self.offloads && backward && layer < last { last - (last - layer) % 2 } else { layer };
+        at % self.edges * self.edge
+    }
+
+    /// Where the last layer's output lies; when the head has read it, the gradient that goes from layer to layer.
+    pub(super) fn gradient(&self) -> usize {
+        self.input(self.layers, false)
+    }
+
+    /// What is copied beside a layer, forward to host memory and backward from there: the input of the layer before it, but for those that
+    /// are still here when the backward pass begins. Its place here, its place there, and its bytes.
+    pub(super) fn travels(&self, layer: usize, backward: bool) -> Option<[usize; 3]> {
+        let before = layer.checked_sub(1).filter(|before| self.offloads && before + 2 < self.layers)?;
+        Some([self.input(before, backward), before * self.edge, self.edge])
+    }
+
     /// Places of a layer's buffers in a pass; `None` for one that the pass does not touch. A forward pass that does not
     /// `save` anything has no backward pass.
     pub(super) fn places(
@@ -118,11 +146,10 @@ impl Arrangement {
         let level = if save || backward { self.saved[layer] } else { SavedActivations::BlockInput };
         let Passes { forward, backward: back } = lowered.schedules[kind][level as usize].passes(self.rows > self.chunk);
         let layout = if backward { back } else { forward };
-        let edge = program.edge() * self.rows;
         let place = |buffer| match buffer {
-            INPUT => Some(Place::of(layer % self.edges * edge)),
-            OUTPUT => Some(Place::of((layer + 1) % self.edges * edge)),
-            GRADIENT => Some(Place::of(self.gradient)),
+            INPUT => Some(Place::of(self.input(layer, backward))),
+            OUTPUT => Some(Place::of(self.input(layer + 1, backward))),
+            GRADIENT => Some(Place::of(self.gradient())),
             _ => match layout.saved[buffer] {
                 Some(saved) => Some(Place::of(self.saved_at[layer] + saved * self.rows)),
                 None => layout.scratch[buffer].map(|scratch| Place {
@@ -151,7 +178,7 @@ impl Arrangement {
         let Passes { forward, backward } = &lowered.head_schedule.whole;
         let place = |buffer| {
             let offset = match (buffer, forward.saved.get(buffer)) {
-                (INPUT, _) => return Some(Place::of(self.gradient)),
+                (INPUT, _) => return Some(Place::of(self.gradient())),
                 (OUTPUT | GRADIENT, _) => (buffer - OUTPUT) * edge,
                 (_, Some(Some(saved))) => 2 * edge + saved * rows,
                 _ => {
@@ -190,8 +217,14 @@ impl Level {
 /// Rows of logits at once, at least and at most.
 pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
 
-/// Values between layers of a forward pass that has no backward pass: before a layer and after it.
+/// Values between layers that there is room for in a forward pass that has no backward pass: before a layer and after it.
 const FORWARD_EDGES: usize = 2;
+
+/// The same where others wait in host memory: one more is on its way. In the backward pass, one has the gradient.
+const OFFLOAD_EDGES: usize = 3;
+
+/// What inputs of layers that wait in host memory cost beside the time of the bus, as a share of a step.
+pub(super) const OFFLOAD_COST: f64 = 0.01;
 
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
@@ -223,6 +256,7 @@ impl Footprint {
             let scratch = [false, true].map(|chunked| free.passes(chunked).forward.ends.clone());
             Level { saved: 0, scratch, again: Work::default() }
         };
+        let steps = lowered.schedules.iter().flatten().map(|scheduled| &scheduled.steps);
         let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
         let head = &lowered.head_schedule.whole;
         let scratch = [&head.forward, &head.backward].map(Layout::row_bytes).into_iter().max().unwrap_or(0);
@@ -236,23 +270,40 @@ impl Footprint {
             dequantized: lowered.dequantized(),
             dequantizing: graph.layers.iter().map(|l| lowered.programs[l.block].dequantizing()).sum(),
             weights: lowered.layers(graph).iter().sum(),
+            rewrites_output: steps.clone().flatten().any(|step| step.buffers().any(|b| b == OUTPUT)),
             work: Work::sum(kinds.iter().map(|k| (work(*k, &lowered.programs[*k].forward), 3.0))),
             kinds,
         }
     }
 
-    /// Arranges a batch in so many bytes, with so many rows at once: what is saved is as much as fits, of the last layers first. `None` where even the least of the allowed levels does not fit.
+    /// Arranges a batch in so many bytes, with so many rows at once: what is saved is as much as fits, of the last layers first. Inputs of layers
+    /// wait in host memory where that may be and more is saved for it. `None` where even the least of the allowed levels does not fit.
     pub(super) fn arrange(
         &self,
         tokens: usize,
         answers: usize,
         bytes: usize,
         allowed: &[SavedActivations],
-        at_once: AtOnce,
+        mode: Mode,
+    ) -> Option<Arrangement> {
+        let all = [false, true].into_iter().filter(|offload| mode.offload || !offload);
+        let all = all.filter_map(|offload| self.arranged(tokens, answers, bytes, allowed, Mode { offload, ..mode }));
+        let cost = |a: &Arrangement| a.again + if a.offloads { OFFLOAD_COST } else { 0.0 };
+        all.min_by(|a, b| cost(a).total_cmp(&cost(b)))
+    }
+
+    /// The same, with inputs of layers in host memory if `mode` says so.
+    pub(super) fn arranged(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        allowed: &[SavedActivations],
+        mode: Mode,
     ) -> Option<Arrangement> {
         let [rows, answer_rows] = padded_rows(tokens, answers);
-        let edges = (self.kinds.len() + 1) * self.edge * rows;
-        let AtOnce { logits: logits_rows, chunk } = at_once;
+        let Mode { logits: logits_rows, chunk, offload } = mode;
+        let edges = self.edges(offload) * self.edge * rows;
         let level = |kind: usize, level: SavedActivations| &self.levels[kind][level as usize];
         let most = |least: SavedActivations| {
             let allowed = allowed.iter().filter(|a| **a <= least);
@@ -287,10 +338,12 @@ impl Footprint {
         Some(Arrangement {
             rows,
             chunk,
-            edges: self.kinds.len() + 1,
+            edge: self.edge * rows,
+            edges: self.edges(offload),
+            offloads: offload,
             saved,
             saved_at,
-            gradient: edges - self.edge * rows,
+            layers: self.kinds.len(),
             work: at,
             scratch: at + self.dequantized,
             answer_rows,
@@ -302,13 +355,21 @@ impl Footprint {
     }
 
     /// Time of a micro-batch's step with so much of it computed again, as a share of what it takes without waiting for weights: that of
-    /// dequantising them, in each of so many turns of chunks, and where layers are in host memory, that of the bus.
-    pub(super) fn waits(&self, (tokens, answers): (usize, usize), again: f64, turns: f64, place: Weights) -> f64 {
+    /// dequantising them, in each of so many turns of chunks, and where layers or their inputs are in host memory, that of the bus.
+    pub(super) fn waits(
+        &self,
+        (tokens, answers): (usize, usize),
+        again: f64,
+        turns: f64,
+        (place, offload): (Weights, bool),
+    ) -> f64 {
         let all = self.work.of(tokens, answers);
         // Of a forward and a backward pass; what is computed again is of the forward pass, a third of the step.
         let dequantizing = turns * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
         let passes = [1.0 / 3.0 + dequantizing, 2.0 / 3.0 + again + (1.0 + 3.0 * again) * dequantizing];
-        let bus = if place == Weights::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
+        let weights = if place == Weights::Host { self.weights } else { 0 };
+        let inputs = self.host_inputs(tokens, answers).filter(|_| offload).unwrap_or(0);
+        let bus = (weights + inputs) as f64 * MATMUL_PER_BUS_BYTE / all;
         (passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again).max(0.0)
     }
 
@@ -318,41 +379,56 @@ impl Footprint {
         tokens: usize,
         answers: usize,
         bytes: usize,
-        at_once: AtOnce,
+        mode: Mode,
     ) -> Option<Arrangement> {
         let ([rows, answer_rows], edges) = (padded_rows(tokens, answers), FORWARD_EDGES);
         let scratch = edges * self.edge * rows;
         let logits = scratch + self.head * answer_rows;
-        (self.forward(tokens, answers, at_once) <= bytes).then(|| Arrangement {
+        (self.forward(tokens, answers, mode) <= bytes).then(|| Arrangement {
             rows,
-            chunk: at_once.chunk,
+            chunk: mode.chunk,
+            edge: self.edge * rows,
             edges,
+            offloads: false,
             saved: Vec::new(),
             saved_at: Vec::new(),
-            gradient: self.kinds.len() % edges * self.edge * rows,
+            layers: self.kinds.len(),
             work: scratch,
             scratch: scratch + self.dequantized,
             answer_rows,
             logits,
-            logits_rows: at_once.logits.clamp(1, answers.max(1)),
+            logits_rows: mode.logits.clamp(1, answers.max(1)),
             logits_room: (bytes - logits) / self.logits,
             again: 0.0,
         })
     }
 
     /// Bytes of a batch in a forward pass that has no backward pass.
-    pub(super) fn forward(&self, tokens: usize, answers: usize, at_once: AtOnce) -> usize {
+    pub(super) fn forward(&self, tokens: usize, answers: usize, mode: Mode) -> usize {
         let [rows, _] = padded_rows(tokens, answers);
         let layers =
-            self.dequantized + self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
-        let most = layers.max(self.dequantized + self.embed * rows).max(self.head(answers, at_once.logits));
+            self.dequantized + self.forward.iter().map(|level| level.scratch(rows, mode.chunk)).max().unwrap_or(0);
+        let most = layers.max(self.dequantized + self.embed * rows).max(self.head(answers, mode.logits));
         FORWARD_EDGES * self.edge * rows + most
     }
 
+    /// Values between layers that there is room for.
+    fn edges(&self, offload: bool) -> usize {
+        if offload { OFFLOAD_EDGES } else { self.kinds.len() + 1 }
+    }
+
+    /// Bytes of host memory in which the inputs of layers wait, of up to so many tokens; `None` where nothing would be gained, or where
+    /// the backward pass of a layer needs the place of its output.
+    pub(super) fn host_inputs(&self, tokens: usize, answers: usize) -> Option<usize> {
+        let [rows, _] = padded_rows(tokens, answers);
+        let waiting = (self.kinds.len() + 1).checked_sub(OFFLOAD_EDGES).filter(|n| *n > 0 && !self.rewrites_output)?;
+        Some(waiting * self.edge * rows)
+    }
+
     /// Bytes a token takes between layers and saved in them.
-    pub(super) fn per_token(&self, saved: &[SavedActivations]) -> usize {
+    pub(super) fn per_token(&self, saved: &[SavedActivations], offload: bool) -> usize {
         let bytes = |(level, kind): (&SavedActivations, &usize)| self.levels[*kind][*level as usize].saved;
-        (self.kinds.len() + 1) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
+        self.edges(offload) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
     }
 
     /// Bytes of the head for so many answer tokens, with so many rows of logits at once.
@@ -361,14 +437,14 @@ impl Footprint {
     }
 
     /// Bytes with which a batch is computed as fast as it goes with so much saved, in chunks of so many rows.
-    pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations, chunk: usize) -> usize {
+    pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations, mode: Mode) -> usize {
         let [rows, answer_rows] = padded_rows(tokens, answers);
         let level = |kind: &usize| &self.levels[*kind][saved as usize];
         let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
-        let scratch = self.kinds.iter().map(|k| level(k).scratch(rows, chunk)).max().unwrap_or(0);
+        let scratch = self.kinds.iter().map(|k| level(k).scratch(rows, mode.chunk)).max().unwrap_or(0);
         let scratch = self.dequantized + scratch.max(self.embed * rows);
         let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
-        (self.kinds.len() + 1) * self.edge * rows + saved + scratch.max(head)
+        self.edges(mode.offload) * self.edge * rows + saved + scratch.max(head)
     }
 }
 

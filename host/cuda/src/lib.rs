@@ -25,6 +25,7 @@ mod lowered;
 mod lowering;
 mod matmul;
 mod nccl;
+mod offload;
 mod ops;
 mod optimizer;
 mod plan;

@@ -5,7 +5,7 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::footprint::{AtOnce, Footprint, LOGITS_ROWS, input_bytes};
+use super::footprint::{Footprint, LOGITS_ROWS, Mode, OFFLOAD_COST, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
@@ -30,10 +30,15 @@ pub(super) const LOST_TOKENS: f64 = 300.0;
 const CHUNK_ROWS: [Option<usize>; 4] = [None, Some(8192), Some(4096), Some(2048)];
 
 /// Tokens whose time every further chunk of a batch takes: its matmuls fill the card less well (docs/performance.md).
-const LOST_CHUNK_TOKENS: f64 = 100.0;
+const LOST_CHUNK_TOKENS: f64 = 130.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
+
+/// Where layers fit on the GPU, their time in host memory has to be so much of that to be preferred, even if a step has no more tokens than
+/// [`FEW_TOKENS`], which hide fewer copies than a full micro-batch.
+const FASTER: f64 = 0.95;
+const FEW_TOKENS: usize = 4096;
 
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
 pub(super) const CONTEXT: usize = 640 << 20;
@@ -76,6 +81,8 @@ pub struct GpuPlan {
     pub layers: Storage,
     /// Bytes of layers in host memory.
     pub host_layers: usize,
+    /// Bytes of host memory in which the layers' inputs wait for the backward pass; 0 where they stay on the GPU.
+    pub host_inputs: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
     pub weights: usize,
     /// The same where they are not shared.
@@ -120,7 +127,8 @@ pub struct GpuPlan {
 
 impl GpuPlan {
     /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers sharded over so many
-    /// `ranks`; refuses what does not fit. Layers that do not fit otherwise stay in host memory, unless options say that none does.
+    /// `ranks`; refuses what does not fit. Layers stay in host memory where they do not fit otherwise, or where that is clearly faster,
+    /// unless options say which.
     pub fn new(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -131,18 +139,23 @@ impl GpuPlan {
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
         let plan = |place| GpuPlan::with(graph, adapter, (longest, answers), room, place, options);
-        match (ranks, options.offload_base) {
+        let (_, plan) = match (ranks, options.offload_base) {
             (1, Some(true)) => plan(Place::Host),
             (1, Some(false)) => plan(Place::Resident),
-            (1, None) => plan(Place::Resident).or_else(|e| plan(Place::Host).map_err(|_| e)),
+            (1, None) => match (plan(Place::Resident), plan(Place::Host)) {
+                (Ok((here, _)), Ok((cost, host))) if cost < here * FASTER => Ok((cost, host)),
+                (Err(_), Ok(host)) => Ok(host),
+                (here, _) => here,
+            },
             (_, Some(true)) => Err(Error::input("layers are either sharded over ranks or in host memory")
                 .at("--offload-base")
                 .help("leave out --offload-base or --shard-base")),
             _ => plan(Place::Sharded(ranks)),
-        }
+        }?;
+        Ok(plan)
     }
 
-    /// Plans with the layers in this place.
+    /// Plans with the layers in this place; with it the time of a token, to compare places.
     fn with(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -150,7 +163,7 @@ impl GpuPlan {
         room: Room,
         place: Place,
         options: MemoryOptions,
-    ) -> Result<GpuPlan> {
+    ) -> Result<(f64, GpuPlan)> {
         let numbers = match options.quantization {
             None => NUMBERS,
             Some(Quantization::Nf4) => Numbers::Nf4,
@@ -188,17 +201,27 @@ impl GpuPlan {
             Some(packing) => vec![packing.chunk_rows],
             None => CHUNK_ROWS.to_vec(),
         };
+        let ways = chunks.iter().flat_map(|chunk| [false, true].map(|offload| (*chunk, offload)));
         let mut best: Option<([f64; 2], GpuPlan)> = None;
         let mut need = 0;
         for place in if table > 0 { &[Place::Resident, Place::Host][..] } else { &[Place::Resident] } {
             let (here, host) = if *place == Place::Host { (0, table) } else { (table, 0) };
-            for (tokens, chunk) in sizes.iter().flat_map(|tokens| chunks.iter().map(move |chunk| (tokens, *chunk))) {
+            for (tokens, (chunk, offload)) in sizes.iter().flat_map(|tokens| ways.clone().map(move |way| (tokens, way)))
+            {
                 let scoring = match options.packing {
                     Some(packing) => packing.scoring_tokens,
                     None if fixed.is_some() => *tokens,
                     None => ENOUGH_TOKENS,
                 };
-                let most = longest.max(*tokens).max(scoring);
+                let longest = longest.max(*tokens);
+                let most = longest.max(scoring);
+                // Half of the host memory that is left then stays for others.
+                let fits = |inputs: &usize| room.host.is_none_or(|host| host_layers + 2 * inputs <= host);
+                let inputs = match offload {
+                    true => footprint.host_inputs(longest, answer_tokens(longest, answers)).filter(fits),
+                    false => Some(0),
+                };
+                let Some(host_inputs) = inputs else { continue };
                 let mut plan = GpuPlan {
                     gates,
                     available,
@@ -206,6 +229,7 @@ impl GpuPlan {
                     ranks,
                     layers,
                     host_layers,
+                    host_inputs,
                     weights: weights + here,
                     whole: whole + here,
                     host_embedding: host,
@@ -220,21 +244,20 @@ impl GpuPlan {
                     chunk_rows: chunk,
                     micro_batch_tokens: *tokens,
                     scoring_tokens: *tokens,
-                    most_tokens: longest.max(*tokens),
+                    most_tokens: longest,
                     answers,
                     saved: [Vec::new(), Vec::new()],
                     allowed: allowed.to_vec(),
                     again: 0.0,
                     waits: 0.0,
                 };
-                let longest = longest.max(*tokens);
-                let at_once = plan.at_once();
-                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep, at_once.chunk);
-                let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
+                let mode = plan.mode();
+                let values = |keep, mode| footprint.whole(longest, answer_tokens(longest, answers), keep, mode);
+                let least = values(allowed[allowed.len() - 1], mode);
+                let most_useful = values(allowed[0], Mode { offload: false, ..mode });
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
-                let arrange =
-                    |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, at_once);
+                let arrange = |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, mode);
                 let (Some(full), Some(largest)) = (arrange(*tokens), arrange(longest)) else {
                     let all = plan.total() + least;
                     need = if need == 0 { all } else { need.min(all) };
@@ -246,9 +269,9 @@ impl GpuPlan {
                     Some(rows) => rows,
                     None => room.clamp(LOGITS_ROWS[0], LOGITS_ROWS[1]),
                 };
-                let at_once = plan.at_once();
+                let mode = plan.mode();
                 let fits = |tokens: &usize| {
-                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, at_once).is_some()
+                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, mode).is_some()
                 };
                 plan.scoring_tokens = match options.packing {
                     Some(_) if fits(&scoring) => scoring,
@@ -257,27 +280,35 @@ impl GpuPlan {
                 };
                 plan.values = bytes;
                 plan.again = full.again;
-                plan.per_token = footprint.per_token(&full.saved);
-                let waits = |tokens: usize, again: f64| {
+                plan.per_token = footprint.per_token(&full.saved, full.offloads);
+                let waits = |tokens: usize, again: f64, offloads: bool| {
                     let turns = chunk.map_or(1, |rows| tokens.div_ceil(rows)) as f64;
-                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, layers.place)
+                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, (layers.place, offloads))
                 };
-                plan.waits = waits(*tokens, full.again);
-                let cost = |tokens: usize, again: f64| {
+                plan.waits = waits(*tokens, full.again, full.offloads);
+                let cost = |tokens: usize, again: f64, offloads: bool| {
                     let further = chunk.map_or(0, |rows| tokens.div_ceil(rows) - 1) as f64;
                     let lost = (LOST_TOKENS + further * LOST_CHUNK_TOKENS) / tokens as f64;
-                    let waits = waits(tokens, again);
-                    (1.0 + again + waits) * (1.0 + lost) + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 }
+                    let waits = waits(tokens, again, offloads);
+                    let host = [(host > 0, HOST_EMBEDDING_COST), (offloads, OFFLOAD_COST)].into_iter();
+                    let host: f64 = host.filter(|(is, _)| *is).map(|(_, cost)| cost).sum();
+                    (1.0 + again + waits) * (1.0 + lost) + host
                 };
                 // Of plans that are as good for full micro-batches, the best for the longest.
-                let cost = [cost(*tokens, full.again), cost(longest, largest.again)];
+                let cost = [(*tokens, &full), (longest, &largest)].map(|(tokens, a)| cost(tokens, a.again, a.offloads));
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     plan.saved = [full.saved, largest.saved];
                     best = Some((cost, plan));
                 }
             }
         }
-        best.map(|(_, plan)| plan).ok_or_else(|| {
+        let cost = |plan: &GpuPlan| {
+            let few = plan.micro_batch_tokens.min(FEW_TOKENS);
+            let batch = (few, answer_tokens(few, answers));
+            let waits = footprint.waits(batch, plan.again, 1.0, (layers.place, plan.offloads()));
+            (1.0 + plan.again + waits) * (1.0 + LOST_TOKENS / plan.micro_batch_tokens as f64)
+        };
+        best.map(|(_, plan)| (cost(&plan), plan)).ok_or_else(|| {
             Error::input(format!(
                 "{} and needs {} on the GPU, there are {}: weights {}, adapter {}",
                 of_tokens(longest, longest.max(fixed.unwrap_or(0))),
@@ -304,9 +335,15 @@ impl GpuPlan {
         Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows), chunk_rows }
     }
 
-    /// Rows that are computed at once.
-    pub(super) fn at_once(&self) -> AtOnce {
-        AtOnce { logits: self.logits_rows, chunk: self.chunk_rows.unwrap_or(usize::MAX) }
+    /// Whether the layers' inputs may wait for the backward pass in host memory.
+    pub(super) fn offloads(&self) -> bool {
+        self.host_inputs > 0
+    }
+
+    /// How batches are computed.
+    pub(super) fn mode(&self) -> Mode {
+        let chunk = self.chunk_rows.unwrap_or(usize::MAX);
+        Mode { logits: self.logits_rows, chunk, offload: self.offloads() }
     }
 
     /// Bytes of the whole process on the GPU.
@@ -375,6 +412,10 @@ impl fmt::Display for GpuPlan {
             size(self.head),
             self.micro_batch_tokens
         );
+        let per_token = match self.host_inputs {
+            0 => per_token,
+            bytes => format!("{per_token}; inputs of layers, {}, wait in host memory", size(bytes)),
+        };
         for (name, bytes, note) in [
             ("weights", self.weights, format!("{numbers}, with the adapter's copy{shared}{table}")),
             ("adapter", self.adapter, "parameters and gradient in f32".into()),

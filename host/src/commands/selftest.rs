@@ -67,8 +67,9 @@ impl Card {
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
 
-/// Rows of a chunk, where batches are computed in chunks.
-const CHUNK_ROWS: usize = 64;
+/// Rows of a chunk, where batches are computed in chunks: an op alone is computed at once, whole models in both ways.
+const AT_ONCE: &[Option<usize>] = &[None];
+const BOTH: &[Option<usize>] = &[None, Some(64)];
 
 /// Most answer tokens to a token that is laid out: five answers of one token to a prompt of one.
 const MOST_ANSWERS: f64 = 5.0;
@@ -101,7 +102,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     let mut failures = 0;
     let wanted = |name: &str| name.contains(&options.only);
     for (name, graph) in op_cases()?.into_iter().chain(wide_cases()?).filter(|(name, _)| wanted(name)) {
-        failures += usize::from(!compare(card, &name, &graph, &adapter(&graph, false)?, options.quick)?);
+        failures += usize::from(!compare(card, &name, &graph, &adapter(&graph, false)?, (AT_ONCE, options.quick))?);
     }
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family)?.runnable(config)?;
@@ -110,21 +111,21 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         ("LoRA minus its start", subtracting_adapter(&graph)?),
     ] {
         if wanted(name) {
-            failures += usize::from(!compare(card, name, &graph, &adapter, options.quick)?);
+            failures += usize::from(!compare(card, name, &graph, &adapter, (BOTH, options.quick))?);
             failures += usize::from(!updates(card, name, &graph, &adapter)?);
         }
     }
     for (name, storages) in storages() {
         if wanted(name) {
             let adapter = patterned_adapter(&graph)?;
-            failures += usize::from(!compare_kept(card, (name, &storages), &graph, &adapter, options.quick)?);
+            failures += usize::from(!compare_kept(card, (name, &storages), &graph, &adapter, (BOTH, options.quick))?);
             failures += usize::from(!answers(card, name, &graph, storages[1])?);
         }
     }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
-        failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, options.quick)?);
+        failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, (BOTH, options.quick))?);
         failures += usize::from(!training(registry, card, family, &graph, steps)?);
         failures += usize::from(!answers(card, family, &graph, MemoryOptions::default())?);
     }
@@ -228,8 +229,14 @@ enum Repeats {
 }
 
 /// Compares log-probs and gradients; a line of the table.
-fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
-    compare_kept(card, (name, &[MemoryOptions::default()]), graph, adapter, quick)
+fn compare(
+    card: Card,
+    name: &str,
+    graph: &ModelGraph,
+    adapter: &Adapter,
+    how: (&[Option<usize>], bool),
+) -> Result<bool> {
+    compare_kept(card, (name, &[MemoryOptions::default()]), graph, adapter, how)
 }
 
 /// The same, with the frozen base kept in several ways, which are of the same numbers and compute the same bits.
@@ -238,7 +245,7 @@ fn compare_kept(
     (name, storages): (&str, &[MemoryOptions]),
     graph: &ModelGraph,
     adapter: &Adapter,
-    quick: bool,
+    (chunks, quick): (&[Option<usize>], bool),
 ) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
@@ -272,7 +279,7 @@ fn compare_kept(
         let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows));
         kept.clone().map(load).collect::<Result<Vec<_>>>()
     };
-    let mut devices = [None, Some(CHUNK_ROWS)].map(load).into_iter().collect::<Result<Vec<_>>>()?;
+    let mut devices = chunks.iter().map(|rows| load(*rows)).collect::<Result<Vec<_>>>()?;
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
         let mut rng = ChaCha8Rng::seed_from_u64(9);

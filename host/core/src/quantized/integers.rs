@@ -1,13 +1,13 @@
 //! Integers in words of 32 bits, groups of inputs with a scale and a zero for every output: GPTQ (arXiv 2210.17323), as AutoGPTQ and
-//! GPTQModel write it, and AWQ (arXiv 2306.00978), as AutoAWQ does in its layout `gemm`. A value is `scale · (code − zero)`, in the
-//! scale's own type.
+//! GPTQModel write it; AWQ (arXiv 2306.00978), as AutoAWQ does in its layout `gemm`; compressed-tensors' `pack-quantized`. A value is
+//! `scale · (code − zero)`, in the scale's own type.
 
 use candle_core::DType;
 use rayon::prelude::*;
 use safetensors::Dtype;
 use serde_json::Value;
 
-use super::{Found, Method, Parts, Stated, misfit, part, rounded};
+use super::{Found, Method, Parts, Stated, Stored, misfit, part, rounded};
 use crate::error::{Error, Result};
 
 /// How a GPTQ checkpoint is written.
@@ -18,6 +18,16 @@ pub struct Gptq {
     group: Option<usize>,
     /// What a zero is more than its code: 1, unless the format is `gptq_v2`.
     more: u32,
+}
+
+/// How a checkpoint of compressed-tensors is packed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Packed {
+    bits: usize,
+    /// As in [`Gptq`].
+    group: Option<usize>,
+    /// Whether zeros are written; else all are the middle of the codes.
+    zeros: bool,
 }
 
 /// Outputs that are worth a thread's while: whole words of either kind.
@@ -54,8 +64,23 @@ pub(super) fn awq(how: &Stated) -> Found<Method> {
     }
 }
 
+/// Of the weights of a group of modules.
+pub(super) fn packed(weights: &Value) -> Found<Method> {
+    let text = |key: &str| weights.get(key).and_then(Value::as_str).unwrap_or_default();
+    let number = |key: &str| weights.get(key).and_then(Value::as_u64).map(|n| n as usize).filter(|n| *n > 0);
+    let (bits, strategy) = (number("num_bits").unwrap_or_default(), text("strategy"));
+    if text("type") != "int" || ![4, 8].contains(&bits) || !["group", "channel"].contains(&strategy) {
+        let kind = text("type");
+        return Err(format!(
+            "weights are {kind} of {bits} bits by {strategy}; int of 4 or 8 by group or channel is read"
+        ));
+    }
+    let zeros = weights.get("symmetric").and_then(Value::as_bool) == Some(false);
+    Ok(Method::Packed(Packed { bits, group: number("group_size").filter(|_| strategy == "group"), zeros }))
+}
+
 pub(super) fn dtype(parts: &Parts<'_>) -> Result<DType> {
-    Ok(match part(parts, "scales")?.dtype {
+    Ok(match parts.get("weight_scale").map_or_else(|| part(parts, "scales"), |scales| Ok(*scales))?.dtype {
         Dtype::F16 => DType::F16,
         Dtype::BF16 => DType::BF16,
         _ => DType::F32,
@@ -79,25 +104,12 @@ impl Gptq {
         }
     }
 
-    /// The group of every input.
-    fn groups(self, parts: &Parts<'_>, inputs: usize) -> Result<Vec<usize>> {
-        let count = part(parts, "scales")?.shape[0];
-        let groups: Vec<usize> = match parts.get("g_idx") {
-            Some(index) => index.words()?.iter().map(|group| *group as usize).collect(),
-            None => (0..inputs).map(|input| input / self.group.unwrap_or(inputs)).collect(),
-        };
-        match groups.len() == inputs && groups.iter().all(|group| *group < count) {
-            true => Ok(groups),
-            false => Err(Error::input(format!("its groups are not those of {inputs} inputs and {count} scales"))),
-        }
-    }
-
     pub(super) fn values(self, parts: &Parts<'_>) -> Result<(DType, Vec<f32>)> {
         let shape = self.shape(parts)?;
         let (outputs, inputs) = (shape[0], shape[1]);
         let (codes, zeros, stored) = (part(parts, "qweight")?, part(parts, "qzeros")?, part(parts, "scales")?);
         let (codes, zeros, scales, dtype) = (codes.words()?, zeros.words()?, stored.floats()?, dtype(parts)?);
-        let groups = self.groups(parts, inputs)?;
+        let groups = groups(parts.get("g_idx"), self.group, inputs, stored.shape[0])?;
         let (each, mask) = (32 / self.bits, u32::MAX >> (32 - self.bits));
         let across = outputs.div_ceil(each);
         let mut values = vec![0.0; outputs * inputs];
@@ -113,6 +125,69 @@ impl Gptq {
                         to[input] = rounded(dtype, scales[group * outputs + output] * code);
                     }
                 }
+            }
+        });
+        Ok((dtype, values))
+    }
+}
+
+/// The group of every input: that which it names, or those of so many inputs one after the other.
+fn groups(index: Option<&Stored<'_>>, size: Option<usize>, inputs: usize, count: usize) -> Result<Vec<usize>> {
+    let groups: Vec<usize> = match index {
+        Some(index) => index.words()?.iter().map(|group| *group as usize).collect(),
+        None => (0..inputs).map(|input| input / size.unwrap_or(inputs)).collect(),
+    };
+    match groups.len() == inputs && groups.iter().all(|group| *group < count) {
+        true => Ok(groups),
+        false => Err(Error::input(format!("its groups are not those of {inputs} inputs and {count} scales"))),
+    }
+}
+
+impl Packed {
+    pub(super) fn shape(self, parts: &Parts<'_>) -> Result<Vec<usize>> {
+        let (codes, scales) = (part(parts, "weight_packed")?, part(parts, "weight_scale")?);
+        let shape = part(parts, "weight_shape")?;
+        let sides: Vec<usize> = match shape.dtype {
+            Dtype::I64 => shape.bytes.as_chunks().0.iter().map(|b| u64::from_le_bytes(*b) as usize).collect(),
+            _ => shape.words()?.iter().map(|side| *side as usize).collect(),
+        };
+        let each = 32 / self.bits;
+        let &[outputs, inputs] = sides.as_slice() else { return Err(misfit("weight_shape", shape, &sides)) };
+        if codes.shape != [outputs, inputs.div_ceil(each)] {
+            return Err(misfit("weight_packed", codes, &sides));
+        }
+        let &[rows, groups] = scales.shape else { return Err(misfit("weight_scale", scales, &sides)) };
+        if rows != outputs || groups == 0 {
+            return Err(misfit("weight_scale", scales, &sides));
+        }
+        if self.zeros {
+            let zeros = part(parts, "weight_zero_point")?;
+            if zeros.shape != [outputs.div_ceil(each), groups] {
+                return Err(misfit("weight_zero_point", zeros, &sides));
+            }
+        }
+        Ok(sides)
+    }
+
+    pub(super) fn values(self, parts: &Parts<'_>) -> Result<(DType, Vec<f32>)> {
+        let shape = self.shape(parts)?;
+        let (outputs, inputs) = (shape[0], shape[1]);
+        let (codes, stored, dtype) =
+            (part(parts, "weight_packed")?.words()?, part(parts, "weight_scale")?, dtype(parts)?);
+        let (scales, count) = (stored.floats()?, stored.shape[1]);
+        let zeros = if self.zeros { Some(part(parts, "weight_zero_point")?.words()?) } else { None };
+        let groups = groups(parts.get("weight_g_idx"), self.group, inputs, count)?;
+        let (each, mask) = (32 / self.bits, u32::MAX >> (32 - self.bits));
+        let at = |words: &[u32], place: usize, inside: usize| words[place] >> (inside % each * self.bits) & mask;
+        let mut values = vec![0.0; outputs * inputs];
+        let rows = values.par_chunks_mut(inputs.max(1)).zip(codes.par_chunks(inputs.div_ceil(each).max(1)));
+        rows.enumerate().for_each(|(output, (to, words))| {
+            for (input, to) in to.iter_mut().enumerate() {
+                let group = groups[input];
+                let middle = 1 << (self.bits - 1);
+                let zero = zeros.as_ref().map_or(middle, |zeros| at(zeros, output / each * count + group, output));
+                let code = at(words, input / each, input) as f32 - zero as f32;
+                *to = rounded(dtype, scales[output * count + group] * code);
             }
         });
         Ok((dtype, values))

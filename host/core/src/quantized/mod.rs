@@ -4,8 +4,9 @@
 //! Activations, which some of these also quantise, are not: what says how (`input_scale` and the like) is left out of account.
 
 mod bitsandbytes;
-mod float8;
+mod compressed;
 mod integers;
+mod scaled;
 
 use std::collections::BTreeMap;
 
@@ -27,13 +28,15 @@ pub const KEYS: &[&str] =
 pub enum Method {
     /// Four bits of bitsandbytes, nf4 and fp4, with double quantisation or without.
     Bitsandbytes,
-    /// e4m3 with scales of blocks of so many rows and columns, of rows, or of the matrix: DeepSeek's, transformers' `fp8`,
+    /// e4m3 or int8 with scales of blocks of so many rows and columns, of rows, or of the matrix: DeepSeek's, transformers' `fp8`,
     /// compressed-tensors.
-    Float8([usize; 2]),
+    Scaled([usize; 2]),
     /// GPTQ: 4 or 8 bits along the inputs, each of which names its group.
     Gptq(integers::Gptq),
     /// AWQ: 4 bits along the outputs, in the layout `gemm`.
     Awq,
+    /// compressed-tensors' `pack-quantized`: 4 or 8 bits along the inputs.
+    Packed(integers::Packed),
 }
 
 /// A tensor as it lies in a file.
@@ -76,8 +79,8 @@ impl Method {
         let found = match method {
             "bitsandbytes" if load_in[1] == Some(true) => Err("its 8 bits are int8 with outliers apart".to_owned()),
             "bitsandbytes" => Ok(Method::Bitsandbytes),
-            "fp8" => float8::fine_grained(how),
-            "compressed-tensors" => float8::compressed(how),
+            "fp8" => scaled::fine_grained(how),
+            "compressed-tensors" => compressed::method(how),
             "gptq" => integers::gptq(how),
             "awq" => integers::awq(how),
             _ => Err(READ.to_owned()),
@@ -92,8 +95,9 @@ impl Method {
     pub fn module(self, name: &str, dtype: Dtype) -> Option<&str> {
         match self {
             Method::Bitsandbytes => bitsandbytes::STATES.iter().find_map(|state| name.strip_suffix(state)),
-            Method::Float8(_) => name.strip_suffix("weight").filter(|_| dtype == Dtype::F8_E4M3),
+            Method::Scaled(_) => name.strip_suffix("weight").filter(|_| [Dtype::F8_E4M3, Dtype::I8].contains(&dtype)),
             Method::Gptq(_) | Method::Awq => name.strip_suffix("qweight"),
+            Method::Packed(_) => name.strip_suffix("weight_packed"),
         }
         .filter(|module| module.ends_with('.'))
     }
@@ -102,9 +106,12 @@ impl Method {
     pub fn parts(self) -> &'static [&'static str] {
         match self {
             Method::Bitsandbytes => bitsandbytes::PARTS,
-            Method::Float8(_) => float8::PARTS,
+            Method::Scaled(_) => scaled::PARTS,
             Method::Gptq(_) => &["qweight", "qzeros", "scales", "g_idx"],
             Method::Awq => &["qweight", "qzeros", "scales"],
+            Method::Packed(_) => {
+                &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"]
+            }
         }
     }
 
@@ -115,9 +122,10 @@ impl Method {
     pub fn shape(self, parts: &Parts<'_>) -> Result<Vec<usize>> {
         match self {
             Method::Bitsandbytes => bitsandbytes::shape(parts),
-            Method::Float8(block) => float8::shape(parts, block),
+            Method::Scaled(block) => scaled::shape(parts, block),
             Method::Gptq(gptq) => gptq.shape(parts),
             Method::Awq => integers::awq_shape(parts),
+            Method::Packed(packed) => packed.shape(parts),
         }
     }
 
@@ -128,8 +136,8 @@ impl Method {
     pub fn dtype(self, parts: &Parts<'_>) -> Result<DType> {
         match self {
             Method::Bitsandbytes => bitsandbytes::dtype(parts),
-            Method::Float8(_) => float8::dtype(parts),
-            Method::Gptq(_) | Method::Awq => integers::dtype(parts),
+            Method::Scaled(_) => scaled::dtype(parts),
+            Method::Gptq(_) | Method::Awq | Method::Packed(_) => integers::dtype(parts),
         }
     }
 
@@ -140,9 +148,10 @@ impl Method {
     pub fn values(self, parts: &Parts<'_>) -> Result<(DType, Vec<f32>)> {
         match self {
             Method::Bitsandbytes => bitsandbytes::values(parts),
-            Method::Float8(block) => float8::values(parts, block),
+            Method::Scaled(block) => scaled::values(parts, block),
             Method::Gptq(gptq) => gptq.values(parts),
             Method::Awq => integers::awq_values(parts),
+            Method::Packed(packed) => packed.values(parts),
         }
     }
 
@@ -153,13 +162,13 @@ impl Method {
     pub fn nf4(self, parts: &Parts<'_>) -> Result<Option<Nf4>> {
         match self {
             Method::Bitsandbytes => bitsandbytes::nf4(parts),
-            Method::Float8(_) | Method::Gptq(_) | Method::Awq => Ok(None),
+            _ => Ok(None),
         }
     }
 }
 
 /// What is read, for the one whose is not.
-const READ: &str = "read are 4 bits of bitsandbytes, fp8 of DeepSeek and of compressed-tensors, GPTQ and AWQ";
+const READ: &str = "read are 4 bits of bitsandbytes, fp8 of DeepSeek, compressed-tensors, GPTQ and AWQ";
 
 impl Stored<'_> {
     /// Which of its numbers is the first that is NaN or infinite.

@@ -37,6 +37,8 @@ pub(super) struct Emulator {
     stacks: Vec<Vec<StackValues>>,
     /// A value for every two bytes.
     memory: Vec<f32>,
+    /// What waits in host memory.
+    host: Vec<f32>,
     batch: Batch,
     /// `d logp / d hidden` of every answer token.
     dhidden: Vec<Vec<f32>>,
@@ -158,7 +160,7 @@ impl Emulator {
         });
         let stacks = stacks.collect();
         let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
-        Emulator { graph, adapter, lowered, arrangement, stacks, memory, batch, dhidden: Vec::new() }
+        Emulator { graph, adapter, lowered, arrangement, stacks, memory, host: Vec::new(), batch, dhidden: Vec::new() }
     }
 
     fn row(&self, pass: &Pass<'_>, s: &Slice, (first, row): (usize, usize)) -> Vec<f32> {
@@ -186,6 +188,14 @@ impl Emulator {
             places,
             chunk: self.arrangement.chunk,
         };
+        // What is copied meanwhile is there when the layer is done, and not before.
+        let moved = self.arrangement.travels(layer, backward).map(|moved| moved.map(|bytes| bytes / 2));
+        if let Some([here, there, count]) = moved {
+            self.host.resize(self.host.len().max(there + count), f32::NAN);
+            if backward {
+                self.memory[here..here + count].fill(f32::NAN);
+            }
+        }
         // Nothing may be read from work space that another layer left.
         let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
         self.memory[from..to].fill(f32::NAN);
@@ -195,6 +205,12 @@ impl Emulator {
         };
         self.run(&pass, steps);
         self.lowered = lowered;
+        if let Some([here, there, count]) = moved {
+            match backward {
+                true => self.memory[here..here + count].copy_from_slice(&self.host[there..there + count]),
+                false => self.host[there..there + count].copy_from_slice(&self.memory[here..here + count]),
+            }
+        }
     }
 
     fn embed(&mut self) {
@@ -215,7 +231,7 @@ impl Emulator {
     fn head(&mut self, dlogps: Option<&[f32]>) -> Vec<f32> {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let hidden = graph.hidden_size;
-        let gradient = self.arrangement.gradient / 2;
+        let gradient = self.arrangement.gradient() / 2;
         let ld = lowered.programs[0].edge() / 2;
         let (places, chunk) = (self.arrangement.head_places(&lowered), usize::MAX);
         let rows = self.batch.targets.len();

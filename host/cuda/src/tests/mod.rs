@@ -9,7 +9,7 @@ pub(crate) use emulator::Emulation;
 use dpo_plugin_api::graph::ModelGraph;
 
 use super::chunks::TILE;
-use super::footprint::{AtOnce, LOGITS_ROWS};
+use super::footprint::{Footprint, LOGITS_ROWS, Mode};
 use super::inputs::Rows;
 use super::liveness::Passes;
 use super::lowered::Lowered;
@@ -22,7 +22,7 @@ use dpo_core::batch::Batch;
 use dpo_core::device::Device;
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::ops;
-use dpo_core::plan::MemoryOptions;
+use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
     FAMILIES, adapter, cpu_as, distance, examples, op_cases, patterned_adapter, subtracting_adapter,
@@ -149,7 +149,23 @@ fn chunks_compute_what_the_cpu_computes() {
         let some = (SavedActivations::ALL[at / 2 % 4..].to_vec(), level, 0.9);
         let levels = [(some, gates), (least, ALL_GATES)].into_iter();
         let numbers = [NUMBERS, Numbers::Nf4][at % 3 / 2];
-        compare_at(&name, (&graph, &adapter(&graph, false).unwrap(), numbers), &lengths, TILE, levels);
+        compare_at(&name, (&graph, &adapter(&graph, false).unwrap(), numbers), &lengths, (TILE, false), levels);
+    }
+}
+
+/// Inputs of layers that wait in host memory come back in time, and over nothing that is still read: those of an odd and of an even number of
+/// layers.
+#[test]
+fn inputs_of_layers_wait_in_host_memory() {
+    let (family, config) = FAMILIES[0];
+    for layers in ["3", "6", "7"] {
+        let config = format!("{},\"num_hidden_layers\":{layers}}}", config.strip_suffix('}').unwrap());
+        let graph = Registry::discover(&[], None).family(family).unwrap().runnable(&config).unwrap();
+        assert_eq!(graph.layers.len().to_string(), layers);
+        let adapter = adapter(&graph, false).unwrap();
+        let levels = [0, 3].map(|level| (SavedActivations::ALL[level..].to_vec(), SavedActivations::ALL[level], 0.9));
+        let levels = levels.into_iter().map(|level| (level, ALL_GATES));
+        compare_at(layers, (&graph, &adapter, NUMBERS), &[&[3, 1, 9], &[17, 5, 6]], (usize::MAX, true), levels);
     }
 }
 
@@ -167,16 +183,16 @@ fn compare_as(name: &str, graph: &ModelGraph, adapter: &Adapter, numbers: Number
     let forward = Gates { forward: true, backward: false };
     let gates = [Gates::default(), forward, ALL_GATES];
     let levels = levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g)));
-    compare_at(name, (graph, adapter, numbers), &lengths, usize::MAX, levels);
+    compare_at(name, (graph, adapter, numbers), &lengths, (usize::MAX, false), levels);
 }
 
-/// The same of examples of such lengths, in chunks of so many rows, at levels of what is saved: those that are allowed, and the bytes to
+/// The same of examples of such lengths, in chunks of so many rows, with inputs of layers here or in host memory, at levels of what is saved: those that are allowed, and the bytes to
 /// save them in, as a part of those that one of them takes.
 fn compare_at(
     name: &str,
     (graph, adapter, numbers): (&ModelGraph, &Adapter, Numbers),
     lengths: &[&[usize]],
-    chunk: usize,
+    (chunk, offload): (usize, bool),
     levels: impl Iterator<Item = ((Vec<SavedActivations>, SavedActivations, f64), Gates)>,
 ) {
     let batch = Batch::of(&examples(graph.vocab_size, lengths, 5).unwrap());
@@ -186,13 +202,13 @@ fn compare_at(
     exact.backward(&batch, &dlogps).unwrap();
     let (tokens, answers) = (batch.tokens(), batch.targets.len());
     assert!(chunk == usize::MAX || tokens.min(answers) > chunk, "{tokens} tokens, {answers} answers");
-    let at_once = AtOnce { logits: LOGITS_ROWS[0], chunk };
+    let mode = Mode { logits: LOGITS_ROWS[0], chunk, offload };
     for ((allowed, level, part), gates) in levels {
         let mut own = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
             let [whole, least] =
-                [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, chunk));
+                [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, mode));
             let bytes = least.max((whole as f64 * part) as usize).next_multiple_of(2);
-            (bytes, f.arrange(tokens, answers, bytes, &allowed, at_once))
+            (bytes, f.arranged(tokens, answers, bytes, &allowed, mode))
         });
         let found = own.forward();
         let gradient = own.backward(&dlogps);
@@ -202,9 +218,9 @@ fn compare_at(
         if level != SavedActivations::BlockInput {
             continue;
         }
-        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
-            let bytes = f.forward(tokens, answers, at_once);
-            (bytes, f.arrange_forward(tokens, answers, bytes, at_once))
+        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f: &Footprint| {
+            let bytes = f.forward(tokens, answers, mode);
+            (bytes, f.arrange_forward(tokens, answers, bytes, mode))
         });
         assert_eq!(alone.forward(), found, "{what}: without a backward pass");
     }
@@ -304,6 +320,31 @@ fn plans_use_what_there_is() {
         assert!(cost(&plan) <= before * 1.006, "more memory makes it slower: {plan}");
         before = cost(&plan);
     }
+}
+
+/// Rows of 30,000 tokens fit within 24 GiB in chunks, rows twice as long where the layers' inputs wait in host memory; packing decides chunks, so
+/// that a resumed run has them.
+#[test]
+fn long_rows_fit() {
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |longest: usize, host: Option<usize>, packing: Option<Packing>| {
+        let room = Room { host, ..Room::of(24 << 30, 1) };
+        let options = MemoryOptions { packing, offload_base: Some(false), ..MemoryOptions::default() };
+        GpuPlan::new(&graph, &adapter, longest, 0.02, room, 1, options)
+    };
+    let long = plan(30_000, Some(0), None).unwrap();
+    assert!(long.chunk_rows.is_some() && !long.offloads() && long.total() <= 24 << 30, "{long}");
+    assert!(plan(60_000, Some(0), None).is_err());
+    let longer = plan(60_000, None, None).unwrap();
+    assert!(longer.chunk_rows.is_some() && longer.offloads() && longer.total() <= 24 << 30, "{longer}");
+    for plan in [plan(30_000, None, Some(long.packing())), plan(60_000, None, Some(longer.packing()))] {
+        let plan = plan.unwrap();
+        assert!([long.packing(), longer.packing()].contains(&plan.packing()), "{plan}");
+    }
+    // Rows that fit at once are computed at once.
+    let short = plan(4_096, None, None).unwrap();
+    assert_eq!(short.chunk_rows, None, "{short}");
 }
 
 /// Layers that ranks share take a part of their bytes on each, and the places of two layers.

@@ -1,5 +1,5 @@
-//! e4m3 with scales: of blocks (DeepSeek-V3, section 3.3.2; transformers' `FineGrainedFP8Config`), of rows, or of the whole matrix
-//! (compressed-tensors). A value is its code times its scale, in bf16, or in f16 where the scales are.
+//! Codes of a byte, e4m3 or int8, with scales: of blocks (DeepSeek-V3, section 3.3.2; transformers' `FineGrainedFP8Config`), of rows, or of
+//! the whole matrix (compressed-tensors). A value is its code times its scale, in bf16, or in f16 where the scales are.
 
 use candle_core::DType;
 use rayon::prelude::*;
@@ -22,36 +22,28 @@ const BLOCK: [usize; 2] = [128, 128];
 
 pub(super) fn fine_grained(how: &Stated) -> Found<Method> {
     match how.get("fmt").and_then(Value::as_str) {
-        None | Some("e4m3") => Ok(Method::Float8(block(how.get("weight_block_size"))?)),
+        None | Some("e4m3") => Ok(Method::Scaled(block(how.get("weight_block_size"))?)),
         Some(other) => Err(format!("fmt is {other}; e4m3 is read")),
     }
 }
 
-pub(super) fn compressed(how: &Stated) -> Found<Method> {
-    let format = how.get("format").and_then(Value::as_str).unwrap_or("no format");
-    if !["float-quantized", "naive-quantized"].contains(&format) {
-        return Err(format!("its format is {format}; of compressed-tensors fp8 is read, float-quantized"));
+/// Of the weights of a group of modules of compressed-tensors: fp8, or int8, whose codes have scales just so.
+pub(super) fn compressed(weights: &Value) -> Found<Method> {
+    let text = |key: &str| weights.get(key).and_then(Value::as_str).unwrap_or_default();
+    let bits = weights.get("num_bits").and_then(Value::as_u64).unwrap_or_default();
+    let symmetric = weights.get("symmetric").and_then(Value::as_bool) != Some(false);
+    let (kind, strategy) = (text("type"), text("strategy"));
+    if !["float", "int"].contains(&kind)
+        || bits != 8
+        || !symmetric
+        || !["tensor", "channel", "block"].contains(&strategy)
+    {
+        let zeros = if symmetric { "" } else { " with zeros" };
+        return Err(format!(
+            "weights are {kind} of {bits} bits by {strategy}{zeros}; 8 by tensor, channel or block without are read"
+        ));
     }
-    let sparse = how.get("sparsity_config").and_then(|s| s.get("format")).and_then(Value::as_str);
-    if let Some(format) = sparse.filter(|format| *format != "dense") {
-        return Err(format!("its sparsity is {format}; dense matrices are read"));
-    }
-    let mut blocks = BLOCK;
-    for group in how.get("config_groups").and_then(Value::as_object).into_iter().flat_map(|groups| groups.values()) {
-        let Some(weights) = group.get("weights").filter(|weights| weights.is_object()) else { continue };
-        let text = |key: &str| weights.get(key).and_then(Value::as_str).unwrap_or_default();
-        let bits = weights.get("num_bits").and_then(Value::as_u64).unwrap_or_default();
-        if (text("type"), bits) != ("float", 8) || !["tensor", "channel", "block"].contains(&text("strategy")) {
-            let (kind, strategy) = (text("type"), text("strategy"));
-            return Err(format!(
-                "weights are {kind} of {bits} bits by {strategy}; float of 8 by tensor, channel or block is read"
-            ));
-        }
-        if text("strategy") == "block" {
-            blocks = block(weights.get("block_structure"))?;
-        }
-    }
-    Ok(Method::Float8(blocks))
+    Ok(Method::Scaled(block(weights.get("block_structure").filter(|_| strategy == "block"))?))
 }
 
 fn block(stated: Option<&Value>) -> Found<[usize; 2]> {
@@ -70,7 +62,7 @@ fn scales<'a>(parts: &Parts<'a>) -> Result<(&'static str, Stored<'a>)> {
 fn of_scale(parts: &Parts<'_>, block: [usize; 2]) -> Result<[usize; 2]> {
     let (weight, (name, scales)) = (part(parts, "weight")?, scales(parts)?);
     let &[rows, columns] = weight.shape else {
-        return Err(Error::input(format!("is in fp8 and has shape {:?}; matrices are read", weight.shape)));
+        return Err(Error::input(format!("is quantised and has shape {:?}; matrices are read", weight.shape)));
     };
     match scales.shape {
         [] | [1] | [1, 1] => Ok([rows, columns]),
@@ -95,11 +87,12 @@ pub(super) fn values(parts: &Parts<'_>, block: [usize; 2]) -> Result<(DType, Vec
     let (dtype, scales, columns) = (dtype(parts)?, stored.floats()?, codes.shape[1].max(1));
     let mut values = vec![0.0; codes.bytes.len()];
     let rows = values.par_chunks_mut(columns).zip(codes.bytes.par_chunks(columns)).enumerate();
+    let integers = codes.dtype == Dtype::I8;
+    let of = |code: u8| if integers { f32::from(code as i8) } else { fp8::VALUES[usize::from(code)] };
     rows.for_each(|(row, (values, codes))| {
         let scales = &scales[row / down * columns.div_ceil(across)..];
         for ((values, codes), scale) in values.chunks_mut(across).zip(codes.chunks(across)).zip(scales) {
-            let value = |code: &u8| rounded(dtype, fp8::VALUES[usize::from(*code)] * scale);
-            values.iter_mut().zip(codes).for_each(|(to, code)| *to = value(code));
+            values.iter_mut().zip(codes).for_each(|(to, code)| *to = rounded(dtype, of(*code) * scale));
         }
     });
     Ok((dtype, values))
