@@ -3,8 +3,10 @@
 use dpo_plugin_api::graph::Weight;
 use serde::Serialize;
 
+use crate::nf4::Nf4;
+
 /// How a frozen weight is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Storage {
     /// As which numbers.
     pub numbers: Numbers,
@@ -13,12 +15,15 @@ pub struct Storage {
 }
 
 /// What a value is kept as.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Numbers {
     /// float32.
     F32,
     /// bfloat16.
     Bf16,
+    /// As [`Quantization::Nf4`].
+    Nf4,
 }
 
 /// What frozen matrices of layers are kept as where they are smaller than what a device computes in. Embeddings, the head, norms,
@@ -33,7 +38,8 @@ pub enum Quantization {
 }
 
 /// Where values are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Place {
     /// All of them on the device.
     Resident,
@@ -46,11 +52,11 @@ pub enum Place {
 impl Numbers {
     /// Bytes of so many values.
     pub fn bytes(self, values: usize) -> usize {
-        values
-            * match self {
-                Numbers::F32 => 4,
-                Numbers::Bf16 => 2,
-            }
+        match self {
+            Numbers::F32 => values * 4,
+            Numbers::Bf16 => values * 2,
+            Numbers::Nf4 => Nf4::bytes(values),
+        }
     }
 }
 

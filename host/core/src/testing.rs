@@ -15,9 +15,10 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
-
+use crate::nf4;
 use crate::predictors::gather_predictors;
-use crate::weights::blocks;
+use crate::storage::Numbers;
+use crate::weights::{BlockId, blocks};
 
 mod families;
 
@@ -461,12 +462,35 @@ pub fn engine(graph: &ModelGraph, zero_b: bool) -> Result<Engine> {
 }
 
 fn engine_with(graph: &ModelGraph, adapter: Adapter) -> Result<Engine> {
-    let tensor = |name: String, shape: &[usize]| -> Result<Tensor> {
-        Ok(Tensor::from_vec(given(&name, shape), shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
+    engine_as(graph, adapter, Numbers::Bf16)
+}
+
+/// [`cpu`] with the matrices of layers as they are once they were kept as such numbers.
+pub fn cpu_as(graph: &ModelGraph, tokens: usize, adapter: Adapter, numbers: Numbers) -> Result<CpuDevice> {
+    CpuDevice::new(engine_as(graph, adapter, numbers)?, tokens)
+}
+
+/// [`given`], once it was kept as such numbers.
+pub fn given_as(name: &str, shape: &[usize], numbers: Numbers) -> Vec<f32> {
+    let mut values = given(name, shape);
+    if numbers == Numbers::Nf4 {
+        nf4::quantize(&values).dequantize(&mut values);
+    }
+    values
+}
+
+fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Result<Engine> {
+    let tensor = |name: String, shape: &[usize], numbers: Numbers| -> Result<Tensor> {
+        let values = given_as(&name, shape, numbers);
+        Ok(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?.to_dtype(DType::F32)?)
     };
-    let of = blocks(graph).map(|(_, prefix, nodes)| {
+    let of = blocks(graph).map(|(id, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
-            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape)).collect()
+            let kept = |w: &Weight| match id {
+                BlockId::Layer(_) if n.op == "linear" && w.role == "weight" => numbers,
+                _ => Numbers::Bf16,
+            };
+            n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape, kept(w))).collect()
         };
         nodes.iter().map(of_node).collect::<Result<Vec<_>>>()
     });

@@ -83,7 +83,7 @@ table! {
     cuMemHostAlloc(*mut Handle, usize, c_uint) -> Status;
     cuMemFreeHost(Handle) -> Status;
     cuMemGetInfo_v2(*mut usize, *mut usize) -> Status;
-    cuMemcpyDtoDAsync_v2(u64, u64, usize, Handle) -> Status;
+    cuMemcpyAsync(u64, u64, usize, Handle) -> Status;
     cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, Handle) -> Status;
     cuMemcpyHtoDAsync_v2(u64, *const c_void, usize, Handle) -> Status;
     cuMemcpy2DAsync_v2(*const Copy2d, Handle) -> Status;

@@ -11,7 +11,7 @@ use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::weights::Checkpoint;
 use dpo_plugin_api::graph::ModelGraph;
 
-use super::{CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source, room};
+use super::{CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Room, Source, room};
 
 /// What the progress bar of loading weights looks like.
 const BAR: &str = "weights     {bar:30} {bytes}/{total_bytes} {bytes_per_sec}";
@@ -63,6 +63,10 @@ impl Backend for Cuda {
         let gpu = Gpu::open(self.0)?;
         let nccl = Nccl::join(&gpu, group)?;
         let room = room(&gpu, options.limit, nccl.as_ref())?;
+        // Ranks shard the layers before they keep them in host memory, each its own copy.
+        let offload_base = options.offload_base.or((group.size() > 1).then_some(false));
+        let options = MemoryOptions { offload_base, ..options };
+        let room = Room { host: room.host.map(|host| host / group.size()), ..room };
         let plan_for = |parts| GpuPlan::new(&graph, &adapter, workload.longest, workload.answers, room, parts, options);
         let plan = |parts: usize| match &nccl {
             None if parts > 1 => Err(plan_for(1).err().unwrap_or_else(|| {

@@ -19,7 +19,7 @@ use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
 use super::program::{Program, Slice, Step};
 use super::saved::SavedActivations;
-use super::weights::BlockWeights;
+use super::weights::{BlockWeights, NUMBERS};
 use dpo_core::batch::Batch;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
@@ -83,7 +83,7 @@ impl CudaDevice {
         (plan, rank): (GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<CudaDevice> {
-        let lowered = Lowered::new(&graph, &adapter, plan.layers().numbers, plan.gates)?;
+        let lowered = Lowered::new(&graph, &adapter, plan.layers.numbers, plan.gates)?;
         let steps = lowered.all().flat_map(|p| p.forward.iter().chain(&p.backward));
         let variants = steps.flat_map(|s| s.run.variants(gpu.kernels));
         let kernels = Kernels::load(&gpu, sources(), variants)?;
@@ -144,9 +144,14 @@ impl CudaDevice {
         self.gpu.finish()
     }
 
-    /// Parameters to the stacked weights of all layers; to those that ranks share, whenever one is gathered.
+    /// Whether the adapter's matrices lie in layers that come and go.
+    fn spreads_by_layer(&self) -> bool {
+        !self.weights.store.is_resident() && self.plan.layers.numbers == NUMBERS
+    }
+
+    /// Parameters to where steps read them; to layers that come and go, whenever one comes.
     pub(super) fn spread(&self) -> Result<()> {
-        if !self.weights.store.is_sharded() {
+        if !self.spreads_by_layer() {
             self.optimizer.spread(&self.gpu, &self.kernels, None)?;
         }
         self.gpu.mark("optimizer")
@@ -165,6 +170,7 @@ impl CudaDevice {
             batch: &self.inputs.at,
             tables: &self.tables,
             weights,
+            dequantized: self.values.address + self.arrangement.work as u64,
             rows: self.inputs.at.rows(rows),
             adapted,
             cache: None,
@@ -184,13 +190,15 @@ impl CudaDevice {
         Pass { program, places: self.addresses(offsets), launch: Launch { cache, ..launch } }.run(steps)
     }
 
-    /// Makes a layer's weights whole where ranks share them, and has those of the layer `after` it follow.
+    /// Has a layer's weights on the GPU where they come and go, and those of the layer `after` it follow.
     fn next(&self, layer: usize, after: Option<usize>) -> Result<()> {
         if !self.weights.store.next(&self.gpu, self.nccl.as_ref(), layer, after)? {
             return Ok(());
         }
-        self.optimizer.spread(&self.gpu, &self.kernels, Some(layer))?;
-        self.gpu.mark("gather")
+        if self.spreads_by_layer() {
+            self.optimizer.spread(&self.gpu, &self.kernels, Some(layer))?;
+        }
+        self.gpu.mark("wait for weights")
     }
 
     /// Runs `work` on the layers, of a forward pass or in reverse, each with its weights whole.

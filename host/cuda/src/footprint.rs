@@ -7,6 +7,7 @@ use super::liveness::Scheduled;
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
+use dpo_core::storage::Place;
 
 /// What values take, from which the arrangement of a batch follows.
 pub(super) struct Footprint {
@@ -21,6 +22,11 @@ pub(super) struct Footprint {
     /// Bytes an answer token takes in the head, and those of its logits.
     head: usize,
     logits: usize,
+    /// Bytes of the largest stack that is dequantised before it is read, and bytes read and written to dequantise all of them once.
+    dequantized: usize,
+    dequantizing: usize,
+    /// Bytes of the layers' frozen weights.
+    weights: usize,
     /// Time of a step, in multiply-adds of matmuls.
     work: Work,
 }
@@ -59,6 +65,8 @@ pub(super) struct Arrangement {
     pub saved: Vec<SavedActivations>,
     pub saved_at: Vec<usize>,
     pub gradient: usize,
+    /// Where what is in work lies: of a layer a dequantised stack and then its buffers, of the head all.
+    pub work: usize,
     pub scratch: usize,
     /// Rows of the head's buffers.
     pub answer_rows: usize,
@@ -124,7 +132,7 @@ impl Arrangement {
                     2 * edge + (forward.saved_bytes + scratch) * rows
                 }
             };
-            Some(self.scratch + offset)
+            Some(self.work + offset)
         };
         (0..program.buffers.len()).map(place).collect()
     }
@@ -141,6 +149,10 @@ pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
 
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
+
+/// Multiply-adds of matmuls that take as long as moving a byte from host memory, about: 325 T/s to 55 GB/s of an H200, 80 T/s to 25 GB/s
+/// of an RTX 4090.
+const MATMUL_PER_BUS_BYTE: f64 = 5000.0;
 
 impl Footprint {
     pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
@@ -166,6 +178,9 @@ impl Footprint {
             embed: lowered.embed_schedule.forward.scratch_bytes,
             head: 2 * lowered.head.edge() + head.forward.saved_bytes + scratch,
             logits: lowered.projection.rows * 4,
+            dequantized: lowered.dequantized(),
+            dequantizing: graph.layers.iter().map(|l| lowered.programs[l.block].dequantizing()).sum(),
+            weights: lowered.layers(graph).iter().sum(),
             work: Work::sum(kinds.iter().map(|k| (work(*k, &lowered.programs[*k].forward), 3.0))),
             kinds,
         }
@@ -187,7 +202,7 @@ impl Footprint {
         let most = |least: SavedActivations| {
             let allowed = allowed.iter().filter(|a| **a <= least);
             let levels = allowed.flat_map(|a| self.kinds.iter().map(move |kind| level(*kind, *a)));
-            levels.map(|l| l.scratch).max().unwrap_or(0).max(self.embed) * rows
+            self.dequantized + levels.map(|l| l.scratch).max().unwrap_or(0).max(self.embed) * rows
         };
         let head = self.head(answers, logits_rows);
         let sum = |l: SavedActivations| self.kinds.iter().map(|kind| level(*kind, l).saved * rows).sum::<usize>();
@@ -218,13 +233,24 @@ impl Footprint {
             saved,
             saved_at,
             gradient: edges - self.edge * rows,
-            scratch: at,
+            work: at,
+            scratch: at + self.dequantized,
             answer_rows,
             logits,
             logits_rows: logits_rows.clamp(1, answers.max(1)),
             logits_room: (bytes - logits) / self.logits,
             again: again.of(tokens, answers) / self.work.of(tokens, answers),
         })
+    }
+
+    /// Time of a micro-batch's step with so much of it computed again, as a share of what it takes without waiting for weights: that of
+    /// dequantising them, and where layers are in host memory, that of the bus.
+    pub(super) fn waits(&self, tokens: usize, answers: usize, again: f64, place: Place) -> f64 {
+        let all = self.work.of(tokens, answers);
+        // Forward and backward; what is computed again is of the forward pass, a third of the step.
+        let dequantizing = (2.0 + 3.0 * again) * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
+        let bus = if place == Place::Host { 2.0 * self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
+        dequantizing.max(bus - 1.0 - again)
     }
 
     /// Bytes a token takes between layers and saved in them.
@@ -244,6 +270,7 @@ impl Footprint {
         let level = |kind: &usize| self.levels[*kind][saved as usize];
         let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
         let scratch = self.kinds.iter().map(|k| level(k).scratch).max().unwrap_or(0).max(self.embed) * rows;
+        let scratch = self.dequantized + scratch;
         let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
         (self.kinds.len() + 2) * self.edge * rows + saved + scratch.max(head)
     }

@@ -48,10 +48,11 @@ pub struct Kernel {
     waits: bool,
 }
 
-/// Memory of the device, freed when dropped.
+/// Memory of the device, or of the host for the device alone, freed when dropped.
 pub struct Memory {
     pub address: Address,
     pub bytes: usize,
+    on_host: bool,
     driver: &'static Driver,
 }
 
@@ -307,10 +308,19 @@ impl Gpu {
         self.order(side.stream, self.stream, side.event)
     }
 
-    /// Copies bytes on the device.
+    /// Copies bytes of the device or of pinned memory to either.
     pub(super) fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        // SAFETY: two addresses of the device.
-        done("copying on the GPU", unsafe { (self.driver.cuMemcpyDtoDAsync_v2)(to, from, bytes, self.stream) })
+        self.copy_in(self.stream, from, to, bytes)
+    }
+
+    /// The same in a side stream.
+    pub(super) fn copy_beside(&self, side: &SideStream, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.copy_in(side.stream, from, to, bytes)
+    }
+
+    fn copy_in(&self, stream: Handle, from: Address, to: Address, bytes: usize) -> Result<()> {
+        // SAFETY: addresses of the device, or of host memory that the driver allocated.
+        done("copying", unsafe { (self.driver.cuMemcpyAsync)(to, from, bytes, stream) })
     }
 
     /// Free and all bytes of the GPU.
@@ -327,7 +337,18 @@ impl Gpu {
         // SAFETY: the context is current; the memory is written before it is read.
         done("allocating memory", unsafe { (self.driver.cuMemAlloc_v2)(&mut address, bytes.max(256)) })
             .map_err(|e| e.help(format!("{} were asked for", dpo_core::memory::size(bytes))))?;
-        Ok(Memory { address, bytes, driver: self.driver })
+        Ok(Memory { address, bytes, on_host: false, driver: self.driver })
+    }
+
+    /// Host memory that only the device reads and writes.
+    pub(super) fn allocate_on_host(&self, bytes: usize) -> Result<Memory> {
+        let mut start = ptr::null_mut();
+        // SAFETY: the context is current; writes one address. The memory is written before it is read.
+        done("allocating pinned memory", unsafe { (self.driver.cuMemHostAlloc)(&mut start, bytes.max(256), 0) })
+            .map_err(|e| {
+                e.help(format!("{} were asked for; `ulimit -l` may limit them", dpo_core::memory::size(bytes)))
+            })?;
+        Ok(Memory { address: start as Address, bytes, on_host: true, driver: self.driver })
     }
 
     /// Host memory that the device can read.
@@ -517,8 +538,14 @@ impl Gpu {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated by `Gpu::allocate`, freed once. An error here means that the context is gone, and the memory with it.
-        let _ = unsafe { (self.driver.cuMemFree_v2)(self.address) };
+        // SAFETY: allocated by the function that belongs to it, freed once. An error here means that the context is gone, and the
+        // memory with it.
+        let _ = unsafe {
+            match self.on_host {
+                true => (self.driver.cuMemFreeHost)(self.address as Handle),
+                false => (self.driver.cuMemFree_v2)(self.address),
+            }
+        };
     }
 }
 

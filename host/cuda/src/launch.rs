@@ -16,6 +16,8 @@ pub(crate) struct Launch<'a> {
     pub batch: &'a BatchAddresses,
     pub tables: &'a [LoadedTable],
     pub weights: &'a BlockWeights,
+    /// Where a stack is made that is not kept as matmuls read it.
+    pub dequantized: Address,
     pub rows: usize,
     /// Whether the adapter takes part: without it a linear is its frozen weights alone.
     pub adapted: bool,

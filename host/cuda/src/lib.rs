@@ -46,6 +46,7 @@ pub use plan::{GpuPlan, Room};
 
 use dpo_core::console::{self, Remark};
 use dpo_core::error::Result;
+use dpo_core::memory::free_memory;
 
 /// The first GPU, if one can be used; where there is one and libraries are missing, that is said.
 ///
@@ -90,5 +91,10 @@ pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room
     let own = context.min(all - free);
     // A little is left for what the driver takes on its own.
     let most = (free + own).saturating_sub(all / 64);
-    Ok(Room { available: limit.unwrap_or(usize::MAX).min(most), context, gates: matmul::gates(gpu.kernels) })
+    Ok(Room {
+        available: limit.unwrap_or(usize::MAX).min(most),
+        context,
+        gates: matmul::gates(gpu.kernels),
+        host: free_memory(),
+    })
 }

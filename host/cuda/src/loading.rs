@@ -10,12 +10,14 @@ use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
+use super::ops::nf4::random as random_codes;
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, LoadedStack, NUMBERS};
+use super::weights::{BlockWeights, LayerStore, Layout, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
+use dpo_core::nf4::quantize;
 use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
 
@@ -44,9 +46,12 @@ pub(crate) struct Weights {
     pub store: LayerStore,
     /// The f32 gradients of all stacks, one after the other.
     pub gradients: Memory,
-    _memory: Memory,
+    _memory: [Memory; 2],
     _tables: Vec<Pinned>,
 }
+
+/// Of random codes, the scale of their blocks' scales and what is added: magnitudes as those of a trained matrix.
+const RANDOM_SCALES: [f32; 2] = [0.01, 0.05];
 
 /// Bytes that go to the GPU at once.
 const STAGE: usize = 64 << 20;
@@ -123,6 +128,13 @@ fn to_bf16(to: &mut [u8], from: &[u8], dtype: DType) {
     }
 }
 
+/// Values from their bytes, rounded to bf16.
+fn each<const N: usize>(to: &mut [f32], from: &[u8], one: impl Fn([u8; N]) -> bf16 + Sync) {
+    const AT_ONCE: usize = 1 << 16;
+    let parts = to.par_chunks_mut(AT_ONCE).zip(from.as_chunks::<N>().0.par_chunks(AT_ONCE));
+    parts.for_each(|(to, from)| to.iter_mut().zip(from).for_each(|(to, from)| *to = one(*from).to_f32()));
+}
+
 fn convert<const N: usize>(to: &mut [u8], from: &[u8], one: impl Fn([u8; N]) -> bf16 + Sync) {
     to.par_chunks_exact_mut(2).zip(from.par_chunks_exact(N)).for_each(|(to, from)| {
         let mut bytes = [0; N];
@@ -142,15 +154,17 @@ impl Weights {
         (plan, rank): (&GpuPlan, usize),
         progress: &ProgressBar,
     ) -> Result<Weights> {
-        let bytes: Vec<usize> = (0..graph.layers.len()).map(|layer| lowered.layer(graph, layer)).collect();
-        let store = LayerStore::new(gpu, plan.layers(), &bytes, rank)?;
-        let here: usize = if store.is_sharded() { 0 } else { bytes.iter().sum() };
+        let bytes = lowered.layers(graph);
+        let store = LayerStore::new(gpu, plan.layers, &bytes, rank)?;
+        let here: usize = if store.is_resident() { bytes.iter().sum() } else { 0 };
         let memory = gpu.allocate(here + lowered.rest() + lowered.table(graph, plan.table()))?;
+        let apart = gpu.allocate(lowered.apart(graph))?;
         let gradients = gpu.allocate(lowered.gradients(graph).max(256))?;
-        let mut arena = Arena::of(&memory);
+        let (mut arena, mut beside) = (Arena::of(&memory), Arena::of(&apart));
         // What is not written, such as B of a linear without an adapter, is zero.
-        gpu.zero(memory.address, memory.bytes)?;
-        gpu.zero(gradients.address, gradients.bytes)?;
+        for memory in [&memory, &apart, &gradients] {
+            gpu.zero(memory.address, memory.bytes)?;
+        }
         let stages = [gpu.pinned(STAGE)?, gpu.pinned(STAGE)?];
         let mut loader = Loader { gpu, kernels, source, stages, at: 0, seed: 0, progress };
         let mut next_gradient = gradients.address;
@@ -163,15 +177,18 @@ impl Weights {
                     place.map_or(Ok(()), |place| gpu.zero(place.address, place.bytes))?;
                     let mut own = place.map(Arena::of);
                     let arena = own.as_mut().unwrap_or(&mut arena);
-                    layers.push(loader.block(arena, &mut next_gradient, program, nodes, prefix)?);
+                    layers.push(loader.block([arena, &mut beside], &mut next_gradient, program, nodes, prefix)?);
                     store.keep(gpu, layer)?;
                 }
-                BlockId::Head => head = loader.block(&mut arena, &mut next_gradient, &lowered.head, nodes, prefix)?,
+                BlockId::Head => {
+                    let places = [&mut arena, &mut beside];
+                    head = loader.block(places, &mut next_gradient, &lowered.head, nodes, prefix)?;
+                }
                 BlockId::Embed | BlockId::Projection => {}
             }
         }
         let nodes = &graph.embed.nodes;
-        let mut embed = loader.block(&mut arena, &mut next_gradient, &lowered.embed, nodes, "")?;
+        let mut embed = loader.block([&mut arena, &mut beside], &mut next_gradient, &lowered.embed, nodes, "")?;
         let (mut projection, mut on_host) = (None, Vec::new());
         for (weight, tied) in lowered.embedding_tables(graph) {
             let table = match (tied, plan.table().place) {
@@ -201,7 +218,7 @@ impl Weights {
             projection_bias,
             store,
             gradients,
-            _memory: memory,
+            _memory: [memory, apart],
             _tables: on_host,
         })
     }
@@ -229,9 +246,9 @@ impl Weights {
                 let [a, b] = adapter.ranges(site);
                 parts.push([
                     (flat + a.start) as u64,
-                    loaded.element(stack.outputs + rank_column, 0),
+                    loaded.a.row(rank_column).at,
                     loaded.gradients[0] + (rank_column * stack.inputs * 4) as u64,
-                    loaded.ld as u64,
+                    loaded.a.ld as u64,
                     stack.inputs as u64,
                     1,
                     sizes(site.rank, site.inputs),
@@ -239,9 +256,9 @@ impl Weights {
                 ]);
                 parts.push([
                     (flat + b.start) as u64,
-                    loaded.element(member.column, stack.inputs + rank_column),
+                    loaded.sb.row(member.column).column(rank_column).at,
                     loaded.gradients[1] + ((rank_column * stack.outputs + member.column) * 4) as u64,
-                    loaded.ld as u64,
+                    loaded.sb.ld as u64,
                     1,
                     stack.outputs as u64,
                     sizes(site.outputs, site.rank),
@@ -260,10 +277,10 @@ impl Weights {
 }
 
 impl Loader<'_> {
-    /// The stacks and vectors of a block.
+    /// The stacks and vectors of a block: in the first place, what stacks have apart in the other.
     fn block(
         &mut self,
-        arena: &mut Arena,
+        [arena, beside]: [&mut Arena; 2],
         next_gradient: &mut Address,
         program: &Program,
         nodes: &[Node],
@@ -271,7 +288,11 @@ impl Loader<'_> {
     ) -> Result<BlockWeights> {
         let mut own = BlockWeights::default();
         for stack in &program.stacks {
-            let mut loaded = LoadedStack { at: arena.take(stack.bytes())?, ld: stack.ld(), ..LoadedStack::default() };
+            let mut places = [0; 3];
+            for (place, bytes) in places.iter_mut().zip(stack.apart()) {
+                *place = beside.take(bytes)?;
+            }
+            let mut loaded = stack.at(arena.take(stack.bytes())?, places);
             for (gradient, bytes) in loaded.gradients.iter_mut().zip(stack.gradient_bytes()) {
                 *gradient = *next_gradient;
                 *next_gradient += bytes as u64;
@@ -279,10 +300,16 @@ impl Loader<'_> {
             if stack.bias {
                 loaded.bias = arena.take(stack.bias_bytes())?;
             }
+            if let Matrix::Nf4(w) = &loaded.w {
+                self.gpu.upload(Layout::of(stack).members.as_flattened(), places[2])?;
+                self.nf4(prefix, nodes, stack, w)?;
+            }
             for member in &stack.members {
                 let node = &nodes[member.node];
-                let to = loaded.element(member.column, 0);
-                self.load(prefix, weight(node, "weight")?, to, NUMBERS.bytes(loaded.ld))?;
+                if let Matrix::Bf16(whole) = &loaded.w {
+                    let to = whole.row(member.column);
+                    self.load(prefix, weight(node, "weight")?, to.at, NUMBERS.bytes(to.ld as usize))?;
+                }
                 if let Some(bias) = node.weight("bias") {
                     let to = loaded.bias + NUMBERS.bytes(member.column) as u64;
                     self.load(prefix, bias, to, NUMBERS.bytes(member.width))?;
@@ -297,6 +324,45 @@ impl Loader<'_> {
             own.vectors.push(at);
         }
         Ok(own)
+    }
+
+    /// W of a stack, quantised here unless it is random; all of it is sent at once.
+    fn nf4(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedNf4) -> Result<()> {
+        let layout = Layout::of(stack);
+        if matches!(self.source, Source::Random) {
+            self.seed += 1;
+            random_codes(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
+            let groups = vec![RANDOM_SCALES; layout.groups.len() / size_of_val(&RANDOM_SCALES)];
+            return self.gpu.upload(groups.as_flattened(), w.codes + layout.groups.start as u64);
+        }
+        let mut bytes = vec![0; layout.bytes()];
+        for (at, member) in stack.members.iter().enumerate() {
+            let values = self.values(prefix, weight(&nodes[member.node], "weight")?)?;
+            layout.write(&mut bytes, at, &quantize(&values));
+        }
+        self.gpu.upload(&bytes, w.codes)
+    }
+
+    /// A weight's values, as they are in bf16.
+    fn values(&self, prefix: &str, weight: &Weight) -> Result<Vec<f32>> {
+        let mut values = vec![0.0; weight.shape.iter().product()];
+        match self.source {
+            Source::Checkpoint(checkpoint) => {
+                let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
+                match dtype {
+                    DType::BF16 => each(&mut values, bytes, bf16::from_le_bytes),
+                    DType::F16 => each(&mut values, bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+                    _ => each(&mut values, bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
+                }
+                self.progress.inc(bytes.len() as u64);
+            }
+            Source::Given(given) => {
+                let given = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
+                values.iter_mut().zip(given).for_each(|(to, v)| *to = bf16::from_f32(v).to_f32());
+            }
+            Source::Random => {}
+        }
+        Ok(values)
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.

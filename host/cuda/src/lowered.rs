@@ -12,7 +12,7 @@ use super::ops;
 use super::ops::lm_head::LmHead;
 use super::program::Program;
 use super::saved::SavedActivations;
-use super::weights::{LayerStore, NUMBERS};
+use super::weights::{LayerStore, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::predictors;
@@ -69,11 +69,12 @@ impl Lowered {
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
         };
         let programs: Vec<Program> = (0..graph.blocks.len()).map(lower).collect::<Result<_>>()?;
+        // Only layers are kept in other numbers.
         let plain = |widths, rows| Frame {
             widths,
             behind,
             rank: &|_| 0,
-            numbers,
+            numbers: NUMBERS,
             backward: rows == Rows::Predictors,
             rows,
             gates,
@@ -106,13 +107,23 @@ impl Lowered {
 
     /// Bytes of frozen weights on a rank's GPU, where layers are kept so: of the layers, the head and the projection.
     pub(super) fn weights(&self, graph: &ModelGraph, layers: Storage) -> usize {
-        let each: Vec<usize> = (0..graph.layers.len()).map(|layer| self.layer(graph, layer)).collect();
-        self.rest() + LayerStore::bytes(layers, &each)
+        self.rest() + self.apart(graph) + LayerStore::bytes(layers, &self.layers(graph))
     }
 
-    /// Bytes of a layer's frozen weights.
-    pub(super) fn layer(&self, graph: &ModelGraph, layer: usize) -> usize {
-        self.programs[graph.layers[layer].block].weight_bytes()
+    /// Bytes of every layer's frozen weights.
+    pub(super) fn layers(&self, graph: &ModelGraph) -> Vec<usize> {
+        graph.layers.iter().map(|layer| self.programs[layer.block].weight_bytes()).collect()
+    }
+
+    /// Bytes of what stacks have apart from their layer's.
+    pub(super) fn apart(&self, graph: &ModelGraph) -> usize {
+        let of = |p: &Program| p.stacks.iter().flat_map(Stack::apart).map(aligned).sum::<usize>();
+        graph.layers.iter().map(|l| of(&self.programs[l.block])).sum()
+    }
+
+    /// Bytes of the largest stack that is made before it is read.
+    pub(super) fn dequantized(&self) -> usize {
+        self.programs.iter().flat_map(|p| &p.stacks).map(Stack::made_bytes).max().unwrap_or(0)
     }
 
     /// Bytes of what every rank has: of the head with the projection.
@@ -148,6 +159,11 @@ impl Lowered {
 }
 
 impl Program {
+    /// Bytes that are read and written where every stack is dequantised once.
+    pub(super) fn dequantizing(&self) -> usize {
+        self.stacks.iter().filter(|s| s.made_bytes() > 0).map(|s| s.bytes() + s.made_bytes()).sum()
+    }
+
     /// Bytes of a block's frozen weights, every one at an aligned place.
     fn weight_bytes(&self) -> usize {
         let stacks = self.stacks.iter().map(|s| aligned(s.bytes()) + aligned(s.bias_bytes()));

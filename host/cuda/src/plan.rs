@@ -9,12 +9,12 @@ use super::footprint::{Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
-use super::weights::NUMBERS;
+use super::weights::{LayerStore, NUMBERS};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing, RESUMED, of_tokens, share};
-use dpo_core::storage::{Place, Storage};
+use dpo_core::storage::{Numbers, Place, Quantization, Storage};
 
 /// Tokens at once of the largest micro-batches: 14,000 were 2.4% faster than 8,192 on an H200; more than these were not tried.
 const ENOUGH_TOKENS: usize = 16384;
@@ -41,12 +41,14 @@ pub struct Room {
     pub context: usize,
     /// The gated activations that the card's matmuls compute, which takes less memory.
     pub gates: Gates,
+    /// Host memory that is free for this process, where that is known.
+    pub host: Option<usize>,
 }
 
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default() }
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), host: None }
     }
 }
 
@@ -64,6 +66,10 @@ pub struct GpuPlan {
     pub gates: Gates,
     /// Ranks that share the layers' frozen weights; 1 where each has all.
     pub ranks: usize,
+    /// How the layers' frozen weights are kept.
+    pub layers: Storage,
+    /// Bytes of layers in host memory.
+    pub host_layers: usize,
     /// Frozen weights on the GPU, with the adapter's bf16 copy.
     pub weights: usize,
     /// The same where they are not shared.
@@ -100,11 +106,13 @@ pub struct GpuPlan {
     pub allowed: Vec<SavedActivations>,
     /// Time that a full micro-batch loses by computing values again, as a share.
     pub again: f64,
+    /// Time that it loses by waiting for weights that are dequantised or come from host memory, as a share.
+    pub waits: f64,
 }
 
 impl GpuPlan {
     /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers sharded over so many
-    /// `ranks`; refuses what does not fit.
+    /// `ranks`; refuses what does not fit. Layers that do not fit otherwise stay in host memory, unless options say that none does.
     pub fn new(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -114,13 +122,47 @@ impl GpuPlan {
         ranks: usize,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
-        if let Some(kind) = options.quantization {
-            return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization"));
+        let plan = |place| GpuPlan::with(graph, adapter, (longest, answers), room, place, options);
+        match (ranks, options.offload_base) {
+            (1, Some(true)) => plan(Place::Host),
+            (1, Some(false)) => plan(Place::Resident),
+            (1, None) => plan(Place::Resident).or_else(|e| plan(Place::Host).map_err(|_| e)),
+            (_, Some(true)) => Err(Error::input("layers are either sharded over ranks or in host memory")
+                .at("--offload-base")
+                .help("leave out --offload-base or --shard-base")),
+            _ => plan(Place::Sharded(ranks)),
         }
-        let Room { available, context, gates } = room;
-        let lowered = Lowered::new(graph, adapter, NUMBERS, gates)?;
+    }
+
+    /// Plans with the layers in this place.
+    fn with(
+        graph: &ModelGraph,
+        adapter: &Adapter,
+        (longest, answers): (usize, f64),
+        room: Room,
+        place: Place,
+        options: MemoryOptions,
+    ) -> Result<GpuPlan> {
+        let numbers = match options.quantization {
+            None => NUMBERS,
+            Some(Quantization::Nf4) => Numbers::Nf4,
+            Some(kind) => return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization")),
+        };
+        let layers = Storage { numbers, place };
+        let Room { available, context, gates, host } = room;
+        let lowered = Lowered::new(graph, adapter, numbers, gates)?;
         let footprint = Footprint::new(graph, &lowered);
-        let [weights, whole] = [ranks, 1].map(|ranks| lowered.weights(graph, layers(ranks)));
+        let ranks = if let Place::Sharded(ranks) = place { ranks } else { 1 };
+        let [weights, whole] =
+            [place, Place::Resident].map(|place| lowered.weights(graph, Storage { place, ..layers }));
+        let host_layers = LayerStore::host_bytes(layers, &lowered.layers(graph));
+        if let Some(host) = host.filter(|host| *host < host_layers) {
+            let (need, there) = (size(host_layers), size(host));
+            return Err(Error::input(format!(
+                "the layers' frozen weights take {need} of host memory, {there} are free"
+            ))
+            .at("--offload-base"));
+        }
         let table = lowered.table(graph, table(Place::Resident));
         let optimizer = adapter.parameters() * 8;
         let adapter = lowered.adapter(graph, adapter.parameters()) + adapter.subtracted_parameters() * 4;
@@ -150,6 +192,8 @@ impl GpuPlan {
                     available,
                     context,
                     ranks,
+                    layers,
+                    host_layers,
                     weights: weights + here,
                     whole: whole + here,
                     host_embedding: host,
@@ -168,6 +212,7 @@ impl GpuPlan {
                     saved: [Vec::new(), Vec::new()],
                     allowed: allowed.to_vec(),
                     again: 0.0,
+                    waits: 0.0,
                 };
                 let longest = longest.max(*tokens);
                 let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep);
@@ -199,10 +244,11 @@ impl GpuPlan {
                 };
                 plan.values = bytes;
                 plan.again = full.again;
+                plan.waits = footprint.waits(*tokens, answer_tokens(*tokens, answers), full.again, layers.place);
                 plan.per_token = footprint.per_token(&full.saved);
                 plan.saved = [full.saved, largest.saved];
                 let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
-                let cost = (1.0 + full.again) * lost + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 };
+                let cost = (1.0 + full.again + plan.waits) * lost + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 };
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
                     best = Some((cost, plan));
                 }
@@ -221,7 +267,8 @@ impl GpuPlan {
                 Some(_) => RESUMED,
                 // No setting helps where the weights alone do not fit.
                 None if weights > available && ranks == 1 => {
-                    "the weights alone do not fit: --gpus N shards them over N GPUs, or take a smaller model"
+                    "the weights alone do not fit: --quantization nf4 keeps them small, --gpus N shards them over N GPUs, --offload-base \
+                     keeps them in host memory; or take a smaller model"
                 }
                 None => "lower --max-length or --lora-rank, take a smaller model, or a GPU with more memory",
             })
@@ -237,11 +284,6 @@ impl GpuPlan {
     /// Bytes of the whole process on the GPU.
     pub fn total(&self) -> usize {
         self.context + self.weights + self.adapter + self.optimizer + self.workspace + self.inputs + self.values
-    }
-
-    /// How the layers are kept.
-    pub(super) fn layers(&self) -> Storage {
-        layers(self.ranks)
     }
 
     /// How the embedding table is kept.
@@ -260,13 +302,13 @@ fn table(place: Place) -> Storage {
     Storage { numbers: NUMBERS, place }
 }
 
-/// How layers are kept on so many ranks.
-pub(super) fn layers(ranks: usize) -> Storage {
-    Storage { numbers: NUMBERS, place: if ranks > 1 { Place::Sharded(ranks) } else { Place::Resident } }
-}
-
 fn answer_tokens(tokens: usize, share: f64) -> usize {
     ((tokens as f64 * share).ceil() as usize).next_multiple_of(8).max(8)
+}
+
+/// What is waited of all time, in percent.
+fn share_of(waits: f64, again: f64) -> f64 {
+    100.0 * waits / (1.0 + again + waits)
 }
 
 /// Such as `4 layers save all activations, 24 layers save outputs of matmuls`.
@@ -290,9 +332,14 @@ impl fmt::Display for GpuPlan {
             0 => String::new(),
             bytes => format!("; the embedding table, {}, stays in host memory", size(bytes)),
         };
-        let shared = match self.ranks {
-            1 => String::new(),
-            ranks => format!(", of {}: layers are sharded over {ranks} ranks", size(self.whole)),
+        let shared = match self.layers.place {
+            Place::Resident => String::new(),
+            Place::Sharded(ranks) => format!(", of {}: layers are sharded over {ranks} ranks", size(self.whole)),
+            Place::Host => format!("; layers, {}, stay in host memory", size(self.host_layers)),
+        };
+        let numbers = match self.layers.numbers {
+            Numbers::Nf4 => "layers in nf4, the rest in bf16",
+            _ => "bf16",
         };
         let per_token = format!(
             "{} per token, {} for the head; micro-batches of {} tokens",
@@ -301,7 +348,7 @@ impl fmt::Display for GpuPlan {
             self.micro_batch_tokens
         );
         for (name, bytes, note) in [
-            ("weights", self.weights, format!("bf16, with the adapter's copy{shared}{table}")),
+            ("weights", self.weights, format!("{numbers}, with the adapter's copy{shared}{table}")),
             ("adapter", self.adapter, "parameters and gradient in f32".into()),
             ("optimizer", self.optimizer, "moments".into()),
             ("values", self.values, per_token),
@@ -315,6 +362,12 @@ impl fmt::Display for GpuPlan {
             again if again > 0.0005 => format!("; recomputing activations takes {:.1}% of a step", again * 100.0),
             _ => String::new(),
         };
+        let waits = match self.layers.place {
+            Place::Host => format!("; waiting for the bus, about {:.0}% of the time", share_of(self.waits, self.again)),
+            _ if self.waits > 0.0005 => format!("; dequantising takes {:.1}%", share_of(self.waits, self.again)),
+            _ => String::new(),
+        };
+        let again = again + &waits;
         write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, saved(&self.saved[0]))?;
         if self.most_tokens > self.micro_batch_tokens && self.saved[1] != self.saved[0] {
             write!(f, "\nlongest     {} tokens, alone in a micro-batch: {}", self.most_tokens, saved(&self.saved[1]))?;

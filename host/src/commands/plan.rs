@@ -131,6 +131,9 @@ fn adapter(graph: &ModelGraph, options: &PlanOptions) -> Result<Adapter> {
 fn on_gpu(graph: &ModelGraph, adapter: &Adapter, options: &PlanOptions, memory: usize) -> Result<GpuPlan> {
     let room = Room::of(memory, options.gpus);
     let memory_options = options.storage.on(MemoryOptions::default());
+    // Ranks shard the layers before they keep them in host memory; a table says what fits without that.
+    let offload_base = memory_options.offload_base.or((options.gpus > 1 || options.table).then_some(false));
+    let memory_options = MemoryOptions { offload_base, ..memory_options };
     let plan = |ranks| GpuPlan::new(graph, adapter, longest(options), 1.0, room, ranks, memory_options);
     whole_or_shared(options.gpus, plan)
 }

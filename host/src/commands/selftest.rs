@@ -22,8 +22,9 @@ use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::MemoryOptions;
+use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine, examples, given, op_cases, patterned_adapter, subtracting_adapter,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -109,6 +110,12 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
             failures += usize::from(!updates(card, name, &graph, &adapter)?);
         }
     }
+    for (name, storages) in storages() {
+        if wanted(name) {
+            let adapter = patterned_adapter(&graph)?;
+            failures += usize::from(!compare_kept(card, (name, &storages), &graph, &adapter, options.quick)?);
+        }
+    }
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
@@ -180,15 +187,36 @@ fn answers(card: Card, name: &str, graph: &ModelGraph) -> Result<bool> {
     Ok(good)
 }
 
-fn gpu(card: Card, graph: &ModelGraph, tokens: usize, adapter: Adapter, recompute: Option<bool>) -> Result<CudaDevice> {
+/// Ways to keep the frozen base that compute the same bits, by name.
+fn storages() -> Vec<(&'static str, Vec<MemoryOptions>)> {
+    let with = |quantization, offload_base| MemoryOptions { quantization, offload_base, ..MemoryOptions::default() };
+    let both = |quantization| vec![with(quantization, Some(false)), with(quantization, Some(true))];
+    vec![
+        ("layers on the GPU and in host memory", both(None)),
+        ("layers in nf4, on the GPU and in host memory", both(Some(Quantization::Nf4))),
+    ]
+}
+
+fn gpu(card: Card, graph: &ModelGraph, tokens: usize, adapter: Adapter, options: MemoryOptions) -> Result<CudaDevice> {
     let gpu = card.open()?;
-    let options = MemoryOptions { micro_batch_tokens: Some(tokens), recompute, ..MemoryOptions::default() };
+    let options = MemoryOptions { micro_batch_tokens: Some(tokens), ..options };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
     CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Compares log-probs and gradients; a line of the table.
 fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick: bool) -> Result<bool> {
+    compare_kept(card, (name, &[MemoryOptions::default()]), graph, adapter, quick)
+}
+
+/// The same, with the frozen base kept in several ways, which are of the same numbers and compute the same bits.
+fn compare_kept(
+    card: Card,
+    (name, storages): (&str, &[MemoryOptions]),
+    graph: &ModelGraph,
+    adapter: &Adapter,
+    quick: bool,
+) -> Result<bool> {
     // Lengths that are multiples of nothing: one token, answers of one token, from one answer to five.
     let all: &[&[&[usize]]] = &[
         &[&[1, 1, 1]],
@@ -209,12 +237,19 @@ fn compare(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter, quick:
     };
     let batches = batches.iter().map(make).collect::<Result<Vec<Batch>>>()?;
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let mut cpu = cpu(graph, tokens, adapter.clone())?;
+    let numbers = match storages[0].quantization {
+        Some(Quantization::Nf4) => Numbers::Nf4,
+        _ => Numbers::Bf16,
+    };
+    let mut cpu = cpu_as(graph, tokens, adapter.clone(), numbers)?;
     let mut worst = [0.0_f64; 2];
     let mut repeats = true;
     let mut devices = Vec::new();
     for recompute in if quick { &[Some(true)][..] } else { &[Some(false), Some(true)] } {
-        devices.push(gpu(card, graph, tokens, adapter.clone(), *recompute)?);
+        for storage in storages {
+            let options = MemoryOptions { recompute: *recompute, ..*storage };
+            devices.push(gpu(card, graph, tokens, adapter.clone(), options)?);
+        }
     }
     let worse = |worst: &mut f64, is: f64| *worst = if is.is_nan() { f64::NAN } else { worst.max(is) };
     for batch in &batches {
@@ -255,7 +290,7 @@ fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Res
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), None)?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), MemoryOptions::default())?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -283,8 +318,10 @@ fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, ste
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
-    let mut devices: [Box<dyn Device>; 2] =
-        [Box::new(cpu(graph, tokens, start.clone())?), Box::new(gpu(card, graph, tokens, start, None)?)];
+    let mut devices: [Box<dyn Device>; 2] = [
+        Box::new(cpu(graph, tokens, start.clone())?),
+        Box::new(gpu(card, graph, tokens, start, MemoryOptions::default())?),
+    ];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };
     let mut losses = [Vec::new(), Vec::new()];

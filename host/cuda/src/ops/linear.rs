@@ -3,18 +3,20 @@
 //! Linears that read the same value are one matmul with stacked weights `[[W, s·B], [A, 0]]`: `u = x·Aᵀ` lies behind x's columns,
 //! and `[x, u] · [W, s·B]ᵀ` is the adapted output of all of them. Backward, `v = dy·s·B` lies behind dy's columns, and
 //! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition; a gated activation of two is computed
-//! where their matmul ends.
+//! where their matmul ends. Where W is kept in other numbers, the steps that need it make the stack first.
 
 use dpo_plugin_api::graph::Node;
 
 use super::activation::Activation;
 use super::glu::Glu;
 use super::lora::{Lora, Matrices};
+use super::nf4;
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Member,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix, Member,
     NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View,
 };
 use dpo_core::error::{Error, Result};
+use dpo_core::storage::Numbers;
 
 pub(super) const OP: CudaOp = CudaOp {
     prepare,
@@ -33,6 +35,10 @@ struct Linears {
     outputs: usize,
     rank: usize,
     bias: bool,
+    /// Elements from row to row of what matmuls read.
+    ld: usize,
+    /// What W is kept as.
+    numbers: Numbers,
 }
 
 struct LoraA(Linears);
@@ -57,9 +63,9 @@ fn same_input(a: &Node, b: &Node) -> bool {
 
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let (node, rank) = (&l.nodes[index], l.rank(index));
-    // A stack is one matrix of W and the adapter. Weights that are not kept, or made, in its numbers need matmuls apart.
-    if l.numbers() != NUMBERS {
-        return Err(Error::input(format!("linears kept as {:?} have no CUDA kernel", l.numbers())));
+    let numbers = l.numbers();
+    if ![NUMBERS, Numbers::Nf4].contains(&numbers) {
+        return Err(Error::input(format!("linears kept as {numbers:?} have no CUDA kernel")));
     }
     let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else {
         return Err(Error::run("a linear without its matrix"));
@@ -68,7 +74,7 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let stacks = &mut l.program.stacks;
     let known = stacks.iter().position(|s| same_input(&nodes[s.members[0].node], node));
     let at = known.unwrap_or_else(|| {
-        stacks.push(Stack { inputs, ..Stack::default() });
+        stacks.push(Stack::new(numbers, inputs));
         stacks.len() - 1
     });
     let stack = &mut stacks[at];
@@ -86,8 +92,9 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
 fn first_of(l: &Lowering<'_>, index: usize) -> Result<Option<(Linears, Vec<usize>)>> {
     let (at, stack) = l.stack(index)?;
     let members: Vec<usize> = stack.members.iter().map(|m| m.node).collect();
-    let Stack { inputs, outputs, rank, bias, .. } = *stack;
-    Ok((members[0] == index).then_some((Linears { stack: at, inputs, outputs, rank, bias }, members)))
+    let Stack { inputs, outputs, rank, bias, numbers, .. } = *stack;
+    let own = Linears { stack: at, inputs, outputs, rank, bias, ld: stack.ld(), numbers };
+    Ok((members[0] == index).then_some((own, members)))
 }
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
@@ -203,6 +210,21 @@ impl Linears {
     fn stack<'a>(&self, on: &'a Launch<'_>) -> &'a LoadedStack {
         &on.weights.stacks[self.stack]
     }
+
+    /// `[[W, s·B], [A, 0]]` as matmuls read it, or W alone without the adapter. It is there until the next one is asked for.
+    fn whole(&self, on: &Launch<'_>) -> Result<View> {
+        let stack = self.stack(on);
+        let rank = if on.adapted { self.rank } else { 0 };
+        match &stack.w {
+            Matrix::Bf16(whole) => Ok(*whole),
+            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, self.inputs, rank), self.ld),
+        }
+    }
+
+    /// Kernels that make it.
+    fn variants(&self) -> Option<Variant> {
+        (self.numbers == Numbers::Nf4).then(nf4::variant)
+    }
 }
 
 impl Execute for LoraA {
@@ -213,7 +235,7 @@ impl Execute for LoraA {
         let (own, d) = (&self.0, writes[0]);
         let mut matmul = Matmul::new(on.rows, own.rank, own.inputs);
         matmul.b_transposed = true;
-        let b = own.stack(on).view(own.outputs, 0);
+        let b = own.stack(on).a;
         on.matmul(matmul, Operands { a: reads[0], b, c: d, d, bias: 0 })
     }
 
@@ -232,7 +254,8 @@ impl Execute for LoraA {
 impl Execute for Forward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
         let (adds, biased) = (self.adds, self.own.bias);
-        Gemm { adds, biased, ..Gemm::PLAIN }.variants(capability)
+        let gemm = Gemm { adds, biased, ..Gemm::PLAIN }.variants(capability);
+        gemm.into_iter().chain(self.own.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -243,7 +266,7 @@ impl Execute for Forward {
         matmul.add = self.adds;
         matmul.bias = own.bias;
         let c = reads.get(1).copied().unwrap_or(d);
-        on.matmul(matmul, Operands { a: reads[0], b: stack.view(0, 0), c, d, bias: stack.bias })
+        on.matmul(matmul, Operands { a: reads[0], b: own.whole(on)?, c, d, bias: stack.bias })
     }
 
     #[cfg(test)]
@@ -261,13 +284,13 @@ impl Execute for Forward {
 
 impl Execute for GatedForward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        self.1.gated().variants(capability)
+        self.1.gated().variants(capability).into_iter().chain(self.0.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let (own, stack) = (&self.0, self.0.stack(on));
+        let own = &self.0;
         let k = own.inputs + if on.adapted { own.rank } else { 0 };
-        let (x, weights) = (reads[0], stack.view(0, 0));
+        let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
 
@@ -291,7 +314,7 @@ impl Execute for Backward {
             Some(activation) => activation.gated().vjp_variants(capability),
             None => Gemm { weight_rows: false, adds: self.adds, ..Gemm::PLAIN }.variants(capability),
         };
-        gemm.into_iter().chain(self.own.lora().variant(capability)).collect()
+        gemm.into_iter().chain(self.own.lora().variant(capability)).chain(self.own.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -299,7 +322,7 @@ impl Execute for Backward {
         let (dy, dx) = (reads[0], writes[0]);
         let last = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
-            let (lora, sb) = (own.lora(), stack.view(0, own.inputs));
+            let (lora, sb) = (own.lora(), stack.sb);
             if lora.has_kernels(on.gpu.kernels) {
                 lora.vjp(on, &Matrices { x, dy, sb, gradients: stack.gradients })?;
             } else {
@@ -321,7 +344,7 @@ impl Execute for Backward {
         } else {
             reads.get(1)
         };
-        let weights = stack.view(0, 0);
+        let weights = own.whole(on)?;
         if let (Some(activation), Some(both)) = (self.gated, last) {
             return activation.gated().launch_vjp(
                 on.for_matmuls(),

@@ -13,6 +13,7 @@ mod linear;
 pub(super) mod lm_head;
 mod lora;
 mod narrow;
+pub(super) mod nf4;
 mod norms;
 mod rope;
 mod scale;
@@ -20,14 +21,14 @@ mod xielu;
 
 // What files of ops are written with.
 use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
-use super::kernels::{Source, Variant};
+use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
 use super::matmul::{Gated, Gemm, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedStack, Member, NUMBERS, Stack};
+use super::weights::{LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 
@@ -64,6 +65,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &lm_head::SOURCE,
     &lora::SOURCE,
     &narrow::SOURCE,
+    &nf4::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
     &scale::SOURCE,

@@ -10,12 +10,15 @@ use super::super::matmul::Gates;
 use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::super::saved::SavedActivations;
-use super::super::weights::{NUMBERS, Stack};
+use super::super::weights::{Layout, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::lora::Adapter;
+use dpo_core::nf4::{BLOCK, SCALE_BLOCK, SCALES, VALUES, quantize};
 use dpo_core::ops::answer_mask::AnswerMask;
+use dpo_core::storage::Numbers;
 use dpo_core::testing::given;
 use dpo_core::weights::BlockId;
+use half::bf16;
 
 /// A stack's `[[W, s·B], [A, 0]]`, its bias, and the gradients by A `[rank, inputs]` and B `[rank, outputs]`.
 pub(crate) struct StackValues {
@@ -133,10 +136,11 @@ impl Emulator {
         batch: Batch,
         gates: Gates,
         allowed: &[SavedActivations],
+        numbers: Numbers,
         bytes: impl Fn(&Footprint) -> usize,
     ) -> Emulator {
         let adapter = adapter.clone();
-        let lowered = Lowered::new(graph, &adapter, NUMBERS, gates).unwrap();
+        let lowered = Lowered::new(graph, &adapter, numbers, gates).unwrap();
         let footprint = Footprint::new(graph, &lowered);
         let bytes = bytes(&footprint);
         let arrangement =
@@ -283,11 +287,16 @@ impl StackValues {
         let columns = stack.inputs + stack.rank;
         let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
         let mut bias = vec![0.0; stack.outputs];
-        for member in &stack.members {
+        // Where W is kept in nf4, its bytes as they lie on a card.
+        let layout = (stack.numbers == Numbers::Nf4).then(|| Layout::of(stack));
+        let mut bytes = vec![0; stack.bytes()];
+        for (at, member) in stack.members.iter().enumerate() {
             for weight in &block.nodes[member.node].weights {
                 let values = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
                 if weight.role == "bias" {
                     bias[member.column..member.column + member.width].copy_from_slice(&values);
+                } else if let Some(layout) = &layout {
+                    layout.write(&mut bytes, at, &quantize(&values));
                 } else {
                     for (row, values) in values.chunks(stack.inputs).enumerate() {
                         weights[(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
@@ -313,6 +322,12 @@ impl StackValues {
                 }
             }
         }
+        for row in (0..stack.outputs).filter(|_| layout.is_some()) {
+            for column in 0..stack.inputs {
+                let layout = layout.as_ref().unwrap();
+                weights[row * columns + column] = nf4_value(layout, &bytes, row * stack.inputs + column);
+            }
+        }
         let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
         StackValues { weights, columns, bias, gradients }
     }
@@ -320,6 +335,18 @@ impl StackValues {
     pub(crate) fn row(&self, row: usize) -> &[f32] {
         &self.weights[row * self.columns..][..self.columns]
     }
+}
+
+/// A value of W from its bytes, as `nf4.cu` reads it.
+fn nf4_value(layout: &Layout, bytes: &[u8], at: usize) -> f32 {
+    let pair = bytes[layout.codes.start + at / 2];
+    let code = if at % 2 == 0 { pair >> 4 } else { pair & 15 };
+    let block = at / BLOCK;
+    let [first, group] = *layout.members.iter().rev().find(|m| m[0] as usize <= block).unwrap();
+    let group = group as usize + (block - first as usize) / SCALE_BLOCK;
+    let number = |at: usize| f32::from_le_bytes(bytes[layout.groups.start + at..][..4].try_into().unwrap());
+    let scale = SCALES[usize::from(bytes[layout.scales.start + block])] * number(group * 8) + number(group * 8 + 4);
+    bf16::from_f32(VALUES[usize::from(code)] * scale).to_f32()
 }
 
 /// The place of what has none: no memory is as large.

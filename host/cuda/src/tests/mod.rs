@@ -21,7 +21,10 @@ use dpo_core::device::Device;
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
-use dpo_core::testing::{FAMILIES, adapter, cpu, distance, examples, op_cases, patterned_adapter, subtracting_adapter};
+use dpo_core::storage::{Numbers, Quantization};
+use dpo_core::testing::{
+    FAMILIES, adapter, cpu_as, distance, examples, op_cases, patterned_adapter, subtracting_adapter,
+};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
 use emulator::Emulator;
@@ -62,6 +65,59 @@ fn what_an_adapter_began_with_is_subtracted() {
     compare("subtracted", &graph, &adapter);
 }
 
+/// W of layers in nf4, whose members have blocks and groups of scales of their own; a dequantised stack lies among the values.
+#[test]
+fn layers_may_be_kept_in_nf4() {
+    let registry = Registry::discover(&[], None);
+    let (family, config) = FAMILIES[0];
+    let graph = registry.family(family).unwrap().runnable(config).unwrap();
+    for adapter in [patterned_adapter(&graph).unwrap(), subtracting_adapter(&graph).unwrap()] {
+        compare_as("nf4", &graph, &adapter, Numbers::Nf4);
+    }
+    for (name, graph) in op_cases().unwrap() {
+        if ["fused projections", "linear"].iter().any(|part| name.contains(part)) {
+            compare_as(&name, &graph, &adapter(&graph, false).unwrap(), Numbers::Nf4);
+        }
+    }
+}
+
+/// The plan of a base in nf4: codes and scales take 0.516 bytes a weight, and one stack at a time is dequantised.
+#[test]
+fn a_base_in_nf4_is_small() {
+    let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let lowered = |numbers| Lowered::new(&graph, &adapter, numbers, Gates::default()).unwrap();
+    let layers = |numbers| lowered(numbers).layers(&graph).iter().sum::<usize>() as f64;
+    let ratio = layers(Numbers::Nf4) / layers(NUMBERS);
+    assert!((0.255..0.262).contains(&ratio), "{ratio}");
+    assert_eq!(lowered(Numbers::Nf4).dequantized(), (2 * 18_944 + 16) * (3_584 + 16) * 2);
+    let options = MemoryOptions { quantization: Some(Quantization::Nf4), ..MemoryOptions::default() };
+    let plan = |memory: usize| GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(memory, 1), 1, options);
+    let plan = plan(7 << 30).unwrap();
+    assert!(plan.total() <= 7 << 30 && plan.host_layers == 0 && plan.waits > 0.0, "{plan}");
+}
+
+/// Layers that do not fit stay in host memory: two are on the GPU, and micro-batches are as large as it takes to compute while they
+/// come.
+#[test]
+fn layers_that_do_not_fit_stay_in_host_memory() {
+    let graph = shapes::Shape::named("qwen2.5-14b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |memory: usize, offload_base: Option<bool>, host: Option<usize>| {
+        let options = MemoryOptions { offload_base, ..MemoryOptions::default() };
+        let room = Room { host, ..Room::of(memory, 1) };
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, room, 1, options)
+    };
+    let auto = plan(24 << 30, None, None).unwrap();
+    assert!(auto.total() <= 24 << 30 && auto.host_layers > 24 << 30, "{auto}");
+    assert!(auto.micro_batch_tokens >= 4096 && auto.to_string().contains("stay in host memory"), "{auto}");
+    assert_eq!(plan(48 << 30, None, None).unwrap().host_layers, 0);
+    assert!(plan(48 << 30, Some(true), None).unwrap().host_layers > 0);
+    let refused = |offload, host| plan(24 << 30, offload, host).unwrap_err().to_string();
+    assert!(refused(Some(false), None).contains("weights 26.2 GiB"));
+    assert!(refused(Some(true), Some(8 << 30)).contains("of host memory, 8.0 GiB are free"));
+}
+
 #[test]
 fn kinds_of_adapter_without_kernels_are_refused() {
     let (family, config) = FAMILIES[0];
@@ -79,10 +135,15 @@ fn kinds_of_adapter_without_kernels_are_refused() {
 
 /// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.
 fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
+    compare_as(name, graph, adapter, NUMBERS);
+}
+
+/// The same, with layers kept as such numbers.
+fn compare_as(name: &str, graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) {
     let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
     let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
     let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
-    let mut exact = cpu(graph, batch.tokens(), adapter.clone()).unwrap();
+    let mut exact = cpu_as(graph, batch.tokens(), adapter.clone(), numbers).unwrap();
     let logps = exact.forward(&batch, true).unwrap().logps;
     exact.backward(&batch, &dlogps).unwrap();
     let (tokens, answers) = (batch.tokens(), batch.targets.len());
@@ -97,7 +158,7 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
                 (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
             least.max((whole as f64 * part) as usize).next_multiple_of(2)
         };
-        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, bytes);
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, numbers, bytes);
         let found = own.forward();
         let gradient = own.backward(&dlogps);
         let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
@@ -207,7 +268,8 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
     let graph = shapes::Shape::named("qwen2.5-7b").unwrap().graph(&Registry::discover(&[], None)).unwrap();
     let adapter = adapter(&graph, true).unwrap();
     let plan = |ranks: usize| {
-        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, MemoryOptions::default())
+        let options = MemoryOptions { offload_base: (ranks == 1).then_some(false), ..MemoryOptions::default() };
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(12 << 30, ranks), ranks, options)
     };
     let error = plan(1).unwrap_err().to_string();
     assert!(error.contains("weights 13.2 GiB"), "{error}");

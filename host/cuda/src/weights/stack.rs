@@ -1,15 +1,19 @@
-//! Matrices of linears that read one value, with their adapters: `[[W, s·B], [A, 0]]` in bf16.
+//! Matrices of linears that read one value, with their adapters: `[[W, s·B], [A, 0]]` in bf16. Where W is kept in other numbers, its
+//! bytes are its layer's, s·B and A lie apart, and what is computed with is made of them before every use.
 
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
+use super::nf4::{Layout, LoadedNf4};
 use dpo_core::storage::Numbers;
 
-/// What the values of a stack are.
+/// What matmuls read.
 pub(crate) const NUMBERS: Numbers = Numbers::Bf16;
 
 /// Linears with one input, in the order of the block.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Stack {
+    /// What W is kept as.
+    pub numbers: Numbers,
     pub members: Vec<Member>,
     pub inputs: usize,
     pub outputs: usize,
@@ -29,17 +33,32 @@ pub(crate) struct Member {
 }
 
 /// A stack on the GPU.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct LoadedStack {
-    pub at: Address,
-    /// Elements from row to row.
-    pub ld: usize,
+    /// W as it is kept.
+    pub w: Matrix,
+    /// A `[rank, inputs]` and s·B `[outputs, rank]`.
+    pub a: View,
+    pub sb: View,
     /// f32 gradients by A `[rank, inputs]` and, transposed, by B `[rank, outputs]`.
     pub gradients: [Address; 2],
     pub bias: Address,
 }
 
+/// W of a stack on the GPU.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Matrix {
+    /// `[[W, s·B], [A, 0]]`, with A and s·B in it.
+    Bf16(View),
+    Nf4(LoadedNf4),
+}
+
 impl Stack {
+    /// Without linears yet.
+    pub(crate) fn new(numbers: Numbers, inputs: usize) -> Stack {
+        Stack { numbers, members: Vec::new(), inputs, outputs: 0, rank: 0, bias: false }
+    }
+
     /// The member of a node.
     pub(crate) fn member(&self, node: usize) -> Option<&Member> {
         self.members.iter().find(|m| m.node == node)
@@ -50,9 +69,48 @@ impl Stack {
         padded(self.inputs + self.rank)
     }
 
-    /// Bytes of its rows.
+    /// Bytes of W, and of what lies in it, among those of its layer.
     pub(crate) fn bytes(&self) -> usize {
+        match self.numbers {
+            Numbers::Nf4 => Layout::of(self).bytes(),
+            _ => self.whole_bytes(),
+        }
+    }
+
+    /// Bytes of what lies apart from the layer's: A, s·B, and where members begin.
+    pub(crate) fn apart(&self) -> [usize; 3] {
+        match self.numbers {
+            NUMBERS => [0; 3],
+            _ => {
+                let [a, sb] = [self.inputs, self.outputs].map(|n| NUMBERS.bytes(self.rank * n));
+                [a, sb, self.members.len() * size_of::<[i32; 2]>()]
+            }
+        }
+    }
+
+    /// Bytes of `[[W, s·B], [A, 0]]` where that is made before it is read; else none.
+    pub(crate) fn made_bytes(&self) -> usize {
+        if self.numbers == NUMBERS { 0 } else { self.whole_bytes() }
+    }
+
+    fn whole_bytes(&self) -> usize {
         NUMBERS.bytes((self.outputs + self.rank) * self.ld())
+    }
+
+    /// Where all of it lies, from these addresses on.
+    pub(crate) fn at(&self, w: Address, [a, sb, members]: [Address; 3]) -> LoadedStack {
+        let view = |at, ld: usize| View { at, ld: ld as i64 };
+        let (w, a, sb) = match self.numbers {
+            Numbers::Nf4 => {
+                let w = Matrix::Nf4(Layout::of(self).at(w, members));
+                (w, view(a, self.inputs), view(sb, self.rank))
+            }
+            _ => {
+                let whole = view(w, self.ld());
+                (Matrix::Bf16(whole), whole.row(self.outputs), whole.column(self.inputs))
+            }
+        };
+        LoadedStack { w, a, sb, gradients: [0; 2], bias: 0 }
     }
 
     /// Bytes of its bias.
@@ -63,17 +121,5 @@ impl Stack {
     /// Bytes of the f32 gradients: by A `[rank, inputs]` and by B `[rank, outputs]`.
     pub(crate) fn gradient_bytes(&self) -> [usize; 2] {
         [self.inputs, self.outputs].map(|n| Numbers::F32.bytes(self.rank * n))
-    }
-}
-
-impl LoadedStack {
-    /// Where an element lies.
-    pub(crate) fn element(&self, row: usize, column: usize) -> Address {
-        self.at + NUMBERS.bytes(row * self.ld + column) as u64
-    }
-
-    /// Rows and columns from an element on.
-    pub(crate) fn view(&self, row: usize, column: usize) -> View {
-        View { at: self.element(row, column), ld: self.ld as i64 }
     }
 }
