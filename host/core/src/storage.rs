@@ -22,6 +22,8 @@ pub enum Numbers {
     F32,
     /// bfloat16.
     Bf16,
+    /// As [`Quantization::Fp8`].
+    Fp8,
     /// As [`Quantization::Nf4`].
     Nf4,
 }
@@ -50,11 +52,12 @@ pub enum Place {
 }
 
 impl Numbers {
-    /// Bytes of so many values.
+    /// Bytes of so many values; of e4m3 without its scales.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Numbers::F32 => values * 4,
             Numbers::Bf16 => values * 2,
+            Numbers::Fp8 => values,
             Numbers::Nf4 => Nf4::bytes(values),
         }
     }

@@ -10,13 +10,14 @@ use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
-use super::ops::nf4::random as random_codes;
+use super::ops::{fp8, nf4};
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, Layout, LoadedNf4, Matrix, NUMBERS, Stack};
+use super::weights::{BlockWeights, Fp8Layout, LayerStore, Layout, LoadedFp8, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
+use dpo_core::fp8::{MAX, quantize_rows};
 use dpo_core::nf4::quantize;
 use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
@@ -52,6 +53,9 @@ pub(crate) struct Weights {
 
 /// Of random codes, the scale of their blocks' scales and what is added: magnitudes as those of a trained matrix.
 const RANDOM_SCALES: [f32; 2] = [0.01, 0.05];
+
+/// Of random codes of e4m3, the largest magnitude: a deviation of 0.02.
+const RANDOM_LARGEST: f32 = 0.035;
 
 /// Bytes that go to the GPU at once.
 const STAGE: usize = 64 << 20;
@@ -304,6 +308,9 @@ impl Loader<'_> {
                 self.gpu.upload(Layout::of(stack).members.as_flattened(), places[2])?;
                 self.nf4(prefix, nodes, stack, w)?;
             }
+            if let Matrix::Fp8(w) = &loaded.w {
+                self.fp8(prefix, nodes, stack, w)?;
+            }
             for member in &stack.members {
                 let node = &nodes[member.node];
                 if let Matrix::Bf16(whole) = &loaded.w {
@@ -331,7 +338,7 @@ impl Loader<'_> {
         let layout = Layout::of(stack);
         if matches!(self.source, Source::Random) {
             self.seed += 1;
-            random_codes(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
+            nf4::random(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
             let groups = vec![RANDOM_SCALES; layout.groups.len() / size_of_val(&RANDOM_SCALES)];
             return self.gpu.upload(groups.as_flattened(), w.codes + layout.groups.start as u64);
         }
@@ -339,6 +346,26 @@ impl Loader<'_> {
         for (at, member) in stack.members.iter().enumerate() {
             let values = self.values(prefix, weight(&nodes[member.node], "weight")?)?;
             layout.write(&mut bytes, at, &quantize(&values));
+        }
+        self.gpu.upload(&bytes, w.codes)
+    }
+
+    /// The same of one in e4m3.
+    fn fp8(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedFp8) -> Result<()> {
+        let layout = Fp8Layout::of(stack);
+        if matches!(self.source, Source::Random) {
+            self.seed += 1;
+            fp8::random(self.gpu, self.kernels, (w.codes, layout.codes.len()), self.seed)?;
+            return self.gpu.upload(&vec![RANDOM_LARGEST / MAX; stack.outputs], w.scales);
+        }
+        let mut bytes = vec![0; layout.bytes()];
+        for member in &stack.members {
+            let values = self.values(prefix, weight(&nodes[member.node], "weight")?)?;
+            let (codes, scales) = quantize_rows(&values, stack.inputs);
+            let rows = bytes[member.column * layout.ld..].chunks_mut(layout.ld);
+            rows.zip(codes.chunks(stack.inputs)).for_each(|(to, codes)| to[..codes.len()].copy_from_slice(codes));
+            let to = bytes[layout.scales.start + member.column * 4..].chunks_mut(4);
+            to.zip(&scales).for_each(|(to, scale)| to.copy_from_slice(&scale.to_le_bytes()));
         }
         self.gpu.upload(&bytes, w.codes)
     }

@@ -41,6 +41,8 @@ pub struct Room {
     pub context: usize,
     /// The gated activations that the card's matmuls compute, which takes less memory.
     pub gates: Gates,
+    /// Whether the card has products of fp8.
+    pub fp8: bool,
     /// Host memory that is free for this process, where that is known.
     pub host: Option<usize>,
 }
@@ -48,7 +50,7 @@ pub struct Room {
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), host: None }
+        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), fp8: true, host: None }
     }
 }
 
@@ -146,10 +148,15 @@ impl GpuPlan {
         let numbers = match options.quantization {
             None => NUMBERS,
             Some(Quantization::Nf4) => Numbers::Nf4,
-            Some(kind) => return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization")),
+            Some(Quantization::Fp8) if room.fp8 => Numbers::Fp8,
+            Some(Quantization::Fp8) => {
+                return Err(Error::input("this card's kernels have no products of fp8: so far those of Hopper (H100, H200) alone have")
+                    .at("--quantization")
+                    .help("take --quantization nf4, which every card has"));
+            }
         };
         let layers = Storage { numbers, place };
-        let Room { available, context, gates, host } = room;
+        let Room { available, context, gates, host, .. } = room;
         let lowered = Lowered::new(graph, adapter, numbers, gates)?;
         let footprint = Footprint::new(graph, &lowered);
         let ranks = if let Place::Sharded(ranks) = place { ranks } else { 1 };
@@ -339,6 +346,7 @@ impl fmt::Display for GpuPlan {
         };
         let numbers = match self.layers.numbers {
             Numbers::Nf4 => "layers in nf4, the rest in bf16",
+            Numbers::Fp8 => "layers in fp8, the rest in bf16",
             _ => "bf16",
         };
         let per_token = format!(

@@ -267,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             auto token_scale = [&](int t) { return t < tokens ? *(const float*)(of_x.at + t * of_x.ld) : 0.f; };
             int scaled = feature + (GLU ? f / 16 * 8 + f % 8 : f);
             float scale_0 = token_scale(t), scale_1 = threadIdx.x % 128 + 128 < TOKENS ? token_scale(t + 128) : 0.f;
-            float scale_w = scaled < features ? of_w[scaled + (GLU && f & 8 ? features : 0)] : 0.f;
+            float scale_w = of_w && scaled < features ? of_w[scaled + (GLU && f & 8 ? features : 0)] : 1.f;
 #endif
             // The stage before this one is free.
             auto release = [&] {

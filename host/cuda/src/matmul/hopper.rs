@@ -1,8 +1,8 @@
 //! The kernel for Hopper, `gemm_hopper.cu`: how it is compiled, and how its tiles are chosen.
 
-use super::super::gpu::{Address, Args, TensorMap, View};
+use super::super::gpu::{Address, Args, Elements, TensorMap, View};
 use super::super::kernels::{Source, Variant};
-use super::{Gemm, On, Operands, gemm};
+use super::{Fp8, Gemm, On, Operands, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -15,7 +15,9 @@ pub(crate) static SOURCE: Source = Source {
     kernels: &["gemm_hopper"],
     waits: true,
     variants: Some(|capability| {
-        if is_for(capability) { gemm::usual().into_iter().flat_map(variants).collect() } else { Vec::new() }
+        let both = |gemm| [gemm, Gemm { fp8: true, ..gemm }];
+        let all = gemm::usual().into_iter().flat_map(both).flat_map(variants);
+        if is_for(capability) { all.collect() } else { Vec::new() }
     }),
 };
 
@@ -35,10 +37,17 @@ const TILES: &[Tile] = &[
     Tile { tokens: 192, chunk: 64, kept_chunk: 64, vjp_chunk: 32 },
 ];
 
-/// Columns of A that are multiplied at once, features of a block, and stages of both in shared memory.
+/// Columns of bf16 that are multiplied at once, and their bytes, features of a block, and stages of both in shared memory.
 const DEPTH: usize = 64;
+const DEPTH_BYTES: usize = 128;
 const FEATURES: usize = 128;
 const STAGES: usize = 4;
+
+/// Shared memory of a block.
+const SHARED: usize = 227 << 10;
+
+/// Places for chunks, at most.
+const BUFFERS: usize = 4;
 
 /// What a tile costs beside its tokens, in tokens.
 const TILE_COST: usize = 6;
@@ -65,6 +74,7 @@ fn variant(gemm: Gemm, tile: &Tile) -> Variant {
         ("W_ROWS", gemm.weight_rows.into()),
         ("EPILOGUE", gemm.epilogue()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
+        ("FP8", gemm.fp8.into()),
     ];
     Variant {
         source: &SOURCE,
@@ -81,17 +91,40 @@ fn key(gemm: Gemm, tile: &Tile) -> usize {
     gemm.key() * 512 + tile.tokens
 }
 
+/// Tokens of a chunk: half as many where there would be no room for two.
 fn chunk(gemm: Gemm, tile: &Tile) -> usize {
-    match gemm {
+    let chunk = match gemm {
         Gemm { differentiates: true, .. } => tile.vjp_chunk,
         Gemm { keeps: true, .. } => tile.kept_chunk,
         _ => tile.chunk,
-    }
+    };
+    if places(gemm, tile, chunk) < 2 { chunk / 2 } else { chunk }
 }
 
-/// Places for chunks: of small ones more have to be on their way.
+/// Places for chunks, of which the more are on their way the better.
 fn buffers(gemm: Gemm, tile: &Tile) -> usize {
-    if chunk(gemm, tile) == 16 { 4 } else { 2 }
+    places(gemm, tile, chunk(gemm, tile)).min(BUFFERS)
+}
+
+/// Chunks that there is room for, beside stages and what else is in shared memory: barriers, scales, and up to an aligned address.
+fn places(gemm: Gemm, tile: &Tile, chunk: usize) -> usize {
+    let scales = if gemm.fp8 { 2 * (tile.tokens + 64) * 4 } else { 0 };
+    let room = SHARED - STAGES * stage(tile) - 1024 - 256 - scales;
+    room / chunk_bytes(gemm, chunk)
+}
+
+fn stage(tile: &Tile) -> usize {
+    (FEATURES + tile.tokens) * DEPTH_BYTES
+}
+
+/// Bytes of a chunk of both warp groups.
+fn chunk_bytes(gemm: Gemm, chunk: usize) -> usize {
+    let planes = match gemm {
+        Gemm { keeps: true, .. } => 3,
+        Gemm { differentiates: true, .. } => 2,
+        _ => 1,
+    };
+    2 * chunk * features(gemm) * 2 * planes
 }
 
 /// Features of D that a warp group has.
@@ -101,13 +134,7 @@ fn features(gemm: Gemm) -> usize {
 
 /// Bytes of shared memory: stages, buffers of results for each of two warp groups, and up to an aligned address.
 fn shared(gemm: Gemm, tile: &Tile) -> usize {
-    let planes = match gemm {
-        Gemm { keeps: true, .. } => 3,
-        Gemm { differentiates: true, .. } => 2,
-        _ => 1,
-    };
-    let results = 2 * buffers(gemm, tile) * chunk(gemm, tile) * features(gemm) * 2 * planes;
-    STAGES * (FEATURES + tile.tokens) * DEPTH * 2 + results + 1024
+    STAGES * stage(tile) + buffers(gemm, tile) * chunk_bytes(gemm, chunk(gemm, tile)) + 1024
 }
 
 /// The tile that takes the least time: rounds of all multiprocessors, two of which share tokens.
@@ -125,7 +152,8 @@ pub(super) fn launch(gemm: Gemm, on: On<'_>, [m, n, k]: [usize; 3], operands: Op
         false => TensorMap::new(b, [k, n], [DEPTH, 64])?,
     };
     let c = if gemm.adds { c } else { d };
-    start(gemm, on, [m, n, k], (a, weights), [(c, n), (d, n)], bias, 0.0)
+    let x = |box_rows| TensorMap::new(a, [m, k], [box_rows, DEPTH]);
+    start(gemm, on, [m, n, k], (&x, weights), [(c, n), (d, n)], (bias, 0.0), |args, _| Ok(args))
 }
 
 /// Starts a gated activation of `width` columns, of products of sizes `[m, 2 · width, k]`.
@@ -138,12 +166,17 @@ pub(super) fn launch_gated(
     h: View,
     limit: f32,
 ) -> Result<()> {
-    let ld = weights.ld as u64 * 2;
-    // Eight rows of gate, then eight of up.
-    let sizes = [k as u64, 8, 2, width as u64 / 8];
-    let weights = TensorMap::encode(weights.at, &sizes, &[ld, width as u64 * ld, 8 * ld], &[64, 8, 2, 8])?;
+    let weights = gate_and_up((weights.at, weights.ld as usize * 2), Elements::Bf16, [width, k])?;
     let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
-    start(gemm, on, [m, width, k], (x, weights), stored, 0, limit)
+    let x = |box_rows| TensorMap::new(x, [m, k], [box_rows, DEPTH]);
+    start(gemm, on, [m, width, k], (&x, weights), stored, (0, limit), |args, _| Ok(args))
+}
+
+/// Rows of gate and of up, so many bytes from one to the next: eight of gate, then eight of up.
+fn gate_and_up((at, ld): (Address, usize), elements: Elements, [width, columns]: [usize; 2]) -> Result<TensorMap> {
+    let sizes = [columns, 8, 2, width / 8].map(|n| n as u64);
+    let strides = [ld, width * ld, 8 * ld].map(|n| n as u64);
+    TensorMap::encode(at, elements, &sizes, &strides, &[elements.of(DEPTH_BYTES) as u32, 8, 2, 8])
 }
 
 /// Starts the VJP of a gated activation of `width` columns, whose gradient is a product of sizes `[m, width, k]`.
@@ -156,31 +189,65 @@ pub(super) fn launch_vjp(
     limit: f32,
 ) -> Result<()> {
     let weights = TensorMap::new(weights, [k, width], [DEPTH, 64])?;
-    start(gemm, on, [m, width, k], (dy, weights), [(both, 2 * width), (gradients, 2 * width)], 0, limit)
+    let x = |box_rows| TensorMap::new(dy, [m, k], [box_rows, DEPTH]);
+    let stored = [(both, 2 * width), (gradients, 2 * width)];
+    start(gemm, on, [m, width, k], (&x, weights), stored, (0, limit), |args, _| Ok(args))
 }
 
+/// Starts a product of e4m3 of sizes `[m, n, k]`, where a gated activation has n columns. C and D have columns of their own.
+pub(super) fn launch_fp8(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Fp8,
+    stored: [(View, usize); 2],
+    (bias, limit): (Address, f32),
+) -> Result<()> {
+    let Fp8 { x, w: (w, ld), scales, u, l, rank } = operands;
+    let gated = gemm.gate.is_some() && !gemm.differentiates;
+    let rows = |at, ld: usize, rows: usize, box_rows: usize| {
+        let (sizes, boxes) = ([k as u64, rows as u64], [DEPTH_BYTES as u32, box_rows as u32]);
+        TensorMap::encode(at, Elements::Bytes, &sizes, &[ld as u64], &boxes)
+    };
+    let ld_x = x.ld as usize * 2;
+    let codes = |box_rows| rows(x.at, ld_x, m, box_rows);
+    let weights = if gated { gate_and_up((w, ld), Elements::Bytes, [n, k])? } else { rows(w, ld, n, FEATURES)? };
+    let low_rank = match gemm {
+        _ if rank == 0 => weights,
+        _ if gated => gate_and_up((l.at, l.ld as usize * 2), Elements::Bf16, [n, rank])?,
+        Gemm { weight_rows: true, .. } => TensorMap::new(l, [n, rank], [FEATURES, DEPTH])?,
+        _ => TensorMap::new(l, [rank, n], [DEPTH, 64])?,
+    };
+    start(gemm, on, [m, n, k], (&codes, weights), stored, (bias, limit), |args, box_rows| {
+        let u = if rank == 0 { weights } else { TensorMap::new(u, [m, rank], [box_rows, DEPTH])? };
+        let of_x = View { at: x.at + k as u64, ld: x.ld };
+        Ok(args.with(u).with(low_rank).with(rank as i32).with(of_x).with(scales))
+    })
+}
+
+/// Starts it with the map of X for so many rows of a box, and with what `more` adds to the kernel's arguments.
 fn start(
     gemm: Gemm,
     on: On<'_>,
     [m, n, k]: [usize; 3],
-    (x, weights): (View, TensorMap),
+    (x, weights): (&dyn Fn(usize) -> Result<TensorMap>, TensorMap),
     stored: [(View, usize); 2],
-    bias: Address,
-    limit: f32,
+    (bias, limit): (Address, f32),
+    more: impl FnOnce(Args, usize) -> Result<Args>,
 ) -> Result<()> {
     let tile = tile(gemm, [m, n], on.gpu.multiprocessors);
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm, tile))?;
-    let x = TensorMap::new(x, [m, k], [tile.tokens / 2, DEPTH])?;
+    let x = x(tile.tokens / 2)?;
     let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [chunk(gemm, tile), features(gemm)]));
     let args = Args::default().with(x).with(weights).with(c?).with(d?).with(bias);
-    let args = args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit);
+    let args = more(args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit), tile.tokens / 2)?;
     let block = [(FEATURES * 2 + 128) as u32, 1, 1];
     on.gpu.launch(kernel, [on.gpu.multiprocessors / 2 * 2, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Gemm, TILES, shared, tile};
+    use super::{Gemm, TILES, buffers, chunk, shared, tile};
 
     const PLAIN: Gemm = Gemm::PLAIN;
 
@@ -189,8 +256,12 @@ mod tests {
         for tile in TILES {
             let gated = Gemm { gate: Some(0), ..PLAIN };
             for gemm in [PLAIN, gated, Gemm { keeps: true, ..gated }, Gemm { differentiates: true, ..gated }] {
-                let bytes = shared(gemm, tile);
-                assert!(bytes + 256 <= 227 << 10, "{bytes} for {} tokens, {gemm:?}", tile.tokens);
+                for fp8 in [false, true] {
+                    let gemm = Gemm { fp8, ..gemm };
+                    let (bytes, scales) = (shared(gemm, tile), usize::from(fp8) * 2 * (tile.tokens + 64) * 4);
+                    assert!(bytes + 256 + scales <= 227 << 10, "{bytes} for {} tokens, {gemm:?}", tile.tokens);
+                    assert!(buffers(gemm, tile) >= 2 && tile.tokens % chunk(gemm, tile) == 0);
+                }
             }
         }
     }

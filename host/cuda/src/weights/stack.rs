@@ -3,6 +3,8 @@
 
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
+use super::super::ops::fp8::transposed_ld;
+use super::fp8::{Fp8Layout, LoadedFp8};
 use super::nf4::{Layout, LoadedNf4};
 use dpo_core::storage::Numbers;
 
@@ -51,6 +53,14 @@ pub(crate) enum Matrix {
     /// `[[W, s·B], [A, 0]]`, with A and s·B in it.
     Bf16(View),
     Nf4(LoadedNf4),
+    Fp8(LoadedFp8),
+}
+
+impl Matrix {
+    /// Of one in e4m3, where the scales of its rows lie; else nowhere.
+    pub(crate) fn scales(&self) -> Address {
+        if let Matrix::Fp8(w) = self { w.scales } else { 0 }
+    }
 }
 
 impl Stack {
@@ -73,6 +83,7 @@ impl Stack {
     pub(crate) fn bytes(&self) -> usize {
         match self.numbers {
             Numbers::Nf4 => Layout::of(self).bytes(),
+            Numbers::Fp8 => Fp8Layout::of(self).bytes(),
             _ => self.whole_bytes(),
         }
     }
@@ -88,9 +99,13 @@ impl Stack {
         }
     }
 
-    /// Bytes of `[[W, s·B], [A, 0]]` where that is made before it is read; else none.
+    /// Bytes of what is made of it before it is read: of nf4 `[[W, s·B], [A, 0]]`, of e4m3 W transposed.
     pub(crate) fn made_bytes(&self) -> usize {
-        if self.numbers == NUMBERS { 0 } else { self.whole_bytes() }
+        match self.numbers {
+            NUMBERS => 0,
+            Numbers::Fp8 => self.inputs * transposed_ld(self.outputs),
+            _ => self.whole_bytes(),
+        }
     }
 
     fn whole_bytes(&self) -> usize {
@@ -105,6 +120,7 @@ impl Stack {
                 let w = Matrix::Nf4(Layout::of(self).at(w, members));
                 (w, view(a, self.inputs), view(sb, self.rank))
             }
+            Numbers::Fp8 => (Matrix::Fp8(Fp8Layout::of(self).at(w)), view(a, self.inputs), view(sb, self.rank)),
             _ => {
                 let whole = view(w, self.ld());
                 (Matrix::Bf16(whole), whole.row(self.outputs), whole.column(self.inputs))

@@ -1,4 +1,4 @@
-// Rows of bf16 as e4m3, each with a scale behind it; and e4m3 matrices transposed, as products of fp8 read both of theirs along k.
+// Rows of bf16 as e4m3, each with a scale behind it; and matrices of e4m3 transposed, since products of fp8 read both of theirs along k.
 
 #define HELD 8  // of a row's pieces of eight values, so many a thread stay in registers
 
@@ -98,5 +98,17 @@ extern "C" __global__ void __launch_bounds__(256) transpose_fp8(const unsigned c
     for (int i = 0; i < 16; i++) {
         int c = column + i * 8 + warp, r = row + lane * 4;
         if (c < columns && r < to_ld) *(u32*)(to + (long long)c * to_ld + r) = turned[i * 8 + warp][lane];
+    }
+}
+
+// Random codes for benchmarks, evenly between the least and the largest value: words of four.
+extern "C" __global__ void random_fp8(u32* to, long long words, u32 seed) {
+    after_previous();
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += (long long)gridDim.x * blockDim.x) {
+        u64 h = ((u64)i + 1) * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
+        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+        auto value = [&](int at) { return ((int)(h >> 16 * at & 0xffff) - 32768) * (448.f / 32768.f); };
+        to[i] = e4m3x4(value(0), value(1), value(2), value(3));
     }
 }
