@@ -150,9 +150,9 @@ pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
 
-/// Multiply-adds of matmuls that take as long as moving a byte from host memory, about: 325 T/s to 55 GB/s of an H200, 80 T/s to 25 GB/s
-/// of an RTX 4090.
-const MATMUL_PER_BUS_BYTE: f64 = 5000.0;
+/// Multiply-adds of matmuls that take as long as moving a byte from host memory, about: 310 T/s to 54 GB/s on an H200, 80 T/s to 25 GB/s
+/// on an RTX 4090.
+const MATMUL_PER_BUS_BYTE: f64 = 5600.0;
 
 impl Footprint {
     pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
@@ -247,10 +247,11 @@ impl Footprint {
     /// dequantising them, and where layers are in host memory, that of the bus.
     pub(super) fn waits(&self, tokens: usize, answers: usize, again: f64, place: Place) -> f64 {
         let all = self.work.of(tokens, answers);
-        // Forward and backward; what is computed again is of the forward pass, a third of the step.
-        let dequantizing = (2.0 + 3.0 * again) * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
-        let bus = if place == Place::Host { 2.0 * self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
-        dequantizing.max(bus - 1.0 - again)
+        // Of a forward and a backward pass; what is computed again is of the forward pass, a third of the step.
+        let dequantizing = self.dequantizing as f64 * MATMUL_PER_BYTE / all;
+        let passes = [1.0 / 3.0 + dequantizing, 2.0 / 3.0 + again + (1.0 + 3.0 * again) * dequantizing];
+        let bus = if place == Place::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
+        passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again
     }
 
     /// Bytes a token takes between layers and saved in them.

@@ -86,9 +86,7 @@ impl CudaDevice {
         let batch = Batch { ids: ids.to_vec(), layout, targets: vec![0], ..Batch::default() };
         self.send(&batch, false)?;
         self.embed()?;
-        for layer in 0..self.graph.layers.len() {
-            self.layer_after(layer, cache(layer), adapted)?;
-        }
+        self.stream(false, |layer| self.layer_after(layer, cache(layer), adapted))?;
         let head = self.head();
         self.head_forward(&head)?;
         let view = self.products(&head, 0, 1)?;

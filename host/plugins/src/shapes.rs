@@ -48,6 +48,7 @@ pub const SHAPES: &[Shape] = shapes![
     ["phi4-14b", "phi3", 5120, 17920, 40, 40, 10, 128, 100352, false, r#"{"original_max_position_embeddings": 32768}"#],
     ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false, "{}"],
+    ["qwen2.5-72b", "qwen2", 8192, 29568, 80, 64, 8, 128, 152064, false, "{}"],
 ];
 
 impl Shape {

@@ -237,11 +237,31 @@ impl Linears {
     }
 
     /// One of its transpose and of dy's codes, which were multiplied by its scales, with v.
-    fn fp8_vjp(&self, on: &Launch<'_>, codes: View, v: View) -> Result<Option<Fp8>> {
+    fn fp8_vjp(&self, on: &Launch<'_>, codes: View, v: View) -> Result<Fp8> {
         let stack = self.stack(on);
-        let Matrix::Fp8(w) = &stack.w else { return Ok(None) };
+        let Matrix::Fp8(w) = &stack.w else { return Err(Error::run("W is not in e4m3")) };
         let w = fp8::transposed(on, w, [self.outputs, self.inputs])?;
-        Ok(Some(Fp8 { x: codes, w, scales: 0, u: v, l: stack.a, rank: self.rank }))
+        Ok(Fp8 { x: codes, w, scales: 0, u: v, l: stack.a, rank: self.rank })
+    }
+
+    /// Of what a backward step reads, dy's codes, and what it reads whatever W is kept as.
+    fn codes<'a, T>(&self, reads: &'a [T]) -> (Option<&'a T>, &'a [T]) {
+        match reads {
+            [reads @ .., codes] if self.is_fp8() => (Some(codes), reads),
+            _ => (None, reads),
+        }
+    }
+
+    /// A row of the product, of what the step reads of x.
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], row: usize) -> Vec<f32> {
+        let mut x = on.row(&reads[0], row);
+        if self.is_fp8() {
+            x = fp8::emulated::unpack(&x, self.inputs);
+            x.extend((1..self.count()).flat_map(|u| on.row(&reads[u], row)));
+        }
+        let stack = on.stack(self.stack);
+        (0..self.outputs).map(|o| dot(stack.row(o), &x)).collect()
     }
 
     fn lora(&self) -> Lora {
@@ -258,7 +278,7 @@ impl Linears {
         let rank = if on.adapted { self.rank } else { 0 };
         match &stack.w {
             Matrix::Bf16(whole) => Ok(*whole),
-            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, self.inputs, rank), self.ld),
+            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank), self.ld),
             Matrix::Fp8(_) => Err(Error::run("W in e4m3 is read as it is kept")),
         }
     }
@@ -301,6 +321,10 @@ impl Execute for Forward {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack, d) = (&self.own, self.own.stack(on), writes[0]);
         let rank = if on.adapted { own.rank } else { 0 };
+        if let (1, Matrix::Nf4(w)) = (on.rows, &stack.w) {
+            let c = reads.get(1).copied().unwrap_or(View { at: 0, ld: 0 });
+            return nf4::gemv(on, (stack, w), (own.outputs, rank), [reads[0], c, d]);
+        }
         let mut matmul = Matmul::new(on.rows, own.outputs, own.inputs + rank);
         matmul.b_transposed = true;
         matmul.add = self.adds;
@@ -316,10 +340,11 @@ impl Execute for Forward {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = self.own;
         for row in 0..on.rows() {
-            let x = on.row(&reads[0], row);
-            let mut y = reads.get(1).map_or_else(|| vec![0.0; own.outputs], |r| on.row(r, row));
-            let stack = on.stack(own.stack);
-            (0..own.outputs).for_each(|o| y[o] += stack.bias[o] + dot(stack.row(o), &x));
+            let mut y = own.emulate(on, reads, row);
+            let residual = reads.get(own.count()).map(|r| on.row(r, row));
+            let bias = &on.stack(own.stack).bias;
+            y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            y.iter_mut().zip(residual.iter().flatten()).for_each(|(y, add)| *y += add);
             on.write(&writes[0], row, &y);
         }
     }
@@ -331,12 +356,16 @@ impl Execute for GatedForward {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let own = &self.0;
+        let (own, stack) = (&self.0, self.0.stack(on));
+        let rank = if on.adapted { own.rank } else { 0 };
         if let Some(product) = own.fp8(on, reads) {
             let (both, gated) = (writes[0].wanted(), self.1.gated());
             return product.launch_gated(gated, on.for_matmuls(), [on.rows, own.inputs], both, writes[1]);
         }
-        let k = own.inputs + if on.adapted { own.rank } else { 0 };
+        if let (1, Matrix::Nf4(w), None) = (on.rows, &stack.w, writes[0].wanted()) {
+            return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]);
+        }
+        let k = own.inputs + rank;
         let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
@@ -345,9 +374,7 @@ impl Execute for GatedForward {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (own, width) = (self.0, self.1.width);
         for row in 0..on.rows() {
-            let x = on.row(&reads[0], row);
-            let stack = on.stack(own.stack);
-            let both: Vec<f32> = (0..own.outputs).map(|o| dot(stack.row(o), &x)).collect();
+            let both = own.emulate(on, reads, row);
             let h: Vec<f32> = (0..width).map(|i| self.1.at(both[i]).0 * both[width + i]).collect();
             on.write(&writes[0], row, &both);
             on.write(&writes[1], row, &h);
@@ -378,6 +405,7 @@ impl Execute for Backward {
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.own, self.own.stack(on));
+        let (codes, reads) = own.codes(reads);
         let (dy, dx) = (reads[0], writes[0]);
         let last = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
@@ -403,8 +431,8 @@ impl Execute for Backward {
         } else {
             reads.get(1)
         };
-        let v = writes.get(1).copied().unwrap_or(dy);
-        if let Some(product) = own.fp8_vjp(on, *reads.last().unwrap_or(&dy), v)? {
+        if let Some(codes) = codes {
+            let product = own.fp8_vjp(on, *codes, writes.get(1).copied().unwrap_or(dy))?;
             let (matmuls, c) = (on.for_matmuls(), last.copied().unwrap_or(dx));
             return match self.gated {
                 Some(activation) => product.launch_gated_vjp(activation.gated(), matmuls, [on.rows, own.outputs], [c, dx]),
@@ -429,9 +457,11 @@ impl Execute for Backward {
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = self.own;
+        let (codes, reads) = own.codes(reads);
         let last = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
         for row in 0..on.rows() {
             let mut dy = on.row(&reads[0], row);
+            let codes = codes.map(|codes| fp8::emulated::unpack(&on.row(codes, row), own.outputs));
             let x = if own.rank > 0 { on.row(&reads[1], row) } else { Vec::new() };
             let before = last.filter(|_| self.adds);
             let mut dx = before.map_or_else(|| vec![0.0; own.inputs], |b| on.row(b, row));
@@ -442,6 +472,10 @@ impl Execute for Backward {
                 (0..own.inputs).for_each(|i| stack.gradients[0][r * own.inputs + i] += v[r] * x[i]);
                 let u = x[own.inputs + r];
                 (0..own.outputs).for_each(|o| stack.gradients[1][r * own.outputs + o] += u * dy[o]);
+            }
+            // Codes are of dy times the scales of W.
+            if let Some(codes) = codes {
+                dy = codes.iter().zip(&stack.scales).map(|(code, scale)| code / scale).collect();
             }
             dy.extend(&v);
             for (o, d) in dy.iter().enumerate() {

@@ -48,25 +48,129 @@ __device__ __forceinline__ Eight values8(u32 codes, float scale, const Tables& t
     return out;
 }
 
-// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs]; what is 0 is not written.
+// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs]; what is 0 is not written. A block has a row at a time; a
+// thread reads what AHEAD stores take before it stores any.
+#define AHEAD 2
+
 extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank) {
     __shared__ Tables tables;
     Nf4 w = NF4;
     tables.fill();
     after_previous();
-    int eights = (inputs + rank) / 8, all = (outputs + rank) * eights;
-    for (int i = blockIdx.x * THREADS + threadIdx.x; i < all; i += gridDim.x * THREADS) {
-        int r = i / eights, c = (i - r * eights) * 8;
-        bf16* out = row(to, r) + c;
-        if (r < outputs && c < inputs) {
-            int word = ((u32)r * inputs + c) / 8;
-            store8(out, values8(codes[word], scale_of(w, tables, word / (BLOCK / 8)), tables));
-        } else if (r < outputs) {
-            *(uint4*)out = *(const uint4*)(row(sb, r) + c - inputs);
-        } else if (c < inputs) {
-            *(uint4*)out = *(const uint4*)(row(a, r - outputs) + c);
+    int own = inputs / 8, eights = own + rank / 8;
+    for (int r = blockIdx.x; r < outputs + rank; r += gridDim.x) {
+        uint4* out = (uint4*)row(to, r);
+        if (r >= outputs) {
+            for (int c = threadIdx.x; c < own; c += THREADS) out[c] = ((const uint4*)row(a, r - outputs))[c];
+            continue;
+        }
+        u32 first = (u32)r * own;
+        for (int c0 = threadIdx.x; c0 < eights; c0 += THREADS * AHEAD) {
+            u32 words[AHEAD];
+            float scales[AHEAD];
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                u32 word = first + c0 + i * THREADS;
+                bool inside = c0 + i * THREADS < own;
+                words[i] = inside ? codes[word] : 0;
+                scales[i] = inside ? scale_of(w, tables, word / (BLOCK / 8)) : 0.f;
+            }
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                int c = c0 + i * THREADS;
+                if (c < own) store8((bf16*)(out + c), values8(words[i], scales[i], tables));
+                else if (c < eights) out[c] = ((const uint4*)row(sb, r))[c - own];
+            }
         }
     }
+}
+
+#define ROWS 2  // rows of W that a warp has at once
+
+// The products of x [inputs] with rows of W, in f32, and those of u behind it with s·B; to every lane. A lane reads WORDS words of
+// codes at once, which are of one block.
+template <int WORDS>
+__device__ __forceinline__ void products(float (&sum)[ROWS], const int (&rows)[ROWS], const Nf4& w, const View& sb, const bf16* x,
+                                         int rank, const Tables& tables) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) sum[r] = 0.f;
+    for (int c = lane * 8 * WORDS; c < w.inputs; c += 32 * 8 * WORDS) {
+        u32 codes[ROWS][WORDS];
+        float scale[ROWS], part[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            u32 at = (u32)rows[r] * w.inputs + c;
+            const u32* from = w.codes + at / 8;
+            if constexpr (WORDS == 4) {
+                uint4 four = *(const uint4*)from;
+                codes[r][0] = four.x, codes[r][1] = four.y, codes[r][2] = four.z, codes[r][3] = four.w;
+            } else {
+                codes[r][0] = *from;
+            }
+            scale[r] = scale_of(w, tables, at / BLOCK);
+            part[r] = 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            Eight values = load8(x + c + i * 8);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+                for (int k = 0; k < 8; k++) {
+                    part[r] = fmaf(tables.values[codes[r][i] >> (k ^ 1) * 4 & 15], values.v[k], part[r]);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) sum[r] = fmaf(part[r], scale[r], sum[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        for (int i = lane; i < rank; i += 32) sum[r] = fmaf(to_float(row(sb, rows[r])[i]), to_float(x[w.inputs + i]), sum[r]);
+        sum[r] = warp_sum(sum[r]);
+    }
+}
+
+__device__ __forceinline__ void products(float (&sum)[ROWS], const int (&rows)[ROWS], const Nf4& w, const View& sb, const bf16* x,
+                                         int rank, const Tables& tables) {
+    // Words of a row that begins anywhere may be of two blocks.
+    if (w.inputs % 32 == 0) products<4>(sum, rows, w, sb, x, rank, tables);
+    else products<1>(sum, rows, w, sb, x, rank, tables);
+}
+
+// y = W x + sB u, plus c and a bias where they are given. Values are not rounded to bf16 before they are multiplied.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    nf4_gemv(NF4_PARAMETERS, View sb, const bf16* x, const bf16* c, const bf16* bias, bf16* y, int rank) {
+    __shared__ Tables tables;
+    Nf4 w = NF4;
+    tables.fill();
+    after_previous();
+    int first = (blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * ROWS, own = threadIdx.x % 32;
+    if (first >= outputs) return;
+    int rows[ROWS] = {first, first + 1};
+    float sum[ROWS];
+    products(sum, rows, w, sb, x, rank, tables);
+    if (own >= ROWS) return;
+    float all = own == 0 ? sum[0] : sum[1];
+    if (bias) all += to_float(bias[first + own]);
+    if (c) all += to_float(c[first + own]);
+    y[first + own] = to_bf16(all);
+}
+
+// h = act(G x) (U x): W is [2 width, inputs], gate and then up.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    nf4_gemv_gated(NF4_PARAMETERS, View sb, const bf16* x, bf16* h, int rank, int activation, float limit) {
+    __shared__ Tables tables;
+    Nf4 w = NF4;
+    tables.fill();
+    after_previous();
+    int width = outputs / 2, at = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
+    if (at >= width) return;
+    int rows[ROWS] = {at, at + width};
+    float sum[ROWS];
+    products(sum, rows, w, sb, x, rank, tables);
+    if (threadIdx.x % 32 == 0) h[at] = to_bf16(activate(sum[0], activation, limit).value * sum[1]);
 }
 
 // Random codes and scales, for benchmarks: words of random bits.

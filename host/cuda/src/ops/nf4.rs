@@ -1,21 +1,29 @@
 //! Linears whose W is kept in nf4: `[[W, s·B], [A, 0]]` is made in bf16 before a matmul reads it. The workspace it is made in is that of
-//! all stacks, since everything runs in order.
+//! all stacks, since everything runs in order. Matmuls of one row read the codes.
 
 use dpo_core::nf4::{SCALES, VALUES};
 
+use super::activation::Activation;
 use super::{Address, Args, Gpu, Kernels, Launch, LoadedNf4, LoadedStack, Source, Variant, View};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
     waits: true,
     variants: Some(|_| vec![variant()]),
-    ..Source::plain("nf4", include_str!("nf4.cu"), &["nf4_dequantize", "nf4_random"])
+    ..Source::plain(
+        "nf4",
+        concat!(include_str!("activations.cuh"), include_str!("nf4.cu")),
+        &["nf4_dequantize", "nf4_gemv", "nf4_gemv_gated", "nf4_random"],
+    )
 };
 
 const THREADS: u32 = 256;
 
-/// Blocks of threads that a multiprocessor has at once.
-const RESIDENT: usize = 8;
+/// Rows that a block of `nf4_gemv` has, and of `nf4_gemv_gated`.
+const ROWS: [usize; 2] = [16, 8];
+
+/// Blocks of threads that a multiprocessor gets, at most.
+const BLOCKS: usize = 16;
 
 /// Its kernels, with what codes stand for.
 pub(super) fn variant() -> Variant {
@@ -28,16 +36,39 @@ pub(super) fn variant() -> Variant {
 pub(super) fn dequantized(
     on: &Launch<'_>,
     (stack, w): (&LoadedStack, &LoadedNf4),
-    (outputs, inputs, rank): (usize, usize, usize),
+    (outputs, rank): (usize, usize),
     ld: usize,
 ) -> Result<View> {
     let to = View { at: on.dequantized, ld: ld as i64 };
-    let eights = (outputs + rank) * (inputs + rank) / 8;
-    let blocks = eights.div_ceil(THREADS as usize).min(on.gpu.multiprocessors * RESIDENT);
+    let blocks = (outputs + rank).min(on.gpu.multiprocessors * BLOCKS);
     let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32);
     on.gpu.launch(on.kernels.get("nf4_dequantize")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)?;
     on.gpu.mark("dequantize")?;
     Ok(to)
+}
+
+/// Starts `y = W x + s·B u (+ c) (+ bias)` for one row.
+pub(super) fn gemv(
+    on: &Launch<'_>,
+    (stack, w): (&LoadedStack, &LoadedNf4),
+    (outputs, rank): (usize, usize),
+    [x, c, y]: [View; 3],
+) -> Result<()> {
+    let args = w.args().with(stack.sb).with(x.at).with(c.at).with(stack.bias).with(y.at).with(rank as i32);
+    on.gpu.launch(on.kernels.get("nf4_gemv")?, [outputs.div_ceil(ROWS[0]), 1, 1], [THREADS, 1, 1], 0, args)
+}
+
+/// Starts `h = act(G x) · (U x)` for one row.
+pub(super) fn gemv_gated(
+    on: &Launch<'_>,
+    (stack, w): (&LoadedStack, &LoadedNf4),
+    (activation, rank): (Activation, usize),
+    [x, h]: [View; 2],
+) -> Result<()> {
+    let args = w.args().with(stack.sb).with(x.at).with(h.at).with(rank as i32);
+    let args = args.with(activation.kind as i32).with(activation.limit);
+    let blocks = activation.width.div_ceil(ROWS[1]);
+    on.gpu.launch(on.kernels.get("nf4_gemv_gated")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)
 }
 
 /// Fills codes and scales with random ones.

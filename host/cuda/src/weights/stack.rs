@@ -74,9 +74,10 @@ impl Stack {
         self.members.iter().find(|m| m.node == node)
     }
 
-    /// Elements from row to row.
+    /// Elements from row to row of what matmuls read. Rows that are made before every use begin at lines of the cache.
     pub(crate) fn ld(&self) -> usize {
-        padded(self.inputs + self.rank)
+        let columns = self.inputs + self.rank;
+        if self.numbers == NUMBERS { padded(columns) } else { columns.next_multiple_of(64) }
     }
 
     /// Bytes of W, and of what lies in it, among those of its layer.
