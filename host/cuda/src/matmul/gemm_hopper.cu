@@ -250,9 +250,14 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
             };
             turn = 0;
-            if (leads)
-                for (int i = 0; i < BUFFERS; i++) fetch(i);
 #endif
+            // What is fetched first comes where the tile before was, and is asked for when that has been copied out.
+            auto fetch_first = [&] {
+#if FETCHES
+                if (leads)
+                    for (int i = 0; i < BUFFERS && i < CHUNKS; i++) fetch(i);
+#endif
+            };
             float sums[N8][4];
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1209
             // Before CUDA 12.9 ptxas lets products wait for each other (C7515) where their sums begin undefined.
@@ -301,7 +306,11 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 release();
             };
             // Of the last step, what lies behind k is zero, and left out as far as products of 32 bytes go: LoRA's columns fill a part of a step.
-            for (int step = 0; step < steps - 1; step++) multiply_step(step, DEPTH, FP8);
+            for (int step = 0; step < steps - 1; step++) {
+                multiply_step(step, DEPTH, FP8);
+                if (step == 2) fetch_first();
+            }
+            if (steps < 4) fetch_first();
             multiply_step(steps - 1, k - (steps - 1) * DEPTH, FP8);
             finish();
 #if FP8

@@ -21,33 +21,16 @@ pub(crate) static SOURCE: Source = Source {
     }),
 };
 
-/// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too, or their gradients.
-struct Tile {
-    tokens: usize,
-    chunk: usize,
-    kept_chunk: usize,
-    vjp_chunk: usize,
-}
+/// Tokens of all tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
+const TILES: &[usize] = &[256, 240, 224, 192];
 
-/// All tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
-const TILES: &[Tile] = &[
-    Tile { tokens: 256, chunk: 64, kept_chunk: 32, vjp_chunk: 32 },
-    Tile { tokens: 240, chunk: 48, kept_chunk: 48, vjp_chunk: 16 },
-    Tile { tokens: 224, chunk: 32, kept_chunk: 32, vjp_chunk: 32 },
-    Tile { tokens: 192, chunk: 64, kept_chunk: 64, vjp_chunk: 32 },
-];
-
-/// Columns of bf16 that are multiplied at once, and their bytes, features of a block, and stages of both in shared memory.
+/// Columns of bf16 that are multiplied at once, and their bytes; features of a block.
 const DEPTH: usize = 64;
 const DEPTH_BYTES: usize = 128;
 const FEATURES: usize = 128;
-const STAGES: usize = 4;
 
 /// Shared memory of a block.
 const SHARED: usize = 227 << 10;
-
-/// Places for chunks, at most.
-const BUFFERS: usize = 4;
 
 /// What a tile costs beside its tokens, in tokens.
 const TILE_COST: usize = 6;
@@ -62,15 +45,16 @@ pub(super) fn is_for(capability: u32) -> bool {
 
 /// Every way it is compiled.
 pub(super) fn variants(gemm: Gemm) -> Vec<Variant> {
-    TILES.iter().map(|tile| variant(gemm, tile)).collect()
+    TILES.iter().map(|tile| variant(gemm, *tile)).collect()
 }
 
-fn variant(gemm: Gemm, tile: &Tile) -> Variant {
+fn variant(gemm: Gemm, tile: usize) -> Variant {
+    let (chunk, places) = chunks(gemm, tile);
     let numbers = [
-        ("TOKENS", tile.tokens),
-        ("CHUNK", chunk(gemm, tile)),
-        ("BUFFERS", buffers(gemm, tile)),
-        ("STAGES", STAGES),
+        ("TOKENS", tile),
+        ("CHUNK", chunk),
+        ("BUFFERS", places),
+        ("STAGES", stages(gemm)),
         ("W_ROWS", gemm.weight_rows.into()),
         ("EPILOGUE", gemm.epilogue()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
@@ -79,7 +63,7 @@ fn variant(gemm: Gemm, tile: &Tile) -> Variant {
     Variant {
         source: &SOURCE,
         key: key(gemm, tile),
-        label: format!("{} tokens, epilogue {}", tile.tokens, gemm.epilogue()),
+        label: format!("{}{tile} tokens, epilogue {}", if gemm.fp8 { "fp8, " } else { "" }, gemm.epilogue()),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
         generation: true,
@@ -87,34 +71,31 @@ fn variant(gemm: Gemm, tile: &Tile) -> Variant {
     }
 }
 
-fn key(gemm: Gemm, tile: &Tile) -> usize {
-    gemm.key() * 512 + tile.tokens
+fn key(gemm: Gemm, tile: usize) -> usize {
+    gemm.key() * 512 + tile
 }
 
-/// Tokens of a chunk: half as many where there would be no room for two.
-fn chunk(gemm: Gemm, tile: &Tile) -> usize {
-    let chunk = match gemm {
-        Gemm { differentiates: true, .. } => tile.vjp_chunk,
-        Gemm { keeps: true, .. } => tile.kept_chunk,
-        _ => tile.chunk,
-    };
-    if places(gemm, tile, chunk) < 2 { chunk / 2 } else { chunk }
+/// Stages of both matrices in shared memory. A product of bf16 whose end reads a matrix needs four; elsewhere what three leave is better
+/// used for larger chunks (docs/performance.md).
+fn stages(gemm: Gemm) -> usize {
+    if !gemm.fp8 && (gemm.adds || gemm.differentiates) { 4 } else { 3 }
 }
 
-/// Places for chunks, of which the more are on their way the better.
-fn buffers(gemm: Gemm, tile: &Tile) -> usize {
-    places(gemm, tile, chunk(gemm, tile)).min(BUFFERS)
+/// Tokens of a chunk, which is stored at once, and places for chunks: the largest that leaves room for two. The VJP of an activation, which
+/// computes much between what it fetches and what it stores, has smaller ones and more on their way.
+fn chunks(gemm: Gemm, tile: usize) -> (usize, usize) {
+    let (largest, places) = if gemm.differentiates { (32, 4) } else { (128, 2) };
+    // Beside them are barriers, scales, and what lies before an aligned address.
+    let scales = if gemm.fp8 { 2 * (tile + 64) * 4 } else { 0 };
+    let room = SHARED - stages(gemm) * stage(tile) - 1024 - 256 - scales;
+    let fits = |chunk: usize| room / chunk_bytes(gemm, chunk);
+    let all = (16..=largest).rev().step_by(16).filter(|chunk| tile.is_multiple_of(*chunk));
+    let chunk = all.into_iter().find(|chunk| fits(*chunk) >= 2).unwrap_or(16);
+    (chunk, fits(chunk).min(places))
 }
 
-/// Chunks that there is room for, beside stages and what else is in shared memory: barriers, scales, and up to an aligned address.
-fn places(gemm: Gemm, tile: &Tile, chunk: usize) -> usize {
-    let scales = if gemm.fp8 { 2 * (tile.tokens + 64) * 4 } else { 0 };
-    let room = SHARED - STAGES * stage(tile) - 1024 - 256 - scales;
-    room / chunk_bytes(gemm, chunk)
-}
-
-fn stage(tile: &Tile) -> usize {
-    (FEATURES + tile.tokens) * DEPTH_BYTES
+fn stage(tile: usize) -> usize {
+    (FEATURES + tile) * DEPTH_BYTES
 }
 
 /// Bytes of a chunk of both warp groups.
@@ -132,16 +113,17 @@ fn features(gemm: Gemm) -> usize {
     if gemm.gate.is_some() && !gemm.differentiates { 32 } else { 64 }
 }
 
-/// Bytes of shared memory: stages, buffers of results for each of two warp groups, and up to an aligned address.
-fn shared(gemm: Gemm, tile: &Tile) -> usize {
-    STAGES * stage(tile) + buffers(gemm, tile) * chunk_bytes(gemm, chunk(gemm, tile)) + 1024
+/// Bytes of shared memory: stages, chunks of results for each of two warp groups, and up to an aligned address.
+fn shared(gemm: Gemm, tile: usize) -> usize {
+    let (chunk, places) = chunks(gemm, tile);
+    stages(gemm) * stage(tile) + places * chunk_bytes(gemm, chunk) + 1024
 }
 
 /// The tile that takes the least time: rounds of all multiprocessors, two of which share tokens.
-fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> &'static Tile {
+fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> usize {
     let (pairs, at_once) = (n.div_ceil(4 * features(gemm)), (multiprocessors / 2).max(1));
-    let cost = |tile: &&Tile| (m.div_ceil(tile.tokens) * pairs).div_ceil(at_once) * (tile.tokens + TILE_COST);
-    TILES.iter().min_by_key(cost).unwrap_or(&TILES[0])
+    let cost = |tile: &usize| (m.div_ceil(*tile) * pairs).div_ceil(at_once) * (tile + TILE_COST);
+    TILES.iter().copied().min_by_key(cost).unwrap_or(TILES[0])
 }
 
 /// Starts a product of sizes `[m, n, k]`.
@@ -203,6 +185,9 @@ pub(super) fn launch_fp8(
     stored: [(View, usize); 2],
     (bias, limit): (Address, f32),
 ) -> Result<()> {
+    if m == 0 {
+        return Ok(());
+    }
     let Fp8 { x, w: (w, ld), scales, u, l, rank } = operands;
     let gated = gemm.gate.is_some() && !gemm.differentiates;
     let rows = |at, ld: usize, rows: usize, box_rows: usize| {
@@ -237,31 +222,32 @@ fn start(
 ) -> Result<()> {
     let tile = tile(gemm, [m, n], on.gpu.multiprocessors);
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm, tile))?;
-    let x = x(tile.tokens / 2)?;
-    let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [chunk(gemm, tile), features(gemm)]));
+    let x = x(tile / 2)?;
+    let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [chunks(gemm, tile).0, features(gemm)]));
     let args = Args::default().with(x).with(weights).with(c?).with(d?).with(bias);
-    let args = more(args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit), tile.tokens / 2)?;
+    let args = more(args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit), tile / 2)?;
     let block = [(FEATURES * 2 + 128) as u32, 1, 1];
     on.gpu.launch(kernel, [on.gpu.multiprocessors / 2 * 2, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Gemm, TILES, buffers, chunk, shared, tile};
+    use super::{Gemm, SHARED, TILES, chunks, shared, tile};
 
     const PLAIN: Gemm = Gemm::PLAIN;
 
     #[test]
     fn kernels_fit_into_shared_memory() {
-        for tile in TILES {
-            let gated = Gemm { gate: Some(0), ..PLAIN };
-            for gemm in [PLAIN, gated, Gemm { keeps: true, ..gated }, Gemm { differentiates: true, ..gated }] {
-                for fp8 in [false, true] {
-                    let gemm = Gemm { fp8, ..gemm };
-                    let (bytes, scales) = (shared(gemm, tile), usize::from(fp8) * 2 * (tile.tokens + 64) * 4);
-                    assert!(bytes + 256 + scales <= 227 << 10, "{bytes} for {} tokens, {gemm:?}", tile.tokens);
-                    assert!(buffers(gemm, tile) >= 2 && tile.tokens % chunk(gemm, tile) == 0);
-                }
+        let gated = Gemm { gate: Some(0), ..PLAIN };
+        let (adds, differentiates) = (Gemm { adds: true, ..PLAIN }, Gemm { differentiates: true, ..gated });
+        for gemm in [PLAIN, adds, gated, Gemm { keeps: true, ..gated }, differentiates] {
+            for (fp8, tile) in [false, true].into_iter().flat_map(|fp8| TILES.iter().map(move |tile| (fp8, *tile))) {
+                let gemm = Gemm { fp8, ..gemm };
+                let scales = if fp8 { 2 * (tile + 64) * 4 } else { 0 };
+                let bytes = shared(gemm, tile) + 256 + scales;
+                assert!(bytes <= SHARED, "{bytes} for {tile} tokens, {gemm:?}");
+                let (chunk, places) = chunks(gemm, tile);
+                assert!(places >= 2 && tile % chunk == 0 && chunk >= 16, "{chunk} of {tile} tokens, {gemm:?}");
             }
         }
     }
@@ -270,7 +256,7 @@ mod tests {
     #[test]
     fn tiles_fill_whole_rounds() {
         for (tokens, expected) in [(8448, 256), (6676, 240), (4096, 240), (2560, 192)] {
-            assert_eq!(tile(PLAIN, [tokens, 3584], 132).tokens, expected, "{tokens}");
+            assert_eq!(tile(PLAIN, [tokens, 3584], 132), expected, "{tokens}");
         }
     }
 }

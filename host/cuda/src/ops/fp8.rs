@@ -13,6 +13,9 @@ pub(crate) static SOURCE: Source = Source {
 /// Pieces of eight values of a row that a thread keeps; `HELD` of `fp8.cu`.
 const HELD: usize = 8;
 
+/// Threads of a row, at most.
+const MOST: usize = 1024;
+
 /// Side of the squares that are transposed.
 const SIDE: usize = 128;
 
@@ -64,7 +67,7 @@ impl Execute for Quantize {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let scales = self.scales.map_or(0, |stack| on.weights.stacks[stack].w.scales());
         let args = Args::default().with(reads[0]).with(writes[0]).with(scales).with(self.width as i32);
-        let threads = (self.width / 8).div_ceil(HELD).next_multiple_of(32).min(1024);
+        let threads = (self.width / 8).div_ceil(HELD).next_multiple_of(32).min(MOST);
         on.gpu.launch(on.kernels.get("quantize_fp8")?, [on.rows, 1, 1], [threads as u32, 1, 1], 0, args)
     }
 
