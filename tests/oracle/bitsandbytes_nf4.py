@@ -22,15 +22,17 @@ def scale_codes(normed):
     return (code + tie).to(torch.uint8)
 
 
-def scales(codes, state):
-    """bitsandbytes' scales before they are quantised, and with them what double quantisation makes of them."""
-    absmax = state.absmax
-    offset = absmax.double().mean().float()
-    rest = absmax - offset
-    blocks = torch.nn.functional.pad(rest, (0, -len(rest) % 256)).view(-1, 256)
+def quantize_scales(rest, blocksize=256):
+    """What F.quantize_blockwise gives: codes, and of every block its largest magnitude."""
+    blocks = torch.nn.functional.pad(rest, (0, -len(rest) % blocksize)).view(-1, blocksize)
     largest = blocks.abs().max(1)[0]
     factor = torch.where(largest > 0, 1 / largest, 0)
-    return scale_codes(blocks * factor[:, None]).view(-1)[:len(rest)], largest, offset
+    return scale_codes(blocks * factor[:, None]).view(-1)[:len(rest)], F.QuantState(absmax=largest, code=MAP.clone(), blocksize=blocksize, dtype=torch.float32)
+
+
+def exact():
+    """Lets bitsandbytes quantise scales by the rule on the CPU, too."""
+    F.quantize_blockwise = quantize_scales
 
 
 def main():
@@ -50,11 +52,13 @@ def main():
         values = values.to(torch.bfloat16)
         packed, state = F.quantize_4bit(values.to(device), compress_statistics=False, quant_type="nf4", blocksize=64)
         packed, state.absmax = packed.cpu(), state.absmax.cpu()
-        codes, largest, offset = scales(packed, state)
+        offset = state.absmax.double().mean().float()
+        codes, nested = quantize_scales(state.absmax - offset)
+        largest = nested.absmax
         if device != "cpu":
-            _, nested = F.quantize_4bit(values.to(device), compress_statistics=True, quant_type="nf4", blocksize=64)
-            same = (nested.absmax.cpu().view(-1) == codes).float().mean()
-            print(f"{name}: {same:.6f} of the scales' codes are the kernel's, offset {nested.offset.item()} and {offset.item()}")
+            _, theirs = F.quantize_4bit(values.to(device), compress_statistics=True, quant_type="nf4", blocksize=64)
+            same = (theirs.absmax.cpu().view(-1) == codes).float().mean()
+            print(f"{name}: {same:.6f} of the scales' codes are the kernel's, offset {theirs.offset.item()} and {offset.item()}")
         absmax = MAP[codes.long()] * largest.repeat_interleave(256)[:len(codes)] + offset
         state.absmax, state.code = absmax, state.code.cpu()
         dequantized = F.dequantize_4bit(packed, state, quant_type="nf4").view(-1)[:values.numel()]
@@ -64,4 +68,5 @@ def main():
     save_file(tensors, out)
 
 
-main()
+if __name__ == "__main__":
+    main()

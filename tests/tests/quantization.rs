@@ -4,11 +4,24 @@
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
 use std::collections::BTreeSet;
+use std::path::Path;
 
+use candle_core::{DType, Device, Tensor};
+use dpo_core::base::Base;
+use dpo_core::cpu_decoder::CpuDecoder;
+use dpo_core::decoder::{Decoder, Variant};
+use dpo_core::engine::Engine;
+use dpo_core::lora::Adapter;
+use dpo_core::plan::{MemoryOptions, Plan};
+use dpo_core::storage::Quantization;
+use dpo_core::weights::{Checkpoint, blocks, is_quantized};
 use dpo_core::{fp8, nf4};
-use dpo_tests::{Numbers, golden};
+use dpo_hub::model::{Model, ModelOptions};
+use dpo_plugins::Registry;
+use dpo_tests::{Numbers, Sandbox, golden, log};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use serde_json::Value;
 
 fn f32s(tensor: &TensorView<'_>) -> Vec<f32> {
     let of = |b: &[u8]| {
@@ -78,4 +91,130 @@ fn fp8_has_a_scale_for_every_row() {
         let step = (a.abs() / 16.0).max(scales[at / 40] / 1024.0);
         assert!((a - b).abs() <= step * 1.000_001, "{a} {b}");
     }
+}
+
+fn sandbox() -> Sandbox {
+    Sandbox::new(env!("CARGO_BIN_EXE_dpo-host-test"))
+}
+
+fn case(name: &str) -> String {
+    golden("trajectories").join(name).display().to_string()
+}
+
+fn model(folder: &Path) -> Model<'static> {
+    let registry = Box::leak(Box::new(Registry::discover(&[], None)));
+    Model::open(registry, folder, &ModelOptions::default()).unwrap()
+}
+
+/// A copy of a model whose layers' matrices are what a quantisation makes of them.
+fn made_whole(s: &Sandbox, folder: &Path, kind: Quantization) -> String {
+    let graph = model(folder).graph;
+    let mut tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
+    for (block, prefix, nodes) in blocks(&graph) {
+        for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
+            if is_quantized(block, node, weight) {
+                let tensor = tensors.get_mut(&format!("{prefix}{}", weight.tensor)).unwrap();
+                let values = tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+                let values: Vec<f32> = values.flatten_all().unwrap().to_vec1().unwrap();
+                let values = kind.unpack(&weight.shape, &kind.pack(&weight.shape, &values));
+                *tensor = Tensor::from_vec(values, weight.shape.as_slice(), &Device::Cpu).unwrap();
+            }
+        }
+    }
+    let to = s.path(&format!("whole-{}", kind.name()));
+    dpo_tests::copy(folder, Path::new(&to));
+    candle_core::safetensors::save(&tensors, Path::new(&to).join("model.safetensors")).unwrap();
+    to
+}
+
+#[test]
+fn a_quantised_base_computes_what_its_values_do() {
+    let s = sandbox();
+    for (name, kind) in [("qwen2", Quantization::Nf4), ("phi3", Quantization::Nf4), ("qwen2", Quantization::Fp8)] {
+        let (folder, rows) = (Path::new(&case(name)).join("model"), format!("{}/prefs.jsonl", case(name)));
+        let (whole, adapter) = (made_whole(&s, &folder, kind), format!("{}/final_adapter", case(name)));
+        let folder = folder.display().to_string();
+        let scores = |model: &str, flags: &[&str]| {
+            let output = s.path("scores.jsonl");
+            let _ = std::fs::remove_file(&output);
+            let eval = ["eval", "--device", "cpu", "--model", model, "--adapter", &adapter, "--dataset", &rows];
+            s.ok(&[&eval[..], &["--output", &output], flags].concat());
+            std::fs::read_to_string(output).unwrap()
+        };
+        let plain = scores(&folder, &[]);
+        let quantised = scores(&folder, &["--quantization", kind.name()]);
+        assert_eq!(quantised, scores(&whole, &[]), "{name} in {kind:?}");
+        assert_ne!(quantised, plain, "{name} in {kind:?}");
+    }
+}
+
+#[test]
+fn answers_come_from_the_quantised_base() {
+    let s = sandbox();
+    let folder = Path::new(&case("qwen2")).join("model");
+    let whole = made_whole(&s, &folder, Quantization::Nf4);
+    let graph = model(&folder).graph;
+    let adapter = || Some(Adapter::load(&graph, &Path::new(&case("qwen2")).join("final_adapter")).unwrap());
+    let checkpoint = |folder: &Path| Checkpoint::of(folder, &graph).unwrap();
+    let mut quantised = CpuDecoder::load(&graph, &checkpoint(&folder), adapter(), Some(Quantization::Nf4)).unwrap();
+    assert_eq!(quantised.name(), "cpu float32, base in nf4");
+    let base = Base::load(&graph, &checkpoint(Path::new(&whole))).unwrap();
+    let mut plain = CpuDecoder::of(Engine::new(graph.clone(), base, adapter().unwrap()).unwrap()).unwrap();
+    for variant in [Variant::Base, Variant::Tuned] {
+        for ids in [&[5, 9, 40, 7][..], &[11], &[12]] {
+            let [a, b] = [&mut quantised, &mut plain].map(|decoder| decoder.append(variant, ids).unwrap());
+            assert_eq!(bits(&a), bits(&b), "{variant:?} {ids:?}");
+        }
+    }
+}
+
+#[test]
+fn a_plan_counts_codes_and_scales() {
+    let graph = dpo_tests::graph("qwen2", dpo_tests::CONFIGS[0].1);
+    let plan = |quantization, parts| {
+        let options = MemoryOptions { limit: Some(1 << 30), quantization, ..MemoryOptions::default() };
+        Plan::new(&graph, 0, 8, parts, options).unwrap()
+    };
+    let mut shapes = Vec::new();
+    for (block, _, nodes) in blocks(&graph) {
+        for node in nodes {
+            shapes.extend(node.weights.iter().filter(|w| is_quantized(block, node, w)).map(|w| w.shape.clone()));
+        }
+    }
+    let values: usize = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
+    let layer = values / graph.layers.len();
+    for kind in [Quantization::Nf4, Quantization::Fp8] {
+        let small: usize = shapes.iter().map(|shape| kind.numbers().bytes_of(shape)).sum();
+        // Two layers are whole at a time.
+        assert_eq!(plan(Some(kind), 1).weights, plan(None, 1).weights - 4 * values + small + 8 * layer, "{kind:?}");
+        assert!(plan(Some(kind), 2).weights < plan(None, 2).weights, "{kind:?}");
+    }
+    assert!(plan(Some(Quantization::Nf4), 1).to_string().contains("nf4 weights "));
+}
+
+/// The reference of another storage is not taken, DoRA begins with the norms of what is kept, and a run goes on as it began.
+#[test]
+fn a_run_begins_as_its_reference_and_goes_on_in_its_storage() {
+    let s = sandbox();
+    let (folder, rows) = (format!("{}/model", case("llama3")), format!("{}/prefs.jsonl", case("llama3")));
+    let train = |run: &str, more: &[&str]| {
+        let fixed = ["train", "--device", "cpu", "--model", &folder, "--dataset", &rows, "--batch-size", "4"];
+        [&fixed[..], &["--max-steps", "2", "--logging-steps", "1", "--save-steps", "1", "--output-dir", run], more]
+            .concat()
+            .iter()
+            .map(|a| (*a).to_owned())
+            .collect::<Vec<String>>()
+    };
+    let ok = |args: Vec<String>| s.ok(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    ok(train(&s.path("plain"), &[]));
+    let small = s.path("small");
+    ok(train(&small, &["--quantization", "nf4", "--use-dora"]));
+    let first = &log(&small)[0];
+    let number = |name: &str| first[name].as_f64().unwrap();
+    assert!(number("rewards/margins").abs() < 1e-6 && number("rewards/chosen").abs() < 1e-6, "{first}");
+    let args: Value = serde_json::from_str(&std::fs::read_to_string(format!("{small}/args.json")).unwrap()).unwrap();
+    assert_eq!(args["quantization"], "nf4");
+    let other = train(&small, &["--quantization", "fp8", "--use-dora", "--resume-from-checkpoint", "latest"]);
+    let other: Vec<&str> = other.iter().map(String::as_str).collect();
+    s.refuses(&other, &["--quantization was nf4, is fp8"]);
 }

@@ -82,6 +82,7 @@ fn arguments(folder: &Path, args: &Value, output: &str) -> Vec<String> {
         ("label_smoothing", "--label-smoothing"),
         ("ld_alpha", "--ld-alpha"),
         ("f_divergence", "--f-divergence"),
+        ("quantization", "--quantization"),
     ];
     for (name, flag) in given {
         let value = &args[name];

@@ -113,10 +113,8 @@ impl Planned for PlannedOnCpu {
 
     fn load(self: Box<Self>, group: &mut dyn ProcessGroup, checkpoint: &Checkpoint) -> Result<Box<dyn Device>> {
         let PlannedOnCpu { graph, adapter, plan } = *self;
-        let base = match group.shards().filter(|_| plan.parts > 1) {
-            Some(shards) => Base::load_part(&graph, checkpoint, shards)?,
-            None => Base::load(&graph, checkpoint)?,
-        };
+        let parts = group.shards().filter(|_| plan.parts > 1);
+        let base = Base::load_packed(&graph, checkpoint, plan.quantization, parts)?;
         let mut engine = Engine::new(graph, base, adapter)?;
         engine.recompute(plan.recomputed);
         Ok(Box::new(CpuDevice::new(engine, plan.micro_batch_tokens)?))
@@ -136,7 +134,6 @@ impl Backend for Cpu {
         workload: Workload,
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>> {
-        refuse(options)?;
         let plan = |parts| Plan::new(&graph, adapter.training_bytes(), workload.longest, parts, options);
         let mut plan = whole_or_sharded(group, options.shard_base, plan, |plan| [plan.weights, plan.whole])?;
         let packing = agree_on_packing(group, plan.packing())?;
@@ -155,16 +152,7 @@ impl Backend for Cpu {
         adapter: Option<Adapter>,
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
-        refuse(options)?;
-        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter)?))
-    }
-}
-
-/// Refuses what a CPU does not do.
-fn refuse(options: MemoryOptions) -> Result<()> {
-    match options.quantization {
-        Some(kind) => Err(Error::input(format!("the CPU keeps no base in {kind:?} yet")).at("--quantization")),
-        None => Ok(()),
+        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter, options.quantization)?))
     }
 }
 

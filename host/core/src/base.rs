@@ -1,12 +1,12 @@
-//! The frozen weights of a model: all of them here, or of every one a part on each rank.
+//! The frozen weights of a model: as they are computed with, quantised, or of every one a part on each rank.
 //!
-//! A pass streams blocks in an order that it knows beforehand (a [`LayerStream`]). Where the base is sharded over ranks, a thread
-//! gathers a block from their parts while the one before it is computed, so that no more than two are whole at a time. All ranks
-//! have to stream the same blocks in the same order; one without anything to compute participates.
+//! A pass streams blocks in an order that it knows beforehand (a [`LayerStream`]). Where the base is quantised or sharded over ranks, a
+//! thread makes a block whole while the one before it is computed, so that no more than two are whole at a time: it gathers the parts
+//! and dequantises. Ranks that share a base have to stream the same blocks in the same order; one without anything to compute
+//! participates.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
@@ -15,8 +15,11 @@ use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 
 use crate::collective::Shards;
 use crate::error::{Error, Result};
-use crate::storage::shards;
-use crate::weights::{BlockId, Checkpoint, blocks};
+use crate::storage::{Numbers, Quantization, shards};
+use crate::weights::{BlockId, Checkpoint, blocks, is_quantized};
+
+/// Bytes of what ranks exchange.
+const WORD: usize = 4;
 
 /// Of every block, of every node, the places of its weights among all.
 type Places = HashMap<BlockId, Vec<Vec<usize>>>;
@@ -26,45 +29,90 @@ pub type BlockWeights = Vec<Vec<Tensor>>;
 
 /// The frozen weights of every block of a model.
 pub enum Base {
-    /// All are here.
+    /// All are here, as they are computed with.
     Resident(HashMap<BlockId, BlockWeights>),
-    /// Each rank keeps a part.
-    Sharded(Sharded),
+    /// Blocks are made whole when they are streamed.
+    Streamed(Streamed),
 }
 
 impl Base {
     /// Loads every weight that the graph names, in f32.
     pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint) -> Result<Base> {
-        Base::whole(graph, |prefix, weight| checkpoint.load(prefix, weight))
+        Base::load_packed(graph, checkpoint, None, None)
     }
 
-    /// As [`load`](Self::load), but matrices in bf16 stay what they are: enough for forward passes.
-    pub fn load_kept(graph: &ModelGraph, checkpoint: &Checkpoint) -> Result<Base> {
-        Base::whole(graph, |prefix, weight| checkpoint.load_kept(prefix, weight))
+    /// As [`load`](Self::load), but quantised, where that is asked for, and with this rank's part of every matrix, where ranks share
+    /// the base.
+    pub fn load_packed(
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        quantization: Option<Quantization>,
+        parts: Option<Box<dyn Shards>>,
+    ) -> Result<Base> {
+        Base::of_checkpoint(graph, checkpoint, Checkpoint::load, quantization, parts)
     }
 
-    fn whole(graph: &ModelGraph, load: impl FnMut(&str, &Weight) -> Result<Tensor>) -> Result<Base> {
-        let (weights, blocks) = every(graph, load)?;
-        let of_node = |places: &Vec<usize>| places.iter().map(|w| weights[*w].clone()).collect();
-        let resident = blocks.iter().map(|(id, nodes)| (*id, nodes.iter().map(of_node).collect()));
-        Ok(Base::Resident(resident.collect()))
+    /// As [`load`](Self::load), but matrices in bf16 stay what they are, or are quantised: enough for forward passes.
+    pub fn load_kept(graph: &ModelGraph, checkpoint: &Checkpoint, quantization: Option<Quantization>) -> Result<Base> {
+        Base::of_checkpoint(graph, checkpoint, Checkpoint::load_kept, quantization, None)
     }
 
-    /// Loads this rank's part of them.
-    pub fn load_part(graph: &ModelGraph, checkpoint: &Checkpoint, parts: Box<dyn Shards>) -> Result<Base> {
-        let (weights, blocks) = every(graph, |prefix, weight| {
-            if !shards(weight) {
-                return Ok(Kept::Whole(checkpoint.load(prefix, weight)?));
+    fn of_checkpoint(
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        whole: fn(&Checkpoint, &str, &Weight) -> Result<Tensor>,
+        quantization: Option<Quantization>,
+        parts: Option<Box<dyn Shards>>,
+    ) -> Result<Base> {
+        let (weights, blocks) = every(graph, |prefix, weight, quantized| {
+            let quantization = quantization.filter(|_| quantized);
+            let parts = parts.as_deref().filter(|_| shards(weight));
+            if quantization.is_none() && parts.is_none() {
+                return Ok(Kept::Whole(whole(checkpoint, prefix, weight)?));
             }
-            let own = parts.own(weight.shape.iter().product());
-            Ok(Kept::Part { shape: weight.shape.clone(), values: checkpoint.load_range(prefix, weight, &own)?, own })
+            let own = |words: usize| parts.map_or(0..words, |parts| parts.own(words));
+            let shape = weight.shape.clone();
+            let words = match quantization {
+                None => {
+                    let own = own(shape.iter().product());
+                    checkpoint.load_range(prefix, weight, &own)?
+                }
+                Some(kind) => {
+                    let words = words(&checkpoint.load_packed(prefix, weight, kind)?);
+                    words[own(words.len())].to_vec()
+                }
+            };
+            Ok(Kept::Packed { shape, quantization, words })
         })?;
+        if weights.iter().all(|kept| matches!(kept, Kept::Whole(_))) {
+            let of = |at: &usize| match &weights[*at] {
+                Kept::Whole(tensor) => Some(tensor.clone()),
+                Kept::Packed { .. } => None,
+            };
+            let of_node = |places: &Vec<usize>| places.iter().filter_map(of).collect();
+            let resident = blocks.iter().map(|(id, nodes)| (*id, nodes.iter().map(of_node).collect()));
+            return Ok(Base::Resident(resident.collect()));
+        }
+        let shared = parts.is_some();
         let (wanted, orders) = channel();
-        let (delivery, gathered) = channel();
-        let gather = move || Gatherer { parts, weights, blocks }.run(&orders, &delivery);
-        let thread = thread::Builder::new().name("base".into()).spawn(gather);
-        thread.map_err(|e| Error::run(format!("cannot gather weights: {e}")))?;
-        Ok(Base::Sharded(Sharded { wanted, gathered }))
+        let (delivery, made) = channel();
+        let make = move || Maker { parts, weights, blocks }.run(&orders, &delivery);
+        let thread = thread::Builder::new().name("base".into()).spawn(make);
+        thread.map_err(|e| Error::run(format!("cannot make weights whole: {e}")))?;
+        Ok(Base::Streamed(Streamed { wanted, made, quantization, shared }))
+    }
+
+    /// What the layers' matrices are kept as, where that is smaller than what is computed with.
+    pub fn quantization(&self) -> Option<Quantization> {
+        match self {
+            Base::Resident(_) => None,
+            Base::Streamed(streamed) => streamed.quantization,
+        }
+    }
+
+    /// Whether ranks share it, so that all have to stream the same blocks.
+    pub fn is_shared(&self) -> bool {
+        matches!(self, Base::Streamed(Streamed { shared: true, .. }))
     }
 
     /// Weights at hand, in the order of [`blocks`].
@@ -80,21 +128,23 @@ impl Base {
     }
 }
 
-/// Every weight of a graph, tied ones once, and where blocks find theirs.
-fn every<T>(graph: &ModelGraph, mut load: impl FnMut(&str, &Weight) -> Result<T>) -> Result<(Vec<T>, Places)> {
+/// Every weight of a graph, tied ones once, and where blocks find theirs. `load` is told whether it is one that a quantisation is for.
+fn every<T>(graph: &ModelGraph, mut load: impl FnMut(&str, &Weight, bool) -> Result<T>) -> Result<(Vec<T>, Places)> {
     let (mut weights, mut known) = (Vec::new(), HashMap::new());
-    let mut place = |prefix: &str, weight: &Weight| {
+    let mut place = |prefix: &str, weight: &Weight, quantized: bool| {
         let name = format!("{prefix}{}", weight.tensor);
         if let Some(at) = known.get(&name) {
             return Ok(*at);
         }
-        weights.push(load(prefix, weight)?);
+        weights.push(load(prefix, weight, quantized)?);
         known.insert(name, weights.len() - 1);
         Ok(weights.len() - 1)
     };
     let mut all = HashMap::new();
     for (id, prefix, nodes) in blocks(graph) {
-        let of_node = |n: &Node| n.weights.iter().map(|w| place(prefix, w)).collect::<Result<Vec<usize>>>();
+        let of_node = |n: &Node| {
+            n.weights.iter().map(|w| place(prefix, w, is_quantized(id, n, w))).collect::<Result<Vec<usize>>>()
+        };
         all.insert(id, nodes.iter().map(of_node).collect::<Result<Vec<_>>>()?);
     }
     Ok((weights, all))
@@ -118,7 +168,7 @@ impl<'b> LayerStream<'b> {
         let at = self.wanted.ok_or_else(|| Error::run("a pass goes beyond its last block"))?;
         let block = match self.base {
             Base::Resident(blocks) => Cow::Borrowed(blocks.get(&at).map_or(&[][..], Vec::as_slice)),
-            Base::Sharded(sharded) => Cow::Owned(sharded.gathered.recv().map_err(|_| ended())??),
+            Base::Streamed(streamed) => Cow::Owned(streamed.made.recv().map_err(|_| ended())??),
         };
         self.want_next()?;
         Ok(block)
@@ -138,40 +188,55 @@ impl<'b> LayerStream<'b> {
     fn want_next(&mut self) -> Result<()> {
         self.wanted = self.order.next();
         match (self.base, self.wanted) {
-            (Base::Sharded(sharded), Some(at)) => sharded.wanted.send(at).map_err(|_| ended()),
+            (Base::Streamed(streamed), Some(at)) => streamed.wanted.send(at).map_err(|_| ended()),
             _ => Ok(()),
         }
     }
 }
 
 fn ended() -> Error {
-    Error::run("weights are no longer gathered")
+    Error::run("weights are no longer made whole")
 }
 
-/// A base of which this rank keeps a part.
-pub struct Sharded {
+/// A base whose blocks are made whole in a thread of its own.
+pub struct Streamed {
     wanted: Sender<BlockId>,
-    gathered: Receiver<Result<BlockWeights>>,
+    made: Receiver<Result<BlockWeights>>,
+    quantization: Option<Quantization>,
+    /// Whether ranks share it.
+    shared: bool,
 }
 
 /// A weight as a rank keeps it.
 enum Kept {
+    /// As it is computed with.
     Whole(Tensor),
-    Part { shape: Vec<usize>, own: Range<usize>, values: Vec<f32> },
+    /// In words of four bytes, which ranks exchange: f32, or what a quantisation has packed. Where ranks share the base, of a matrix
+    /// only this rank's part.
+    Packed { shape: Vec<usize>, quantization: Option<Quantization>, words: Vec<f32> },
 }
 
-/// Makes blocks whole, in a thread of its own.
-struct Gatherer {
-    parts: Box<dyn Shards>,
+/// Bytes in words, filled up with zeros. They are moved and never computed with.
+fn words(bytes: &[u8]) -> Vec<f32> {
+    let (whole, rest) = bytes.as_chunks();
+    let mut last = [0; 4];
+    last[..rest.len()].copy_from_slice(rest);
+    let last = (!rest.is_empty()).then_some(last);
+    whole.iter().copied().chain(last).map(f32::from_le_bytes).collect()
+}
+
+/// Makes blocks whole.
+struct Maker {
+    parts: Option<Box<dyn Shards>>,
     weights: Vec<Kept>,
     blocks: Places,
 }
 
-impl Gatherer {
+impl Maker {
     /// Until nobody asks any more, or a rank is lost.
     fn run(mut self, orders: &Receiver<BlockId>, delivery: &Sender<Result<BlockWeights>>) {
         for at in orders {
-            let block = self.gather(at);
+            let block = self.make(at);
             let failed = block.is_err();
             if delivery.send(block).is_err() || failed {
                 return;
@@ -179,15 +244,28 @@ impl Gatherer {
         }
     }
 
-    fn gather(&mut self, at: BlockId) -> Result<BlockWeights> {
+    fn make(&mut self, at: BlockId) -> Result<BlockWeights> {
         let (parts, weights) = (&mut self.parts, &self.weights);
         let mut whole = |at: &usize| match &weights[*at] {
             Kept::Whole(tensor) => Ok(tensor.clone()),
-            Kept::Part { shape, own, values } => {
-                let mut all = vec![0.0; shape.iter().product()];
-                all[own.clone()].copy_from_slice(values);
-                parts.fill(&mut all)?;
-                Ok(Tensor::from_vec(all, shape.as_slice(), &Device::Cpu)?)
+            Kept::Packed { shape, quantization, words } => {
+                let numbers = quantization.map_or(Numbers::F32, Quantization::numbers);
+                let mut all = Cow::Borrowed(words);
+                if let Some(parts) = parts.as_mut().filter(|_| shape.len() > 1) {
+                    let own = parts.own(numbers.bytes_of(shape).div_ceil(WORD));
+                    let mut gathered = vec![0.0; numbers.bytes_of(shape).div_ceil(WORD)];
+                    gathered[own].copy_from_slice(words);
+                    parts.fill(&mut gathered)?;
+                    all = Cow::Owned(gathered);
+                }
+                let values = match quantization {
+                    None => all.into_owned(),
+                    Some(kind) => {
+                        let bytes: Vec<u8> = all.iter().flat_map(|word| word.to_le_bytes()).collect();
+                        kind.unpack(shape, &bytes)
+                    }
+                };
+                Ok(Tensor::from_vec(values, shape.as_slice(), &Device::Cpu)?)
             }
         };
         self.blocks[&at].iter().map(|node| node.iter().map(&mut whole).collect()).collect()

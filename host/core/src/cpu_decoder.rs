@@ -10,9 +10,12 @@ use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::memory::{free_memory, size};
 use crate::ops::KvCache;
+use crate::plan::weights;
+use crate::storage::Quantization;
 use crate::weights::Checkpoint;
 
-/// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers.
+/// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers. Those that are
+/// quantised are made whole for every token, a layer at a time.
 pub struct CpuDecoder {
     engine: Engine,
     threads: ThreadPool,
@@ -24,8 +27,14 @@ impl CpuDecoder {
     ///
     /// # Errors
     /// A checkpoint that cannot be read, or takes more memory than there is.
-    pub fn load(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: Option<Adapter>) -> Result<CpuDecoder> {
-        let (needs, free) = (checkpoint.bytes(), free_memory().unwrap_or(usize::MAX));
+    pub fn load(
+        graph: &ModelGraph,
+        checkpoint: &Checkpoint,
+        adapter: Option<Adapter>,
+        quantization: Option<Quantization>,
+    ) -> Result<CpuDecoder> {
+        let needs = quantization.map_or_else(|| checkpoint.bytes(), |kind| weights(graph, Some(kind), 1));
+        let free = free_memory().unwrap_or(usize::MAX);
         if needs > free {
             let (needs, free) = (size(needs), size(free));
             return Err(Error::input(format!("the weights take {needs}, there are {free}"))
@@ -33,7 +42,7 @@ impl CpuDecoder {
                 .help("take a machine with more memory, or a smaller model"));
         }
         let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
-        CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint)?, adapter)?)
+        CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint, quantization)?, adapter)?)
     }
 
     /// An engine that has its weights already.
@@ -47,7 +56,7 @@ impl CpuDecoder {
 
 impl Decoder for CpuDecoder {
     fn name(&self) -> String {
-        "cpu float32".into()
+        self.engine.name()
     }
 
     fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>> {

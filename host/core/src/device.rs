@@ -110,12 +110,12 @@ impl CpuDevice {
 
 impl Device for CpuDevice {
     fn name(&self) -> String {
-        "cpu float32".into()
+        self.engine.name()
     }
 
     fn packing(&self) -> Packing {
         let tokens = self.micro_batch_tokens;
-        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows: None }
     }
 
     fn graph(&self) -> &ModelGraph {

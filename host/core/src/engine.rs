@@ -154,9 +154,15 @@ impl Engine {
         Ok(())
     }
 
+    /// How it computes, as [`Device::name`](crate::device::Device::name) has it.
+    pub fn name(&self) -> String {
+        let quantization = self.base.quantization().map(|kind| format!(", base in {}", kind.name()));
+        format!("cpu float32{}", quantization.unwrap_or_default())
+    }
+
     /// Whether ranks share the base, so that all have to run the same passes.
     pub fn shares_base(&self) -> bool {
-        matches!(self.base, Base::Sharded(_))
+        self.base.is_shared()
     }
 
     /// The blocks of a forward pass: the embedding, layers, the head, its projection.

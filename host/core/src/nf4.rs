@@ -176,6 +176,22 @@ impl Nf4 {
         SCALES[usize::from(self.scales[block])] * self.scale_scales[block / SCALE_BLOCK] + self.offset
     }
 
+    /// All of it as bytes: codes, scales, their scales, the offset.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let floats = self.scale_scales.iter().chain([&self.offset]).flat_map(|value| value.to_le_bytes());
+        self.codes.iter().chain(&self.scales).copied().chain(floats).collect()
+    }
+
+    /// From the [bytes](Self::to_bytes) of so many values.
+    pub fn of_bytes(values: usize, bytes: &[u8]) -> Nf4 {
+        let (codes, rest) = bytes.split_at(values.div_ceil(2));
+        let (scales, floats) = rest.split_at(values.div_ceil(BLOCK));
+        let floats = floats.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        let mut floats: Vec<f32> = floats.take(scales.len().div_ceil(SCALE_BLOCK) + 1).collect();
+        let offset = floats.pop().unwrap_or(0.0);
+        Nf4 { codes: codes.to_vec(), scales: scales.to_vec(), scale_scales: floats, offset }
+    }
+
     /// Bytes of so many values.
     pub const fn bytes(values: usize) -> usize {
         let blocks = values.div_ceil(BLOCK);
@@ -222,7 +238,8 @@ mod tests {
         let values: Vec<f32> = (0..131).map(|at| if at < 64 { 0.0 } else { 1.0 - at as f32 / 100.0 }).collect();
         let nf4 = quantize(&values);
         assert_eq!((nf4.codes.len(), nf4.scales.len(), nf4.codes[65] & 15), (66, 3, 7));
-        assert_eq!(Nf4::bytes(131), 66 + 3 + 4 + 4);
+        assert_eq!(Nf4::bytes(131), nf4.to_bytes().len());
+        assert_eq!(Nf4::of_bytes(131, &nf4.to_bytes()), nf4);
         let mut back = vec![1.0; 131];
         nf4.dequantize(&mut back);
         assert!(back[..64].iter().all(|value| *value == 0.0));

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
 use crate::ops::{attention, lm_head};
 use crate::storage::{Numbers, Quantization, Storage};
-use crate::weights::blocks;
+use crate::weights::{blocks, is_quantized};
 
 /// Bytes of an f32.
 const WORD: usize = 4;
@@ -25,7 +25,9 @@ pub struct Plan {
     pub available: usize,
     /// Ranks that share the frozen weights; 1 where each has all.
     pub parts: usize,
-    /// Frozen weights in f32 on this rank.
+    /// What the layers' matrices are kept as, where that is not f32.
+    pub quantization: Option<Quantization>,
+    /// Frozen weights on this rank.
     pub weights: usize,
     /// All of them.
     pub whole: usize,
@@ -72,6 +74,9 @@ pub struct Packing {
     /// Rows of logits at once, where that follows from memory.
     #[serde(default)]
     pub logits_rows: Option<usize>,
+    /// Rows of a layer at once, where a longer batch is computed in chunks.
+    #[serde(default)]
+    pub chunk_rows: Option<usize>,
 }
 
 impl Packing {
@@ -81,6 +86,7 @@ impl Packing {
             micro_batch_tokens: self.micro_batch_tokens.min(other.micro_batch_tokens),
             scoring_tokens: self.scoring_tokens.min(other.scoring_tokens),
             logits_rows: self.logits_rows.zip(other.logits_rows).map(|(a, b)| a.min(b)),
+            chunk_rows: [self.chunk_rows, other.chunk_rows].into_iter().flatten().min(),
         }
     }
 }
@@ -96,7 +102,8 @@ impl Plan {
         options: MemoryOptions,
     ) -> Result<Plan> {
         let available = options.limit.or_else(free_memory).unwrap_or(usize::MAX);
-        let [weights, whole] = [parts, 1].map(|parts| weights(graph, parts));
+        let quantization = options.quantization;
+        let [weights, whole] = [parts, 1].map(|parts| weights(graph, quantization, parts));
         let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
         // A layer in work holds its values, and gradients of about as many.
         let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;
@@ -133,6 +140,7 @@ impl Plan {
         Ok(Plan {
             available,
             parts,
+            quantization,
             weights,
             whole,
             adapter,
@@ -148,7 +156,7 @@ impl Plan {
     /// What of it a run saves and reuses.
     pub fn packing(&self) -> Packing {
         let tokens = self.micro_batch_tokens;
-        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None }
+        Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows: None }
     }
 }
 
@@ -170,19 +178,23 @@ fn workspace(graph: &ModelGraph, longest: usize) -> usize {
     attention::workspace(longest).max(lm_head::workspace(graph.hidden_size))
 }
 
-/// Bytes of frozen weights on a rank. Where ranks share them: its part, and the two largest blocks that follow each other.
-fn weights(graph: &ModelGraph, parts: usize) -> usize {
+/// Bytes of frozen weights on a rank. Where some are made whole when their block comes: what is kept of them, and the two largest
+/// blocks that follow each other.
+pub(crate) fn weights(graph: &ModelGraph, quantization: Option<Quantization>, parts: usize) -> usize {
     let (mut kept, mut whole) = (BTreeMap::new(), Vec::new());
-    for (_, prefix, nodes) in blocks(graph) {
-        let mut gathered = 0;
-        for weight in nodes.iter().flat_map(|n| &n.weights) {
-            let values: usize = weight.shape.iter().product();
-            let storage = Storage::of(weight, Numbers::F32, parts);
-            gathered += if storage.is_sharded() { storage.numbers.bytes(values) } else { 0 };
+    for (id, prefix, nodes) in blocks(graph) {
+        let mut made = 0;
+        for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
+            let quantization = quantization.filter(|_| is_quantized(id, node, weight));
+            let numbers = quantization.map_or(Numbers::F32, Quantization::numbers);
+            let storage = Storage::of(weight, numbers, parts);
+            if quantization.is_some() || storage.is_sharded() {
+                made += Numbers::F32.bytes_of(&weight.shape);
+            }
             // A tied projection is the embedding's tensor.
-            kept.insert(format!("{prefix}{}", weight.tensor), storage.bytes(values));
+            kept.insert(format!("{prefix}{}", weight.tensor), storage.bytes_of(&weight.shape));
         }
-        whole.push(gathered);
+        whole.push(made);
     }
     kept.values().sum::<usize>() + whole.windows(2).map(|two| two[0] + two[1]).max().unwrap_or(0)
 }
@@ -211,7 +223,8 @@ impl fmt::Display for Plan {
         )?;
         writeln!(
             f,
-            "            weights {}, adapter {}, workspace {}",
+            "            {}weights {}, adapter {}, workspace {}",
+            self.quantization.map(|kind| format!("{} ", kind.name())).unwrap_or_default(),
             share(self.weights, self.whole, self.parts),
             size(self.adapter),
             size(self.workspace)

@@ -4,6 +4,7 @@ use dpo_plugin_api::graph::Weight;
 use serde::Serialize;
 
 use crate::nf4::Nf4;
+use crate::{fp8, nf4};
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -22,9 +23,9 @@ pub enum Numbers {
     F32,
     /// bfloat16.
     Bf16,
-    /// As [`Quantization::Fp8`].
+    /// e4m3 of [`fp8`], with a scale in f32 for each row.
     Fp8,
-    /// As [`Quantization::Nf4`].
+    /// The codes and scales of [`nf4`].
     Nf4,
 }
 
@@ -52,15 +53,74 @@ pub enum Place {
 }
 
 impl Numbers {
-    /// Bytes of so many values; of e4m3 without its scales.
+    /// Bytes of so many values, without their scales.
     pub fn bytes(self, values: usize) -> usize {
         match self {
             Numbers::F32 => values * 4,
             Numbers::Bf16 => values * 2,
             Numbers::Fp8 => values,
+            Numbers::Nf4 => values.div_ceil(2),
+        }
+    }
+
+    /// Bytes of a weight of this shape, with its scales.
+    pub fn bytes_of(self, shape: &[usize]) -> usize {
+        let values = shape.iter().product();
+        match self {
+            Numbers::F32 | Numbers::Bf16 => self.bytes(values),
+            Numbers::Fp8 => values + 4 * (values / columns(shape)),
             Numbers::Nf4 => Nf4::bytes(values),
         }
     }
+}
+
+impl Quantization {
+    /// As which numbers a matrix is kept.
+    pub fn numbers(self) -> Numbers {
+        match self {
+            Quantization::Fp8 => Numbers::Fp8,
+            Quantization::Nf4 => Numbers::Nf4,
+        }
+    }
+
+    /// Its name, as `--quantization` has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Quantization::Fp8 => "fp8",
+            Quantization::Nf4 => "nf4",
+        }
+    }
+
+    /// A matrix as bytes: its codes, and behind them its scales.
+    pub fn pack(self, shape: &[usize], values: &[f32]) -> Vec<u8> {
+        match self {
+            Quantization::Nf4 => nf4::quantize(values).to_bytes(),
+            Quantization::Fp8 => {
+                let (mut bytes, scales) = fp8::quantize_rows(values, columns(shape));
+                bytes.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+                bytes
+            }
+        }
+    }
+
+    /// The values of a matrix that was [packed](Self::pack): of nf4 in bf16's steps, as a GPU computes with them; of fp8 as they are.
+    pub fn unpack(self, shape: &[usize], bytes: &[u8]) -> Vec<f32> {
+        let mut values = vec![0.0; shape.iter().product()];
+        match self {
+            Quantization::Nf4 => Nf4::of_bytes(values.len(), bytes).dequantize(&mut values),
+            Quantization::Fp8 => {
+                let (codes, scales) = bytes.split_at(values.len());
+                let scales: Vec<f32> = scales.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+                fp8::dequantize_rows(codes, &scales, columns(shape), &mut values);
+            }
+        }
+        values
+    }
+}
+
+/// Columns of a matrix, at least one.
+fn columns(shape: &[usize]) -> usize {
+    shape.last().copied().unwrap_or(1).max(1)
 }
 
 impl Storage {
@@ -75,11 +135,21 @@ impl Storage {
         matches!(self.place, Place::Sharded(_))
     }
 
-    /// Bytes of so many values on this rank's device.
+    /// Bytes of so many values, without their scales, on this rank's device.
     pub fn bytes(self, values: usize) -> usize {
+        self.here(self.numbers.bytes(values))
+    }
+
+    /// Bytes of a weight of this shape, with its scales, on this rank's device.
+    pub fn bytes_of(self, shape: &[usize]) -> usize {
+        self.here(self.numbers.bytes_of(shape))
+    }
+
+    fn here(self, bytes: usize) -> usize {
         match self.place {
-            Place::Resident => self.numbers.bytes(values),
-            Place::Sharded(ranks) => self.numbers.bytes(values.div_ceil(ranks)),
+            Place::Resident => bytes,
+            // Ranks exchange words of four bytes.
+            Place::Sharded(ranks) => bytes.div_ceil(4).div_ceil(ranks) * 4,
             Place::Host => 0,
         }
     }

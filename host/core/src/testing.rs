@@ -24,27 +24,49 @@ mod families;
 
 pub use families::FAMILIES;
 
+/// A block's own nodes.
+type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
+
+/// Two layers of a body that is followed by a linear and a sum.
+fn case(body: Body<'_>) -> Result<ModelGraph> {
+    let (hidden, vocab) = (104, 248);
+    let mut graph = GraphBuilder::decoder(hidden, vocab);
+    graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
+    let block = graph.block("case", |b, x| {
+        let inner = body(b, x);
+        let out = b.linear("out", inner, hidden);
+        b.add(x, out)
+    });
+    graph.layer(block, "layers.0.");
+    graph.layer(block, "layers.1.");
+    graph.head(|b, x| {
+        let h = b.rms_norm("norm", x, 1e-6);
+        b.lm_head("head.weight", h, vocab)
+    });
+    gather_predictors(graph.finish(&Config::parse("{}")?)?)
+}
+
+/// Graphs whose matmuls have so many columns that, of the rows of the self-test's batches, they take tiles of every size: a plain one, with a
+/// bias, with a sum, with a gated activation, and their backward ones.
+pub fn wide_cases() -> Result<Vec<(String, ModelGraph)>> {
+    let of = |width: usize| {
+        let graph = case(&|b, x| {
+            let h = b.linear_bias("a", x, width);
+            let g = b.linear("b", h, width);
+            let h = b.add(h, g);
+            let (gate, up) = (b.linear("gate", h, width), b.linear("up", h, width));
+            b.glu("silu", gate, up)
+        })?;
+        Ok((format!("linears of {width} columns"), graph))
+    };
+    [2048, 2304, 3328].into_iter().map(of).collect()
+}
+
 /// A graph around every op: a linear before it and one after it, so that the gradient of the adapter passes through it.
 pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
-    type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
     let mut cases: Vec<(String, ModelGraph)> = Vec::new();
-    let config = Config::parse("{}")?;
     let mut case = |name: String, body: Body<'_>| -> Result<()> {
-        let (hidden, vocab) = (104, 248);
-        let mut graph = GraphBuilder::decoder(hidden, vocab);
-        graph.embed(|b, tokens| b.embedding("embed.weight", tokens, vocab, hidden));
-        let block = graph.block("case", |b, x| {
-            let inner = body(b, x);
-            let out = b.linear("out", inner, hidden);
-            b.add(x, out)
-        });
-        graph.layer(block, "layers.0.");
-        graph.layer(block, "layers.1.");
-        graph.head(|b, x| {
-            let h = b.rms_norm("norm", x, 1e-6);
-            b.lm_head("head.weight", h, vocab)
-        });
-        cases.push((name, gather_predictors(graph.finish(&config)?)?));
+        cases.push((name, case(body)?));
         Ok(())
     };
     case("linear".into(), &|b, x| b.linear("a", x, 72))?;
@@ -309,7 +331,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
-    cases.extend(whole_graphs(&config)?);
+    cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }
 

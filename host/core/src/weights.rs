@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, IoContext, Result};
 use crate::progress;
+use crate::storage::Quantization;
 
 /// Bytes of a sample of a file, and samples of a file, by which its content is known: reading 15 GB would take a minute.
 const SAMPLE: usize = 4096;
@@ -219,6 +220,12 @@ impl Checkpoint {
         }
     }
 
+    /// A weight, quantised. What a checkpoint has in more than bf16 is rounded to that first, as it is for a model in bf16.
+    pub fn load_packed(&self, prefix: &str, weight: &Weight, kind: Quantization) -> Result<Vec<u8>> {
+        let tensor = self.load(prefix, weight)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
+        Ok(kind.pack(&weight.shape, &tensor.flatten_all()?.to_vec1()?))
+    }
+
     /// A range of a weight's values, without touching the others, in f32.
     pub fn load_range(&self, prefix: &str, weight: &Weight, range: &Range<usize>) -> Result<Vec<f32>> {
         let (dtype, bytes) = self.raw(prefix, weight)?;
@@ -322,6 +329,11 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
     std::iter::once((BlockId::Embed, "", graph.embed.nodes.as_slice()))
         .chain(graph.layers.iter().enumerate().map(layer))
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
+}
+
+/// Whether `--quantization` is for a weight: the matrices of a layer's linears.
+pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
+    matches!(block, BlockId::Layer(_)) && node.op == "linear" && weight.role == "weight"
 }
 
 /// Whether two shapes are the same. PyTorch saves a scalar as `[]`, others write it as a vector of one.

@@ -5,7 +5,8 @@
 use dpo_plugin_api::graph::ModelGraph;
 use indicatif::ProgressBar;
 
-use super::footprint::{Arrangement, Footprint};
+use super::chunks;
+use super::footprint::{Arrangement, Footprint, Place};
 use super::gpu::{Address, Gpu, Memory, View};
 use super::inputs::{Inputs, Rows};
 use super::kernels::Kernels;
@@ -18,7 +19,6 @@ use super::ops;
 use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
 use super::program::{Program, Slice, Step};
-use super::saved::SavedActivations;
 use super::weights::{BlockWeights, NUMBERS};
 use dpo_core::batch::Batch;
 use dpo_core::error::{Error, Result};
@@ -52,24 +52,35 @@ pub struct CudaDevice {
 /// A program in a pass: where its buffers lie, and what its steps are started with.
 pub(super) struct Pass<'a> {
     pub program: &'a Program,
-    pub places: Vec<Address>,
+    /// Where its buffers lie, from an address on.
+    pub places: Vec<Option<Place>>,
+    pub values: Address,
     pub launch: Launch<'a>,
+    /// Rows that steps run on at once, at most.
+    pub chunk: usize,
 }
 
 impl Pass<'_> {
-    pub(super) fn view(&self, slice: Slice) -> View {
-        let view = View { at: self.places[slice.buffer], ld: self.program.buffers[slice.buffer].columns() as i64 };
-        view.wanted().map_or(view, |view| view.column(slice.column))
+    /// A slice of a buffer from a row of the batch on.
+    pub(super) fn view(&self, slice: Slice, row: usize) -> View {
+        let ld = self.program.buffers[slice.buffer].columns() as i64;
+        let Some(place) = self.places[slice.buffer] else { return View { at: 0, ld } };
+        View { at: self.values + place.at as u64, ld }.row(if place.of_chunk { 0 } else { row }).column(slice.column)
     }
 
     /// Runs steps one after the other.
     pub(super) fn run(&self, steps: &[Step]) -> Result<()> {
-        let views = |slices: &[Slice]| slices.iter().map(|s| self.view(*s)).collect::<Vec<View>>();
-        steps.iter().try_for_each(|step| {
-            let launch = Launch { rows: self.launch.batch.rows(step.rows), ..self.launch };
-            step.run.launch(&launch, &views(&step.reads), &views(&step.writes))?;
-            self.launch.gpu.mark(step.label)
-        })
+        chunks::run(
+            steps,
+            |rows| self.launch.batch.rows(rows),
+            self.chunk,
+            |step, first, rows| {
+                let views = |slices: &[Slice]| slices.iter().map(|s| self.view(*s, first)).collect::<Vec<View>>();
+                let launch = Launch { rows, first, ..self.launch };
+                step.run.launch(&launch, &views(&step.reads), &views(&step.writes))?;
+                self.launch.gpu.mark(step.label)
+            },
+        )
     }
 }
 
@@ -92,7 +103,7 @@ impl CudaDevice {
         let parts = weights.parts(&lowered, &graph, &adapter)?;
         let optimizer = Optimizer::new(&gpu, &graph, &adapter, &parts)?;
         let footprint = Footprint::new(&graph, &lowered);
-        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed, 1);
+        let arrangement = footprint.arrange(1, 1, plan.values, &plan.allowed, plan.at_once());
         let arrangement = arrangement.ok_or_else(|| Error::run("the plan has no room for a token"))?;
         let values = gpu.allocate(plan.values)?;
         let inputs = Inputs::new(&gpu, plan.inputs)?;
@@ -157,10 +168,6 @@ impl CudaDevice {
         self.gpu.mark("optimizer")
     }
 
-    pub(super) fn addresses(&self, offsets: Vec<Option<usize>>) -> Vec<Address> {
-        offsets.into_iter().map(|o| o.map_or(0, |o| self.values.address + o as u64)).collect()
-    }
-
     /// What steps are started with that run on the weights of a block.
     pub(super) fn launch<'a>(&'a self, weights: &'a BlockWeights, rows: Rows, adapted: bool) -> Launch<'a> {
         Launch {
@@ -172,6 +179,7 @@ impl CudaDevice {
             weights,
             dequantized: self.values.address + self.arrangement.work as u64,
             rows: self.inputs.at.rows(rows),
+            first: 0,
             adapted,
             cache: None,
         }
@@ -181,13 +189,14 @@ impl CudaDevice {
     fn layer(
         &self,
         layer: usize,
-        (steps, offsets): (&[Step], Vec<Option<usize>>),
+        (steps, places): (&[Step], Vec<Option<Place>>),
         adapted: bool,
         cache: Option<KvCache>,
     ) -> Result<()> {
         let program = &self.lowered.programs[self.graph.layers[layer].block];
         let launch = self.launch(&self.weights.layers[layer], Rows::Tokens, adapted);
-        Pass { program, places: self.addresses(offsets), launch: Launch { cache, ..launch } }.run(steps)
+        let (values, chunk) = (self.values.address, self.arrangement.chunk);
+        Pass { program, places, values, launch: Launch { cache, ..launch }, chunk }.run(steps)
     }
 
     /// Has a layer's weights on the GPU where they come and go, and those of the layer `after` it follow.
@@ -226,25 +235,30 @@ impl CudaDevice {
         self.layer(layer, self.forward_steps(layer, false), adapted, Some(cache))
     }
 
-    fn forward_steps(&self, layer: usize, save: bool) -> (&[Step], Vec<Option<usize>>) {
+    fn forward_steps(&self, layer: usize, save: bool) -> (&[Step], Vec<Option<Place>>) {
         let kind = self.graph.layers[layer].block;
-        let offsets = self.arrangement.places(&self.lowered, kind, layer, save, false);
-        (&self.lowered.programs[kind].forward, offsets)
+        let places = self.arrangement.places(&self.lowered, kind, layer, save, false);
+        (&self.lowered.programs[kind].forward, places)
     }
 
     /// The backward pass of a layer.
     pub(super) fn layer_backward(&self, layer: usize) -> Result<()> {
         let kind = self.graph.layers[layer].block;
         let scheduled = &self.lowered.schedules[kind][self.arrangement.saved[layer] as usize];
-        let offsets = self.arrangement.places(&self.lowered, kind, layer, true, true);
-        self.layer(layer, (&scheduled.steps, offsets), true, None)
+        let places = self.arrangement.places(&self.lowered, kind, layer, true, true);
+        self.layer(layer, (&scheduled.steps, places), true, None)
     }
 
     /// Token ids to the first layer's input.
     pub(super) fn embed(&self) -> Result<()> {
-        let places = self.addresses(self.arrangement.embed_places(&self.lowered));
+        let places = self.arrangement.embed_places(&self.lowered);
         let launch = self.launch(&self.weights.embed, Rows::Tokens, false);
-        Pass { program: &self.lowered.embed, places, launch }.run(&self.lowered.embed.forward)
+        self.whole(&self.lowered.embed, places, launch).run(&self.lowered.embed.forward)
+    }
+
+    /// A program in a pass on all rows at once.
+    pub(super) fn whole<'a>(&self, program: &'a Program, places: Vec<Option<Place>>, launch: Launch<'a>) -> Pass<'a> {
+        Pass { program, places, values: self.values.address, launch, chunk: usize::MAX }
     }
 
     /// Where the gradient between layers lies.
@@ -256,8 +270,11 @@ impl CudaDevice {
     /// Sends a batch's arrays in one copy and makes its tables.
     pub(super) fn send(&mut self, batch: &Batch, save: bool) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
-        let allowed = if save { self.plan.allowed.as_slice() } else { &[SavedActivations::BlockInput] };
-        let arrangement = self.footprint.arrange(tokens, answers, self.plan.values, allowed, self.plan.logits_rows);
+        let (bytes, at_once) = (self.plan.values, self.plan.at_once());
+        let arrangement = match save {
+            true => self.footprint.arrange(tokens, answers, bytes, &self.plan.allowed, at_once),
+            false => self.footprint.arrange_forward(tokens, answers, bytes, at_once),
+        };
         self.arrangement = arrangement.ok_or_else(|| {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))

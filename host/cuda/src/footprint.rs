@@ -2,12 +2,13 @@
 
 use dpo_plugin_api::graph::ModelGraph;
 
+use super::chunks::TILE;
 use super::inputs::{Rows, TILE_BYTES};
-use super::liveness::Scheduled;
+use super::liveness::{Bytes, Layout, Passes};
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
-use dpo_core::storage::Place;
+use dpo_core::storage::Place as Weights;
 
 /// What values take, from which the arrangement of a batch follows.
 pub(super) struct Footprint {
@@ -15,8 +16,9 @@ pub(super) struct Footprint {
     edge: usize,
     /// The kind of block of every layer.
     kinds: Vec<usize>,
-    /// Of every kind, for every level of [`SavedActivations`].
+    /// Of every kind, for every level of [`SavedActivations`], and in a forward pass that has no backward pass.
     levels: Vec<[Level; 4]>,
+    forward: Vec<Level>,
     /// Bytes a token takes in the embedding's block.
     embed: usize,
     /// Bytes an answer token takes in the head, and those of its logits.
@@ -31,11 +33,13 @@ pub(super) struct Footprint {
     work: Work,
 }
 
-/// What a token takes in a layer, in bytes.
-#[derive(Clone, Copy, Debug)]
+/// What a layer takes.
+#[derive(Clone, Debug)]
 struct Level {
+    /// Bytes a token.
     saved: usize,
-    scratch: usize,
+    /// Ends of what is in scratch memory, of a batch that is computed at once and of one in chunks.
+    scratch: [Vec<Bytes>; 2],
     /// Time of what is computed again, in multiply-adds of matmuls.
     again: Work,
 }
@@ -56,14 +60,34 @@ impl Work {
     }
 }
 
+/// Rows that are computed at once: of logits, and of a layer's steps that do not mix rows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct AtOnce {
+    pub logits: usize,
+    pub chunk: usize,
+}
+
+/// Where a buffer lies in the memory for values, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    pub at: usize,
+    /// Whether it has the rows of a chunk alone.
+    pub of_chunk: bool,
+}
+
 /// Where the values of a batch lie in the memory for values: between layers, saved, in work. Offsets and sizes in bytes.
 #[derive(Clone, Debug)]
 pub(super) struct Arrangement {
-    /// Rows that every buffer has.
+    /// Rows that every buffer has, but for those that have the rows of a chunk.
     pub rows: usize,
-    /// Of every layer, what is saved, and where it begins.
+    /// Rows of a chunk, at most.
+    pub chunk: usize,
+    /// Values between layers that are there at the same time.
+    edges: usize,
+    /// Of every layer, what is saved, and where it begins; of none in a pass that has no backward pass.
     pub saved: Vec<SavedActivations>,
     pub saved_at: Vec<usize>,
+    /// The last layer's output; when the head has read it, the gradient that goes from layer to layer.
     pub gradient: usize,
     /// Where what is in work lies: of a layer a dequantised stack and then its buffers, of the head all.
     pub work: usize,
@@ -80,7 +104,7 @@ pub(super) struct Arrangement {
 }
 
 impl Arrangement {
-    /// Offsets of a layer's buffers in a pass; `None` for one that the pass does not touch. A forward pass that does not
+    /// Places of a layer's buffers in a pass; `None` for one that the pass does not touch. A forward pass that does not
     /// `save` anything has no backward pass.
     pub(super) fn places(
         &self,
@@ -89,50 +113,53 @@ impl Arrangement {
         layer: usize,
         save: bool,
         backward: bool,
-    ) -> Vec<Option<usize>> {
+    ) -> Vec<Option<Place>> {
         let program = &lowered.programs[kind];
         let level = if save || backward { self.saved[layer] } else { SavedActivations::BlockInput };
-        let scheduled = &lowered.schedules[kind][level as usize];
-        let layout = if backward { &scheduled.backward } else { &scheduled.forward };
+        let Passes { forward, backward: back } = lowered.schedules[kind][level as usize].passes(self.rows > self.chunk);
+        let layout = if backward { back } else { forward };
         let edge = program.edge() * self.rows;
         let place = |buffer| match buffer {
-            INPUT => Some(layer * edge),
-            OUTPUT => Some((layer + 1) * edge),
-            GRADIENT => Some(self.gradient),
-            _ => match (layout.saved[buffer], layout.scratch[buffer]) {
-                (Some(saved), _) => Some(self.saved_at[layer] + saved * self.rows),
-                (_, Some(scratch)) => Some(self.scratch + scratch * self.rows),
-                _ => None,
+            INPUT => Some(Place::of(layer % self.edges * edge)),
+            OUTPUT => Some(Place::of((layer + 1) % self.edges * edge)),
+            GRADIENT => Some(Place::of(self.gradient)),
+            _ => match layout.saved[buffer] {
+                Some(saved) => Some(Place::of(self.saved_at[layer] + saved * self.rows)),
+                None => layout.scratch[buffer].map(|scratch| Place {
+                    at: self.scratch + scratch.at.of(self.rows, self.chunk),
+                    of_chunk: scratch.of_chunk,
+                }),
             },
         };
         (0..program.buffers.len()).map(place).collect()
     }
 
-    /// Offsets of the embedding block's buffers; its output is the first layer's input.
-    pub(super) fn embed_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
+    /// Places of the embedding block's buffers; its output is the first layer's input.
+    pub(super) fn embed_places(&self, lowered: &Lowered) -> Vec<Option<Place>> {
+        let scratch = &lowered.embed_schedule.whole.forward.scratch;
         let place = |buffer| match buffer {
-            OUTPUT => Some(0),
-            _ => lowered.embed_schedule.forward.scratch[buffer].map(|at| self.scratch + at * self.rows),
+            OUTPUT => Some(Place::of(0)),
+            _ => scratch[buffer].map(|s| Place::of(self.scratch + s.at.row * self.rows)),
         };
         (0..lowered.embed.buffers.len()).map(place).collect()
     }
 
-    /// Offsets of the head's buffers; its input is the last layer's output.
-    pub(super) fn head_places(&self, lowered: &Lowered) -> Vec<Option<usize>> {
+    /// Places of the head's buffers; its input is the last layer's output.
+    pub(super) fn head_places(&self, lowered: &Lowered) -> Vec<Option<Place>> {
         let (program, rows) = (&lowered.head, self.answer_rows);
         let edge = program.edge() * rows;
-        let (forward, backward) = (&lowered.head_schedule.forward, &lowered.head_schedule.backward);
+        let Passes { forward, backward } = &lowered.head_schedule.whole;
         let place = |buffer| {
             let offset = match (buffer, forward.saved.get(buffer)) {
-                (INPUT, _) => return Some(self.saved.len() * lowered.programs[0].edge() * self.rows),
+                (INPUT, _) => return Some(Place::of(self.gradient)),
                 (OUTPUT | GRADIENT, _) => (buffer - OUTPUT) * edge,
                 (_, Some(Some(saved))) => 2 * edge + saved * rows,
                 _ => {
                     let scratch = forward.scratch[buffer].or(backward.scratch[buffer])?;
-                    2 * edge + (forward.saved_bytes + scratch) * rows
+                    2 * edge + (forward.saved_bytes + scratch.at.row) * rows
                 }
             };
-            Some(self.work + offset)
+            Some(Place::of(self.work + offset))
         };
         (0..program.buffers.len()).map(place).collect()
     }
@@ -141,11 +168,30 @@ impl Arrangement {
 /// Rows of a layer's buffers and of the head's: whole tiles keep every buffer at an aligned place. There are more answer tokens than tokens where a
 /// row predicts several.
 fn padded_rows(tokens: usize, answers: usize) -> [usize; 2] {
-    [tokens.max(answers), answers].map(|rows| rows.next_multiple_of(64))
+    [tokens.max(answers), answers].map(|rows| rows.next_multiple_of(TILE))
+}
+
+impl Place {
+    /// Of a buffer that has all rows.
+    fn of(at: usize) -> Place {
+        Place { at, of_chunk: false }
+    }
+}
+
+impl Level {
+    /// Bytes of scratch memory for batches of up to so many rows: those that fit into a chunk are computed at once.
+    fn scratch(&self, rows: usize, chunk: usize) -> usize {
+        let most = |ends: &[Bytes], rows| ends.iter().map(|end| end.of(rows, chunk)).max().unwrap_or(0);
+        let [whole, chunked] = &self.scratch;
+        most(whole, rows.min(chunk)).max(if rows > chunk { most(chunked, rows) } else { 0 })
+    }
 }
 
 /// Rows of logits at once, at least and at most.
 pub(super) const LOGITS_ROWS: [usize; 2] = [512, 2048];
+
+/// Values between layers of a forward pass that has no backward pass: before a layer and after it.
+const FORWARD_EDGES: usize = 2;
 
 /// Multiply-adds of matmuls that take as long as moving a byte to or from the memory, about, on every card there is.
 const MATMUL_PER_BYTE: f64 = 120.0;
@@ -156,26 +202,35 @@ const MATMUL_PER_BUS_BYTE: f64 = 5600.0;
 
 impl Footprint {
     pub(super) fn new(graph: &ModelGraph, lowered: &Lowered) -> Footprint {
-        let free = |kind: &[Scheduled; 4]| kind[SavedActivations::BlockInput as usize].forward.scratch_bytes;
         let work = |kind: usize, steps: &[Step]| lowered.programs[kind].work(steps);
         let level = |kind: usize, level: SavedActivations| {
             let scheduled = &lowered.schedules[kind];
             let own = &scheduled[level as usize];
+            let scratch = |chunked| {
+                let Passes { forward, backward } = own.passes(chunked);
+                [forward, backward].map(|pass| pass.ends.as_slice()).concat()
+            };
             Level {
-                saved: own.forward.saved_bytes,
-                scratch: own.forward.scratch_bytes.max(own.backward.scratch_bytes).max(free(scheduled)),
+                saved: own.whole.forward.saved_bytes,
+                scratch: [false, true].map(scratch),
                 again: Work::sum(
                     [(work(kind, &own.steps), 1.0), (work(kind, &lowered.programs[kind].backward), -1.0)].into_iter(),
                 ),
             }
         };
+        let forward = |kind: usize| {
+            let free = &lowered.schedules[kind][SavedActivations::BlockInput as usize];
+            let scratch = [false, true].map(|chunked| free.passes(chunked).forward.ends.clone());
+            Level { saved: 0, scratch, again: Work::default() }
+        };
         let kinds: Vec<usize> = graph.layers.iter().map(|l| l.block).collect();
-        let head = &lowered.head_schedule;
-        let scratch = head.forward.scratch_bytes.max(head.backward.scratch_bytes);
+        let head = &lowered.head_schedule.whole;
+        let scratch = [&head.forward, &head.backward].map(Layout::row_bytes).into_iter().max().unwrap_or(0);
         Footprint {
             edge: lowered.programs[0].edge(),
             levels: (0..lowered.programs.len()).map(|kind| SavedActivations::ALL.map(|l| level(kind, l))).collect(),
-            embed: lowered.embed_schedule.forward.scratch_bytes,
+            forward: (0..lowered.programs.len()).map(forward).collect(),
+            embed: lowered.embed_schedule.whole.forward.row_bytes(),
             head: 2 * lowered.head.edge() + head.forward.saved_bytes + scratch,
             logits: lowered.projection.rows * 4,
             dequantized: lowered.dequantized(),
@@ -186,23 +241,24 @@ impl Footprint {
         }
     }
 
-    /// Arranges a batch in so many bytes, with so many rows of logits at once: what is saved is as much as fits, of the last
-    /// layers first. `None` where even the least of the allowed levels does not fit.
+    /// Arranges a batch in so many bytes, with so many rows at once: what is saved is as much as fits, of the last layers first. `None` where even the least of the allowed levels does not fit.
     pub(super) fn arrange(
         &self,
         tokens: usize,
         answers: usize,
         bytes: usize,
         allowed: &[SavedActivations],
-        logits_rows: usize,
+        at_once: AtOnce,
     ) -> Option<Arrangement> {
         let [rows, answer_rows] = padded_rows(tokens, answers);
-        let edges = (self.kinds.len() + 2) * self.edge * rows;
-        let level = |kind: usize, level: SavedActivations| self.levels[kind][level as usize];
+        let edges = (self.kinds.len() + 1) * self.edge * rows;
+        let AtOnce { logits: logits_rows, chunk } = at_once;
+        let level = |kind: usize, level: SavedActivations| &self.levels[kind][level as usize];
         let most = |least: SavedActivations| {
             let allowed = allowed.iter().filter(|a| **a <= least);
             let levels = allowed.flat_map(|a| self.kinds.iter().map(move |kind| level(*kind, *a)));
-            self.dequantized + levels.map(|l| l.scratch).max().unwrap_or(0).max(self.embed) * rows
+            let scratch = levels.map(|l| l.scratch(rows, chunk)).max().unwrap_or(0);
+            self.dequantized + scratch.max(self.embed * rows)
         };
         let head = self.head(answers, logits_rows);
         let sum = |l: SavedActivations| self.kinds.iter().map(|kind| level(*kind, l).saved * rows).sum::<usize>();
@@ -230,6 +286,8 @@ impl Footprint {
         let again = Work::sum(saved.iter().zip(&self.kinds).map(|(own, kind)| (level(*kind, *own).again, 1.0)));
         Some(Arrangement {
             rows,
+            chunk,
+            edges: self.kinds.len() + 1,
             saved,
             saved_at,
             gradient: edges - self.edge * rows,
@@ -244,20 +302,57 @@ impl Footprint {
     }
 
     /// Time of a micro-batch's step with so much of it computed again, as a share of what it takes without waiting for weights: that of
-    /// dequantising them, and where layers are in host memory, that of the bus.
-    pub(super) fn waits(&self, tokens: usize, answers: usize, again: f64, place: Place) -> f64 {
+    /// dequantising them, in each of so many turns of chunks, and where layers are in host memory, that of the bus.
+    pub(super) fn waits(&self, (tokens, answers): (usize, usize), again: f64, turns: f64, place: Weights) -> f64 {
         let all = self.work.of(tokens, answers);
         // Of a forward and a backward pass; what is computed again is of the forward pass, a third of the step.
-        let dequantizing = self.dequantizing as f64 * MATMUL_PER_BYTE / all;
+        let dequantizing = turns * self.dequantizing as f64 * MATMUL_PER_BYTE / all;
         let passes = [1.0 / 3.0 + dequantizing, 2.0 / 3.0 + again + (1.0 + 3.0 * again) * dequantizing];
-        let bus = if place == Place::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
+        let bus = if place == Weights::Host { self.weights as f64 * MATMUL_PER_BUS_BYTE / all } else { 0.0 };
         passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again
+    }
+
+    /// Arranges a batch for a forward pass that has no backward pass.
+    pub(super) fn arrange_forward(
+        &self,
+        tokens: usize,
+        answers: usize,
+        bytes: usize,
+        at_once: AtOnce,
+    ) -> Option<Arrangement> {
+        let ([rows, answer_rows], edges) = (padded_rows(tokens, answers), FORWARD_EDGES);
+        let scratch = edges * self.edge * rows;
+        let logits = scratch + self.head * answer_rows;
+        (self.forward(tokens, answers, at_once) <= bytes).then(|| Arrangement {
+            rows,
+            chunk: at_once.chunk,
+            edges,
+            saved: Vec::new(),
+            saved_at: Vec::new(),
+            gradient: self.kinds.len() % edges * self.edge * rows,
+            work: scratch,
+            scratch: scratch + self.dequantized,
+            answer_rows,
+            logits,
+            logits_rows: at_once.logits.clamp(1, answers.max(1)),
+            logits_room: (bytes - logits) / self.logits,
+            again: 0.0,
+        })
+    }
+
+    /// Bytes of a batch in a forward pass that has no backward pass.
+    pub(super) fn forward(&self, tokens: usize, answers: usize, at_once: AtOnce) -> usize {
+        let [rows, _] = padded_rows(tokens, answers);
+        let layers =
+            self.dequantized + self.forward.iter().map(|level| level.scratch(rows, at_once.chunk)).max().unwrap_or(0);
+        let most = layers.max(self.dequantized + self.embed * rows).max(self.head(answers, at_once.logits));
+        FORWARD_EDGES * self.edge * rows + most
     }
 
     /// Bytes a token takes between layers and saved in them.
     pub(super) fn per_token(&self, saved: &[SavedActivations]) -> usize {
         let bytes = |(level, kind): (&SavedActivations, &usize)| self.levels[*kind][*level as usize].saved;
-        (self.kinds.len() + 2) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
+        (self.kinds.len() + 1) * self.edge + saved.iter().zip(&self.kinds).map(bytes).sum::<usize>()
     }
 
     /// Bytes of the head for so many answer tokens, with so many rows of logits at once.
@@ -265,15 +360,15 @@ impl Footprint {
         self.head * answers.next_multiple_of(64) + logits_rows.min(answers) * self.logits
     }
 
-    /// Bytes with which a batch is computed without computing anything again, as fast as it goes.
-    pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations) -> usize {
+    /// Bytes with which a batch is computed as fast as it goes with so much saved, in chunks of so many rows.
+    pub(super) fn whole(&self, tokens: usize, answers: usize, saved: SavedActivations, chunk: usize) -> usize {
         let [rows, answer_rows] = padded_rows(tokens, answers);
-        let level = |kind: &usize| self.levels[*kind][saved as usize];
+        let level = |kind: &usize| &self.levels[*kind][saved as usize];
         let saved: usize = self.kinds.iter().map(|k| level(k).saved * rows).sum();
-        let scratch = self.kinds.iter().map(|k| level(k).scratch).max().unwrap_or(0).max(self.embed) * rows;
-        let scratch = self.dequantized + scratch;
+        let scratch = self.kinds.iter().map(|k| level(k).scratch(rows, chunk)).max().unwrap_or(0);
+        let scratch = self.dequantized + scratch.max(self.embed * rows);
         let head = self.head * answer_rows + LOGITS_ROWS[1].min(answers) * self.logits;
-        (self.kinds.len() + 2) * self.edge * rows + saved + scratch.max(head)
+        (self.kinds.len() + 1) * self.edge * rows + saved + scratch.max(head)
     }
 }
 

@@ -14,13 +14,13 @@ use dpo_core::error::Result;
 impl CudaDevice {
     /// The head's program for the batch's answer tokens.
     pub(super) fn head(&self) -> Pass<'_> {
-        let places = self.addresses(self.arrangement.head_places(&self.lowered));
+        let places = self.arrangement.head_places(&self.lowered);
         let launch = self.launch(&self.weights.head, Rows::Predictors, false);
-        Pass { program: &self.lowered.head, places, launch }
+        self.whole(&self.lowered.head, places, launch)
     }
 
     fn of_head(&self, head: &Pass<'_>, buffer: usize) -> View {
-        head.view(Slice::whole(buffer, self.lowered.projection.inputs))
+        head.view(Slice::whole(buffer, self.lowered.projection.inputs), 0)
     }
 
     /// The head up to its projection.

@@ -19,6 +19,8 @@ pub(crate) struct Launch<'a> {
     /// Where a stack is made that is not kept as matmuls read it.
     pub dequantized: Address,
     pub rows: usize,
+    /// The first of them among the rows of the batch.
+    pub first: usize,
     /// Whether the adapter takes part: without it a linear is its frozen weights alone.
     pub adapted: bool,
     /// Where a text is continued: keys and values of the tokens before.
@@ -118,10 +120,11 @@ impl Launch<'_> {
         self.tables.iter().try_for_each(fill)
     }
 
-    /// Where the batch's table lies.
+    /// Where the numbers of its rows lie in the batch's table.
     pub(crate) fn table(&self, table: &BatchTable) -> Result<Address> {
         let found = self.tables.iter().find(|t| t.table.same(table));
-        found.map(|t| self.place(t)).ok_or_else(|| Error::run("a batch's table was not made"))
+        let found = found.ok_or_else(|| Error::run("a batch's table was not made"))?;
+        Ok(self.place(found) + (self.first * table.bytes) as u64)
     }
 
     fn place(&self, table: &LoadedTable) -> Address {

@@ -8,6 +8,7 @@
 mod api;
 mod arena;
 mod backend;
+mod chunks;
 mod decoder;
 mod device;
 mod engine;

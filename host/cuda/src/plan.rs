@@ -5,7 +5,7 @@ use std::fmt;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
-use super::footprint::{Footprint, LOGITS_ROWS, input_bytes};
+use super::footprint::{AtOnce, Footprint, LOGITS_ROWS, input_bytes};
 use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
@@ -25,6 +25,12 @@ const SIZE_STEP: usize = 512;
 /// Tokens whose time a micro-batch loses, about: the last pair that did not fit, matmuls that are too small to fill the
 /// card, the wait for the loss. Fitted to an H100 (docs/performance.md).
 pub(super) const LOST_TOKENS: f64 = 300.0;
+
+/// Rows of a chunk, at most, where a batch is computed in chunks; `None` is at once. Where it makes no difference, the first of them.
+const CHUNK_ROWS: [Option<usize>; 4] = [None, Some(8192), Some(4096), Some(2048)];
+
+/// Tokens whose time every further chunk of a batch takes: its matmuls fill the card less well (docs/performance.md).
+const LOST_CHUNK_TOKENS: f64 = 100.0;
 
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
@@ -98,6 +104,8 @@ pub struct GpuPlan {
     pub scoring_tokens: usize,
     /// Rows of logits at once, at most.
     pub logits_rows: usize,
+    /// Rows of a layer's steps at once, at most, but for those that mix rows; `None` is all.
+    pub chunk_rows: Option<usize>,
     /// Tokens of the longest micro-batch: a pair that is longer is alone in its own.
     pub most_tokens: usize,
     /// Most answer tokens among a batch's tokens, as a share.
@@ -145,16 +153,11 @@ impl GpuPlan {
         place: Place,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
-        let numbers = match options.quantization {
-            None => NUMBERS,
-            Some(Quantization::Nf4) => Numbers::Nf4,
-            Some(Quantization::Fp8) if room.fp8 => Numbers::Fp8,
-            Some(Quantization::Fp8) => {
-                return Err(Error::input("this card's kernels have no products of fp8: so far those of Hopper (H100, H200) alone have")
-                    .at("--quantization")
-                    .help("take --quantization nf4, which every card has"));
-            }
-        };
+        let numbers = options.quantization.map_or(NUMBERS, Quantization::numbers);
+        if numbers == Numbers::Fp8 && !room.fp8 {
+            let what = "this card's kernels have no products of fp8: so far only those of Hopper (H100, H200) have";
+            return Err(Error::input(what).at("--quantization").help("take --quantization nf4, which every card has"));
+        }
         let layers = Storage { numbers, place };
         let Room { available, context, gates, host, .. } = room;
         let lowered = Lowered::new(graph, adapter, numbers, gates)?;
@@ -183,11 +186,15 @@ impl GpuPlan {
             Some(tokens) => vec![tokens],
             None => (SIZE_STEP..=ENOUGH_TOKENS).step_by(SIZE_STEP).collect(),
         };
-        let mut best: Option<(f64, GpuPlan)> = None;
+        let chunks = match options.packing {
+            Some(packing) => vec![packing.chunk_rows],
+            None => CHUNK_ROWS.to_vec(),
+        };
+        let mut best: Option<([f64; 2], GpuPlan)> = None;
         let mut need = 0;
         for place in if table > 0 { &[Place::Resident, Place::Host][..] } else { &[Place::Resident] } {
             let (here, host) = if *place == Place::Host { (0, table) } else { (table, 0) };
-            for tokens in &sizes {
+            for (tokens, chunk) in sizes.iter().flat_map(|tokens| chunks.iter().map(move |chunk| (tokens, *chunk))) {
                 let scoring = match options.packing {
                     Some(packing) => packing.scoring_tokens,
                     None if fixed.is_some() => *tokens,
@@ -211,7 +218,8 @@ impl GpuPlan {
                     values: 0,
                     per_token: 0,
                     head: footprint.head(answer_tokens(*tokens, answers), LOGITS_ROWS[0]),
-                    logits_rows: LOGITS_ROWS[0],
+                    logits_rows: options.packing.and_then(|p| p.logits_rows).unwrap_or(LOGITS_ROWS[0]),
+                    chunk_rows: chunk,
                     micro_batch_tokens: *tokens,
                     scoring_tokens: *tokens,
                     most_tokens: longest.max(*tokens),
@@ -222,13 +230,13 @@ impl GpuPlan {
                     waits: 0.0,
                 };
                 let longest = longest.max(*tokens);
-                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep);
+                let at_once = plan.at_once();
+                let values = |keep| footprint.whole(longest, answer_tokens(longest, answers), keep, at_once.chunk);
                 let (least, most_useful) = (values(allowed[allowed.len() - 1]), values(allowed[0]));
                 let left = available.saturating_sub(plan.total());
                 let bytes = left.min(most_useful);
-                let least_rows = options.packing.and_then(|p| p.logits_rows).unwrap_or(LOGITS_ROWS[0]);
                 let arrange =
-                    |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, least_rows);
+                    |tokens| footprint.arrange(tokens, answer_tokens(tokens, answers), bytes, allowed, at_once);
                 let (Some(full), Some(largest)) = (arrange(*tokens), arrange(longest)) else {
                     let all = plan.total() + least;
                     need = if need == 0 { all } else { need.min(all) };
@@ -240,9 +248,9 @@ impl GpuPlan {
                     Some(rows) => rows,
                     None => room.clamp(LOGITS_ROWS[0], LOGITS_ROWS[1]),
                 };
-                let (rows, input) = (plan.logits_rows, [SavedActivations::BlockInput]);
+                let at_once = plan.at_once();
                 let fits = |tokens: &usize| {
-                    footprint.arrange(*tokens, answer_tokens(*tokens, answers), bytes, &input, rows).is_some()
+                    footprint.arrange_forward(*tokens, answer_tokens(*tokens, answers), bytes, at_once).is_some()
                 };
                 plan.scoring_tokens = match options.packing {
                     Some(_) if fits(&scoring) => scoring,
@@ -251,12 +259,22 @@ impl GpuPlan {
                 };
                 plan.values = bytes;
                 plan.again = full.again;
-                plan.waits = footprint.waits(*tokens, answer_tokens(*tokens, answers), full.again, layers.place);
                 plan.per_token = footprint.per_token(&full.saved);
-                plan.saved = [full.saved, largest.saved];
-                let lost = (*tokens as f64 + LOST_TOKENS) / *tokens as f64;
-                let cost = (1.0 + full.again + plan.waits) * lost + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 };
+                let waits = |tokens: usize, again: f64| {
+                    let turns = chunk.map_or(1, |rows| tokens.div_ceil(rows)) as f64;
+                    footprint.waits((tokens, answer_tokens(tokens, answers)), again, turns, layers.place)
+                };
+                plan.waits = waits(*tokens, full.again);
+                let cost = |tokens: usize, again: f64| {
+                    let further = chunk.map_or(0, |rows| tokens.div_ceil(rows) - 1) as f64;
+                    let lost = (LOST_TOKENS + further * LOST_CHUNK_TOKENS) / tokens as f64;
+                    let waits = waits(tokens, again);
+                    (1.0 + again + waits) * (1.0 + lost) + if host > 0 { HOST_EMBEDDING_COST } else { 0.0 }
+                };
+                // Of plans that are as good for full micro-batches, the best for the longest.
+                let cost = [cost(*tokens, full.again), cost(longest, largest.again)];
                 if best.as_ref().is_none_or(|(least, _)| cost < *least) {
+                    plan.saved = [full.saved, largest.saved];
                     best = Some((cost, plan));
                 }
             }
@@ -284,8 +302,13 @@ impl GpuPlan {
 
     /// What of it a run saves and reuses.
     pub fn packing(&self) -> Packing {
-        let GpuPlan { micro_batch_tokens, scoring_tokens, logits_rows, .. } = *self;
-        Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows) }
+        let GpuPlan { micro_batch_tokens, scoring_tokens, logits_rows, chunk_rows, .. } = *self;
+        Packing { micro_batch_tokens, scoring_tokens, logits_rows: Some(logits_rows), chunk_rows }
+    }
+
+    /// Rows that are computed at once.
+    pub(super) fn at_once(&self) -> AtOnce {
+        AtOnce { logits: self.logits_rows, chunk: self.chunk_rows.unwrap_or(usize::MAX) }
     }
 
     /// Bytes of the whole process on the GPU.
@@ -376,9 +399,15 @@ impl fmt::Display for GpuPlan {
             _ => String::new(),
         };
         let again = again + &waits;
-        write!(f, "micro-batch {} tokens: {}{again}", self.micro_batch_tokens, saved(&self.saved[0]))?;
-        if self.most_tokens > self.micro_batch_tokens && self.saved[1] != self.saved[0] {
-            write!(f, "\nlongest     {} tokens, alone in a micro-batch: {}", self.most_tokens, saved(&self.saved[1]))?;
+        let chunks = |tokens: usize| match self.chunk_rows {
+            Some(rows) if rows < tokens => format!(" in chunks of up to {rows} rows"),
+            _ => String::new(),
+        };
+        let (tokens, most) = (self.micro_batch_tokens, self.most_tokens);
+        write!(f, "micro-batch {tokens} tokens{}: {}{again}", chunks(tokens), saved(&self.saved[0]))?;
+        if most > tokens && (self.saved[1] != self.saved[0] || chunks(most) != chunks(tokens)) {
+            let what = chunks(most);
+            write!(f, "\nlongest     {most} tokens{what}, alone in a micro-batch: {}", saved(&self.saved[1]))?;
         }
         Ok(())
     }

@@ -71,6 +71,8 @@ pub(crate) struct Step {
     pub recompute: Recompute,
     /// The lowering says it.
     pub rows: Rows,
+    /// Whether a row of its writes depends on other rows of its reads.
+    pub mixes_rows: bool,
     pub run: Arc<dyn Execute>,
 }
 
@@ -150,6 +152,7 @@ impl Step {
             cost: Cost::Memory,
             recompute: Recompute::Elementwise,
             rows: Rows::default(),
+            mixes_rows: false,
             run: Arc::new(run),
         }
     }
@@ -173,6 +176,11 @@ impl Step {
     /// With a step that computes one of its writes from others, for less.
     pub(crate) fn or_cheaper(self, cheaper: Step) -> Step {
         Step { cheaper: Some(Arc::new(cheaper)), ..self }
+    }
+
+    /// As one that reads other rows than it writes: it runs on all of them at once.
+    pub(crate) fn mixes_rows(self) -> Step {
+        Step { mixes_rows: true, ..self }
     }
 
     /// With another cost.

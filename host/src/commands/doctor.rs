@@ -74,7 +74,7 @@ pub(crate) fn doctor(options: &DoctorOptions) -> Result<()> {
 
 fn check_kernels() -> Result<()> {
     libraries::require_one("nvrtc")?;
-    let mut spilled = 0;
+    let (mut spilled, mut serialized) = (0, 0);
     let mut unknown = Vec::new();
     for capability in kernels::ARCHITECTURES {
         if let Err(e) = kernels::require_known(*capability) {
@@ -88,10 +88,18 @@ fn check_kernels() -> Result<()> {
                 spilled += 1;
                 println!("sm_{capability} {file}: {}", line.trim());
             }
+            // Products that wait for each other take twice the time, with the same numbers: no other test would tell.
+            for line in notes.lines().filter(|l| l.contains("wgmma") && l.contains("serialized")) {
+                serialized += 1;
+                println!("sm_{capability} {file}: {}", line.trim());
+            }
         }
         println!("sm_{capability}: all kernels compile");
     }
     println!("{spilled} kernels spill registers");
+    if serialized > 0 {
+        return Err(Error::run(format!("the assembler serialized wgmma in {serialized} kernels")));
+    }
     if !unknown.is_empty() {
         return Err(Error::run(format!("not compiled for {}", unknown.join(", "))).help(libraries::pip_upgrade_nvrtc()));
     }

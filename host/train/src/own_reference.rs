@@ -13,6 +13,7 @@ use dpo_core::error::{Error, Result};
 use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_core::lora::Adapter;
 use dpo_core::plan::MemoryOptions;
+use dpo_core::storage::Quantization;
 use dpo_core::weights::Checkpoint;
 use dpo_data::{ChatTokenizer, Examples};
 use dpo_hub::Need;
@@ -27,6 +28,7 @@ pub(super) struct OwnReference {
     config: String,
     graph: ModelGraph,
     params: Vec<u8>,
+    quantization: Option<Quantization>,
     planned: Box<dyn Planned>,
 }
 
@@ -83,7 +85,8 @@ impl OwnReference {
             adapter.params.iter().flat_map(|p| p.to_le_bytes()).collect()
         };
         let planned = backend.plan(group, graph.clone(), adapter, workload, memory)?;
-        Ok(OwnReference { name: name.to_owned(), config: config_text, graph, params, planned })
+        let quantization = memory.quantization;
+        Ok(OwnReference { name: name.to_owned(), config: config_text, graph, params, quantization, planned })
     }
 
     /// Loads it, and computes the log-probs of every set of examples.
@@ -98,7 +101,7 @@ impl OwnReference {
         let folder = model::locate(&self.name, Need::Weights)?;
         let checkpoint = Checkpoint::of(&folder, &self.graph)?;
         let mut device = self.planned.load(group, &checkpoint)?;
-        let identity = format!("{}{}", checkpoint.identity()?, self.config);
+        let identity = format!("{}{}{:?}", checkpoint.identity()?, self.config, self.quantization);
         let of = |examples: &Examples| Reference::of(group, device.as_mut(), &identity, examples);
         let references = sets.map(of).collect::<Result<_>>()?;
         let content = format!("{}{}{}", checkpoint.content()?, self.config, hex(&Sha256::digest(&self.params)));

@@ -11,6 +11,7 @@ use dpo_core::files;
 use dpo_core::lora::{Adapter, read_config};
 use dpo_core::memory::size;
 use dpo_core::plan::{MemoryOptions, Packing};
+use dpo_core::storage::Quantization;
 use dpo_core::weights::Checkpoint;
 use dpo_data::{self as data, ChatTokenizer, Examples};
 use dpo_generate::Generator;
@@ -128,7 +129,7 @@ pub fn train(
         start_from_weights(
             planned.adapter(),
             group,
-            (&model.graph, &checkpoint),
+            (&model.graph, &checkpoint, config.memory.quantization),
             resumed.as_deref(),
             config.data.seed,
         )?;
@@ -136,7 +137,7 @@ pub fn train(
     let mut device = planned.load(group, &checkpoint)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
-    let identity = format!("{}{}", checkpoint.identity()?, model.config);
+    let identity = format!("{}{}{:?}", checkpoint.identity()?, model.config, config.memory.quantization);
     let mut references = match &mut own {
         Some(own) => std::mem::take(&mut own.references),
         None => references(group, device.as_mut(), &objective, &identity, sets())?,
@@ -376,7 +377,7 @@ fn starting_adapter(model: &Model<'_>, config: &TrainConfig) -> Result<Adapter> 
 fn start_from_weights(
     adapter: &mut Adapter,
     group: &mut dyn ProcessGroup,
-    (graph, checkpoint): (&ModelGraph, &Checkpoint),
+    (graph, checkpoint, quantization): (&ModelGraph, &Checkpoint, Option<Quantization>),
     resumed: Option<&Path>,
     seed: u64,
 ) -> Result<()> {
@@ -386,7 +387,7 @@ fn start_from_weights(
             [adapter.params, adapter.subtracted] = adapter.read(folder)?;
         } else {
             let bar = console::bar(adapter.sites.len() as u64, "adapter     {bar:30} {pos}/{len} linears {eta} left");
-            adapter.start(graph, checkpoint, seed, || bar.inc(1))?;
+            adapter.start(graph, (checkpoint, quantization), seed, || bar.inc(1))?;
             bar.finish_and_clear();
         }
         found = adapter.params.iter().chain(&adapter.subtracted).flat_map(|v| v.to_le_bytes()).collect();

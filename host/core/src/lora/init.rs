@@ -14,7 +14,8 @@ use super::{Adapter, Site};
 use crate::error::{Error, Result};
 use crate::ops::{product, row_norms};
 use crate::progress;
-use crate::weights::{Checkpoint, blocks};
+use crate::storage::Quantization;
+use crate::weights::{Checkpoint, blocks, is_quantized};
 
 /// How A and B begin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,16 +109,33 @@ impl Adapter {
         self.config.init.subtracts() || self.config.dora
     }
 
-    /// Begins with what the weights say: factors of them, or the norms of their rows. `done` hears of every site.
+    /// Begins with what the weights say, as they are kept: factors of them, or the norms of their rows. `done` hears of every site.
     ///
     /// # Errors
     /// A weight that cannot be read.
-    pub fn start(&mut self, graph: &ModelGraph, checkpoint: &Checkpoint, seed: u64, done: impl Fn()) -> Result<()> {
+    pub fn start(
+        &mut self,
+        graph: &ModelGraph,
+        (checkpoint, quantization): (&Checkpoint, Option<Quantization>),
+        seed: u64,
+        done: impl Fn(),
+    ) -> Result<()> {
         for (index, site) in self.sites.clone().iter().enumerate() {
             let found = blocks(graph).find(|(block, ..)| *block == site.node.0);
-            let found = found.and_then(|(_, prefix, nodes)| Some((prefix, nodes[site.node.1].weight("weight")?)));
-            let (prefix, weight) = found.ok_or_else(|| Error::run(format!("'{}' has no weight", site.module)))?;
-            let w = checkpoint.load(prefix, weight)?;
+            let found = found.and_then(|(block, prefix, nodes)| {
+                let node = &nodes[site.node.1];
+                let weight = node.weight("weight")?;
+                Some((prefix, weight, is_quantized(block, node, weight)))
+            });
+            let (prefix, weight, quantized) =
+                found.ok_or_else(|| Error::run(format!("'{}' has no weight", site.module)))?;
+            let w = match quantization.filter(|_| quantized) {
+                None => checkpoint.load(prefix, weight)?,
+                Some(kind) => {
+                    let values = kind.unpack(&weight.shape, &checkpoint.load_packed(prefix, weight, kind)?);
+                    Tensor::from_vec(values, weight.shape.as_slice(), &Device::Cpu)?
+                }
+            };
             self.start_site(site, &w, seed.wrapping_add(index as u64))?;
             progress::advance();
             done();

@@ -87,9 +87,6 @@ impl Gated {
         both: Option<View>,
         h: View,
     ) -> Result<()> {
-        if m == 1 && both.is_none() {
-            return self.start_gemv(on, k, [x, weights], h);
-        }
         let (gemm, width) = (self.gemm(both.is_some()), self.width);
         if hopper::is_for(on.gpu.kernels) {
             return hopper::launch_gated(gemm, on, [m, width, k], [x, weights], both, h, self.limit);

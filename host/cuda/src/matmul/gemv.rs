@@ -37,7 +37,7 @@ impl Matmul {
 
 impl Gated {
     /// Starts `h = act(G · x) · (U · x)` for one row of `k` columns.
-    pub(super) fn start_gemv(self, on: On<'_>, k: usize, [x, weights]: [View; 2], h: View) -> Result<()> {
+    pub(crate) fn start_gemv(self, on: On<'_>, k: usize, [x, weights]: [View; 2], h: View) -> Result<()> {
         let args = Args::default().with(x.at).with(weights).with(h.at).with(self.width as i32).with(k as i32);
         let args = args.with(self.activation as i32).with(self.limit);
         on.gpu.launch(on.kernels.get("gemv_gated")?, [self.width, 1, 1], [THREADS, 1, 1], 0, args)

@@ -95,7 +95,8 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let out = l.place(index);
     let lse = l.heads(own.heads);
     l.leave(index, vec![out, lse]);
-    l.push(Step::new("attention", qkv, [out, lse], own).costs(Cost::Memory, Recompute::Attention))
+    let step = Step::new("attention", qkv, [out, lse], own).mixes_rows();
+    l.push(step.costs(Cost::Memory, Recompute::Attention))
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
@@ -114,7 +115,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     if own.heads > own.kv_heads {
         writes.extend([(); 2].map(|()| l.buffer(own.heads * own.dim, 0)));
     }
-    let step = Step::new("attention dq", [q, k, v, out, dout, lse], writes, AttentionVjp(own));
+    let step = Step::new("attention dq", [q, k, v, out, dout, lse], writes, AttentionVjp(own)).mixes_rows();
     l.push(step.costs(Cost::Memory, Recompute::Attention))?;
     after.into_iter().try_for_each(|step| l.push(step))
 }

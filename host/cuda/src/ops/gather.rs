@@ -19,14 +19,14 @@ struct Scatter {
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x], width) = (l.inputs(index)?, l.nodes[index].width);
     let y = l.place(index);
-    l.push(Step::new("gather", [x], [y], Gather { width }))
+    l.push(Step::new("gather", [x], [y], Gather { width }).mixes_rows())
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let Some(dy) = l.take_gradient(index) else { return Ok(()) };
     let (node, width) = (&l.nodes[index], l.nodes[index].width);
     let (dx, sum) = l.write_gradient(node.inputs[0]);
-    l.push(Step::new("gather vjp", [dy], [dx], Scatter { width }))?;
+    l.push(Step::new("gather vjp", [dy], [dx], Scatter { width }).mixes_rows())?;
     sum.map_or(Ok(()), |step| l.push(step))
 }
 

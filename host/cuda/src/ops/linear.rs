@@ -14,7 +14,7 @@ use super::lora::{Lora, Matrices};
 use super::{fp8, nf4};
 use super::{
     BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix, Member,
-    NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View,
+    Operands, Recompute, Slice, Stack, Step, Variant, View,
 };
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
@@ -321,7 +321,8 @@ impl Execute for Forward {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack, d) = (&self.own, self.own.stack(on), writes[0]);
         let rank = if on.adapted { own.rank } else { 0 };
-        if let (1, Matrix::Nf4(w)) = (on.rows, &stack.w) {
+        // A token of an answer.
+        if let (1, Some(_), Matrix::Nf4(w)) = (on.rows, &on.cache, &stack.w) {
             let c = reads.get(1).copied().unwrap_or(View { at: 0, ld: 0 });
             return nf4::gemv(on, (stack, w), (own.outputs, rank), [reads[0], c, d]);
         }
@@ -362,10 +363,15 @@ impl Execute for GatedForward {
             let (both, gated) = (writes[0].wanted(), self.1.gated());
             return product.launch_gated(gated, on.for_matmuls(), [on.rows, own.inputs], both, writes[1]);
         }
-        if let (1, Matrix::Nf4(w), None) = (on.rows, &stack.w, writes[0].wanted()) {
-            return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]);
-        }
         let k = own.inputs + rank;
+        // A token of an answer. A batch of one row that is trained is computed as it is again, with gate and up: with the same bits.
+        if on.rows == 1 && on.cache.is_some() {
+            match &stack.w {
+                Matrix::Bf16(w) => return self.1.gated().start_gemv(on.for_matmuls(), k, [reads[0], *w], writes[1]),
+                Matrix::Nf4(w) => return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]),
+                Matrix::Fp8(_) => {}
+            }
+        }
         let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }

@@ -3,13 +3,13 @@
 
 use dpo_plugin_api::graph::{Block, ModelGraph};
 
-use super::super::footprint::{Arrangement, Footprint, LOGITS_ROWS};
+use super::super::chunks;
+use super::super::footprint::{Arrangement, Footprint, Place};
 use super::super::inputs::Rows;
 use super::super::lowered::Lowered;
 use super::super::matmul::Gates;
 use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
-use super::super::saved::SavedActivations;
 use super::super::weights::{Layout, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::lora::Adapter;
@@ -52,19 +52,26 @@ struct Pass<'a> {
     program: &'a Program,
     block: &'a Block,
     prefix: &'a str,
-    places: Vec<usize>,
+    places: Vec<Option<Place>>,
+    /// Rows of a chunk at most.
+    chunk: usize,
 }
 
 /// A step that is being emulated: what it runs on.
 pub(crate) struct Emulation<'a> {
     emulator: &'a mut Emulator,
     pass: &'a Pass<'a>,
+    /// The first row of the chunk at hand, and how many it has.
+    first: usize,
     rows: usize,
 }
 
 impl Pass<'_> {
-    fn at(&self, s: &Slice, row: usize) -> usize {
-        self.places[s.buffer] + row * self.program.buffers[s.buffer].columns() + s.column
+    /// The row of a chunk that begins at `first`, as a place in memory; `None` for what has no place.
+    fn at(&self, s: &Slice, first: usize, row: usize) -> Option<usize> {
+        let place = self.places[s.buffer]?;
+        let row = if place.of_chunk { row } else { first + row };
+        Some(place.at / 2 + row * self.program.buffers[s.buffer].columns() + s.column)
     }
 }
 
@@ -78,19 +85,20 @@ impl Emulation<'_> {
     }
 
     pub(crate) fn row(&self, s: &Slice, row: usize) -> Vec<f32> {
-        self.emulator.row(self.pass, s, row)
+        self.emulator.row(self.pass, s, (self.first, row))
     }
 
     pub(crate) fn write(&mut self, s: &Slice, row: usize, values: &[f32]) {
-        self.emulator.write(self.pass, s, row, values);
+        self.emulator.write(self.pass, s, (self.first, row), values);
     }
 
     /// Of a buffer with a number for every head; a number has four bytes.
     pub(crate) fn number(&mut self, s: &Slice, head: usize, row: usize) -> &mut f32 {
-        &mut self.emulator.memory[self.pass.places[s.buffer] + (head * self.rows + row) * 2]
+        let at = self.pass.at(s, 0, 0).unwrap();
+        &mut self.emulator.memory[at - s.column + (head * self.rows + row) * 2]
     }
 
-    /// Computes rows one after the other: from what is read to what is written.
+    /// Computes rows one after the other: from the number of a row in the batch and what is read to what is written.
     pub(crate) fn each_row(
         &mut self,
         reads: &[Slice],
@@ -100,7 +108,7 @@ impl Emulation<'_> {
         for row in 0..self.rows() {
             let read: Vec<Vec<f32>> = reads.iter().map(|s| self.row(s, row)).collect();
             let mut written = vec![Vec::new(); writes.len()];
-            compute(row, &read, &mut written);
+            compute(self.first + row, &read, &mut written);
             writes.iter().zip(&written).for_each(|(s, values)| self.write(s, row, values));
         }
     }
@@ -138,16 +146,14 @@ impl Emulator {
         adapter: &Adapter,
         batch: Batch,
         gates: Gates,
-        allowed: &[SavedActivations],
         numbers: Numbers,
-        bytes: impl Fn(&Footprint) -> usize,
+        arrange: impl Fn(&Footprint) -> (usize, Option<Arrangement>),
     ) -> Emulator {
         let adapter = adapter.clone();
         let lowered = Lowered::new(graph, &adapter, numbers, gates).unwrap();
         let footprint = Footprint::new(graph, &lowered);
-        let bytes = bytes(&footprint);
-        let arrangement =
-            footprint.arrange(batch.tokens(), batch.targets.len(), bytes, allowed, LOGITS_ROWS[0]).unwrap();
+        let (bytes, arrangement) = arrange(&footprint);
+        let arrangement = arrangement.unwrap();
         let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
             let block = &graph.blocks[layer.block];
             let stacks = lowered.programs[layer.block].stacks.iter();
@@ -158,17 +164,14 @@ impl Emulator {
         Emulator { graph, adapter, lowered, arrangement, stacks, memory, batch, dhidden: Vec::new() }
     }
 
-    fn row(&self, pass: &Pass<'_>, s: &Slice, row: usize) -> Vec<f32> {
-        let at = pass.at(s, row);
+    fn row(&self, pass: &Pass<'_>, s: &Slice, (first, row): (usize, usize)) -> Vec<f32> {
+        let at = pass.at(s, first, row).unwrap();
         self.memory[at..at + s.width].to_vec()
     }
 
     /// What has no place is left out.
-    fn write(&mut self, pass: &Pass<'_>, s: &Slice, row: usize, values: &[f32]) {
-        if pass.places[s.buffer] == NOWHERE {
-            return;
-        }
-        let at = pass.at(s, row);
+    fn write(&mut self, pass: &Pass<'_>, s: &Slice, (first, row): (usize, usize), values: &[f32]) {
+        let Some(at) = pass.at(s, first, row) else { return };
         self.memory[at..at + s.width].copy_from_slice(values);
     }
 
@@ -176,26 +179,31 @@ impl Emulator {
     fn layer(&mut self, layer: usize, backward: bool) {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
         let kind = graph.layers[layer].block;
-        let places = self.arrangement.places(&lowered, kind, layer, true, backward);
+        let saves = !self.arrangement.saved.is_empty();
+        let places = self.arrangement.places(&lowered, kind, layer, saves, backward);
         let pass = Pass {
             layer: Some(layer),
             program: &lowered.programs[kind],
             block: &graph.blocks[kind],
             prefix: &graph.layers[layer].prefix,
-            places: elements(places),
+            places,
+            chunk: self.arrangement.chunk,
         };
         // Nothing may be read from work space that another layer left.
         let (from, to) = (self.arrangement.scratch / 2, self.memory.len());
         self.memory[from..to].fill(f32::NAN);
-        let scheduled = &lowered.schedules[kind][self.arrangement.saved[layer] as usize];
-        self.run(&pass, if backward { &scheduled.steps } else { &lowered.programs[kind].forward });
+        let steps = match backward {
+            true => &lowered.schedules[kind][self.arrangement.saved[layer] as usize].steps,
+            false => &lowered.programs[kind].forward,
+        };
+        self.run(&pass, steps);
         self.lowered = lowered;
     }
 
     fn embed(&mut self) {
         let (graph, lowered) = (self.graph.clone(), std::mem::take(&mut self.lowered));
-        let places = elements(self.arrangement.embed_places(&lowered));
-        let pass = Pass { layer: None, program: &lowered.embed, block: &graph.embed, prefix: "", places };
+        let (places, chunk) = (self.arrangement.embed_places(&lowered), usize::MAX);
+        let pass = Pass { layer: None, program: &lowered.embed, block: &graph.embed, prefix: "", places, chunk };
         self.run(&pass, &lowered.embed.forward);
         self.lowered = lowered;
     }
@@ -212,9 +220,9 @@ impl Emulator {
         let hidden = graph.hidden_size;
         let gradient = self.arrangement.gradient / 2;
         let ld = lowered.programs[0].edge() / 2;
-        let places = elements(self.arrangement.head_places(&lowered));
+        let (places, chunk) = (self.arrangement.head_places(&lowered), usize::MAX);
         let rows = self.batch.targets.len();
-        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places };
+        let pass = Pass { layer: None, program: &lowered.head, block: &graph.head, prefix: "", places, chunk };
         let projection = lowered.projection;
         let of = |buffer| Slice::whole(buffer, projection.inputs);
         let mut logps = Vec::new();
@@ -226,27 +234,27 @@ impl Emulator {
                     ["weight", "bias"].map(|role| node.weight(role).map(|w| given(&w.tensor, &w.shape)));
                 let table = table.unwrap();
                 for row in 0..rows {
-                    let h = self.row(&pass, &of(OUTPUT), row);
+                    let h = self.row(&pass, &of(OUTPUT), (0, row));
                     let target = self.batch.targets[row] as usize;
                     let (logp, grad) = log_prob(&h, (&projection, &table, bias.as_deref()), target);
                     logps.push(logp);
-                    self.write(&pass, &of(GRADIENT), row, &grad);
+                    self.write(&pass, &of(GRADIENT), (0, row), &grad);
                 }
             }
             Some(dlogps) => {
                 for (row, by) in dlogps.iter().enumerate() {
                     let scaled: Vec<f32> = self.dhidden[row].iter().map(|v| v * by).collect();
-                    self.write(&pass, &of(GRADIENT), row, &scaled);
+                    self.write(&pass, &of(GRADIENT), (0, row), &scaled);
                 }
                 self.run(&pass, &lowered.head_schedule.steps);
                 for row in 0..rows {
-                    let values = self.row(&pass, &Slice::whole(GRADIENT, hidden), row);
+                    let values = self.row(&pass, &Slice::whole(GRADIENT, hidden), (0, row));
                     self.memory[gradient + row * ld..][..hidden].copy_from_slice(&values);
                 }
             }
         }
         if dlogps.is_none() {
-            self.dhidden = (0..rows).map(|row| self.row(&pass, &of(GRADIENT), row)).collect();
+            self.dhidden = (0..rows).map(|row| self.row(&pass, &of(GRADIENT), (0, row))).collect();
         }
         self.lowered = lowered;
         logps
@@ -275,13 +283,16 @@ impl Emulator {
     }
 
     fn run(&mut self, pass: &Pass<'_>, steps: &[Step]) {
-        for step in steps {
-            let rows = match step.rows {
-                Rows::Tokens => self.batch.tokens(),
-                Rows::Predictors => self.batch.targets.len(),
-            };
-            step.run.emulate(&mut Emulation { emulator: self, pass, rows }, &step.reads, &step.writes);
-        }
+        let (tokens, answers) = (self.batch.tokens(), self.batch.targets.len());
+        let rows = |rows| match rows {
+            Rows::Tokens => tokens,
+            Rows::Predictors => answers,
+        };
+        let start = |step: &Step, first: usize, rows: usize| {
+            step.run.emulate(&mut Emulation { emulator: self, pass, first, rows }, &step.reads, &step.writes);
+            Ok(())
+        };
+        chunks::run(steps, rows, pass.chunk, start).unwrap();
     }
 }
 
@@ -356,14 +367,6 @@ fn nf4_value(layout: &Layout, bytes: &[u8], at: usize) -> f32 {
     let number = |at: usize| f32::from_le_bytes(bytes[layout.groups.start + at..][..4].try_into().unwrap());
     let scale = SCALES[usize::from(bytes[layout.scales.start + block])] * number(group * 8) + number(group * 8 + 4);
     bf16::from_f32(VALUES[usize::from(code)] * scale).to_f32()
-}
-
-/// The place of what has none: no memory is as large.
-const NOWHERE: usize = usize::MAX / 4;
-
-/// Places as numbers of values.
-fn elements(places: Vec<Option<usize>>) -> Vec<usize> {
-    places.into_iter().map(|p| p.map_or(NOWHERE, |p| p / 2)).collect()
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -8,8 +8,10 @@ pub(crate) use emulator::Emulation;
 
 use dpo_plugin_api::graph::ModelGraph;
 
-use super::footprint::Footprint;
+use super::chunks::TILE;
+use super::footprint::{AtOnce, LOGITS_ROWS};
 use super::inputs::Rows;
+use super::liveness::Passes;
 use super::lowered::Lowered;
 use super::matmul::Gates;
 use super::plan::{GpuPlan, LOST_TOKENS, Room};
@@ -149,6 +151,24 @@ fn kinds_of_adapter_without_kernels_are_refused() {
     }
 }
 
+/// What is computed in chunks of rows, with chunks of tokens and of rows that predict, is what is computed at once.
+#[test]
+fn chunks_compute_what_the_cpu_computes() {
+    let registry = Registry::discover(&[], None);
+    let families = FAMILIES
+        .iter()
+        .map(|(name, config)| (name.to_string(), registry.family(name).unwrap().runnable(config).unwrap()));
+    let lengths: [&[usize]; 3] = [&[5, 20, 41], &[30, 9], &[2, 3, 1, 5]];
+    for (at, (name, graph)) in op_cases().unwrap().into_iter().chain(families).enumerate() {
+        let (gates, level) = ([Gates::default(), ALL_GATES][at % 2], SavedActivations::ALL[at / 2 % 4]);
+        let least = (vec![SavedActivations::BlockInput], SavedActivations::BlockInput, 1.0);
+        let some = (SavedActivations::ALL[at / 2 % 4..].to_vec(), level, 0.9);
+        let levels = [(some, gates), (least, ALL_GATES)].into_iter();
+        let numbers = [NUMBERS, Numbers::Nf4][at % 3 / 2];
+        compare_at(&name, (&graph, &adapter(&graph, false).unwrap(), numbers), &lengths, TILE, levels);
+    }
+}
+
 /// Log-probs and gradient of a graph with an adapter, in the emulator and on the CPU.
 fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
     compare_as(name, graph, adapter, NUMBERS);
@@ -157,24 +177,39 @@ fn compare(name: &str, graph: &ModelGraph, adapter: &Adapter) {
 /// The same, with layers kept as such numbers.
 fn compare_as(name: &str, graph: &ModelGraph, adapter: &Adapter, numbers: Numbers) {
     let lengths: [&[usize]; 6] = [&[3, 1, 9], &[17, 5, 6], &[1, 1, 1], &[4, 3], &[2, 3, 1, 5], &[1, 2, 4, 1, 3, 1]];
-    let batch = Batch::of(&examples(graph.vocab_size, &lengths, 5).unwrap());
-    let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
-    let mut exact = cpu_as(graph, batch.tokens(), adapter.clone(), numbers).unwrap();
-    let logps = exact.forward(&batch, true).unwrap().logps;
-    exact.backward(&batch, &dlogps).unwrap();
-    let (tokens, answers) = (batch.tokens(), batch.targets.len());
     let levels = SavedActivations::ALL.map(|level| (vec![level], level, 1.0)).into_iter();
     // Less than everything, so that layers save different parts.
     let mixed = [0.9, 0.97].map(|part| (SavedActivations::ALL.to_vec(), SavedActivations::All, part));
     let forward = Gates { forward: true, backward: false };
     let gates = [Gates::default(), forward, ALL_GATES];
-    for ((allowed, level, part), gates) in levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g))) {
-        let bytes = |f: &Footprint| {
-            let (whole, least) =
-                (f.whole(tokens, answers, level), f.whole(tokens, answers, SavedActivations::BlockInput));
-            least.max((whole as f64 * part) as usize).next_multiple_of(2)
-        };
-        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, &allowed, numbers, bytes);
+    let levels = levels.chain(mixed).flat_map(|l| gates.map(|g| (l.clone(), g)));
+    compare_at(name, (graph, adapter, numbers), &lengths, usize::MAX, levels);
+}
+
+/// The same of examples of such lengths, in chunks of so many rows, at levels of what is saved: those that are allowed, and the bytes to
+/// save them in, as a part of those that one of them takes.
+fn compare_at(
+    name: &str,
+    (graph, adapter, numbers): (&ModelGraph, &Adapter, Numbers),
+    lengths: &[&[usize]],
+    chunk: usize,
+    levels: impl Iterator<Item = ((Vec<SavedActivations>, SavedActivations, f64), Gates)>,
+) {
+    let batch = Batch::of(&examples(graph.vocab_size, lengths, 5).unwrap());
+    let dlogps: Vec<f32> = (0..batch.targets.len()).map(|i| (i as f32 * 0.7).sin()).collect();
+    let mut exact = cpu_as(graph, batch.tokens(), adapter.clone(), numbers).unwrap();
+    let logps = exact.forward(&batch, true).unwrap().logps;
+    exact.backward(&batch, &dlogps).unwrap();
+    let (tokens, answers) = (batch.tokens(), batch.targets.len());
+    assert!(chunk == usize::MAX || tokens.min(answers) > chunk, "{tokens} tokens, {answers} answers");
+    let at_once = AtOnce { logits: LOGITS_ROWS[0], chunk };
+    for ((allowed, level, part), gates) in levels {
+        let mut own = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
+            let [whole, least] =
+                [level, SavedActivations::BlockInput].map(|level| f.whole(tokens, answers, level, chunk));
+            let bytes = least.max((whole as f64 * part) as usize).next_multiple_of(2);
+            (bytes, f.arrange(tokens, answers, bytes, &allowed, at_once))
+        });
         let found = own.forward();
         let gradient = own.backward(&dlogps);
         let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
@@ -182,6 +217,14 @@ fn compare_as(name: &str, graph: &ModelGraph, adapter: &Adapter, numbers: Number
         // The CPU rounds no values to e4m3, in steps of a sixteenth at most.
         let most = if numbers == Numbers::Fp8 { 0.06 } else { 1e-4 };
         assert!(off.iter().all(|d| *d < most), "{what}: log-probs and gradient are off by {off:?}");
+        if level != SavedActivations::BlockInput {
+            continue;
+        }
+        let mut alone = Emulator::new(graph, adapter, batch.clone(), gates, numbers, |f| {
+            let bytes = f.forward(tokens, answers, at_once);
+            (bytes, f.arrange_forward(tokens, answers, bytes, at_once))
+        });
+        assert_eq!(alone.forward(), found, "{what}: without a backward pass");
     }
 }
 
@@ -217,14 +260,15 @@ fn gated_activations_are_computed_by_the_matmul() {
         let again = |label: &str| {
             scheduled.steps.iter().filter(|s| s.label == label && s.writes(gated.writes[1].buffer)).count()
         };
-        let (saved, placed) = (scheduled.forward.saved[both].is_some(), scheduled.forward.scratch[both].is_some());
+        let Passes { forward, backward } = &scheduled.whole;
+        let (saved, placed) = (forward.saved[both].is_some(), forward.scratch[both].is_some());
         let expected = match level {
             SavedActivations::All => (true, [0, 0]),
             SavedActivations::Matmuls => (true, [1, 0]),
             SavedActivations::SmallMatmuls | SavedActivations::BlockInput => (false, [0, 1]),
         };
         assert_eq!((saved, [again("glu"), again("matmul")]), expected, "{level:?}");
-        assert!(!placed && (saved || scheduled.backward.scratch[both].is_some()), "{level:?}");
+        assert!(!placed && (saved || backward.scratch[both].is_some()), "{level:?}");
     }
 }
 

@@ -4,6 +4,7 @@ use dpo_core::error::{Error, Result};
 
 use super::combine::{self, is_id, is_on};
 use super::dataset_info;
+use super::quantization::{self, Names};
 use super::table::{Group, Peer, becomes, is, named, refused, same};
 use super::trainer;
 use super::translation::Translation;
@@ -56,11 +57,12 @@ const TABLE: &[Group] = &[
         "only LoRA adapters are trained",
         "say lora; `dpo-host merge` makes a full checkpoint of an adapter",
     ),
-    refused(
-        "quantization_bit ref_model_quantization_bit fp8=false",
-        trainer::QUANTIZED,
-        "leave it out; `dpo-host plan` says what fits, --recompute and --shard-base save memory",
+    becomes(
+        "quantization_bit quantization_method=bnb quantization_type=nf4 double_quantization=true",
+        quantization::BECOMES,
     ),
+    named("ref_model_quantization_bit", "the reference's base is kept as the model's is"),
+    refused("fp8=false", "matmuls are not configured", "say --quantization fp8, which keeps the base so"),
     refused("pref_bco_weight=0.0", "there is no such term", "say --loss sigmoid bco_pair --loss-weights 1 W"),
     refused(
         "create_new_adapter=false",
@@ -151,10 +153,7 @@ const TABLE: &[Group] = &[
         "`dpo-host bench` measures",
     ),
     // Of what is refused by another argument.
-    named(
-        "quantization_method=bnb quantization_type=nf4 double_quantization=true quantization_device_map",
-        "only of quantization_bit",
-    ),
+    named("quantization_device_map", "memory is planned, not configured"),
     named("loraplus_lr_embedding=1e-06", "only of loraplus_lr_ratio"),
     named("init_special_tokens=noise_init", "only of add_tokens"),
     named("asft_alpha=0.1 eaft_alpha=1.0", "only of use_asft_loss and use_eaft_loss"),
@@ -230,10 +229,19 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
         );
         t.push("truncation-strategy", ["left"], None);
     }
+    quantization::quantization(t, &QUANTIZATION)?;
     combine::output(t);
     combine::trainer(t)?;
     combine::batch(t)
 }
+
+const QUANTIZATION: Names = Names {
+    bits: "quantization_bit",
+    switches: ["", ""],
+    method: "quantization_method",
+    kind: "quantization_type",
+    double: "double_quantization",
+};
 
 /// `stage` and `pref_loss` as a loss.
 fn objective(t: &mut Translation) -> Result<()> {

@@ -3,11 +3,12 @@
 //! A tool is a table of all arguments that it has, each with what becomes of it: it is obeyed (the same happens here), named (it
 //! changes nothing here, and a note says why), or refused (it asks for what is not done here; its default never is). The
 //! translation, the tables in docs/ and the tests read the same table. What several arguments mean together is a function of
-//! each tool; what the tools have in common is in `combine.rs`.
+//! each tool; what the tools have in common is in `combine.rs` and `quantization.rs`.
 
 mod combine;
 mod dataset_info;
 mod llama_factory;
+mod quantization;
 mod swift;
 mod table;
 mod trainer;

@@ -4,6 +4,7 @@
 use dpo_core::error::{Error, Result};
 
 use super::combine::{self, exists, is_id, is_on};
+use super::quantization::{self, Names};
 use super::table::{Group, Peer, becomes, is, named, refused, same};
 use super::trainer;
 use super::translation::Translation;
@@ -74,10 +75,9 @@ const TABLE: &[Group] = &[
         "leave it out; `dpo-host merge` makes a full checkpoint of an adapter",
     ),
     refused("tuner_backend=peft use_swift_lora=false", "adapters are PEFT's", "leave it out"),
-    refused(
-        "quant_bits quant_method quantization load_in_4bit=false load_in_8bit=false",
-        trainer::QUANTIZED,
-        "leave it out; `dpo-host plan` says what fits, --recompute and --shard-base save memory",
+    becomes(
+        "quant_bits quant_method load_in_4bit=false load_in_8bit=false bnb_4bit_quant_type=nf4 bnb_4bit_use_double_quant=true",
+        quantization::BECOMES,
     ),
     refused(
         "modules_to_save target_parameters trainable_parameters trainable_parameters_regex",
@@ -203,10 +203,8 @@ const TABLE: &[Group] = &[
         "only of report_to swanlab: logging.jsonl and runs/ are always written",
     ),
     // Of what is refused by another argument.
-    named(
-        "bnb_4bit_compute_dtype bnb_4bit_quant_type=nf4 bnb_4bit_use_double_quant=true bnb_4bit_quant_storage hqq_axis",
-        "only of quant_bits",
-    ),
+    named("bnb_4bit_compute_dtype", trainer::DTYPE),
+    named("bnb_4bit_quant_storage hqq_axis", "only of quant_bits"),
     named(
         "galore_target_modules galore_rank=128 galore_update_proj_gap=50 galore_scale=1.0 galore_proj_type=std \
         galore_optim_per_parameter=false galore_with_embedding=false galore_quantization=false galore_proj_quant=false \
@@ -317,9 +315,18 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
         }
         t.push_as("system", flag);
     }
+    quantization::quantization(t, &QUANTIZATION)?;
     output(t);
     Ok(())
 }
+
+const QUANTIZATION: Names = Names {
+    bits: "quant_bits",
+    switches: ["load_in_4bit", "load_in_8bit"],
+    method: "quant_method",
+    kind: "bnb_4bit_quant_type",
+    double: "bnb_4bit_use_double_quant",
+};
 
 /// `rlhf_type` and `loss_type` as losses, beta by the type.
 fn objective(t: &mut Translation) -> Result<()> {

@@ -131,7 +131,3 @@ pub(super) const TABLE: &[Group] = &[
 ];
 
 pub(super) const DTYPE: &str = "GPUs compute in bfloat16, the CPU in float32; the adapter is kept in float32";
-
-/// Why quantised weights are refused.
-pub(super) const QUANTIZED: &str =
-    "frozen weights are kept in bf16 or f32; quantised ones (QLoRA) cannot be trained on yet";

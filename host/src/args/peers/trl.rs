@@ -3,6 +3,7 @@
 use dpo_core::error::{Error, Result};
 
 use super::combine::{self, exists, is_id};
+use super::quantization::{self, Names};
 use super::table::{Group, Peer, becomes, is, named, refused, same};
 use super::trainer;
 use super::translation::Translation;
@@ -50,15 +51,14 @@ const TABLE: &[Group] = &[
     named("ignore_bias_buffers=false", "ranks exchange one flat buffer"),
     becomes("lora_dropout=0.05", "`--lora-dropout` where `--disable-dropout` is false; else dropout is off, as there"),
     named("lora_task_type=CAUSAL_LM", "only causal language models are trained"),
-    named("bnb_4bit_quant_type=nf4 use_bnb_nested_quant=false bnb_4bit_quant_storage", "only of load_in_4bit"),
+    becomes(
+        "load_in_4bit=false load_in_8bit=false bnb_4bit_quant_type=nf4 use_bnb_nested_quant=false",
+        quantization::BECOMES,
+    ),
+    named("bnb_4bit_quant_storage", "only of load_in_4bit"),
     named("ref_model_mixup_alpha=0.6 ref_model_sync_steps=512", "only of sync_ref_model"),
     named("base_model_attribute_name=model", "only of use_liger_loss"),
     named("dataloader_num_workers=0", "rows are tokenised before the first step: there is no data loader"),
-    refused(
-        "load_in_4bit=false load_in_8bit=false",
-        trainer::QUANTIZED,
-        "leave it out; `dpo-host plan` says what fits, --recompute and --shard-base save memory",
-    ),
     refused(
         "lora_modules_to_save lora_target_parameters",
         "only LoRA matrices of linear modules are trained",
@@ -142,8 +142,17 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
         // TRL's chat template is for conversations alone.
         t.push("plain-text", ["true"], None);
     }
+    quantization::quantization(t, &QUANTIZATION)?;
     combine::output(t);
     combine::lists(t);
     combine::trainer(t)?;
     combine::batch(t)
 }
+
+const QUANTIZATION: Names = Names {
+    bits: "",
+    switches: ["load_in_4bit", "load_in_8bit"],
+    method: "",
+    kind: "bnb_4bit_quant_type",
+    double: "use_bnb_nested_quant",
+};
