@@ -15,10 +15,10 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
-use crate::{fp8, nf4};
 use crate::predictors::gather_predictors;
 use crate::storage::Numbers;
 use crate::weights::{BlockId, blocks};
+use crate::{fp8, nf4};
 
 mod families;
 

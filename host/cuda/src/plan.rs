@@ -56,7 +56,13 @@ pub struct Room {
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), fp8: true, host: None }
+        Room {
+            available,
+            context: CONTEXT + if gpus > 1 { NCCL } else { 0 },
+            gates: Gates::default(),
+            fp8: true,
+            host: None,
+        }
     }
 }
 

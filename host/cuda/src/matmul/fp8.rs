@@ -28,13 +28,27 @@ pub(crate) fn has_fp8(capability: u32) -> bool {
 
 impl Fp8 {
     /// Starts a product of sizes `[m, n, k]`, with what `gemm` adds.
-    pub(crate) fn launch(self, gemm: Gemm, on: On<'_>, [m, n, k]: [usize; 3], [c, d]: [View; 2], bias: Address) -> Result<()> {
+    pub(crate) fn launch(
+        self,
+        gemm: Gemm,
+        on: On<'_>,
+        [m, n, k]: [usize; 3],
+        [c, d]: [View; 2],
+        bias: Address,
+    ) -> Result<()> {
         let c = if gemm.adds { c } else { d };
         hopper::launch_fp8(gemm, on, [m, n, k], self, [(c, n), (d, n)], (bias, 0.0))
     }
 
     /// As [`Gated::launch`].
-    pub(crate) fn launch_gated(self, gated: Gated, on: On<'_>, [m, k]: [usize; 2], both: Option<View>, h: View) -> Result<()> {
+    pub(crate) fn launch_gated(
+        self,
+        gated: Gated,
+        on: On<'_>,
+        [m, k]: [usize; 2],
+        both: Option<View>,
+        h: View,
+    ) -> Result<()> {
         let (gemm, width) = (Gemm { fp8: true, ..gated.gemm(both.is_some()) }, gated.width);
         let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
         hopper::launch_fp8(gemm, on, [m, width, k], self, stored, (0, gated.limit))

@@ -1,7 +1,7 @@
 //! Linears whose W is kept in e4m3: what a product reads of x, and of gradients, is quantised by rows before it, and W transposed for the
 //! backward pass, since the tensor cores read both sides of such a product along k.
 
-use super::{Address, Args, Execute, Gpu, Kernels, Launch, LoadedFp8, Lowering, Slice, Source, Step, View};
+use super::{Address, Args, Execute, Fp8Layout, Gpu, Kernels, Launch, LoadedFp8, Lowering, Slice, Source, Step, View};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -37,14 +37,9 @@ pub(super) fn quantized(l: &mut Lowering<'_>, x: Slice, scales: Option<usize>) -
     Ok(codes)
 }
 
-/// The bytes of a row that is transposed.
-pub(crate) fn transposed_ld(outputs: usize) -> usize {
-    outputs.next_multiple_of(16)
-}
-
 /// W `[outputs, inputs]` as `[inputs, outputs]`, in the workspace: where, and bytes from row to row.
 pub(super) fn transposed(on: &Launch<'_>, w: &LoadedFp8, [outputs, inputs]: [usize; 2]) -> Result<(Address, usize)> {
-    let to = (on.dequantized, transposed_ld(outputs));
+    let to = (on.dequantized, Fp8Layout::transposed_ld(outputs));
     let args = Args::default().with(w.codes).with(to.0).with(outputs as i32).with(inputs as i32);
     let args = args.with(w.ld as i32).with(to.1 as i32);
     let grid = [inputs.div_ceil(SIDE), outputs.div_ceil(SIDE), 1];

@@ -11,11 +11,11 @@ use dpo_plugin_api::graph::Node;
 use super::activation::Activation;
 use super::glu::Glu;
 use super::lora::{Lora, Matrices};
-use super::{fp8, nf4};
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix, Member,
-    Operands, Recompute, Slice, Stack, Step, Variant, View,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix,
+    Member, Operands, Recompute, Slice, Stack, Step, Variant, View,
 };
+use super::{fp8, nf4};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
 
@@ -332,7 +332,13 @@ impl Execute for Forward {
         matmul.bias = own.bias;
         let c = reads.get(own.count()).copied().unwrap_or(d);
         if let Some(product) = own.fp8(on, reads) {
-            return product.launch(self.gemm(), on.for_matmuls(), [on.rows, own.outputs, own.inputs], [c, d], stack.bias);
+            return product.launch(
+                self.gemm(),
+                on.for_matmuls(),
+                [on.rows, own.outputs, own.inputs],
+                [c, d],
+                stack.bias,
+            );
         }
         on.matmul(matmul, Operands { a: reads[0], b: own.whole(on)?, c, d, bias: stack.bias })
     }
@@ -441,7 +447,9 @@ impl Execute for Backward {
             let product = own.fp8_vjp(on, *codes, writes.get(1).copied().unwrap_or(dy))?;
             let (matmuls, c) = (on.for_matmuls(), last.copied().unwrap_or(dx));
             return match self.gated {
-                Some(activation) => product.launch_gated_vjp(activation.gated(), matmuls, [on.rows, own.outputs], [c, dx]),
+                Some(activation) => {
+                    product.launch_gated_vjp(activation.gated(), matmuls, [on.rows, own.outputs], [c, dx])
+                }
                 None => product.launch(self.gemm(), matmuls, [on.rows, own.inputs, own.outputs], [c, dx], 0),
             };
         }

@@ -29,7 +29,7 @@ use super::matmul::{Fp8, Gated, Gemm, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack};
+use super::weights::{Fp8Layout, LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 

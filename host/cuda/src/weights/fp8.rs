@@ -30,6 +30,11 @@ impl Fp8Layout {
         Fp8Layout { codes, scales: first..first + stack.outputs * 4, ld }
     }
 
+    /// Bytes from row to row of W transposed.
+    pub(crate) fn transposed_ld(outputs: usize) -> usize {
+        outputs.next_multiple_of(16)
+    }
+
     /// All bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.scales.end

@@ -3,7 +3,6 @@
 
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
-use super::super::ops::fp8::transposed_ld;
 use super::fp8::{Fp8Layout, LoadedFp8};
 use super::nf4::{Layout, LoadedNf4};
 use dpo_core::storage::Numbers;
@@ -104,7 +103,7 @@ impl Stack {
     pub(crate) fn made_bytes(&self) -> usize {
         match self.numbers {
             NUMBERS => 0,
-            Numbers::Fp8 => self.inputs * transposed_ld(self.outputs),
+            Numbers::Fp8 => self.inputs * Fp8Layout::transposed_ld(self.outputs),
             _ => self.whole_bytes(),
         }
     }
