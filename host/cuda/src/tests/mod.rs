@@ -83,7 +83,7 @@ fn layers_may_be_kept_in_nf4() {
     }
 }
 
-/// W of layers in e4m3: rows of values and gradients are rounded to it too, before every product.
+/// W of layers in e4m3: rows of values and gradients are quantised too, before every product.
 #[test]
 fn layers_may_be_kept_in_fp8() {
     let registry = Registry::discover(&[], None);
@@ -214,8 +214,8 @@ fn compare_at(
         let gradient = own.backward(&dlogps);
         let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
-        // The CPU rounds no values to e4m3, in steps of a sixteenth at most.
-        let most = if numbers == Numbers::Fp8 { 0.06 } else { 1e-4 };
+        // The CPU rounds no values that products read; the emulator does, to twelve bits.
+        let most = if numbers == Numbers::Fp8 { 5e-3 } else { 1e-4 };
         assert!(off.iter().all(|d| *d < most), "{what}: log-probs and gradient are off by {off:?}");
         if level != SavedActivations::BlockInput {
             continue;
