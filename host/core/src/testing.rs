@@ -15,10 +15,10 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
-use crate::nf4;
 use crate::predictors::gather_predictors;
 use crate::storage::Numbers;
 use crate::weights::{BlockId, blocks};
+use crate::{fp8, nf4};
 
 mod families;
 
@@ -495,8 +495,14 @@ pub fn cpu_as(graph: &ModelGraph, tokens: usize, adapter: Adapter, numbers: Numb
 /// [`given`], once it was kept as such numbers.
 pub fn given_as(name: &str, shape: &[usize], numbers: Numbers) -> Vec<f32> {
     let mut values = given(name, shape);
-    if numbers == Numbers::Nf4 {
-        nf4::quantize(&values).dequantize(&mut values);
+    match numbers {
+        Numbers::F32 | Numbers::Bf16 => {}
+        Numbers::Fp8 => {
+            let columns = shape.last().copied().unwrap_or(1);
+            let (codes, scales) = fp8::quantize_rows(&values, columns);
+            fp8::dequantize_rows(&codes, &scales, columns, &mut values);
+        }
+        Numbers::Nf4 => nf4::quantize(&values).dequantize(&mut values),
     }
     values
 }

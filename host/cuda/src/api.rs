@@ -117,6 +117,8 @@ pub(super) const CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES: c_int =
 
 pub(super) const CU_TENSOR_MAP_DATA_TYPE_BFLOAT16: c_uint =
     cu::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 as c_uint;
+pub(super) const CU_TENSOR_MAP_DATA_TYPE_UINT8: c_uint =
+    cu::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT8 as c_uint;
 pub(super) const CU_TENSOR_MAP_INTERLEAVE_NONE: c_uint =
     cu::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE as c_uint;
 pub(super) const CU_TENSOR_MAP_SWIZZLE_64B: c_uint = cu::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B as c_uint;

@@ -97,6 +97,7 @@ pub fn room(gpu: &Gpu, limit: Option<usize>, nccl: Option<&Nccl>) -> Result<Room
         available: limit.unwrap_or(usize::MAX).min(most),
         context,
         gates: matmul::gates(gpu.kernels),
+        fp8: matmul::has_fp8(gpu.kernels),
         host: free_memory(),
     })
 }

@@ -10,12 +10,13 @@ use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
-use super::ops::nf4::random as random_codes;
+use super::ops::{fp8, nf4};
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, LoadedNf4, Matrix, NUMBERS, Stack};
+use super::weights::{BlockWeights, LayerStore, LoadedFp8, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
+use dpo_core::fp8::{MAX, quantize_rows};
 use dpo_core::lora::Adapter;
 use dpo_core::nf4::{Nf4, quantize};
 use dpo_core::storage::Place;
@@ -52,6 +53,9 @@ pub(crate) struct Weights {
 
 /// Of random codes, the scale of their blocks' scales and what is added: magnitudes as those of a trained matrix.
 const RANDOM_SCALES: [f32; 2] = [0.01, 0.05];
+
+/// Of random codes of e4m3, the largest magnitude: a deviation of 0.02.
+const RANDOM_LARGEST: f32 = 0.035;
 
 /// Bytes that go to the GPU at once.
 const STAGE: usize = 64 << 20;
@@ -306,6 +310,9 @@ impl Loader<'_> {
                 self.gpu.upload(stack.nf4().members.as_flattened(), places[2])?;
                 self.nf4(prefix, nodes, stack, w)?;
             }
+            if let Matrix::Fp8(w) = &loaded.w {
+                self.fp8(prefix, nodes, stack, w)?;
+            }
             for member in &stack.members {
                 let node = &nodes[member.node];
                 if let Matrix::Bf16(whole) = &loaded.w {
@@ -333,7 +340,7 @@ impl Loader<'_> {
         let layout = stack.nf4();
         if matches!(self.source, Source::Random) {
             self.seed += 1;
-            random_codes(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
+            nf4::random(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
             let groups = vec![RANDOM_SCALES; layout.groups.len() / size_of_val(&RANDOM_SCALES)];
             return self.gpu.upload(groups.as_flattened(), w.codes + layout.groups.start as u64);
         }
@@ -344,16 +351,44 @@ impl Loader<'_> {
         self.gpu.upload(&bytes, w.codes)
     }
 
+    /// The same of one in e4m3.
+    fn fp8(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedFp8) -> Result<()> {
+        let layout = stack.fp8();
+        if matches!(self.source, Source::Random) {
+            self.seed += 1;
+            fp8::random(self.gpu, self.kernels, (w.codes, layout.codes.len()), self.seed)?;
+            return self.gpu.upload(&vec![RANDOM_LARGEST / MAX; stack.outputs], w.scales);
+        }
+        let mut bytes = vec![0; layout.bytes()];
+        for member in &stack.members {
+            self.values(prefix, weight(&nodes[member.node], "weight")?)?;
+            let (codes, scales) = quantize_rows(&self.values, stack.inputs);
+            let rows = bytes[member.column * layout.ld..].chunks_mut(layout.ld);
+            rows.zip(codes.chunks(stack.inputs)).for_each(|(to, codes)| to[..codes.len()].copy_from_slice(codes));
+            let to = bytes[layout.scales.start + member.column * 4..].chunks_mut(4);
+            to.zip(&scales).for_each(|(to, scale)| to.copy_from_slice(&scale.to_le_bytes()));
+        }
+        self.gpu.upload(&bytes, w.codes)
+    }
+
     /// A weight's codes: the checkpoint's own, or made of its values as they are in bf16.
     fn codes(&mut self, prefix: &str, weight: &Weight) -> Result<Nf4> {
+        if let Source::Checkpoint(checkpoint) = self.source
+            && let Some(codes) = checkpoint.nf4(prefix, weight)?
+        {
+            self.progress.inc(codes.codes.len() as u64);
+            return Ok(codes);
+        }
+        self.values(prefix, weight)?;
+        Ok(quantize(&self.values))
+    }
+
+    /// Reads a weight's values, as they are in bf16.
+    fn values(&mut self, prefix: &str, weight: &Weight) -> Result<()> {
         let values = &mut self.values;
         values.resize(weight.shape.iter().product(), 0.0);
         match self.source {
             Source::Checkpoint(checkpoint) => {
-                if let Some(codes) = checkpoint.nf4(prefix, weight)? {
-                    self.progress.inc(codes.codes.len() as u64);
-                    return Ok(codes);
-                }
                 let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
                 match dtype {
                     DType::BF16 => each(values, &bytes, bf16::from_le_bytes),
@@ -368,7 +403,7 @@ impl Loader<'_> {
             }
             Source::Random => {}
         }
-        Ok(quantize(values))
+        Ok(())
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.

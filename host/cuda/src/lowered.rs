@@ -161,7 +161,7 @@ impl Lowered {
 impl Program {
     /// Bytes that are read and written where every stack is dequantised once.
     pub(super) fn dequantizing(&self) -> usize {
-        self.stacks.iter().filter(|s| s.made_bytes() > 0).map(|s| s.bytes() + s.made_bytes()).sum()
+        self.stacks.iter().filter(|s| s.numbers == Numbers::Nf4).map(|s| s.bytes() + s.made_bytes()).sum()
     }
 
     /// Bytes of a block's frozen weights, every one at an aligned place.

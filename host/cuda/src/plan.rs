@@ -52,6 +52,8 @@ pub struct Room {
     pub context: usize,
     /// The gated activations that the card's matmuls compute, which takes less memory.
     pub gates: Gates,
+    /// Whether the card has products of fp8.
+    pub fp8: bool,
     /// Host memory that is free for this process, where that is known.
     pub host: Option<usize>,
 }
@@ -59,7 +61,13 @@ pub struct Room {
 impl Room {
     /// So much on each of some GPUs that need not be there, and may be of any kind.
     pub fn of(available: usize, gpus: usize) -> Room {
-        Room { available, context: CONTEXT + if gpus > 1 { NCCL } else { 0 }, gates: Gates::default(), host: None }
+        Room {
+            available,
+            context: CONTEXT + if gpus > 1 { NCCL } else { 0 },
+            gates: Gates::default(),
+            fp8: true,
+            host: None,
+        }
     }
 }
 
@@ -164,13 +172,13 @@ impl GpuPlan {
         place: Place,
         options: MemoryOptions,
     ) -> Result<(f64, GpuPlan)> {
-        let numbers = match options.quantization {
-            None => NUMBERS,
-            Some(Quantization::Nf4) => Numbers::Nf4,
-            Some(kind) => return Err(Error::input(format!("no GPU keeps a base in {kind:?}")).at("--quantization")),
-        };
+        let numbers = options.quantization.map_or(NUMBERS, Quantization::numbers);
+        if numbers == Numbers::Fp8 && !room.fp8 {
+            let what = "this card's kernels have no products of fp8: so far only those of Hopper (H100, H200) have";
+            return Err(Error::input(what).at("--quantization").help("take --quantization nf4, which every card has"));
+        }
         let layers = Storage { numbers, place };
-        let Room { available, context, gates, host } = room;
+        let Room { available, context, gates, host, .. } = room;
         let lowered = Lowered::new(graph, adapter, numbers, gates)?;
         let footprint = Footprint::new(graph, &lowered);
         let ranks = if let Place::Sharded(ranks) = place { ranks } else { 1 };
@@ -404,6 +412,7 @@ impl fmt::Display for GpuPlan {
         };
         let numbers = match self.layers.numbers {
             Numbers::Nf4 => "layers in nf4, the rest in bf16",
+            Numbers::Fp8 => "layers in fp8, the rest in bf16",
             _ => "bf16",
         };
         let per_token = format!(

@@ -42,13 +42,14 @@ impl Gated {
         width.is_multiple_of(32)
     }
 
-    fn gemm(self, keeps: bool) -> Gemm {
+    pub(super) fn gemm(self, keeps: bool) -> Gemm {
         Gemm { gate: Some(self.activation), keeps, ..Gemm::PLAIN }
     }
 
     /// Its kernels on a card, with gate and up stored and without.
-    pub(crate) fn variants(self, capability: u32) -> Vec<Variant> {
-        [false, true].iter().flat_map(|keeps| self.gemm(*keeps).variants(capability)).collect()
+    pub(crate) fn variants(self, fp8: bool, capability: u32) -> Vec<Variant> {
+        let gemm = |keeps| Gemm { fp8, ..self.gemm(keeps) };
+        [false, true].into_iter().flat_map(|keeps| gemm(keeps).variants(capability)).collect()
     }
 
     /// Whether a kernel computes its VJP.
@@ -57,11 +58,11 @@ impl Gated {
     }
 
     /// The kernels of its VJP.
-    pub(crate) fn vjp_variants(self, capability: u32) -> Vec<Variant> {
-        if gates(capability).backward { self.vjp().variants(capability) } else { Vec::new() }
+    pub(crate) fn vjp_variants(self, fp8: bool, capability: u32) -> Vec<Variant> {
+        if gates(capability).backward { Gemm { fp8, ..self.vjp() }.variants(capability) } else { Vec::new() }
     }
 
-    fn vjp(self) -> Gemm {
+    pub(super) fn vjp(self) -> Gemm {
         Gemm { weight_rows: false, gate: Some(self.activation), differentiates: true, ..Gemm::PLAIN }
     }
 

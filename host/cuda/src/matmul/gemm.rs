@@ -18,6 +18,8 @@ pub(crate) struct Gemm {
     pub keeps: bool,
     /// Whether the product is the gradient of a gated activation, and becomes those of gate and up.
     pub differentiates: bool,
+    /// Whether the matrices are of e4m3, and `weight_rows` says how their LoRA part lies.
+    pub fp8: bool,
 }
 
 /// Gated activations that a card's matmuls compute.
@@ -31,8 +33,15 @@ pub struct Gates {
 
 impl Gemm {
     /// The product of a linear's input and its weights.
-    pub(crate) const PLAIN: Gemm =
-        Gemm { weight_rows: true, adds: false, biased: false, gate: None, keeps: false, differentiates: false };
+    pub(crate) const PLAIN: Gemm = Gemm {
+        weight_rows: true,
+        adds: false,
+        biased: false,
+        gate: None,
+        keeps: false,
+        differentiates: false,
+        fp8: false,
+    };
 
     /// What computes a matmul.
     pub(super) fn of(matmul: &Matmul) -> Gemm {
@@ -41,7 +50,7 @@ impl Gemm {
 
     /// What tells its kernels from others.
     pub(super) fn key(self) -> usize {
-        self.epilogue() * 64 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
+        self.epilogue() * 64 + usize::from(self.fp8) * 32 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
     }
 
     /// The sum of 1, where a value is added, 2 with a bias, 4 with a gated activation, 8 where that leaves gate and up, 16 with the VJP

@@ -7,12 +7,16 @@
 // EPILOGUE is a sum of: 1, C is added; 2, a bias; 4, a gated activation, where W is [gate; up], and D is act(gate) * up; 8, with
 // that, C receives gate and up; 16, the VJP of a gated activation, where the product is the gradient of act(gate) * up: C has gate and
 // up, D receives their gradients.
+//
+// With FP8, X and W are e4m3 with a scale for each row: D = (X W^T) of_x of_w + U op(L), where the second product, of bf16, begins with the
+// sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
+// W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
 
-#define DEPTH 64
+#define DEPTH (FP8 ? 128 : 64)  // 128 bytes
 #define GROUPS 2
 #define FEATURES (64 * GROUPS)
-#define W_BYTES (FEATURES * DEPTH * 2)
-#define X_BYTES (TOKENS * DEPTH * 2)
+#define W_BYTES (FEATURES * 128)
+#define X_BYTES (TOKENS * 128)
 #define STAGE_BYTES (W_BYTES + X_BYTES)
 #define CHUNKS (TOKENS / CHUNK)
 #define ADDS (EPILOGUE & 1)
@@ -84,24 +88,32 @@ __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %
 #define EIGHTY(d, n) SIXTEEN(d, n), SIXTEEN(d, n + 4), SIXTEEN(d, n + 8), SIXTEEN(d, n + 12), SIXTEEN(d, n + 16)
 #define D16(a) "%" #a "0,%" #a "1,%" #a "2,%" #a "3,%" #a "4,%" #a "5,%" #a "6,%" #a "7,%" #a "8,%" #a "9"
 #define D90 D16() "," D16(1) "," D16(2) "," D16(3) "," D16(4) "," D16(5) "," D16(6) "," D16(7) "," D16(8)
-#define WGMMA(N, SUMS, A, B, MORE, ...)                                                                                       \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" MORE ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32.bf16.bf16 {" SUMS \
-                 "}, %" A ", %" B ", p, 1, 1, " W_TRANSPOSED ", 0;\n}" : __VA_ARGS__ : "l"(w), "l"(x), "r"(more))
+#define WGMMA(KIND, FLAGS, N, SUMS, A, B, MORE, ...)                                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" MORE ", 0;\nwgmma.mma_async.sync.aligned.m64n" N KIND " {" SUMS \
+                 "}, %" A ", %" B ", p, 1, 1" FLAGS ";\n}" : __VA_ARGS__ : "l"(w), "l"(x), "r"(more))
 
-// sums (+)= 64 rows of W times the tile of X, 16 deep; `more` 0 begins a sum.
-__device__ __forceinline__ void multiply(float d[N8][4], u64 w, u64 x, int more) {
 #if TOKENS == 256
-    WGMMA("256", D90 "," D16(9) "," D16(10) "," D16(11) ",%120,%121,%122,%123,%124,%125,%126,%127", "128", "129", "130", EIGHTY(d, 0),
-          SIXTEEN(d, 20), SIXTEEN(d, 24), SIXTEEN(d, 28));
+#define PRODUCT(KIND, FLAGS)                                                                                                        \
+    WGMMA(KIND, FLAGS, "256", D90 "," D16(9) "," D16(10) "," D16(11) ",%120,%121,%122,%123,%124,%125,%126,%127", "128", "129", "130", \
+          EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24), SIXTEEN(d, 28))
 #elif TOKENS == 240
-    WGMMA("240", D90 "," D16(9) "," D16(10) "," D16(11), "120", "121", "122", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24), FOUR(d, 28),
-          FOUR(d, 29));
+#define PRODUCT(KIND, FLAGS)                                                                                                       \
+    WGMMA(KIND, FLAGS, "240", D90 "," D16(9) "," D16(10) "," D16(11), "120", "121", "122", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24), \
+          FOUR(d, 28), FOUR(d, 29))
 #elif TOKENS == 224
-    WGMMA("224", D90 "," D16(9) "," D16(10) ",%110,%111", "112", "113", "114", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24));
+#define PRODUCT(KIND, FLAGS)                                                                                                      \
+    WGMMA(KIND, FLAGS, "224", D90 "," D16(9) "," D16(10) ",%110,%111", "112", "113", "114", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24))
 #elif TOKENS == 192
-    WGMMA("192", D90 ",%90,%91,%92,%93,%94,%95", "96", "97", "98", EIGHTY(d, 0), SIXTEEN(d, 20));
+#define PRODUCT(KIND, FLAGS) WGMMA(KIND, FLAGS, "192", D90 ",%90,%91,%92,%93,%94,%95", "96", "97", "98", EIGHTY(d, 0), SIXTEEN(d, 20))
 #endif
+
+// sums (+)= 64 rows of W times the tile of X, 32 bytes deep; `more` 0 begins a sum.
+__device__ __forceinline__ void multiply(float d[N8][4], u64 w, u64 x, int more) {
+    PRODUCT("k16.f32.bf16.bf16", ", " W_TRANSPOSED ", 0");
 }
+#if FP8
+__device__ __forceinline__ void multiply_fp8(float d[N8][4], u64 w, u64 x, int more) { PRODUCT("k32.f32.e4m3.e4m3", ""); }
+#endif
 
 template <int N>
 __device__ __forceinline__ void done() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
@@ -147,13 +159,23 @@ struct Tiles {
 
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_dims__(2, 1, 1)
     gemm_hopper(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap c,
-                const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit) {
+                const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit
+#if FP8
+                , const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap l, int r, View of_x, const float* of_w
+#endif
+    ) {
     extern __shared__ bf16 memory[];
     u32 stages = (shared_address(memory) + 1023) / 1024 * 1024, chunks = stages + STAGES * STAGE_BYTES;
     __shared__ __align__(8) u64 barriers[2 * STAGES + GROUPS * BUFFERS];
     u32 full = shared_address(barriers), empty = full + STAGES * 8, fetched = empty + STAGES * 8;
     u32 rank = cluster_rank();
     int group = threadIdx.x / 128, steps = (k + DEPTH - 1) / DEPTH;
+#if FP8
+    __shared__ float scales[GROUPS][TOKENS + 64];
+    int all_steps = steps + (r + 63) / 64;
+#else
+    int all_steps = steps;
+#endif
     // Features are those of D: with a gated activation, a block has as many of gate and of up.
     constexpr int OWN = WIDTH * GROUPS;
     Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, (features + 2 * OWN - 1) / (2 * OWN), band, (int)blockIdx.x / 2};
@@ -175,22 +197,26 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             int stage = 0, phase = 0;
             while (tiles.next(row, column)) {
                 int feature = (column * 2 + rank) * OWN, token = row * TOKENS + rank * (TOKENS / 2);
-                for (int step = 0; step < steps; step++) {
+                auto copy_step = [&](const TensorMap* x, const TensorMap* w, int column, bool w_rows) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;
                     barrier_expect(barrier, STAGE_BYTES);
-#if GLU
-                    // Eight rows of gate, eight of up: a thread has both.
-                    copy_in_4d(at, &w, step * DEPTH, 0, 0, feature / 8, barrier);
-#elif W_ROWS
-                    copy_in(at, &w, step * DEPTH, feature, barrier);
-#else
+                    if (GLU) {
+                        // Eight rows of gate, eight of up: a thread has both.
+                        copy_in_4d(at, w, column, 0, 0, feature / 8, barrier);
+                    } else if (w_rows) {
+                        copy_in(at, w, column, feature, barrier);
+                    } else {
 #pragma unroll
-                    for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, &w, feature + i * 64, step * DEPTH, barrier);
-#endif
-                    copy_in_both(at + W_BYTES + rank * (X_BYTES / 2), &x, step * DEPTH, token, barrier);
+                        for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, w, feature + i * 64, column, barrier);
+                    }
+                    copy_in_both(at + W_BYTES + rank * (X_BYTES / 2), x, column, token, barrier);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
-                }
+                };
+                for (int step = 0; step < steps; step++) copy_step(&x, &w, step * DEPTH, FP8 || W_ROWS);
+#if FP8
+                for (int column = 0; column < r; column += 64) copy_step(&u, &l, column, W_ROWS);
+#endif
             }
         }
     } else {
@@ -206,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             int feature = (column * 2 + rank) * OWN + own * WIDTH, token = row * TOKENS;
             // Features behind the last one: the stages go by.
             if (feature >= features) {
-                for (int step = 0; step < steps; step++) {
+                for (int step = 0; step < all_steps; step++) {
                     barrier_wait(full + 8 * stage, phase);
                     if (threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * stage, threadIdx.x % 128);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -224,9 +250,14 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
             };
             turn = 0;
-            if (leads)
-                for (int i = 0; i < BUFFERS; i++) fetch(i);
 #endif
+            // What is fetched first comes where the tile before was, and is asked for when that has been copied out.
+            auto fetch_first = [&] {
+#if FETCHES
+                if (leads)
+                    for (int i = 0; i < BUFFERS && i < CHUNKS; i++) fetch(i);
+#endif
+            };
             float sums[N8][4];
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1209
             // Before CUDA 12.9 ptxas lets products wait for each other (C7515) where their sums begin undefined.
@@ -235,31 +266,71 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #pragma unroll
             for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
 #endif
-            auto multiply_step = [&](int step, int depth) {
+#if FP8
+            // Scales of this group's tokens and rows of W, two and a half a thread; they arrive while it multiplies.
+            int t = token + threadIdx.x % 128, f = threadIdx.x % 128 % 64;
+            auto token_scale = [&](int t) { return t < tokens ? *(const float*)(of_x.at + t * of_x.ld) : 0.f; };
+            int scaled = feature + (GLU ? f / 16 * 8 + f % 8 : f);
+            float scale_0 = token_scale(t), scale_1 = threadIdx.x % 128 + 128 < TOKENS ? token_scale(t + 128) : 0.f;
+            float scale_w = of_w && scaled < features ? of_w[scaled + (GLU && f & 8 ? features : 0)] : 1.f;
+#endif
+            // The stage before this one is free.
+            auto release = [&] {
+                if (threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
+            };
+            auto multiply_step = [&](int step, int depth, bool fp8) {
                 barrier_wait(full + 8 * stage, phase);
-                u32 at = stages + stage * STAGE_BYTES, of_w = at + own * 8192, of_x = at + W_BYTES;
+                u32 at = stages + stage * STAGE_BYTES, w = at + own * 8192, x = at + W_BYTES;
                 begin();
 #pragma unroll
-                for (int i = 0; i < DEPTH / 16; i++) {
-                    if (i * 16 >= depth) break;
-#if W_ROWS
-                    multiply(sums, descriptor(of_w + i * 32, 16), descriptor(of_x + i * 32, 16), step | i);
-#else
-                    multiply(sums, descriptor(of_w + i * 2048, 8192), descriptor(of_x + i * 32, 16), step | i);
+                for (int i = 0; i < 4; i++) {
+                    if (i * (fp8 ? 32 : 16) >= depth) break;
+#if FP8
+                    if (fp8) {
+                        multiply_fp8(sums, descriptor(w + i * 32, 16), descriptor(x + i * 32, 16), step | i);
+                        continue;
+                    }
 #endif
+                    u64 rows = W_ROWS ? descriptor(w + i * 32, 16) : descriptor(w + i * 2048, 8192);
+                    multiply(sums, rows, descriptor(x + i * 32, 16), FP8 ? 1 : step | i);
                 }
                 end();
                 done<1>();
-                if (step > 0 && threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
+                if (step > 0) release();
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             };
-            // Of the last step, what lies behind k is zero, and left out as far as products of 16 go: LoRA's columns fill a part of a step.
-            for (int step = 0; step < steps - 1; step++) multiply_step(step, DEPTH);
-            multiply_step(steps - 1, k - (steps - 1) * DEPTH);
-            done<0>();
+            auto finish = [&] {
+                done<0>();
 #pragma unroll
-            for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
-            if (threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * (stage == 0 ? STAGES - 1 : stage - 1), threadIdx.x % 128);
+                for (int i = 0; i < N8; i++) asm volatile("" : FOUR(sums, i)::"memory");
+                release();
+            };
+            // Of the last step, what lies behind k is zero, and left out as far as products of 32 bytes go: LoRA's columns fill a part of a step.
+            for (int step = 0; step < steps - 1; step++) {
+                multiply_step(step, DEPTH, FP8);
+                if (step == 2) fetch_first();
+            }
+            if (steps < 4) fetch_first();
+            multiply_step(steps - 1, k - (steps - 1) * DEPTH, FP8);
+            finish();
+#if FP8
+            float* scale = scales[own];
+            scale[threadIdx.x % 128] = scale_0;
+            if (threadIdx.x % 128 + 128 < TOKENS) scale[threadIdx.x % 128 + 128] = scale_1;
+            if (threadIdx.x % 128 < 64) scale[TOKENS + f] = scale_w;
+            group_sync(own);
+            float first = scale[TOKENS + warp * 16 + lane / 4], second = scale[TOKENS + warp * 16 + 8 + lane / 4];
+#pragma unroll
+            for (int i = 0; i < N8; i++) {
+                float2 two = *(const float2*)(scale + i * 8 + lane % 4 * 2);
+                sums[i][0] *= first * two.x, sums[i][1] *= first * two.y;
+                sums[i][2] *= second * two.x, sums[i][3] *= second * two.y;
+            }
+            for (int column = 0; column < r; column += 64) {
+                multiply_step(0, min(r - column, 64), false);
+                finish();
+            }
+#endif
 
             // Where this lane's row of a chunk's eight by eight parts lies: the parts of a warp's features, two times eight tokens, or, of
             // gate or up alone, four times eight.

@@ -1,8 +1,8 @@
 //! The kernel for Hopper, `gemm_hopper.cu`: how it is compiled, and how its tiles are chosen.
 
-use super::super::gpu::{Address, Args, TensorMap, View};
+use super::super::gpu::{Address, Args, Elements, TensorMap, View};
 use super::super::kernels::{Source, Variant};
-use super::{Gemm, On, Operands, gemm};
+use super::{Fp8, Gemm, On, Operands, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -15,30 +15,22 @@ pub(crate) static SOURCE: Source = Source {
     kernels: &["gemm_hopper"],
     waits: true,
     variants: Some(|capability| {
-        if is_for(capability) { gemm::usual().into_iter().flat_map(variants).collect() } else { Vec::new() }
+        let both = |gemm| [gemm, Gemm { fp8: true, ..gemm }];
+        let all = gemm::usual().into_iter().flat_map(both).flat_map(variants);
+        if is_for(capability) { all.collect() } else { Vec::new() }
     }),
 };
 
-/// Tokens of a tile, and of what is stored of it at once, which is less where gate and up are stored too, or their gradients.
-struct Tile {
-    tokens: usize,
-    chunk: usize,
-    kept_chunk: usize,
-    vjp_chunk: usize,
-}
+/// Tokens of all tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
+const TILES: &[usize] = &[256, 240, 224, 192];
 
-/// All tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
-const TILES: &[Tile] = &[
-    Tile { tokens: 256, chunk: 64, kept_chunk: 32, vjp_chunk: 32 },
-    Tile { tokens: 240, chunk: 48, kept_chunk: 48, vjp_chunk: 16 },
-    Tile { tokens: 224, chunk: 32, kept_chunk: 32, vjp_chunk: 32 },
-    Tile { tokens: 192, chunk: 64, kept_chunk: 64, vjp_chunk: 32 },
-];
-
-/// Columns of A that are multiplied at once, features of a block, and stages of both in shared memory.
+/// Columns of bf16 that are multiplied at once, and their bytes; features of a block.
 const DEPTH: usize = 64;
+const DEPTH_BYTES: usize = 128;
 const FEATURES: usize = 128;
-const STAGES: usize = 4;
+
+/// Shared memory of a block.
+const SHARED: usize = 227 << 10;
 
 /// What a tile costs beside its tokens, in tokens.
 const TILE_COST: usize = 6;
@@ -53,23 +45,25 @@ pub(super) fn is_for(capability: u32) -> bool {
 
 /// Every way it is compiled.
 pub(super) fn variants(gemm: Gemm) -> Vec<Variant> {
-    TILES.iter().map(|tile| variant(gemm, tile)).collect()
+    TILES.iter().map(|tile| variant(gemm, *tile)).collect()
 }
 
-fn variant(gemm: Gemm, tile: &Tile) -> Variant {
+fn variant(gemm: Gemm, tile: usize) -> Variant {
+    let (chunk, places) = chunks(gemm, tile);
     let numbers = [
-        ("TOKENS", tile.tokens),
-        ("CHUNK", chunk(gemm, tile)),
-        ("BUFFERS", buffers(gemm, tile)),
-        ("STAGES", STAGES),
+        ("TOKENS", tile),
+        ("CHUNK", chunk),
+        ("BUFFERS", places),
+        ("STAGES", stages(gemm)),
         ("W_ROWS", gemm.weight_rows.into()),
         ("EPILOGUE", gemm.epilogue()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
+        ("FP8", gemm.fp8.into()),
     ];
     Variant {
         source: &SOURCE,
         key: key(gemm, tile),
-        label: format!("{} tokens, epilogue {}", tile.tokens, gemm.epilogue()),
+        label: format!("{}{tile} tokens, epilogue {}", if gemm.fp8 { "fp8, " } else { "" }, gemm.epilogue()),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
         generation: true,
@@ -77,21 +71,41 @@ fn variant(gemm: Gemm, tile: &Tile) -> Variant {
     }
 }
 
-fn key(gemm: Gemm, tile: &Tile) -> usize {
-    gemm.key() * 512 + tile.tokens
+fn key(gemm: Gemm, tile: usize) -> usize {
+    gemm.key() * 512 + tile
 }
 
-fn chunk(gemm: Gemm, tile: &Tile) -> usize {
-    match gemm {
-        Gemm { differentiates: true, .. } => tile.vjp_chunk,
-        Gemm { keeps: true, .. } => tile.kept_chunk,
-        _ => tile.chunk,
-    }
+/// Stages of both matrices in shared memory. A product of bf16 whose end reads a matrix needs four; elsewhere what three leave is better
+/// used for larger chunks (docs/performance.md).
+fn stages(gemm: Gemm) -> usize {
+    if !gemm.fp8 && (gemm.adds || gemm.differentiates) { 4 } else { 3 }
 }
 
-/// Places for chunks: of small ones more have to be on their way.
-fn buffers(gemm: Gemm, tile: &Tile) -> usize {
-    if chunk(gemm, tile) == 16 { 4 } else { 2 }
+/// Tokens of a chunk, which is stored at once, and places for chunks: the largest that leaves room for two. The VJP of an activation, which
+/// computes much between what it fetches and what it stores, has smaller ones and more on their way.
+fn chunks(gemm: Gemm, tile: usize) -> (usize, usize) {
+    let (largest, places) = if gemm.differentiates { (32, 4) } else { (128, 2) };
+    // Beside them are barriers, scales, and what lies before an aligned address.
+    let scales = if gemm.fp8 { 2 * (tile + 64) * 4 } else { 0 };
+    let room = SHARED - stages(gemm) * stage(tile) - 1024 - 256 - scales;
+    let fits = |chunk: usize| room / chunk_bytes(gemm, chunk);
+    let all = (16..=largest).rev().step_by(16).filter(|chunk| tile.is_multiple_of(*chunk));
+    let chunk = all.into_iter().find(|chunk| fits(*chunk) >= 2).unwrap_or(16);
+    (chunk, fits(chunk).min(places))
+}
+
+fn stage(tile: usize) -> usize {
+    (FEATURES + tile) * DEPTH_BYTES
+}
+
+/// Bytes of a chunk of both warp groups.
+fn chunk_bytes(gemm: Gemm, chunk: usize) -> usize {
+    let planes = match gemm {
+        Gemm { keeps: true, .. } => 3,
+        Gemm { differentiates: true, .. } => 2,
+        _ => 1,
+    };
+    2 * chunk * features(gemm) * 2 * planes
 }
 
 /// Features of D that a warp group has.
@@ -99,22 +113,17 @@ fn features(gemm: Gemm) -> usize {
     if gemm.gate.is_some() && !gemm.differentiates { 32 } else { 64 }
 }
 
-/// Bytes of shared memory: stages, buffers of results for each of two warp groups, and up to an aligned address.
-fn shared(gemm: Gemm, tile: &Tile) -> usize {
-    let planes = match gemm {
-        Gemm { keeps: true, .. } => 3,
-        Gemm { differentiates: true, .. } => 2,
-        _ => 1,
-    };
-    let results = 2 * buffers(gemm, tile) * chunk(gemm, tile) * features(gemm) * 2 * planes;
-    STAGES * (FEATURES + tile.tokens) * DEPTH * 2 + results + 1024
+/// Bytes of shared memory: stages, chunks of results for each of two warp groups, and up to an aligned address.
+fn shared(gemm: Gemm, tile: usize) -> usize {
+    let (chunk, places) = chunks(gemm, tile);
+    stages(gemm) * stage(tile) + places * chunk_bytes(gemm, chunk) + 1024
 }
 
 /// The tile that takes the least time: rounds of all multiprocessors, two of which share tokens.
-fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> &'static Tile {
+fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> usize {
     let (pairs, at_once) = (n.div_ceil(4 * features(gemm)), (multiprocessors / 2).max(1));
-    let cost = |tile: &&Tile| (m.div_ceil(tile.tokens) * pairs).div_ceil(at_once) * (tile.tokens + TILE_COST);
-    TILES.iter().min_by_key(cost).unwrap_or(&TILES[0])
+    let cost = |tile: &usize| (m.div_ceil(*tile) * pairs).div_ceil(at_once) * (tile + TILE_COST);
+    TILES.iter().copied().min_by_key(cost).unwrap_or(TILES[0])
 }
 
 /// Starts a product of sizes `[m, n, k]`.
@@ -125,7 +134,8 @@ pub(super) fn launch(gemm: Gemm, on: On<'_>, [m, n, k]: [usize; 3], operands: Op
         false => TensorMap::new(b, [k, n], [DEPTH, 64])?,
     };
     let c = if gemm.adds { c } else { d };
-    start(gemm, on, [m, n, k], (a, weights), [(c, n), (d, n)], bias, 0.0)
+    let x = |box_rows| TensorMap::new(a, [m, k], [box_rows, DEPTH]);
+    start(gemm, on, [m, n, k], (&x, weights), [(c, n), (d, n)], (bias, 0.0), |args, _| Ok(args))
 }
 
 /// Starts a gated activation of `width` columns, of products of sizes `[m, 2 · width, k]`.
@@ -138,12 +148,17 @@ pub(super) fn launch_gated(
     h: View,
     limit: f32,
 ) -> Result<()> {
-    let ld = weights.ld as u64 * 2;
-    // Eight rows of gate, then eight of up.
-    let sizes = [k as u64, 8, 2, width as u64 / 8];
-    let weights = TensorMap::encode(weights.at, &sizes, &[ld, width as u64 * ld, 8 * ld], &[64, 8, 2, 8])?;
+    let weights = gate_and_up((weights.at, weights.ld as usize * 2), Elements::Bf16, [width, k])?;
     let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
-    start(gemm, on, [m, width, k], (x, weights), stored, 0, limit)
+    let x = |box_rows| TensorMap::new(x, [m, k], [box_rows, DEPTH]);
+    start(gemm, on, [m, width, k], (&x, weights), stored, (0, limit), |args, _| Ok(args))
+}
+
+/// Rows of gate and of up, so many bytes from one to the next: eight of gate, then eight of up.
+fn gate_and_up((at, ld): (Address, usize), elements: Elements, [width, columns]: [usize; 2]) -> Result<TensorMap> {
+    let sizes = [columns, 8, 2, width / 8].map(|n| n as u64);
+    let strides = [ld, width * ld, 8 * ld].map(|n| n as u64);
+    TensorMap::encode(at, elements, &sizes, &strides, &[elements.of(DEPTH_BYTES) as u32, 8, 2, 8])
 }
 
 /// Starts the VJP of a gated activation of `width` columns, whose gradient is a product of sizes `[m, width, k]`.
@@ -156,41 +171,83 @@ pub(super) fn launch_vjp(
     limit: f32,
 ) -> Result<()> {
     let weights = TensorMap::new(weights, [k, width], [DEPTH, 64])?;
-    start(gemm, on, [m, width, k], (dy, weights), [(both, 2 * width), (gradients, 2 * width)], 0, limit)
+    let x = |box_rows| TensorMap::new(dy, [m, k], [box_rows, DEPTH]);
+    let stored = [(both, 2 * width), (gradients, 2 * width)];
+    start(gemm, on, [m, width, k], (&x, weights), stored, (0, limit), |args, _| Ok(args))
 }
 
+/// Starts a product of e4m3 of sizes `[m, n, k]`, where a gated activation has n columns. C and D have columns of their own.
+pub(super) fn launch_fp8(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Fp8,
+    stored: [(View, usize); 2],
+    (bias, limit): (Address, f32),
+) -> Result<()> {
+    if m == 0 {
+        return Ok(());
+    }
+    let Fp8 { x, w: (w, ld), scales, u, l, rank } = operands;
+    let gated = gemm.gate.is_some() && !gemm.differentiates;
+    let rows = |at, ld: usize, rows: usize, box_rows: usize| {
+        let (sizes, boxes) = ([k as u64, rows as u64], [DEPTH_BYTES as u32, box_rows as u32]);
+        TensorMap::encode(at, Elements::Bytes, &sizes, &[ld as u64], &boxes)
+    };
+    let ld_x = x.ld as usize * 2;
+    let codes = |box_rows| rows(x.at, ld_x, m, box_rows);
+    let weights = if gated { gate_and_up((w, ld), Elements::Bytes, [n, k])? } else { rows(w, ld, n, FEATURES)? };
+    let low_rank = match gemm {
+        _ if rank == 0 => weights,
+        _ if gated => gate_and_up((l.at, l.ld as usize * 2), Elements::Bf16, [n, rank])?,
+        Gemm { weight_rows: true, .. } => TensorMap::new(l, [n, rank], [FEATURES, DEPTH])?,
+        _ => TensorMap::new(l, [rank, n], [DEPTH, 64])?,
+    };
+    start(gemm, on, [m, n, k], (&codes, weights), stored, (bias, limit), |args, box_rows| {
+        let u = if rank == 0 { weights } else { TensorMap::new(u, [m, rank], [box_rows, DEPTH])? };
+        let of_x = View { at: x.at + k as u64, ld: x.ld };
+        Ok(args.with(u).with(low_rank).with(rank as i32).with(of_x).with(scales))
+    })
+}
+
+/// Starts it with the map of X for so many rows of a box, and with what `more` adds to the kernel's arguments.
 fn start(
     gemm: Gemm,
     on: On<'_>,
     [m, n, k]: [usize; 3],
-    (x, weights): (View, TensorMap),
+    (x, weights): (&dyn Fn(usize) -> Result<TensorMap>, TensorMap),
     stored: [(View, usize); 2],
-    bias: Address,
-    limit: f32,
+    (bias, limit): (Address, f32),
+    more: impl FnOnce(Args, usize) -> Result<Args>,
 ) -> Result<()> {
     let tile = tile(gemm, [m, n], on.gpu.multiprocessors);
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm, tile))?;
-    let x = TensorMap::new(x, [m, k], [tile.tokens / 2, DEPTH])?;
-    let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [chunk(gemm, tile), features(gemm)]));
+    let x = x(tile / 2)?;
+    let [c, d] = stored.map(|(view, width)| TensorMap::new(view, [m, width], [chunks(gemm, tile).0, features(gemm)]));
     let args = Args::default().with(x).with(weights).with(c?).with(d?).with(bias);
-    let args = args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit);
+    let args = more(args.with(m as i32).with(n as i32).with(k as i32).with(BAND as i32).with(limit), tile / 2)?;
     let block = [(FEATURES * 2 + 128) as u32, 1, 1];
     on.gpu.launch(kernel, [on.gpu.multiprocessors / 2 * 2, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Gemm, TILES, shared, tile};
+    use super::{Gemm, SHARED, TILES, chunks, shared, tile};
 
     const PLAIN: Gemm = Gemm::PLAIN;
 
     #[test]
     fn kernels_fit_into_shared_memory() {
-        for tile in TILES {
-            let gated = Gemm { gate: Some(0), ..PLAIN };
-            for gemm in [PLAIN, gated, Gemm { keeps: true, ..gated }, Gemm { differentiates: true, ..gated }] {
-                let bytes = shared(gemm, tile);
-                assert!(bytes + 256 <= 227 << 10, "{bytes} for {} tokens, {gemm:?}", tile.tokens);
+        let gated = Gemm { gate: Some(0), ..PLAIN };
+        let (adds, differentiates) = (Gemm { adds: true, ..PLAIN }, Gemm { differentiates: true, ..gated });
+        for gemm in [PLAIN, adds, gated, Gemm { keeps: true, ..gated }, differentiates] {
+            for (fp8, tile) in [false, true].into_iter().flat_map(|fp8| TILES.iter().map(move |tile| (fp8, *tile))) {
+                let gemm = Gemm { fp8, ..gemm };
+                let scales = if fp8 { 2 * (tile + 64) * 4 } else { 0 };
+                let bytes = shared(gemm, tile) + 256 + scales;
+                assert!(bytes <= SHARED, "{bytes} for {tile} tokens, {gemm:?}");
+                let (chunk, places) = chunks(gemm, tile);
+                assert!(places >= 2 && tile % chunk == 0 && chunk >= 16, "{chunk} of {tile} tokens, {gemm:?}");
             }
         }
     }
@@ -199,7 +256,7 @@ mod tests {
     #[test]
     fn tiles_fill_whole_rounds() {
         for (tokens, expected) in [(8448, 256), (6676, 240), (4096, 240), (2560, 192)] {
-            assert_eq!(tile(PLAIN, [tokens, 3584], 132).tokens, expected, "{tokens}");
+            assert_eq!(tile(PLAIN, [tokens, 3584], 132), expected, "{tokens}");
         }
     }
 }

@@ -4,6 +4,7 @@
 
 mod ampere;
 mod dispatch;
+mod fp8;
 mod gemm;
 mod gemv;
 mod hopper;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use dispatch::Gated;
 pub(super) use dispatch::gates;
+pub(crate) use fp8::{Fp8, has_fp8};
 pub use gemm::Gates;
 pub(crate) use gemm::Gemm;
 pub(super) use library::WORKSPACE;

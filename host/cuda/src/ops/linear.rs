@@ -3,18 +3,19 @@
 //! Linears that read the same value are one matmul with stacked weights `[[W, s·B], [A, 0]]`: `u = x·Aᵀ` lies behind x's columns,
 //! and `[x, u] · [W, s·B]ᵀ` is the adapted output of all of them. Backward, `v = dy·s·B` lies behind dy's columns, and
 //! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition; a gated activation of two is computed
-//! where their matmul ends. Where W is kept in other numbers, the steps that need it make the stack first.
+//! where their matmul ends. Where W is kept in nf4, the steps that need it make the stack first. Where it is kept in e4m3, matmuls read x
+//! and dy as e4m3 too, which a step before makes of them, and end with LoRA's part, of u and v.
 
 use dpo_plugin_api::graph::Node;
 
 use super::activation::Activation;
 use super::glu::Glu;
 use super::lora::{Lora, Matrices};
-use super::nf4;
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix, Member,
-    NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix,
+    Member, Operands, Recompute, Slice, Stack, Step, Variant, View,
 };
+use super::{fp8, nf4};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
 
@@ -64,7 +65,7 @@ fn same_input(a: &Node, b: &Node) -> bool {
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let (node, rank) = (&l.nodes[index], l.rank(index));
     let numbers = l.numbers();
-    if ![NUMBERS, Numbers::Nf4].contains(&numbers) {
+    if numbers == Numbers::F32 {
         return Err(Error::input(format!("linears kept as {numbers:?} have no CUDA kernel")));
     }
     let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else {
@@ -113,7 +114,7 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         l.leave(index, vec![x]);
         lora.into_iter().try_for_each(|step| l.push(step))?;
         let [gate, up] = [0, activation.width].map(|column| both.part(column, activation.width));
-        let step = Step::new("matmul", [x.with(own.rank)], [both, h], GatedForward(own, activation));
+        let step = Step::new("matmul", own.operands(l, x)?, [both, h], GatedForward(own, activation));
         let step = step.optional(&[0]).or_cheaper(Step::new("glu", [gate, up], [h], Glu(activation)));
         return l.push(step.costs(own.cost(), Recompute::Matmul));
     }
@@ -129,7 +130,8 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     };
     l.leave(index, vec![x]);
     lora.into_iter().try_for_each(|step| l.push(step))?;
-    let reads: Vec<Slice> = [x.with(own.rank)].into_iter().chain(residual).collect();
+    let mut reads = own.operands(l, x)?;
+    reads.extend(residual);
     let run = Forward { own, adds: residual.is_some() };
     l.push(Step::new("matmul", reads, [y], run).costs(own.cost(), Recompute::Matmul))
 }
@@ -181,6 +183,9 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let mut reads = vec![dy];
     reads.extend((own.rank > 0).then(|| x.with(own.rank)));
     reads.extend(last);
+    if own.is_fp8() {
+        reads.push(fp8::quantized(l, dy, Some(own.stack))?);
+    }
     let mut writes = vec![dx];
     writes.extend((own.rank > 0).then(|| dy.behind(own.rank)));
     let in_place = if own.rank > 0 { &[(0, 2)] } else { &[(0, 1)] };
@@ -200,7 +205,63 @@ fn gated_input(l: &Lowering<'_>, index: usize, members: &[usize]) -> Result<Opti
 
 impl Linears {
     fn cost(&self) -> Cost {
-        Cost::Matmul((self.inputs + self.rank) * (self.outputs + self.rank))
+        let all = (self.inputs + self.rank) * (self.outputs + self.rank);
+        // Tensor cores multiply e4m3 twice as fast.
+        Cost::Matmul(if self.is_fp8() { all / 2 } else { all })
+    }
+
+    fn is_fp8(&self) -> bool {
+        self.numbers == Numbers::Fp8
+    }
+
+    /// What a matmul reads of x, with u behind it: both in one, or, in e4m3, codes and then u, where there is an adapter.
+    fn operands(&self, l: &mut Lowering<'_>, x: Slice) -> Result<Vec<Slice>> {
+        if !self.is_fp8() {
+            return Ok(vec![x.with(self.rank)]);
+        }
+        let codes = fp8::quantized(l, x, None)?;
+        Ok([codes].into_iter().chain((self.rank > 0).then(|| x.behind(self.rank))).collect())
+    }
+
+    /// How many those are.
+    fn count(&self) -> usize {
+        1 + usize::from(self.is_fp8() && self.rank > 0)
+    }
+
+    /// A product of W in e4m3 and of x's codes, with u behind.
+    fn fp8(&self, on: &Launch<'_>, reads: &[View]) -> Option<Fp8> {
+        let (stack, rank) = (self.stack(on), if on.adapted { self.rank } else { 0 });
+        let Matrix::Fp8(w) = &stack.w else { return None };
+        let u = reads.get(1).copied().unwrap_or(reads[0]);
+        Some(Fp8 { x: reads[0], w: (w.codes, w.ld), scales: w.scales, u, l: stack.sb, rank })
+    }
+
+    /// One of its transpose and of dy's codes, which were multiplied by its scales, with v.
+    fn fp8_vjp(&self, on: &Launch<'_>, codes: View, v: View) -> Result<Fp8> {
+        let stack = self.stack(on);
+        let Matrix::Fp8(w) = &stack.w else { return Err(Error::run("W is not in e4m3")) };
+        let w = fp8::transposed(on, w, [self.outputs, self.inputs])?;
+        Ok(Fp8 { x: codes, w, scales: 0, u: v, l: stack.a, rank: self.rank })
+    }
+
+    /// Of what a backward step reads, dy's codes, and what it reads whatever W is kept as.
+    fn codes<'a, T>(&self, reads: &'a [T]) -> (Option<&'a T>, &'a [T]) {
+        match reads {
+            [reads @ .., codes] if self.is_fp8() => (Some(codes), reads),
+            _ => (None, reads),
+        }
+    }
+
+    /// A row of the product, of what the step reads of x.
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], row: usize) -> Vec<f32> {
+        let mut x = on.row(&reads[0], row);
+        if self.is_fp8() {
+            x = fp8::emulated::unpack(&x, self.inputs);
+            x.extend((1..self.count()).flat_map(|u| on.row(&reads[u], row)));
+        }
+        let stack = on.stack(self.stack);
+        (0..self.outputs).map(|o| dot(stack.row(o), &x)).collect()
     }
 
     fn lora(&self) -> Lora {
@@ -218,6 +279,7 @@ impl Linears {
         match &stack.w {
             Matrix::Bf16(whole) => Ok(*whole),
             Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank), self.ld),
+            Matrix::Fp8(_) => Err(Error::run("W in e4m3 is read as it is kept")),
         }
     }
 
@@ -253,9 +315,7 @@ impl Execute for LoraA {
 
 impl Execute for Forward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        let (adds, biased) = (self.adds, self.own.bias);
-        let gemm = Gemm { adds, biased, ..Gemm::PLAIN }.variants(capability);
-        gemm.into_iter().chain(self.own.variants()).collect()
+        self.gemm().variants(capability).into_iter().chain(self.own.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -270,7 +330,16 @@ impl Execute for Forward {
         matmul.b_transposed = true;
         matmul.add = self.adds;
         matmul.bias = own.bias;
-        let c = reads.get(1).copied().unwrap_or(d);
+        let c = reads.get(own.count()).copied().unwrap_or(d);
+        if let Some(product) = own.fp8(on, reads) {
+            return product.launch(
+                self.gemm(),
+                on.for_matmuls(),
+                [on.rows, own.outputs, own.inputs],
+                [c, d],
+                stack.bias,
+            );
+        }
         on.matmul(matmul, Operands { a: reads[0], b: own.whole(on)?, c, d, bias: stack.bias })
     }
 
@@ -278,10 +347,11 @@ impl Execute for Forward {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = self.own;
         for row in 0..on.rows() {
-            let x = on.row(&reads[0], row);
-            let mut y = reads.get(1).map_or_else(|| vec![0.0; own.outputs], |r| on.row(r, row));
-            let stack = on.stack(own.stack);
-            (0..own.outputs).for_each(|o| y[o] += stack.bias[o] + dot(stack.row(o), &x));
+            let mut y = own.emulate(on, reads, row);
+            let residual = reads.get(own.count()).map(|r| on.row(r, row));
+            let bias = &on.stack(own.stack).bias;
+            y.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+            y.iter_mut().zip(residual.iter().flatten()).for_each(|(y, add)| *y += add);
             on.write(&writes[0], row, &y);
         }
     }
@@ -289,19 +359,24 @@ impl Execute for Forward {
 
 impl Execute for GatedForward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        self.1.gated().variants(capability).into_iter().chain(self.0.variants()).collect()
+        self.1.gated().variants(self.0.is_fp8(), capability).into_iter().chain(self.0.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.0, self.0.stack(on));
         let rank = if on.adapted { own.rank } else { 0 };
+        if let Some(product) = own.fp8(on, reads) {
+            let (both, gated) = (writes[0].wanted(), self.1.gated());
+            return product.launch_gated(gated, on.for_matmuls(), [on.rows, own.inputs], both, writes[1]);
+        }
         let k = own.inputs + rank;
         // A token of an answer. A batch of one row that is trained is computed as it is again, with gate and up: with the same bits.
         if on.rows == 1 && on.cache.is_some() {
-            return match &stack.w {
-                Matrix::Bf16(w) => self.1.gated().start_gemv(on.for_matmuls(), k, [reads[0], *w], writes[1]),
-                Matrix::Nf4(w) => nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]),
-            };
+            match &stack.w {
+                Matrix::Bf16(w) => return self.1.gated().start_gemv(on.for_matmuls(), k, [reads[0], *w], writes[1]),
+                Matrix::Nf4(w) => return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]),
+                Matrix::Fp8(_) => {}
+            }
         }
         let (x, weights) = (reads[0], own.whole(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
@@ -311,9 +386,7 @@ impl Execute for GatedForward {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (own, width) = (self.0, self.1.width);
         for row in 0..on.rows() {
-            let x = on.row(&reads[0], row);
-            let stack = on.stack(own.stack);
-            let both: Vec<f32> = (0..own.outputs).map(|o| dot(stack.row(o), &x)).collect();
+            let both = own.emulate(on, reads, row);
             let h: Vec<f32> = (0..width).map(|i| self.1.at(both[i]).0 * both[width + i]).collect();
             on.write(&writes[0], row, &both);
             on.write(&writes[1], row, &h);
@@ -321,17 +394,30 @@ impl Execute for GatedForward {
     }
 }
 
+impl Forward {
+    fn gemm(&self) -> Gemm {
+        Gemm { adds: self.adds, biased: self.own.bias, fp8: self.own.is_fp8(), ..Gemm::PLAIN }
+    }
+}
+
+impl Backward {
+    fn gemm(&self) -> Gemm {
+        Gemm { weight_rows: false, adds: self.adds, fp8: self.own.is_fp8(), ..Gemm::PLAIN }
+    }
+}
+
 impl Execute for Backward {
     fn variants(&self, capability: u32) -> Vec<Variant> {
         let gemm = match self.gated {
-            Some(activation) => activation.gated().vjp_variants(capability),
-            None => Gemm { weight_rows: false, adds: self.adds, ..Gemm::PLAIN }.variants(capability),
+            Some(activation) => activation.gated().vjp_variants(self.own.is_fp8(), capability),
+            None => self.gemm().variants(capability),
         };
         gemm.into_iter().chain(self.own.lora().variant(capability)).chain(self.own.variants()).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, stack) = (&self.own, self.own.stack(on));
+        let (codes, reads) = own.codes(reads);
         let (dy, dx) = (reads[0], writes[0]);
         let last = if let [_, v] = writes {
             let (x, v) = (reads[1], *v);
@@ -357,6 +443,16 @@ impl Execute for Backward {
         } else {
             reads.get(1)
         };
+        if let Some(codes) = codes {
+            let product = own.fp8_vjp(on, *codes, writes.get(1).copied().unwrap_or(dy))?;
+            let (matmuls, c) = (on.for_matmuls(), last.copied().unwrap_or(dx));
+            return match self.gated {
+                Some(activation) => {
+                    product.launch_gated_vjp(activation.gated(), matmuls, [on.rows, own.outputs], [c, dx])
+                }
+                None => product.launch(self.gemm(), matmuls, [on.rows, own.inputs, own.outputs], [c, dx], 0),
+            };
+        }
         let weights = own.whole(on)?;
         if let (Some(activation), Some(both)) = (self.gated, last) {
             return activation.gated().launch_vjp(
@@ -375,9 +471,11 @@ impl Execute for Backward {
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = self.own;
+        let (codes, reads) = own.codes(reads);
         let last = if own.rank > 0 { reads.get(2) } else { reads.get(1) };
         for row in 0..on.rows() {
             let mut dy = on.row(&reads[0], row);
+            let codes = codes.map(|codes| fp8::emulated::unpack(&on.row(codes, row), own.outputs));
             let x = if own.rank > 0 { on.row(&reads[1], row) } else { Vec::new() };
             let before = last.filter(|_| self.adds);
             let mut dx = before.map_or_else(|| vec![0.0; own.inputs], |b| on.row(b, row));
@@ -388,6 +486,10 @@ impl Execute for Backward {
                 (0..own.inputs).for_each(|i| stack.gradients[0][r * own.inputs + i] += v[r] * x[i]);
                 let u = x[own.inputs + r];
                 (0..own.outputs).for_each(|o| stack.gradients[1][r * own.outputs + o] += u * dy[o]);
+            }
+            // Codes are of dy times the scales of W.
+            if let Some(codes) = codes {
+                dy = codes.iter().zip(&stack.scales).map(|(code, scale)| code / scale).collect();
             }
             dy.extend(&v);
             for (o, d) in dy.iter().enumerate() {

@@ -7,6 +7,7 @@ mod attention;
 mod attention_decode;
 mod cat;
 mod embedding;
+pub(super) mod fp8;
 mod gather;
 mod glu;
 mod linear;
@@ -24,11 +25,11 @@ use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
-use super::matmul::{Gated, Gemm, Matmul, Operands, WORKSPACE};
+use super::matmul::{Fp8, Gated, Gemm, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack};
+use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, Stack, transposed_ld};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 
@@ -63,6 +64,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
+    &fp8::SOURCE,
     &lora::SOURCE,
     &narrow::SOURCE,
     &nf4::SOURCE,

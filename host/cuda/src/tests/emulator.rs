@@ -12,6 +12,7 @@ use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::super::weights::{Layout, Stack};
 use dpo_core::batch::Batch;
+use dpo_core::fp8::{dequantize_rows, quantize_rows};
 use dpo_core::lora::Adapter;
 use dpo_core::nf4::{BLOCK, SCALE_BLOCK, SCALES, VALUES, quantize};
 use dpo_core::ops::answer_mask::AnswerMask;
@@ -24,6 +25,8 @@ use half::bf16;
 pub(crate) struct StackValues {
     weights: Vec<f32>,
     columns: usize,
+    /// Where W is in e4m3, the scale of every row.
+    pub scales: Vec<f32>,
     pub bias: Vec<f32>,
     pub gradients: [Vec<f32>; 2],
 }
@@ -313,7 +316,7 @@ impl StackValues {
     fn new(stack: &Stack, block: &Block, prefix: &str, layer: usize, adapter: &Adapter) -> StackValues {
         let columns = stack.inputs + stack.rank;
         let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
-        let mut bias = vec![0.0; stack.outputs];
+        let (mut bias, mut scales) = (vec![0.0; stack.outputs], Vec::new());
         // Where W is kept in nf4, its bytes as they lie on a card.
         let layout = (stack.numbers == Numbers::Nf4).then(|| stack.nf4());
         let mut bytes = vec![0; stack.bytes()];
@@ -325,6 +328,12 @@ impl StackValues {
                 } else if let Some(layout) = &layout {
                     layout.write(&mut bytes, at, &quantize(&values));
                 } else {
+                    let mut values = values;
+                    if stack.numbers == Numbers::Fp8 {
+                        let (codes, own) = quantize_rows(&values, stack.inputs);
+                        dequantize_rows(&codes, &own, stack.inputs, &mut values);
+                        scales.extend(own);
+                    }
                     for (row, values) in values.chunks(stack.inputs).enumerate() {
                         weights[(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
                     }
@@ -356,7 +365,7 @@ impl StackValues {
             }
         }
         let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
-        StackValues { weights, columns, bias, gradients }
+        StackValues { weights, columns, scales, bias, gradients }
     }
 
     pub(crate) fn row(&self, row: usize) -> &[f32] {

@@ -1,11 +1,13 @@
 //! Frozen weights on the GPU, as the steps of a program read them: stacked matrices, vectors, tables. Where layers lie, all here
 //! or a part on every rank, in host memory, is said in `store` and `streamed`; how they are loaded, in `loading` beside this room.
 
+mod fp8;
 mod nf4;
 mod stack;
 mod store;
 mod streamed;
 
+pub(crate) use fp8::{LoadedFp8, transposed_ld};
 #[cfg(test)]
 pub(crate) use nf4::Layout;
 pub(crate) use nf4::LoadedNf4;

@@ -3,6 +3,7 @@
 
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
+use super::fp8::{self, LoadedFp8, transposed_ld};
 use super::nf4::{Layout, LoadedNf4};
 use dpo_core::storage::Numbers;
 
@@ -51,6 +52,14 @@ pub(crate) enum Matrix {
     /// `[[W, s·B], [A, 0]]`, with A and s·B in it.
     Bf16(View),
     Nf4(LoadedNf4),
+    Fp8(LoadedFp8),
+}
+
+impl Matrix {
+    /// Of one in e4m3, where the scales of its rows lie; else nowhere.
+    pub(crate) fn scales(&self) -> Address {
+        if let Matrix::Fp8(w) = self { w.scales } else { 0 }
+    }
 }
 
 impl Stack {
@@ -74,6 +83,7 @@ impl Stack {
     pub(crate) fn bytes(&self) -> usize {
         match self.numbers {
             Numbers::Nf4 => self.nf4().bytes(),
+            Numbers::Fp8 => self.fp8().bytes(),
             _ => self.whole_bytes(),
         }
     }
@@ -89,9 +99,13 @@ impl Stack {
         }
     }
 
-    /// Bytes of `[[W, s·B], [A, 0]]` where that is made before it is read; else none.
+    /// Bytes of what is made of it before it is read: of nf4 `[[W, s·B], [A, 0]]`, of e4m3 W transposed.
     pub(crate) fn made_bytes(&self) -> usize {
-        if self.numbers == NUMBERS { 0 } else { self.whole_bytes() }
+        match self.numbers {
+            NUMBERS => 0,
+            Numbers::Fp8 => self.inputs * transposed_ld(self.outputs),
+            _ => self.whole_bytes(),
+        }
     }
 
     fn whole_bytes(&self) -> usize {
@@ -106,6 +120,7 @@ impl Stack {
                 let w = Matrix::Nf4(self.nf4().at(w, members));
                 (w, view(a, self.inputs), view(sb, self.rank))
             }
+            Numbers::Fp8 => (Matrix::Fp8(self.fp8().at(w)), view(a, self.inputs), view(sb, self.rank)),
             _ => {
                 let whole = view(w, self.ld());
                 (Matrix::Bf16(whole), whole.row(self.outputs), whole.column(self.inputs))
@@ -117,6 +132,11 @@ impl Stack {
     /// Where codes and scales of W lie among its bytes.
     pub(crate) fn nf4(&self) -> Layout {
         Layout::new(self.inputs, self.members.iter().map(|m| m.width))
+    }
+
+    /// Where codes and scales of W lie where that is kept in e4m3.
+    pub(crate) fn fp8(&self) -> fp8::Layout {
+        fp8::Layout::new(self.inputs, self.outputs)
     }
 
     /// Bytes of its bias.
