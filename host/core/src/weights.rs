@@ -12,6 +12,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::memory::in_huge_pages;
 use crate::nf4::Nf4;
 use crate::progress;
 use crate::quantized::{self, Method, Parts};
@@ -281,7 +282,6 @@ impl Checkpoint {
         match self.raw(prefix, weight)? {
             (DType::BF16, bytes) if weight.shape.len() > 1 => {
                 let mut values = Vec::with_capacity(bytes.len() / 2);
-                #[cfg(target_os = "linux")]
                 in_huge_pages(&mut values);
                 values.extend(bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)));
                 self.leave(prefix, weight, 0..bytes.len());
@@ -459,19 +459,6 @@ fn safetensors_type(dtype: DType) -> Dtype {
         DType::BF16 => Dtype::BF16,
         DType::F16 => Dtype::F16,
         _ => Dtype::F32,
-    }
-}
-
-/// Asks the system to back memory that nothing was written to yet with pages of 2 MiB, as far as they lie in it. Numbers that are
-/// read from end to end for every token otherwise wait for the addresses of many small ones.
-#[cfg(target_os = "linux")]
-fn in_huge_pages<T>(room: &mut Vec<T>) {
-    const HUGE: usize = 1 << 21;
-    let (start, bytes) = (room.as_mut_ptr() as usize, room.capacity() * size_of::<T>());
-    let (first, end) = (start.next_multiple_of(HUGE), (start + bytes) / HUGE * HUGE);
-    if first < end {
-        // SAFETY: these addresses are of `room` alone, and the advice changes no value there. One that is not taken costs nothing.
-        unsafe { libc::madvise(first as *mut libc::c_void, end - first, libc::MADV_HUGEPAGE) };
     }
 }
 

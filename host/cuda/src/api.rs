@@ -82,6 +82,8 @@ table! {
     cuMemFree_v2(u64) -> Status;
     cuMemHostAlloc(*mut Handle, usize, c_uint) -> Status;
     cuMemFreeHost(Handle) -> Status;
+    cuMemHostRegister_v2(*mut c_void, usize, c_uint) -> Status;
+    cuMemHostUnregister(*mut c_void) -> Status;
     cuMemGetInfo_v2(*mut usize, *mut usize) -> Status;
     cuMemcpyAsync(u64, u64, usize, Handle) -> Status;
     cuMemcpyDtoHAsync_v2(*mut c_void, u64, usize, Handle) -> Status;

@@ -370,7 +370,7 @@ impl Footprint {
         let weights = if place == Weights::Host { self.weights } else { 0 };
         let inputs = self.host_inputs(tokens, answers).filter(|_| offload).unwrap_or(0);
         let bus = (weights + inputs) as f64 * MATMUL_PER_BUS_BYTE / all;
-        passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again
+        (passes.into_iter().map(|pass| pass.max(bus)).sum::<f64>() - 1.0 - again).max(0.0)
     }
 
     /// Arranges a batch for a forward pass that has no backward pass.

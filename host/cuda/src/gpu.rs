@@ -10,6 +10,7 @@ use std::ptr;
 use super::api::{self, Driver, Handle, Status};
 use super::libraries;
 use dpo_core::error::{Error, Result};
+use dpo_core::memory::zeros;
 use dpo_core::progress;
 
 /// An address on the device, or in host memory that the device can read.
@@ -52,7 +53,8 @@ pub struct Kernel {
 pub struct Memory {
     pub address: Address,
     pub bytes: usize,
-    on_host: bool,
+    /// What it lies in, where that is the host's.
+    host: Option<Vec<u64>>,
     driver: &'static Driver,
 }
 
@@ -68,6 +70,9 @@ pub(super) struct SideStream {
     pub(super) stream: Handle,
     event: Handle,
 }
+
+/// Bytes of a page of the host's memory, which what is pinned begins at.
+const PAGE: usize = 4096;
 
 /// Arguments of a kernel, laid out one after the other.
 #[derive(Default)]
@@ -337,18 +342,18 @@ impl Gpu {
         // SAFETY: the context is current; the memory is written before it is read.
         done("allocating memory", unsafe { (self.driver.cuMemAlloc_v2)(&mut address, bytes.max(256)) })
             .map_err(|e| e.help(format!("{} were asked for", dpo_core::memory::size(bytes))))?;
-        Ok(Memory { address, bytes, on_host: false, driver: self.driver })
+        Ok(Memory { address, bytes, host: None, driver: self.driver })
     }
 
-    /// Host memory that only the device reads and writes.
+    /// Host memory that only the device reads and writes. The driver would take ten times as long to allocate as much, page by page.
     pub(super) fn allocate_on_host(&self, bytes: usize) -> Result<Memory> {
-        let mut start = ptr::null_mut();
-        // SAFETY: the context is current; writes one address. The memory is written before it is read.
-        done("allocating pinned memory", unsafe { (self.driver.cuMemHostAlloc)(&mut start, bytes.max(256), 0) })
-            .map_err(|e| {
-                e.help(format!("{} were asked for; `ulimit -l` may limit them", dpo_core::memory::size(bytes)))
-            })?;
-        Ok(Memory { address: start as Address, bytes, on_host: true, driver: self.driver })
+        let bytes = bytes.next_multiple_of(PAGE);
+        let mut host = zeros((bytes + PAGE) / size_of::<u64>());
+        let address = (host.as_mut_ptr() as Address).next_multiple_of(PAGE as Address);
+        // SAFETY: the memory is `host`'s, which is kept, is written by the device alone, and is unregistered before it is freed.
+        done("pinning host memory", unsafe { (self.driver.cuMemHostRegister_v2)(address as Handle, bytes, 0) })
+            .map_err(|e| e.help(format!("{} were to be pinned", dpo_core::memory::size(bytes))))?;
+        Ok(Memory { address, bytes, host: Some(host), driver: self.driver })
     }
 
     /// Host memory that the device can read.
@@ -538,12 +543,12 @@ impl Gpu {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: allocated by the function that belongs to it, freed once. An error here means that the context is gone, and the
+        // SAFETY: allocated or registered by the function that belongs to it, freed once. An error here means that the context is gone, and the
         // memory with it.
         let _ = unsafe {
-            match self.on_host {
-                true => (self.driver.cuMemFreeHost)(self.address as Handle),
-                false => (self.driver.cuMemFree_v2)(self.address),
+            match self.host {
+                Some(_) => (self.driver.cuMemHostUnregister)(self.address as Handle),
+                None => (self.driver.cuMemFree_v2)(self.address),
             }
         };
     }

@@ -14,10 +14,10 @@ use super::ops::nf4::random as random_codes;
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, Layout, LoadedNf4, Matrix, NUMBERS, Stack};
+use super::weights::{BlockWeights, LayerStore, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
-use dpo_core::nf4::quantize;
+use dpo_core::nf4::{Nf4, quantize};
 use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
 
@@ -63,6 +63,8 @@ struct Loader<'a> {
     source: &'a Source<'a>,
     stages: [Pinned; 2],
     at: usize,
+    /// Of the tensor that is quantised.
+    values: Vec<f32>,
     seed: u32,
     progress: &'a ProgressBar,
 }
@@ -166,7 +168,7 @@ impl Weights {
             gpu.zero(memory.address, memory.bytes)?;
         }
         let stages = [gpu.pinned(STAGE)?, gpu.pinned(STAGE)?];
-        let mut loader = Loader { gpu, kernels, source, stages, at: 0, seed: 0, progress };
+        let mut loader = Loader { gpu, kernels, source, stages, at: 0, values: Vec::new(), seed: 0, progress };
         let mut next_gradient = gradients.address;
         let (mut layers, mut head) = (Vec::new(), BlockWeights::default());
         for (id, prefix, nodes) in blocks(graph) {
@@ -301,7 +303,7 @@ impl Loader<'_> {
                 loaded.bias = arena.take(stack.bias_bytes())?;
             }
             if let Matrix::Nf4(w) = &loaded.w {
-                self.gpu.upload(Layout::of(stack).members.as_flattened(), places[2])?;
+                self.gpu.upload(stack.nf4().members.as_flattened(), places[2])?;
                 self.nf4(prefix, nodes, stack, w)?;
             }
             for member in &stack.members {
@@ -328,7 +330,7 @@ impl Loader<'_> {
 
     /// W of a stack, quantised here unless it is random; all of it is sent at once.
     fn nf4(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedNf4) -> Result<()> {
-        let layout = Layout::of(stack);
+        let layout = stack.nf4();
         if matches!(self.source, Source::Random) {
             self.seed += 1;
             random_codes(self.gpu, self.kernels, (w.codes, layout.groups.start), self.seed)?;
@@ -337,27 +339,26 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            let weight = weight(&nodes[member.node], "weight")?;
-            let published = match self.source {
-                Source::Checkpoint(checkpoint) => checkpoint.nf4(prefix, weight)?,
-                Source::Random | Source::Given(_) => None,
-            };
-            let codes = published.map_or_else(|| Ok(quantize(&self.values(prefix, weight)?)), Ok::<_, Error>)?;
-            layout.write(&mut bytes, at, &codes);
+            layout.write(&mut bytes, at, &self.codes(prefix, weight(&nodes[member.node], "weight")?)?);
         }
         self.gpu.upload(&bytes, w.codes)
     }
 
-    /// A weight's values, as they are in bf16.
-    fn values(&self, prefix: &str, weight: &Weight) -> Result<Vec<f32>> {
-        let mut values = vec![0.0; weight.shape.iter().product()];
+    /// A weight's codes: the checkpoint's own, or made of its values as they are in bf16.
+    fn codes(&mut self, prefix: &str, weight: &Weight) -> Result<Nf4> {
+        let values = &mut self.values;
+        values.resize(weight.shape.iter().product(), 0.0);
         match self.source {
             Source::Checkpoint(checkpoint) => {
+                if let Some(codes) = checkpoint.nf4(prefix, weight)? {
+                    self.progress.inc(codes.codes.len() as u64);
+                    return Ok(codes);
+                }
                 let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
                 match dtype {
-                    DType::BF16 => each(&mut values, &bytes, bf16::from_le_bytes),
-                    DType::F16 => each(&mut values, &bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
-                    _ => each(&mut values, &bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
+                    DType::BF16 => each(values, &bytes, bf16::from_le_bytes),
+                    DType::F16 => each(values, &bytes, |b| bf16::from_f32(f16::from_le_bytes(b).to_f32())),
+                    _ => each(values, &bytes, |b| bf16::from_f32(f32::from_le_bytes(b))),
                 }
                 self.progress.inc(bytes.len() as u64);
             }
@@ -367,7 +368,7 @@ impl Loader<'_> {
             }
             Source::Random => {}
         }
-        Ok(values)
+        Ok(quantize(values))
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.

@@ -35,6 +35,11 @@ const LOST_CHUNK_TOKENS: f64 = 130.0;
 /// What rows of the embedding table from host memory cost, as a share of a step.
 const HOST_EMBEDDING_COST: f64 = 0.005;
 
+/// Where layers fit on the GPU, their time in host memory has to be so much of that to be preferred, even if a step has no more tokens than
+/// [`FEW_TOKENS`], which hide fewer copies than a full micro-batch.
+const FASTER: f64 = 0.95;
+const FEW_TOKENS: usize = 4096;
+
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
 pub(super) const CONTEXT: usize = 640 << 20;
 
@@ -122,7 +127,8 @@ pub struct GpuPlan {
 
 impl GpuPlan {
     /// Plans pairs of up to `longest` tokens, at most `answers` of every token an answer's, with the layers sharded over so many
-    /// `ranks`; refuses what does not fit. Layers that do not fit otherwise stay in host memory, unless options say that none does.
+    /// `ranks`; refuses what does not fit. Layers stay in host memory where they do not fit otherwise, or where that is clearly faster,
+    /// unless options say which.
     pub fn new(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -133,18 +139,23 @@ impl GpuPlan {
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
         let plan = |place| GpuPlan::with(graph, adapter, (longest, answers), room, place, options);
-        match (ranks, options.offload_base) {
+        let (_, plan) = match (ranks, options.offload_base) {
             (1, Some(true)) => plan(Place::Host),
             (1, Some(false)) => plan(Place::Resident),
-            (1, None) => plan(Place::Resident).or_else(|e| plan(Place::Host).map_err(|_| e)),
+            (1, None) => match (plan(Place::Resident), plan(Place::Host)) {
+                (Ok((here, _)), Ok((cost, host))) if cost < here * FASTER => Ok((cost, host)),
+                (Err(_), Ok(host)) => Ok(host),
+                (here, _) => here,
+            },
             (_, Some(true)) => Err(Error::input("layers are either sharded over ranks or in host memory")
                 .at("--offload-base")
                 .help("leave out --offload-base or --shard-base")),
             _ => plan(Place::Sharded(ranks)),
-        }
+        }?;
+        Ok(plan)
     }
 
-    /// Plans with the layers in this place.
+    /// Plans with the layers in this place; with it the time of a token, to compare places.
     fn with(
         graph: &ModelGraph,
         adapter: &Adapter,
@@ -152,7 +163,7 @@ impl GpuPlan {
         room: Room,
         place: Place,
         options: MemoryOptions,
-    ) -> Result<GpuPlan> {
+    ) -> Result<(f64, GpuPlan)> {
         let numbers = match options.quantization {
             None => NUMBERS,
             Some(Quantization::Nf4) => Numbers::Nf4,
@@ -291,7 +302,13 @@ impl GpuPlan {
                 }
             }
         }
-        best.map(|(_, plan)| plan).ok_or_else(|| {
+        let cost = |plan: &GpuPlan| {
+            let few = plan.micro_batch_tokens.min(FEW_TOKENS);
+            let batch = (few, answer_tokens(few, answers));
+            let waits = footprint.waits(batch, plan.again, 1.0, (layers.place, plan.offloads()));
+            (1.0 + plan.again + waits) * (1.0 + LOST_TOKENS / plan.micro_batch_tokens as f64)
+        };
+        best.map(|(_, plan)| (cost(&plan), plan)).ok_or_else(|| {
             Error::input(format!(
                 "{} and needs {} on the GPU, there are {}: weights {}, adapter {}",
                 of_tokens(longest, longest.max(fixed.unwrap_or(0))),

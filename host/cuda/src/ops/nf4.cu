@@ -86,6 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMET
 }
 
 #define ROWS 2  // rows of W that a warp has at once
+#define WARPS (THREADS / 32)
 
 // The products of x [inputs] with rows of W, in f32, and those of u behind it with s·B; to every lane. A lane reads WORDS words of
 // codes at once, which are of one block.
@@ -146,16 +147,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Nf4 w = NF4;
     tables.fill();
     after_previous();
-    int first = (blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * ROWS, own = threadIdx.x % 32;
-    if (first >= outputs) return;
-    int rows[ROWS] = {first, first + 1};
-    float sum[ROWS];
-    products(sum, rows, w, sb, x, rank, tables);
-    if (own >= ROWS) return;
-    float all = own == 0 ? sum[0] : sum[1];
-    if (bias) all += to_float(bias[first + own]);
-    if (c) all += to_float(c[first + own]);
-    y[first + own] = to_bf16(all);
+    int own = threadIdx.x % 32;
+    for (int first = (blockIdx.x * WARPS + threadIdx.x / 32) * ROWS; first < outputs; first += gridDim.x * WARPS * ROWS) {
+        int rows[ROWS] = {first, first + 1};
+        float sum[ROWS];
+        products(sum, rows, w, sb, x, rank, tables);
+        if (own >= ROWS) continue;
+        float all = own == 0 ? sum[0] : sum[1];
+        if (bias) all += to_float(bias[first + own]);
+        if (c) all += to_float(c[first + own]);
+        y[first + own] = to_bf16(all);
+    }
 }
 
 // h = act(G x) (U x): W is [2 width, inputs], gate and then up.
@@ -165,12 +167,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Nf4 w = NF4;
     tables.fill();
     after_previous();
-    int width = outputs / 2, at = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;
-    if (at >= width) return;
-    int rows[ROWS] = {at, at + width};
-    float sum[ROWS];
-    products(sum, rows, w, sb, x, rank, tables);
-    if (threadIdx.x % 32 == 0) h[at] = to_bf16(activate(sum[0], activation, limit).value * sum[1]);
+    int width = outputs / 2;
+    for (int at = blockIdx.x * WARPS + threadIdx.x / 32; at < width; at += gridDim.x * WARPS) {
+        int rows[ROWS] = {at, at + width};
+        float sum[ROWS];
+        products(sum, rows, w, sb, x, rank, tables);
+        if (threadIdx.x % 32 == 0) h[at] = to_bf16(activate(sum[0], activation, limit).value * sum[1]);
+    }
 }
 
 // Random codes and scales, for benchmarks: words of random bits.

@@ -19,11 +19,11 @@ pub(crate) static SOURCE: Source = Source {
 
 const THREADS: u32 = 256;
 
-/// Rows that a block of `nf4_gemv` has, and of `nf4_gemv_gated`.
+/// Rows that a block of `nf4_gemv` has at once, and of `nf4_gemv_gated`.
 const ROWS: [usize; 2] = [16, 8];
 
-/// Blocks of threads that a multiprocessor gets, at most.
-const BLOCKS: usize = 16;
+/// Blocks of threads that a multiprocessor gets, at most: of `nf4_dequantize`, and of matmuls of one row.
+const BLOCKS: [usize; 2] = [32, 8];
 
 /// Its kernels, with what codes stand for.
 pub(super) fn variant() -> Variant {
@@ -40,7 +40,7 @@ pub(super) fn dequantized(
     ld: usize,
 ) -> Result<View> {
     let to = View { at: on.dequantized, ld: ld as i64 };
-    let blocks = (outputs + rank).min(on.gpu.multiprocessors * BLOCKS);
+    let blocks = (outputs + rank).min(on.gpu.multiprocessors * BLOCKS[0]);
     let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32);
     on.gpu.launch(on.kernels.get("nf4_dequantize")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)?;
     on.gpu.mark("dequantize")?;
@@ -55,7 +55,8 @@ pub(super) fn gemv(
     [x, c, y]: [View; 3],
 ) -> Result<()> {
     let args = w.args().with(stack.sb).with(x.at).with(c.at).with(stack.bias).with(y.at).with(rank as i32);
-    on.gpu.launch(on.kernels.get("nf4_gemv")?, [outputs.div_ceil(ROWS[0]), 1, 1], [THREADS, 1, 1], 0, args)
+    let blocks = outputs.div_ceil(ROWS[0]).min(on.gpu.multiprocessors * BLOCKS[1]);
+    on.gpu.launch(on.kernels.get("nf4_gemv")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)
 }
 
 /// Starts `h = act(G x) · (U x)` for one row.
@@ -67,7 +68,7 @@ pub(super) fn gemv_gated(
 ) -> Result<()> {
     let args = w.args().with(stack.sb).with(x.at).with(h.at).with(rank as i32);
     let args = args.with(activation.kind as i32).with(activation.limit);
-    let blocks = activation.width.div_ceil(ROWS[1]);
+    let blocks = activation.width.div_ceil(ROWS[1]).min(on.gpu.multiprocessors * BLOCKS[1]);
     on.gpu.launch(on.kernels.get("nf4_gemv_gated")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)
 }
 

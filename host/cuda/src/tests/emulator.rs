@@ -315,7 +315,7 @@ impl StackValues {
         let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
         let mut bias = vec![0.0; stack.outputs];
         // Where W is kept in nf4, its bytes as they lie on a card.
-        let layout = (stack.numbers == Numbers::Nf4).then(|| Layout::of(stack));
+        let layout = (stack.numbers == Numbers::Nf4).then(|| stack.nf4());
         let mut bytes = vec![0; stack.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
             for weight in &block.nodes[member.node].weights {

@@ -6,7 +6,9 @@ mod stack;
 mod store;
 mod streamed;
 
-pub(crate) use nf4::{Layout, LoadedNf4};
+#[cfg(test)]
+pub(crate) use nf4::Layout;
+pub(crate) use nf4::LoadedNf4;
 pub(crate) use stack::{LoadedStack, Matrix, Member, NUMBERS, Stack};
 pub(crate) use store::LayerStore;
 

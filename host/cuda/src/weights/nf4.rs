@@ -6,7 +6,6 @@ use std::ops::Range;
 
 use super::super::arena::aligned;
 use super::super::gpu::{Address, Args};
-use super::stack::Stack;
 use dpo_core::nf4::{BLOCK, Nf4, SCALE_BLOCK};
 
 /// Where a stack's codes and scales lie among its bytes.
@@ -36,11 +35,12 @@ pub(crate) struct LoadedNf4 {
 const GROUP: usize = 8;
 
 impl Layout {
-    pub(crate) fn of(stack: &Stack) -> Layout {
+    /// Of members of so many inputs, and so many outputs each.
+    pub(super) fn new(inputs: usize, outputs: impl Iterator<Item = usize>) -> Layout {
         let (mut blocks, mut groups, mut members) = (0, 0, Vec::new());
-        for member in &stack.members {
+        for width in outputs {
             members.push([blocks as i32, groups as i32]);
-            let own = (member.width * stack.inputs).div_ceil(BLOCK);
+            let own = (width * inputs).div_ceil(BLOCK);
             blocks += own;
             groups += own.div_ceil(SCALE_BLOCK);
         }
@@ -48,7 +48,7 @@ impl Layout {
         let first = aligned(codes.end);
         let scales = first..first + blocks;
         let first = aligned(scales.end);
-        Layout { codes, scales, groups: first..first + groups * GROUP, members, inputs: stack.inputs }
+        Layout { codes, scales, groups: first..first + groups * GROUP, members, inputs }
     }
 
     /// All bytes.

@@ -73,7 +73,7 @@ impl Stack {
     /// Bytes of W, and of what lies in it, among those of its layer.
     pub(crate) fn bytes(&self) -> usize {
         match self.numbers {
-            Numbers::Nf4 => Layout::of(self).bytes(),
+            Numbers::Nf4 => self.nf4().bytes(),
             _ => self.whole_bytes(),
         }
     }
@@ -103,7 +103,7 @@ impl Stack {
         let view = |at, ld: usize| View { at, ld: ld as i64 };
         let (w, a, sb) = match self.numbers {
             Numbers::Nf4 => {
-                let w = Matrix::Nf4(Layout::of(self).at(w, members));
+                let w = Matrix::Nf4(self.nf4().at(w, members));
                 (w, view(a, self.inputs), view(sb, self.rank))
             }
             _ => {
@@ -112,6 +112,11 @@ impl Stack {
             }
         };
         LoadedStack { w, a, sb, gradients: [0; 2], bias: 0 }
+    }
+
+    /// Where codes and scales of W lie among its bytes.
+    pub(crate) fn nf4(&self) -> Layout {
+        Layout::new(self.inputs, self.members.iter().map(|m| m.width))
     }
 
     /// Bytes of its bias.

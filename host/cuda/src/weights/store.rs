@@ -11,7 +11,7 @@ pub(crate) enum LayerStore {
     /// All lie where steps read them.
     Resident,
     /// They come from ranks or from host memory.
-    Streamed(Streamed),
+    Streamed(Box<Streamed>),
 }
 
 impl LayerStore {
@@ -33,8 +33,8 @@ impl LayerStore {
     pub(crate) fn new(gpu: &Gpu, storage: Storage, each: &[usize], rank: usize) -> Result<LayerStore> {
         Ok(match storage.place {
             Place::Resident => LayerStore::Resident,
-            Place::Sharded(ranks) => LayerStore::Streamed(Streamed::over_ranks(gpu, each, rank, ranks)?),
-            Place::Host => LayerStore::Streamed(Streamed::over_host(gpu, each)?),
+            Place::Sharded(ranks) => LayerStore::Streamed(Box::new(Streamed::over_ranks(gpu, each, rank, ranks)?)),
+            Place::Host => LayerStore::Streamed(Box::new(Streamed::over_host(gpu, each)?)),
         })
     }
 
