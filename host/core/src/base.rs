@@ -168,7 +168,7 @@ impl<'b> LayerStream<'b> {
         let at = self.wanted.ok_or_else(|| Error::run("a pass goes beyond its last block"))?;
         let block = match self.base {
             Base::Resident(blocks) => Cow::Borrowed(blocks.get(&at).map_or(&[][..], Vec::as_slice)),
-            Base::Streamed(streamed) => Cow::Owned(streamed.made.recv().map_err(|_| ended())??),
+            Base::Streamed(streamed) => Cow::Owned(streamed.next(at)?),
         };
         self.want_next()?;
         Ok(block)
@@ -201,10 +201,25 @@ fn ended() -> Error {
 /// A base whose blocks are made whole in a thread of its own.
 pub struct Streamed {
     wanted: Sender<BlockId>,
-    made: Receiver<Result<BlockWeights>>,
+    made: Receiver<Made>,
     quantization: Option<Quantization>,
     /// Whether ranks share it.
     shared: bool,
+}
+
+/// A block, made whole.
+type Made = (BlockId, Result<BlockWeights>);
+
+impl Streamed {
+    /// The block that was wanted. A pass that ended early has left others.
+    fn next(&self, at: BlockId) -> Result<BlockWeights> {
+        loop {
+            let (made, block) = self.made.recv().map_err(|_| ended())?;
+            if made == at || block.is_err() {
+                return block;
+            }
+        }
+    }
 }
 
 /// A weight as a rank keeps it.
@@ -234,11 +249,11 @@ struct Maker {
 
 impl Maker {
     /// Until nobody asks any more, or a rank is lost.
-    fn run(mut self, orders: &Receiver<BlockId>, delivery: &Sender<Result<BlockWeights>>) {
+    fn run(mut self, orders: &Receiver<BlockId>, delivery: &Sender<Made>) {
         for at in orders {
             let block = self.make(at);
             let failed = block.is_err();
-            if delivery.send(block).is_err() || failed {
+            if delivery.send((at, block)).is_err() || failed {
                 return;
             }
         }
@@ -269,5 +284,23 @@ impl Maker {
             }
         };
         self.blocks[&at].iter().map(|node| node.iter().map(&mut whole).collect()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_pass_has_left_is_not_the_next_ones() {
+        let ((wanted, _), (delivery, made)) = (channel(), channel());
+        let streamed = Streamed { wanted, made, quantization: None, shared: false };
+        let block = |value: f32| vec![vec![Tensor::new(value, &Device::Cpu).unwrap()]];
+        delivery.send((BlockId::Layer(3), Ok(block(3.0)))).unwrap();
+        delivery.send((BlockId::Embed, Ok(block(0.0)))).unwrap();
+        let next = streamed.next(BlockId::Embed).unwrap();
+        assert_eq!(next[0][0].to_scalar::<f32>().unwrap(), 0.0);
+        delivery.send((BlockId::Layer(0), Err(Error::run("lost")))).unwrap();
+        assert!(streamed.next(BlockId::Embed).is_err());
     }
 }

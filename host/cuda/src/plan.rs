@@ -37,7 +37,7 @@ const HOST_EMBEDDING_COST: f64 = 0.005;
 
 /// Where layers fit on the GPU, their time in host memory has to be so much of that to be preferred, even if a step has no more tokens than
 /// [`FEW_TOKENS`], which hide fewer copies than a full micro-batch.
-const FASTER: f64 = 0.95;
+const FASTER: f64 = 0.9;
 const FEW_TOKENS: usize = 4096;
 
 /// What a context, its kernels and cuBLASLt take on a card before anything is allocated.
