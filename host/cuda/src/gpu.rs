@@ -122,39 +122,21 @@ pub(super) struct TensorMap([u64; 16]);
 // SAFETY: 128 bytes that the driver wrote.
 unsafe impl Argument for TensorMap {}
 
-/// What a tensor map is of.
-#[derive(Clone, Copy)]
-pub(super) enum Elements {
-    Bf16,
-    /// Such as codes of e4m3.
-    Bytes,
-}
-
-impl Elements {
-    /// How many are in so many bytes.
-    pub(super) fn of(self, bytes: usize) -> usize {
-        match self {
-            Elements::Bf16 => bytes / 2,
-            Elements::Bytes => bytes,
-        }
-    }
-}
-
 impl TensorMap {
     /// bf16 `[rows, columns]` in boxes of so many; see [`encode`](Self::encode).
     pub(super) fn new(of: View, [rows, columns]: [usize; 2], [box_rows, box_columns]: [usize; 2]) -> Result<TensorMap> {
         let boxes = [box_columns as u32, box_rows as u32];
-        TensorMap::encode(of.at, Elements::Bf16, &[columns as u64, rows as u64], &[of.ld as u64 * 2], &boxes)
+        TensorMap::encode(of.at, 2, &[columns as u64, rows as u64], &[of.ld as u64 * 2], &boxes)
     }
 
-    /// Elements of some sizes, from the inner one out, the outer ones so many bytes apart; in boxes with rows of 64 or 128 bytes, which
-    /// are swizzled. What a box has beyond the matrix is zero.
+    /// Elements of two bytes, which are bf16, or of one, of some sizes, from the inner one out, the outer ones so many bytes apart; in boxes
+    /// with rows of 64 or 128 bytes, which are swizzled. What a box has beyond the matrix is zero.
     ///
     /// # Errors
     /// Rows that are no multiple of 16 bytes apart, or begin at no such address.
     pub(super) fn encode(
         at: Address,
-        elements: Elements,
+        element: u32,
         sizes: &[u64],
         strides: &[u64],
         boxes: &[u32],
@@ -162,12 +144,12 @@ impl TensorMap {
         if strides.len() + 1 != sizes.len() || boxes.len() != sizes.len() {
             return Err(Error::run("a matrix of as many sizes as it has not"));
         }
-        let kind = match elements {
-            Elements::Bf16 => api::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            Elements::Bytes => api::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        let kind = match element {
+            1 => api::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            _ => api::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         };
-        let swizzle = match boxes[0] as usize {
-            columns if columns == elements.of(128) => api::CU_TENSOR_MAP_SWIZZLE_128B,
+        let swizzle = match boxes[0] * element {
+            128 => api::CU_TENSOR_MAP_SWIZZLE_128B,
             _ => api::CU_TENSOR_MAP_SWIZZLE_64B,
         };
         let (driver, ones) = (libraries::table::<Driver>()?, vec![1_u32; sizes.len()]);

@@ -1,8 +1,8 @@
 //! Which kernel of our own computes a matmul on a card; they add a value, add a bias, or compute a gated activation where they end.
 
-use super::super::gpu::View;
+use super::super::gpu::{Address, View};
 use super::super::kernels::{Kernels, Variant};
-use super::{Gates, Gemm, On, Operands, ampere, hopper};
+use super::{Fp8, Gates, Gemm, On, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
 
@@ -94,6 +94,53 @@ impl Gated {
         let operands = Operands { a: x, b: weights, c: h, d: h, bias: 0 };
         ampere::launch(gemm, on, [m, 2 * width, k], operands, both, self.limit)
     }
+}
+
+impl Fp8 {
+    /// Starts a product of sizes `[m, n, k]`, with what `gemm` adds.
+    pub(crate) fn launch(
+        self,
+        gemm: Gemm,
+        on: On<'_>,
+        [m, n, k]: [usize; 3],
+        [c, d]: [View; 2],
+        bias: Address,
+    ) -> Result<()> {
+        let c = if gemm.adds { c } else { d };
+        hopper::launch_fp8(gemm, on, [m, n, k], self, [(c, n), (d, n)], (bias, 0.0))
+    }
+
+    /// As [`Gated::launch`].
+    pub(crate) fn launch_gated(
+        self,
+        gated: Gated,
+        on: On<'_>,
+        [m, k]: [usize; 2],
+        both: Option<View>,
+        h: View,
+    ) -> Result<()> {
+        let (gemm, width) = (Gemm { fp8: true, ..gated.gemm(both.is_some()) }, gated.width);
+        let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
+        hopper::launch_fp8(gemm, on, [m, width, k], self, stored, (0, gated.limit))
+    }
+
+    /// As [`Gated::launch_vjp`].
+    pub(crate) fn launch_gated_vjp(
+        self,
+        gated: Gated,
+        on: On<'_>,
+        [m, k]: [usize; 2],
+        [both, gradients]: [View; 2],
+    ) -> Result<()> {
+        let (gemm, width) = (Gemm { fp8: true, ..gated.vjp() }, gated.width);
+        let stored = [(both, 2 * width), (gradients, 2 * width)];
+        hopper::launch_fp8(gemm, on, [m, width, k], self, stored, (0, gated.limit))
+    }
+}
+
+/// Whether a card has a kernel for them.
+pub(crate) fn has_fp8(capability: u32) -> bool {
+    hopper::is_for(capability)
 }
 
 /// The gated activations that a card's matmuls compute. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of

@@ -1,5 +1,6 @@
 //! Matmuls of our own, as kernels are compiled for them.
 
+use super::super::gpu::{Address, View};
 use super::Matmul;
 use serde::Serialize;
 
@@ -29,6 +30,23 @@ pub struct Gates {
     pub forward: bool,
     /// The VJP of one, whose gradient a matmul makes.
     pub backward: bool,
+}
+
+/// What a product of e4m3 is of: `D = (X8 · W8ᵀ) · scales by row and by feature + U · op(L)`, whose last term, LoRA's, is of bf16.
+#[derive(Clone, Copy)]
+pub(crate) struct Fp8 {
+    /// Rows of codes `[m, k]`, each with its scale in f32 behind it.
+    pub x: View,
+    /// Codes `[n, k]`, and bytes from row to row.
+    pub w: (Address, usize),
+    /// An f32 of every row of W; none where they are 1.
+    pub scales: Address,
+    /// `[m, rank]`.
+    pub u: View,
+    /// `[n, rank]`, or `[rank, n]` where the kernel's `weight_rows` is false.
+    pub l: View,
+    /// 0 without an adapter.
+    pub rank: usize,
 }
 
 impl Gemm {

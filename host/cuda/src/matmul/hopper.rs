@@ -1,6 +1,6 @@
 //! The kernel for Hopper, `gemm_hopper.cu`: how it is compiled, and how its tiles are chosen.
 
-use super::super::gpu::{Address, Args, Elements, TensorMap, View};
+use super::super::gpu::{Address, Args, TensorMap, View};
 use super::super::kernels::{Source, Variant};
 use super::{Fp8, Gemm, On, Operands, gemm};
 use dpo_core::error::Result;
@@ -28,6 +28,10 @@ const TILES: &[usize] = &[256, 240, 224, 192];
 const DEPTH: usize = 64;
 const DEPTH_BYTES: usize = 128;
 const FEATURES: usize = 128;
+
+/// Bytes of a value, and of a code of e4m3.
+const BF16: u32 = 2;
+const CODE: u32 = 1;
 
 /// Shared memory of a block.
 const SHARED: usize = 227 << 10;
@@ -148,17 +152,17 @@ pub(super) fn launch_gated(
     h: View,
     limit: f32,
 ) -> Result<()> {
-    let weights = gate_and_up((weights.at, weights.ld as usize * 2), Elements::Bf16, [width, k])?;
+    let weights = gate_and_up((weights.at, weights.ld as usize * 2), BF16, [width, k])?;
     let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
     let x = |box_rows| TensorMap::new(x, [m, k], [box_rows, DEPTH]);
     start(gemm, on, [m, width, k], (&x, weights), stored, (0, limit), |args, _| Ok(args))
 }
 
 /// Rows of gate and of up, so many bytes from one to the next: eight of gate, then eight of up.
-fn gate_and_up((at, ld): (Address, usize), elements: Elements, [width, columns]: [usize; 2]) -> Result<TensorMap> {
+fn gate_and_up((at, ld): (Address, usize), element: u32, [width, columns]: [usize; 2]) -> Result<TensorMap> {
     let sizes = [columns, 8, 2, width / 8].map(|n| n as u64);
     let strides = [ld, width * ld, 8 * ld].map(|n| n as u64);
-    TensorMap::encode(at, elements, &sizes, &strides, &[elements.of(DEPTH_BYTES) as u32, 8, 2, 8])
+    TensorMap::encode(at, element, &sizes, &strides, &[DEPTH_BYTES as u32 / element, 8, 2, 8])
 }
 
 /// Starts the VJP of a gated activation of `width` columns, whose gradient is a product of sizes `[m, width, k]`.
@@ -192,14 +196,14 @@ pub(super) fn launch_fp8(
     let gated = gemm.gate.is_some() && !gemm.differentiates;
     let rows = |at, ld: usize, rows: usize, box_rows: usize| {
         let (sizes, boxes) = ([k as u64, rows as u64], [DEPTH_BYTES as u32, box_rows as u32]);
-        TensorMap::encode(at, Elements::Bytes, &sizes, &[ld as u64], &boxes)
+        TensorMap::encode(at, CODE, &sizes, &[ld as u64], &boxes)
     };
     let ld_x = x.ld as usize * 2;
     let codes = |box_rows| rows(x.at, ld_x, m, box_rows);
-    let weights = if gated { gate_and_up((w, ld), Elements::Bytes, [n, k])? } else { rows(w, ld, n, FEATURES)? };
+    let weights = if gated { gate_and_up((w, ld), CODE, [n, k])? } else { rows(w, ld, n, FEATURES)? };
     let low_rank = match gemm {
         _ if rank == 0 => weights,
-        _ if gated => gate_and_up((l.at, l.ld as usize * 2), Elements::Bf16, [n, rank])?,
+        _ if gated => gate_and_up((l.at, l.ld as usize * 2), BF16, [n, rank])?,
         Gemm { weight_rows: true, .. } => TensorMap::new(l, [n, rank], [FEATURES, DEPTH])?,
         _ => TensorMap::new(l, [rank, n], [DEPTH, 64])?,
     };

@@ -4,7 +4,6 @@
 
 mod ampere;
 mod dispatch;
-mod fp8;
 mod gemm;
 mod gemv;
 mod hopper;
@@ -18,10 +17,9 @@ use std::fs::File;
 use serde::{Deserialize, Serialize};
 
 pub(crate) use dispatch::Gated;
-pub(super) use dispatch::gates;
-pub(crate) use fp8::{Fp8, has_fp8};
+pub(super) use dispatch::{gates, has_fp8};
 pub use gemm::Gates;
-pub(crate) use gemm::Gemm;
+pub(crate) use gemm::{Fp8, Gemm};
 pub(super) use library::WORKSPACE;
 
 use super::api;
