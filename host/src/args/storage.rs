@@ -15,7 +15,7 @@ pub(crate) struct StorageArgs {
     #[arg(long, value_enum, default_value_t = QuantizationArg::None)]
     quantization: QuantizationArg,
     /// Keep the layers' frozen weights in host memory, and copy each to the GPU before it is computed; auto does so where
-    /// they do not fit otherwise
+    /// they do not fit otherwise, or where that is clearly faster
     #[arg(long, value_name = "auto|true|false", default_value_t = Auto(None))]
     offload_base: Auto<bool>,
 }
