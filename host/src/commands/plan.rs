@@ -55,6 +55,9 @@ pub(crate) struct PlanOptions {
 /// Sizes of GPUs in GiB: RTX 3060, 4080, 3090 and 4090, 5090, L40S, A100 and H100.
 const GPUS: &[usize] = &[8, 12, 16, 24, 32, 48, 80];
 
+/// What a plan for a GPU that need not be there does not know.
+const FP8: &str = "fp8 is for Hopper GPUs (H100, H200): so far no others have its products here";
+
 /// Half GiB that no shape needs more of.
 const MOST_HALVES: usize = 512;
 
@@ -101,6 +104,9 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
     };
     if gpu {
         let storage = options.storage.on(MemoryOptions::default());
+        if storage.quantization == Some(Quantization::Fp8) {
+            console::note(FP8);
+        }
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0), storage)?, options.json);
     }
     let memory_options = options.storage.on(MemoryOptions { limit: memory, ..MemoryOptions::default() });
@@ -164,6 +170,9 @@ fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
             let storage = MemoryOptions { quantization: *quantization, ..asked };
             println!("| {} |", row(registry, options, *shape, storage)?.join(" | "));
         }
+    }
+    if kinds.contains(&Some(Quantization::Fp8)) {
+        println!("\n{FP8}");
     }
     Ok(())
 }
