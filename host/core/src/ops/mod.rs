@@ -10,6 +10,7 @@ pub mod answer_mask;
 pub mod attention;
 mod cat;
 mod embedding;
+mod expand;
 mod gather;
 mod glu;
 mod kv_cache;
@@ -144,6 +145,7 @@ pub const OPS: &[Op] = &[
     scale::OP,
     narrow::OP,
     cat::OP,
+    expand::OP,
     lm_head::OP,
 ];
 
