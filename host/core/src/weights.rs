@@ -213,6 +213,15 @@ impl Checkpoint {
         }
     }
 
+    /// The type of a tensor by its name in the files.
+    ///
+    /// # Errors
+    /// One that is not there.
+    pub fn dtype_named(&self, name: &str) -> Result<DType> {
+        let missing = || Error::input(format!("tensor '{name}' is missing")).at(self.folder.display());
+        self.dtype_of(self.tensors.get(name).ok_or_else(missing)?)
+    }
+
     fn dtype_of(&self, held: &Held) -> Result<DType> {
         match held {
             Held::Plain(entry) => Ok(dtype(entry).unwrap_or(DType::F32)),
