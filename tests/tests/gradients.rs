@@ -281,7 +281,9 @@ fn experts_of_a_choice_have_the_gradients_of_central_differences() {
     ];
     let loras = |free: &[Tensor; 6]| {
         let [_, _, a, b, c, d] = free.clone();
-        [Lora::new(a, b, 1.3), Lora { weight: 1, ..Lora::new(c, d, 0.7) }]
+        let mut second = Lora::new(c, d, 0.7);
+        second.weight = 1;
+        [Lora::new(a, b, 1.3), second]
     };
     let (dy, layout) = (numbers.tensor(&[tokens, hidden]), Layout::default());
     let Kernel::Value { forward: choose, vjp: of_choice } = ops::find("route").unwrap().kernel else { panic!() };

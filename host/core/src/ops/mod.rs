@@ -11,7 +11,7 @@ pub mod attention;
 mod cat;
 mod embedding;
 mod expand;
-mod experts;
+pub mod experts;
 mod gather;
 mod glu;
 mod kv_cache;
