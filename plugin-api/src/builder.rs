@@ -3,6 +3,8 @@
 //! The builder lives in the plugin and calls nothing of the host. It keeps the first mistake (such as two widths that do
 //! not fit) and returns it from [`GraphBuilder::finish`], so that a family reads as a list of its ops.
 
+mod experts;
+
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
@@ -11,6 +13,8 @@ use crate::graph::{Block, Layer, ModelGraph, Node, Weight};
 use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
+
+pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
 
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
@@ -239,10 +243,13 @@ impl BlockBuilder {
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
-        self.same_width("glu", gate, up);
-        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)
+        if gate.width == 0 || !up.width.is_multiple_of(gate.width) {
+            self.fail(format!("glu: {} and {} columns", gate.width, up.width));
+        }
+        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], up.width)
     }
 
     /// `activation(x)`; activations are those of [`glu`](Self::glu).
