@@ -10,6 +10,7 @@ pub mod answer_mask;
 pub mod attention;
 mod cat;
 mod embedding;
+mod expand;
 mod experts;
 mod gather;
 mod glu;
@@ -148,6 +149,7 @@ pub const OPS: &[Op] = &[
     scale::OP,
     narrow::OP,
     cat::OP,
+    expand::OP,
     lm_head::OP,
 ];
 
