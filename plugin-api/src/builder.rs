@@ -12,6 +12,10 @@ use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
 
+mod recurrent;
+
+pub use recurrent::{GatedDelta, StateSpace};
+
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Var {
@@ -190,7 +194,8 @@ impl BlockBuilder {
         }
         let mut attrs = vec![("eps", json!(norm.eps))];
         attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
-        attrs.extend((!norm.weight && run != x.width).then(|| ("run", json!(run))));
+        let stated = run != x.width && (!norm.weight || *shape == [x.width]);
+        attrs.extend(stated.then(|| ("run", json!(run))));
         self.op(norm.op, &[x], weights, &attrs, x.width)
     }
 

@@ -8,6 +8,8 @@ use serde_json::Value;
 use crate::graph::Node;
 use crate::{Error, Result};
 
+mod recurrent;
+
 /// What a graph may say of an op.
 pub struct OpSchema {
     /// What graphs call it.
@@ -40,6 +42,7 @@ pub enum Presence {
 use Presence::{Optional, Required};
 
 /// An attribute of an op.
+#[derive(Clone, Copy)]
 pub struct Attr {
     /// Its name.
     pub name: &'static str,
@@ -105,14 +108,15 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "rms_norm",
-        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length",
+        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length or of `run` columns",
         inputs: 1,
         weights: &[("weight", Optional)],
         attrs: NORM_ATTRS,
         check: |node, widths| {
             let run = run(node);
             match node.weight("weight").map(|w| w.shape.as_slice()) {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run || *own == node.width => {}
                 Some(other) => return Err(format!("a weight of shape {other:?}, needs one of [{run}]")),
             }
             same("the value", node.width, widths[0])?;
@@ -132,7 +136,8 @@ pub const OPS: &[OpSchema] = &[
             runs_divide(run, node.width)?;
             let shape = node.weight("weight").map(|w| w.shape.as_slice());
             match shape {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run => {}
                 Some([runs, own]) if runs.checked_mul(*own) == Some(node.width) => {}
                 Some(other) => {
                     return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
@@ -287,6 +292,9 @@ pub const OPS: &[OpSchema] = &[
         check: |node, widths| same("the value", node.width, widths[0].saturating_add(widths[1])),
         reads_layout: false,
     },
+    recurrent::CAUSAL_CONV,
+    recurrent::GATED_DELTA,
+    recurrent::SSD,
     OpSchema {
         name: "lm_head",
         formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
@@ -382,10 +390,10 @@ pub fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
 }
 
-/// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
+/// Columns of a run that a norm is taken over: as `run` says, as many as its weight has, or all.
 pub fn run(node: &Node) -> usize {
-    let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
-    of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
+    let of_weight = || node.weight("weight").and_then(|w| w.shape.last().copied()).unwrap_or(node.width);
+    if node.attrs.contains_key("run") { count(node, "run") } else { of_weight() }
 }
 
 type Fits = std::result::Result<(), String>;

@@ -21,8 +21,10 @@ use crate::weights::{BlockId, blocks};
 use crate::{fp8, nf4};
 
 mod families;
+mod recurrent;
 
 pub use families::FAMILIES;
+pub use recurrent::recurrent_cases;
 
 /// A block's own nodes.
 type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
