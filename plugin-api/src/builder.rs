@@ -3,6 +3,9 @@
 //! The builder lives in the plugin and calls nothing of the host. It keeps the first mistake (such as two widths that do
 //! not fit) and returns it from [`GraphBuilder::finish`], so that a family reads as a list of its ops.
 
+mod experts;
+mod recurrent;
+
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
@@ -12,8 +15,7 @@ use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
 
-mod recurrent;
-
+pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
 pub use recurrent::{GatedDelta, StateSpace};
 
 /// A value inside a block: `[tokens, width]`.
@@ -244,10 +246,13 @@ impl BlockBuilder {
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
-        self.same_width("glu", gate, up);
-        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)
+        if gate.width == 0 || !up.width.is_multiple_of(gate.width) {
+            self.fail(format!("glu: {} and {} columns", gate.width, up.width));
+        }
+        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], up.width)
     }
 
     /// `activation(x)`; activations are those of [`glu`](Self::glu).

@@ -12,6 +12,7 @@ mod cat;
 mod causal_conv;
 mod embedding;
 mod gated_delta;
+mod experts;
 mod gather;
 mod glu;
 mod kv_cache;
@@ -25,6 +26,7 @@ mod real;
 pub mod recurrence;
 mod rms_norm;
 mod rope;
+mod route;
 mod rows;
 mod scale;
 mod ssd;
@@ -39,7 +41,7 @@ use crate::batch::Layout;
 use crate::error::{Error, Result};
 
 pub use add::add;
-pub use dpo_plugin_api::ops::{count, number, run};
+pub use dpo_plugin_api::ops::{count, flag, number, run};
 pub use gather::GATHER;
 pub use kv_cache::KvCache;
 pub use linear::row_norms;
@@ -182,6 +184,8 @@ pub const OPS: &[Op] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
