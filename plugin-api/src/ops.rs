@@ -12,6 +12,8 @@ use serde_json::Value;
 use crate::graph::Node;
 use crate::{Error, Result};
 
+mod expand;
+
 /// What a graph may say of an op.
 pub struct OpSchema {
     /// What graphs call it.
@@ -187,13 +189,14 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "attention",
-        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other",
+        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other; sinks join the sum",
         inputs: 3,
-        weights: &[],
+        weights: &[("sinks", Optional)],
         attrs: &[
             attr("heads", Count, Required),
             attr("kv_heads", Count, Required),
             attr("head_dim", Count, Required),
+            attr("value_dim", Count, Optional),
             attr("scale", Number, Required),
             attr("window", Count, Optional),
             attr("softcap", Number, Optional),
@@ -204,11 +207,12 @@ pub const OPS: &[OpSchema] = &[
                 return Err(format!("{heads} heads cannot share {kv} key heads"));
             }
             softcap(node)?;
-            let wide = heads.saturating_mul(dim);
-            same("q", widths[0], wide)?;
+            weight_shape(node, "sinks", &[heads])?;
+            let of_value = if node.attrs.contains_key("value_dim") { count(node, "value_dim") } else { dim };
+            same("q", widths[0], heads.saturating_mul(dim))?;
             same("k", widths[1], kv.saturating_mul(dim))?;
-            same("v", widths[2], kv.saturating_mul(dim))?;
-            same("the value", node.width, wide)
+            same("v", widths[2], kv.saturating_mul(of_value))?;
+            same("the value", node.width, heads.saturating_mul(of_value))
         },
         reads_layout: true,
     },
@@ -282,31 +286,36 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "narrow",
-        formula: "columns start to start + length of x",
+        formula: "columns start to start + length of x, or of each of its heads",
         inputs: 1,
         weights: &[],
-        attrs: &[attr("start", Index, Optional), attr("length", Count, Required)],
+        attrs: &[attr("start", Index, Optional), attr("length", Count, Required), attr("heads", Count, Optional)],
         check: |node, widths| {
             let (start, length) = (count(node, "start"), count(node, "length"));
-            if start.checked_add(length).is_none_or(|end| end > widths[0]) {
-                return Err(format!("{length} columns from {start} on of {}", widths[0]));
+            let (heads, columns) = by_head(node, widths[0])?;
+            if start.checked_add(length).is_none_or(|end| end > columns) {
+                return Err(format!("{length} columns from {start} on of {columns}"));
             }
-            same("the value", node.width, length)
+            same("the value", node.width, heads.saturating_mul(length))
         },
         reads_layout: false,
     },
     OpSchema {
         name: "cat",
-        formula: "columns of a, then those of b",
+        formula: "columns of a, then those of b, of every head",
         inputs: 2,
         weights: &[],
-        attrs: &[],
-        check: |node, widths| same("the value", node.width, widths[0].saturating_add(widths[1])),
+        attrs: &[attr("heads", Count, Optional)],
+        check: |node, widths| {
+            widths.iter().try_for_each(|width| by_head(node, *width).map(drop))?;
+            same("the value", node.width, widths[0].saturating_add(widths[1]))
+        },
         reads_layout: false,
     },
     recurrent::CAUSAL_CONV,
     recurrent::GATED_DELTA,
     recurrent::SSD,
+    expand::SCHEMA,
     OpSchema {
         name: "lm_head",
         formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
@@ -397,6 +406,15 @@ impl AttrKind {
 /// A whole-number attribute of a checked node; 0 where it is left out.
 pub fn count(node: &Node, name: &str) -> usize {
     node.attrs.get(name).and_then(Value::as_u64).unwrap_or(0) as usize
+}
+
+/// The heads of a value of so many columns, and the columns of each: those that the node names, or one.
+fn by_head(node: &Node, columns: usize) -> std::result::Result<(usize, usize), String> {
+    let heads = count(node, "heads").max(1);
+    match columns.is_multiple_of(heads) {
+        true => Ok((heads, columns / heads)),
+        false => Err(format!("{columns} columns are not {heads} heads")),
+    }
 }
 
 /// A number attribute of a checked node; 0 where it is left out.

@@ -11,8 +11,9 @@ pub mod attention;
 mod cat;
 mod causal_conv;
 mod embedding;
-mod gated_delta;
+mod expand;
 mod experts;
+mod gated_delta;
 mod gather;
 mod glu;
 mod kv_cache;
@@ -195,6 +196,7 @@ pub const OPS: &[Op] = &[
     causal_conv::OP,
     gated_delta::OP,
     ssd::OP,
+    expand::OP,
     lm_head::OP,
 ];
 
