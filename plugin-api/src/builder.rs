@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::graph::{Block, Layer, ModelGraph, Node, Weight};
+use crate::graph::{Assembly, Block, Layer, ModelGraph, Node, Weight};
 use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
@@ -26,6 +26,13 @@ pub use recurrent::{GatedDelta, StateSpace};
 pub struct Var {
     id: usize,
     width: usize,
+}
+
+impl Var {
+    /// Its columns.
+    pub fn width(self) -> usize {
+        self.width
+    }
 }
 
 /// A kind of block, to be given to [`GraphBuilder::layer`].
@@ -121,6 +128,14 @@ impl BlockBuilder {
     /// [`linear`](Self::linear) or [`linear_bias`](Self::linear_bias), as the checkpoint's config says.
     pub fn linear_if(&mut self, bias: bool, module: &str, x: Var, out: usize) -> Var {
         if bias { self.linear_bias(module, x, out) } else { self.linear(module, x, out) }
+    }
+
+    /// [`linear_if`](Self::linear_if), whose weight is a parameter of a module that is no linear, as a router's is: LoRA is added to
+    /// it only where that parameter is named.
+    pub fn linear_of_parameter(&mut self, bias: bool, module: &str, x: Var, out: usize) -> Var {
+        let y = self.linear_if(bias, module, x, out);
+        self.nodes.iter_mut().last().map(|node| node.attrs.insert("parameter".into(), json!(true)));
+        y
     }
 
     /// A norm over the whole row, with `module.weight` and `module.bias` as far as it has them.
@@ -284,6 +299,7 @@ impl GraphBuilder {
             max_positions: None,
             unused_tensors: Vec::new(),
             layouts: Vec::new(),
+            assemblies: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -337,6 +353,15 @@ impl GraphBuilder {
     /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
     pub fn layout(&mut self, replacements: &[(&str, &str)]) {
         self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
+    }
+
+    /// Names the parts that published files may have of a tensor of experts: see [`Assembly`].
+    pub fn assembly(&mut self, tensor: &str, parts: &[&str], transposed: bool) {
+        let parts = parts.iter().map(|part| (*part).to_owned()).collect();
+        let assembly = Assembly { tensor: tensor.into(), parts, transposed };
+        if !self.graph.assemblies.contains(&assembly) {
+            self.graph.assemblies.push(assembly);
+        }
     }
 
     /// The graph, or the first mistake.

@@ -111,7 +111,7 @@ pub const OPS: &[OpSchema] = &[
         formula: "x · weightᵀ + bias (+ LoRA)",
         inputs: 1,
         weights: &[("weight", Required), ("bias", Optional)],
-        attrs: &[],
+        attrs: &[attr("parameter", Flag, Optional)],
         check: projection,
         reads_layout: false,
     },
@@ -425,6 +425,12 @@ pub fn number(node: &Node, name: &str) -> f64 {
 /// A flag of a checked node; off where it is left out.
 pub fn flag(node: &Node, name: &str) -> bool {
     node.attrs.get(name).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// Whether a node is a linear that PEFT takes for a module of its own. The weight of another is a parameter of a module of another
+/// kind, as a router's is, and is adapted only where it is named itself.
+pub fn is_module(node: &Node) -> bool {
+    node.op == "linear" && !flag(node, "parameter")
 }
 
 /// Columns of a run that a norm is taken over: as `run` says, as many as its weight has, or all.
