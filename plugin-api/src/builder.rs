@@ -6,24 +6,33 @@
 mod attention;
 mod columns;
 mod experts;
+mod recurrent;
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::graph::{Block, Layer, ModelGraph, Node, Weight};
+use crate::graph::{Assembly, Block, Layer, ModelGraph, Node, Weight};
 use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
 
 pub use attention::Attention;
 pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
+pub use recurrent::{GatedDelta, StateSpace};
 
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Var {
     id: usize,
     width: usize,
+}
+
+impl Var {
+    /// Its columns.
+    pub fn width(self) -> usize {
+        self.width
+    }
 }
 
 /// A kind of block, to be given to [`GraphBuilder::layer`].
@@ -121,6 +130,14 @@ impl BlockBuilder {
         if bias { self.linear_bias(module, x, out) } else { self.linear(module, x, out) }
     }
 
+    /// [`linear_if`](Self::linear_if), whose weight is a parameter of a module that is no linear, as a router's is: LoRA is added to
+    /// it only where that parameter is named.
+    pub fn linear_of_parameter(&mut self, bias: bool, module: &str, x: Var, out: usize) -> Var {
+        let y = self.linear_if(bias, module, x, out);
+        self.nodes.iter_mut().last().map(|node| node.attrs.insert("parameter".into(), json!(true)));
+        y
+    }
+
     /// A norm over the whole row, with `module.weight` and `module.bias` as far as it has them.
     pub fn norm(&mut self, norm: Norm, module: &str, x: Var) -> Var {
         self.norm_of_runs(norm, module, x, x.width, &[x.width])
@@ -156,7 +173,8 @@ impl BlockBuilder {
         }
         let mut attrs = vec![("eps", json!(norm.eps))];
         attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
-        attrs.extend((!norm.weight && run != x.width).then(|| ("run", json!(run))));
+        let stated = run != x.width && (!norm.weight || *shape == [x.width]);
+        attrs.extend(stated.then(|| ("run", json!(run))));
         self.op(norm.op, &[x], weights, &attrs, x.width)
     }
 
@@ -281,6 +299,7 @@ impl GraphBuilder {
             max_positions: None,
             unused_tensors: Vec::new(),
             layouts: Vec::new(),
+            assemblies: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -334,6 +353,15 @@ impl GraphBuilder {
     /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
     pub fn layout(&mut self, replacements: &[(&str, &str)]) {
         self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
+    }
+
+    /// Names the parts that published files may have of a tensor of experts: see [`Assembly`].
+    pub fn assembly(&mut self, tensor: &str, parts: &[&str], transposed: bool) {
+        let parts = parts.iter().map(|part| (*part).to_owned()).collect();
+        let assembly = Assembly { tensor: tensor.into(), parts, transposed };
+        if !self.graph.assemblies.contains(&assembly) {
+            self.graph.assemblies.push(assembly);
+        }
     }
 
     /// The graph, or the first mistake.
