@@ -3,7 +3,7 @@
 
 use super::super::gpu::{Address, Args, Argument, View};
 use super::super::kernels::{Source, Variant};
-use super::{Gemm, On, Operands, WORKSPACE, gemm};
+use super::{Fp8, Gemm, On, Operands, WORKSPACE, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -15,7 +15,7 @@ pub(crate) static SOURCE: Source = Source {
     ),
     kernels: &["gemm_ampere"],
     waits: false,
-    variants: Some(|_| usual()),
+    variants: Some(usual),
 };
 
 /// Rows, columns and depth of a tile.
@@ -44,18 +44,39 @@ struct Problem {
     arrived: Address,
 }
 
-// SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
+// SAFETY: without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
 unsafe impl Argument for Problem {}
 
+/// The same with FP8.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Fp8Problem {
+    problem: Problem,
+    of_x: View,
+    u: View,
+    l: View,
+    of_w: Address,
+    rank: i64,
+}
+
+// SAFETY: without padding: a `Problem`, then addresses, distances and a number of eight bytes.
+unsafe impl Argument for Fp8Problem {}
+
 /// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
-fn usual() -> Vec<Variant> {
-    let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates).map(variant);
-    all.fold(Vec::new(), |mut usual, variant| {
+fn usual(capability: u32) -> Vec<Variant> {
+    let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates);
+    let all = all.flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }]).filter(|gemm| !gemm.fp8 || has_fp8(capability));
+    all.map(variant).fold(Vec::new(), |mut usual, variant| {
         if usual.iter().all(|v: &Variant| v.key != variant.key) {
             usual.push(variant);
         }
         usual
     })
+}
+
+/// Whether a card's tensor cores multiply e4m3: Ada's and later ones.
+pub(super) fn has_fp8(capability: u32) -> bool {
+    capability >= 89
 }
 
 /// How it is compiled.
@@ -69,7 +90,9 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         ("STAGES", STAGES),
         ("BLOCKS", 1),
         ("GROUP", GROUP),
-        ("B_TRANSPOSED", gemm.weight_rows.into()),
+        ("B_TRANSPOSED", (gemm.weight_rows || gemm.fp8).into()),
+        ("FP8", gemm.fp8.into()),
+        ("L_ROWS", gemm.weight_rows.into()),
         ("GATED", gemm.gate.is_some().into()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
     ];
@@ -77,7 +100,8 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         source: &SOURCE,
         key: key(gemm),
         label: format!(
-            "weights as {}, gated {}",
+            "{}weights as {}, gated {}",
+            if gemm.fp8 { "fp8, " } else { "" },
             if gemm.weight_rows { "rows" } else { "columns" },
             gemm.gate.is_some()
         ),
@@ -90,7 +114,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
 
 /// What is added, and whether gate and up are left, is said by addresses that are null or not.
 fn key(gemm: Gemm) -> usize {
-    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, ..Gemm::PLAIN }.key()
+    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, fp8: gemm.fp8, ..Gemm::PLAIN }.key()
 }
 
 /// Bytes of shared memory: both tiles of every stage.
@@ -120,15 +144,48 @@ fn schedule(tiles: usize, blocks: usize, steps: usize) -> [usize; 2] {
 pub(super) fn launch(
     gemm: Gemm,
     on: On<'_>,
-    [m, n, k]: [usize; 3],
+    sizes: [usize; 3],
     operands: Operands,
     both: Option<View>,
     limit: f32,
 ) -> Result<()> {
+    let problem = problem(gemm, on, sizes, operands, both, limit);
+    start(gemm, on, &problem, Args::default().with(problem))
+}
+
+/// The same of a product of e4m3, whose A and B `operands` leaves out.
+pub(super) fn launch_fp8(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    fp8: Fp8,
+    operands: Operands,
+    both: Option<View>,
+    limit: f32,
+) -> Result<()> {
+    if m == 0 {
+        return Ok(());
+    }
+    let (w, ld) = fp8.w;
+    let operands = Operands { a: fp8.x, b: View { at: w, ld: ld as i64 / 2 }, ..operands };
+    let problem = problem(gemm, on, [m, n, k / 2], operands, both, limit);
+    let of_x = View { at: fp8.x.at + k as u64, ld: fp8.x.ld };
+    let whole = Fp8Problem { problem, of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
+    start(gemm, on, &problem, Args::default().with(whole))
+}
+
+fn problem(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Operands,
+    both: Option<View>,
+    limit: f32,
+) -> Problem {
     let none = View { at: 0, ld: 0 };
-    let (tiles, blocks) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), on.gpu.multiprocessors);
-    let [whole, split] = schedule(tiles, blocks, k.div_ceil(TILE[2]));
-    let problem = Problem {
+    let tiles = m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]);
+    let [whole, split] = schedule(tiles, on.gpu.multiprocessors, k.div_ceil(TILE[2]));
+    Problem {
         a: operands.a,
         b: operands.b,
         c: if gemm.adds { operands.c } else { none },
@@ -141,11 +198,16 @@ pub(super) fn launch(
         split: split as i32,
         parts: on.matmuls.workspace(),
         arrived: on.matmuls.arrived(),
-    };
+    }
+}
+
+fn start(gemm: Gemm, on: On<'_>, problem: &Problem, args: Args) -> Result<()> {
+    let [m, n, _] = problem.sizes.map(|n| n as usize);
+    let (tiles, whole) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), problem.whole as usize);
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm))?;
-    let grid = [blocks.min(whole + (tiles - whole) * split), 1, 1];
+    let grid = [on.gpu.multiprocessors.min(whole + (tiles - whole) * problem.split as usize), 1, 1];
     let block = [(32 * WARPS[0] * WARPS[1]) as u32, 1, 1];
-    on.gpu.launch(kernel, grid, block, shared, Args::default().with(problem))
+    on.gpu.launch(kernel, grid, block, shared, args)
 }
 
 #[cfg(test)]

@@ -107,6 +107,10 @@ impl Fp8 {
         bias: Address,
     ) -> Result<()> {
         let c = if gemm.adds { c } else { d };
+        if !hopper::is_for(on.gpu.kernels) {
+            let operands = Operands { a: d, b: d, c, d, bias };
+            return ampere::launch_fp8(gemm, on, [m, n, k], self, operands, None, 0.0);
+        }
         hopper::launch_fp8(gemm, on, [m, n, k], self, [(c, n), (d, n)], (bias, 0.0))
     }
 
@@ -120,6 +124,10 @@ impl Fp8 {
         h: View,
     ) -> Result<()> {
         let (gemm, width) = (Gemm { fp8: true, ..gated.gemm(both.is_some()) }, gated.width);
+        if !hopper::is_for(on.gpu.kernels) {
+            let operands = Operands { a: h, b: h, c: h, d: h, bias: 0 };
+            return ampere::launch_fp8(gemm, on, [m, 2 * width, k], self, operands, both, gated.limit);
+        }
         let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
         hopper::launch_fp8(gemm, on, [m, width, k], self, stored, (0, gated.limit))
     }
@@ -138,9 +146,9 @@ impl Fp8 {
     }
 }
 
-/// Whether a card has a kernel for them.
+/// Whether a card has a kernel for products of e4m3.
 pub(crate) fn has_fp8(capability: u32) -> bool {
-    hopper::is_for(capability)
+    ampere::has_fp8(capability)
 }
 
 /// The gated activations that a card's matmuls compute. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of

@@ -10,6 +10,10 @@
 // read of both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each, D is act(gate) · up, ACTIVATION one of
 // activations.cuh, and gate and up themselves are written where there is a place for them.
 //
+// With FP8 (Ada and later), A and B are e4m3, read along k by both, and k counts pairs of them: what a fragment of sixteen columns of bf16 is in
+// memory and in registers, one of 32 codes is too. D = (A · Bᵀ) of_x of_w + U · op(L), whose last term is of bf16 and few columns. All rows of A
+// have their scale behind them. L is [n, rank], or [rank, n] with L_ROWS 0.
+//
 // m is any number; n, k and distances of rows are multiples of 8, addresses of 16 bytes. k may end within a step: what tiles have
 // beyond it is zero.
 
@@ -26,6 +30,7 @@
 static_assert(WARP_M % 16 == 0 && WARP_N == 64, "a warp has 64 columns");
 static_assert(TILE_K == 32 || TILE_K == 64, "rows of a tile are 64 or 128 bytes");
 static_assert(!GATED || B_TRANSPOSED, "gate and up are rows");
+static_assert(!FP8 || B_TRANSPOSED, "codes are read along k");
 
 struct Problem {
     View a, b, c, d;      // c.at is null where nothing is added
@@ -36,6 +41,11 @@ struct Problem {
     int whole, split;     // how many tiles are not cut, a multiple of the blocks; parts of each of the others
     float* parts;         // TILE_M * TILE_N for each part of a tile
     int* arrived;         // 0 for each tile that is cut, before and after
+#if FP8
+    View of_x, u, l;      // scales of A's rows, U and L
+    const float* of_w;    // of B's rows; null where they are 1
+    long long rank;       // a multiple of 8
+#endif
 };
 
 // A matrix in shared memory with rows of WIDTH columns: the sixteen bytes that hold columns 8 * chunk on. Eight rows of one
@@ -200,6 +210,11 @@ __device__ __forceinline__ void store_quad(bf16* to, u32 w[4], bool there) {
 // A warp's sums.
 typedef float Sums[FRAGMENTS_M][FRAGMENTS_N][4];
 
+// The first column of a warp's fragment in D, or in [gate; up]; columns beyond the last are computed twice and not written.
+__device__ __forceinline__ int feature_of(const Problem& p, int column, int j) {
+    return GATED ? min(column / 2 + j % 4 * 8, p.n / 2 - 8) + j / 4 * (p.n / 2) : min(column + j * 8, p.n - 8);
+}
+
 // Writes a warp's sums, whose first row of the lane and first column of the warp these are.
 __device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column) {
     int lane = threadIdx.x % 4;
@@ -207,8 +222,7 @@ __device__ __forceinline__ void write(const Problem& p, const Sums sums, int fir
     if (p.bias) {
 #pragma unroll
         for (int j = 0; j < FRAGMENTS_N; j++) {
-            int of = GATED ? min(column / 2 + j % 4 * 8, p.n / 2 - 8) + j / 4 * (p.n / 2) : min(column + j * 8, p.n - 8);
-            bias[j] = *(const u32*)(p.bias + of + lane * 2);
+            bias[j] = *(const u32*)(p.bias + feature_of(p, column, j) + lane * 2);
         }
     }
 #pragma unroll
@@ -258,6 +272,54 @@ __device__ __forceinline__ void write(const Problem& p, const Sums sums, int fir
 #endif
     }
 }
+
+#if FP8
+__device__ __forceinline__ void mma_fp8(float c[4], const u32 a[4], const u32 b[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Multiplies sums by the scales of their row and of their column, and adds U · op(L), of which every lane reads its fragments where they lie.
+__device__ __forceinline__ void scale_and_adapt(const Problem& p, Sums sums, int first, int column) {
+    int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    auto token = [&](int i) { return min(first + i * 8, p.m - 1); };
+#pragma unroll
+    for (int j = 0; j < FRAGMENTS_N; j++) {
+        float2 w = p.of_w ? *(const float2*)(p.of_w + feature_of(p, column, j) + pair) : make_float2(1.f, 1.f);
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M * 2; i++) {
+            float x = *(const float*)row(p.of_x, token(i));
+            float* sum = &sums[i / 2][j][i % 2 * 2];
+            sum[0] *= x * w.x, sum[1] *= x * w.y;
+        }
+    }
+    for (int r = 0; r < p.rank; r += 16) {
+        bool whole = r + 8 < p.rank;
+        u32 a[FRAGMENTS_M][4];
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M * 2; i++) {
+            const bf16* u = row(p.u, token(i)) + r + pair;
+            a[i / 2][i % 2] = *(const u32*)u, a[i / 2][i % 2 + 2] = whole ? *(const u32*)(u + 8) : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS_N; j++) {
+            int feature = feature_of(p, column, j) + lane / 4;
+            u32 b[2] = {};
+            for (int half = 0; half <= whole; half++) {
+                int at = r + half * 8 + pair;
+#if L_ROWS
+                b[half] = *(const u32*)(row(p.l, feature) + at);
+#else
+                b[half] = row(p.l, at)[feature] | (u32)row(p.l, at + 1)[feature] << 16;
+#endif
+            }
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS_M; i++) mma(sums[i][j], a[i], b);
+        }
+    }
+}
+#endif
 
 // Writes a block's part of a tile. Whether it was the last of the tile's: then `sums` are those of all parts.
 __device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Sums sums) {
@@ -354,13 +416,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
 #pragma unroll
                     for (int j = 0; j < FRAGMENTS_N; j++) {
                         int column = i % 2 ? FRAGMENTS_N - 1 - j : j;  // B's last fragment is the next row's first
+#if FP8
+                        mma_fp8(sums[i][column], now.a[i], now.b[column]);
+#else
                         mma(sums[i][column], now.a[i], now.b[column]);
+#endif
                     }
                 }
             }
         }
         if (index >= p.whole && !add_parts(p, work, sums)) continue;
         Tile at = tile_of(work.tile, rows, columns);
+#if FP8
+        scale_and_adapt(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
+#endif
         write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
     }
 }
