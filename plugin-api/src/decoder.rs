@@ -5,7 +5,9 @@
 
 use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use crate::graph::ModelGraph;
+use crate::mla::LatentAttention;
 use crate::model::Config;
+use crate::moe::Moe;
 use crate::rope::Rope;
 use crate::{Result, bail};
 
@@ -70,6 +72,10 @@ pub struct Decoder {
     pub clamp_qkv: Option<f64>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
+    /// A tensor with a logit for every head, which joins the sum of its softmax (gpt-oss).
+    pub sinks: Option<&'static str>,
+    /// The attention that gives the heads' values in place of the queries, keys and values above.
+    pub latent: Option<LatentAttention>,
     /// Factor on the logits.
     pub logit_scale: f64,
     /// Soft cap of the logits, after the factor.
@@ -85,6 +91,8 @@ pub struct DecoderLayer {
     pub window: Option<usize>,
     /// Rotary embedding; `None` for a layer without positions.
     pub rope: Option<Rope>,
+    /// Experts in place of its MLP.
+    pub moe: Option<Moe>,
 }
 
 /// The norms of a layer by their places; a place without a name has none.
@@ -220,7 +228,7 @@ impl Decoder {
             heads,
             kv_heads: config.opt_size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            layers: vec![DecoderLayer { window: None, rope: None }; config.layers()?],
+            layers: vec![DecoderLayer { window: None, rope: None, moe: None }; config.layers()?],
             norm: Norm::rms(config.opt_float("rms_norm_eps")?.unwrap_or(1e-6)),
             norms: LayerNorms::PRE,
             after_norm: None,
@@ -249,6 +257,8 @@ impl Decoder {
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
             attention_softcap: None,
+            sinks: None,
+            latent: None,
             logit_scale: 1.0,
             logit_softcap: None,
             head_bias: false,
@@ -287,6 +297,25 @@ impl Decoder {
         }
     }
 
+    /// Multi-head latent attention in all layers, with a config's sizes and rotary embedding; `rope_interleave` is on where it is left
+    /// out.
+    ///
+    /// # Errors
+    /// A config without these sizes.
+    pub fn latent_attention(&mut self, config: &Config) -> Result<()> {
+        let latent = LatentAttention::read(config)?;
+        let interleaved = config.flag("rope_interleave", true)?;
+        self.rope(&Rope { interleaved, ..Rope::from_config(config, latent.rope_dim, 10_000.0)? });
+        (self.o_bias, self.latent) = (latent.bias, Some(latent));
+        Ok(())
+    }
+
+    /// Experts in the layers that have them.
+    pub fn experts(&mut self, moe: &Moe, in_layer: impl Fn(usize) -> bool) {
+        let layers = self.layers.iter_mut().enumerate().filter(|(at, _)| in_layer(*at));
+        layers.for_each(|(_, layer)| layer.moe = Some(moe.clone()));
+    }
+
     /// The graph. `config` is the whole file, whose unread keys go with it.
     pub fn graph(&self, config: &Config) -> Result<ModelGraph> {
         self.build()?.finish(config)
@@ -313,12 +342,14 @@ impl Decoder {
             let mut name = String::from(if kind == 0 { "decoder" } else { "decoder, other" });
             name.extend(layer.window.map(|w| format!(", window {w}")));
             name.extend(layer.rope.is_none().then_some(", no rope"));
+            name.extend(layer.moe.is_some().then_some(", experts"));
             if kind > 1 {
                 name += &format!(", {kind}");
             }
             let block = graph.block_once(&name, |b, x| self.layer(b, x, layer));
             graph.layer(block, format!("{}layers.{at}.", self.prefix));
             layer.rope.iter().for_each(|rope| graph.rope_limit(rope));
+            layer.moe.iter().for_each(|moe| moe.assemble(&mut graph));
         }
         let head = if self.tied { table.as_str() } else { "lm_head.weight" };
         graph.head(|b, x| {
@@ -340,14 +371,14 @@ impl Decoder {
         let attention = norm_at(b, after, self.norms.after_attention, attention);
         let attention = scaled(b, attention, self.residual_scale);
         if self.norms.parallel {
-            let mlp = self.mlp(b, h);
+            let mlp = self.mlp_of(b, h, layer);
             let mlp = scaled(b, mlp, self.residual_scale);
             let both = b.add(attention, mlp);
             return b.add(x, both);
         }
         let x = b.add(x, attention);
         let h = norm_at(b, before, self.norms.before_mlp, x);
-        let mlp = self.mlp(b, h);
+        let mlp = self.mlp_of(b, h, layer);
         let mlp = norm_at(b, after, self.norms.after_mlp, mlp);
         let mlp = scaled(b, mlp, self.residual_scale);
         b.add(x, mlp)
@@ -355,6 +386,10 @@ impl Decoder {
 
     /// From what the attention reads to what its last projection gives.
     pub fn attention(&self, b: &mut BlockBuilder, h: Var, layer: &DecoderLayer) -> Var {
+        if let Some(latent) = &self.latent {
+            let mixed = latent.build(b, h, layer.rope.as_ref());
+            return b.linear_if(self.o_bias, self.names.o, mixed, self.hidden);
+        }
         let [wide, narrow] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
         let parts = match self.names.fused_qkv {
             Some(module) => {
@@ -384,7 +419,8 @@ impl Decoder {
             (q, k) = (self.of_heads(b, &norm, norm.q, q), self.of_heads(b, &norm, norm.k, k));
         }
         let numbers = Attention::new(self.heads, self.kv_heads, self.head_dim).scale(self.attention_scale);
-        let mut mixed = b.attention(q, k, v, numbers.window(layer.window).softcap(self.attention_softcap));
+        let numbers = numbers.window(layer.window).softcap(self.attention_softcap);
+        let mut mixed = b.attention_with(q, k, v, numbers, self.sinks);
         if let Some(gate) = self.names.output_gate {
             let gate = b.linear(gate, h, wide);
             mixed = b.glu("sigmoid", gate, mixed);
@@ -406,6 +442,14 @@ impl Decoder {
                 let parts: Vec<Var> = (0..heads).map(&mut head).collect();
                 parts.into_iter().reduce(|all, part| b.cat(all, part)).unwrap_or(x)
             }
+        }
+    }
+
+    /// The MLP of a layer, or its experts.
+    fn mlp_of(&self, b: &mut BlockBuilder, h: Var, layer: &DecoderLayer) -> Var {
+        match &layer.moe {
+            Some(moe) => moe.build(b, h),
+            None => self.mlp(b, h),
         }
     }
 

@@ -11,6 +11,7 @@ pub mod attention;
 mod cat;
 mod embedding;
 mod expand;
+mod experts;
 mod gather;
 mod glu;
 mod kv_cache;
@@ -22,6 +23,7 @@ mod product;
 mod real;
 mod rms_norm;
 mod rope;
+mod route;
 mod rows;
 mod scale;
 mod xielu;
@@ -35,7 +37,7 @@ use crate::batch::Layout;
 use crate::error::{Error, Result};
 
 pub use add::add;
-pub use dpo_plugin_api::ops::{count, number, run};
+pub use dpo_plugin_api::ops::{count, flag, number, run};
 pub use gather::GATHER;
 pub use kv_cache::KvCache;
 pub use linear::row_norms;
@@ -139,6 +141,8 @@ pub const OPS: &[Op] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
