@@ -11,6 +11,9 @@
 // With FP8, X and W are e4m3 with a scale for each row: D = (X W^T) of_x of_w + U op(L), where the second product, of bf16, begins with the
 // sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
 // W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
+//
+// With GROUPED, rows of X are those of experts, one after the other, and W has their matrices one below the other; `begins` says where
+// each one's rows begin, and, behind the last, where they end. A tile has rows of one expert; what it has behind them is not stored.
 
 #define DEPTH (FP8 ? 128 : 64)  // 128 bytes
 #define GROUPS 2
@@ -105,6 +108,10 @@ __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %
     WGMMA(KIND, FLAGS, "224", D90 "," D16(9) "," D16(10) ",%110,%111", "112", "113", "114", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24))
 #elif TOKENS == 192
 #define PRODUCT(KIND, FLAGS) WGMMA(KIND, FLAGS, "192", D90 ",%90,%91,%92,%93,%94,%95", "96", "97", "98", EIGHTY(d, 0), SIXTEEN(d, 20))
+#elif TOKENS == 128
+#define PRODUCT(KIND, FLAGS)                                                                                                       \
+    WGMMA(KIND, FLAGS, "128", D16() "," D16(1) "," D16(2) "," D16(3) "," D16(4) "," D16(5) ",%60,%61,%62,%63", "64", "65", "66", \
+          SIXTEEN(d, 0), SIXTEEN(d, 4), SIXTEEN(d, 8), SIXTEEN(d, 12))
 #endif
 
 // sums (+)= 64 rows of W times the tile of X, 32 bytes deep; `more` 0 begins a sum.
@@ -147,11 +154,28 @@ __device__ __forceinline__ void store_transposed(u32 at, const u32* v) {
 // what runs at one time reads few rows of either matrix.
 struct Tiles {
     int rows, columns, high, at;
+#if GROUPED
+    const int *begins, *tiles;  // of every expert its first row, and its first tile of rows; behind the last, where those end
+    int experts, expert, token, end;
+
+    // Goes to a tile of rows.
+    __device__ __forceinline__ void enter(int row) {
+        expert = 0;
+        for (int step = MOST_EXPERTS / 2; step > 0; step /= 2)
+            if (expert + step < experts && tiles[expert + step] <= row) expert += step;
+        token = begins[expert] + (row - tiles[expert]) * TOKENS, end = begins[expert + 1];
+    }
+#else
+    static constexpr int expert = 0;
+    int token;
+    __device__ __forceinline__ void enter(int row) { token = row * TOKENS; }
+#endif
     __device__ __forceinline__ bool next(int& row, int& column) {
         if (at >= rows * columns) return false;
         int first = at / (high * columns) * high, own = min(high, rows - first), within = at - first * columns;
         row = first + within % own;
         column = within / own;
+        enter(row);
         at += gridDim.x / 2;
         return true;
     }
@@ -162,6 +186,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit
 #if FP8
                 , const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap l, int r, View of_x, const float* of_w
+#endif
+#if GROUPED
+                , const int* begins, int experts, View out
 #endif
     ) {
     extern __shared__ bf16 memory[];
@@ -179,6 +206,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     // Features are those of D: with a gated activation, a block has as many of gate and of up.
     constexpr int OWN = WIDTH * GROUPS;
     Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, (features + 2 * OWN - 1) / (2 * OWN), band, (int)blockIdx.x / 2};
+#if GROUPED
+    __shared__ int group_begins[MOST_EXPERTS + 1], group_tiles[MOST_EXPERTS + 1];
+    tiles.begins = group_begins, tiles.tiles = group_tiles, tiles.experts = experts;
+#endif
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
@@ -189,6 +220,27 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     }
     cluster_sync();
     after_previous();
+#if GROUPED
+    for (int e = threadIdx.x; e <= experts; e += blockDim.x) group_begins[e] = begins[e];
+    __syncthreads();
+    // Of the experts before, a warp's lane has as many of a sixteenth.
+    if (threadIdx.x < 32) {
+        int first = threadIdx.x * (MOST_EXPERTS / 32), count = 0;
+        auto of = [&](int e) { return e < experts ? (group_begins[e + 1] - group_begins[e] + TOKENS - 1) / TOKENS : 0; };
+        for (int i = 0; i < MOST_EXPERTS / 32; i++) count += of(first + i);
+        int sum = count;
+        for (int step = 1; step < 32; step *= 2) {
+            int before = __shfl_up_sync(0xffffffffu, sum, step);
+            if (threadIdx.x >= step) sum += before;
+        }
+        sum -= count;
+        for (int i = 0; i < MOST_EXPERTS / 32; sum += of(first + i), i++)
+            if (first + i <= experts) group_tiles[first + i] = sum;
+        if (threadIdx.x == 31 && experts == MOST_EXPERTS) group_tiles[experts] = sum;
+    }
+    __syncthreads();
+    tiles.rows = group_tiles[experts];
+#endif
 
     int row, column;
     if (group == 0) {
@@ -196,7 +248,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
         if (threadIdx.x == 0) {
             int stage = 0, phase = 0;
             while (tiles.next(row, column)) {
-                int feature = (column * 2 + rank) * OWN, token = row * TOKENS + rank * (TOKENS / 2);
+                int feature = (column * 2 + rank) * OWN, token = tiles.token + rank * (TOKENS / 2);
+                // Rows of W of experts before.
+                int before = tiles.expert * (W_ROWS ? features : k);
                 auto copy_step = [&](const TensorMap* x, const TensorMap* w, int column, bool w_rows) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;
@@ -205,10 +259,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                         // Eight rows of gate, eight of up: a thread has both.
                         copy_in_4d(at, w, column, 0, 0, feature / 8, barrier);
                     } else if (w_rows) {
-                        copy_in(at, w, column, feature, barrier);
+                        copy_in(at, w, column, before + feature, barrier);
                     } else {
 #pragma unroll
-                        for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, w, feature + i * 64, column, barrier);
+                        for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, w, feature + i * 64, before + column, barrier);
                     }
                     copy_in_both(at + W_BYTES + rank * (X_BYTES / 2), x, column, token, barrier);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -229,7 +283,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
         int stage = 0, phase = 0, turn = 0;
         while (tiles.next(row, column)) {
-            int feature = (column * 2 + rank) * OWN + own * WIDTH, token = row * TOKENS;
+            int feature = (column * 2 + rank) * OWN + own * WIDTH, token = tiles.token;
             // Features behind the last one: the stages go by.
             if (feature >= features) {
                 for (int step = 0; step < all_steps; step++) {
@@ -436,6 +490,21 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 }
                 publish();
                 group_sync(own);
+#if GROUPED
+                // Where an expert's rows end within a chunk, they are stored one by one.
+                if (token + (i + 1) * CHUNK > tiles.end) {
+                    for (int t = threadIdx.x % 128 / 8; t < CHUNK && token + i * CHUNK + t < tiles.end; t += 16) {
+                        int piece = threadIdx.x % 8, to = feature + piece * 8;
+                        u32 v[4], from = buffer + t * 128 + ((piece ^ t & 7) << 4);
+                        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
+                        if (to < features) *(uint4*)(::row(out, token + i * CHUNK + t) + to) = make_uint4(v[0], v[1], v[2], v[3]);
+                    }
+                    // None, so that as many copies are counted.
+                    if (leads) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                    turn = (turn + 1) % BUFFERS;
+                    continue;
+                }
+#endif
                 if (leads) {
                     copy_out(buffer, &d, feature, token + i * CHUNK);
 #if GLU_VJP
