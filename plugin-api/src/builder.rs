@@ -3,20 +3,31 @@
 //! The builder lives in the plugin and calls nothing of the host. It keeps the first mistake (such as two widths that do
 //! not fit) and returns it from [`GraphBuilder::finish`], so that a family reads as a list of its ops.
 
+mod experts;
+
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::graph::{Block, Layer, ModelGraph, Node, Weight};
+use crate::graph::{Assembly, Block, Layer, ModelGraph, Node, Weight};
 use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
+
+pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
 
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Var {
     id: usize,
     width: usize,
+}
+
+impl Var {
+    /// Its columns.
+    pub fn width(self) -> usize {
+        self.width
+    }
 }
 
 /// A kind of block, to be given to [`GraphBuilder::layer`].
@@ -155,6 +166,14 @@ impl BlockBuilder {
         if bias { self.linear_bias(module, x, out) } else { self.linear(module, x, out) }
     }
 
+    /// [`linear_if`](Self::linear_if), whose weight is a parameter of a module that is no linear, as a router's is: LoRA is added to
+    /// it only where that parameter is named.
+    pub fn linear_of_parameter(&mut self, bias: bool, module: &str, x: Var, out: usize) -> Var {
+        let y = self.linear_if(bias, module, x, out);
+        self.nodes.iter_mut().last().map(|node| node.attrs.insert("parameter".into(), json!(true)));
+        y
+    }
+
     /// A norm over the whole row, with `module.weight` and `module.bias` as far as it has them.
     pub fn norm(&mut self, norm: Norm, module: &str, x: Var) -> Var {
         self.norm_of_runs(norm, module, x, x.width, &[x.width])
@@ -239,10 +258,13 @@ impl BlockBuilder {
         self.op("attention", &[q, k, v], vec![], &attrs, wide)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
-        self.same_width("glu", gate, up);
-        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)
+        if gate.width == 0 || !up.width.is_multiple_of(gate.width) {
+            self.fail(format!("glu: {} and {} columns", gate.width, up.width));
+        }
+        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], up.width)
     }
 
     /// `activation(x)`; activations are those of [`glu`](Self::glu).
@@ -358,6 +380,7 @@ impl GraphBuilder {
             max_positions: None,
             unused_tensors: Vec::new(),
             layouts: Vec::new(),
+            assemblies: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -411,6 +434,15 @@ impl GraphBuilder {
     /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
     pub fn layout(&mut self, replacements: &[(&str, &str)]) {
         self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
+    }
+
+    /// Names the parts that published files may have of a tensor of experts: see [`Assembly`].
+    pub fn assembly(&mut self, tensor: &str, parts: &[&str], transposed: bool) {
+        let parts = parts.iter().map(|part| (*part).to_owned()).collect();
+        let assembly = Assembly { tensor: tensor.into(), parts, transposed };
+        if !self.graph.assemblies.contains(&assembly) {
+            self.graph.assemblies.push(assembly);
+        }
     }
 
     /// The graph, or the first mistake.

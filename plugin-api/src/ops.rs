@@ -3,6 +3,9 @@
 //! The host computes what is in this table and nothing else; [`check`](crate::check) holds every node against it, in the host and
 //! in an author's tests.
 
+mod experts;
+mod route;
+
 use serde_json::Value;
 
 use crate::graph::Node;
@@ -56,6 +59,8 @@ pub enum AttrKind {
     Count,
     /// A whole number.
     Index,
+    /// `true` or `false`.
+    Flag,
     /// A finite number.
     Number,
     /// Finite numbers.
@@ -64,7 +69,7 @@ pub enum AttrKind {
     OneOf(&'static [&'static str]),
 }
 
-use AttrKind::{Count, Index, Number, Numbers, OneOf};
+use AttrKind::{Count, Flag, Index, Number, Numbers, OneOf};
 
 const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
     Attr { name, kind, presence }
@@ -75,6 +80,9 @@ const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid",
 
 /// Those of a gated MLP.
 const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
+
+/// Those of experts; `swiglu_oai` is gpt-oss's, `(up + 1) · gate · sigmoid(1.702 · gate)`, both clamped before.
+const EXPERT_ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "swiglu_oai"];
 
 const NORM_ATTRS: &[Attr] =
     &[attr("eps", Number, Required), attr("offset", Number, Optional), attr("run", Count, Optional)];
@@ -99,7 +107,7 @@ pub const OPS: &[OpSchema] = &[
         formula: "x · weightᵀ + bias (+ LoRA)",
         inputs: 1,
         weights: &[("weight", Required), ("bias", Optional)],
-        attrs: &[],
+        attrs: &[attr("parameter", Flag, Optional)],
         check: projection,
         reads_layout: false,
     },
@@ -202,13 +210,18 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "glu",
-        formula: "activation(gate) · up",
+        formula: "activation(gate) · up; every column of a narrower gate carries a run of up's",
         inputs: 2,
         weights: &[],
         attrs: &[attr("activation", OneOf(GATES), Required)],
-        check: |node, widths| same("up", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
+        check: |node, widths| match widths[0] > 0 && widths[1].is_multiple_of(widths[0]) {
+            true => same("the value", node.width, widths[1]),
+            false => Err(format!("{} columns of the gate do not divide the {} of up", widths[0], widths[1])),
+        },
         reads_layout: false,
     },
+    route::SCHEMA,
+    experts::SCHEMA,
     OpSchema {
         name: "activation",
         formula: "activation(x); clamp is min(max(x, -limit), limit)",
@@ -355,6 +368,7 @@ impl AttrKind {
         match self {
             Count => value.as_u64().is_some_and(|n| n > 0),
             Index => value.as_u64().is_some(),
+            Flag => value.is_boolean(),
             Number => is_finite(value),
             Numbers => value.as_array().is_some_and(|l| l.iter().all(is_finite)),
             OneOf(texts) => value.as_str().is_some_and(|t| texts.contains(&t)),
@@ -365,6 +379,7 @@ impl AttrKind {
         match self {
             Count => "a whole number above 0".into(),
             Index => "a whole number".into(),
+            Flag => "true or false".into(),
             Number => "a finite number".into(),
             Numbers => "a list of finite numbers".into(),
             OneOf(texts) => format!("one of {}", texts.join(", ")),
@@ -380,6 +395,17 @@ pub fn count(node: &Node, name: &str) -> usize {
 /// A number attribute of a checked node; 0 where it is left out.
 pub fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
+}
+
+/// A flag of a checked node; off where it is left out.
+pub fn flag(node: &Node, name: &str) -> bool {
+    node.attrs.get(name).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// Whether a node is a linear that PEFT takes for a module of its own. The weight of another is a parameter of a module of another
+/// kind, as a router's is, and is adapted only where it is named itself.
+pub fn is_module(node: &Node) -> bool {
+    node.op == "linear" && !flag(node, "parameter")
 }
 
 /// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.

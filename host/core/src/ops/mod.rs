@@ -10,6 +10,7 @@ pub mod answer_mask;
 pub mod attention;
 mod cat;
 mod embedding;
+mod experts;
 mod gather;
 mod glu;
 mod kv_cache;
@@ -21,6 +22,7 @@ mod product;
 mod real;
 mod rms_norm;
 mod rope;
+mod route;
 mod rows;
 mod scale;
 mod xielu;
@@ -34,7 +36,7 @@ use crate::batch::Layout;
 use crate::error::{Error, Result};
 
 pub use add::add;
-pub use dpo_plugin_api::ops::{count, number, run};
+pub use dpo_plugin_api::ops::{count, flag, number, run};
 pub use gather::GATHER;
 pub use kv_cache::KvCache;
 pub use linear::row_norms;
@@ -138,6 +140,8 @@ pub const OPS: &[Op] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
