@@ -14,7 +14,7 @@ use super::launch::BatchTable;
 use super::matmul::Gates;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
-use super::weights::{Stack, Vector};
+use super::weights::{NUMBERS, Stack, Vector};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::GATHER;
 use dpo_core::storage::Numbers;
@@ -502,9 +502,20 @@ impl Lowering<'_> {
         let weight = weight.ok_or_else(|| Error::run(format!("op '{}' lacks its {role}", self.nodes[node].op)))?;
         let known = self.program.vectors.iter().position(|v| v.node == node && v.role == role);
         Ok(known.unwrap_or_else(|| {
-            self.program.vectors.push(Vector { node, role, width: weight.shape.iter().product() });
+            let width = weight.shape.iter().product();
+            self.program.vectors.push(Vector { node, role, width, numbers: NUMBERS });
             self.program.vectors.len() - 1
         }))
+    }
+
+    /// The same of one that is kept in f32; `None` where the node has none.
+    pub(crate) fn wide_vector(&mut self, node: usize, role: &'static str) -> Result<Option<usize>> {
+        if self.nodes[node].weight(role).is_none() {
+            return Ok(None);
+        }
+        let at = self.vector(node, role)?;
+        self.program.vectors[at].numbers = Numbers::F32;
+        Ok(Some(at))
     }
 
     /// The stack of a node's matrix, its place among the block's.

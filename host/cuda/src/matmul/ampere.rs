@@ -3,7 +3,7 @@
 
 use super::super::gpu::{Address, Args, Argument, View};
 use super::super::kernels::{Source, Variant};
-use super::{Gemm, On, Operands, WORKSPACE, gemm};
+use super::{Gemm, Groups, On, Operands, WORKSPACE, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -11,6 +11,7 @@ pub(crate) static SOURCE: Source = Source {
     text: concat!(
         include_str!("../ops/mma.cuh"),
         include_str!("../ops/activations.cuh"),
+        include_str!("groups.cuh"),
         include_str!("gemm_ampere.cu")
     ),
     kernels: &["gemm_ampere"],
@@ -24,7 +25,7 @@ const TILE: [usize; 3] = [128, 256, 32];
 const WARPS: [usize; 2] = [2, 4];
 const STAGES: usize = 4;
 /// Rows of tiles that are computed together.
-const GROUP: usize = 16;
+const BAND: usize = 16;
 
 /// `struct Problem` of `gemm_ampere.cu`.
 #[derive(Clone, Copy)]
@@ -68,18 +69,20 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         ("WARPS_N", WARPS[1]),
         ("STAGES", STAGES),
         ("BLOCKS", 1),
-        ("GROUP", GROUP),
+        ("BAND", BAND),
         ("B_TRANSPOSED", gemm.weight_rows.into()),
         ("GATED", gemm.gate.is_some().into()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
+        ("GROUPED", gemm.grouped.into()),
     ];
     Variant {
         source: &SOURCE,
         key: key(gemm),
         label: format!(
-            "weights as {}, gated {}",
+            "weights as {}, gated {}, groups {}",
             if gemm.weight_rows { "rows" } else { "columns" },
-            gemm.gate.is_some()
+            gemm.gate.is_some(),
+            gemm.grouped
         ),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
@@ -90,7 +93,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
 
 /// What is added, and whether gate and up are left, is said by addresses that are null or not.
 fn key(gemm: Gemm) -> usize {
-    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, ..Gemm::PLAIN }.key()
+    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, grouped: gemm.grouped, ..Gemm::PLAIN }.key()
 }
 
 /// Bytes of shared memory: both tiles of every stage.
@@ -125,27 +128,48 @@ pub(super) fn launch(
     both: Option<View>,
     limit: f32,
 ) -> Result<()> {
-    let none = View { at: 0, ld: 0 };
     let (tiles, blocks) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), on.gpu.multiprocessors);
     let [whole, split] = schedule(tiles, blocks, k.div_ceil(TILE[2]));
-    let problem = Problem {
+    let both = both.unwrap_or(NONE);
+    let problem = Problem { both, limit, ..problem(gemm, on, [m, n, k], operands, [whole as i32, split as i32]) };
+    start(gemm, on, blocks.min(whole + (tiles - whole) * split), Args::default().with(problem))
+}
+
+/// Starts a product of sizes `[m, n, k]` for each group, whose tiles are all whole.
+pub(super) fn launch_grouped(
+    gemm: Gemm,
+    on: On<'_>,
+    sizes: [usize; 3],
+    operands: Operands,
+    groups: Groups,
+) -> Result<()> {
+    let args = Args::default().with(problem(gemm, on, sizes, operands, [i32::MAX, 1]));
+    start(gemm, on, on.gpu.multiprocessors, args.with(groups.begins).with(groups.count as i32))
+}
+
+const NONE: View = View { at: 0, ld: 0 };
+
+fn problem(gemm: Gemm, on: On<'_>, sizes: [usize; 3], operands: Operands, [whole, split]: [i32; 2]) -> Problem {
+    Problem {
         a: operands.a,
         b: operands.b,
-        c: if gemm.adds { operands.c } else { none },
+        c: if gemm.adds { operands.c } else { NONE },
         d: operands.d,
         bias: if gemm.biased { operands.bias } else { 0 },
-        both: both.unwrap_or(none),
-        sizes: [m, n, k].map(|n| n as i32),
-        limit,
-        whole: whole as i32,
-        split: split as i32,
+        both: NONE,
+        sizes: sizes.map(|n| n as i32),
+        limit: 0.0,
+        whole,
+        split,
         parts: on.matmuls.workspace(),
         arrived: on.matmuls.arrived(),
-    };
+    }
+}
+
+fn start(gemm: Gemm, on: On<'_>, blocks: usize, args: Args) -> Result<()> {
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm))?;
-    let grid = [blocks.min(whole + (tiles - whole) * split), 1, 1];
     let block = [(32 * WARPS[0] * WARPS[1]) as u32, 1, 1];
-    on.gpu.launch(kernel, grid, block, shared, Args::default().with(problem))
+    on.gpu.launch(kernel, [blocks, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]

@@ -12,8 +12,8 @@
 // sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
 // W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
 //
-// With GROUPED, rows of X are those of experts, one after the other, and W has their matrices one below the other; `begins` says where
-// each one's rows begin, and, behind the last, where they end. A tile has rows of one expert; what it has behind them is not stored.
+// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other; see groups.cuh. What a tile has behind
+// its group's rows is not stored.
 
 #define DEPTH (FP8 ? 128 : 64)  // 128 bytes
 #define GROUPS 2
@@ -108,10 +108,6 @@ __device__ __forceinline__ void group_sync(int group) { asm volatile("bar.sync %
     WGMMA(KIND, FLAGS, "224", D90 "," D16(9) "," D16(10) ",%110,%111", "112", "113", "114", EIGHTY(d, 0), SIXTEEN(d, 20), SIXTEEN(d, 24))
 #elif TOKENS == 192
 #define PRODUCT(KIND, FLAGS) WGMMA(KIND, FLAGS, "192", D90 ",%90,%91,%92,%93,%94,%95", "96", "97", "98", EIGHTY(d, 0), SIXTEEN(d, 20))
-#elif TOKENS == 128
-#define PRODUCT(KIND, FLAGS)                                                                                                       \
-    WGMMA(KIND, FLAGS, "128", D16() "," D16(1) "," D16(2) "," D16(3) "," D16(4) "," D16(5) ",%60,%61,%62,%63", "64", "65", "66", \
-          SIXTEEN(d, 0), SIXTEEN(d, 4), SIXTEEN(d, 8), SIXTEEN(d, 12))
 #endif
 
 // sums (+)= 64 rows of W times the tile of X, 32 bytes deep; `more` 0 begins a sum.
@@ -155,18 +151,15 @@ __device__ __forceinline__ void store_transposed(u32 at, const u32* v) {
 struct Tiles {
     int rows, columns, high, at;
 #if GROUPED
-    const int *begins, *tiles;  // of every expert its first row, and its first tile of rows; behind the last, where those end
-    int experts, expert, token, end;
+    const Groups& groups;
+    int group, token, end;  // of a tile: its group, its first row, where the group's rows end
 
-    // Goes to a tile of rows.
     __device__ __forceinline__ void enter(int row) {
-        expert = 0;
-        for (int step = MOST_EXPERTS / 2; step > 0; step /= 2)
-            if (expert + step < experts && tiles[expert + step] <= row) expert += step;
-        token = begins[expert] + (row - tiles[expert]) * TOKENS, end = begins[expert + 1];
+        group = groups.of(row);
+        token = groups.begins[group] + (row - groups.tiles[group]) * TOKENS, end = groups.begins[group + 1];
     }
 #else
-    static constexpr int expert = 0;
+    static constexpr int group = 0;
     int token;
     __device__ __forceinline__ void enter(int row) { token = row * TOKENS; }
 #endif
@@ -188,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 , const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap l, int r, View of_x, const float* of_w
 #endif
 #if GROUPED
-                , const int* begins, int experts, View out
+                , const int* begins, int count, View out
 #endif
     ) {
     extern __shared__ bf16 memory[];
@@ -205,11 +198,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
     // Features are those of D: with a gated activation, a block has as many of gate and of up.
     constexpr int OWN = WIDTH * GROUPS;
-    Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, (features + 2 * OWN - 1) / (2 * OWN), band, (int)blockIdx.x / 2};
-#if GROUPED
-    __shared__ int group_begins[MOST_EXPERTS + 1], group_tiles[MOST_EXPERTS + 1];
-    tiles.begins = group_begins, tiles.tiles = group_tiles, tiles.experts = experts;
-#endif
+    int columns = (features + 2 * OWN - 1) / (2 * OWN), first = blockIdx.x / 2;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
@@ -221,25 +210,11 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     cluster_sync();
     after_previous();
 #if GROUPED
-    for (int e = threadIdx.x; e <= experts; e += blockDim.x) group_begins[e] = begins[e];
-    __syncthreads();
-    // Of the experts before, a warp's lane has as many of a sixteenth.
-    if (threadIdx.x < 32) {
-        int first = threadIdx.x * (MOST_EXPERTS / 32), count = 0;
-        auto of = [&](int e) { return e < experts ? (group_begins[e + 1] - group_begins[e] + TOKENS - 1) / TOKENS : 0; };
-        for (int i = 0; i < MOST_EXPERTS / 32; i++) count += of(first + i);
-        int sum = count;
-        for (int step = 1; step < 32; step *= 2) {
-            int before = __shfl_up_sync(0xffffffffu, sum, step);
-            if (threadIdx.x >= step) sum += before;
-        }
-        sum -= count;
-        for (int i = 0; i < MOST_EXPERTS / 32; sum += of(first + i), i++)
-            if (first + i <= experts) group_tiles[first + i] = sum;
-        if (threadIdx.x == 31 && experts == MOST_EXPERTS) group_tiles[experts] = sum;
-    }
-    __syncthreads();
-    tiles.rows = group_tiles[experts];
+    __shared__ Groups groups;
+    groups.cut(begins, count, TOKENS);
+    Tiles tiles = {groups.tiles[count], columns, band, first, groups};
+#else
+    Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, columns, band, first};
 #endif
 
     int row, column;
@@ -249,8 +224,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             int stage = 0, phase = 0;
             while (tiles.next(row, column)) {
                 int feature = (column * 2 + rank) * OWN, token = tiles.token + rank * (TOKENS / 2);
-                // Rows of W of experts before.
-                int before = tiles.expert * (W_ROWS ? features : k);
+                int before = tiles.group * (W_ROWS ? features : k);  // rows of W of the groups before
                 auto copy_step = [&](const TensorMap* x, const TensorMap* w, int column, bool w_rows) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;
@@ -491,7 +465,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 publish();
                 group_sync(own);
 #if GROUPED
-                // Where an expert's rows end within a chunk, they are stored one by one.
+                // Where a group's rows end within a chunk, they are stored one by one.
                 if (token + (i + 1) * CHUNK > tiles.end) {
                     for (int t = threadIdx.x % 128 / 8; t < CHUNK && token + i * CHUNK + t < tiles.end; t += 16) {
                         int piece = threadIdx.x % 8, to = feature + piece * 8;

@@ -1,5 +1,5 @@
-// The rows of routed experts: a token has a row for each of its experts, rows are sorted by expert and then by token. Products of such rows
-// are `gemm_hopper.cu`'s and `gemm_ampere.cu`'s, which read where every expert's rows begin.
+// The rows of routed experts: a token has one for each of its experts, sorted by expert and then by token. Their products are those of
+// `gemm_hopper.cu` and `gemm_ampere.cu`, which read where every expert's rows begin.
 
 #define TOKENS_AT_ONCE 64  // of a block that counts
 #define MOST_EXPERTS 512
@@ -135,11 +135,11 @@ extern "C" __global__ void experts_drouting(const bf16* of_rows, bf16* at, View 
 
 // An expert's MLP between its products.
 struct Mlp {
-    int width, kind;      // columns of the activation; as `activate` counts them, and behind those SWIGLU_OAI
-    int gated, interleaved;
+    const bf16 *bias, *down_bias;  // of gate and up, as they lie, and of down; null where there is none
+    int width, hidden;             // columns of the activation and of a token
+    int kind;                      // as `activate` counts them, and SWIGLU_OAI
+    int gated, interleaved;        // whether there is an up, whether gate and up come in turn
     float limit;
-    const bf16 *bias, *down_bias;  // of gate and up, as they lie; null where there is none
-    int hidden;
 };
 
 #define SWIGLU_OAI 16
@@ -152,8 +152,8 @@ struct Unit {
 __device__ __forceinline__ Unit unit(const Mlp& m, float gate, float up) {
     if (m.kind == SWIGLU_OAI) {
         float g = fminf(gate, m.limit), u = fminf(fmaxf(up, -m.limit), m.limit) + 1.f, s = 1.f / (1.f + __expf(-1.702f * g));
-        float value = g * s, slope = s * (1.f + 1.702f * g * (1.f - s));
-        return {value * u, gate <= m.limit ? slope * u : 0.f, fabsf(up) <= m.limit ? value : 0.f};
+        float slope = s * (1.f + 1.702f * g * (1.f - s));
+        return {g * s * u, gate <= m.limit ? slope * u : 0.f, fabsf(up) <= m.limit ? g * s : 0.f};
     }
     Activation a = activate(gate, m.kind, 0.f);
     return {a.value * up, a.derivative * up, a.value};
@@ -162,12 +162,10 @@ __device__ __forceinline__ Unit unit(const Mlp& m, float gate, float up) {
 // Eight columns of gate and of up of a row, with their biases; of an MLP without a gate, up is 1.
 __device__ __forceinline__ void load_both(const Mlp& m, const bf16* x, const bf16* bias, int i, Eight& gate, Eight& up) {
     auto load = [&](int column) {
-        Eight v = load8(x + column);
-        if (bias) {
-            Eight b = load8(bias + column);
+        Eight v = load8(x + column), b = {};
+        if (bias) b = load8(bias + column);
 #pragma unroll
-            for (int q = 0; q < 8; q++) v.v[q] += b.v[q];
-        }
+        for (int q = 0; q < 8; q++) v.v[q] += b.v[q];
         return v;
     };
     if (!m.gated) {
@@ -177,7 +175,10 @@ __device__ __forceinline__ void load_both(const Mlp& m, const bf16* x, const bf1
     } else if (m.interleaved) {
         Eight a = load(2 * i), b = load(2 * i + 8);
 #pragma unroll
-        for (int q = 0; q < 4; q++) gate.v[q] = a.v[2 * q], up.v[q] = a.v[2 * q + 1], gate.v[q + 4] = b.v[2 * q], up.v[q + 4] = b.v[2 * q + 1];
+        for (int q = 0; q < 4; q++) {
+            gate.v[q] = a.v[2 * q], gate.v[q + 4] = b.v[2 * q];
+            up.v[q] = a.v[2 * q + 1], up.v[q + 4] = b.v[2 * q + 1];
+        }
     } else {
         gate = load(i), up = load(m.width + i);
     }
@@ -189,7 +190,10 @@ __device__ __forceinline__ void store_both(const Mlp& m, bf16* y, int i, const E
     } else if (m.interleaved) {
         Eight a, b;
 #pragma unroll
-        for (int q = 0; q < 4; q++) a.v[2 * q] = gate.v[q], a.v[2 * q + 1] = up.v[q], b.v[2 * q] = gate.v[q + 4], b.v[2 * q + 1] = up.v[q + 4];
+        for (int q = 0; q < 4; q++) {
+            a.v[2 * q] = gate.v[q], b.v[2 * q] = gate.v[q + 4];
+            a.v[2 * q + 1] = up.v[q], b.v[2 * q + 1] = up.v[q + 4];
+        }
         store8(y + 2 * i, a), store8(y + 2 * i + 8, b);
     } else {
         store8(y + i, gate), store8(y + m.width + i, up);

@@ -79,7 +79,8 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         stacks.len() - 1
     });
     let stack = &mut stacks[at];
-    stack.members.push(Member { node: index, column: stack.outputs, rank_column: stack.rank, width: node.width });
+    let role = "weight";
+    stack.members.push(Member { node: index, role, column: stack.outputs, rank_column: stack.rank, width: node.width });
     stack.outputs += node.width;
     stack.rank += rank;
     stack.bias |= node.weight("bias").is_some();

@@ -7,6 +7,7 @@ mod attention;
 mod attention_decode;
 mod cat;
 mod embedding;
+mod experts;
 pub(super) mod fp8;
 mod gather;
 mod glu;
@@ -17,6 +18,7 @@ mod narrow;
 pub(super) mod nf4;
 mod norms;
 mod rope;
+mod route;
 mod scale;
 mod xielu;
 
@@ -25,7 +27,7 @@ use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
-use super::matmul::{Fp8, Gated, Gemm, Matmul, Operands, WORKSPACE};
+use super::matmul::{Fp8, Gated, Gemm, Groups, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
@@ -42,6 +44,8 @@ pub(super) const OPS: &[CudaOp] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
@@ -61,6 +65,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &attention::SOURCE,
     &attention_decode::SOURCE,
     &embedding::SOURCE,
+    &experts::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,
@@ -70,6 +75,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &nf4::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
+    &route::SOURCE,
     &scale::SOURCE,
     &xielu::SOURCE,
 ];
