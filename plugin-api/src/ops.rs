@@ -4,12 +4,15 @@
 //! in an author's tests.
 
 mod experts;
+mod recurrent;
 mod route;
 
 use serde_json::Value;
 
 use crate::graph::Node;
 use crate::{Error, Result};
+
+mod expand;
 
 /// What a graph may say of an op.
 pub struct OpSchema {
@@ -43,6 +46,7 @@ pub enum Presence {
 use Presence::{Optional, Required};
 
 /// An attribute of an op.
+#[derive(Clone, Copy)]
 pub struct Attr {
     /// Its name.
     pub name: &'static str,
@@ -113,14 +117,15 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "rms_norm",
-        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length",
+        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length or of `run` columns",
         inputs: 1,
         weights: &[("weight", Optional)],
         attrs: NORM_ATTRS,
         check: |node, widths| {
             let run = run(node);
             match node.weight("weight").map(|w| w.shape.as_slice()) {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run || *own == node.width => {}
                 Some(other) => return Err(format!("a weight of shape {other:?}, needs one of [{run}]")),
             }
             same("the value", node.width, widths[0])?;
@@ -140,7 +145,8 @@ pub const OPS: &[OpSchema] = &[
             runs_divide(run, node.width)?;
             let shape = node.weight("weight").map(|w| w.shape.as_slice());
             match shape {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run => {}
                 Some([runs, own]) if runs.checked_mul(*own) == Some(node.width) => {}
                 Some(other) => {
                     return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
@@ -183,13 +189,14 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "attention",
-        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other",
+        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other; sinks join the sum",
         inputs: 3,
-        weights: &[],
+        weights: &[("sinks", Optional)],
         attrs: &[
             attr("heads", Count, Required),
             attr("kv_heads", Count, Required),
             attr("head_dim", Count, Required),
+            attr("value_dim", Count, Optional),
             attr("scale", Number, Required),
             attr("window", Count, Optional),
             attr("softcap", Number, Optional),
@@ -200,11 +207,12 @@ pub const OPS: &[OpSchema] = &[
                 return Err(format!("{heads} heads cannot share {kv} key heads"));
             }
             softcap(node)?;
-            let wide = heads.saturating_mul(dim);
-            same("q", widths[0], wide)?;
+            weight_shape(node, "sinks", &[heads])?;
+            let of_value = if node.attrs.contains_key("value_dim") { count(node, "value_dim") } else { dim };
+            same("q", widths[0], heads.saturating_mul(dim))?;
             same("k", widths[1], kv.saturating_mul(dim))?;
-            same("v", widths[2], kv.saturating_mul(dim))?;
-            same("the value", node.width, wide)
+            same("v", widths[2], kv.saturating_mul(of_value))?;
+            same("the value", node.width, heads.saturating_mul(of_value))
         },
         reads_layout: true,
     },
@@ -278,28 +286,36 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "narrow",
-        formula: "columns start to start + length of x",
+        formula: "columns start to start + length of x, or of each of its heads",
         inputs: 1,
         weights: &[],
-        attrs: &[attr("start", Index, Optional), attr("length", Count, Required)],
+        attrs: &[attr("start", Index, Optional), attr("length", Count, Required), attr("heads", Count, Optional)],
         check: |node, widths| {
             let (start, length) = (count(node, "start"), count(node, "length"));
-            if start.checked_add(length).is_none_or(|end| end > widths[0]) {
-                return Err(format!("{length} columns from {start} on of {}", widths[0]));
+            let (heads, columns) = by_head(node, widths[0])?;
+            if start.checked_add(length).is_none_or(|end| end > columns) {
+                return Err(format!("{length} columns from {start} on of {columns}"));
             }
-            same("the value", node.width, length)
+            same("the value", node.width, heads.saturating_mul(length))
         },
         reads_layout: false,
     },
     OpSchema {
         name: "cat",
-        formula: "columns of a, then those of b",
+        formula: "columns of a, then those of b, of every head",
         inputs: 2,
         weights: &[],
-        attrs: &[],
-        check: |node, widths| same("the value", node.width, widths[0].saturating_add(widths[1])),
+        attrs: &[attr("heads", Count, Optional)],
+        check: |node, widths| {
+            widths.iter().try_for_each(|width| by_head(node, *width).map(drop))?;
+            same("the value", node.width, widths[0].saturating_add(widths[1]))
+        },
         reads_layout: false,
     },
+    recurrent::CAUSAL_CONV,
+    recurrent::GATED_DELTA,
+    recurrent::SSD,
+    expand::SCHEMA,
     OpSchema {
         name: "lm_head",
         formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
@@ -392,6 +408,15 @@ pub fn count(node: &Node, name: &str) -> usize {
     node.attrs.get(name).and_then(Value::as_u64).unwrap_or(0) as usize
 }
 
+/// The heads of a value of so many columns, and the columns of each: those that the node names, or one.
+fn by_head(node: &Node, columns: usize) -> std::result::Result<(usize, usize), String> {
+    let heads = count(node, "heads").max(1);
+    match columns.is_multiple_of(heads) {
+        true => Ok((heads, columns / heads)),
+        false => Err(format!("{columns} columns are not {heads} heads")),
+    }
+}
+
 /// A number attribute of a checked node; 0 where it is left out.
 pub fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
@@ -408,10 +433,10 @@ pub fn is_module(node: &Node) -> bool {
     node.op == "linear" && !flag(node, "parameter")
 }
 
-/// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
+/// Columns of a run that a norm is taken over: as `run` says, as many as its weight has, or all.
 pub fn run(node: &Node) -> usize {
-    let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
-    of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
+    let of_weight = || node.weight("weight").and_then(|w| w.shape.last().copied()).unwrap_or(node.width);
+    if node.attrs.contains_key("run") { count(node, "run") } else { of_weight() }
 }
 
 type Fits = std::result::Result<(), String>;

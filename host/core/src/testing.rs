@@ -22,8 +22,10 @@ use crate::{fp8, nf4};
 
 mod experts;
 mod families;
+mod recurrent;
 
 pub use families::FAMILIES;
+pub use recurrent::recurrent_cases;
 
 /// A block's own nodes.
 type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
