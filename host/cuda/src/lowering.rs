@@ -44,6 +44,8 @@ pub(crate) struct CudaOp {
     pub columns_behind: fn(&[Node], usize, Ranks<'_>) -> usize,
     /// What is computed for it once a batch.
     pub table: fn(&Node) -> Option<BatchTable>,
+    /// Whether its value, and what it reads, may have a width that is no multiple of 8: zeros fill the rest, in gradients too.
+    pub any_width: bool,
 }
 
 /// The values that an op's backward steps read.
@@ -80,6 +82,7 @@ impl CudaOp {
             epilogue: None,
             columns_behind: |_, _, _| 0,
             table: |_| None,
+            any_width: false,
         }
     }
 }
@@ -187,7 +190,10 @@ impl Program {
         }
         for (index, node) in nodes.iter().enumerate() {
             if lowering.computed_by[index].is_none() {
-                multiple_of_8(node, "width", node.width)?;
+                let reads = node.inputs.iter().filter_map(|v| v.checked_sub(1)).map(|maker| nodes[maker].width);
+                for width in reads.chain([node.width]).filter(|_| !lowering.ops[index].any_width) {
+                    multiple_of_8(node, "width", width)?;
+                }
                 lowering.at = At::Forward(index);
                 lowering.making.clear();
                 (lowering.ops[index].forward)(&mut lowering, index)?;
@@ -200,6 +206,11 @@ impl Program {
         }
         Ok(lowering.program)
     }
+}
+
+/// Columns that a width takes: kernels go by eight.
+pub(crate) fn whole(width: usize) -> usize {
+    width.next_multiple_of(8)
 }
 
 /// Refuses a number that is no multiple of 8, by which kernels go.
@@ -402,7 +413,7 @@ impl Lowering<'_> {
 
     /// A new place for the value of a node.
     pub(crate) fn place(&mut self, index: usize) -> Slice {
-        let (value, width) = (index + 1, self.nodes[index].width);
+        let (value, width) = (index + 1, whole(self.nodes[index].width));
         let home =
             if value == self.output { Slice::whole(OUTPUT, width) } else { self.buffer(width, self.behind[value]) };
         self.make(value, home);
@@ -478,6 +489,14 @@ impl Lowering<'_> {
         // Behind some columns of a buffer lie others.
         let whole = slice.width == self.widths[slice.buffer] && slice.width + behind <= columns;
         if behind == 0 || whole {
+            return Ok(slice);
+        }
+        self.copy_with_behind(slice, behind)
+    }
+
+    /// A copy of a value with columns behind it; the value itself, if there are none.
+    pub(crate) fn copy_with_behind(&mut self, slice: Slice, behind: usize) -> Result<Slice> {
+        if behind == 0 {
             return Ok(slice);
         }
         let own = self.buffer(slice.width, behind);

@@ -117,9 +117,9 @@ extern "C" __global__ void experts_sum(View x, bf16* at, View routing, const bf1
 }
 
 // The gradient by routing of what rows give, one after the other as they lie: what is not chosen has none.
-extern "C" __global__ void experts_drouting(const bf16* of_rows, bf16* at, View y, int tokens, int top_k, int experts) {
-    auto [token, i] = place(experts);
-    if (i >= experts) return;
+extern "C" __global__ void experts_drouting(const bf16* of_rows, bf16* at, View y, int tokens, int top_k, int experts, int width) {
+    auto [token, i] = place(width);
+    if (i >= width) return;
     Plan p = plan_at(at, tokens, top_k, experts);
     Eight out = {};
     for (int j = 0; j < top_k; j++) {

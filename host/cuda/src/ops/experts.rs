@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::activation::Activation;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, Lowering, Matrix, Member, Recompute,
-    Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, nf4, number,
+    Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, nf4, number, whole,
 };
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
@@ -32,6 +32,7 @@ pub(super) static SOURCE: Source = Source::plain(
 pub(super) const OP: CudaOp = CudaOp {
     prepare,
     backward_reads: BackwardReads { inputs: true, value: false },
+    any_width: true,
     ..CudaOp::new("experts", forward, backward)
 };
 
@@ -218,7 +219,7 @@ fn rows_of(view: View, width: usize) -> View {
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x, routing], own) = (l.inputs(index)?, Experts::of(l, index)?);
-    multiple_of_8(&l.nodes[index], "the number of experts", own.count)?;
+    multiple_of_8(&l.nodes[index], "width", own.hidden)?;
     let plan = l.buffer(own.plan_columns(), 0);
     let [gathered, before, inner, after] = [own.hidden, own.into, own.inner, own.hidden].map(|width| own.rows(l, width));
     let y = l.place(index);
@@ -236,7 +237,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([_, routing], [plan, before], own) = (l.inputs(index)?, l.left(index)?, Experts::of(l, index)?);
     let nodes = l.nodes;
     let [gathered, dinner, dx_rows] = [own.hidden, own.inner, own.hidden].map(|width| own.rows(l, width));
-    let by_row = l.buffer(own.top_k, 0);
+    let by_row = own.rows(l, 1);
     l.push(Step::new("experts gather", [dy, plan], [gathered], Gather(own)))?;
     l.push(own.product(l, 1, true, [gathered, plan, dinner]))?;
     let reads = [before, dinner, gathered, plan, routing];
@@ -267,7 +268,7 @@ impl Execute for Plan {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (top_k, width) = (self.0.top_k, self.0.plan_columns());
         on.each_row(reads, writes, |_, read, write| {
-            let chosen = (0..read[0].len()).filter(|e| read[0][*e] != 0.0).map(|e| e as f32);
+            let chosen = (0..self.0.count).filter(|e| read[0][*e] != 0.0).map(|e| e as f32);
             write[0] = chosen.take(top_k).chain(std::iter::repeat(-1.0)).take(width).collect();
         });
     }
@@ -420,14 +421,15 @@ impl Execute for GatherVjp {
         let args = own.sized(on, args.with(writes[0])).with(own.hidden as i32);
         on.by_columns("experts_sum", on.rows, own.hidden, args)?;
         let args = own.sized(on, Args::default().with(reads[1].at).with(reads[2].at).with(writes[1]));
-        on.by_columns("experts_drouting", on.rows, own.count, args)
+        let args = args.with(whole(own.count) as i32);
+        on.by_columns("experts_drouting", on.rows, whole(own.count), args)
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let own = &self.0;
         on.each_row(reads, writes, |_, read, write| {
-            (write[0], write[1]) = (vec![0.0; own.hidden], vec![0.0; own.count]);
+            (write[0], write[1]) = (vec![0.0; own.hidden], vec![0.0; whole(own.count)]);
             for (at, expert) in emulated::rows(own, &read[2]) {
                 write[1][expert] = read[1][at];
                 let values = &read[0][at * own.hidden..];

@@ -26,12 +26,12 @@ mod xielu;
 use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
-use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
+use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8, whole};
 use super::matmul::{Fp8, Gated, Gemm, Groups, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, Stack, transposed_ld};
+use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack, transposed_ld};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 

@@ -5,7 +5,8 @@
 #define NONE -__int_as_float(0x7f800000)
 
 struct Route {
-    int experts, top_k, scoring;  // as SCORINGS of route.rs
+    int experts, columns;  // behind the experts there are zeros
+    int top_k, scoring;    // as SCORINGS of route.rs
     int normalizes, groups, top_groups, sums_two;
     float eps, scale;
 };
@@ -123,7 +124,7 @@ extern "C" __global__ void route(View logits, View weights, Route r, const float
 #pragma unroll
     for (int i = 0; i < MOST; i++) {
         int e = i * 32 + lane;
-        if (e >= r.experts) break;
+        if (e >= r.columns) break;
         float weight = of.chosen >> i & 1 ? of.score[i] / of.sum * r.scale * (factors ? factors[e] : 1.f) : 0.f;
         row(weights, token)[e] = to_bf16(weight);
     }
@@ -157,7 +158,7 @@ extern "C" __global__ void route_vjp(View logits, View dweights, View dlogits, R
 #pragma unroll
     for (int i = 0; i < MOST; i++) {
         int e = i * 32 + lane;
-        if (e >= r.experts) break;
+        if (e >= r.columns) break;
         float s = of.score[i];
         row(dlogits, token)[e] = to_bf16(r.scoring == 1 ? d[i] * s * (1.f - s) : s * (d[i] - mean));
     }

@@ -5,13 +5,16 @@ use serde_json::Value;
 
 #[cfg(test)]
 use super::Slice;
-use super::{Args, Argument, BackwardReads, CudaOp, Execute, Groups, Launch, Lowering, Source, Step, View, count, number};
+use super::{
+    Args, Argument, BackwardReads, CudaOp, Execute, Groups, Launch, Lowering, Source, Step, View, count, number, whole,
+};
 use dpo_core::error::{Error, Result};
 
 pub(super) static SOURCE: Source = Source::plain("route", include_str!("route.cu"), &["route", "route_vjp"]);
 
 pub(super) const OP: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },
+    any_width: true,
     ..CudaOp::new("route", forward, backward)
 };
 
@@ -29,6 +32,7 @@ const WARPS: usize = 4;
 #[repr(C)]
 struct Shape {
     experts: i32,
+    columns: i32,
     top_k: i32,
     scoring: i32,
     normalizes: i32,
@@ -39,7 +43,7 @@ struct Shape {
     scale: f32,
 }
 
-// SAFETY: nine numbers of four bytes.
+// SAFETY: ten numbers of four bytes.
 unsafe impl Argument for Shape {}
 
 #[derive(Clone, Copy)]
@@ -66,6 +70,7 @@ impl Route {
         }
         let shape = Shape {
             experts: node.width as i32,
+            columns: whole(node.width) as i32,
             top_k: count(node, "top_k") as i32,
             scoring: scoring as i32,
             normalizes: has(node, "normalize").into(),
@@ -115,8 +120,10 @@ impl Execute for Route {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let vectors = emulated::vectors(self, on);
         on.each_row(reads, writes, |_, read, write| {
-            let of = emulated::choose(&self.shape, &read[0], &vectors[0]);
-            write[0] = (0..read[0].len()).map(|e| of.counts(e) * self.shape.scale * vectors[1][e]).collect();
+            let experts = self.shape.experts as usize;
+            let of = emulated::choose(&self.shape, &read[0][..experts], &vectors[0]);
+            write[0] = (0..experts).map(|e| of.counts(e) * self.shape.scale * vectors[1][e]).collect();
+            write[0].resize(self.shape.columns as usize, 0.0);
         });
     }
 }
@@ -130,8 +137,8 @@ impl Execute for Vjp {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (shape, vectors) = (self.0.shape, emulated::vectors(&self.0, on));
         on.each_row(reads, writes, |_, read, write| {
-            let of = emulated::choose(&shape, &read[0], &vectors[0]);
-            let mut d: Vec<f32> = (0..read[0].len())
+            let of = emulated::choose(&shape, &read[0][..shape.experts as usize], &vectors[0]);
+            let mut d: Vec<f32> = (0..shape.experts as usize)
                 .map(|e| if of.chosen[e] { read[1][e] * shape.scale * vectors[1][e] / of.sum } else { 0.0 })
                 .collect();
             let mean = |d: &[f32]| d.iter().zip(&of.scores).map(|(d, s)| d * s).sum::<f32>();
@@ -142,6 +149,7 @@ impl Execute for Vjp {
             let own = mean(&d);
             let by_logit = |(d, s): (&f32, &f32)| if shape.scoring == 1 { d * s * (1.0 - s) } else { s * (d - own) };
             write[0] = d.iter().zip(&of.scores).map(by_logit).collect();
+            write[0].resize(shape.columns as usize, 0.0);
         });
     }
 }
