@@ -3,7 +3,7 @@
 
 use super::super::gpu::{Address, Args, Argument, View};
 use super::super::kernels::{Source, Variant};
-use super::{Fp8, Gemm, On, Operands, WORKSPACE, gemm};
+use super::{Fp8, Gemm, Groups, On, Operands, WORKSPACE, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -11,6 +11,7 @@ pub(crate) static SOURCE: Source = Source {
     text: concat!(
         include_str!("../ops/mma.cuh"),
         include_str!("../ops/activations.cuh"),
+        include_str!("groups.cuh"),
         include_str!("gemm_ampere.cu")
     ),
     kernels: &["gemm_ampere"],
@@ -24,7 +25,7 @@ const TILE: [usize; 3] = [128, 256, 32];
 const WARPS: [usize; 2] = [2, 4];
 const STAGES: usize = 4;
 /// Rows of tiles that are computed together.
-const GROUP: usize = 16;
+const BAND: usize = 16;
 
 /// `struct Problem` of `gemm_ampere.cu`.
 #[derive(Clone, Copy)]
@@ -44,7 +45,7 @@ struct Problem {
     arrived: Address,
 }
 
-// SAFETY: without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
+// SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
 unsafe impl Argument for Problem {}
 
 /// The same with FP8.
@@ -89,21 +90,23 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         ("WARPS_N", WARPS[1]),
         ("STAGES", STAGES),
         ("BLOCKS", 1),
-        ("GROUP", GROUP),
+        ("BAND", BAND),
         ("B_TRANSPOSED", (gemm.weight_rows || gemm.fp8).into()),
         ("FP8", gemm.fp8.into()),
         ("L_ROWS", gemm.weight_rows.into()),
         ("GATED", gemm.gate.is_some().into()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
+        ("GROUPED", gemm.grouped.into()),
     ];
     Variant {
         source: &SOURCE,
         key: key(gemm),
         label: format!(
-            "{}weights as {}, gated {}",
+            "{}weights as {}, gated {}, groups {}",
             if gemm.fp8 { "fp8, " } else { "" },
             if gemm.weight_rows { "rows" } else { "columns" },
-            gemm.gate.is_some()
+            gemm.gate.is_some(),
+            gemm.grouped
         ),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
@@ -114,7 +117,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
 
 /// What is added, and whether gate and up are left, is said by addresses that are null or not.
 fn key(gemm: Gemm) -> usize {
-    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, fp8: gemm.fp8, ..Gemm::PLAIN }.key()
+    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, fp8: gemm.fp8, grouped: gemm.grouped, ..Gemm::PLAIN }.key()
 }
 
 /// Bytes of shared memory: both tiles of every stage.
@@ -149,8 +152,8 @@ pub(super) fn launch(
     both: Option<View>,
     limit: f32,
 ) -> Result<()> {
-    let problem = problem(gemm, on, sizes, operands, both, limit);
-    start(gemm, on, &problem, Args::default().with(problem))
+    let (problem, blocks) = whole(gemm, on, sizes, operands, both, limit);
+    start(gemm, on, blocks, Args::default().with(problem))
 }
 
 /// The same of a product of e4m3, whose A and B `operands` leaves out.
@@ -168,46 +171,62 @@ pub(super) fn launch_fp8(
     }
     let (w, ld) = fp8.w;
     let operands = Operands { a: fp8.x, b: View { at: w, ld: ld as i64 / 2 }, ..operands };
-    let problem = problem(gemm, on, [m, n, k / 2], operands, both, limit);
+    let (problem, blocks) = whole(gemm, on, [m, n, k / 2], operands, both, limit);
     let of_x = View { at: fp8.x.at + k as u64, ld: fp8.x.ld };
-    let whole = Fp8Problem { problem, of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
-    start(gemm, on, &problem, Args::default().with(whole))
+    let with = Fp8Problem { problem, of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
+    start(gemm, on, blocks, Args::default().with(with))
 }
 
-fn problem(
+/// A problem that is no group's, and the blocks that compute it.
+fn whole(
     gemm: Gemm,
     on: On<'_>,
     [m, n, k]: [usize; 3],
     operands: Operands,
     both: Option<View>,
     limit: f32,
-) -> Problem {
-    let none = View { at: 0, ld: 0 };
-    let tiles = m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]);
-    let [whole, split] = schedule(tiles, on.gpu.multiprocessors, k.div_ceil(TILE[2]));
+) -> (Problem, usize) {
+    let (tiles, blocks) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), on.gpu.multiprocessors);
+    let [whole, split] = schedule(tiles, blocks, k.div_ceil(TILE[2]));
+    let cut = problem(gemm, on, [m, n, k], operands, [whole as i32, split as i32]);
+    (Problem { both: both.unwrap_or(NONE), limit, ..cut }, blocks.min(whole + (tiles - whole) * split))
+}
+
+/// Starts a product of sizes `[m, n, k]` for each group, whose tiles are all whole.
+pub(super) fn launch_grouped(
+    gemm: Gemm,
+    on: On<'_>,
+    sizes: [usize; 3],
+    operands: Operands,
+    groups: Groups,
+) -> Result<()> {
+    let args = Args::default().with(problem(gemm, on, sizes, operands, [i32::MAX, 1]));
+    start(gemm, on, on.gpu.multiprocessors, args.with(groups.begins).with(groups.count as i32))
+}
+
+const NONE: View = View { at: 0, ld: 0 };
+
+fn problem(gemm: Gemm, on: On<'_>, sizes: [usize; 3], operands: Operands, [whole, split]: [i32; 2]) -> Problem {
     Problem {
         a: operands.a,
         b: operands.b,
-        c: if gemm.adds { operands.c } else { none },
+        c: if gemm.adds { operands.c } else { NONE },
         d: operands.d,
         bias: if gemm.biased { operands.bias } else { 0 },
-        both: both.unwrap_or(none),
-        sizes: [m, n, k].map(|n| n as i32),
-        limit,
-        whole: whole as i32,
-        split: split as i32,
+        both: NONE,
+        sizes: sizes.map(|n| n as i32),
+        limit: 0.0,
+        whole,
+        split,
         parts: on.matmuls.workspace(),
         arrived: on.matmuls.arrived(),
     }
 }
 
-fn start(gemm: Gemm, on: On<'_>, problem: &Problem, args: Args) -> Result<()> {
-    let [m, n, _] = problem.sizes.map(|n| n as usize);
-    let (tiles, whole) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), problem.whole as usize);
+fn start(gemm: Gemm, on: On<'_>, blocks: usize, args: Args) -> Result<()> {
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm))?;
-    let grid = [on.gpu.multiprocessors.min(whole + (tiles - whole) * problem.split as usize), 1, 1];
     let block = [(32 * WARPS[0] * WARPS[1]) as u32, 1, 1];
-    on.gpu.launch(kernel, grid, block, shared, args)
+    on.gpu.launch(kernel, [blocks, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]

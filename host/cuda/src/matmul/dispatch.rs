@@ -2,7 +2,7 @@
 
 use super::super::gpu::{Address, View};
 use super::super::kernels::{Kernels, Variant};
-use super::{Fp8, Gates, Gemm, On, Operands, ampere, hopper};
+use super::{Fp8, Gates, Gemm, Groups, On, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
 
@@ -32,6 +32,32 @@ impl Gemm {
             hopper::launch(self, on, [m, n, k], operands)
         } else {
             ampere::launch(self, on, [m, n, k], operands, None, 0.0)
+        }
+    }
+}
+
+impl Groups {
+    /// Groups there may be.
+    pub(crate) const MOST: usize = 512;
+
+    pub(crate) fn gemm(weight_rows: bool) -> Gemm {
+        Gemm { weight_rows, grouped: true, ..Gemm::PLAIN }
+    }
+
+    /// Starts a product of sizes `[m, n, k]` for each group, of at most m rows in all; weights lie as `[n, k]` where `weight_rows` says so,
+    /// else as `[k, n]`.
+    pub(crate) fn launch(
+        self,
+        weight_rows: bool,
+        on: On<'_>,
+        sizes: [usize; 3],
+        [x, weights, y]: [View; 3],
+    ) -> Result<()> {
+        let (gemm, operands) = (Groups::gemm(weight_rows), Operands { a: x, b: weights, c: y, d: y, bias: 0 });
+        if hopper::is_for(on.gpu.kernels) {
+            hopper::launch_grouped(gemm, on, sizes, operands, self)
+        } else {
+            ampere::launch_grouped(gemm, on, sizes, operands, self)
         }
     }
 }

@@ -6,9 +6,10 @@
 // block that is the last to write one of a tile adds all of them in their order. So two runs are equal bit for bit.
 //
 // Macros: B_TRANSPOSED, whether B lies as [n, k]; TILE_M, TILE_N, TILE_K of a block; WARPS_M, WARPS_N among its rows and its columns,
-// of which a warp has 64; STAGES; BLOCKS on a multiprocessor; GROUP, rows of tiles that are computed together, so that what they
+// of which a warp has 64; STAGES; BLOCKS on a multiprocessor; BAND, rows of tiles that are computed together, so that what they
 // read of both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each, D is act(gate) · up, ACTIVATION one of
-// activations.cuh, and gate and up themselves are written where there is a place for them.
+// activations.cuh, and gate and up themselves are written where there is a place for them. With GROUPED, rows of A are those of groups, and B
+// has their matrices one below the other; see groups.cuh.
 //
 // With FP8 (Ada and later), A and B are e4m3, read along k by both, and k counts pairs of them: what a fragment of sixteen columns of bf16 is in
 // memory and in registers, one of 32 codes is too. D = (A · Bᵀ) of_x of_w + U · op(L), whose last term is of bf16 and few columns. All rows of A
@@ -69,15 +70,25 @@ struct Copier {
     static __device__ __forceinline__ u32 place() { return place_of<WIDTH>(row(0), threadIdx.x % IN_ROW); }
 };
 
-// The tile of an index: GROUP rows of tiles at a time, column by column.
+#if GROUPED
+__shared__ Groups groups;
+#endif
+
+// The tile of an index: BAND rows of tiles at a time, column by column. What lies from `end` on is not its own; the matrices before its
+// own are so many.
 struct Tile {
-    int row, column;
+    int row, column, end, before;
 };
 
-__device__ __forceinline__ Tile tile_of(int index, int rows, int columns) {
-    int group = index / (GROUP * columns), first = group * GROUP, high = min(GROUP, rows - first);
-    int in_group = index - group * GROUP * columns;
-    return {(first + in_group % high) * TILE_M, in_group / high * TILE_N};
+__device__ __forceinline__ Tile tile_of(const Problem& p, int index, int rows, int columns) {
+    int band = index / (BAND * columns), first = band * BAND, high = min(BAND, rows - first);
+    int in_band = index - band * BAND * columns, row = first + in_band % high, column = in_band / high * TILE_N;
+#if GROUPED
+    int group = groups.of(row);
+    return {groups.begins[group] + (row - groups.tiles[group]) * TILE_M, column, groups.begins[group + 1], group};
+#else
+    return {row * TILE_M, column, p.m, 0};
+#endif
 }
 
 // What a block computes at a time: a tile, or its columns of A from `begin` on.
@@ -111,16 +122,16 @@ struct Loader {
     // Goes to the beginning of a piece of work; behind the last one there is nothing to bring.
     __device__ __forceinline__ void begin(const Problem& p, int rows, int columns, int count) {
         Work work = work_of(p, min(index, count - 1));
-        Tile at = tile_of(work.tile, rows, columns);
+        Tile at = tile_of(p, work.tile, rows, columns);
         k = index < count ? work.begin : work.end, end = work.end;
 #pragma unroll
-        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), p.m - 1)) + k + a.column();
+        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), at.end - 1)) + k + a.column();
 #pragma unroll
         for (int i = 0; i < b.COUNT; i++) {
 #if B_TRANSPOSED
-            b.from[i] = row(p.b, row_of_b(p, at.column, b.row(i))) + k + b.column();
+            b.from[i] = row(p.b, (long long)at.before * p.n + row_of_b(p, at.column, b.row(i))) + k + b.column();
 #else
-            b.from[i] = row(p.b, k + b.row(i)) + min(at.column + b.column(), p.n - 8);
+            b.from[i] = row(p.b, (long long)at.before * p.k + k + b.row(i)) + min(at.column + b.column(), p.n - 8);
 #endif
         }
     }
@@ -215,8 +226,8 @@ __device__ __forceinline__ int feature_of(const Problem& p, int column, int j) {
     return GATED ? min(column / 2 + j % 4 * 8, p.n / 2 - 8) + j / 4 * (p.n / 2) : min(column + j * 8, p.n - 8);
 }
 
-// Writes a warp's sums, whose first row of the lane and first column of the warp these are.
-__device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column) {
+// Writes a warp's sums, whose first row of the lane and first column of the warp these are, as far as there are rows.
+__device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column, int end) {
     int lane = threadIdx.x % 4;
     u32 bias[FRAGMENTS_N] = {};
     if (p.bias) {
@@ -231,14 +242,14 @@ __device__ __forceinline__ void write(const Problem& p, const Sums sums, int fir
         u32 words[2][4];
 #if GATED
         int own = column / 2 + lane * 8;
-        bool there = token < p.m && own < p.n / 2;
+        bool there = token < end && own < p.n / 2;
 #endif
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             u32 add[4] = {};
 #if !GATED
             int own = column + side * 32 + lane * 8;
-            bool there = token < p.m && own < p.n;
+            bool there = token < end && own < p.n;
             if (p.c.at) {
                 uint4 c = there ? *(const uint4*)(row(p.c, token) + own) : make_uint4(0, 0, 0, 0);
                 add[0] = c.x, add[1] = c.y, add[2] = c.z, add[3] = c.w;
@@ -354,10 +365,21 @@ __device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Su
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p
+#if GROUPED
+                                                                                     , const int* begins, int count_of_groups
+#endif
+) {
     extern __shared__ __align__(128) unsigned char memory[];
     u32 stages = shared_address(memory);
-    int rows = (p.m + TILE_M - 1) / TILE_M, columns = (p.n + TILE_N - 1) / TILE_N;
+#if GROUPED
+    groups.cut(begins, count_of_groups, TILE_M);
+    int rows = groups.tiles[count_of_groups];
+    if (rows == 0) return;
+#else
+    int rows = (p.m + TILE_M - 1) / TILE_M;
+#endif
+    int columns = (p.n + TILE_N - 1) / TILE_N;
     int count = p.whole + (rows * columns - p.whole) * p.split;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int warp_m = warp % WARPS_M * WARP_M, warp_n = warp / WARPS_M * WARP_N;
@@ -426,10 +448,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
             }
         }
         if (index >= p.whole && !add_parts(p, work, sums)) continue;
-        Tile at = tile_of(work.tile, rows, columns);
+        Tile at = tile_of(p, work.tile, rows, columns);
 #if FP8
         scale_and_adapt(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
 #endif
-        write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
+        write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n, at.end);
     }
 }

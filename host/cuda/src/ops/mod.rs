@@ -8,6 +8,7 @@ mod attention_decode;
 mod cat;
 mod embedding;
 mod expand;
+mod experts;
 pub(super) mod fp8;
 mod gather;
 mod glu;
@@ -19,6 +20,7 @@ mod narrow;
 pub(super) mod nf4;
 mod norms;
 mod rope;
+mod route;
 mod scale;
 mod xielu;
 
@@ -26,12 +28,12 @@ mod xielu;
 use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
-use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
-use super::matmul::{Fp8, Gated, Gemm, Matmul, Operands, WORKSPACE};
+use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8, whole};
+use super::matmul::{Fp8, Gated, Gemm, Groups, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, Stack, transposed_ld};
+use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack, transposed_ld};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 
@@ -44,6 +46,8 @@ pub(super) const OPS: &[CudaOp] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
@@ -64,6 +68,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &attention::SOURCE,
     &attention_decode::SOURCE,
     &embedding::SOURCE,
+    &experts::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &heads::SOURCE,
@@ -74,6 +79,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &nf4::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
+    &route::SOURCE,
     &scale::SOURCE,
     &xielu::SOURCE,
 ];
