@@ -6,6 +6,7 @@
 use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use crate::graph::ModelGraph;
 use crate::mixer::Mixer;
+use crate::mla::LatentAttention;
 use crate::model::Config;
 use crate::moe::Moe;
 use crate::rope::Rope;
@@ -72,6 +73,10 @@ pub struct Decoder {
     pub clamp_qkv: Option<f64>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
+    /// A tensor with a logit for every head, which joins the sum of its softmax (gpt-oss).
+    pub sinks: Option<&'static str>,
+    /// The attention that gives the heads' values in place of the queries, keys and values above.
+    pub latent: Option<LatentAttention>,
     /// Factor on the logits.
     pub logit_scale: f64,
     /// Soft cap of the logits, after the factor.
@@ -261,6 +266,8 @@ impl Decoder {
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
             attention_softcap: None,
+            sinks: None,
+            latent: None,
             logit_scale: 1.0,
             logit_softcap: None,
             head_bias: false,
@@ -297,6 +304,19 @@ impl Decoder {
         for (layer, slides) in self.layers.iter_mut().zip(sliding) {
             layer.rope = Some(if *slides { of_sliding.clone() } else { of_others.clone() });
         }
+    }
+
+    /// Multi-head latent attention in all layers, with a config's sizes and rotary embedding; `rope_interleave` is on where it is left
+    /// out.
+    ///
+    /// # Errors
+    /// A config without these sizes.
+    pub fn latent_attention(&mut self, config: &Config) -> Result<()> {
+        let latent = LatentAttention::read(config)?;
+        let interleaved = config.flag("rope_interleave", true)?;
+        self.rope(&Rope { interleaved, ..Rope::from_config(config, latent.rope_dim, 10_000.0)? });
+        (self.o_bias, self.latent) = (latent.bias, Some(latent));
+        Ok(())
     }
 
     /// Experts in the layers that have them.
@@ -403,6 +423,10 @@ impl Decoder {
 
     /// From what the attention reads to what its last projection gives.
     pub fn attention(&self, b: &mut BlockBuilder, h: Var, layer: &DecoderLayer) -> Var {
+        if let Some(latent) = &self.latent {
+            let mixed = latent.build(b, h, layer.rope.as_ref());
+            return b.linear_if(self.o_bias, self.names.o, mixed, self.hidden);
+        }
         let [wide, narrow] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
         let mut gate_of_queries = None;
         let parts = match self.names.fused_qkv {
@@ -440,7 +464,8 @@ impl Decoder {
             (q, k) = (self.of_heads(b, &norm, norm.q, q), self.of_heads(b, &norm, norm.k, k));
         }
         let numbers = Attention::new(self.heads, self.kv_heads, self.head_dim).scale(self.attention_scale);
-        let mut mixed = b.attention(q, k, v, numbers.window(layer.window).softcap(self.attention_softcap));
+        let numbers = numbers.window(layer.window).softcap(self.attention_softcap);
+        let mut mixed = b.attention_with(q, k, v, numbers, self.sinks);
         let gate_of_output = self.names.output_gate.map(|gate| {
             let columns = if self.names.head_gate { self.heads } else { wide };
             b.linear(gate, h, columns)

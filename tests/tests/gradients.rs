@@ -160,6 +160,7 @@ fn cases() -> Vec<Case> {
             &[],
             json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2, "position_beta": 0.4, "position_period": 3}),
         ),
+        case("rope", &[16], 16, &[], json!({"head_dim": 8, "start": 3, "inv_freq": [1.0, 0.3], "scale": 1.1})),
         case(GATHER, &[5], 5, &[], json!({})),
         case("scale", &[7], 7, &[], json!({"factor": -1.7})),
         case("scale", &[7], 7, &[("factor", &[1])], json!({"factor": 0.5})),

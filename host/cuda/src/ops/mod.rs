@@ -7,9 +7,11 @@ mod attention;
 mod attention_decode;
 mod cat;
 mod embedding;
+mod expand;
 pub(super) mod fp8;
 mod gather;
 mod glu;
+mod heads;
 mod linear;
 pub(super) mod lm_head;
 mod lora;
@@ -48,6 +50,7 @@ pub(super) const OPS: &[CudaOp] = &[
     scale::OP,
     narrow::OP,
     cat::OP,
+    expand::OP,
     lm_head::OP,
 ];
 
@@ -63,6 +66,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &embedding::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
+    &heads::SOURCE,
     &lm_head::SOURCE,
     &fp8::SOURCE,
     &lora::SOURCE,
