@@ -206,7 +206,7 @@ impl BlockBuilder {
         self.op("rope", &[x], vec![], &attrs, x.width)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2`, `sigmoid` and `identity`. A gate may have fewer
     /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
         if gate.width == 0 || !up.width.is_multiple_of(gate.width) {

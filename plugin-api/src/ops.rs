@@ -80,10 +80,10 @@ const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
 }
 
 /// Activations by PyTorch's names; `gelu` is the exact one, `relu2` the square of relu (So et al. 2021). The last one is no gate.
-const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: [&str; 7] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity", "clamp"];
 
 /// Those of a gated MLP.
-const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
+const GATES: &[&str] = ACTIVATIONS.split_at(6).0;
 
 /// Those of experts; `swiglu_oai` is gpt-oss's, `(up + 1) · gate · sigmoid(1.702 · gate)`, both clamped before.
 const EXPERT_ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "swiglu_oai"];

@@ -83,6 +83,7 @@ fn cases() -> Vec<Case> {
         glu("gelu_tanh"),
         glu("relu2"),
         glu("sigmoid"),
+        glu("identity"),
         case("glu", &[1, 9], 9, &[], json!({"activation": "sigmoid"})),
         case("glu", &[2, 6], 6, &[], json!({"activation": "silu"})),
         route(&[], json!({"top_k": 3, "scoring": "softmax"})),

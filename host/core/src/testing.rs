@@ -26,7 +26,6 @@ mod heads;
 mod recurrent;
 
 pub use families::FAMILIES;
-pub use recurrent::recurrent_cases;
 
 /// A block's own nodes.
 type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
@@ -301,7 +300,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         };
         b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
     })?;
-    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid"] {
+    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
@@ -310,6 +309,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
     }
     cases.extend(heads::cases()?);
     cases.extend(experts::cases()?);
+    cases.extend(recurrent::cases()?);
     cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }

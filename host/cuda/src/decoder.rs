@@ -124,8 +124,9 @@ impl Decoder for CudaDecoder {
         Ok(logits)
     }
 
-    fn truncate(&mut self, variant: Variant, tokens: usize) {
+    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize {
         let at = (variant as usize).min(self.texts.len() - 1);
         self.texts[at].tokens = self.texts[at].tokens.min(tokens);
+        self.texts[at].tokens
     }
 }

@@ -20,7 +20,7 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Activations in the order in which `activations.cuh` counts them.
-const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity", "clamp"];
 
 /// The activation of a node.
 #[derive(Clone, Copy)]
@@ -67,6 +67,7 @@ impl Activation {
             "gelu_tanh" => 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044715 * x.powi(3))).tanh()),
             "relu2" => x.max(0.0).powi(2),
             "sigmoid" => 1.0 / (1.0 + (-x).exp()),
+            "identity" => x,
             _ => x.clamp(-limit, limit),
         };
         let (x, h) = (f64::from(x), 1e-5);
