@@ -3,14 +3,23 @@
 //! The builder lives in the plugin and calls nothing of the host. It keeps the first mistake (such as two widths that do
 //! not fit) and returns it from [`GraphBuilder::finish`], so that a family reads as a list of its ops.
 
+mod attention;
+mod columns;
+mod experts;
+mod recurrent;
+
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::graph::{Block, Layer, ModelGraph, Node, Weight};
+use crate::graph::{Assembly, Block, Layer, ModelGraph, Node, Weight};
 use crate::model::Config;
 use crate::rope::Rope;
 use crate::{Error, Result};
+
+pub use attention::Attention;
+pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
+pub use recurrent::{GatedDelta, StateSpace};
 
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
@@ -19,50 +28,16 @@ pub struct Var {
     width: usize,
 }
 
+impl Var {
+    /// Its columns.
+    pub fn width(self) -> usize {
+        self.width
+    }
+}
+
 /// A kind of block, to be given to [`GraphBuilder::layer`].
 #[derive(Clone, Copy, Debug)]
 pub struct BlockKind(usize);
-
-/// Numbers of a grouped-query attention.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct Attention {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; divides `heads`.
-    pub kv_heads: usize,
-    /// Width of one head.
-    pub head_dim: usize,
-    /// Factor on the scores before the softmax.
-    pub scale: f64,
-    /// A token sees itself and this many minus one before it; `None` sees all before it.
-    pub window: Option<usize>,
-    /// Scores `s` become `softcap · tanh(s / softcap)` before the softmax (Gemma 2, section 2); `None` leaves them.
-    pub softcap: Option<f64>,
-}
-
-impl Attention {
-    /// Full causal attention with the usual scale of `1 / sqrt(head_dim)`.
-    pub fn new(heads: usize, kv_heads: usize, head_dim: usize) -> Attention {
-        let scale = (head_dim as f64).powf(-0.5);
-        Attention { heads, kv_heads, head_dim, scale, window: None, softcap: None }
-    }
-
-    /// Another factor on the scores.
-    pub fn scale(self, scale: f64) -> Attention {
-        Attention { scale, ..self }
-    }
-
-    /// A sliding window, where there is one.
-    pub fn window(self, window: Option<usize>) -> Attention {
-        Attention { window, ..self }
-    }
-
-    /// A soft cap, where there is one.
-    pub fn softcap(self, softcap: Option<f64>) -> Attention {
-        Attention { softcap, ..self }
-    }
-}
 
 /// Which norm, with its numbers; its weights are named where it is used.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +130,14 @@ impl BlockBuilder {
         if bias { self.linear_bias(module, x, out) } else { self.linear(module, x, out) }
     }
 
+    /// [`linear_if`](Self::linear_if), whose weight is a parameter of a module that is no linear, as a router's is: LoRA is added to
+    /// it only where that parameter is named.
+    pub fn linear_of_parameter(&mut self, bias: bool, module: &str, x: Var, out: usize) -> Var {
+        let y = self.linear_if(bias, module, x, out);
+        self.nodes.iter_mut().last().map(|node| node.attrs.insert("parameter".into(), json!(true)));
+        y
+    }
+
     /// A norm over the whole row, with `module.weight` and `module.bias` as far as it has them.
     pub fn norm(&mut self, norm: Norm, module: &str, x: Var) -> Var {
         self.norm_of_runs(norm, module, x, x.width, &[x.width])
@@ -190,7 +173,8 @@ impl BlockBuilder {
         }
         let mut attrs = vec![("eps", json!(norm.eps))];
         attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
-        attrs.extend((!norm.weight && run != x.width).then(|| ("run", json!(run))));
+        let stated = run != x.width && (!norm.weight || *shape == [x.width]);
+        attrs.extend(stated.then(|| ("run", json!(run))));
         self.op(norm.op, &[x], weights, &attrs, x.width)
     }
 
@@ -216,33 +200,13 @@ impl BlockBuilder {
         self.op("rope", &[x], vec![], &attrs, x.width)
     }
 
-    /// Causal attention; the host adds the rule that a rejected answer does not see the chosen one.
-    pub fn attention(&mut self, q: Var, k: Var, v: Var, a: Attention) -> Var {
-        let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
-        if q.width != wide || k.width != narrow || v.width != narrow {
-            self.fail(format!(
-                "attention: q, k, v have {}, {}, {} columns; {} and {} heads of {} need {wide}, {narrow}, {narrow}",
-                q.width, k.width, v.width, a.heads, a.kv_heads, a.head_dim
-            ));
-        }
-        if a.kv_heads == 0 || !a.heads.is_multiple_of(a.kv_heads) {
-            self.fail(format!("attention: {} heads cannot share {} key heads", a.heads, a.kv_heads));
-        }
-        let mut attrs = vec![
-            ("heads", json!(a.heads)),
-            ("kv_heads", json!(a.kv_heads)),
-            ("head_dim", json!(a.head_dim)),
-            ("scale", json!(a.scale)),
-        ];
-        attrs.extend(a.window.map(|w| ("window", json!(w))));
-        attrs.extend(a.softcap.map(|c| ("softcap", json!(c))));
-        self.op("attention", &[q, k, v], vec![], &attrs, wide)
-    }
-
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`.
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
-        self.same_width("glu", gate, up);
-        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], gate.width)
+        if gate.width == 0 || !up.width.is_multiple_of(gate.width) {
+            self.fail(format!("glu: {} and {} columns", gate.width, up.width));
+        }
+        self.op("glu", &[gate, up], vec![], &[("activation", json!(activation))], up.width)
     }
 
     /// `activation(x)`; activations are those of [`glu`](Self::glu).
@@ -261,29 +225,6 @@ impl BlockBuilder {
         let roles = ["alpha_p", "alpha_n", "beta", "eps"].into_iter().zip(shapes);
         let weights = roles.map(|(role, shape)| tensor(role, &format!("{module}.{role}"), shape)).collect();
         self.op("xielu", &[x], weights, &[], x.width)
-    }
-
-    /// Columns `[start, start + length)`: a part of a fused projection.
-    pub fn narrow(&mut self, x: Var, start: usize, length: usize) -> Var {
-        if start.checked_add(length).is_none_or(|end| end > x.width) || length == 0 {
-            self.fail(format!("narrow: {length} columns from {start} on of {}", x.width));
-        }
-        self.op("narrow", &[x], vec![], &[("start", json!(start)), ("length", json!(length))], length)
-    }
-
-    /// Columns side by side, one part after another, of these widths.
-    pub fn split<const N: usize>(&mut self, x: Var, widths: [usize; N]) -> [Var; N] {
-        let mut start = 0;
-        widths.map(|width| {
-            let part = self.narrow(x, start, width);
-            start += width;
-            part
-        })
-    }
-
-    /// Columns of `a`, then those of `b`.
-    pub fn cat(&mut self, a: Var, b: Var) -> Var {
-        self.op("cat", &[a, b], vec![], &[], a.width + b.width)
     }
 
     /// `a + b`.
@@ -358,6 +299,7 @@ impl GraphBuilder {
             max_positions: None,
             unused_tensors: Vec::new(),
             layouts: Vec::new(),
+            assemblies: Vec::new(),
             unread_config: Vec::new(),
             requires: Vec::new(),
         };
@@ -411,6 +353,15 @@ impl GraphBuilder {
     /// as in `&[("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")]`.
     pub fn layout(&mut self, replacements: &[(&str, &str)]) {
         self.graph.layouts.push(replacements.iter().map(|(from, to)| ((*from).into(), (*to).into())).collect());
+    }
+
+    /// Names the parts that published files may have of a tensor of experts: see [`Assembly`].
+    pub fn assembly(&mut self, tensor: &str, parts: &[&str], transposed: bool) {
+        let parts = parts.iter().map(|part| (*part).to_owned()).collect();
+        let assembly = Assembly { tensor: tensor.into(), parts, transposed };
+        if !self.graph.assemblies.contains(&assembly) {
+            self.graph.assemblies.push(assembly);
+        }
     }
 
     /// The graph, or the first mistake.

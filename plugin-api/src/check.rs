@@ -48,7 +48,8 @@ pub fn check_graph(graph: &ModelGraph) -> Result<()> {
     check_block(&graph.head, Role::Head, hidden, vocab)?;
     check_sizes(graph)?;
     check_unused(graph)?;
-    check_layouts(graph)
+    check_layouts(graph)?;
+    check_assemblies(graph)
 }
 
 /// Refuses two linears of one name, of those that are adapted: an adapter's file names parameters by module.
@@ -58,7 +59,7 @@ pub fn check_graph(graph: &ModelGraph) -> Result<()> {
 pub fn check_linears(graph: &ModelGraph, adapted: impl Fn(&str) -> bool) -> Result<()> {
     let mut owners: HashMap<String, &str> = HashMap::new();
     for (prefix, block) in graph.parts() {
-        let modules = block.nodes.iter().filter(|n| n.op == "linear").filter_map(|n| n.module());
+        let modules = block.nodes.iter().filter(|n| ops::is_module(n)).filter_map(|n| n.module());
         for module in modules.map(|m| format!("{prefix}{m}")).filter(|m| adapted(m)) {
             if owners.insert(module.clone(), &block.name).is_some() {
                 let layers = graph.layers.iter().filter(|l| !prefix.is_empty() && l.prefix == prefix).count();
@@ -179,6 +180,17 @@ fn check_layouts(graph: &ModelGraph) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses an assembly of no parts, or of names that no file has.
+fn check_assemblies(graph: &ModelGraph) -> Result<()> {
+    let named = |name: &String| !name.is_empty() && name.len() <= MOST_NAME && name.matches('*').count() <= 1;
+    match graph.assemblies.iter().find(|a| a.parts.is_empty() || !a.parts.iter().chain([&a.tensor]).all(named)) {
+        Some(wrong) => {
+            bail!("the tensor '{}' is assembled of parts that no file names: {:?}", wrong.tensor, wrong.parts)
+        }
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use crate::graph::ModelGraph;
 use crate::model::Config;
+use crate::moe::Moe;
 use crate::rope::Rope;
 use crate::{Result, bail};
 
@@ -85,6 +86,8 @@ pub struct DecoderLayer {
     pub window: Option<usize>,
     /// Rotary embedding; `None` for a layer without positions.
     pub rope: Option<Rope>,
+    /// Experts in place of its MLP.
+    pub moe: Option<Moe>,
 }
 
 /// The norms of a layer by their places; a place without a name has none.
@@ -220,7 +223,7 @@ impl Decoder {
             heads,
             kv_heads: config.opt_size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            layers: vec![DecoderLayer { window: None, rope: None }; config.layers()?],
+            layers: vec![DecoderLayer { window: None, rope: None, moe: None }; config.layers()?],
             norm: Norm::rms(config.opt_float("rms_norm_eps")?.unwrap_or(1e-6)),
             norms: LayerNorms::PRE,
             after_norm: None,
@@ -287,6 +290,12 @@ impl Decoder {
         }
     }
 
+    /// Experts in the layers that have them.
+    pub fn experts(&mut self, moe: &Moe, in_layer: impl Fn(usize) -> bool) {
+        let layers = self.layers.iter_mut().enumerate().filter(|(at, _)| in_layer(*at));
+        layers.for_each(|(_, layer)| layer.moe = Some(moe.clone()));
+    }
+
     /// The graph. `config` is the whole file, whose unread keys go with it.
     pub fn graph(&self, config: &Config) -> Result<ModelGraph> {
         self.build()?.finish(config)
@@ -313,12 +322,14 @@ impl Decoder {
             let mut name = String::from(if kind == 0 { "decoder" } else { "decoder, other" });
             name.extend(layer.window.map(|w| format!(", window {w}")));
             name.extend(layer.rope.is_none().then_some(", no rope"));
+            name.extend(layer.moe.is_some().then_some(", experts"));
             if kind > 1 {
                 name += &format!(", {kind}");
             }
             let block = graph.block_once(&name, |b, x| self.layer(b, x, layer));
             graph.layer(block, format!("{}layers.{at}.", self.prefix));
             layer.rope.iter().for_each(|rope| graph.rope_limit(rope));
+            layer.moe.iter().for_each(|moe| moe.assemble(&mut graph));
         }
         let head = if self.tied { table.as_str() } else { "lm_head.weight" };
         graph.head(|b, x| {
@@ -340,14 +351,14 @@ impl Decoder {
         let attention = norm_at(b, after, self.norms.after_attention, attention);
         let attention = scaled(b, attention, self.residual_scale);
         if self.norms.parallel {
-            let mlp = self.mlp(b, h);
+            let mlp = self.mlp_of(b, h, layer);
             let mlp = scaled(b, mlp, self.residual_scale);
             let both = b.add(attention, mlp);
             return b.add(x, both);
         }
         let x = b.add(x, attention);
         let h = norm_at(b, before, self.norms.before_mlp, x);
-        let mlp = self.mlp(b, h);
+        let mlp = self.mlp_of(b, h, layer);
         let mlp = norm_at(b, after, self.norms.after_mlp, mlp);
         let mlp = scaled(b, mlp, self.residual_scale);
         b.add(x, mlp)
@@ -406,6 +417,14 @@ impl Decoder {
                 let parts: Vec<Var> = (0..heads).map(&mut head).collect();
                 parts.into_iter().reduce(|all, part| b.cat(all, part)).unwrap_or(x)
             }
+        }
+    }
+
+    /// The MLP of a layer, or its experts.
+    fn mlp_of(&self, b: &mut BlockBuilder, h: Var, layer: &DecoderLayer) -> Var {
+        match &layer.moe {
+            Some(moe) => moe.build(b, h),
+            None => self.mlp(b, h),
         }
     }
 

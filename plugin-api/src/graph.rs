@@ -35,6 +35,9 @@ pub struct ModelGraph {
     /// modalities. The graph's own names are tried first, then every layout in turn.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub layouts: Vec<Layout>,
+    /// Tensors that published checkpoints may have in parts, such as a matrix for each expert.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub assemblies: Vec<Assembly>,
     /// Keys of `config.json` that the plugin did not read. The host refuses those that may change the arithmetic.
     #[serde(default)]
     pub unread_config: Vec<String>,
@@ -46,6 +49,35 @@ pub struct ModelGraph {
 /// From a graph's names of tensors to those in a checkpoint's files: pairs of a text and what stands in its place, applied to the
 /// whole name (its layer's prefix included), every pair to what the pairs before it have made.
 pub type Layout = Vec<(String, String)>;
+
+/// Of what parts a checkpoint may have a tensor `[experts, rows, columns]`. Where the first part is in the files, all of them are
+/// read, and the tensor's own name is not looked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Assembly {
+    /// What the graph's names of such tensors end in, as in `mlp.experts.gate_up_proj`.
+    pub tensor: String,
+    /// What stands there in the names of the parts, of which each has as many of the rows: `mlp.experts.*.gate_proj.weight` and
+    /// `mlp.experts.*.up_proj.weight`. With a `*`, the number of an expert, a part is a matrix for each expert; without, it is all
+    /// of theirs. A layout renames them as it does the graph's names.
+    pub parts: Vec<String>,
+    /// Whether matrices lie there with rows and columns exchanged.
+    #[serde(default)]
+    pub transposed: bool,
+}
+
+impl Assembly {
+    /// The name of a part of an expert, where the assembly is for the tensor of this name.
+    pub fn part(&self, tensor: &str, part: usize, expert: usize) -> Option<String> {
+        let front = tensor.strip_suffix(self.tensor.as_str())?;
+        Some(format!("{front}{}", self.parts.get(part)?.replace('*', &expert.to_string())))
+    }
+
+    /// Whether a part is a tensor for each expert.
+    pub fn is_of_each(&self, part: usize) -> bool {
+        self.parts.get(part).is_some_and(|name| name.contains('*'))
+    }
+}
 
 /// Most bytes of a tensor's name.
 pub const MOST_NAME: usize = 4096;

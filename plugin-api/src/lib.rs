@@ -46,6 +46,7 @@ mod export;
 pub mod graph;
 pub mod loss;
 pub mod model;
+pub mod moe;
 pub mod ops;
 pub mod rope;
 pub mod testing;

@@ -3,10 +3,16 @@
 //! The host computes what is in this table and nothing else; [`check`](crate::check) holds every node against it, in the host and
 //! in an author's tests.
 
+mod experts;
+mod recurrent;
+mod route;
+
 use serde_json::Value;
 
 use crate::graph::Node;
 use crate::{Error, Result};
+
+mod expand;
 
 /// What a graph may say of an op.
 pub struct OpSchema {
@@ -40,6 +46,7 @@ pub enum Presence {
 use Presence::{Optional, Required};
 
 /// An attribute of an op.
+#[derive(Clone, Copy)]
 pub struct Attr {
     /// Its name.
     pub name: &'static str,
@@ -56,6 +63,8 @@ pub enum AttrKind {
     Count,
     /// A whole number.
     Index,
+    /// `true` or `false`.
+    Flag,
     /// A finite number.
     Number,
     /// Finite numbers.
@@ -64,7 +73,7 @@ pub enum AttrKind {
     OneOf(&'static [&'static str]),
 }
 
-use AttrKind::{Count, Index, Number, Numbers, OneOf};
+use AttrKind::{Count, Flag, Index, Number, Numbers, OneOf};
 
 const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
     Attr { name, kind, presence }
@@ -75,6 +84,9 @@ const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid",
 
 /// Those of a gated MLP.
 const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
+
+/// Those of experts; `swiglu_oai` is gpt-oss's, `(up + 1) · gate · sigmoid(1.702 · gate)`, both clamped before.
+const EXPERT_ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "swiglu_oai"];
 
 const NORM_ATTRS: &[Attr] =
     &[attr("eps", Number, Required), attr("offset", Number, Optional), attr("run", Count, Optional)];
@@ -99,20 +111,21 @@ pub const OPS: &[OpSchema] = &[
         formula: "x · weightᵀ + bias (+ LoRA)",
         inputs: 1,
         weights: &[("weight", Required), ("bias", Optional)],
-        attrs: &[],
+        attrs: &[attr("parameter", Flag, Optional)],
         check: projection,
         reads_layout: false,
     },
     OpSchema {
         name: "rms_norm",
-        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length",
+        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length or of `run` columns",
         inputs: 1,
         weights: &[("weight", Optional)],
         attrs: NORM_ATTRS,
         check: |node, widths| {
             let run = run(node);
             match node.weight("weight").map(|w| w.shape.as_slice()) {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run || *own == node.width => {}
                 Some(other) => return Err(format!("a weight of shape {other:?}, needs one of [{run}]")),
             }
             same("the value", node.width, widths[0])?;
@@ -132,7 +145,8 @@ pub const OPS: &[OpSchema] = &[
             runs_divide(run, node.width)?;
             let shape = node.weight("weight").map(|w| w.shape.as_slice());
             match shape {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run => {}
                 Some([runs, own]) if runs.checked_mul(*own) == Some(node.width) => {}
                 Some(other) => {
                     return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
@@ -175,13 +189,14 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "attention",
-        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other",
+        formula: "softmax(scale · q · kᵀ) · v, causal within an example, answers do not see each other; sinks join the sum",
         inputs: 3,
-        weights: &[],
+        weights: &[("sinks", Optional)],
         attrs: &[
             attr("heads", Count, Required),
             attr("kv_heads", Count, Required),
             attr("head_dim", Count, Required),
+            attr("value_dim", Count, Optional),
             attr("scale", Number, Required),
             attr("window", Count, Optional),
             attr("softcap", Number, Optional),
@@ -192,23 +207,29 @@ pub const OPS: &[OpSchema] = &[
                 return Err(format!("{heads} heads cannot share {kv} key heads"));
             }
             softcap(node)?;
-            let wide = heads.saturating_mul(dim);
-            same("q", widths[0], wide)?;
+            weight_shape(node, "sinks", &[heads])?;
+            let of_value = if node.attrs.contains_key("value_dim") { count(node, "value_dim") } else { dim };
+            same("q", widths[0], heads.saturating_mul(dim))?;
             same("k", widths[1], kv.saturating_mul(dim))?;
-            same("v", widths[2], kv.saturating_mul(dim))?;
-            same("the value", node.width, wide)
+            same("v", widths[2], kv.saturating_mul(of_value))?;
+            same("the value", node.width, heads.saturating_mul(of_value))
         },
         reads_layout: true,
     },
     OpSchema {
         name: "glu",
-        formula: "activation(gate) · up",
+        formula: "activation(gate) · up; every column of a narrower gate carries a run of up's",
         inputs: 2,
         weights: &[],
         attrs: &[attr("activation", OneOf(GATES), Required)],
-        check: |node, widths| same("up", widths[1], widths[0]).and(same("the value", node.width, widths[0])),
+        check: |node, widths| match widths[0] > 0 && widths[1].is_multiple_of(widths[0]) {
+            true => same("the value", node.width, widths[1]),
+            false => Err(format!("{} columns of the gate do not divide the {} of up", widths[0], widths[1])),
+        },
         reads_layout: false,
     },
+    route::SCHEMA,
+    experts::SCHEMA,
     OpSchema {
         name: "activation",
         formula: "activation(x); clamp is min(max(x, -limit), limit)",
@@ -265,28 +286,36 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "narrow",
-        formula: "columns start to start + length of x",
+        formula: "columns start to start + length of x, or of each of its heads",
         inputs: 1,
         weights: &[],
-        attrs: &[attr("start", Index, Optional), attr("length", Count, Required)],
+        attrs: &[attr("start", Index, Optional), attr("length", Count, Required), attr("heads", Count, Optional)],
         check: |node, widths| {
             let (start, length) = (count(node, "start"), count(node, "length"));
-            if start.checked_add(length).is_none_or(|end| end > widths[0]) {
-                return Err(format!("{length} columns from {start} on of {}", widths[0]));
+            let (heads, columns) = by_head(node, widths[0])?;
+            if start.checked_add(length).is_none_or(|end| end > columns) {
+                return Err(format!("{length} columns from {start} on of {columns}"));
             }
-            same("the value", node.width, length)
+            same("the value", node.width, heads.saturating_mul(length))
         },
         reads_layout: false,
     },
     OpSchema {
         name: "cat",
-        formula: "columns of a, then those of b",
+        formula: "columns of a, then those of b, of every head",
         inputs: 2,
         weights: &[],
-        attrs: &[],
-        check: |node, widths| same("the value", node.width, widths[0].saturating_add(widths[1])),
+        attrs: &[attr("heads", Count, Optional)],
+        check: |node, widths| {
+            widths.iter().try_for_each(|width| by_head(node, *width).map(drop))?;
+            same("the value", node.width, widths[0].saturating_add(widths[1]))
+        },
         reads_layout: false,
     },
+    recurrent::CAUSAL_CONV,
+    recurrent::GATED_DELTA,
+    recurrent::SSD,
+    expand::SCHEMA,
     OpSchema {
         name: "lm_head",
         formula: "log softmax(x · weightᵀ + bias)[token], answer tokens only; softcap bends logits",
@@ -355,6 +384,7 @@ impl AttrKind {
         match self {
             Count => value.as_u64().is_some_and(|n| n > 0),
             Index => value.as_u64().is_some(),
+            Flag => value.is_boolean(),
             Number => is_finite(value),
             Numbers => value.as_array().is_some_and(|l| l.iter().all(is_finite)),
             OneOf(texts) => value.as_str().is_some_and(|t| texts.contains(&t)),
@@ -365,6 +395,7 @@ impl AttrKind {
         match self {
             Count => "a whole number above 0".into(),
             Index => "a whole number".into(),
+            Flag => "true or false".into(),
             Number => "a finite number".into(),
             Numbers => "a list of finite numbers".into(),
             OneOf(texts) => format!("one of {}", texts.join(", ")),
@@ -377,15 +408,35 @@ pub fn count(node: &Node, name: &str) -> usize {
     node.attrs.get(name).and_then(Value::as_u64).unwrap_or(0) as usize
 }
 
+/// The heads of a value of so many columns, and the columns of each: those that the node names, or one.
+fn by_head(node: &Node, columns: usize) -> std::result::Result<(usize, usize), String> {
+    let heads = count(node, "heads").max(1);
+    match columns.is_multiple_of(heads) {
+        true => Ok((heads, columns / heads)),
+        false => Err(format!("{columns} columns are not {heads} heads")),
+    }
+}
+
 /// A number attribute of a checked node; 0 where it is left out.
 pub fn number(node: &Node, name: &str) -> f64 {
     node.attrs.get(name).and_then(Value::as_f64).unwrap_or(0.0)
 }
 
-/// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
+/// A flag of a checked node; off where it is left out.
+pub fn flag(node: &Node, name: &str) -> bool {
+    node.attrs.get(name).and_then(Value::as_bool).unwrap_or(false)
+}
+
+/// Whether a node is a linear that PEFT takes for a module of its own. The weight of another is a parameter of a module of another
+/// kind, as a router's is, and is adapted only where it is named itself.
+pub fn is_module(node: &Node) -> bool {
+    node.op == "linear" && !flag(node, "parameter")
+}
+
+/// Columns of a run that a norm is taken over: as `run` says, as many as its weight has, or all.
 pub fn run(node: &Node) -> usize {
-    let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
-    of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
+    let of_weight = || node.weight("weight").and_then(|w| w.shape.last().copied()).unwrap_or(node.width);
+    if node.attrs.contains_key("run") { count(node, "run") } else { of_weight() }
 }
 
 type Fits = std::result::Result<(), String>;

@@ -48,6 +48,20 @@ fn cases() -> Vec<Case> {
         case("attention", &[24, 12, 12], 24, &[], attrs)
     };
     let glu = |activation: &str| case("glu", &[7, 7], 7, &[], json!({"activation": activation}));
+    let gated_delta = |heads: usize, key_heads: usize| {
+        let attrs = json!({"heads": heads, "key_heads": key_heads, "key_dim": 3, "value_dim": 4, "eps": 1e-6});
+        let (keys, values) = (key_heads * 3, heads * 4);
+        let weights: &[(&str, &[usize])] = &[("A_log", &[heads]), ("dt_bias", &[heads])];
+        case("gated_delta", &[keys, keys, values, heads, heads], values, weights, attrs)
+    };
+    let ssd = |heads: usize, groups: usize, more: Value| {
+        let mut attrs = json!({"heads": heads, "head_dim": 4, "groups": groups, "state": 3});
+        attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let weights: &[(&str, &[usize])] = &[("A_log", &[heads]), ("D", &[heads]), ("dt_bias", &[heads])];
+        case("ssd", &[heads * 4, groups * 3, groups * 3, heads], heads * 4, weights, attrs)
+    };
+    let route = |weights: &[(&'static str, &[usize])], attrs: Value| case("route", &[12], 12, weights, attrs);
+    let experts = |weights: &[(&'static str, &[usize])], attrs: Value| case("experts", &[5, 3], 5, weights, attrs);
     let linear = |bias: bool, lora: Kind| {
         let weights: &[(&str, &[usize])] = &[("weight", &[5, 7]), ("bias", &[5])];
         Case { lora, ..case("linear", &[7], 5, &weights[..1 + usize::from(bias)], json!({})) }
@@ -57,18 +71,55 @@ fn cases() -> Vec<Case> {
         attention(None, None),
         attention(Some(4), None),
         attention(None, Some(0.8)),
+        case(
+            "attention",
+            &[24, 12, 8],
+            16,
+            &[("sinks", &[4])],
+            json!({"heads": 4, "kv_heads": 2, "head_dim": 6, "value_dim": 4, "scale": 0.37, "window": 5}),
+        ),
         glu("silu"),
         glu("gelu"),
         glu("gelu_tanh"),
         glu("relu2"),
         glu("sigmoid"),
+        case("glu", &[1, 9], 9, &[], json!({"activation": "sigmoid"})),
+        case("glu", &[2, 6], 6, &[], json!({"activation": "silu"})),
+        route(&[], json!({"top_k": 3, "scoring": "softmax"})),
+        route(&[], json!({"top_k": 4, "scoring": "softmax", "normalize": 0.0})),
+        route(&[], json!({"top_k": 4, "scoring": "softmax_of_chosen", "scale": 1.3})),
+        route(
+            &[("selection_bias", &[12]), ("expert_scale", &[12])],
+            json!({"top_k": 4, "scoring": "sigmoid", "normalize": 0.1, "scale": 2.5}),
+        ),
+        route(
+            &[("selection_bias", &[12])],
+            json!({"top_k": 3, "scoring": "sigmoid", "groups": 4, "top_groups": 2, "group_score": "top2_sum"}),
+        ),
+        route(&[], json!({"top_k": 2, "scoring": "softmax", "groups": 3, "top_groups": 1, "group_score": "max"})),
+        experts(&[("gate_up", &[3, 8, 5]), ("down", &[3, 5, 4])], json!({"top_k": 3, "activation": "silu"})),
+        experts(
+            &[("gate_up", &[3, 8, 5]), ("down", &[3, 5, 4]), ("gate_up_bias", &[3, 8]), ("down_bias", &[3, 5])],
+            json!({"top_k": 3, "activation": "swiglu_oai", "limit": 0.9, "interleaved": true}),
+        ),
+        experts(
+            &[("gate_up", &[3, 8, 5]), ("down", &[3, 5, 4])],
+            json!({"top_k": 3, "activation": "gelu_tanh", "interleaved": true}),
+        ),
+        experts(
+            &[("up", &[3, 4, 5]), ("down", &[3, 5, 4]), ("up_bias", &[3, 4])],
+            json!({"top_k": 3, "activation": "relu2"}),
+        ),
         case("activation", &[7], 7, &[], json!({"activation": "gelu_tanh"})),
         case("activation", &[7], 7, &[], json!({"activation": "relu2"})),
         case("activation", &[7], 7, &[], json!({"activation": "clamp", "limit": 0.4})),
         case("xielu", &[7], 7, &[("alpha_p", &[1]), ("alpha_n", &[1]), ("beta", &[]), ("eps", &[])], json!({})),
         case("narrow", &[9], 4, &[], json!({"start": 3, "length": 4})),
         case("narrow", &[9], 9, &[], json!({"length": 9})),
+        case("narrow", &[15], 6, &[], json!({"start": 1, "length": 2, "heads": 3})),
         case("cat", &[3, 5], 8, &[], json!({})),
+        case("cat", &[6, 9], 15, &[], json!({"heads": 3})),
+        case("expand", &[4], 12, &[], json!({"heads": 3})),
         case("layer_norm", &[10], 10, &[("weight", &[10]), ("bias", &[10])], json!({"eps": 1e-5})),
         case("layer_norm", &[9], 9, &[("weight", &[9])], json!({"eps": 1e-3})),
         case("layer_norm", &[12], 12, &[("weight", &[3, 4])], json!({"eps": 1e-5, "offset": 1.0})),
@@ -84,6 +135,14 @@ fn cases() -> Vec<Case> {
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6, "offset": 1.0})),
         case("rms_norm", &[12], 12, &[], json!({"eps": 1e-6, "run": 3})),
+        case("rms_norm", &[12], 12, &[("weight", &[12])], json!({"eps": 1e-6, "run": 4})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 4]), ("bias", &[5])], json!({"activation": "silu"})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 3])], json!({})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 1])], json!({})),
+        gated_delta(4, 2),
+        gated_delta(3, 3),
+        ssd(4, 2, json!({})),
+        ssd(3, 1, json!({"dt_min": 0.6, "dt_max": 0.9})),
         case("rope", &[12], 12, &[], json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2})),
         case(
             "rope",
@@ -154,7 +213,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     }
     let begun = free.clone();
     let dy = numbers.tensor(&[rows, case.width]);
-    let Kernel::Value { forward, vjp } = ops::find(case.op).unwrap().kernel else { panic!("{} has no VJP", case.op) };
+    let kernel = &ops::find(case.op).unwrap().kernel;
     let with_call = |free: &[Tensor], run: &mut dyn FnMut(&Call<'_>)| {
         let plain = |free: &[Tensor]| Lora::new(free[1].clone(), free[2].clone(), 1.7);
         let lora = (case.lora != Kind::None).then(|| {
@@ -175,7 +234,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     let value = |free: &[Tensor]| {
         let mut sum = 0.0;
         with_call(free, &mut |call| {
-            let y = forward(call).unwrap();
+            let y = kernel.forward(call).unwrap();
             assert_eq!(y.dims(), [rows, case.width], "{}", case.op);
             sum = (y * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
         });
@@ -183,7 +242,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     };
     let mut gradients: Vec<Tensor> = Vec::new();
     with_call(&free, &mut |call| {
-        let result = vjp(call, &dy).unwrap();
+        let result = kernel.vjp(call, &dy).unwrap();
         gradients = result.inputs.into_iter().map(|g| g.unwrap()).chain(result.lora.into_iter().flatten()).collect();
     });
     assert_eq!(gradients.len(), free.len(), "{}", case.op);
@@ -205,6 +264,71 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
             // Central differences in f64 are off by about h² and 1e-16 / h.
             let bound = 1e-7 * numeric.abs().max(1.0);
             assert!((exact[i] - numeric).abs() < bound, "{} input {at}[{i}]: {} {numeric}", case.op, exact[i]);
+        }
+    }
+}
+
+/// Tokens that are sent to some experts of many: by the router's logits and by what the experts read.
+#[test]
+fn experts_of_a_choice_have_the_gradients_of_central_differences() {
+    let (tokens, hidden, experts, inner) = (7, 4, 6, 3);
+    let mut numbers = Numbers::new(3);
+    let node = |op: &str, weights: &[(&str, &[usize])], attrs: Value, inputs: &[usize], width: usize| {
+        let weight = |(role, shape): &(&str, &[usize])| Weight {
+            role: (*role).into(),
+            tensor: format!("m.{role}"),
+            shape: shape.to_vec(),
+        };
+        let (weights, attrs) = (weights.iter().map(weight).collect(), serde_json::from_value(attrs).unwrap());
+        Node { op: op.into(), inputs: inputs.to_vec(), weights, attrs, width }
+    };
+    let attrs = json!({"top_k": 2, "scoring": "softmax", "normalize": 0.0});
+    let route = node("route", &[], attrs, &[0], experts);
+    let shapes: [(&str, &[usize]); 2] =
+        [("gate_up", &[experts, 2 * inner, hidden]), ("down", &[experts, hidden, inner])];
+    let own = node("experts", &shapes, json!({"top_k": 2, "activation": "silu"}), &[0, 1], hidden);
+    check_node(&own, &[hidden, experts]).unwrap();
+    let weights: Vec<Tensor> = shapes.iter().map(|(_, shape)| numbers.tensor(shape)).collect();
+    let (logits, x) = (numbers.tensor(&[tokens, experts]), numbers.tensor(&[tokens, hidden]));
+    let (dy, layout) = (numbers.tensor(&[tokens, hidden]), Layout::default());
+    let Kernel::Value { forward: choose, vjp: of_choice } = ops::find("route").unwrap().kernel else { panic!() };
+    let Kernel::Value { forward, vjp } = ops::find("experts").unwrap().kernel else { panic!() };
+    let call = |node: &'static str| -> &Node { if node == "route" { &route } else { &own } };
+    let of = |at: &'static str, inputs: Vec<&Tensor>, run: &mut dyn FnMut(&Call<'_>)| {
+        let weights: &[Tensor] = if at == "route" { &[] } else { &weights };
+        run(&Call { node: call(at), inputs, weights, lora: None, layout: &layout, input_gradients: true });
+    };
+    let value = |logits: &Tensor, x: &Tensor| -> f64 {
+        let (mut routing, mut sum) = (None, 0.0);
+        of("route", vec![logits], &mut |call| routing = Some(choose(call).unwrap()));
+        of("experts", vec![x, routing.as_ref().unwrap()], &mut |call| {
+            sum = (forward(call).unwrap() * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+        });
+        sum
+    };
+    let (mut routing, mut exact) = (None, Vec::new());
+    of("route", vec![&logits], &mut |call| routing = Some(choose(call).unwrap()));
+    let routing: Tensor = routing.unwrap();
+    let chosen: Vec<Vec<f64>> = routing.to_vec2().unwrap();
+    assert!(chosen.iter().all(|row| row.iter().filter(|w| **w != 0.0).count() == 2));
+    of("experts", vec![&x, &routing], &mut |call| {
+        exact = vjp(call, &dy).unwrap().inputs.into_iter().flatten().collect::<Vec<Tensor>>();
+    });
+    let by_x = exact.remove(0);
+    let mut by_logits = None;
+    of("route", vec![&logits], &mut |call| by_logits = of_choice(call, &exact[0]).unwrap().inputs.remove(0));
+    for (which, exact, point) in [("logits", by_logits.unwrap(), &logits), ("x", by_x, &x)] {
+        let exact: Vec<f64> = exact.flatten_all().unwrap().to_vec1().unwrap();
+        let values: Vec<f64> = point.flatten_all().unwrap().to_vec1().unwrap();
+        for i in 0..values.len() {
+            let nudged = |by: f64| {
+                let mut values = values.clone();
+                values[i] += by;
+                let moved = Tensor::from_vec(values, point.shape(), &Device::Cpu).unwrap();
+                if which == "x" { value(&logits, &moved) } else { value(&moved, &x) }
+            };
+            let numeric = (nudged(1e-5) - nudged(-1e-5)) / 2e-5;
+            assert!((exact[i] - numeric).abs() < 1e-7 * numeric.abs().max(1.0), "{which}[{i}]: {} {numeric}", exact[i]);
         }
     }
 }

@@ -17,12 +17,15 @@ use crate::example::{Answer, Example};
 use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
 use crate::predictors::gather_predictors;
 use crate::storage::Numbers;
-use crate::weights::{BlockId, blocks};
+use crate::weights::{blocks, is_quantized};
 use crate::{fp8, nf4};
 
+mod experts;
 mod families;
+mod recurrent;
 
 pub use families::FAMILIES;
+pub use recurrent::recurrent_cases;
 
 /// A block's own nodes.
 type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
@@ -331,6 +334,7 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
         })?;
     }
+    cases.extend(experts::cases()?);
     cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }
@@ -515,10 +519,7 @@ pub fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Resu
     };
     let of = blocks(graph).map(|(id, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
-            let kept = |w: &Weight| match id {
-                BlockId::Layer(_) if n.op == "linear" && w.role == "weight" => numbers,
-                _ => Numbers::Bf16,
-            };
+            let kept = |w: &Weight| if is_quantized(id, n, w) { numbers } else { Numbers::Bf16 };
             n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape, kept(w))).collect()
         };
         nodes.iter().map(of_node).collect::<Result<Vec<_>>>()

@@ -486,9 +486,14 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
-/// Whether `--quantization` is for a weight: the matrices of a layer's linears.
+/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts.
 pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
-    matches!(block, BlockId::Layer(_)) && node.op == "linear" && weight.role == "weight"
+    let matrices: &[&str] = match node.op.as_str() {
+        "linear" => &["weight"],
+        "experts" => &["gate_up", "up", "down"],
+        _ => &[],
+    };
+    matches!(block, BlockId::Layer(_)) && matrices.contains(&weight.role.as_str())
 }
 
 /// Whether two shapes are the same. PyTorch saves a scalar as `[]`, others write it as a vector of one.

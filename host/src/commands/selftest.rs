@@ -234,6 +234,8 @@ enum Repeats {
     Differ,
     /// With saved activations and with recomputed ones.
     RecomputedDiffer,
+    /// With the frozen base kept in two ways.
+    StoragesDiffer,
 }
 
 /// Compares log-probs and gradients; a line of the table.
@@ -299,7 +301,11 @@ fn compare_kept(
             let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
             for turn in 0..2 * devices.len() {
                 let device = &mut devices[turn / 2];
-                let differ = [Repeats::RecomputedDiffer, Repeats::Differ][turn % 2];
+                let differ = match (turn % 2, turn / 2 % storages.len()) {
+                    (1, _) => Repeats::Differ,
+                    (_, 0) => Repeats::RecomputedDiffer,
+                    _ => Repeats::StoragesDiffer,
+                };
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
                 device.backward(batch, &grads)?;
@@ -325,6 +331,7 @@ fn compare_kept(
             Repeats::Equal => "equal",
             Repeats::Differ => "differ",
             Repeats::RecomputedDiffer => "differ from recomputed",
+            Repeats::StoragesDiffer => "differ by storage",
         }
     );
     Ok(good)

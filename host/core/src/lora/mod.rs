@@ -11,6 +11,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 use dpo_plugin_api::check::check_linears;
 use dpo_plugin_api::graph::{ModelGraph, Node};
+use dpo_plugin_api::ops::is_module;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
@@ -211,7 +212,7 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
     let mut offset = 0;
     let mut modules = Vec::new();
     for (block, prefix, nodes) in blocks(graph) {
-        for (index, node) in nodes.iter().enumerate().filter(|(_, n)| n.op == "linear") {
+        for (index, node) in nodes.iter().enumerate().filter(|(_, n)| is_module(n)) {
             let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
             let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
             if config.adapts(&module) {

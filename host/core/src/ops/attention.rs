@@ -5,6 +5,9 @@
 //! they lie.
 //!
 //! Where a text is continued, keys and values begin with those of the tokens before: there are more of them than queries.
+//!
+//! A sink (gpt-oss) is a logit of a head that has a part in the softmax's sum and no value: the weights of the keys sum to less than 1.
+//! It is frozen, and bends the gradients of scores through these weights alone.
 
 use std::ops::Range;
 
@@ -15,7 +18,7 @@ use super::answer_mask::AnswerMask;
 use super::product::{Matrix, WORK, dot, multiply};
 use super::real::{Real, largest, sum_by};
 use super::rows::{values, widest};
-use super::{Call, Gradients, Kernel, Op, count, number};
+use super::{Call, Gradients, Kernel, Op, count, number, weight};
 use crate::batch::Span;
 use crate::error::Result;
 
@@ -33,17 +36,39 @@ pub fn workspace(tokens: usize) -> usize {
 struct Shape {
     share: usize,
     kv_heads: usize,
+    /// Columns of a head of queries and keys.
     dim: usize,
+    /// Columns of a head of values.
+    value_dim: usize,
     scale: f64,
     /// 0 is none.
     softcap: f64,
+    /// Of every query head, the logit that joins its softmax; empty where there are none.
+    sinks: Vec<f64>,
 }
 
 impl Shape {
-    fn of(call: &Call<'_>) -> Shape {
-        let (heads, kv_heads) = (count(call.node, "heads"), count(call.node, "kv_heads"));
-        let (dim, scale) = (count(call.node, "head_dim"), number(call.node, "scale"));
-        Shape { share: heads / kv_heads, kv_heads, dim, scale, softcap: number(call.node, "softcap") }
+    fn of(call: &Call<'_>) -> Result<Shape> {
+        let node = call.node;
+        let (heads, kv_heads) = (count(node, "heads"), count(node, "kv_heads"));
+        let sinks = match weight(call, "sinks") {
+            Some(sinks) => sinks.to_dtype(DType::F64)?.to_vec1()?,
+            None => Vec::new(),
+        };
+        Ok(Shape {
+            share: heads / kv_heads,
+            kv_heads,
+            dim: count(node, "head_dim"),
+            value_dim: node.width / heads,
+            scale: number(node, "scale"),
+            softcap: number(node, "softcap"),
+            sinks,
+        })
+    }
+
+    /// The sink of a head; that of none has no part in a sum.
+    fn sink(&self, head: usize) -> f64 {
+        self.sinks.get(head).copied().unwrap_or(f64::NEG_INFINITY)
     }
 
     fn heads(&self) -> usize {
@@ -82,7 +107,7 @@ impl Example<'_> {
 struct Head<'a, T> {
     shape: &'a Shape,
     example: &'a Example<'a>,
-    /// Queries, keys and values as they lie, `[tokens, heads · dim]`.
+    /// Queries, keys and values as they lie, `[tokens, heads · columns of a head]`.
     qkv: [&'a [T]; 3],
     head: usize,
 }
@@ -102,16 +127,16 @@ impl<T> Block<T> {
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    /// A head's columns of the rows from a query of the example on, of queries, or of gradients of values.
-    fn queries(&self, of: &'a [T], query: usize) -> Matrix<'a, T> {
-        let (width, row) = (self.shape.heads() * self.shape.dim, self.example.span.start + query - self.example.cached);
-        Matrix::rows(of, width, row * width + self.head * self.shape.dim)
+    /// A head's `dim` columns of the rows from a query of the example on, of queries, or of gradients of the head's value.
+    fn queries(&self, (of, dim): (&'a [T], usize), query: usize) -> Matrix<'a, T> {
+        let (width, row) = (self.shape.heads() * dim, self.example.span.start + query - self.example.cached);
+        Matrix::rows(of, width, row * width + self.head * dim)
     }
 
     /// As many of keys, or values, from a key of the example on.
-    fn keys(&self, of: &'a [T], key: usize) -> Matrix<'a, T> {
-        let (width, row) = (self.shape.kv_heads * self.shape.dim, self.example.span.start + key);
-        Matrix::rows(of, width, row * width + self.head / self.shape.share * self.shape.dim)
+    fn keys(&self, (of, dim): (&'a [T], usize), key: usize) -> Matrix<'a, T> {
+        let (width, row) = (self.shape.kv_heads * dim, self.example.span.start + key);
+        Matrix::rows(of, width, row * width + self.head / self.shape.share * dim)
     }
 
     /// `a · bᵀ` for the block's queries and the keys of its two ranges, side by side.
@@ -119,7 +144,7 @@ impl<'a, T: Real> Head<'a, T> {
         &self,
         to: &mut Vec<T>,
         (queries, count): (Matrix<'_, T>, usize),
-        of: &'a [T],
+        of: (&'a [T], usize),
         keys: &[Range<usize>; 2],
         scale: f64,
     ) {
@@ -127,7 +152,7 @@ impl<'a, T: Real> Head<'a, T> {
         to.resize(count * all, T::zero());
         let mut column = 0;
         for range in keys {
-            let sizes = [count, range.len(), self.shape.dim];
+            let sizes = [count, range.len(), of.1];
             multiply(
                 (&mut to[column..], all),
                 sizes,
@@ -144,34 +169,36 @@ impl<'a, T: Real> Head<'a, T> {
     fn weights(&self, queries: &Range<usize>, keys: &[Range<usize>; 2], to: &mut Block<T>) {
         let (shape, [q, k, _]) = (self.shape, self.qkv);
         let all = keys[0].len() + keys[1].len();
+        let (q, k) = ((q, shape.dim), (k, shape.dim));
         self.with_keys(&mut to.p, (self.queries(q, queries.start), queries.len()), k, keys, shape.scale);
         if shape.softcap > 0.0 {
             to.bent.resize(to.p.len(), T::zero());
             bend(&mut to.p, &mut to.bent, shape.softcap);
         }
+        let sink = shape.sink(self.head);
         widest(|| {
             for (query, row) in queries.clone().zip(to.p.chunks_exact_mut(all)) {
                 let [prompt, own] = self.example.mask.keys(query);
                 let (left, right) = row.split_at_mut(keys[0].len());
-                softmax([(left, within(&prompt, &keys[0])), (right, within(&own, &keys[1]))]);
+                softmax([(left, within(&prompt, &keys[0])), (right, within(&own, &keys[1]))], sink);
             }
         });
     }
 
-    /// The head's value, `[tokens, dim]`.
+    /// The head's value, `[tokens, value_dim]`.
     fn forward(&self) -> Vec<T> {
-        let (shape, example, [_, _, v]) = (self.shape, self.example, self.qkv);
-        let mut y = vec![T::zero(); example.span.len() * shape.dim];
+        let (example, dim, [_, _, v]) = (self.example, self.shape.value_dim, self.qkv);
+        let mut y = vec![T::zero(); example.span.len() * dim];
         let mut block = Block::new();
         for queries in example.blocks() {
             let keys = example.keys(&queries);
             self.weights(&queries, &keys, &mut block);
             let all = keys[0].len() + keys[1].len();
-            let to = &mut y[(queries.start - example.cached) * shape.dim..];
+            let to = &mut y[(queries.start - example.cached) * dim..];
             let mut column = 0;
             for (at, range) in keys.iter().enumerate() {
-                let (p, sizes) = (Matrix::rows(&block.p, all, column), [queries.len(), shape.dim, range.len()]);
-                multiply((to, shape.dim), sizes, (p, self.keys(v, range.start)), 1.0, at > 0, false);
+                let (p, sizes) = (Matrix::rows(&block.p, all, column), [queries.len(), dim, range.len()]);
+                multiply((to, dim), sizes, (p, self.keys((v, dim), range.start)), 1.0, at > 0, false);
                 column += range.len();
             }
         }
@@ -184,15 +211,15 @@ impl<'a, T: Real> Head<'a, T> {
     /// `1 - tanh²(s / softcap)`.
     fn vjp(&self, dy: &'a [T], dkv: &mut [Vec<T>; 2]) -> Vec<T> {
         let (shape, example, [q, k, v]) = (self.shape, self.example, self.qkv);
-        let dim = shape.dim;
+        let (dim, value_dim) = (shape.dim, shape.value_dim);
         let mut dq = vec![T::zero(); example.span.len() * dim];
         let (mut block, mut ds) = (Block::new(), Vec::new());
         for queries in example.blocks() {
             let (count, keys) = (queries.len(), example.keys(&queries));
             let all = keys[0].len() + keys[1].len();
             self.weights(&queries, &keys, &mut block);
-            let dy = self.queries(dy, queries.start);
-            self.with_keys(&mut ds, (dy, count), v, &keys, 1.0);
+            let dy = self.queries((dy, value_dim), queries.start);
+            self.with_keys(&mut ds, (dy, count), (v, value_dim), &keys, 1.0);
             widest(|| {
                 for (p, ds) in block.p.chunks_exact(all).zip(ds.chunks_exact_mut(all)) {
                     let mean = T::from_f64(sum_by([p, ds], |[p, ds]| p * ds));
@@ -210,16 +237,16 @@ impl<'a, T: Real> Head<'a, T> {
                 multiply(
                     (&mut *to, dim),
                     [count, dim, range.len()],
-                    (ds, self.keys(k, range.start)),
+                    (ds, self.keys((k, dim), range.start)),
                     shape.scale,
                     at > 0,
                     false,
                 );
-                let sizes = [range.len(), dim, count];
-                let own = range.start * dim;
-                let q = self.queries(q, queries.start);
-                multiply((&mut dk[own..], dim), sizes, (ds.transposed(), q), shape.scale, true, false);
-                multiply((&mut dv[own..], dim), sizes, (p.transposed(), dy), 1.0, true, false);
+                let q = self.queries((q, dim), queries.start);
+                let (to_dk, to_dv) = (&mut dk[range.start * dim..], &mut dv[range.start * value_dim..]);
+                let sizes = |columns: usize| [range.len(), columns, count];
+                multiply((to_dk, dim), sizes(dim), (ds.transposed(), q), shape.scale, true, false);
+                multiply((to_dv, value_dim), sizes(value_dim), (p.transposed(), dy), 1.0, true, false);
                 column += range.len();
             }
         }
@@ -240,13 +267,13 @@ fn bend<T: Real>(scores: &mut [T], derivatives: &mut [T], softcap: f64) {
     }
 }
 
-/// A row of scores in two parts becomes its softmax over some columns of both; the others become 0.
+/// A row of scores in two parts becomes its softmax over some columns of both and a sink; the others become 0.
 #[inline(always)]
-fn softmax<T: Real>(parts: [(&mut [T], Range<usize>); 2]) {
+fn softmax<T: Real>(parts: [(&mut [T], Range<usize>); 2], sink: f64) {
     let [left, right] = [0, 1].map(|part| largest(&parts[part].0[parts[part].1.clone()]));
-    let top = left.maximum(right);
+    let top = left.maximum(right).maximum(T::from_f64(sink));
     let mut parts = parts;
-    let mut sum = 0.0;
+    let mut sum = (sink - top.to_f64()).exp();
     for (scores, seen) in &mut parts {
         scores[..seen.start].fill(T::zero());
         scores[seen.end..].fill(T::zero());
@@ -272,7 +299,7 @@ fn over_heads<R: Send>(call: &Call<'_>, heads: usize, run: impl Fn(&Example<'_>,
 }
 
 /// Heads of all examples, `[tokens, dim]` each, side by side: `[tokens, heads · dim]`.
-fn join<T: Real>(examples: &[Vec<Vec<T>>], dim: usize) -> Result<Tensor> {
+pub(super) fn join<T: Real>(examples: &[Vec<Vec<T>>], dim: usize) -> Result<Tensor> {
     let width = examples.first().map_or(0, Vec::len) * dim;
     let numbers: usize = examples.iter().flatten().map(Vec::len).sum();
     let mut all = vec![T::zero(); numbers];
@@ -305,7 +332,7 @@ fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
 
 /// The value; where its gradient is given, the gradients of queries, keys and values.
 fn typed<T: Real>(call: &Call<'_>, dy: Option<&Tensor>) -> Result<Vec<Tensor>> {
-    let shape = Shape::of(call);
+    let shape = Shape::of(call)?;
     let inputs = call.inputs.iter().copied().chain(dy).map(Tensor::contiguous);
     let inputs: Vec<Tensor> = inputs.collect::<candle_core::Result<_>>()?;
     let inputs: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
@@ -314,10 +341,10 @@ fn typed<T: Real>(call: &Call<'_>, dy: Option<&Tensor>) -> Result<Vec<Tensor>> {
     let Some(dy) = inputs.get(3) else {
         let heads =
             over_heads(call, shape.heads(), |example, head| Head { shape: &shape, example, qkv, head }.forward());
-        return Ok(vec![join(&heads, shape.dim)?]);
+        return Ok(vec![join(&heads, shape.value_dim)?]);
     };
     let groups = over_heads(call, shape.kv_heads, |example, kv_head| {
-        let mut dkv = [(); 2].map(|()| vec![T::zero(); example.span.len() * shape.dim]);
+        let mut dkv = [shape.dim, shape.value_dim].map(|dim| vec![T::zero(); example.span.len() * dim]);
         let heads = kv_head * shape.share..(kv_head + 1) * shape.share;
         let dq = heads.map(|head| Head { shape: &shape, example, qkv, head }.vjp(dy, &mut dkv));
         (dq.collect::<Vec<_>>(), dkv)
@@ -332,14 +359,15 @@ fn typed<T: Real>(call: &Call<'_>, dy: Option<&Tensor>) -> Result<Vec<Tensor>> {
         }
         gradients.iter_mut().zip([dq, dk, dv]).for_each(|(all, of_example)| all.push(of_example));
     }
-    gradients.iter().map(|heads| join(heads, shape.dim)).collect()
+    let dims = [shape.dim, shape.dim, shape.value_dim];
+    gradients.iter().zip(dims).map(|(heads, dim)| join(heads, dim)).collect()
 }
 
 /// A query with all keys that it sees, where they lie: what pays for many queries, copies and candle's products, costs a single
 /// one more than it takes.
 fn of_one_token(call: &Call<'_>) -> Result<Tensor> {
-    let shape = Shape::of(call);
-    let (dim, width) = (shape.dim, shape.kv_heads * shape.dim);
+    let shape = Shape::of(call)?;
+    let (dim, value_dim) = (shape.dim, shape.value_dim);
     let inputs: Vec<Tensor> = call.inputs.iter().map(|input| input.contiguous()).collect::<candle_core::Result<_>>()?;
     let inputs: Vec<_> = inputs.iter().map(Tensor::storage_and_layout).collect();
     let inputs: Vec<&[f32]> = inputs.iter().map(|(storage, layout)| values(storage, layout)).collect::<Result<_>>()?;
@@ -348,23 +376,24 @@ fn of_one_token(call: &Call<'_>) -> Result<Tensor> {
     let window = call.node.attrs.get("window").map_or(keys, |_| count(call.node, "window"));
     let first = keys.saturating_sub(window);
     let (scale, softcap) = (shape.scale as f32, shape.softcap as f32);
-    let mut y = vec![0.0; q.len()];
-    let heads = y.par_chunks_mut(dim).zip(q.par_chunks(dim)).enumerate().with_min_len(WORK.div_ceil(keys * dim));
+    let mut y = vec![0.0; call.node.width];
+    let heads = y.par_chunks_mut(value_dim).zip(q.par_chunks(dim)).enumerate().with_min_len(WORK.div_ceil(keys * dim));
     heads.for_each(|(head, (y, q))| {
-        let at = |key: usize| key * width + head / shape.share * dim;
-        let mut p: Vec<f32> = (first..keys).map(|key| dot(&k[at(key)..][..dim], q) * scale).collect();
+        let at = |key: usize, dim: usize| (key * shape.kv_heads + head / shape.share) * dim..;
+        let mut p: Vec<f32> = (first..keys).map(|key| dot(&k[at(key, dim)][..dim], q) * scale).collect();
         if softcap > 0.0 {
             p.iter_mut().for_each(|p| *p = (*p / softcap).tanh() * softcap);
         }
-        let top = p.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sink = shape.sink(head) as f32;
+        let top = p.iter().copied().fold(sink, f32::max);
         p.iter_mut().for_each(|p| *p = (*p - top).exp());
-        let sum: f32 = p.iter().sum();
+        let sum = p.iter().sum::<f32>() + (sink - top).exp();
         for (p, key) in p.iter().zip(first..keys) {
             let p = p / sum;
-            y.iter_mut().zip(&v[at(key)..][..dim]).for_each(|(y, v)| *y += p * v);
+            y.iter_mut().zip(&v[at(key, value_dim)][..value_dim]).for_each(|(y, v)| *y += p * v);
         }
     });
-    Ok(Tensor::from_vec(y, call.inputs[0].shape(), &Device::Cpu)?)
+    Ok(Tensor::from_vec(y, (1, call.node.width), &Device::Cpu)?)
 }
 
 #[cfg(test)]
@@ -378,13 +407,32 @@ mod tests {
     use super::*;
     use crate::batch::Layout;
 
+    /// Values have heads of `value_dim` columns, where `more` has it.
     fn node(heads: usize, kv_heads: usize, dim: usize, more: &Value) -> Node {
         let mut attrs = json!({"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "scale": 0.3});
         attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         serde_json::from_value(json!({
-            "op": "attention", "inputs": [0, 1, 2], "weights": [], "attrs": attrs, "width": heads * dim,
+            "op": "attention", "inputs": [0, 1, 2], "attrs": attrs, "width": heads * value_dim(more, dim),
+            "weights": [{"role": "sinks", "tensor": "sinks", "shape": [heads]}],
         }))
         .unwrap()
+    }
+
+    fn value_dim(more: &Value, dim: usize) -> usize {
+        more["value_dim"].as_u64().map_or(dim, |n| n as usize)
+    }
+
+    /// Kinds of attention of so many heads, some with sinks, whose logits are below all scores and above them.
+    fn kinds(heads: usize) -> [(Value, Vec<Tensor>); 5] {
+        let sinks: Vec<f32> = (0..heads).map(|head| head as f32 * 1.5 - 2.0).collect();
+        let sinks = vec![Tensor::from_vec(sinks, heads, &Device::Cpu).unwrap()];
+        [
+            (json!({}), vec![]),
+            (json!({"window": 3}), sinks.clone()),
+            (json!({"window": 40}), vec![]),
+            (json!({"softcap": 0.7}), vec![]),
+            (json!({"value_dim": 8}), sinks),
+        ]
     }
 
     fn numbers(rows: usize, width: usize, step: usize) -> Tensor {
@@ -400,16 +448,16 @@ mod tests {
     #[test]
     fn one_token_gets_what_many_get() {
         let (tokens, heads, kv_heads, dim) = (9, 4, 2, 20);
-        for more in [json!({}), json!({"window": 3}), json!({"window": 30}), json!({"softcap": 0.7})] {
+        for (more, sinks) in kinds(heads) {
             let node = node(heads, kv_heads, dim, &more);
-            let (q, kv) = (numbers(tokens, heads * dim, 37), kv_heads * dim);
-            let (k, v) = (numbers(tokens, kv, 53), numbers(tokens, kv, 29));
+            let (q, k) = (numbers(tokens, heads * dim, 37), numbers(tokens, kv_heads * dim, 53));
+            let v = numbers(tokens, kv_heads * value_dim(&more, dim), 29);
             let run = |q: &Tensor, cached: usize| {
                 let layout = &Layout::after(cached, tokens - cached);
                 let call = Call {
                     node: &node,
                     inputs: vec![q, &k, &v],
-                    weights: &[],
+                    weights: &sinks,
                     lora: None,
                     layout,
                     input_gradients: true,
@@ -430,24 +478,24 @@ mod tests {
         let span = Span { start: 0, prompt: 500, answers: vec![300, 0, 250, 60] };
         let n = span.len();
         assert!(n > 4 * QUERIES);
-        let inputs = [(heads, 37), (kv_heads, 53), (kv_heads, 29)].map(|(h, step)| numbers(n, h * dim, step));
-        let dy = numbers(n, heads * dim, 17);
-        for more in [json!({}), json!({"window": 40}), json!({"softcap": 0.7})] {
-            let node = node(heads, kv_heads, dim, &more);
+        for (more, sinks) in kinds(heads) {
+            let (node, value_dim) = (node(heads, kv_heads, dim, &more), value_dim(&more, dim));
+            let of = [(heads * dim, 37), (kv_heads * dim, 53), (kv_heads * value_dim, 29)];
+            let (inputs, dy) = (of.map(|(width, step)| numbers(n, width, step)), numbers(n, heads * value_dim, 17));
             let layout = Layout { spans: vec![span.clone()], ..Layout::default() };
             let call = Call {
                 node: &node,
                 inputs: inputs.iter().collect(),
-                weights: &[],
+                weights: &sinks,
                 lora: None,
                 layout: &layout,
                 input_gradients: true,
             };
-            let shape = Shape::of(&call);
+            let shape = Shape::of(&call).unwrap();
             let free = inputs.clone().map(|x| Var::from_tensor(&x).unwrap());
-            let of_heads = |x: &Var, h: usize| x.reshape((n, h, dim)).unwrap().transpose(0, 1).unwrap();
+            let of_heads = |x: &Var, h: usize| x.reshape((n, h, ())).unwrap().transpose(0, 1).unwrap();
             let [q, k, v] = [(0, heads), (1, 1), (2, 1)].map(|(i, h)| of_heads(&free[i], h));
-            let wide = |x: &Tensor| x.broadcast_as((heads, n, dim)).unwrap().contiguous().unwrap();
+            let wide = |x: &Tensor| x.broadcast_as((heads, n, x.dim(2).unwrap())).unwrap().contiguous().unwrap();
             let (q, k, v) = (q.contiguous().unwrap(), wide(&k), wide(&v));
             let mut scores = (q.matmul(&k.t().unwrap()).unwrap() * shape.scale).unwrap();
             if shape.softcap > 0.0 {
@@ -458,8 +506,12 @@ mod tests {
             let hidden: Vec<f32> = (0..n * n).map(hidden).collect();
             let scores = scores.broadcast_add(&Tensor::from_vec(hidden, (n, n), &Device::Cpu).unwrap()).unwrap();
             let weights = scores.exp().unwrap();
-            let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1).unwrap()).unwrap();
-            let y = weights.matmul(&v).unwrap().transpose(0, 1).unwrap().reshape((n, heads * dim)).unwrap();
+            let mut sum = weights.sum_keepdim(D::Minus1).unwrap();
+            if let Some(sinks) = sinks.first() {
+                sum = sum.broadcast_add(&sinks.exp().unwrap().reshape((heads, 1, 1)).unwrap()).unwrap();
+            }
+            let weights = weights.broadcast_div(&sum).unwrap();
+            let y = weights.matmul(&v).unwrap().transpose(0, 1).unwrap().reshape((n, heads * value_dim)).unwrap();
 
             assert!(apart(&forward(&call).unwrap(), &y) < 1e-5, "{more}");
             let exact = (y * &dy).unwrap().sum_all().unwrap().backward().unwrap();

@@ -1,17 +1,21 @@
-//! Columns of one value, then those of another.
+//! Columns of one value, then those of another; of every head, where heads are named.
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 
+use super::narrow::by_head;
 use super::{Call, Gradients, Kernel, Op};
 use crate::error::Result;
 
 pub(super) const OP: Op = Op { name: "cat", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
-    Ok(Tensor::cat(&call.inputs, 1)?)
+    let parts = [by_head(call.node, call.inputs[0])?, by_head(call.node, call.inputs[1])?];
+    Ok(Tensor::cat(&parts, D::Minus1)?.flatten_from(1)?)
 }
 
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
-    let (a, b) = (call.inputs[0].dim(1)?, call.inputs[1].dim(1)?);
-    Ok(Gradients::of(vec![dy.narrow(1, 0, a)?.contiguous()?, dy.narrow(1, a, b)?.contiguous()?]))
+    let (dy, a) = (by_head(call.node, dy)?, by_head(call.node, call.inputs[0])?.dim(2)?);
+    let parts = [dy.narrow(2, 0, a)?, dy.narrow(2, a, dy.dim(2)? - a)?];
+    let parts = parts.iter().map(|part| part.flatten_from(1)?.contiguous());
+    Ok(Gradients::of(parts.collect::<candle_core::Result<_>>()?))
 }

@@ -1,9 +1,9 @@
-//! Gated activation: `y = activation(gate) · up` (Shazeer 2020).
+//! Gated activation: `y = activation(gate) · up` (Shazeer 2020). A gate of fewer columns carries a run of up's with each.
 
 use candle_core::Tensor;
 
 use super::activation::Activation;
-use super::real::Real;
+use super::real::{Real, sum_by};
 use super::rows::{RowOp, over_rows};
 use super::{Call, Gradients, Kernel, Op};
 use crate::error::Result;
@@ -16,6 +16,14 @@ struct Vjp(Activation);
 impl RowOp<2, 1> for Glu {
     #[inline(always)]
     fn row<T: Real>(&self, [gate, up]: [&[T]; 2], [y]: [&mut [T]; 1]) {
+        if gate.len() < up.len() {
+            let run = up.len() / gate.len();
+            self.0.each(gate, |at, (value, _)| {
+                let own = at * run..(at + 1) * run;
+                y[own.clone()].iter_mut().zip(&up[own]).for_each(|(y, up)| *y = value * *up);
+            });
+            return;
+        }
         let (up, y) = (&up[..gate.len()], &mut y[..gate.len()]);
         self.0.each(gate, |at, (value, _)| y[at] = value * up[at]);
     }
@@ -25,6 +33,15 @@ impl RowOp<3, 2> for Vjp {
     #[inline(always)]
     fn row<T: Real>(&self, [gate, up, dy]: [&[T]; 3], [dgate, dup]: [&mut [T]; 2]) {
         let width = gate.len();
+        if width < up.len() {
+            let run = up.len() / width;
+            self.0.each(gate, |at, (value, derivative)| {
+                let own = at * run..(at + 1) * run;
+                dgate[at] = T::from_f64(sum_by([&up[own.clone()], &dy[own.clone()]], |[up, dy]| up * dy)) * derivative;
+                dup[own.clone()].iter_mut().zip(&dy[own]).for_each(|(dup, dy)| *dup = *dy * value);
+            });
+            return;
+        }
         let (up, dy, dgate, dup) = (&up[..width], &dy[..width], &mut dgate[..width], &mut dup[..width]);
         self.0.each(gate, |at, (value, derivative)| {
             dgate[at] = dy[at] * up[at] * derivative;
@@ -41,6 +58,7 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let vjp = Vjp(Activation::of(call.node)?);
-    let gradients = over_rows(&vjp, [call.inputs[0], call.inputs[1], dy], [call.node.width; 2])?;
+    let widths = [call.inputs[0].dim(1)?, call.node.width];
+    let gradients = over_rows(&vjp, [call.inputs[0], call.inputs[1], dy], widths)?;
     Ok(Gradients::of(gradients.into()))
 }

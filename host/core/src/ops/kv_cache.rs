@@ -10,12 +10,16 @@ use crate::weights::BlockId;
 /// Where a cached value is read: block, node, input.
 pub(crate) type Reader = (BlockId, usize, usize);
 
-/// Keys and values of earlier tokens.
+/// Whose state it is: block, node.
+pub(crate) type Holder = (BlockId, usize);
+
+/// Keys and values of earlier tokens, and the states behind them.
 #[derive(Default)]
 pub struct KvCache {
     tokens: usize,
     /// By reader, `[room, width]`, of which as many rows are filled as there are tokens.
     rows: HashMap<Reader, Tensor>,
+    states: HashMap<Holder, Tensor>,
 }
 
 impl KvCache {
@@ -32,6 +36,16 @@ impl KvCache {
     /// Tokens have been computed, and every reader was given their rows.
     pub(crate) fn advance(&mut self, tokens: usize) {
         self.tokens += tokens;
+    }
+
+    /// The state of a recurrence behind all tokens; none before the first one.
+    pub(crate) fn state(&self, holder: Holder) -> Option<&Tensor> {
+        self.states.get(&holder)
+    }
+
+    /// Keeps the state behind new tokens.
+    pub(crate) fn set_state(&mut self, holder: Holder, state: Tensor) {
+        self.states.insert(holder, state);
     }
 
     /// Adds rows of new tokens; returns those of all, old ones first.

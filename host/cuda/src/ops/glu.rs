@@ -2,7 +2,7 @@
 
 use super::activation::Activation;
 use super::{BackwardReads, CudaOp, Epilogue, Execute, Launch, Lowering, Source, Step, View};
-use dpo_core::error::Result;
+use dpo_core::error::{Error, Result};
 
 pub(super) static SOURCE: Source = Source {
     waits: true,
@@ -20,6 +20,10 @@ struct GluVjp(Activation);
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([gate, up], own) = (l.inputs(index)?, Activation::of(&l.nodes[index])?);
+    if gate.width != up.width {
+        let what = format!("op 'glu' has no CUDA kernel for a gate of {} columns on {}", gate.width, up.width);
+        return Err(Error::input(what).help("train with --device cpu"));
+    }
     let y = l.place(index);
     l.push(Step::new("glu", [gate, up], [y], Glu(own)))
 }
