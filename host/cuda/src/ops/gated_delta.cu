@@ -67,7 +67,8 @@ __device__ __forceinline__ void sum_decays(const Chunk& c, const float own[2], c
 }
 
 // Of every chunk and value head: P and the scores of q with k, both [CHUNK] a token, the sums of log decays, and of every key head what q
-// and k are multiplied with. The system of a chunk is solved by forward substitution: two lanes have a column, in turns of four rows.
+// and k are multiplied with. The system of a chunk is solved by forward substitution: eight lanes have four columns, in
+// turns of four rows.
 extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chunks, const u32* begins, View q, View k, View a, View b,
                                                                View solve, View scores, float* decays, float* q_norms, float* k_norms, Delta d) {
     __shared__ float sums[CHUNK], betas[CHUNK], norms[2][CHUNK];
@@ -135,28 +136,40 @@ extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chun
         }
     }
     __syncthreads();
-    int column = thread / 2, turn = thread % 2;
-    float x[8][4];
+    int columns = thread / 8 * 4, turn = thread % 8;
+    float x[2][4][4];
 #pragma unroll
-    for (int g = 0; g < 8; g++)
+    for (int g = 0; g < 2; g++)
 #pragma unroll
-        for (int e = 0; e < 4; e++) x[g][e] = column == 8 * g + 4 * turn + e ? 1.f : 0.f;
+        for (int e = 0; e < 4; e++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[g][e][j] = columns + j == 32 * g + 4 * turn + e ? 1.f : 0.f;
 #pragma unroll
     for (int m = 0; m < CHUNK; m++) {
-        float own = __shfl_sync(0xffffffffu, x[m / 8][m % 4], (lane & ~1) + m / 4 % 2);
+        float own[4];
 #pragma unroll
-        for (int g = m / 8; g < 8; g++) {
-            float4 l = *(float4*)&system[m * CHUNK + 8 * g + 4 * turn];
-            x[g][0] -= l.x * own;
-            x[g][1] -= l.y * own;
-            x[g][2] -= l.z * own;
-            x[g][3] -= l.w * own;
+        for (int j = 0; j < 4; j++) own[j] = __shfl_sync(0xffffffffu, x[m / 32][m % 4][j], (lane & ~7) + m % 32 / 4);
+#pragma unroll
+        for (int g = m / 32; g < 2; g++) {
+            float4 l = *(float4*)&system[m * CHUNK + 32 * g + 4 * turn];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                x[g][0][j] -= l.x * own[j];
+                x[g][1][j] -= l.y * own[j];
+                x[g][2][j] -= l.z * own[j];
+                x[g][3][j] -= l.w * own[j];
+            }
         }
     }
 #pragma unroll
-    for (int g = 0; g < 8; g++)
+    for (int g = 0; g < 2; g++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) solve_rows[(8 * g + 4 * turn + e) * CHUNK + column] = to_bf16(x[g][e] * betas[column]);
+        for (int e = 0; e < 4; e++) {
+            float* out = x[g][e];
+            for (int j = 0; j < 4; j++) out[j] *= betas[columns + j];
+            *(uint2*)&solve_rows[(32 * g + 4 * turn + e) * CHUNK + columns] = make_uint2(pack(out[0], out[1]), pack(out[2], out[3]));
+        }
+    }
     __syncthreads();
     for (int i = thread; i < c.rows * (CHUNK / 8); i += 128) {
         int t = i / (CHUNK / 8), piece = i % (CHUNK / 8) * 8;
@@ -355,7 +368,7 @@ __device__ __forceinline__ void write_state(bf16* states, long long slot, int co
 // Walks along an example: the output, or with STATES what the backward pass reads, v' and the states between chunks.
 template <bool STATES>
 __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, const Reads& from, View to, bf16* states, const Delta& d) {
-    __shared__ Factors of[2];
+    __shared__ Factors f;
     Walk own = walks[blockIdx.y];
     constexpr int PARTS = VALUE / COLUMNS;
     int head = blockIdx.x / PARTS, column = blockIdx.x % PARTS * COLUMNS, warp = threadIdx.x / 32;
@@ -368,8 +381,7 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
     for (int at = 0; at < own.count; at++) {
         Chunk c = next;
         Stage tiles = stage(memory, STAGES > 1 ? at % 2 : 0);
-        const Factors& f = of[at % 2];
-        factors(ahead, of[at % 2]);
+        factors(ahead, f);
         if (at + 1 < own.count) {
             next = chunks[own.first + at + 1];
             ahead = numbers(next, from, d, head);
@@ -447,7 +459,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_states(const Chu
 // Walks back along an example: the gradient by v, and those by the states that chunks leave. `from.v` is that of the output. What
 // answers give to the prompt's last state is summed from the last one to the first.
 extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const Chunk* chunks, const Walk* walks, Reads from, View dv, bf16* dstates, Delta d) {
-    __shared__ Factors of[2];
+    __shared__ Factors f;
     Walk own = walks[blockIdx.y];
     constexpr int PARTS = VALUE / COLUMNS;
     int head = blockIdx.x / PARTS, column = blockIdx.x % PARTS * COLUMNS, warp = threadIdx.x / 32;
@@ -460,8 +472,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const C
     for (int at = 0; at < own.count; at++) {
         Chunk c = next;
         Stage tiles = stage(memory, STAGES > 1 ? at % 2 : 0);
-        const Factors& f = of[at % 2];
-        factors(ahead, of[at % 2]);
+        factors(ahead, f);
         if (at + 1 < own.count) {
             next = chunks[own.first + own.count - 2 - at];
             ahead = numbers(next, from, d, head);

@@ -14,7 +14,9 @@
 #define SLAB COLUMNS
 #define SLABS (VALUE / SLAB)
 #define VJP_STAGE (3 * tile_bytes<SLAB>(CHUNK) + 2 * tile_bytes<KEY>(SLAB))
-#define TILES (KEY / 16)
+// Warps that share sixteen tokens; tiles of eight keys that each of them has.
+#define PARTS 4
+#define TILES (KEY / 8 / PARTS)
 
 struct Gradients {
     View dout, dv, written, da, db, dq, dk;
@@ -26,11 +28,11 @@ typedef float Part[TILES][4];
 // x += y z: of a y as an operand, and rows of KEY columns.
 __device__ __forceinline__ void add_rows(Part& x, const u32 y[4], u32 tile, int row, int column) {
 #pragma unroll
-    for (int j = 0; j < TILES / 2; j++) {
+    for (int j = 0; j < TILES; j += 2) {
         u32 other[4];
-        ldmatrix_transposed(other, tile_down<KEY>(tile, row, column + j * 16));
-        mma(x[2 * j], y, other);
-        mma(x[2 * j + 1], y, other + 2);
+        ldmatrix_transposed(other, tile_down<KEY>(tile, row, column + j * 8));
+        mma(x[j], y, other);
+        if (j + 1 < TILES) mma(x[j + 1], y, other + 2);
     }
 }
 
@@ -49,8 +51,8 @@ __device__ __forceinline__ void add_dots(float to[2], const Part& x, u32 tile, i
     }
 }
 
-// Sums of four lanes each, into a row of shared memory that each half of the warps has.
-__device__ __forceinline__ void put_dots(float (&to)[2][CHUNK], int part, int row, float of[2]) {
+// Sums of four lanes each, into a row of shared memory that each part of the keys has.
+__device__ __forceinline__ void put_dots(float (&to)[PARTS][CHUNK], int part, int row, float of[2]) {
     int lane = threadIdx.x & 31;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -58,6 +60,12 @@ __device__ __forceinline__ void put_dots(float (&to)[2][CHUNK], int part, int ro
         of[half] += __shfl_xor_sync(0xffffffffu, of[half], 2);
         if (lane % 4 == 0) to[part][row + half * 8 + lane / 4] = of[half];
     }
+}
+
+__device__ __forceinline__ float all_parts(const float (&of)[PARTS][CHUNK], int t) {
+    float sum = 0.f;
+    for (int part = 0; part < PARTS; part++) sum += of[part][t];
+    return sum;
 }
 
 __device__ __forceinline__ void fetch_slab(u32 to, const Chunk& c, const Gradients& g, const Delta& d, int head, int slab) {
@@ -88,15 +96,15 @@ __device__ __forceinline__ void write_rows(const View& to, const Chunk& c, const
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* chunks, const u32* begins, Reads from, View a, View b, Gradients g, Delta d) {
+extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const Chunk* chunks, const u32* begins, Reads from, View a, View b, Gradients g, Delta d) {
     __shared__ Factors f;
     __shared__ float sums[CHUNK], betas[CHUNK], q_norms[CHUNK], k_norms[CHUNK], slopes[CHUNK];
-    __shared__ float dots[4][2][CHUNK], products[8];
+    __shared__ float dots[4][PARTS][CHUNK], products[4 * PARTS];
     __shared__ int first_seen[CHUNK];
     Chunk c = chunks[blockIdx.y];
     int of_key = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    // A warp has 16 tokens, and half of the keys' columns; of scores, half of the tokens that are seen.
-    int mine = warp % 4 * 16, part = warp / 4, column = part * (KEY / 2);
+    // A warp has 16 tokens, and a part of the keys' columns; of scores, a part of the tokens that are seen.
+    int mine = warp % 4 * 16, part = warp / 4, column = part * (KEY / PARTS);
     u32 q_tile = shared_address(shared), k_tile = q_tile + KEYS, slabs = k_tile + KEYS;
     constexpr int TOKENS = tile_bytes<SLAB>(CHUNK);
     copy_tile<KEY, CHUNK>(q_tile, row(from.q, c.row) + of_key * KEY, from.q.ld, c.rows);
@@ -120,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* c
             betas[thread] = inside ? sigmoid(to_float(row(b, c.row + thread)[head])) : 0.f;
         }
         Part by_q = {}, by_row = {}, by_column = {};
-        float of_scores[4][4] = {}, of_system[4][4] = {}, product = 0.f;
+        float of_scores[2][4] = {}, of_system[2][4] = {}, product = 0.f;
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; slab++) {
             u32 tiles = slabs + (STAGES > 1 ? slab % 2 * VJP_STAGE : 0);
@@ -141,19 +149,16 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* c
                     add_rows(by_row, own_dv, state, at, column);
                 }
                 if (c.leave >= 0) add_rows(by_column, own_written, dstate, at, column);
+                u32 other[4];
+                ldmatrix(other, tile_along<SLAB>(written, part * 16, at));
 #pragma unroll
-                for (int j = 0; j < 2; j++) {
-                    u32 other[4];
-                    ldmatrix(other, tile_along<SLAB>(written, part * 32 + j * 16, at));
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        mma(of_scores[2 * j + half], own_dout, other + 2 * half);
-                        mma(of_system[2 * j + half], own_dv, other + 2 * half);
-                    }
+                for (int half = 0; half < 2; half++) {
+                    mma(of_scores[half], own_dout, other + 2 * half);
+                    mma(of_system[half], own_dv, other + 2 * half);
                 }
             }
             if (c.enter >= 0 && c.leave >= 0) {
-                for (int i = thread; i < SLAB * KEY / 8; i += 256) {
+                for (int i = thread; i < SLAB * KEY / 8; i += 128 * PARTS) {
                     u32 x[4], y[4], at = i / (KEY / 8) * ((KEY + 63) / 64 * 128) + i % (KEY / 8) * 16;
                     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(state + at));
                     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(dstate + at));
@@ -182,10 +187,10 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* c
         // N and H take the place of the first slab.
         u32 scores = slabs, system = slabs + SQUARE;
 #pragma unroll
-        for (int tile = 0; tile < 4; tile++) {
+        for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int i = mine + lane / 4 + half * 8, j = part * 32 + tile * 8 + lane % 4 * 2;
+                int i = mine + lane / 4 + half * 8, j = part * 16 + tile * 8 + lane % 4 * 2;
                 float n[2], h[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
@@ -236,12 +241,12 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* c
             float of[2], end = 0.f;
             for (int i = 0; i < 2; i++) {
                 int t = 2 * lane + i;
-                of[i] = dots[0][0][t] + dots[0][1][t] + dots[1][0][t] + dots[1][1][t] - dots[2][0][t] - dots[2][1][t];
-                end += dots[3][0][t] + dots[3][1][t];
+                of[i] = all_parts(dots[0], t) + all_parts(dots[1], t) - all_parts(dots[2], t);
+                end += all_parts(dots[3], t);
             }
             end = warp_sum(end);
             float states = 0.f;
-            for (int i = 0; i < 8; i++) states += products[i];
+            for (int i = 0; i < 4 * PARTS; i++) states += products[i];
             end += f.end * states;
             for (int i = 0; i < 2; i++) {
                 if (2 * lane + i >= c.rows) of[i] = 0.f;
@@ -278,8 +283,8 @@ extern "C" __global__ void __launch_bounds__(256) delta_gradients(const Chunk* c
     float by[2][2];
     for (int half = 0; half < 2; half++) {
         int t = mine + half * 8 + lane / 4;
-        by[0][half] = (dots[0][0][t] + dots[0][1][t]) * q_norms[t] * q_norms[t] * KEY;
-        by[1][half] = (dots[1][0][t] + dots[1][1][t]) * k_norms[t] * k_norms[t];
+        by[0][half] = all_parts(dots[0], t) * q_norms[t] * q_norms[t] * KEY;
+        by[1][half] = all_parts(dots[1], t) * k_norms[t] * k_norms[t];
     }
     write_rows(g.dq, c, all_q, q_tile, mine, column, of_key * KEY, by[0]);
     write_rows(g.dk, c, all_k, k_tile, mine, column, of_key * KEY, by[1]);

@@ -6,8 +6,10 @@ mod add;
 mod attention;
 mod attention_decode;
 mod cat;
+mod causal_conv;
 mod embedding;
 pub(super) mod fp8;
+mod gated_delta;
 mod gather;
 mod glu;
 mod linear;
@@ -48,6 +50,8 @@ pub(super) const OPS: &[CudaOp] = &[
     scale::OP,
     narrow::OP,
     cat::OP,
+    causal_conv::OP,
+    gated_delta::OP,
     lm_head::OP,
 ];
 
@@ -60,7 +64,9 @@ pub(super) const SOURCES: &[&Source] = &[
     &activation::SOURCE,
     &attention::SOURCE,
     &attention_decode::SOURCE,
+    &causal_conv::SOURCE,
     &embedding::SOURCE,
+    &gated_delta::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &lm_head::SOURCE,

@@ -12,6 +12,7 @@ extern __shared__ __align__(128) unsigned char shared[];
 #define FROM_ZERO 0
 #define FROM_PROMPT 1
 #define FROM_BEFORE 2
+#define FROM_TEXT 3
 
 struct Chunk {
     // The batch's row of its first token, that token's place in the example, where the prompt ends there, its tokens, how it begins.
