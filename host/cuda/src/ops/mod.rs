@@ -6,10 +6,12 @@ mod add;
 mod attention;
 mod attention_decode;
 mod cat;
+mod causal_conv;
 mod embedding;
 mod expand;
 mod experts;
 pub(super) mod fp8;
+mod gated_delta;
 mod gather;
 mod glu;
 mod heads;
@@ -55,6 +57,8 @@ pub(super) const OPS: &[CudaOp] = &[
     narrow::OP,
     cat::OP,
     expand::OP,
+    causal_conv::OP,
+    gated_delta::OP,
     lm_head::OP,
 ];
 
@@ -67,8 +71,10 @@ pub(super) const SOURCES: &[&Source] = &[
     &activation::SOURCE,
     &attention::SOURCE,
     &attention_decode::SOURCE,
+    &causal_conv::SOURCE,
     &embedding::SOURCE,
     &experts::SOURCE,
+    &gated_delta::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &heads::SOURCE,
