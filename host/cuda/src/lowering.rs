@@ -490,6 +490,11 @@ impl Lowering<'_> {
         self.left[index] = slices;
     }
 
+    /// All that the node's forward steps left.
+    pub(crate) fn all_left(&self, index: usize) -> Vec<Slice> {
+        self.left[index].clone()
+    }
+
     /// What the node's forward steps left.
     pub(crate) fn left<const N: usize>(&self, index: usize) -> Result<[Slice; N]> {
         let left = self.left[index].clone().try_into();

@@ -13,6 +13,7 @@ mod gated_delta;
 mod gather;
 mod glu;
 mod linear;
+mod linear_attention;
 pub(super) mod lm_head;
 mod lora;
 mod narrow;
@@ -20,6 +21,7 @@ pub(super) mod nf4;
 mod norms;
 mod rope;
 mod scale;
+mod ssd;
 mod xielu;
 
 // What files of ops are written with.
@@ -52,6 +54,7 @@ pub(super) const OPS: &[CudaOp] = &[
     cat::OP,
     causal_conv::OP,
     gated_delta::OP,
+    ssd::OP,
     lm_head::OP,
 ];
 
@@ -66,9 +69,9 @@ pub(super) const SOURCES: &[&Source] = &[
     &attention_decode::SOURCE,
     &causal_conv::SOURCE,
     &embedding::SOURCE,
-    &gated_delta::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
+    &linear_attention::SOURCE,
     &lm_head::SOURCE,
     &fp8::SOURCE,
     &lora::SOURCE,
