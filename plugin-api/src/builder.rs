@@ -40,7 +40,7 @@ impl Var {
 pub struct BlockKind(usize);
 
 /// Which norm, with its numbers; its weights are named where it is used.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Norm {
     op: &'static str,
@@ -181,7 +181,12 @@ impl BlockBuilder {
     /// Rotary embedding of every head by the token's position (Su et al. 2021, eq. 34): of all its columns, or of the first ones
     /// that `rope` has frequencies for.
     pub fn rope(&mut self, x: Var, head_dim: usize, rope: &Rope) -> Var {
-        if rope.inv_freq.len() * 2 > head_dim || !x.width.is_multiple_of(head_dim.max(1)) {
+        self.rope_from(x, head_dim, 0, rope)
+    }
+
+    /// [`rope`](Self::rope) of the columns of every head from `start` on.
+    pub fn rope_from(&mut self, x: Var, head_dim: usize, start: usize, rope: &Rope) -> Var {
+        if start + rope.inv_freq.len() * 2 > head_dim || !x.width.is_multiple_of(head_dim.max(1)) {
             self.fail(format!(
                 "rope: {} frequencies for heads of {head_dim} in {} columns",
                 rope.inv_freq.len(),
@@ -193,6 +198,7 @@ impl BlockBuilder {
             ("inv_freq", json!(rope.inv_freq)),
             ("scale", json!(rope.attention_scale)),
         ];
+        attrs.extend((start > 0).then(|| ("start", json!(start))));
         attrs.extend(rope.interleaved.then(|| ("layout", json!("interleaved"))));
         if let Some((beta, period)) = rope.position_factor {
             attrs.extend([("position_beta", json!(beta)), ("position_period", json!(period))]);
@@ -200,7 +206,7 @@ impl BlockBuilder {
         self.op("rope", &[x], vec![], &attrs, x.width)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2`, `sigmoid` and `identity`. A gate may have fewer
     /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
         if gate.width == 0 || !up.width.is_multiple_of(gate.width) {

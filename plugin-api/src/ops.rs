@@ -80,10 +80,10 @@ const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
 }
 
 /// Activations by PyTorch's names; `gelu` is the exact one, `relu2` the square of relu (So et al. 2021). The last one is no gate.
-const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: [&str; 7] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity", "clamp"];
 
 /// Those of a gated MLP.
-const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
+const GATES: &[&str] = ACTIVATIONS.split_at(6).0;
 
 /// Those of experts; `swiglu_oai` is gpt-oss's, `(up + 1) · gate · sigmoid(1.702 · gate)`, both clamped before.
 const EXPERT_ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "swiglu_oai"];
@@ -161,11 +161,12 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "rope",
-        formula: "pairs of every head's first columns turned by position · inv_freq[j], times scale",
+        formula: "pairs of every head's columns from start on turned by position · inv_freq[j], times scale",
         inputs: 1,
         weights: &[],
         attrs: &[
             attr("head_dim", Count, Required),
+            attr("start", Index, Optional),
             attr("inv_freq", Numbers, Required),
             attr("scale", Number, Required),
             attr("layout", OneOf(&["half", "interleaved"]), Optional),
@@ -175,7 +176,8 @@ pub const OPS: &[OpSchema] = &[
         check: |node, widths| {
             let dim = count(node, "head_dim");
             let frequencies = node.attrs.get("inv_freq").and_then(Value::as_array).map_or(0, Vec::len);
-            if frequencies == 0 || frequencies.saturating_mul(2) > dim || !node.width.is_multiple_of(dim) {
+            let end = frequencies.saturating_mul(2).saturating_add(count(node, "start"));
+            if frequencies == 0 || end > dim || !node.width.is_multiple_of(dim) {
                 return Err(format!("{frequencies} frequencies for heads of {dim} in {} columns", node.width));
             }
             match ["position_beta", "position_period"].map(|name| node.attrs.contains_key(name)) {

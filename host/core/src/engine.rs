@@ -246,6 +246,7 @@ impl Engine {
         if ids.is_empty() {
             return Err(Error::run("no token to go on from"));
         }
+        cache.begin(ids.len());
         let (graph, layout) = (&self.graph, Layout::after(cache.tokens(), ids.len()));
         let rows = &Rows::of(&layout);
         let mut base = self.base.stream(self.forwards())?;

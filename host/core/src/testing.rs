@@ -22,10 +22,10 @@ use crate::{fp8, nf4};
 
 mod experts;
 mod families;
+mod heads;
 mod recurrent;
 
 pub use families::FAMILIES;
-pub use recurrent::recurrent_cases;
 
 /// A block's own nodes.
 type Body<'a> = &'a dyn Fn(&mut BlockBuilder, Var) -> Var;
@@ -300,41 +300,16 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         };
         b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
     })?;
-    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid"] {
+    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
             b.glu(activation, gate, up)
         })?;
     }
-    let shapes = [
-        (16, 1, 3, None, None),
-        (32, 2, 4, None, None),
-        (64, 2, 2, Some(40), None),
-        (80, 1, 2, None, None),
-        (96, 1, 4, Some(9), None),
-        (112, 1, 1, None, None),
-        (128, 1, 7, None, None),
-        (128, 2, 4, Some(100), Some(2.0)),
-        (160, 1, 2, Some(12), None),
-        (256, 1, 2, None, Some(0.5)),
-        (256, 2, 2, Some(33), None),
-        (512, 1, 2, None, None),
-        (512, 2, 2, Some(21), Some(2.0)),
-    ];
-    for (dim, kv_heads, share, window, softcap) in shapes {
-        let heads = kv_heads * share;
-        let mut name = format!("attention {heads} of {dim} on {kv_heads}");
-        name.extend(window.map(|w| format!(", window {w}")));
-        name.extend(softcap.map(|c| format!(", cap {c}")));
-        case(name, &|b, x| {
-            let h = b.rms_norm("n", x, 1e-6);
-            let (q, k) = (b.linear("q", h, heads * dim), b.linear("k", h, kv_heads * dim));
-            let v = b.linear("v", h, kv_heads * dim);
-            b.attention(q, k, v, Attention::new(heads, kv_heads, dim).window(window).softcap(softcap))
-        })?;
-    }
+    cases.extend(heads::cases()?);
     cases.extend(experts::cases()?);
+    cases.extend(recurrent::cases()?);
     cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }
@@ -430,6 +405,8 @@ pub fn given(name: &str, shape: &[usize]) -> Vec<f32> {
         [] if name.ends_with("eps") => (0.0, -1e-6),
         [] => (0.2, 0.5),
         [_] if name.ends_with("bias") => (0.2, 0.0),
+        // From logits that are lost beside scores to some that have most of the sum.
+        [_] if name.ends_with("sinks") => (3.0, 1.0),
         [_] if name.contains("q_norm") || name.contains("k_norm") => (0.1, 0.25),
         [_] => (0.2, 0.5),
         [.., columns] => (1.5 / (*columns as f32).sqrt(), 0.0),

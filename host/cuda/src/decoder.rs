@@ -26,15 +26,15 @@ pub struct CudaDecoder {
     scratch: Memory,
     /// Room for logits.
     staged: Pinned,
-    /// Where a layer's keys lie in a text's memory, in elements a token, and how many there are in a token's row.
-    rows: Vec<(usize, usize)>,
+    /// Where a layer's keys lie in a text's memory, in elements a token, and how many keys and values there are in a token's row.
+    rows: Vec<(usize, [usize; 2])>,
     /// Tokens that a text has room for.
     most: usize,
 }
 
 /// The KV cache of a variant's text.
 struct Text {
-    /// Keys `[tokens, columns]` and as many values of every layer, one after the other.
+    /// Keys `[tokens, columns]` and values of every layer, one after the other.
     memory: Memory,
     tokens: usize,
 }
@@ -58,18 +58,18 @@ impl CudaDecoder {
             let caching = nodes.iter().map(|n| Ok((n, ops::find(&n.op)?.cached_inputs))).collect::<Result<Vec<_>>>()?;
             let caching: Vec<_> = caching.into_iter().filter(|(_, inputs)| !inputs.is_empty()).collect();
             let own = match caching.as_slice() {
-                [] => 0,
+                [] => [0; 2],
                 // A value is made by the node before its number.
-                [(node, [keys, _])] => {
-                    node.inputs[*keys].checked_sub(1).map_or(graph.hidden_size, |maker| nodes[maker].width)
-                }
+                [(node, [keys, values])] => [keys, values].map(|input| {
+                    node.inputs[*input].checked_sub(1).map_or(graph.hidden_size, |maker| nodes[maker].width)
+                }),
                 _ => {
                     return Err(Error::input("a GPU answers with models whose every block attends once at most")
                         .help("--device cpu answers with any"));
                 }
             };
             rows.push((width, own));
-            width += 2 * own;
+            width += own[0] + own[1];
         }
         let variants = if adapter.is_some() { 2 } else { 1 };
         let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
@@ -113,9 +113,10 @@ impl Decoder for CudaDecoder {
         }
         let (address, cached, scratch) = (text.memory.address, text.tokens, self.scratch.address);
         let cache = |layer: usize| {
-            let (before, width) = rows[layer];
+            let (before, [of_keys, of_values]) = rows[layer];
             let from = address + (before * most * 2) as u64;
-            let [keys, values] = [from, from + (width * most * 2) as u64].map(|at| View { at, ld: width as i64 });
+            let keys = View { at: from, ld: of_keys as i64 };
+            let values = View { at: from + (of_keys * most * 2) as u64, ld: of_values as i64 };
             KvCache { tokens: cached, keys, values, scratch }
         };
         let logits = self.device.continue_text(&mut self.staged, ids, cached, cache, variant == Variant::Tuned)?;
@@ -123,8 +124,9 @@ impl Decoder for CudaDecoder {
         Ok(logits)
     }
 
-    fn truncate(&mut self, variant: Variant, tokens: usize) {
+    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize {
         let at = (variant as usize).min(self.texts.len() - 1);
         self.texts[at].tokens = self.texts[at].tokens.min(tokens);
+        self.texts[at].tokens
     }
 }

@@ -1,6 +1,6 @@
 //! Rotary embedding: pairs of columns of every head turn by `position · inv_freq[j]` (Su et al. 2021, eq. 34). In the layout `half`
-//! column `j` turns with column `j + n`, in `interleaved` column `2j` with `2j + 1`, where n is the number of frequencies. Columns
-//! from 2n on pass as they are (partial rotary).
+//! column `j` turns with column `j + n`, in `interleaved` column `2j` with `2j + 1`, where n is the number of frequencies and columns
+//! count from `start` on. Those before it and from `start + 2n` on pass as they are (partial rotary).
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
@@ -23,6 +23,8 @@ pub(super) const OP: Op = Op {
 /// Of a token's heads, its cosines and its sines.
 struct Turn {
     dim: usize,
+    /// The first column of a head that turns.
+    start: usize,
     interleaved: bool,
 }
 
@@ -31,6 +33,10 @@ impl RowOp<3, 1> for Turn {
     fn row<T: Real>(&self, [x, cos, sin]: [&[T]; 3], [y]: [&mut [T]; 1]) {
         let n = cos.len();
         for (x, y) in x.chunks_exact(self.dim).zip(y.chunks_exact_mut(self.dim)) {
+            let (before, turning) = x.split_at(self.start);
+            let (to_before, y) = y.split_at_mut(self.start);
+            to_before.copy_from_slice(before);
+            let x = turning;
             y[2 * n..].copy_from_slice(&x[2 * n..]);
             let sin = &sin[..n];
             if self.interleaved {
@@ -52,7 +58,7 @@ impl RowOp<3, 1> for Turn {
 fn turn(call: &Call<'_>, x: &Tensor, direction: f64) -> Result<Tensor> {
     let interleaved = call.node.attrs.get("layout").and_then(Value::as_str) == Some("interleaved");
     let [cos, sin] = table(call, direction, x.dtype())?;
-    let turn = Turn { dim: count(call.node, "head_dim"), interleaved };
+    let turn = Turn { dim: count(call.node, "head_dim"), start: count(call.node, "start"), interleaved };
     let [y] = over_rows(&turn, [x, &cos, &sin], [x.dim(1)?])?;
     Ok(y)
 }

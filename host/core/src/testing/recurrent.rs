@@ -7,7 +7,7 @@ use super::case;
 use crate::error::Result;
 
 /// Of causal convolutions, gated delta nets, state spaces, and the norms of groups that come behind these.
-pub fn recurrent_cases() -> Result<Vec<(String, ModelGraph)>> {
+pub(super) fn cases() -> Result<Vec<(String, ModelGraph)>> {
     let mut cases = Vec::new();
     for (taps, bias, activation) in
         [(4, false, Some("silu")), (3, true, None), (7, true, Some("silu")), (1, false, None)]

@@ -1,7 +1,7 @@
 // Causal grouped-query attention over packed examples, forward and backward, in tiles on the tensor cores (Dao 2023,
 // FlashAttention-2, algorithms 1 and 2). An example lies as prompt | answer 1 | ... | answer k; a token sees the prompt and its
-// own answer (ops/answer_mask.rs has the rule), and tiles that nobody sees are skipped. DIM is the width of a head, a multiple
-// of 16; with SOFTCAP scores are bent before the softmax.
+// own answer (ops/answer_mask.rs has the rule), and tiles that nobody sees are skipped. DIM is the width of a head of queries and keys,
+// a multiple of 16, VALUE_DIM that of one of values, another one up to DIM; with SOFTCAP scores are bent before the softmax.
 //
 // Every sum is taken by one warp in a fixed order, so that two runs are equal bit for bit: the gradients of keys and of
 // queries have a kernel each, and no atomics.
@@ -14,7 +14,7 @@
 #define THREADS (TILE * 2)
 #define STRIDE (DIM + 8)  // 16 bytes of padding: the eight rows that ldmatrix reads fall into different banks
 #define KSTEPS (DIM / 16)
-#define OWN (WIDEST ? DIM / 4 : DIM)  // columns of the output that a warp has
+#define OWN (WIDEST ? DIM / 4 : VALUE_DIM)  // columns of the output that a warp has; the widest heads have values as wide as keys
 #define HELD (DIM <= 128)  // a warp holds its own rows in registers: shared memory is read for the other side alone
 
 // A run of queries or of keys of one example: TILE of them at most.
@@ -91,10 +91,10 @@ __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) 
 }
 
 // Rows [first, first + ROWS) of an example into shared memory; rows beyond the example are zero.
-template <int ROWS>
+template <int ROWS, int COLUMNS = DIM>
 __device__ __forceinline__ void load_tile(bf16* to, const View& from, const Tile& t, int first) {
-    for (int i = threadIdx.x; i < ROWS * (DIM / 8); i += blockDim.x) {
-        int r = i / (DIM / 8), c = i % (DIM / 8) * 8;
+    for (int i = threadIdx.x; i < ROWS * (COLUMNS / 8); i += blockDim.x) {
+        int r = i / (COLUMNS / 8), c = i % (COLUMNS / 8) * 8;
         bool inside = first + r < t.length;
         const bf16* source = row(from, t.start + (inside ? first + r : 0)) + c;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to + r * STRIDE + c)),
@@ -112,21 +112,23 @@ __device__ __forceinline__ void left(u32 a[4], const bf16* tile, int row, int k)
     ldmatrix(a, shared_address(tile + (row + lane % 16) * STRIDE + k * 16 + lane / 16 * 8));
 }
 
-// A warp's own 16 rows as the left side, over all of DIM.
+// A warp's own 16 rows as the left side, over all columns of a head.
+template <int COLUMNS = DIM>
 struct Rows {
 #if HELD
-    u32 a[KSTEPS][4];
+    u32 a[COLUMNS / 16][4];
 #else
     const bf16* tile;
     int row;
 #endif
 };
 
-__device__ __forceinline__ Rows hold(const bf16* tile, int row) {
-    Rows rows;
+template <int COLUMNS = DIM>
+__device__ __forceinline__ Rows<COLUMNS> hold(const bf16* tile, int row) {
+    Rows<COLUMNS> rows;
 #if HELD
 #pragma unroll
-    for (int k = 0; k < KSTEPS; k++) left(rows.a[k], tile, row, k);
+    for (int k = 0; k < COLUMNS / 16; k++) left(rows.a[k], tile, row, k);
 #else
     rows.tile = tile;
     rows.row = row;
@@ -154,11 +156,11 @@ __device__ __forceinline__ void as_left(u32 a[4], const float x[4], const float 
     a[3] = pack(y[2], y[3]);
 }
 
-// c += own rows times N rows of `b`, over all of DIM.
-template <int N>
-__device__ __forceinline__ void products(float c[N / 8][4], const Rows& own, const bf16* b) {
+// c += own rows times N rows of `b`, over all columns of a head.
+template <int N, int COLUMNS>
+__device__ __forceinline__ void products(float c[N / 8][4], const Rows<COLUMNS>& own, const bf16* b) {
 #pragma unroll
-    for (int k = 0; k < KSTEPS; k++) {
+    for (int k = 0; k < COLUMNS / 16; k++) {
         u32 r[4];
 #if HELD
         const u32* l = own.a[k];
@@ -208,7 +210,10 @@ __device__ __forceinline__ void store(const View& to, const Tile& t, int first, 
     }
 }
 
-__device__ __forceinline__ View head(const View& v, int h) { return {v.at + (long long)h * DIM, v.ld}; }
+template <int COLUMNS = DIM>
+__device__ __forceinline__ View head(const View& v, int h) { return {v.at + (long long)h * COLUMNS, v.ld}; }
+
+__device__ __forceinline__ View value_head(const View& v, int h) { return head<VALUE_DIM>(v, h); }
 
 #define LOG2E 1.44269504f
 
@@ -230,6 +235,19 @@ __device__ __forceinline__ float bend(float& product, const Shape& s) {
     return 1.f;
 #endif
 }
+
+// The log-sum of a row's weights, whose scores were taken less `max`, and the factor on what they summed of values. A sink is a logit of a
+// head that joins the sum and has no value.
+struct Total {
+    float log_sum, by;
+
+    __device__ __forceinline__ Total(float max, float sum, const bf16* sinks, int h) : log_sum(max + logf(sum)), by(1.f / sum) {
+        if (!sinks) return;
+        float sink = to_float(sinks[h]), own = log_sum;
+        log_sum = fmaxf(own, sink) + log1pf(__expf(-fabsf(own - sink)));
+        by *= __expf(own - log_sum);
+    }
+};
 
 // The first tile of keys from `key` on that queries of the tile see; at least `last` if there is none.
 __device__ __forceinline__ int next_keys(const Tile& t, Begins b, int key, int last, int window) {
@@ -292,18 +310,20 @@ struct Softmax {
     }
 
     // Leaves a warp's columns of the output, from `column` on, and with the first ones the log-sums.
-    __device__ __forceinline__ void finish(float o[OWN / 8][4], const View& out, float* lse, const Tile& t, int mine, int h,
-                                           const Shape& s, int column = 0) {
+    __device__ __forceinline__ void finish(float o[OWN / 8][4], const View& out, float* lse, const bf16* sinks, const Tile& t,
+                                           int mine, int h, const Shape& s, int column = 0) {
         int lane = threadIdx.x % 32;
+        float by[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
             sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
             int at = t.first + mine + lane / 4 + r * 8;
-            if (column == 0 && lane % 4 == 0 && at < t.length)
-                lse[(long long)h * s.tokens + t.start + at] = max[r] * s.scale + logf(sum[r]);
+            Total total(max[r] * s.scale, sum[r], sinks, h);
+            by[r] = total.by;
+            if (column == 0 && lane % 4 == 0 && at < t.length) lse[(long long)h * s.tokens + t.start + at] = total.log_sum;
         }
-        store<OWN>(head(out, h), t, t.first + mine, column, o, 1.f / sum[0], 1.f / sum[1]);
+        store<OWN>(value_head(out, h), t, t.first + mine, column, o, by[0], by[1]);
     }
 };
 
@@ -325,8 +345,8 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
     if (at >= (long long)tokens * heads) return;
     long long token = at / heads, h = at % heads;
     float sum = 0.f;
-    for (int i = threadIdx.x * 8; i < DIM; i += 256) {
-        Eight a = load8(row(out, token) + h * DIM + i), b = load8(row(dout, token) + h * DIM + i);
+    for (int i = threadIdx.x * 8; i < VALUE_DIM; i += 256) {
+        Eight a = load8(row(out, token) + h * VALUE_DIM + i), b = load8(row(dout, token) + h * VALUE_DIM + i);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum += a.v[j] * b.v[j];
     }
@@ -334,34 +354,18 @@ extern "C" __global__ void attention_delta(View out, View dout, float* delta, in
     if (threadIdx.x == 0) delta[h * tokens + token] = sum;
 }
 
-// The sum over the query heads of every key head: y [tokens, kv_heads * DIM] of x [tokens, heads * DIM]. A thread eight
-// columns.
-extern "C" __global__ void attention_sum(View x, View y, int kv_heads, int share) {
-    auto [token, i] = place(kv_heads * DIM);
-    int kv = i / DIM;
-    if (kv >= kv_heads) return;
-    const bf16* from = row(x, token) + (long long)kv * share * DIM + i % DIM;
-    Eight sum = load8(from);
-    for (int h = 1; h < share; h++) {
-        Eight part = load8(from + h * DIM);
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum.v[j] += part.v[j];
-    }
-    store8(row(y, token) + i, sum);
-}
-
 #if !WGMMA && !WIDEST  // see attention_hopper.cu, attention_wide.cu
 
 // out = softmax(scale q k^T) v and lse = ln sum exp, [heads, tokens]. A block a head and a tile of queries, a warp 16 rows.
 extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
-    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, Shape s) {
+    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, const bf16* sinks, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *ks = shared, *vs = ks + 2 * TILE * STRIDE;
     // Held rows pass through the second stage before it is used.
     bf16* qs = HELD ? ks + TILE * STRIDE : vs + 2 * TILE * STRIDE;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16;
-    View keys = head(k, h / s.share), values = head(v, h / s.share);
+    View keys = head(k, h / s.share), values = value_head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
     __shared__ int starts[TILE];  // [query]
     if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
@@ -370,20 +374,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
     commit();
     int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
-    load_tile<TILE>(vs, values, t, key);
+    load_tile<TILE, VALUE_DIM>(vs, values, t, key);
     commit();
     wait<1>();
     __syncthreads();
-    Rows own = hold(qs, mine);
+    Rows<> own = hold(qs, mine);
     if (HELD) __syncthreads();
 
-    float o[DIM / 8][4] = {};
+    float o[VALUE_DIM / 8][4] = {};
     Softmax softmax;
     while (key < last) {
         int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
-            load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+            load_tile<TILE, VALUE_DIM>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
         }
         commit();
         wait<1>();
@@ -391,12 +395,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, DIM <= 128 ? 3 : 2)
         float p[TILE / 8][4] = {};
         products<TILE>(p, own, ks + stage * TILE * STRIDE);
         softmax.step(p, o, t, starts, mine, key, s);
-        accumulate<TILE, DIM>(o, p, vs + stage * TILE * STRIDE, 0);
+        accumulate<TILE, VALUE_DIM>(o, p, vs + stage * TILE * STRIDE, 0);
         __syncthreads();
         key = after;
         stage ^= 1;
     }
-    softmax.finish(o, out, lse, t, mine, h, s);
+    softmax.finish(o, out, lse, sinks, t, mine, h, s);
 }
 
 // dq, a block a head and a tile of queries. Where values have one stage only (V_STAGES), a tile of them comes while the block waits.
@@ -408,21 +412,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bf16 *qs = HELD ? ks + TILE * STRIDE : vs + V_STAGES * TILE * STRIDE, *ds = HELD ? vs + TILE * STRIDE : qs + TILE * STRIDE;
     Tile t = tiles[blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
-    View keys = head(k, h / s.share), values = head(v, h / s.share);
+    View keys = head(k, h / s.share), values = value_head(v, h / s.share);
     int last = min(t.first + TILE, t.length);
     __shared__ int starts[TILE];  // [query]
     if (threadIdx.x < TILE) starts[threadIdx.x] = begin_of(begins, t, t.first + threadIdx.x);
 
     load_tile<TILE>(qs, head(q, h), t, t.first);
-    load_tile<TILE>(ds, head(dout, h), t, t.first);
+    load_tile<TILE, VALUE_DIM>(ds, value_head(dout, h), t, t.first);
     commit();
     int key = next_keys(t, begins_of(begins, t, t.first, TILE), 0, last, s.window), stage = 0;
     load_tile<TILE>(ks, keys, t, key);
-    if (V_STAGES == 2) load_tile<TILE>(vs, values, t, key);
+    if (V_STAGES == 2) load_tile<TILE, VALUE_DIM>(vs, values, t, key);
     commit();
     wait<1>();
     __syncthreads();
-    Rows own = hold(qs, mine), pushed = hold(ds, mine);
+    Rows<> own = hold(qs, mine);
+    Rows<VALUE_DIM> pushed = hold<VALUE_DIM>(ds, mine);
     if (HELD) __syncthreads();
 
     float logsum[2], pull[2];
@@ -431,12 +436,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     while (key < last) {
         int after = next_keys(t, begins_of(starts), key + TILE, last, s.window);
         if (V_STAGES == 1) {
-            load_tile<TILE>(vs, values, t, key);
+            load_tile<TILE, VALUE_DIM>(vs, values, t, key);
             commit();
         }
         if (after < last) {
             load_tile<TILE>(ks + (stage ^ 1) * TILE * STRIDE, keys, t, after);
-            if (V_STAGES == 2) load_tile<TILE>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
+            if (V_STAGES == 2) load_tile<TILE, VALUE_DIM>(vs + (stage ^ 1) * TILE * STRIDE, values, t, after);
         }
         commit();
         wait<1>();
@@ -471,9 +476,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // Wide heads take their columns in two halves, so that the sums stay in registers.
-#define COLUMNS (DIM > 128 ? DIM / 2 : DIM)
+#define KEY_COLUMNS (DIM > 128 ? DIM / 2 : DIM)
+#define VALUE_COLUMNS (DIM > 128 ? VALUE_DIM / 2 : VALUE_DIM)
 
-// What a query head gives to dk and dv of its key head, [tokens, heads * DIM] each; a block a head, a tile of keys and half
+// What a query head gives to dk and dv of its key head, [tokens, heads * DIM] and of VALUE_DIM; a block a head, a tile of keys and half
 // of the columns of a wide head. A warp has 16 keys.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_dkv(const Tile* tiles, const int* begins, View q, View k, View v, View dout, const float* lse,
@@ -487,13 +493,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // Tiles come in the order of the keys they see; the first keys are seen by most queries.
     Tile t = tiles[gridDim.y - 1 - blockIdx.y];
     int h = blockIdx.x, mine = threadIdx.x / 32 * 16, lane = threadIdx.x % 32;
-    int from = blockIdx.z * (COLUMNS / 16);
+    int of_key = blockIdx.z * (KEY_COLUMNS / 16), of_value = blockIdx.z * (VALUE_COLUMNS / 16);
     load_tile<TILE>(ks, head(k, h / s.share), t, t.first);
-    load_tile<TILE>(vs, head(v, h / s.share), t, t.first);
+    load_tile<TILE, VALUE_DIM>(vs, value_head(v, h / s.share), t, t.first);
     commit();
     wait<0>();
     __syncthreads();
-    Rows own = hold(ks, mine), weighted = hold(vs, mine);
+    Rows<> own = hold(ks, mine);
+    Rows<VALUE_DIM> weighted = hold<VALUE_DIM>(vs, mine);
     if (HELD) __syncthreads();
 
     auto next = [&](int query) {
@@ -506,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
     auto load = [&](int stage, int query) {
         load_tile<QUERIES>(qs + stage * QUERIES * STRIDE, head(q, h), t, query);
-        load_tile<QUERIES>(ds + stage * QUERIES * STRIDE, head(dout, h), t, query);
+        load_tile<QUERIES, VALUE_DIM>(ds + stage * QUERIES * STRIDE, value_head(dout, h), t, query);
         if (threadIdx.x < 2 * QUERIES) {
             int i = threadIdx.x % QUERIES;
             bool first = threadIdx.x < QUERIES, inside = query + i < t.length;
@@ -516,7 +523,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     };
     int query = next(t.first / QUERIES * QUERIES), stage = 0;
-    float dks[COLUMNS / 8][4] = {}, dvs[COLUMNS / 8][4] = {}, scale = s.scale * LOG2E;
+    float dks[KEY_COLUMNS / 8][4] = {}, dvs[VALUE_COLUMNS / 8][4] = {}, scale = s.scale * LOG2E;
     if (query < t.length) load(0, query);
     commit();
     while (query < t.length) {
@@ -544,15 +551,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     p[n][i] = weight;
                     dp[n][i] = weight * (dp[n][i] - of[QUERIES + at]) * slope;
                 }
-            accumulate<16, COLUMNS>(dvs, p, dt + part * STRIDE, from);
-            accumulate<16, COLUMNS>(dks, dp, qt + part * STRIDE, from);
+            accumulate<16, VALUE_COLUMNS>(dvs, p, dt + part * STRIDE, of_value);
+            accumulate<16, KEY_COLUMNS>(dks, dp, qt + part * STRIDE, of_key);
         }
         __syncthreads();
         query = after;
         stage ^= 1;
     }
-    store<COLUMNS>(head(dk, h), t, t.first + mine, from * 16, dks, s.scale, s.scale);
-    store<COLUMNS>(head(dv, h), t, t.first + mine, from * 16, dvs, 1.f, 1.f);
+    store<KEY_COLUMNS>(head(dk, h), t, t.first + mine, of_key * 16, dks, s.scale, s.scale);
+    store<VALUE_COLUMNS>(value_head(dv, h), t, t.first + mine, of_value * 16, dvs, 1.f, 1.f);
 }
 
 #endif

@@ -1,9 +1,8 @@
 //! Causal grouped-query attention over packed pairs, in kernels that are compiled for a width of heads.
 
-use dpo_plugin_api::graph::Node;
-
 use super::super::sum::copy_rows;
 use super::attention_decode::Decode;
+use super::heads::sum_groups;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Gpu, Launch, Lowering, Recompute, Slice, Source,
     Step, TensorMap, Variant, View, count, number,
@@ -15,7 +14,7 @@ pub(super) static SOURCE: Source = Source {
     ..Source::plain(
         "attention",
         include_str!("attention.cu"),
-        &["attention", "attention_delta", "attention_dq", "attention_dkv", "attention_sum"],
+        &["attention", "attention_delta", "attention_dq", "attention_dkv"],
     )
 };
 
@@ -28,25 +27,44 @@ pub(super) const OP: CudaOp = CudaOp {
 const HOPPER: &str =
     concat!(include_str!("hopper.cuh"), include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
-/// Widths of heads for which Hopper's are used.
+/// Widths of heads for which Hopper's are used, where values have the same.
 const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128, 256];
 
 /// Kernels of the widest heads, which take the place of functions of `attention.cu`.
 const WIDE: &str = include_str!("attention_wide.cu");
 
-/// Widths of heads that attention is written for.
-const HEAD_DIMS: &[usize] = &[16, 32, 64, 80, 96, 112, 128, 160, 256, 512];
+/// Widths of heads that attention is written for: of queries and keys, and of values.
+const HEAD_DIMS: &[(usize, usize)] = &[
+    (16, 16),
+    (32, 32),
+    (64, 64),
+    (80, 80),
+    (96, 64),
+    (96, 96),
+    (112, 112),
+    (128, 128),
+    (160, 160),
+    (192, 128),
+    (192, 192),
+    (256, 256),
+    (512, 512),
+];
 
 #[derive(Clone, Copy)]
 struct Attention {
     heads: usize,
     kv_heads: usize,
+    /// Columns of a head of queries and keys.
     dim: usize,
+    /// Columns of a head of values.
+    value_dim: usize,
     scale: f32,
     /// 0 is none.
     window: usize,
     /// 0 is none.
     softcap: f32,
+    /// The vector of the heads' sinks.
+    sinks: Option<usize>,
 }
 
 struct AttentionVjp(Attention);
@@ -67,28 +85,35 @@ struct Shape {
 // SAFETY: seven numbers of four bytes.
 unsafe impl Argument for Shape {}
 
-/// What the kernels are compiled for: the width of heads, and whether scores are capped.
+/// What the kernels are compiled for: the widths of heads, and whether scores are capped.
 #[derive(Clone, Copy)]
 struct Heads {
     dim: usize,
+    value_dim: usize,
     softcap: bool,
 }
 
-fn attention(node: &Node) -> Attention {
-    Attention {
-        heads: count(node, "heads"),
+fn attention(l: &mut Lowering<'_>, index: usize) -> Result<Attention> {
+    let node = &l.nodes[index];
+    let heads = count(node, "heads");
+    Ok(Attention {
+        heads,
         kv_heads: count(node, "kv_heads"),
         dim: count(node, "head_dim"),
+        value_dim: node.width / heads,
         scale: number(node, "scale") as f32,
         window: count(node, "window"),
         softcap: number(node, "softcap") as f32,
-    }
+        sinks: node.weight("sinks").map(|_| l.vector(index, "sinks")).transpose()?,
+    })
 }
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
-    let own = attention(&l.nodes[index]);
-    if !HEAD_DIMS.contains(&own.dim) {
-        let what = format!("heads of {} columns are not supported on CUDA: {HEAD_DIMS:?} are", own.dim);
+    let own = attention(l, index)?;
+    let dims = (own.dim, own.value_dim);
+    if !HEAD_DIMS.contains(&dims) {
+        let what =
+            format!("heads of {dims:?} columns (of keys, of values) are not supported on CUDA: {HEAD_DIMS:?} are");
         return Err(Error::input(what).help("train with --device cpu"));
     }
     let qkv: [Slice; 3] = l.inputs(index)?;
@@ -101,7 +126,7 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let Some(dout) = l.take_gradient(index) else { return Ok(()) };
-    let (own, nodes) = (attention(&l.nodes[index]), l.nodes);
+    let (own, nodes) = (attention(l, index)?, l.nodes);
     let ([q, k, v], [out, lse]) = (l.inputs(index)?, l.left(index)?);
     let delta = l.heads(own.heads);
     let (mut writes, mut after) = (Vec::new(), Vec::new());
@@ -113,7 +138,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     writes.push(delta);
     // What every query head gives to dk and dv, where several share a key head.
     if own.heads > own.kv_heads {
-        writes.extend([(); 2].map(|()| l.buffer(own.heads * own.dim, 0)));
+        writes.extend([own.dim, own.value_dim].map(|dim| l.buffer(own.heads * dim, 0)));
     }
     let step = Step::new("attention dq", [q, k, v, out, dout, lse], writes, AttentionVjp(own)).mixes_rows();
     l.push(step.costs(Cost::Memory, Recompute::Attention))?;
@@ -122,13 +147,13 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
 
 impl Attention {
     fn kernels(&self) -> Heads {
-        Heads { dim: self.dim, softcap: self.softcap > 0.0 }
+        Heads { dim: self.dim, value_dim: self.value_dim, softcap: self.softcap > 0.0 }
     }
 
     /// Of one query.
     fn decode(&self) -> Decode {
-        let Attention { heads, kv_heads, dim, scale, window, softcap } = *self;
-        Decode { heads, kv_heads, dim, scale, window, softcap }
+        let Attention { heads, kv_heads, dim, value_dim, scale, window, softcap, .. } = *self;
+        Decode { heads, kv_heads, dim, value_dim, scale, window, softcap }
     }
 
     /// Tiles of the batch, their number, and the numbers that kernels take last.
@@ -159,12 +184,9 @@ impl Attention {
 
     /// What `count` parts of the query heads of a key head give to dk and dv, summed.
     fn add_parts(&self, on: &Launch<'_>, count: usize, parts: &[View], sums: [&View; 2]) -> Result<()> {
-        for (part, sum) in parts.iter().zip(sums) {
-            let args = Args::default().with(*part).with(*sum).with(self.kv_heads as i32).with(count as i32);
-            let grid = [(self.kv_heads * self.dim / 8).div_ceil(128) * on.rows, 1, 1];
-            on.gpu.launch(on.kernels.variant("attention_sum", self.kernels().key())?.0, grid, [128, 1, 1], 0, args)?;
-        }
-        Ok(())
+        let all = parts.iter().zip(sums).zip([self.dim, self.value_dim]);
+        let mut all = all.map(|((part, sum), dim)| sum_groups(on, *part, *sum, [self.kv_heads, count, dim]));
+        all.try_for_each(|launched| launched)
     }
 }
 
@@ -174,8 +196,9 @@ impl Execute for Attention {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let sinks = self.sinks.map_or(0, |at| on.weights.vectors[at]);
         if let (Some(cache), 1, true) = (&on.cache, on.rows, self.decode().is_supported()) {
-            return self.decode().launch(on, cache, [reads[0], reads[1], reads[2]], writes[0]);
+            return self.decode().launch(on, cache, [reads[0], reads[1], reads[2]], sinks, writes[0]);
         }
         let (tiles, count, shape) = self.shape(on);
         let (mut from, mut keys, mut values) = (reads[0], reads[1], reads[2]);
@@ -183,9 +206,9 @@ impl Execute for Attention {
         let (heads, new, capability) = (self.kernels(), from, on.gpu.kernels);
         let (kernel, shared) = on.kernels.variant("attention", heads.key())?;
         if let Some(cache) = &on.cache {
-            for (new, all) in [(keys, cache.keys), (values, cache.values)] {
+            for (new, all, dim) in [(keys, cache.keys, self.dim), (values, cache.values, self.value_dim)] {
                 let end = View { at: all.at + cache.tokens as u64 * all.ld as u64 * 2, ld: all.ld };
-                copy_rows(on, self.kv_heads * self.dim, new, end)?;
+                copy_rows(on, self.kv_heads * dim, new, end)?;
             }
             (keys, values) = (cache.keys, cache.values);
             (from, to) = (cache.of_text(from), cache.of_text(to));
@@ -196,22 +219,23 @@ impl Execute for Attention {
             let args = Args::default().with(self.boxes(new, on.batch.tokens, self.heads, 64)?);
             let args = args.with(self.boxes(keys, all, self.kv_heads, 64)?);
             let args = args.with(self.boxes(values, all, self.kv_heads, 64)?);
-            let args = args.with(tiles).with(begins).with(to).with(sums).with(count as i32).with(shape);
+            let args = args.with(tiles).with(begins).with(to).with(sums).with(sinks).with(count as i32).with(shape);
             return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(capability), shared, args);
         }
         let args = Args::default().with(tiles).with(begins).with(from).with(keys).with(values).with(to);
-        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(capability), shared, args.with(sums).with(shape))
+        let args = args.with(sums).with(sinks).with(shape);
+        on.gpu.launch(kernel, [self.heads, count, 1], heads.block(capability), shared, args)
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         for Attended { row, head, weights, log_sum } in attended(self, on, reads) {
-            let mut values = vec![0.0; self.dim];
+            let mut values = vec![0.0; self.value_dim];
             for (key, weight) in weights {
-                let v = on.row(&of_head(&reads[2], head * self.kv_heads / self.heads, self.dim), key);
+                let v = on.row(&of_head(&reads[2], head * self.kv_heads / self.heads, self.value_dim), key);
                 values.iter_mut().zip(v).for_each(|(o, v)| *o += weight * v);
             }
-            on.write(&of_head(&writes[0], head, self.dim), row, &values);
+            on.write(&of_head(&writes[0], head, self.value_dim), row, &values);
             *on.number(&writes[1], head, row) = log_sum;
         }
     }
@@ -257,13 +281,13 @@ impl Execute for AttentionVjp {
         for Attended { row, head, weights, log_sum } in attended(a, on, reads) {
             assert!((*on.number(lse, head, row) - log_sum).abs() < 1e-4, "the log-sum was lost");
             let kv = head * a.kv_heads / a.heads;
-            let dy = on.row(&of_head(dout, head, a.dim), row);
-            let pull = dot(&dy, &on.row(&of_head(out, head, a.dim), row));
+            let dy = on.row(&of_head(dout, head, a.value_dim), row);
+            let pull = dot(&dy, &on.row(&of_head(out, head, a.value_dim), row));
             *on.number(&writes[3], head, row) = pull;
             let own = on.row(&of_head(q, head, a.dim), row);
             for (key, weight) in weights {
                 let key_row = on.row(&of_head(k, kv, a.dim), key);
-                let value_row = on.row(&of_head(v, kv, a.dim), key);
+                let value_row = on.row(&of_head(v, kv, a.value_dim), key);
                 let bend = if a.softcap > 0.0 {
                     1.0 - (dot(&own, &key_row) * a.scale / a.softcap).tanh().powi(2)
                 } else {
@@ -271,11 +295,11 @@ impl Execute for AttentionVjp {
                 };
                 let ds = weight * (dot(&dy, &value_row) - pull) * bend * a.scale;
                 let mut add = |which: usize, at: usize, by: f32, from: &[f32]| {
-                    sums[which][at..at + a.dim].iter_mut().zip(from).for_each(|(s, f)| *s += by * f);
+                    sums[which][at..at + from.len()].iter_mut().zip(from).for_each(|(s, f)| *s += by * f);
                 };
                 add(0, row * q.width + head * a.dim, ds, &key_row);
                 add(1, key * k.width + kv * a.dim, ds, &own);
-                add(2, key * v.width + kv * a.dim, weight, &dy);
+                add(2, key * v.width + kv * a.value_dim, weight, &dy);
             }
         }
         // What the kernels leave there is of no further use.
@@ -351,21 +375,25 @@ impl Heads {
 
     /// What tells its kernels from others.
     fn key(self) -> usize {
-        self.dim * 2 + usize::from(self.softcap)
+        (self.dim << 16 | self.value_dim) * 2 + usize::from(self.softcap)
     }
 
     fn hopper(self, capability: u32) -> bool {
-        capability == 90 && HOPPER_DIMS.contains(&self.dim)
+        capability == 90 && HOPPER_DIMS.contains(&self.dim) && self.value_dim == self.dim
     }
 
     fn variant(self, capability: u32) -> Variant {
         let (dim, hopper, stages) = (self.dim, self.hopper(capability), self.value_stages(capability));
-        let [softcap, wgmma] = [self.softcap, hopper].map(u8::from);
-        let numbers = [("DIM", dim), ("SOFTCAP", softcap.into()), ("WGMMA", wgmma.into()), ("V_STAGES", stages)];
+        let [softcap, wgmma] = [self.softcap, hopper].map(usize::from);
+        let numbers =
+            [("DIM", dim), ("VALUE_DIM", self.value_dim), ("SOFTCAP", softcap), ("WGMMA", wgmma), ("V_STAGES", stages)];
         Variant {
             source: &SOURCE,
             key: self.key(),
-            label: format!("{dim}{}", if self.softcap { ", capped" } else { "" }),
+            label: match (self.value_dim == dim, if self.softcap { ", capped" } else { "" }) {
+                (true, capped) => format!("{dim}{capped}"),
+                (false, capped) => format!("{dim}, values {}{capped}", self.value_dim),
+            },
             before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
             after: match hopper {
                 true => HOPPER,
@@ -430,7 +458,8 @@ pub(super) fn most_shared(capability: u32) -> usize {
 
 /// All kinds of heads.
 fn variants(capability: u32) -> Vec<Variant> {
-    let heads = HEAD_DIMS.iter().flat_map(|dim| [false, true].map(|softcap| Heads { dim: *dim, softcap }));
+    let dims = HEAD_DIMS.iter().copied();
+    let heads = dims.flat_map(|(dim, value_dim)| [false, true].map(|softcap| Heads { dim, value_dim, softcap }));
     heads.map(|h| h.variant(capability)).collect()
 }
 
@@ -445,7 +474,7 @@ struct Attended {
 
 #[cfg(test)]
 fn attended(a: &Attention, on: &super::Emulation<'_>, reads: &[Slice]) -> Vec<Attended> {
-    let (q, k) = (&reads[0], &reads[1]);
+    let (q, k, sinks) = (&reads[0], &reads[1], a.sinks.map(|at| on.vector(at)));
     let attend = |(row, head): (usize, usize)| {
         let own = on.row(&of_head(q, head, a.dim), row);
         let score = |key: usize| {
@@ -453,7 +482,8 @@ fn attended(a: &Attention, on: &super::Emulation<'_>, reads: &[Slice]) -> Vec<At
             if a.softcap > 0.0 { a.softcap * (score / a.softcap).tanh() } else { score }
         };
         let scores: Vec<(usize, f32)> = on.seen_by(row, a.window).into_iter().map(|key| (key, score(key))).collect();
-        let log_sum = scores.iter().map(|(_, s)| s.exp()).sum::<f32>().ln();
+        let sink = sinks.as_ref().map_or(0.0, |sinks| sinks[head].exp());
+        let log_sum = (sink + scores.iter().map(|(_, s)| s.exp()).sum::<f32>()).ln();
         let weights = scores.into_iter().map(|(key, s)| (key, (s - log_sum).exp())).collect();
         Attended { row, head, weights, log_sum }
     };

@@ -1,7 +1,7 @@
 // Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, up to sixteen of
 // the query heads that share it, which are the rows of its products, and a part of the keys, a tile at a time. The last block of such heads
-// that ends joins the parts, always in their order: which block that is changes no bit. A warp has RUNS runs of eight columns of the output,
-// at most.
+// that ends joins the parts, always in their order: which block that is changes no bit, and adds the heads' sinks. A warp has RUNS runs of
+// eight columns of the output, at most.
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
@@ -11,8 +11,8 @@
 
 struct Decode {
     int share, own;  // query heads of a key head, and of a block
-    int dim;
-    int keys;           // of a tile
+    int dim, value_dim;  // columns of a head
+    int keys;            // of a tile
     int first, cached;  // the first key that is seen, and keys in the cache; the newest one is behind them
     int tiles;          // of a part
     float scale, softcap;
@@ -24,23 +24,23 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// Rows of the cache from `from` on into shared memory; rows behind it are zero.
-__device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, const Decode& s) {
-    int pieces = s.dim / 8;
+// Rows of the cache from `from` on into shared memory, `dim` columns; rows behind it are zero.
+__device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, int dim, const Decode& s) {
+    int pieces = dim / 8;
     for (int i = threadIdx.x; i < s.keys * pieces; i += THREADS) {
         int n = i / pieces, c = i % pieces * 8;
         bool inside = from + n < s.cached;
-        copy_async(shared_address(to + n * (s.dim + 8) + c), row(cache, inside ? from + n : 0) + c, inside);
+        copy_async(shared_address(to + n * (dim + 8) + c), row(cache, inside ? from + n : 0) + c, inside);
     }
     commit_copies();
 }
 
 // The newest row, into its place in shared memory and in the cache.
-__device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf16* newest, int from, const Decode& s) {
+__device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf16* newest, int from, int dim, const Decode& s) {
     int c = threadIdx.x * 8;
-    if (c >= s.dim) return;
+    if (c >= dim) return;
     uint4 values = *(const uint4*)(newest + c);
-    *(uint4*)(to + (s.cached - from) * (s.dim + 8) + c) = values;
+    *(uint4*)(to + (s.cached - from) * (dim + 8) + c) = values;
     if (blockIdx.z == 0) *(uint4*)(row(cache, s.cached) + c) = values;
 }
 
@@ -50,16 +50,18 @@ __device__ __forceinline__ u32 left(const bf16* of, int ld) {
     return shared_address(of + lane % 16 * ld + lane / 16 * 8);
 }
 
-// The outputs of all parts, each of them a softmax over its own keys, become one.
-__device__ __forceinline__ void join(bf16* out, const float* outputs, const float2* numbers, int parts, int heads, const Decode& s) {
-    for (int at = threadIdx.x * 4; at < heads * s.dim; at += THREADS * 4) {
-        const float2* of = numbers + at / s.dim;
-        float top = -1e30f, all = 0.f;
+// The outputs of all parts, each of them a softmax over its own keys, become one. `sinks` are those of the heads, logits that join the sum.
+__device__ __forceinline__ void join(bf16* out, const float* outputs, const float2* numbers, const bf16* sinks, int parts, int heads,
+                                     const Decode& s) {
+    for (int at = threadIdx.x * 4; at < heads * s.value_dim; at += THREADS * 4) {
+        const float2* of = numbers + at / s.value_dim;
+        // A sink is a part without an output.
+        float top = sinks ? to_float(sinks[at / s.value_dim]) : -1e30f, all = sinks ? 1.f : 0.f;
         float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 8
         for (int p = 0; p < parts; p++) {
             float2 number = __ldcg(of + p * s.own);
-            float4 part = __ldcg((const float4*)(outputs + (long long)p * s.own * s.dim + at));
+            float4 part = __ldcg((const float4*)(outputs + (long long)p * s.own * s.value_dim + at));
             float higher = fmaxf(top, number.x), by = __expf(number.x - higher), shrink = __expf(top - higher);
             top = higher;
             all = all * shrink + by * number.y;
@@ -73,25 +75,26 @@ __device__ __forceinline__ void join(bf16* out, const float* outputs, const floa
 
 // `q`, `k` and `v` are the newest token's.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys, View values, bf16* out, float* scratch, Decode s) {
+    attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys, View values, bf16* out, float* scratch, const bf16* sinks,
+                     Decode s) {
     extern __shared__ uint4 memory[];
     __shared__ float scores[HEADS][KEYS + 4], shrinks[HEADS];
     __shared__ __align__(16) bf16 weights[HEADS][KEYS + 8];
     __shared__ bool last;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x, ld = s.dim + 8;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x, ld = s.dim + 8, value_ld = s.value_dim + 8;
     int head = blockIdx.y * s.share + blockIdx.z * s.own, heads = min(s.own, s.share - (int)blockIdx.z * s.own);
-    bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + s.keys * ld, *queries = value_tile + s.keys * ld;
+    bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + s.keys * ld, *queries = value_tile + s.keys * value_ld;
     // The key head's rows.
-    k += blockIdx.y * s.dim, v += blockIdx.y * s.dim;
-    keys.at += blockIdx.y * s.dim, values.at += blockIdx.y * s.dim;
+    k += blockIdx.y * s.dim, v += blockIdx.y * s.value_dim;
+    keys.at += blockIdx.y * s.dim, values.at += blockIdx.y * s.value_dim;
     int from = s.first + blockIdx.x * s.tiles * s.keys, end = min(from + s.tiles * s.keys, s.cached + 1);
     float max[HEADS / WARPS], sum[HEADS / WARPS], o[RUNS][4] = {};
 #pragma unroll
     for (int i = 0; i < HEADS / WARPS; i++) max[i] = -1e30f, sum[i] = 0.f;
     for (int key = from; key < end; key += s.keys) {
         // What is cached was there before this pass: of the kernels before come the newest rows alone.
-        load_keys(key_tile, keys, key, s);
-        load_keys(value_tile, values, key, s);
+        load_keys(key_tile, keys, key, s.dim, s);
+        load_keys(value_tile, values, key, s.value_dim, s);
         if (key == from) {
             after_previous();
             for (int i = threadIdx.x * 8; i < HEADS * s.dim; i += THREADS * 8) {
@@ -103,8 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (s.cached < key + s.keys) {
             copies_done<0>();
             __syncthreads();
-            add_newest(key_tile, keys, k, key, s);
-            add_newest(value_tile, values, v, key, s);
+            add_newest(key_tile, keys, k, key, s.dim, s);
+            add_newest(value_tile, values, v, key, s.value_dim, s);
         }
         __syncthreads();
         // A warp has eight keys.
@@ -163,14 +166,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int r = 0; r < RUNS; r++) {
             int c = (warp + r * WARPS) * 8;
-            if (c >= s.dim) break;
+            if (c >= s.value_dim) break;
 #pragma unroll
             for (int j = 0; j < 4; j++) o[r][j] *= shrink[j / 2];
 #pragma unroll
             for (int i = 0; i < KEYS / 32; i++) {
                 if (i * 32 >= s.keys) break;
                 u32 b[4];
-                ldmatrix_transposed(b, shared_address(value_tile + (i * 32 + lane) * ld + c));
+                ldmatrix_transposed(b, shared_address(value_tile + (i * 32 + lane) * value_ld + c));
                 mma(o[r], a[2 * i], b);
                 mma(o[r], a[2 * i + 1], b + 2);
             }
@@ -180,19 +183,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     // What this part gives, behind the tickets: outputs of all parts, then their maxima and sums.
     int group = blockIdx.y * gridDim.z + blockIdx.z;
     u32* tickets = (u32*)scratch;
-    float* outputs = scratch + TICKETS + (long long)group * parts * s.own * (s.dim + 4);
-    float2* numbers = (float2*)(outputs + (long long)parts * s.own * s.dim);
+    float* outputs = scratch + TICKETS + (long long)group * parts * s.own * (s.value_dim + 4);
+    float2* numbers = (float2*)(outputs + (long long)parts * s.own * s.value_dim);
 #pragma unroll
     for (int i = 0; i < HEADS / WARPS; i++)
         if (warp + i * WARPS < heads && lane == 0) numbers[blockIdx.x * s.own + warp + i * WARPS] = make_float2(max[i], sum[i]);
 #pragma unroll
     for (int r = 0; r < RUNS; r++) {
         int c = (warp + r * WARPS) * 8 + lane % 4 * 2;
-        if (c >= s.dim) break;
+        if (c >= s.value_dim) break;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int h = lane / 4 + half * 8;
-            if (h < heads) *(float2*)(outputs + (blockIdx.x * s.own + h) * s.dim + c) = make_float2(o[r][2 * half], o[r][2 * half + 1]);
+            if (h < heads) *(float2*)(outputs + (blockIdx.x * s.own + h) * s.value_dim + c) = make_float2(o[r][2 * half], o[r][2 * half + 1]);
         }
     }
     __threadfence();
@@ -202,5 +205,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) tickets[group] = 0;
-    join(out + head * s.dim, outputs, numbers, parts, heads, s);
+    join(out + head * s.value_dim, outputs, numbers, sinks ? sinks + head : sinks, parts, heads, s);
 }

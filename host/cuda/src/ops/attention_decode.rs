@@ -2,7 +2,7 @@
 //! have parts of them.
 
 use super::super::launch::KvCache;
-use super::{Args, Argument, Launch, Source, Variant, View};
+use super::{Address, Args, Argument, Launch, Source, Variant, View};
 use dpo_core::error::Result;
 
 pub(super) static SOURCE: Source = Source {
@@ -34,6 +34,8 @@ pub(super) struct Decode {
     pub heads: usize,
     pub kv_heads: usize,
     pub dim: usize,
+    /// Columns of a head of values, `dim` at most.
+    pub value_dim: usize,
     /// 0 is none.
     pub window: usize,
     pub scale: f32,
@@ -48,6 +50,7 @@ struct Numbers {
     share: i32,
     own: i32,
     dim: i32,
+    value_dim: i32,
     keys: i32,
     first: i32,
     cached: i32,
@@ -56,7 +59,7 @@ struct Numbers {
     softcap: f32,
 }
 
-// SAFETY: nine numbers of four bytes.
+// SAFETY: ten numbers of four bytes.
 unsafe impl Argument for Numbers {}
 
 /// How many blocks there are: parts of the keys, and for each of them and each key head so many of `own` query heads; a part has `tiles`.
@@ -121,7 +124,15 @@ impl Decode {
     }
 
     /// Starts it for the row of q, k and v; keys and values become the cache's.
-    pub(super) fn launch(&self, on: &Launch<'_>, cache: &KvCache, [q, k, v]: [View; 3], to: View) -> Result<()> {
+    /// `sinks` is 0 where there are none.
+    pub(super) fn launch(
+        &self,
+        on: &Launch<'_>,
+        cache: &KvCache,
+        [q, k, v]: [View; 3],
+        sinks: Address,
+        to: View,
+    ) -> Result<()> {
         let all = cache.tokens + 1;
         let first = if self.window > 0 { all.saturating_sub(self.window) } else { 0 };
         let Partition { own, groups, tiles, parts } = self.partition(all - first, on.gpu.multiprocessors);
@@ -129,6 +140,7 @@ impl Decode {
             share: (self.heads / self.kv_heads) as i32,
             own: own as i32,
             dim: self.dim as i32,
+            value_dim: self.value_dim as i32,
             keys: keys(self.dim) as i32,
             first: first as i32,
             cached: cache.tokens as i32,
@@ -137,7 +149,7 @@ impl Decode {
             softcap: self.softcap,
         };
         let args = Args::default().with(q.at).with(k.at).with(v.at).with(cache.keys).with(cache.values);
-        let args = args.with(to.at).with(cache.scratch).with(numbers);
+        let args = args.with(to.at).with(cache.scratch).with(sinks).with(numbers);
         let (kernel, _) = on.kernels.variant("attention_decode", self.runs())?;
         let grid = [parts, self.kv_heads, groups];
         on.gpu.launch(kernel, grid, [THREADS as u32, 1, 1], shared(self.dim), args)
@@ -149,7 +161,7 @@ mod tests {
     use super::*;
 
     fn decode(heads: usize, kv_heads: usize, dim: usize) -> Decode {
-        Decode { heads, kv_heads, dim, window: 0, scale: 1.0, softcap: 0.0 }
+        Decode { heads, kv_heads, dim, value_dim: dim, window: 0, scale: 1.0, softcap: 0.0 }
     }
 
     /// Parts have every key once, none of them is empty, and the scratch has room for them.

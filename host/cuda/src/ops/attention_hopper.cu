@@ -325,7 +325,7 @@ __device__ __forceinline__ Passing next_tile(u64* full, u64* empty, const int (&
 // of keys are computed during the softmax.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
-              const Tile* tiles, const int* begins, View out, float* lse, int count, Shape s) {
+              const Tile* tiles, const int* begins, View out, float* lse, const bf16* sinks, int count, Shape s) {
     __shared__ u64 q_full[Q_PLACES], q_empty[Q_PLACES], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
     __shared__ Piece told_pieces[Q_PLACES];
     __shared__ int told[STAGES][2];
@@ -453,9 +453,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             float sum = softmax.sum[r];
             sum += __shfl_xor_sync(0xffffffffu, sum, 1);
             sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-            by[r] = 1.f / sum;
+            Total total(softmax.max[r] * s.scale, sum, sinks, h);
+            by[r] = total.by;
             int row = t.first + mine + lane / 4 + r * 8;
-            if (lane % 4 == 0 && row < t.length) lse[(long long)h * s.tokens + t.start + row] = softmax.max[r] * s.scale + logf(sum);
+            if (lane % 4 == 0 && row < t.length) lse[(long long)h * s.tokens + t.start + row] = total.log_sum;
         }
         store<DIM>(head(out, h), t, t.first + mine, 0, o, by[0], by[1]);
     }

@@ -37,7 +37,7 @@ __device__ __forceinline__ void take(float c[2][4], const float* parts) {
 
 // A block a head and a tile of queries.
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, Shape s) {
+    attention(const Tile* tiles, const int* begins, View q, View k, View v, View out, float* lse, const bf16* sinks, Shape s) {
     extern __shared__ bf16 shared[];
     bf16 *qs = shared, *ks = qs + TILE * STRIDE, *vs = ks + TILE * STRIDE;
     float* parts = (float*)(vs + TILE * STRIDE);
@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         __syncthreads();
         key = next_keys(t, begins_of(starts), key + TILE, last, s.window);
     }
-    softmax.finish(o, out, lse, t, 0, h, s, warp_of() * OWN);
+    softmax.finish(o, out, lse, sinks, t, 0, h, s, warp_of() * OWN);
 }
 
 // dq, a block a head and a tile of queries.

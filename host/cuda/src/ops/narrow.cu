@@ -1,12 +1,13 @@
-// The VJP of y = columns [start, start + length) of x where that is not where its gradient lies: dx is `before`, or zero, and dy in
-// these columns.
-extern "C" __global__ void narrow_vjp(View dy, View before, View dx, int width, int start, int length) {
+// The VJP of y = columns [start, start + length) of x, or of each of its heads of `run` columns, where that is not where its gradient
+// lies: dx is `before`, or zero, and dy in these columns. dx may be `before`.
+extern "C" __global__ void narrow_vjp(View dy, View before, View dx, int width, int run, int start, int length) {
     auto [token, i] = place(width);
     if (i >= width) return;
     Eight sum = {};
     if (before.at) sum = load8(row(before, token) + i);
-    if (i >= start && i < start + length) {
-        Eight own = load8(row(dy, token) + i - start);
+    int h = i / run, c = i % run - start;
+    if (c >= 0 && c < length) {
+        Eight own = load8(row(dy, token) + h * length + c);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum.v[j] += own.v[j];
     }

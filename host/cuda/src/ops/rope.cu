@@ -1,4 +1,4 @@
-// Rotary embedding: pairs of a head's first 2n columns turn by position * inv_freq[j]. Column j turns with column j + n or, where
+// Rotary embedding: pairs of a head's 2n columns from `start` on turn by position * inv_freq[j]. Column j turns with column j + n or, where
 // pairs are interleaved, column 2j with column 2j + 1.
 
 // cos and sin of every token and frequency, [tokens, n], times `scale` and, with a `period`, 1 + beta ln(1 + floor(position / period)).
@@ -21,15 +21,15 @@ __device__ __forceinline__ void turn(float& a, float& b, float2 by, float direct
 }
 
 // In place, a thread up to eight pairs; `direction` 1 turns, -1 turns back, which is the VJP.
-extern "C" __global__ void rope(View x, const float2* table, int tokens, int heads, int dim, int n, int interleaved,
-                                float direction) {
+extern "C" __global__ void rope(View x, const float2* table, int tokens, int heads, int dim, int start, int n,
+                                int interleaved, float direction) {
     after_previous();
     int chunks = (n + 7) / 8;
     long long at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= (long long)tokens * heads * chunks) return;
     int j = at % chunks * 8;
     long long rest = at / chunks, token = rest / heads;
-    bf16* head = row(x, token) + rest % heads * dim;
+    bf16* head = row(x, token) + rest % heads * dim + start;
     const float2* by = table + token * n + j;
     if (n % 8 != 0) {
         for (int i = 0; i < 8 && j + i < n; i++) {

@@ -1,6 +1,9 @@
-//! Rotary embedding of a head's first columns, in place; its VJP turns back.
+//! Rotary embedding of a head's columns, in place; its VJP turns back.
 
-use super::{Address, Args, BatchTable, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, View, count, number};
+use super::{
+    Address, Args, BatchTable, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, View, count, multiple_of_8,
+    number,
+};
 use dpo_core::error::{Error, Result};
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
@@ -15,6 +18,8 @@ struct Rope {
     table: BatchTable,
     width: usize,
     dim: usize,
+    /// The first column of a head that turns.
+    start: usize,
     /// Whether pairs are neighbours.
     interleaved: bool,
     /// 1 turns, -1 turns back.
@@ -38,9 +43,9 @@ fn fill(on: &Launch<'_>, table: &BatchTable, frequencies: Address, to: Address) 
 }
 
 fn step(node: &Node, x: Slice, direction: f32) -> Step {
-    let (table, dim) = (table(node), count(node, "head_dim"));
+    let (table, dim, start) = (table(node), count(node, "head_dim"), count(node, "start"));
     let interleaved = node.attrs.get("layout").and_then(Value::as_str) == Some("interleaved");
-    Step::new("rope", [x], [x], Rope { table, width: x.width, dim, interleaved, direction }).in_place(&[(0, 0)])
+    Step::new("rope", [x], [x], Rope { table, width: x.width, dim, start, interleaved, direction }).in_place(&[(0, 0)])
 }
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
@@ -50,6 +55,7 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         return Err(Error::input(format!("rope of heads of {dim} columns: CUDA needs a multiple of 16"))
             .help("train with --device cpu"));
     }
+    multiple_of_8(node, "first column", count(node, "start"))?;
     let [x] = l.inputs(index)?;
     let y = l.place_over_input(index)?;
     l.copy(x, y)?;
@@ -69,8 +75,8 @@ impl Execute for Rope {
     fn launch(&self, on: &Launch<'_>, _: &[View], writes: &[View]) -> Result<()> {
         let (heads, pairs) = (self.width / self.dim, self.table.constants.len());
         let args = Args::default().with(writes[0]).with(on.table(&self.table)?);
-        let args = args.with(on.rows as i32).with(heads as i32).with(self.dim as i32).with(pairs as i32);
-        let args = args.with(i32::from(self.interleaved)).with(self.direction);
+        let args = args.with(on.rows as i32).with(heads as i32).with(self.dim as i32).with(self.start as i32);
+        let args = args.with(pairs as i32).with(i32::from(self.interleaved)).with(self.direction);
         let threads = on.rows * heads * pairs.div_ceil(8);
         on.gpu.launch(on.kernels.get("rope")?, [threads.div_ceil(256), 1, 1], [256, 1, 1], 0, args)
     }
@@ -85,6 +91,7 @@ impl Execute for Rope {
             let scale = scale * (1.0 + beta * far);
             let pairs = self.table.constants.len();
             for head in values.chunks_mut(self.dim) {
+                let head = &mut head[self.start..];
                 for (j, frequency) in self.table.constants.iter().enumerate() {
                     let (sine, cosine) = (positions[row] as f32 * frequency).sin_cos();
                     let [sine, cosine] = [sine * self.direction, cosine].map(|v| v * scale);
