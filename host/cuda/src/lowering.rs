@@ -8,7 +8,7 @@ mod gradients;
 
 use dpo_plugin_api::graph::{Block, Node};
 
-use super::arena::padded;
+use super::arena::{aligned, padded};
 use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::matmul::Gates;
@@ -398,6 +398,13 @@ impl Lowering<'_> {
         self.program.buffers.push(Buffer::Heads(heads));
         self.widths.push(0);
         Slice::whole(self.program.buffers.len() - 1, heads)
+    }
+
+    /// Room among what a text carries from token to token; where it begins.
+    pub(crate) fn carry(&mut self, bytes: usize) -> usize {
+        let at = self.program.carried;
+        self.program.carried += aligned(bytes);
+        at
     }
 
     /// Where a value lies.

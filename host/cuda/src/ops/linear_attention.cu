@@ -417,14 +417,17 @@ __device__ __forceinline__ void write_state(bf16* states, long long slot, int co
     }
 }
 
-// Walks along an example: the output, or with STATES what the backward pass reads, v' and the states between chunks.
+// Walks along an example: the output, or with STATES what the backward pass reads, v' and the states between chunks. Where a text is
+// continued, it begins with the states that lie there and leaves those behind it.
 template <bool STATES>
-__device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, const Reads& from, View to, bf16* states, const Rule& d) {
+__device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, const Reads& from, View to, bf16* states, float* text, const Rule& d) {
     __shared__ Factors f;
     Walk own = walks[blockIdx.y];
     constexpr int PARTS = VALUE / COLUMNS;
     int head = blockIdx.x / PARTS, column = blockIdx.x % PARTS * COLUMNS, warp = threadIdx.x / 32;
     u32 memory = shared_address(shared);
+    // Of a text's states, [VALUE, KEY] a head, the first that a lane has.
+    int of_text = (head * VALUE + column + warp * 16 + threadIdx.x % 32 / 4) * KEY + threadIdx.x % 4 * 2;
     State s, fork;
     Chunk next = chunks[own.first], after = chunks[own.first + min(1, own.count - 1)];
     Numbers ahead = numbers(next, from, d, head);
@@ -448,6 +451,12 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
             for (int tile = 0; tile < KEY / 8; tile++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) s[tile][e] = c.from == FROM_ZERO ? 0.f : fork[tile][e];
+            if (!STATES && c.from == FROM_TEXT) {
+#pragma unroll
+                for (int tile = 0; tile < KEY / 8; tile++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[tile][e] = text[of_text + (tile * 8 + e % 2) + e / 2 * 8 * KEY];
+            }
         }
         float x[8][4] = {}, y[8][4] = {};
         u32 written[4][4];
@@ -509,14 +518,20 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
         if (STAGES == 1 && at + 1 < own.count) fetch<!STATES>(tiles, next, from, d, head, column);
         if (STAGES == 1) commit_copies();
     }
+    if (!STATES && text) {
+#pragma unroll
+        for (int tile = 0; tile < KEY / 8; tile++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) text[of_text + (tile * 8 + e % 2) + e / 2 * 8 * KEY] = s[tile][e];
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_forward(const Chunk* chunks, const Walk* walks, Reads from, View to, Rule d) {
-    walk<false>(chunks, walks, from, to, nullptr, d);
+extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_forward(const Chunk* chunks, const Walk* walks, Reads from, View to, float* text, Rule d) {
+    walk<false>(chunks, walks, from, to, nullptr, text, d);
 }
 
 extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_states(const Chunk* chunks, const Walk* walks, Reads from, View to, bf16* states, Rule d) {
-    walk<true>(chunks, walks, from, to, states, d);
+    walk<true>(chunks, walks, from, to, states, nullptr, d);
 }
 
 // Walks back along an example: the gradient by v, and those by the states that chunks leave. `from.v` is that of the output. What

@@ -75,6 +75,8 @@ pub(super) struct LinearAttention {
     pub dt_bias: usize,
     /// Factors of the values in the output.
     pub skip: Option<usize>,
+    /// Where a text's states lie among what it carries.
+    pub state: usize,
 }
 
 struct Chunks(LinearAttention);
@@ -224,7 +226,9 @@ impl LinearAttention {
     fn walk(&self, on: &Launch<'_>, kernel: &str, reads: Reads, to: View, states: Option<View>) -> Result<()> {
         let ((chunks, _), (walks, count)) = (on.batch.chunks, on.batch.walks);
         let args = Args::default().with(chunks).with(walks).with(reads).with(to);
-        let args = if let Some(states) = states { args.with(states.at) } else { args };
+        // Where a text is continued, the states behind it, in f32.
+        let text = on.cache.map_or(0, |cache| cache.carried + self.state as u64);
+        let args = args.with(states.map_or(text, |states| states.at));
         let columns = self.kind.columns();
         let grid = [self.heads * self.kind.value / columns, count, 1];
         let (kernel, shared) = on.kernels.variant(kernel, self.kind.id())?;
@@ -237,6 +241,7 @@ type Of = fn(&mut Lowering<'_>, usize) -> Result<LinearAttention>;
 
 pub(super) fn forward(l: &mut Lowering<'_>, index: usize, of: Of) -> Result<()> {
     let own = of(l, index)?;
+    let own = LinearAttention { state: l.carry(own.heads * own.kind.key * own.kind.value * 4), ..own };
     let inputs = own.order.iter().map(|at| l.home(l.nodes[index].inputs[*at])).collect::<Result<Vec<_>>>()?;
     let mut made = vec![l.buffer(own.heads * CHUNK, 0), l.heads(own.heads), l.heads(2 * own.heads)];
     if own.kind.solves {

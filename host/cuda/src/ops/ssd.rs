@@ -22,5 +22,6 @@ fn of(l: &mut Lowering<'_>, index: usize) -> Result<LinearAttention> {
         a_log: l.vector(index, "A_log")?,
         dt_bias: l.vector(index, "dt_bias")?,
         skip: Some(l.vector(index, "D")?),
+        state: 0,
     })
 }
