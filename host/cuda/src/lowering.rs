@@ -8,7 +8,7 @@ mod gradients;
 
 use dpo_plugin_api::graph::{Block, Node};
 
-use super::arena::padded;
+use super::arena::{aligned, padded};
 use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::matmul::Gates;
@@ -400,6 +400,13 @@ impl Lowering<'_> {
         Slice::whole(self.program.buffers.len() - 1, heads)
     }
 
+    /// Room among what a text carries from token to token; where it begins.
+    pub(crate) fn carry(&mut self, bytes: usize) -> usize {
+        let at = self.program.carried;
+        self.program.carried += aligned(bytes);
+        at
+    }
+
     /// Where a value lies.
     pub(crate) fn home(&self, value: usize) -> Result<Slice> {
         self.homes[value].ok_or_else(|| Error::run(format!("value {value} of a block is read before it is made")))
@@ -507,6 +514,11 @@ impl Lowering<'_> {
     /// Keeps slices for the backward steps of a node.
     pub(crate) fn leave(&mut self, index: usize, slices: Vec<Slice>) {
         self.left[index] = slices;
+    }
+
+    /// All that the node's forward steps left.
+    pub(crate) fn all_left(&self, index: usize) -> Vec<Slice> {
+        self.left[index].clone()
     }
 
     /// What the node's forward steps left.

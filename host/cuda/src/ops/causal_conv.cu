@@ -10,6 +10,8 @@ struct Segment {
 
 struct Conv {
     const bf16 *w, *b;
+    // Where a text is continued, the TAPS - 1 rows before it.
+    bf16* tail;
     int tokens, width, silu, unused;
 };
 
@@ -41,8 +43,9 @@ __device__ __forceinline__ float value(const uint4& raw, int i) {
 }
 
 // The token `j` before one, or zeros.
-__device__ __forceinline__ uint4 before(const View& x, const Segment& s, int r, int j, int column) {
+__device__ __forceinline__ uint4 before(const View& x, const Conv& n, const Segment& s, int r, int j, int column) {
     if (j > s.position) return {};
+    if (j > r && n.tail) return *(const uint4*)(n.tail + (TAPS - 1 + r - j) * (long long)n.width + column);
     return load(x, r - j - (j > s.before ? (int)s.jump : 0), column);
 }
 
@@ -58,9 +61,9 @@ __device__ __forceinline__ Eight convolve(const Taps& w, const uint4* x) {
     return out;
 }
 
-__device__ __forceinline__ void window_of(uint4 (&window)[TAPS], const Segment& s, const View& x, int r, int column) {
+__device__ __forceinline__ void window_of(uint4 (&window)[TAPS], const Segment& s, const View& x, const Conv& n, int r, int column) {
 #pragma unroll
-    for (int j = 0; j < TAPS; j++) window[TAPS - 1 - j] = before(x, s, r, j, column);
+    for (int j = 0; j < TAPS; j++) window[TAPS - 1 - j] = before(x, n, s, r, j, column);
 }
 
 __device__ __forceinline__ void activate(const Conv& n, Eight& z) {
@@ -82,7 +85,7 @@ __device__ __forceinline__ Eight bend(const Conv& n, const uint4& dy, const Eigh
 
 // Whether a thread's rows, with so many before and behind them, are of one segment.
 __device__ __forceinline__ bool is_one_segment(const Segment* segments, int r, int tokens, int behind) {
-    if (r + RUN > tokens) return false;
+    if (r + RUN > tokens || r < TAPS - 1) return false;
     Segment last = segments[r + RUN - 1];
     return last.before >= RUN + TAPS - 2 && last.after >= behind;
 }
@@ -108,10 +111,21 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv(const Segment* seg
 #pragma unroll 1
     for (int r = first; r < min(first + RUN, n.tokens); r++) {
         uint4 window[TAPS];
-        window_of(window, segments[r], x, r, column);
+        window_of(window, segments[r], x, n, r, column);
         Eight z = convolve(w, window + TAPS - 1);
         activate(n, z);
         store8(row(y, r) + column, z);
+    }
+}
+
+// Keeps the last rows of a text: of the new ones, and of those before where the new ones are fewer.
+extern "C" __global__ void __launch_bounds__(128) causal_conv_tail(const Segment* segments, View x, Conv n) {
+    int column = (blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    if (column >= n.width) return;
+    for (int i = 0; i < TAPS - 1; i++) {
+        int from = i + n.tokens - (TAPS - 1);
+        bf16* to = n.tail + (long long)i * n.width + column;
+        *(uint4*)to = from >= 0 ? load(x, from, column) : *(const uint4*)(to + (long long)n.tokens * n.width);
     }
 }
 
@@ -161,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(128) causal_conv_vjp(const Segment*
 #pragma unroll 1
             for (int i = 0; i < count; i++) {
                 uint4 window[TAPS];
-                window_of(window, segments[from + i], x, from + i, column);
+                window_of(window, segments[from + i], x, n, from + i, column);
                 add_tap(out, w, skipped + i, bend(n, load(dy, from + i, column), convolve(w, window + TAPS - 1)));
             }
             from += rest + 1;

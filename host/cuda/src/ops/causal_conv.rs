@@ -7,7 +7,7 @@ use dpo_core::error::{Error, Result};
 
 pub(super) static SOURCE: Source = Source {
     variants: Some(|_| [2, 3, 4, 7].map(variant).to_vec()),
-    ..Source::plain("causal_conv", include_str!("causal_conv.cu"), &["causal_conv", "causal_conv_vjp"])
+    ..Source::plain("causal_conv", include_str!("causal_conv.cu"), &["causal_conv", "causal_conv_vjp", TAIL])
 };
 
 pub(super) const OP: CudaOp = CudaOp {
@@ -17,6 +17,9 @@ pub(super) const OP: CudaOp = CudaOp {
 
 /// Rows of a thread: `RUN` of `causal_conv.cu`.
 const RUN: usize = 8;
+
+/// The kernel that keeps a text's last rows.
+const TAIL: &str = "causal_conv_tail";
 
 /// Weights of a column at most.
 const MOST: usize = 8;
@@ -28,6 +31,8 @@ struct Conv {
     width: usize,
     taps: usize,
     silu: bool,
+    /// Where a text's last rows lie among what it carries.
+    tail: usize,
 }
 
 struct ConvVjp(Conv);
@@ -38,13 +43,14 @@ struct ConvVjp(Conv);
 struct Numbers {
     weight: u64,
     bias: u64,
+    tail: u64,
     tokens: i32,
     width: i32,
     silu: i32,
     unused: i32,
 }
 
-// SAFETY: two addresses of eight bytes, then four numbers of four.
+// SAFETY: three addresses of eight bytes, then four numbers of four.
 unsafe impl Argument for Numbers {}
 
 /// The kernels for so many weights of a column.
@@ -67,11 +73,12 @@ fn conv(l: &mut Lowering<'_>, index: usize) -> Result<Conv> {
     }
     let (biased, silu) = (node.weight("bias").is_some(), node.attrs.contains_key("activation"));
     let bias = biased.then(|| l.vector(index, "bias")).transpose()?;
-    Ok(Conv { weight: l.vector(index, "weight")?, bias, width, taps, silu })
+    Ok(Conv { weight: l.vector(index, "weight")?, bias, width, taps, silu, tail: 0 })
 }
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x], own) = (l.inputs(index)?, conv(l, index)?);
+    let own = Conv { tail: l.carry((own.taps - 1) * own.width * 2), ..own };
     let y = l.place(index);
     l.push(Step::new("conv", [x], [y], own).mixes_rows())
 }
@@ -89,14 +96,16 @@ impl Conv {
         let numbers = Numbers {
             weight: on.weights.vectors[self.weight],
             bias: self.bias.map_or(0, |at| on.weights.vectors[at]),
+            tail: on.cache.map_or(0, |cache| cache.carried + self.tail as u64),
             tokens: on.rows as i32,
             width: self.width as i32,
             silu: i32::from(self.silu),
             unused: 0,
         };
         let args = views.iter().fold(Args::default().with(on.batch.segments), |args, view| args.with(*view));
-        let threads = (self.width / 8).next_multiple_of(32).min(128);
-        let grid = [(self.width / 8).div_ceil(threads) * on.rows.div_ceil(RUN), 1, 1];
+        let (threads, run) =
+            ((self.width / 8).next_multiple_of(32).min(128), if kernel == TAIL { on.rows } else { RUN });
+        let grid = [(self.width / 8).div_ceil(threads) * on.rows.div_ceil(run), 1, 1];
         let (kernel, _) = on.kernels.variant(kernel, self.taps)?;
         on.gpu.launch(kernel, grid, [threads as u32, 1, 1], 0, args.with(numbers))
     }
@@ -132,7 +141,8 @@ impl Execute for Conv {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        self.start(on, "causal_conv", &[reads[0], writes[0]])
+        self.start(on, "causal_conv", &[reads[0], writes[0]])?;
+        if on.cache.is_some() && self.taps > 1 { self.start(on, TAIL, &[reads[0]]) } else { Ok(()) }
     }
 
     #[cfg(test)]

@@ -16,6 +16,7 @@ mod gather;
 mod glu;
 mod heads;
 mod linear;
+mod linear_attention;
 pub(super) mod lm_head;
 mod lora;
 mod narrow;
@@ -24,6 +25,7 @@ mod norms;
 mod rope;
 mod route;
 mod scale;
+mod ssd;
 mod xielu;
 
 // What files of ops are written with.
@@ -59,6 +61,7 @@ pub(super) const OPS: &[CudaOp] = &[
     expand::OP,
     causal_conv::OP,
     gated_delta::OP,
+    ssd::OP,
     lm_head::OP,
 ];
 
@@ -74,10 +77,10 @@ pub(super) const SOURCES: &[&Source] = &[
     &causal_conv::SOURCE,
     &embedding::SOURCE,
     &experts::SOURCE,
-    &gated_delta::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &heads::SOURCE,
+    &linear_attention::SOURCE,
     &lm_head::SOURCE,
     &fp8::SOURCE,
     &lora::SOURCE,

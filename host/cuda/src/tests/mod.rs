@@ -388,7 +388,7 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
 }
 
 /// Ops that only the CPU has.
-const CPU_ONLY: &[&str] = &["ssd"];
+const CPU_ONLY: &[&str] = &[];
 
 /// Whether the GPU has all ops of a graph.
 fn runs_here((_, graph): &(String, ModelGraph)) -> bool {

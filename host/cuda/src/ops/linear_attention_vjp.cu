@@ -1,6 +1,6 @@
-// The gradients by q, k, a and b, chunk by chunk, all at once: of what `delta_states` and `delta_backward` left, v', its gradient through
-// the solved system, which is the one by v, and states with theirs. A block has a chunk of a key head, and its value heads one after the
-// other. Of one of those, with the factors of `gated_delta.cu` and D_ij = e^(G_i - G_j):
+// The gradients by q, k, a and b, chunk by chunk, all at once: of what `recurrence_states` and `recurrence_backward` left, v', its gradient
+// through the solved system, which is the one by v, and states with theirs. A block has a chunk of a key head, and its value heads one after
+// the other. Of one of those, with D_ij = e^(G_i - G_j); H is of the delta rule alone:
 //
 //   N_ij = D_ij (do_i v'_j), j <= i            H_ij = -D_ij (dv_i v'_j), j < i
 //   dq_i = e^G_i S do_i + sum_j N_ij k_j
@@ -9,7 +9,8 @@
 //   dG_end = sum_i k_i (e^(G_end - G_i) dS' v'_i) + e^G_end <S, dS'>
 //   dbeta_i = (dv_i v'_i) / beta_i^2
 //
-// Norms of q and k are factors of N and H, so that their rows lie as they came; gradients pass through the norms in the end.
+// What q and k are multiplied with is a factor of N and H, so that their rows lie as they came. Gradients pass through the norms in the end;
+// that by a time step is k_i dk_i over the step.
 
 #define SLAB COLUMNS
 #define SLABS (VALUE / SLAB)
@@ -68,11 +69,11 @@ __device__ __forceinline__ float all_parts(const float (&of)[PARTS][CHUNK], int 
     return sum;
 }
 
-__device__ __forceinline__ void fetch_slab(u32 to, const Chunk& c, const Gradients& g, const Delta& d, int head, int slab) {
+__device__ __forceinline__ void fetch_slab(u32 to, const Chunk& c, const Gradients& g, const Rule& d, int head, int slab) {
     int column = head * VALUE + slab * SLAB;
     constexpr int TOKENS = tile_bytes<SLAB>(CHUNK);
     copy_tile<SLAB, CHUNK>(to, row(g.dout, c.row) + column, g.dout.ld, c.rows);
-    copy_tile<SLAB, CHUNK>(to + TOKENS, row(g.dv, c.row) + column, g.dv.ld, c.rows);
+    if (SOLVES) copy_tile<SLAB, CHUNK>(to + TOKENS, row(g.dv, c.row) + column, g.dv.ld, c.rows);
     copy_tile<SLAB, CHUNK>(to + 2 * TOKENS, row(g.written, c.row) + column, g.written.ld, c.rows);
     long long within = (long long)head * VALUE * KEY + slab * SLAB * KEY, all = (long long)d.heads * VALUE * KEY;
     if (c.enter >= 0) copy_tile<KEY, SLAB>(to + 3 * TOKENS, g.states + c.enter * all + within, KEY, SLAB);
@@ -96,10 +97,10 @@ __device__ __forceinline__ void write_rows(const View& to, const Chunk& c, const
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const Chunk* chunks, const u32* begins, Reads from, View a, View b, Gradients g, Delta d) {
+extern "C" __global__ void __launch_bounds__(128 * PARTS) recurrence_gradients(const Chunk* chunks, const u32* begins, Reads from, View a, View b, Gradients g, Rule d) {
     __shared__ Factors f;
     __shared__ float sums[CHUNK], betas[CHUNK], q_norms[CHUNK], k_norms[CHUNK], slopes[CHUNK];
-    __shared__ float dots[4][PARTS][CHUNK], products[4 * PARTS];
+    __shared__ float dots[2][PARTS][CHUNK], products[4 * PARTS];
     __shared__ int first_seen[CHUNK];
     Chunk c = chunks[blockIdx.y];
     int of_key = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -110,43 +111,44 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
     copy_tile<KEY, CHUNK>(q_tile, row(from.q, c.row) + of_key * KEY, from.q.ld, c.rows);
     copy_tile<KEY, CHUNK>(k_tile, row(from.k, c.row) + of_key * KEY, from.k.ld, c.rows);
     commit_copies();
-    if (thread < CHUNK) {
-        bool inside = thread < c.rows;
-        q_norms[thread] = inside ? from.q_norms[(long long)of_key * d.tokens + c.row + thread] : 0.f;
-        k_norms[thread] = inside ? from.k_norms[(long long)of_key * d.tokens + c.row + thread] : 0.f;
-        first_seen[thread] = inside ? begins[c.row + thread] : 0;
-    }
+    if (thread < CHUNK) first_seen[thread] = thread < c.rows ? begins[c.row + thread] : 0;
+    // Slabs of values, of one head after the other.
+    int slabs_of_all = d.share * SLABS;
+    fetch_slab(slabs, c, g, d, of_key * d.share, 0);
+    commit_copies();
     Part all_q = {}, all_k = {};
     for (int own = 0; own < d.share; own++) {
         int head = of_key * d.share + own;
-        fetch_slab(slabs, c, g, d, head, 0);
-        commit_copies();
-        factors(numbers(c, from, d, head), f);
+        Numbers n = numbers(c, from, d, head);
+        factors(n, f);
         if (thread < CHUNK) {
-            bool inside = thread < c.rows;
-            sums[thread] = inside ? from.decays[(long long)head * d.tokens + c.row + thread] : 0.f;
-            betas[thread] = inside ? sigmoid(to_float(row(b, c.row + thread)[head])) : 0.f;
+            sums[thread] = n.decay;
+            q_norms[thread] = n.q_norm;
+            k_norms[thread] = n.k_norm;
+            if (SOLVES) betas[thread] = thread < c.rows ? sigmoid(to_float(row(b, c.row + thread)[head])) : 0.f;
         }
         Part by_q = {}, by_row = {}, by_column = {};
         float of_scores[2][4] = {}, of_system[2][4] = {}, product = 0.f;
 #pragma unroll 1
         for (int slab = 0; slab < SLABS; slab++) {
-            u32 tiles = slabs + (STAGES > 1 ? slab % 2 * VJP_STAGE : 0);
-            if (STAGES > 1 && slab + 1 < SLABS) fetch_slab(slabs + (slab + 1) % 2 * VJP_STAGE, c, g, d, head, slab + 1);
+            int at_hand = own * SLABS + slab, next = at_hand + 1;
+            u32 tiles = slabs + (STAGES > 1 ? at_hand % 2 * VJP_STAGE : 0);
+            if (STAGES > 1 && next < slabs_of_all)
+                fetch_slab(slabs + next % 2 * VJP_STAGE, c, g, d, of_key * d.share + next / SLABS, next % SLABS);
             commit_copies();
             copies_done<STAGES - 1>();
             __syncthreads();
             u32 dout = tiles, dv = tiles + TOKENS, written = tiles + 2 * TOKENS;
             u32 state = tiles + 3 * TOKENS, dstate = state + tile_bytes<KEY>(SLAB);
-#pragma unroll
+#pragma unroll 1
             for (int at = 0; at < SLAB; at += 16) {
                 u32 own_dout[4], own_dv[4], own_written[4];
                 ldmatrix(own_dout, tile_down<SLAB>(dout, mine, at));
-                ldmatrix(own_dv, tile_down<SLAB>(dv, mine, at));
+                if (SOLVES) ldmatrix(own_dv, tile_down<SLAB>(dv, mine, at));
                 ldmatrix(own_written, tile_down<SLAB>(written, mine, at));
                 if (c.enter >= 0) {
                     add_rows(by_q, own_dout, state, at, column);
-                    add_rows(by_row, own_dv, state, at, column);
+                    if (SOLVES) add_rows(by_row, own_dv, state, at, column);
                 }
                 if (c.leave >= 0) add_rows(by_column, own_written, dstate, at, column);
                 u32 other[4];
@@ -154,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     mma(of_scores[half], own_dout, other + 2 * half);
-                    mma(of_system[half], own_dv, other + 2 * half);
+                    if (SOLVES) mma(of_system[half], own_dv, other + 2 * half);
                 }
             }
             if (c.enter >= 0 && c.leave >= 0) {
@@ -168,9 +170,8 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
             }
             __syncthreads();
             if (STAGES == 1 && slab + 1 < SLABS) fetch_slab(slabs, c, g, d, head, slab + 1);
+            if (STAGES == 1) commit_copies();
         }
-        product = warp_sum(product);
-        if (lane == 0) products[warp] = product;
         float of_end[2] = {};
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
@@ -183,9 +184,10 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
             }
         }
         add_dots(of_end, by_column, k_tile, mine, column);
-        put_dots(dots[3], part, mine, of_end);
-        // N and H take the place of the first slab.
-        u32 scores = slabs, system = slabs + SQUARE;
+        product = warp_sum(f.end * product + of_end[0] + of_end[1]);
+        if (lane == 0) products[warp] = product;
+        // N and H lie behind the slabs, or take the place of the only one.
+        u32 scores = slabs + (STAGES > 1 ? 2 * VJP_STAGE : 0), system = scores + SQUARE;
 #pragma unroll
         for (int tile = 0; tile < 2; tile++) {
 #pragma unroll
@@ -195,38 +197,47 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     bool seen = i < c.rows && sees(c, first_seen[i], i, j + e);
-                    float decay = seen ? expf(sums[i] - sums[j + e]) * k_norms[j + e] : 0.f;
+                    float decay = seen ? __expf(sums[i] - sums[j + e]) * k_norms[j + e] : 0.f;
                     n[e] = decay * q_norms[i] * of_scores[tile][2 * half + e];
                     h[e] = i == j + e ? 0.f : -decay * k_norms[i] * of_system[tile][2 * half + e];
-                    if (i == j + e) slopes[i] = of_system[tile][2 * half + e];
+                    if (SOLVES && i == j + e) slopes[i] = of_system[tile][2 * half + e];
                 }
                 u32 at = tile_at<CHUNK>(0, i, j & ~7) + (j & 7) * 2;
                 asm volatile("st.shared.u32 [%0], %1;" ::"r"(scores + at), "r"(pack(n[0], n[1])) : "memory");
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(system + at), "r"(pack(h[0], h[1])) : "memory");
+                if (SOLVES) asm volatile("st.shared.u32 [%0], %1;" ::"r"(system + at), "r"(pack(h[0], h[1])) : "memory");
             }
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 1
         for (int at = 0; at < CHUNK; at += 16) {
             u32 n[4], h[4];
             if (at <= mine) {
                 ldmatrix(n, tile_down<CHUNK>(scores, mine, at));
-                ldmatrix(h, tile_down<CHUNK>(system, mine, at));
                 add_rows(by_q, n, k_tile, at, column);
-                add_rows(by_row, h, k_tile, at, column);
+                if (SOLVES) {
+                    ldmatrix(h, tile_down<CHUNK>(system, mine, at));
+                    add_rows(by_row, h, k_tile, at, column);
+                }
             }
             if (at >= mine) {
                 ldmatrix_transposed(n, tile_along<CHUNK>(scores, at, mine));
-                ldmatrix_transposed(h, tile_along<CHUNK>(system, at, mine));
                 add_rows(by_column, n, q_tile, at, column);
-                add_rows(by_column, h, k_tile, at, column);
+                if (SOLVES) {
+                    ldmatrix_transposed(h, tile_along<CHUNK>(system, at, mine));
+                    add_rows(by_column, h, k_tile, at, column);
+                }
             }
         }
-        float pulls[3][2] = {};
+        float pulls[2][2] = {}, of_column[2] = {};
         add_dots(pulls[0], by_q, q_tile, mine, column);
-        add_dots(pulls[1], by_row, k_tile, mine, column);
-        add_dots(pulls[2], by_column, k_tile, mine, column);
-        for (int i = 0; i < 3; i++) put_dots(dots[i], part, mine, pulls[i]);
+        if (SOLVES) add_dots(pulls[0], by_row, k_tile, mine, column);
+        add_dots(of_column, by_column, k_tile, mine, column);
+        for (int half = 0; half < 2; half++) {
+            pulls[0][half] -= of_column[half];
+            pulls[1][half] = of_column[half];
+        }
+        put_dots(dots[0], part, mine, pulls[0]);
+        if (!SOLVES) put_dots(dots[1], part, mine, pulls[1]);
 #pragma unroll
         for (int j = 0; j < TILES; j++) {
 #pragma unroll
@@ -241,13 +252,9 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
             float of[2], end = 0.f;
             for (int i = 0; i < 2; i++) {
                 int t = 2 * lane + i;
-                of[i] = all_parts(dots[0], t) + all_parts(dots[1], t) - all_parts(dots[2], t);
-                end += all_parts(dots[3], t);
+                of[i] = all_parts(dots[0], t);
             }
-            end = warp_sum(end);
-            float states = 0.f;
-            for (int i = 0; i < 4 * PARTS; i++) states += products[i];
-            end += f.end * states;
+            for (int i = 0; i < 4 * PARTS; i++) end += products[i];
             for (int i = 0; i < 2; i++) {
                 if (2 * lane + i >= c.rows) of[i] = 0.f;
                 if (2 * lane + i == c.rows - 1) of[i] += end;
@@ -268,23 +275,37 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) delta_gradients(const 
                 bool parted = c.first < c.prompt && c.first + t >= c.prompt;
                 while (parted && end_of < c.rows && first_seen[end_of] == first_seen[t]) end_of++;
                 float own = sums[t] - (parted && end_of < c.rows ? sums[end_of] : 0.f);
-                float x = to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head]), beta = betas[t];
-                row(g.da, c.row + t)[head] = to_bf16(-own * expf(to_float(d.a_log[head])) * sigmoid(x));
-                row(g.db, c.row + t)[head] = to_bf16(beta > 0.f ? slopes[t] * (1.f - beta) / beta : 0.f);
+                float x = to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head]);
+                float by_step = -own * expf(to_float(d.a_log[head]));
+                if (SOLVES) {
+                    float beta = betas[t];
+                    row(g.db, c.row + t)[head] = to_bf16(beta > 0.f ? slopes[t] * (1.f - beta) / beta : 0.f);
+                } else {
+                    // A step that is clamped has no gradient.
+                    float step = softplus(x);
+                    by_step = step > 0.f && step >= d.least && step <= d.most ? by_step + all_parts(dots[1], t) / step : 0.f;
+                }
+                row(g.da, c.row + t)[head] = to_bf16(by_step * sigmoid(x));
             }
         }
         __syncthreads();
+        if (STAGES == 1 && own + 1 < d.share) {
+            fetch_slab(slabs, c, g, d, head + 1, 0);
+            commit_copies();
+        }
     }
-    float pulls[2][2] = {};
-    add_dots(pulls[0], all_q, q_tile, mine, column);
-    add_dots(pulls[1], all_k, k_tile, mine, column);
-    for (int i = 0; i < 2; i++) put_dots(dots[i], part, mine, pulls[i]);
-    __syncthreads();
-    float by[2][2];
-    for (int half = 0; half < 2; half++) {
-        int t = mine + half * 8 + lane / 4;
-        by[0][half] = all_parts(dots[0], t) * q_norms[t] * q_norms[t] * KEY;
-        by[1][half] = all_parts(dots[1], t) * k_norms[t] * k_norms[t];
+    float by[2][2] = {};
+    if (SOLVES) {
+        float pulls[2][2] = {};
+        add_dots(pulls[0], all_q, q_tile, mine, column);
+        add_dots(pulls[1], all_k, k_tile, mine, column);
+        for (int i = 0; i < 2; i++) put_dots(dots[i], part, mine, pulls[i]);
+        __syncthreads();
+        for (int half = 0; half < 2; half++) {
+            int t = mine + half * 8 + lane / 4;
+            by[0][half] = all_parts(dots[0], t) * q_norms[t] * q_norms[t] * KEY;
+            by[1][half] = all_parts(dots[1], t) * k_norms[t] * k_norms[t];
+        }
     }
     write_rows(g.dq, c, all_q, q_tile, mine, column, of_key * KEY, by[0]);
     write_rows(g.dk, c, all_k, k_tile, mine, column, of_key * KEY, by[1]);

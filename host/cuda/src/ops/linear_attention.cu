@@ -1,23 +1,27 @@
-// The gated delta rule (Yang et al. 2024, "Gated Delta Networks", section 3.3) in chunks. Of a head, with S [key, value] before a chunk,
-// q and k normalised, G_i the sum of the log decays up to token i, and sums over tokens j that i sees:
+// Linear attention with a decaying state, in chunks: the gated delta rule (Yang et al. 2024, "Gated Delta Networks", section 3.3) where
+// SOLVES holds, else the state space of Mamba 2 (Dao and Gu 2024, "Transformers are SSMs", section 6). Of a head, with S [key, value] before a
+// chunk, G_i the sum of the log decays up to token i, and sums over tokens j that i sees:
 //
-//   v'_i = beta_i (v_i - e^G_i S^T k_i - sum_{j<i} e^(G_i - G_j) (k_i k_j) v'_j)     what token i writes
-//   o_i  = e^G_i S^T q_i + sum_{j<=i} e^(G_i - G_j) (q_i k_j) v'_j
+//   v'_i = beta_i (v_i - e^G_i S^T k_i - sum_{j<i} e^(G_i - G_j) (k_i k_j) v'_j)     what token i writes; v_i in a state space
+//   o_i  = e^G_i S^T q_i + sum_{j<=i} e^(G_i - G_j) (q_i k_j) v'_j                   and D v_i in a state space
 //   S'   = e^G_end S + sum_j e^(G_end - G_j) k_j v'_j^T
 //
-// `delta_chunks` makes of every chunk, all at once, the matrix that solves the first line, v' = P (v - e^G S^T k), and that of the second
-// one's sum. The others walk along an example: a warp has 16 columns of values, and keeps S^T of them in registers as the tensor cores
-// leave it, which is how they take it again. What they read and write is transposed alike: a warp needs nothing of another one.
+// Keys and queries are multiplied with factors, which enter where they are read: one over their lengths in the delta rule, in a state
+// space the time step of a key. `recurrence_chunks` makes of every chunk, all at once, the matrix that solves the first line,
+// v' = P (v - e^G S^T k), and that of the second one's sum. The others walk along an example: a warp has 16 columns of values, and keeps
+// S^T of them in registers as the tensor cores leave it, which is how they take it again. What they read and write is transposed alike: a
+// warp needs nothing of another one.
 //
 // KEY and VALUE are the columns of heads, STAGES tiles are in shared memory at once.
 
 #define COLUMNS (VALUE % 64 == 0 ? 64 : 32)
 
-struct Delta {
-    const bf16 *a_log, *dt_bias;
+struct Rule {
+    const bf16 *a_log, *dt_bias, *skip;
     // Value heads of a key head; tokens of the batch.
     int heads, share, tokens;
-    float eps;
+    // What is added to sums of squares; what time steps are clamped to.
+    float eps, least, most;
 };
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
@@ -66,11 +70,59 @@ __device__ __forceinline__ void sum_decays(const Chunk& c, const float own[2], c
     for (int i = 0; i < 2; i++) sums[2 * lane + i] -= skipped[i];
 }
 
-// Of every chunk and value head: P and the scores of q with k, both [CHUNK] a token, the sums of log decays, and of every key head what q
-// and k are multiplied with. The system of a chunk is solved by forward substitution: eight lanes have four columns, in
-// turns of four rows.
-extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chunks, const u32* begins, View q, View k, View a, View b,
-                                                               View solve, View scores, float* decays, float* q_norms, float* k_norms, Delta d) {
+// The inverse of 1 + `system`, which is below the diagonal and lies column by column, by forward substitution; times betas, in rows: P. Eight
+// lanes have four columns, in turns of four rows.
+__device__ __forceinline__ void substitute(const float* system, const float* betas, bf16* rows) {
+    int thread = threadIdx.x, lane = thread % 32;
+    int columns = thread / 8 * 4, turn = thread % 8;
+    float x[2][4][4];
+#pragma unroll
+    for (int g = 0; g < 2; g++)
+#pragma unroll
+        for (int e = 0; e < 4; e++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[g][e][j] = columns + j == 32 * g + 4 * turn + e ? 1.f : 0.f;
+    // Of four rows in turn, which eight lanes have: half of them in the second half of the system. Loops are loops, since code that is run
+    // once has to be fetched.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+#pragma unroll 1
+        for (int owner = 0; owner < 8; owner++) {
+#pragma unroll
+            for (int m = 0; m < 4; m++) {
+                const float* entries = system + (32 * half + 4 * owner + m) * CHUNK + 4 * turn;
+                float own[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) own[j] = __shfl_sync(0xffffffffu, x[half][m][j], (lane & ~7) + owner);
+#pragma unroll
+                for (int g = half; g < 2; g++) {
+                    float4 l = *(const float4*)&entries[32 * g];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        x[g][0][j] -= l.x * own[j];
+                        x[g][1][j] -= l.y * own[j];
+                        x[g][2][j] -= l.z * own[j];
+                        x[g][3][j] -= l.w * own[j];
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < 2; g++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            float* out = x[g][e];
+            for (int j = 0; j < 4; j++) out[j] *= betas[columns + j];
+            *(uint2*)&rows[(32 * g + 4 * turn + e) * CHUNK + columns] = make_uint2(pack(out[0], out[1]), pack(out[2], out[3]));
+        }
+    }
+}
+
+// Of every chunk and value head: P and the scores of q with k, both [CHUNK] a token, the sums of log decays, and what q and k are multiplied
+// with.
+extern "C" __global__ void __launch_bounds__(128) recurrence_chunks(const Chunk* chunks, const u32* begins, View q, View k, View a, View b,
+                                                               View solve, View scores, float* decays, float* q_norms, float* k_norms, Rule d) {
     __shared__ float sums[CHUNK], betas[CHUNK], norms[2][CHUNK];
     __shared__ int first_seen[CHUNK];
     Chunk c = chunks[blockIdx.y];
@@ -87,9 +139,14 @@ extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chun
             int t = 2 * lane + i;
             bool inside = t < c.rows;
             begin[i] = inside ? begins[c.row + t] : 0;
-            float rate = -expf(to_float(d.a_log[head]));
-            own[i] = inside ? rate * softplus(to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head])) : 0.f;
-            betas[t] = inside ? sigmoid(to_float(row(b, c.row + t)[head])) : 0.f;
+            float step = inside ? softplus(to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head])) : 0.f;
+            if (!SOLVES && inside) step = fminf(fmaxf(step, d.least), d.most);
+            own[i] = -expf(to_float(d.a_log[head])) * step;
+            betas[t] = SOLVES && inside ? sigmoid(to_float(row(b, c.row + t)[head])) : 0.f;
+            if (!SOLVES) {
+                norms[0][t] = 1.f;
+                norms[1][t] = step;
+            }
             first_seen[t] = begin[i];
         }
         sum_decays(c, own, begin, sums);
@@ -100,8 +157,10 @@ extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chun
     }
     copies_done<0>();
     __syncthreads();
-    inverse_norms(q_tile, d.eps, norms[0]);
-    inverse_norms(k_tile, d.eps, norms[1]);
+    if (SOLVES) {
+        inverse_norms(q_tile, d.eps, norms[0]);
+        inverse_norms(k_tile, d.eps, norms[1]);
+    }
     float qk[8][4] = {}, kk[8][4] = {};
 #pragma unroll
     for (int at = 0; at < KEY; at += 16) {
@@ -110,12 +169,13 @@ extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chun
         ldmatrix(own[1], tile_down<KEY>(k_tile, warp * 16, at));
 #pragma unroll
         for (int j = 0; j < 4; j++) {
+            if (j > warp) continue;
             u32 other[4];
             ldmatrix(other, tile_along<KEY>(k_tile, j * 16, at));
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 mma(qk[2 * j + half], own[0], other + 2 * half);
-                mma(kk[2 * j + half], own[1], other + 2 * half);
+                if (SOLVES) mma(kk[2 * j + half], own[1], other + 2 * half);
             }
         }
     }
@@ -123,69 +183,48 @@ extern "C" __global__ void __launch_bounds__(128) delta_chunks(const Chunk* chun
     // The scores take q's place on their way out, P that of k.
     bf16* score_rows = (bf16*)shared;
     bf16* solve_rows = (bf16*)(shared + CHUNK * CHUNK * 2);
-    float scale = rsqrtf((float)KEY);
+    float scale = SOLVES ? rsqrtf((float)KEY) : 1.f;
 #pragma unroll
     for (int tile = 0; tile < 8; tile++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            int i = warp * 16 + lane / 4 + e / 2 * 8, j = tile * 8 + lane % 4 * 2 + e % 2;
-            bool seen = i < c.rows && sees(c, first_seen[i], i, j);
-            float decay = seen ? expf(sums[i] - sums[j]) * norms[1][j] : 0.f;
-            system[j * CHUNK + i] = i == j ? 0.f : decay * betas[i] * norms[1][i] * kk[tile][e];
-            score_rows[i * CHUNK + j] = to_bf16(decay * norms[0][i] * scale * qk[tile][e]);
-        }
-    }
-    __syncthreads();
-    int columns = thread / 8 * 4, turn = thread % 8;
-    float x[2][4][4];
+        for (int half = 0; half < 2; half++) {
+            int i = warp * 16 + lane / 4 + half * 8, j = tile * 8 + lane % 4 * 2;
+            float score[2] = {}, entry[2] = {};
+            // Tiles beyond the diagonal are zero.
+            if (tile <= 2 * warp + 1) {
 #pragma unroll
-    for (int g = 0; g < 2; g++)
-#pragma unroll
-        for (int e = 0; e < 4; e++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) x[g][e][j] = columns + j == 32 * g + 4 * turn + e ? 1.f : 0.f;
-#pragma unroll
-    for (int m = 0; m < CHUNK; m++) {
-        float own[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) own[j] = __shfl_sync(0xffffffffu, x[m / 32][m % 4][j], (lane & ~7) + m % 32 / 4);
-#pragma unroll
-        for (int g = m / 32; g < 2; g++) {
-            float4 l = *(float4*)&system[m * CHUNK + 32 * g + 4 * turn];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                x[g][0][j] -= l.x * own[j];
-                x[g][1][j] -= l.y * own[j];
-                x[g][2][j] -= l.z * own[j];
-                x[g][3][j] -= l.w * own[j];
+                for (int e = 0; e < 2; e++) {
+                    bool seen = i < c.rows && sees(c, first_seen[i], i, j + e);
+                    float decay = seen ? __expf(sums[i] - sums[j + e]) * norms[1][j + e] : 0.f;
+                    score[e] = decay * norms[0][i] * scale * qk[tile][2 * half + e];
+                    entry[e] = i == j + e ? 0.f : decay * betas[i] * norms[1][i] * kk[tile][2 * half + e];
+                }
+            }
+            *(u32*)&score_rows[i * CHUNK + j] = pack(score[0], score[1]);
+            if (SOLVES) {
+                system[j * CHUNK + i] = entry[0];
+                system[(j + 1) * CHUNK + i] = entry[1];
             }
         }
     }
-#pragma unroll
-    for (int g = 0; g < 2; g++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            float* out = x[g][e];
-            for (int j = 0; j < 4; j++) out[j] *= betas[columns + j];
-            *(uint2*)&solve_rows[(32 * g + 4 * turn + e) * CHUNK + columns] = make_uint2(pack(out[0], out[1]), pack(out[2], out[3]));
-        }
-    }
+    __syncthreads();
+    if (SOLVES) substitute(system, betas, solve_rows);
     __syncthreads();
     for (int i = thread; i < c.rows * (CHUNK / 8); i += 128) {
         int t = i / (CHUNK / 8), piece = i % (CHUNK / 8) * 8;
-        *(uint4*)(row(solve, c.row + t) + head * CHUNK + piece) = *(uint4*)&solve_rows[t * CHUNK + piece];
-        if (scores.at) *(uint4*)(row(scores, c.row + t) + head * CHUNK + piece) = *(uint4*)&score_rows[t * CHUNK + piece];
+        if (SOLVES) *(uint4*)(row(solve, c.row + t) + head * CHUNK + piece) = *(uint4*)&solve_rows[t * CHUNK + piece];
+        *(uint4*)(row(scores, c.row + t) + head * CHUNK + piece) = *(uint4*)&score_rows[t * CHUNK + piece];
     }
-    if (head % d.share == 0 && thread < c.rows) {
-        q_norms[(long long)of_key * d.tokens + c.row + thread] = norms[0][thread] * scale;
-        k_norms[(long long)of_key * d.tokens + c.row + thread] = norms[1][thread];
+    if (thread < c.rows) {
+        q_norms[(long long)head * d.tokens + c.row + thread] = norms[0][thread] * scale;
+        k_norms[(long long)head * d.tokens + c.row + thread] = norms[1][thread];
     }
 }
 
 // Tiles of a chunk in shared memory, and of every token what S^T q, S^T k and k are multiplied with.
 #define SQUARE (CHUNK * CHUNK * 2)
 #define KEYS (tile_bytes<KEY>(CHUNK))
-#define STAGE (2 * KEYS + 2 * SQUARE + tile_bytes<COLUMNS>(CHUNK))
+#define STAGE (2 * KEYS + (1 + SOLVES) * SQUARE + tile_bytes<COLUMNS>(CHUNK))
 
 struct Stage {
     u32 q, k, solve, scores, values;
@@ -193,7 +232,8 @@ struct Stage {
 
 __device__ __forceinline__ Stage stage(u32 from, int which) {
     u32 at = from + which * STAGE;
-    return {at, at + KEYS, at + 2 * KEYS, at + 2 * KEYS + SQUARE, at + 2 * KEYS + 2 * SQUARE};
+    u32 scores = at + 2 * KEYS + SOLVES * SQUARE;
+    return {at, at + KEYS, at + 2 * KEYS, scores, scores + SQUARE};
 }
 
 // What a walk reads.
@@ -208,11 +248,11 @@ struct __align__(16) Factors {
 
 // Starts copying a chunk's tiles.
 template <bool ALL>
-__device__ __forceinline__ void fetch(const Stage& to, const Chunk& c, const Reads& from, const Delta& d, int head, int column) {
+__device__ __forceinline__ void fetch(const Stage& to, const Chunk& c, const Reads& from, const Rule& d, int head, int column) {
     int of_key = head / d.share;
     if (ALL) copy_tile<KEY, CHUNK>(to.q, row(from.q, c.row) + of_key * KEY, from.q.ld, c.rows);
     copy_tile<KEY, CHUNK>(to.k, row(from.k, c.row) + of_key * KEY, from.k.ld, c.rows);
-    copy_tile<CHUNK, CHUNK>(to.solve, row(from.solve, c.row) + head * CHUNK, from.solve.ld, c.rows);
+    if (SOLVES) copy_tile<CHUNK, CHUNK>(to.solve, row(from.solve, c.row) + head * CHUNK, from.solve.ld, c.rows);
     if (ALL) copy_tile<CHUNK, CHUNK>(to.scores, row(from.scores, c.row) + head * CHUNK, from.scores.ld, c.rows);
     copy_tile<COLUMNS, CHUNK>(to.values, row(from.v, c.row) + head * VALUE + column, from.v.ld, c.rows);
 }
@@ -222,11 +262,11 @@ struct Numbers {
     float decay, end, q_norm, k_norm;
 };
 
-__device__ __forceinline__ Numbers numbers(const Chunk& c, const Reads& from, const Delta& d, int head) {
+__device__ __forceinline__ Numbers numbers(const Chunk& c, const Reads& from, const Rule& d, int head) {
     int t = threadIdx.x;
     if (t >= c.rows || t >= CHUNK) return {};
-    long long at = (long long)head * d.tokens + c.row, of_key = (long long)(head / d.share) * d.tokens + c.row;
-    return {from.decays[at + t], from.decays[at + c.rows - 1], from.q_norms[of_key + t], from.k_norms[of_key + t]};
+    long long at = (long long)head * d.tokens + c.row;
+    return {from.decays[at + t], from.decays[at + c.rows - 1], from.q_norms[at + t], from.k_norms[at + t]};
 }
 
 __device__ __forceinline__ void factors(const Numbers& n, Factors& to) {
@@ -340,6 +380,18 @@ __device__ __forceinline__ void operands(u32 (&to)[4][4], const float (&from)[8]
     for (int at = 0; at < 4; at++) operand(to[at], from, at);
 }
 
+// What operands are of.
+__device__ __forceinline__ void values(float (&to)[8][4], const u32 (&from)[4][4]) {
+#pragma unroll
+    for (int at = 0; at < 4; at++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            to[2 * at + e / 2][e % 2 * 2] = low(from[at][e]);
+            to[2 * at + e / 2][e % 2 * 2 + 1] = high(from[at][e]);
+        }
+    }
+}
+
 // Writes what a warp has of its columns for every token.
 __device__ __forceinline__ void write_tokens(const View& to, const Chunk& c, int column, const u32 (&x)[4][4]) {
     int lane = threadIdx.x & 31;
@@ -365,16 +417,19 @@ __device__ __forceinline__ void write_state(bf16* states, long long slot, int co
     }
 }
 
-// Walks along an example: the output, or with STATES what the backward pass reads, v' and the states between chunks.
+// Walks along an example: the output, or with STATES what the backward pass reads, v' and the states between chunks. Where a text is
+// continued, it begins with the states that lie there and leaves those behind it.
 template <bool STATES>
-__device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, const Reads& from, View to, bf16* states, const Delta& d) {
+__device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, const Reads& from, View to, bf16* states, float* text, const Rule& d) {
     __shared__ Factors f;
     Walk own = walks[blockIdx.y];
     constexpr int PARTS = VALUE / COLUMNS;
     int head = blockIdx.x / PARTS, column = blockIdx.x % PARTS * COLUMNS, warp = threadIdx.x / 32;
     u32 memory = shared_address(shared);
+    // Of a text's states, [VALUE, KEY] a head, the first that a lane has.
+    int of_text = (head * VALUE + column + warp * 16 + threadIdx.x % 32 / 4) * KEY + threadIdx.x % 4 * 2;
     State s, fork;
-    Chunk next = chunks[own.first];
+    Chunk next = chunks[own.first], after = chunks[own.first + min(1, own.count - 1)];
     Numbers ahead = numbers(next, from, d, head);
     fetch<!STATES>(stage(memory, 0), next, from, d, head, column);
     commit_copies();
@@ -383,7 +438,8 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
         Stage tiles = stage(memory, STAGES > 1 ? at % 2 : 0);
         factors(ahead, f);
         if (at + 1 < own.count) {
-            next = chunks[own.first + at + 1];
+            next = after;
+            after = chunks[own.first + min(at + 2, own.count - 1)];
             ahead = numbers(next, from, d, head);
         }
         if (STAGES > 1 && at + 1 < own.count) fetch<!STATES>(stage(memory, (at + 1) % 2), next, from, d, head, column);
@@ -395,33 +451,49 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
             for (int tile = 0; tile < KEY / 8; tile++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) s[tile][e] = c.from == FROM_ZERO ? 0.f : fork[tile][e];
+            if (!STATES && c.from == FROM_TEXT) {
+#pragma unroll
+                for (int tile = 0; tile < KEY / 8; tile++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[tile][e] = text[of_text + (tile * 8 + e % 2) + e / 2 * 8 * KEY];
+            }
         }
-        // v - e^G S^T k, then v'.
         float x[8][4] = {}, y[8][4] = {};
-        add_of_state(x, s, tiles.k);
+        u32 written[4][4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) ldmatrix_transposed(written[t], tile_along<COLUMNS>(tiles.values, t * 16, warp * 16));
         if (!STATES) {
             add_of_state(y, s, tiles.q);
             scale_tokens(y, f.of_q);
         }
-        scale_tokens(x, f.of_k);
-        u32 written[4][4];
+        if (SOLVES) {
+            // v - e^G S^T k, then v'.
+            add_of_state(x, s, tiles.k);
+            scale_tokens(x, f.of_k);
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            ldmatrix_transposed(written[t], tile_along<COLUMNS>(tiles.values, t * 16, warp * 16));
+            for (int t = 0; t < 4; t++) {
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                const float* p = &x[2 * t + e / 2][e % 2 * 2];
-                written[t][e] = pack(low(written[t][e]) - p[0], high(written[t][e]) - p[1]);
+                for (int e = 0; e < 4; e++) {
+                    const float* p = &x[2 * t + e / 2][e % 2 * 2];
+                    written[t][e] = pack(low(written[t][e]) - p[0], high(written[t][e]) - p[1]);
+                }
             }
+#pragma unroll
+            for (int tile = 0; tile < 8; tile++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[tile][e] = 0.f;
+            add_lower(x, written, tiles.solve);
+            operands(written, x);
+        } else {
+            values(x, written);
+            float skip = to_float(d.skip[head]);
+#pragma unroll
+            for (int tile = 0; tile < 8; tile++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[tile][e] += skip * x[tile][e];
         }
-#pragma unroll
-        for (int tile = 0; tile < 8; tile++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[tile][e] = 0.f;
-        add_lower(x, written, tiles.solve);
-        operands(written, x);
         if (STATES) {
-            write_tokens(to, c, head * VALUE + column + warp * 16, written);
+            if (SOLVES) write_tokens(to, c, head * VALUE + column + warp * 16, written);
         } else {
             add_lower(y, written, tiles.scores);
             u32 out[4][4];
@@ -446,26 +518,32 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
         if (STAGES == 1 && at + 1 < own.count) fetch<!STATES>(tiles, next, from, d, head, column);
         if (STAGES == 1) commit_copies();
     }
+    if (!STATES && text) {
+#pragma unroll
+        for (int tile = 0; tile < KEY / 8; tile++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) text[of_text + (tile * 8 + e % 2) + e / 2 * 8 * KEY] = s[tile][e];
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_forward(const Chunk* chunks, const Walk* walks, Reads from, View to, Delta d) {
-    walk<false>(chunks, walks, from, to, nullptr, d);
+extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_forward(const Chunk* chunks, const Walk* walks, Reads from, View to, float* text, Rule d) {
+    walk<false>(chunks, walks, from, to, nullptr, text, d);
 }
 
-extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_states(const Chunk* chunks, const Walk* walks, Reads from, View to, bf16* states, Delta d) {
-    walk<true>(chunks, walks, from, to, states, d);
+extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_states(const Chunk* chunks, const Walk* walks, Reads from, View to, bf16* states, Rule d) {
+    walk<true>(chunks, walks, from, to, states, nullptr, d);
 }
 
 // Walks back along an example: the gradient by v, and those by the states that chunks leave. `from.v` is that of the output. What
 // answers give to the prompt's last state is summed from the last one to the first.
-extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const Chunk* chunks, const Walk* walks, Reads from, View dv, bf16* dstates, Delta d) {
+extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_backward(const Chunk* chunks, const Walk* walks, Reads from, View dv, bf16* dstates, Rule d) {
     __shared__ Factors f;
     Walk own = walks[blockIdx.y];
     constexpr int PARTS = VALUE / COLUMNS;
     int head = blockIdx.x / PARTS, column = blockIdx.x % PARTS * COLUMNS, warp = threadIdx.x / 32;
     u32 memory = shared_address(shared);
     State s = {}, fork = {};
-    Chunk next = chunks[own.first + own.count - 1];
+    Chunk next = chunks[own.first + own.count - 1], after = chunks[own.first + max(own.count - 2, 0)];
     Numbers ahead = numbers(next, from, d, head);
     fetch<true>(stage(memory, 0), next, from, d, head, column);
     commit_copies();
@@ -474,7 +552,8 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const C
         Stage tiles = stage(memory, STAGES > 1 ? at % 2 : 0);
         factors(ahead, f);
         if (at + 1 < own.count) {
-            next = chunks[own.first + own.count - 2 - at];
+            next = after;
+            after = chunks[own.first + max(own.count - 3 - at, 0)];
             ahead = numbers(next, from, d, head);
         }
         if (STAGES > 1 && at + 1 < own.count) fetch<true>(stage(memory, (at + 1) % 2), next, from, d, head, column);
@@ -496,12 +575,21 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const C
         add_of_state(x, s, tiles.k);
         scale_tokens(x, f.of_update);
         add_upper(x, dout, tiles.scores);
-        operands(dx, x);
+        if (SOLVES) {
+            operands(dx, x);
 #pragma unroll
-        for (int tile = 0; tile < 8; tile++)
+            for (int tile = 0; tile < 8; tile++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[tile][e] = 0.f;
-        add_upper(x, dx, tiles.solve);
+                for (int e = 0; e < 4; e++) x[tile][e] = 0.f;
+            add_upper(x, dx, tiles.solve);
+        } else {
+            float own[8][4], skip = to_float(d.skip[head]);
+            values(own, dout);
+#pragma unroll
+            for (int tile = 0; tile < 8; tile++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[tile][e] += skip * own[tile][e];
+        }
         operands(dx, x);
         write_tokens(dv, c, head * VALUE + column + warp * 16, dx);
 #pragma unroll
@@ -510,13 +598,15 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) delta_backward(const C
             for (int e = 0; e < 4; e++) s[tile][e] *= f.end;
         scaled(dout, dout, f.of_q);
         add_to_state(s, dout, tiles.q);
+        if (SOLVES) {
 #pragma unroll
-        for (int tile = 0; tile < 8; tile++)
+            for (int tile = 0; tile < 8; tile++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) x[tile][e] = -x[tile][e];
-        scale_tokens(x, f.of_k);
-        operands(dx, x);
-        add_to_state(s, dx, tiles.k);
+                for (int e = 0; e < 4; e++) x[tile][e] = -x[tile][e];
+            scale_tokens(x, f.of_k);
+            operands(dx, x);
+            add_to_state(s, dx, tiles.k);
+        }
         if (c.from == FROM_PROMPT) {
 #pragma unroll
             for (int tile = 0; tile < KEY / 8; tile++)

@@ -1,14 +1,14 @@
-//! The steps of the gated delta rule in f32, chunk by chunk as the kernels have them.
+//! The steps of linear attention in f32, chunk by chunk as the kernels have them.
 
 use super::super::super::segments::{Chunk, Chunks, From};
 use super::super::Emulation;
-use super::{CHUNK, Delta, Slice};
+use super::{CHUNK, LinearAttention, Slice};
 use dpo_core::ops::answer_mask::AnswerMask;
 
 /// Rows of some columns.
 type Rows = Vec<Vec<f32>>;
 
-/// What a head's tokens of a chunk are computed of: unit keys and queries, what a state is multiplied by, matrices.
+/// What a head's tokens of a chunk are computed of: keys and queries times their factors, what a state is multiplied by, matrices.
 struct Tokens {
     q: Rows,
     k: Rows,
@@ -27,6 +27,10 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
 
 fn add(to: &mut [f32], by: f32, from: &[f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += by * from);
+}
+
+fn softplus(x: f32) -> f32 {
+    if x > 20.0 { x } else { x.exp().ln_1p() }
 }
 
 fn sigmoid(x: f32) -> f32 {
@@ -61,9 +65,14 @@ fn sees(on: &Emulation<'_>, chunk: &Chunk) -> Vec<Vec<bool>> {
     (0..chunk.rows).map(of).collect()
 }
 
-impl Delta {
+impl LinearAttention {
     fn share(&self) -> usize {
         self.heads / self.key_heads
+    }
+
+    /// A time step.
+    fn step(&self, x: f32) -> f32 {
+        softplus(x).max(self.limit[0]).min(self.limit[1])
     }
 
     fn zero(&self) -> Rows {
@@ -80,7 +89,7 @@ impl Delta {
     }
 
     pub(super) fn emulate_chunks(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let [q, k, a, b] = reads else { panic!("a delta rule lacks values") };
+        let [q, k, a, rest @ ..] = reads else { panic!("a recurrence lacks values") };
         let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
         for chunk in Chunks::of(&on.batch().layout.clone()).all {
             let sees = sees(on, &chunk);
@@ -93,16 +102,18 @@ impl Delta {
                 let norm = |x: &[f32]| (dot(x, x) + self.eps).powf(-0.5);
                 let scale = (self.kind.key as f32).powf(-0.5);
                 let norms: Vec<[f32; 2]> = q.iter().zip(&k).map(|(q, k)| [norm(q) * scale, norm(k)]).collect();
-                let log = |i: usize| {
-                    let x = number(on, a, i) + dt_bias[head];
-                    -a_log[head].exp() * if x > 20.0 { x } else { x.exp().ln_1p() }
-                };
-                let logs: Vec<f32> = (0..chunk.rows).map(log).collect();
+                let steps: Vec<f32> = (0..chunk.rows).map(|i| self.step(number(on, a, i) + dt_bias[head])).collect();
+                let norms: Vec<[f32; 2]> = norms
+                    .iter()
+                    .zip(&steps)
+                    .map(|(n, step)| if self.kind.solves { *n } else { [1.0, *step] })
+                    .collect();
+                let logs: Vec<f32> = steps.iter().map(|step| -a_log[head].exp() * step).collect();
                 let sums: Vec<f32> =
                     sees.iter().map(|seen| seen.iter().zip(&logs).filter(|(s, _)| **s).map(|(_, l)| l).sum()).collect();
                 let mut solve: Rows = Vec::new();
                 for i in 0..chunk.rows {
-                    let beta = sigmoid(number(on, b, i));
+                    let beta = rest.first().map_or(0.0, |b| sigmoid(number(on, b, i)));
                     let decay = |j: usize| if sees[i][j] { (sums[i] - sums[j]).exp() * norms[j][1] } else { 0.0 };
                     let (mut own, mut scores) = (vec![0.0; CHUNK], vec![0.0; CHUNK]);
                     own[i] = beta;
@@ -112,28 +123,30 @@ impl Delta {
                             add(&mut own, -beta * decay(j) * norms[i][1] * dot(&k[i], &k[j]), &solve[j]);
                         }
                     }
-                    on.write(&writes[0].part(head * CHUNK, CHUNK), chunk.row + i, &own);
-                    on.write(&writes[1].part(head * CHUNK, CHUNK), chunk.row + i, &scores);
-                    *on.number(&writes[2], head, chunk.row + i) = sums[i];
-                    *on.number(&writes[3], head / self.share(), chunk.row + i) = norms[i][0];
-                    *on.number(&writes[3], self.key_heads + head / self.share(), chunk.row + i) = norms[i][1];
+                    on.write(&writes[0].part(head * CHUNK, CHUNK), chunk.row + i, &scores);
+                    *on.number(&writes[1], head, chunk.row + i) = sums[i];
+                    *on.number(&writes[2], head, chunk.row + i) = norms[i][0];
+                    *on.number(&writes[2], self.heads + head, chunk.row + i) = norms[i][1];
+                    if let Some(to) = writes.get(3) {
+                        on.write(&to.part(head * CHUNK, CHUNK), chunk.row + i, &own);
+                    }
                     solve.push(own);
                 }
             }
         }
     }
 
-    /// Of q, k, solving matrices, scores, decays and norms.
-    fn tokens(&self, on: &mut Emulation<'_>, chunk: &Chunk, head: usize, from: [&Slice; 6]) -> Tokens {
+    /// Of q, k, then scores, decays, factors, and solving matrices where there are some.
+    fn tokens(&self, on: &mut Emulation<'_>, chunk: &Chunk, head: usize, from: &[Slice]) -> Tokens {
         let rows =
             |on: &Emulation<'_>, s: &Slice| -> Rows { (0..chunk.rows).map(|i| on.row(s, chunk.row + i)).collect() };
-        let [q, k, solve, scores, decays, norms] = from;
+        let [q, k, scores, decays, norms, solve @ ..] = from else { panic!("a recurrence lacks values") };
         let (mut q, mut k) = (rows(on, &self.of_key(q, head)), rows(on, &self.of_key(k, head)));
         let mut sums = Vec::new();
         for i in 0..chunk.rows {
             sums.push(*on.number(decays, head, chunk.row + i));
-            for (of, which) in [(&mut q[i], 0), (&mut k[i], self.key_heads)] {
-                let norm = *on.number(norms, which + head / self.share(), chunk.row + i);
+            for (of, which) in [(&mut q[i], 0), (&mut k[i], self.heads)] {
+                let norm = *on.number(norms, which + head, chunk.row + i);
                 of.iter_mut().for_each(|x| *x *= norm);
             }
         }
@@ -143,7 +156,7 @@ impl Delta {
             to_end: sums.iter().map(|s| (end - s).exp()).collect(),
             sums,
             sees: sees(on, chunk),
-            solve: rows(on, &solve.part(head * CHUNK, CHUNK)),
+            solve: solve.first().map_or_else(Vec::new, |s| rows(on, &s.part(head * CHUNK, CHUNK))),
             scores: rows(on, &scores.part(head * CHUNK, CHUNK)),
             q,
             k,
@@ -151,7 +164,7 @@ impl Delta {
     }
 
     /// What a chunk writes, and its output; the state before becomes the one behind.
-    fn run(&self, t: &Tokens, values: &Rows, state: &mut Rows) -> [Rows; 2] {
+    fn run(&self, t: &Tokens, values: &Rows, state: &mut Rows, skip: f32) -> [Rows; 2] {
         let rest = values.iter().enumerate().map(|(i, v)| {
             let mut rest = v.clone();
             add(&mut rest, -t.from_start[i], &read(state, &t.k[i]));
@@ -163,10 +176,14 @@ impl Delta {
             of.iter().zip(weights).for_each(|(row, w)| add(&mut sum, *w, row));
             sum
         };
-        let written: Rows = t.solve.iter().map(|weights| sum(weights, &rest)).collect();
+        let written: Rows = match self.kind.solves {
+            true => t.solve.iter().map(|weights| sum(weights, &rest)).collect(),
+            false => values.clone(),
+        };
         let out = |i: usize| {
             let mut out = sum(&t.scores[i], &written);
             add(&mut out, t.from_start[i], &read(state, &t.q[i]));
+            add(&mut out, skip, &values[i]);
             out
         };
         let out = (0..values.len()).map(out).collect();
@@ -181,9 +198,10 @@ impl Delta {
         on: &mut Emulation<'_>,
         head: usize,
         v: &Slice,
-        from: [&Slice; 6],
+        from: &[Slice],
     ) -> Vec<Vec<(Chunk, Tokens, Rows, [Rows; 2])>> {
         let chunks = Chunks::of(&on.batch().layout.clone());
+        let skip = self.skip.map_or(0.0, |at| on.vector(at)[head]);
         let mut all = Vec::new();
         for [first, count] in &chunks.walks {
             let (mut state, mut fork, mut walk) = (self.zero(), self.zero(), Vec::new());
@@ -196,7 +214,7 @@ impl Delta {
                 let tokens = self.tokens(on, chunk, head, from);
                 let values: Rows = (0..chunk.rows).map(|i| on.row(&self.of_head(v, head), chunk.row + i)).collect();
                 let before = state.clone();
-                let made = self.run(&tokens, &values, &mut state);
+                let made = self.run(&tokens, &values, &mut state, skip);
                 if chunk.first + chunk.rows == chunk.prompt {
                     fork = state.clone();
                 }
@@ -208,11 +226,9 @@ impl Delta {
     }
 
     pub(super) fn emulate_walk(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let [q, k, v, solve, scores, decays, norms] = reads else { panic!("a delta rule lacks values") };
+        let from: Vec<Slice> = reads[..2].iter().chain(&reads[3..]).copied().collect();
         for head in 0..self.heads {
-            for (chunk, _, _, [_, out]) in
-                self.walk_head(on, head, v, [q, k, solve, scores, decays, norms]).into_iter().flatten()
-            {
+            for (chunk, _, _, [_, out]) in self.walk_head(on, head, &reads[2], &from).into_iter().flatten() {
                 let to = self.of_head(&writes[0], head);
                 out.iter().enumerate().for_each(|(i, out)| on.write(&to, chunk.row + i, out));
             }
@@ -220,15 +236,19 @@ impl Delta {
     }
 
     pub(super) fn emulate_vjp(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let [q, k, v, a, b, solve, scores, decays, norms, dy] = reads else { panic!("a delta rule lacks values") };
-        let [dq, dk, dv, da, db, rest @ ..] = writes else { panic!("a delta rule lacks gradients") };
+        let [q, k, v, a, dy, made @ ..] = reads else { panic!("a recurrence lacks values") };
+        let [dq, dk, dv, da, scratch @ ..] = writes else { panic!("a recurrence lacks gradients") };
+        let count = if self.kind.solves { 4 } else { 3 };
+        let (b, norms) = (made.get(count), &made[2]);
+        let from: Vec<Slice> = [*q, *k].iter().chain(&made[..count]).copied().collect();
         let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
+        let skip = self.skip.map(|at| on.vector(at)).unwrap_or_default();
         // Written only when all is read: gradients may lie where values do.
         let mut shared = [dq, dk].map(|s| vec![vec![0.0; s.width]; on.rows()]);
-        let mut own = [dv, da, db].map(|s| vec![vec![0.0; s.width]; on.rows()]);
+        let mut own = [dv, da, da].map(|s| vec![vec![0.0; s.width]; on.rows()]);
         for head in 0..self.heads {
             let of_key = head / self.share() * self.kind.key;
-            for walk in self.walk_head(on, head, v, [q, k, solve, scores, decays, norms]) {
+            for walk in self.walk_head(on, head, v, &from) {
                 let (mut dstate, mut dfork) = (self.zero(), self.zero());
                 for (chunk, t, state, [written, _]) in walk.iter().rev() {
                     if chunk.first + chunk.rows == chunk.prompt {
@@ -247,9 +267,12 @@ impl Delta {
                             d
                         })
                         .collect();
-                    let dx: Rows = (0..chunk.rows).map(|j| turned(&t.solve, &dwritten, j)).collect();
+                    let dx: Rows = match self.kind.solves {
+                        true => (0..chunk.rows).map(|j| turned(&t.solve, &dwritten, j)).collect(),
+                        false => vec![vec![0.0; self.kind.value]; chunk.rows],
+                    };
                     let (mut dq, mut dk) = (t.q.clone(), t.k.clone());
-                    let mut logs = vec![0.0; chunk.rows];
+                    let (mut logs, mut of_steps) = (vec![0.0; chunk.rows], vec![0.0; chunk.rows]);
                     let mut end =
                         t.from_start[chunk.rows - 1] * state.iter().zip(&dstate).map(|(s, d)| dot(s, d)).sum::<f32>();
                     for i in 0..chunk.rows {
@@ -269,6 +292,7 @@ impl Delta {
                             }
                         }
                         logs[i] = dot(&dq[i], &t.q[i]) + dot(&row, &t.k[i]) - dot(&column, &t.k[i]);
+                        of_steps[i] = dot(&column, &t.k[i]);
                         dk[i] = row.iter().zip(&column).map(|(r, c)| r + c).collect();
                     }
                     logs[chunk.rows - 1] += end;
@@ -276,15 +300,24 @@ impl Delta {
                         let r = chunk.row + i;
                         let log: f32 = (i..chunk.rows).filter(|later| t.sees[*later][i]).map(|later| logs[later]).sum();
                         let x = on.row(&a.part(head, 1), r)[0] + dt_bias[head];
-                        let beta = sigmoid(on.row(&b.part(head, 1), r)[0]);
-                        own[0][r][head * self.kind.value..][..self.kind.value].copy_from_slice(&dx[i]);
-                        own[1][r][head] = -log * a_log[head].exp() * sigmoid(x);
-                        own[2][r][head] = dot(&dx[i], &written[i]) * (1.0 - beta) / beta;
+                        let mut by_step = -log * a_log[head].exp();
+                        let to = &mut own[0][r][head * self.kind.value..][..self.kind.value];
+                        if let Some(b) = b {
+                            let beta = sigmoid(on.row(&b.part(head, 1), r)[0]);
+                            to.copy_from_slice(&dx[i]);
+                            own[2][r][head] = dot(&dx[i], &written[i]) * (1.0 - beta) / beta;
+                        } else {
+                            to.copy_from_slice(&dwritten[i]);
+                            add(to, skip[head], &dout[i]);
+                            let free = self.step(x) == softplus(x);
+                            by_step = if free { by_step + of_steps[i] / self.step(x) } else { 0.0 };
+                        }
+                        own[1][r][head] = by_step * sigmoid(x);
                         // Through the norms.
                         let scale = (self.kind.key as f32).powf(-0.5);
                         for (which, (unit, d), length) in [(0, (&t.q[i], &dq[i]), scale), (1, (&t.k[i], &dk[i]), 1.0)] {
-                            let norm = *on.number(norms, which * self.key_heads + head / self.share(), r);
-                            let pull = dot(unit, d) / (length * length);
+                            let norm = *on.number(norms, which * self.heads + head, r);
+                            let pull = if self.kind.solves { dot(unit, d) / (length * length) } else { 0.0 };
                             let to = &mut shared[which][r][of_key..][..self.kind.key];
                             to.iter_mut().zip(unit.iter().zip(d)).for_each(|(to, (u, d))| *to += norm * (d - u * pull));
                         }
@@ -302,10 +335,11 @@ impl Delta {
             }
         }
         // What the kernels leave there is of no further use.
-        for part in rest {
+        for part in scratch.iter().filter(|part| part.width > da.width) {
             (0..on.rows()).for_each(|row| on.write(part, row, &vec![f32::NAN; part.width]));
         }
-        for (to, rows) in [dq, dk].into_iter().zip(&shared).chain([dv, da, db].into_iter().zip(&own)) {
+        for (to, rows) in [dq, dk].into_iter().zip(&shared).chain([dv, da].into_iter().chain(scratch.get(2)).zip(&own))
+        {
             rows.iter().enumerate().for_each(|(row, values)| on.write(to, row, values));
         }
     }
