@@ -59,14 +59,7 @@ impl Rope {
     pub fn of_layers(config: &Config, layer_type: Option<&str>, head_dim: usize, default_theta: f64) -> Result<Rope> {
         let outer = config.opt_float("rope_theta")?.unwrap_or(default_theta);
         let outer_partial = config.opt_float("partial_rotary_factor")?.unwrap_or(1.0);
-        // Where both are there, transformers takes the old one.
-        let stated = match config.opt_object("rope_scaling")? {
-            Some(old) => {
-                config.get("rope_parameters");
-                Some(old)
-            }
-            None => config.opt_object("rope_parameters")?,
-        };
+        let stated = stated(config)?;
         let of_layers = |c: &Config| c.has("full_attention") || c.has("sliding_attention");
         let rule = match (stated, layer_type) {
             (Some(all), Some(kind)) if of_layers(&all) => all.opt_object(kind)?,
@@ -76,6 +69,20 @@ impl Rope {
             (stated, _) => stated,
         };
         Rope::of_rule(config, rule, head_dim, outer, outer_partial)
+    }
+
+    /// What a rule with `mscale_all_dim` multiplies scores by, beside what it multiplies cosines and sines by (DeepSeek's latent
+    /// attention; transformers, `yarn_apply_mscale`).
+    ///
+    /// # Errors
+    /// A rule with `mscale_all_dim` and without a factor.
+    pub fn score_scale(config: &Config) -> Result<f64> {
+        let Some(rule) = stated(config)? else { return Ok(1.0) };
+        let all_dims = rule.opt_float("mscale_all_dim")?.filter(|m| *m != 0.0);
+        match (kind(&rule)?.as_str(), all_dims) {
+            ("default", _) | (_, None) => Ok(1.0),
+            (_, Some(all_dims)) => Ok(mscale(rule.float("factor")?, all_dims).powi(2)),
+        }
     }
 
     /// Those of layers with a window and of the others, where each kind has its own (Gemma 3, OLMo 3): from `rope_parameters` by layer types
@@ -107,9 +114,7 @@ impl Rope {
         let Some(rule) = rule else { return Ok(Rope::plain(turning(partial)?, theta)) };
         let theta = rule.opt_float("rope_theta")?.unwrap_or(theta);
         let partial = rule.opt_float("partial_rotary_factor")?.unwrap_or(partial);
-        let kind = rule.opt_text("rope_type")?;
-        // Old files say `type`; newer ones may say both.
-        let kind = rule.opt_text("type")?.filter(|_| kind.is_none()).or(kind).unwrap_or_else(|| "default".into());
+        let kind = kind(&rule)?;
         let dim = turning(partial)?;
         let mut rope = Rope::plain(dim, theta);
         let trained = config.opt_int("max_position_embeddings")?;
@@ -216,7 +221,6 @@ impl Rope {
     /// YaRN (Peng et al. 2023, eq. 22-25 and section 3.4).
     fn yarn(&mut self, rule: &Config, dim: usize, theta: f64, original: f64, factor: f64) -> Result<()> {
         let (fast, slow) = (rule.opt_float("beta_fast")?.unwrap_or(32.0), rule.opt_float("beta_slow")?.unwrap_or(1.0));
-        let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
         let (m, m_all) = (rule.opt_float("mscale")?, rule.opt_float("mscale_all_dim")?);
         self.attention_scale = match (rule.opt_float("attention_factor")?, m, m_all) {
             (Some(stated), _, _) => stated,
@@ -240,4 +244,26 @@ impl Rope {
         }
         Ok(())
     }
+}
+
+/// The object that states the rule. Where both are there, transformers takes the old one.
+fn stated(config: &Config) -> Result<Option<Config>> {
+    match config.opt_object("rope_scaling")? {
+        Some(old) => {
+            config.get("rope_parameters");
+            Ok(Some(old))
+        }
+        None => config.opt_object("rope_parameters"),
+    }
+}
+
+/// The kind of a rule. Old files say `type`; newer ones may say both.
+fn kind(rule: &Config) -> Result<String> {
+    let (old, new) = (rule.opt_text("type")?, rule.opt_text("rope_type")?);
+    Ok(new.or(old).unwrap_or_else(|| "default".into()))
+}
+
+/// YaRN's factor on attention, of a text that is `scale` times as long.
+fn mscale(scale: f64, m: f64) -> f64 {
+    if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
-use crate::ops::{attention, experts, lm_head};
+use crate::ops::{attention, experts, lm_head, recurrence};
 use crate::storage::{Numbers, Quantization, Storage};
 use crate::weights::{blocks, is_quantized};
 
@@ -174,9 +174,11 @@ pub const RESUMED: &str = "free memory, so that the run goes on with the micro-b
                            adapter with --init-adapter";
 
 /// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
-/// tokens, or the head's logits.
+/// tokens, or of a recurrence its states, or the head's logits.
 fn workspace(graph: &ModelGraph, longest: usize) -> usize {
-    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size))
+    let nodes = graph.blocks.iter().flat_map(|block| &block.nodes);
+    let of_states = nodes.map(|node| recurrence::workspace(node, longest)).max().unwrap_or(0);
+    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size)).max(of_states)
 }
 
 /// Bytes of frozen weights on a rank. Where some are made whole when their block comes: what is kept of them, and the two largest

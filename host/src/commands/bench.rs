@@ -8,7 +8,7 @@ use crate::args::storage::StorageArgs;
 use crate::args::{DeviceArg, KernelsArg, SizeArg};
 use crate::backends;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
 use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -24,6 +24,7 @@ use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
+use dpo_core::storage::Quantization;
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_data::Wanted;
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
@@ -56,7 +57,7 @@ pub(crate) struct BenchOptions {
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
     gpus: Vec<usize>,
     /// Shard the frozen base weights over the GPUs (FSDP-like)
-    #[arg(long)]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true", default_value_t = false, action = ArgAction::Set)]
     shard_base: bool,
     /// Maximum sequence length: prompt plus one answer, in tokens
     #[arg(long, default_value_t = 2048)]
@@ -281,7 +282,7 @@ fn measure(
     if options.json {
         println!(
             "{}",
-            json!({"shape": options.shape, "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
+            json!({"shape": options.shape, "quantization": memory_options.quantization.map_or("none", Quantization::name), "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
                 "loss": options.loss, "answers_of_example": measured.first().map_or(0, |e| e.answers().len()), "row_tokens_per_second": rows as f64 / seconds,
                 "examples_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,

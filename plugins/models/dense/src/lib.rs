@@ -99,7 +99,7 @@ plugin! {
         &phi::PHI, &phi::PHI3,
         &glm::GLM, &glm::GLM4,
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
-        &granite::GRANITE, &granite::GRANITE4, &granite::MINICPM,
+        &granite::GRANITE, &granite::MINICPM,
         &cohere::COHERE, &cohere::COHERE2,
         &exaone::EXAONE4,
         &stability::STABLELM,
