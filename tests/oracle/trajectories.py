@@ -77,6 +77,12 @@ DENSE = {
     "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=12, residual_dropout=0.0, embedding_dropout=0.0)),
     "helium": ("helium", dict(head_dim=8, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
 }
+# Multi-head latent attention; scores of heads whose keys are wider than their values.
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+LATENTS = {
+    "youtu": ("youtu", dict(LATENT, q_lora_rank=16, rope_parameters=YARN)),
+    "minicpm3": ("minicpm3", dict(LATENT, q_lora_rank=16, scale_emb=6.0, scale_depth=0.7, dim_model_base=8, rms_norm_eps=1e-5)),
+}
 # Transformers opens these as Llamas and writes them so; their published files say what they are.
 PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
@@ -110,6 +116,7 @@ FOLDERS = {
         "cpo": dict(trainer="cpo", cpo_alpha=0.5, label_smoothing=0.1), "cpo-hinge": dict(trainer="cpo", loss_type="hinge", cpo_alpha=1.0),
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in LATENTS.items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
 OURS = {"sft": ("sft", {}), "orpo": ("orpo_prompt", {}), "cpo": ("cpo", {}), "hinge": ("cpo", {"loss_type": "cpo_type"}), "simpo": ("simpo", {}),
@@ -173,7 +180,7 @@ def main():
                 if buffer.dtype == torch.float32 and key in base.state_dict():
                     buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
-        (base.to(torch.bfloat16) if name in DENSE else base).save_pretrained(f"{folder}/model")
+        (base.to(torch.bfloat16) if name in DENSE | LATENTS else base).save_pretrained(f"{folder}/model")
         base.float()
         if kind in PUBLISHED:
             path = f"{folder}/model/config.json"

@@ -65,4 +65,11 @@ pub const FAMILIES: &[(&str, &str)] = small! {
     "nemotron": r#""rms_norm_eps":1e-5"#,
     "starcoder2": r#""sliding_window":50"#,
     "helium": r#""head_dim":32,"attention_bias":true"#,
+    "youtu": r#""num_key_value_heads":4,"q_lora_rank":48,"kv_lora_rank":64,"qk_nope_head_dim":128,"qk_rope_head_dim":64,
+        "v_head_dim":128"#,
+    "youtu": r#""num_key_value_heads":4,"q_lora_rank":null,"kv_lora_rank":64,"qk_nope_head_dim":192,"qk_rope_head_dim":64,
+        "v_head_dim":256,"rope_parameters":{"rope_type":"yarn","rope_theta":10000.0,"factor":8.0,"mscale":0.7,
+        "mscale_all_dim":0.7,"original_max_position_embeddings":64}"#,
+    "minicpm3": r#""num_key_value_heads":4,"q_lora_rank":48,"kv_lora_rank":64,"qk_nope_head_dim":64,"qk_rope_head_dim":32,
+        "v_head_dim":64,"scale_emb":6.0,"scale_depth":0.7,"dim_model_base":32"#,
 };
