@@ -70,10 +70,10 @@ pub struct Decoder {
     pub attention_scale: f64,
     /// Queries, keys and values are clamped to plus and minus this.
     pub clamp_qkv: Option<f64>,
+    /// The tensor of a logit for each head that joins the softmax and has no value.
+    pub sinks: Option<&'static str>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
-    /// A tensor with a logit for every head, which joins the sum of its softmax (gpt-oss).
-    pub sinks: Option<&'static str>,
     /// The attention that gives the heads' values in place of the queries, keys and values above.
     pub latent: Option<LatentAttention>,
     /// Factor on the logits.
@@ -256,8 +256,8 @@ impl Decoder {
             residual_scale: 1.0,
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
-            attention_softcap: None,
             sinks: None,
+            attention_softcap: None,
             latent: None,
             logit_scale: 1.0,
             logit_softcap: None,
@@ -419,8 +419,8 @@ impl Decoder {
             (q, k) = (self.of_heads(b, &norm, norm.q, q), self.of_heads(b, &norm, norm.k, k));
         }
         let numbers = Attention::new(self.heads, self.kv_heads, self.head_dim).scale(self.attention_scale);
-        let numbers = numbers.window(layer.window).softcap(self.attention_softcap);
-        let mut mixed = b.attention_with(q, k, v, numbers, self.sinks);
+        let mut mixed =
+            b.attention_with(q, k, v, numbers.window(layer.window).softcap(self.attention_softcap), self.sinks);
         if let Some(gate) = self.names.output_gate {
             let gate = b.linear(gate, h, wide);
             mixed = b.glu("sigmoid", gate, mixed);

@@ -306,8 +306,8 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
             b.glu(activation, gate, up)
         })?;
     }
-    cases.extend(heads::cases()?);
     cases.extend(experts::cases()?);
+    cases.extend(heads::cases()?);
     cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }

@@ -1,12 +1,14 @@
 //! A checkpoint's tensors, read where they are needed: from its files, and where these are quantised as the values that they stand for.
 
+mod assembly;
+
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
-use dpo_plugin_api::graph::{Layout, ModelGraph, Node, Weight, renamed};
+use dpo_plugin_api::graph::{Assembly, Layout, ModelGraph, Node, Weight, renamed};
 use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -19,6 +21,8 @@ use crate::quantized::{self, Method, Parts};
 use crate::shard::{Entry, Shard, shard_files};
 pub use crate::shard::{INDEX, SINGLE, Values, read_f32, shard_names};
 use crate::storage::{Numbers, Quantization};
+pub use assembly::PartOf;
+use assembly::Place;
 
 /// The files of a checkpoint folder beside its weights, as far as anything here or the programs that serve models reads them.
 pub const FILES: &[&str] = &[
@@ -42,6 +46,8 @@ pub struct Checkpoint {
     tensors: BTreeMap<String, Held>,
     /// How the files name a graph's tensors.
     layout: Layout,
+    /// Of what parts they may have some.
+    assemblies: Vec<Assembly>,
     folder: PathBuf,
 }
 
@@ -118,29 +124,34 @@ impl Checkpoint {
         };
         let mut tensors: BTreeMap<String, Held> = entries.into_iter().map(|(n, e)| (n, Held::Plain(e))).collect();
         tensors.extend(quantized);
-        Ok(Checkpoint { shards, tensors, layout: Layout::new(), folder: folder.to_owned() })
+        let (layout, assemblies) = Default::default();
+        Ok(Checkpoint { shards, tensors, layout, assemblies, folder: folder.to_owned() })
     }
 
     /// Opens the checkpoint of a graph: it has every tensor of it in its shape, by the graph's names or in one of its layouts, and
     /// no other but those that the graph names as unused. Only headers are read, so that nothing is allocated for sizes that a
     /// config alone states.
     pub fn of(folder: &Path, graph: &ModelGraph) -> Result<Checkpoint> {
-        let mut checkpoint = Checkpoint::open(folder)?;
+        let mut checkpoint = Checkpoint { assemblies: graph.assemblies.clone(), ..Checkpoint::open(folder)? };
         let own = Layout::new();
-        let misfits = |layout: &&Layout| graph.weights().filter(|(p, w)| !checkpoint.fits(layout, p, w)).count();
+        let misfits = |layout: &&Layout| {
+            graph.weights().filter(|(prefix, weight)| checkpoint.place_in(layout, prefix, weight).is_err()).count()
+        };
         // The first of those that fit best.
         let best =
             std::iter::once(&own).chain(&graph.layouts).map(|l| (misfits(&l), l)).min_by_key(|(count, _)| *count);
         let (missing, layout) = best.unwrap_or((0, &own));
         checkpoint.layout = layout.clone();
-        graph.weights().try_for_each(|(prefix, weight)| checkpoint.entry(prefix, weight).map(drop)).map_err(|e| {
+        let place =
+            |(prefix, weight): (&str, &Weight)| checkpoint.place_in(&checkpoint.layout, prefix, weight).map(drop);
+        graph.weights().try_for_each(place).map_err(|e| {
             let (all, ways) = (graph.weights().count(), 1 + graph.layouts.len());
             let fits = format!("{} of the model's {all} tensors are in its files", all - missing);
             let by = if ways == 1 { String::new() } else { format!(" by the best of {ways} ways to name them") };
             let more = checkpoint.extra(graph).map(|(name, _)| format!(", where '{name}' is not part of the model"));
             e.help(format!("{OTHER_MODEL}: {fits}{by}{}", more.unwrap_or_default()))
         })?;
-        graph.weights().try_for_each(|(prefix, weight)| checkpoint.held(prefix, weight).map(drop))?;
+        graph.weights().try_for_each(|(prefix, weight)| checkpoint.place(prefix, weight).map(drop))?;
         match checkpoint.extra(graph) {
             Some((name, held)) => Err(Error::input(format!("tensor '{name}' is not part of the model's graph"))
                 .at(checkpoint.path(held).display())
@@ -151,7 +162,8 @@ impl Checkpoint {
 
     /// A tensor that the graph neither reads nor names as unused.
     fn extra(&self, graph: &ModelGraph) -> Option<(&str, &Held)> {
-        let needed: BTreeSet<String> = graph.weights().map(|(prefix, weight)| self.name(prefix, weight)).collect();
+        let names = |(prefix, weight): (&str, &Weight)| self.parts_of(prefix, weight).unwrap_or_default();
+        let needed: BTreeSet<String> = graph.weights().flat_map(names).map(|part| part.name).collect();
         let unused = |name: &str| graph.unused_tensors.iter().any(|p| matches(p, name));
         let mut tensors = self.tensors.iter().map(|(name, held)| (name.as_str(), held));
         tensors.find(|(name, held)| !needed.contains(*name) && !unused(name) && !self.is_no_bias(name, held))
@@ -168,45 +180,26 @@ impl Checkpoint {
         &self.shards[held.place().0].path
     }
 
-    /// Whether a weight is there in its shape.
-    fn fits(&self, layout: &Layout, prefix: &str, weight: &Weight) -> bool {
-        let held = renamed(layout, &format!("{prefix}{}", weight.tensor)).and_then(|name| self.tensors.get(&name));
-        held.is_some_and(|held| same_shape(held.shape(), &weight.shape))
-    }
-
     /// The name of a weight of the graph in the files.
     pub fn name(&self, prefix: &str, weight: &Weight) -> String {
         let own = format!("{prefix}{}", weight.tensor);
         renamed(&self.layout, &own).unwrap_or(own)
     }
 
-    /// A weight of the graph in its shape.
-    fn entry(&self, prefix: &str, weight: &Weight) -> Result<&Held> {
-        let name = self.name(prefix, weight);
-        match self.tensors.get(&name) {
-            Some(held) if same_shape(held.shape(), &weight.shape) => Ok(held),
-            Some(held) => {
-                let what = format!("tensor '{name}' has shape {:?}, the model needs {:?}", held.shape(), weight.shape);
-                Err(Error::input(what).at(self.path(held).display()))
-            }
-            None => {
-                let what = format!("tensor '{name}' of shape {:?} is missing", weight.shape);
-                Err(Error::input(what).at(self.folder.display()))
-            }
-        }
-    }
-
-    /// The same, of a type that is read.
-    fn held(&self, prefix: &str, weight: &Weight) -> Result<&Held> {
-        let held = self.entry(prefix, weight).map_err(|e| e.help(OTHER_MODEL))?;
-        if let Held::Plain(entry) = held
-            && dtype(entry).is_none()
-        {
+    /// Where a weight of the graph lies, in its shape, and of a type that is read.
+    fn place(&self, prefix: &str, weight: &Weight) -> Result<Place<'_>> {
+        let place = self.place_in(&self.layout, prefix, weight).map_err(|e| e.help(OTHER_MODEL))?;
+        let parts = match &place {
+            Place::Whole(held) => std::slice::from_ref(held),
+            Place::Parts(_, parts) => parts,
+        };
+        let unread = |held: &&&Held| matches!(held, Held::Plain(entry) if dtype(entry).is_none());
+        if let Some(Held::Plain(entry)) = parts.iter().find(unread) {
             let name = self.name(prefix, weight);
             let what = format!("tensor '{name}' is of type {:?}; bf16, f16 and f32 are read", entry.dtype);
-            return Err(Error::input(what).at(self.path(held).display()));
+            return Err(Error::input(what).at(self.shards[entry.shard].path.display()));
         }
-        Ok(held)
+        Ok(place)
     }
 
     /// The type of a weight of the graph, one of bf16, f16 and f32. Its shape is checked.
@@ -214,28 +207,55 @@ impl Checkpoint {
     /// # Errors
     /// A weight that is not there, or not in its shape or such a type.
     pub fn dtype(&self, prefix: &str, weight: &Weight) -> Result<DType> {
-        match self.held(prefix, weight)? {
+        match self.place(prefix, weight)? {
+            Place::Whole(held) => self.dtype_of(held),
+            Place::Parts(_, parts) => self.dtype_of_parts(&parts),
+        }
+    }
+
+    /// The type of a tensor by its name in the files.
+    ///
+    /// # Errors
+    /// One that is not there.
+    pub fn dtype_named(&self, name: &str) -> Result<DType> {
+        let missing = || Error::input(format!("tensor '{name}' is missing")).at(self.folder.display());
+        self.dtype_of(self.tensors.get(name).ok_or_else(missing)?)
+    }
+
+    fn dtype_of(&self, held: &Held) -> Result<DType> {
+        match held {
             Held::Plain(entry) => Ok(dtype(entry).unwrap_or(DType::F32)),
             Held::Quantized { method, parts, .. } => method.dtype(&self.stored(parts)),
         }
     }
 
     /// A weight of the graph: its type, which is one of bf16, f16 and f32, and its bytes, as they lie in its file or, of one that is
-    /// quantised, as they are computed. Its shape is checked.
+    /// quantised or in parts, as they are computed. Its shape is checked.
     pub fn raw(&self, prefix: &str, weight: &Weight) -> Result<(DType, Cow<'_, [u8]>)> {
         progress::advance();
-        match self.held(prefix, weight)? {
+        let read = match self.place(prefix, weight)? {
+            Place::Whole(held) => self.raw_of(held),
+            Place::Parts(assembly, parts) => self.assembled(weight, assembly, &parts),
+        };
+        read.map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))
+    }
+
+    fn raw_of<'a>(&'a self, held: &'a Held) -> Result<(DType, Cow<'a, [u8]>)> {
+        match held {
             Held::Plain(entry) => {
                 Ok((dtype(entry).unwrap_or(DType::F32), Cow::Borrowed(self.shards[entry.shard].bytes(entry))))
             }
             Held::Quantized { method, parts, .. } => {
-                let (dtype, values) = method
-                    .values(&self.stored(parts))
-                    .map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))?;
-                parts.values().for_each(|entry| self.shards[entry.shard].leave(entry));
+                let (dtype, values) = method.values(&self.stored(parts))?;
+                self.leave_held(held);
                 Ok((dtype, Cow::Owned(quantized::bytes(dtype, &values))))
             }
         }
+    }
+
+    /// Gives back the pages of a tensor's bytes that were copied.
+    fn leave_held(&self, held: &Held) {
+        held.entries().for_each(|entry| self.shards[entry.shard].leave(entry));
     }
 
     fn stored<'a>(&'a self, parts: &'a BTreeMap<&'static str, Entry>) -> Parts<'a> {
@@ -272,7 +292,7 @@ impl Checkpoint {
 
     /// Gives back the pages of a weight's bytes that were copied, as far as they are a file's.
     fn leave(&self, prefix: &str, weight: &Weight, bytes: Range<usize>) {
-        if let Ok(Held::Plain(entry)) = self.entry(prefix, weight) {
+        if let Ok(Place::Whole(Held::Plain(entry))) = self.place_in(&self.layout, prefix, weight) {
             self.shards[entry.shard].leave_range(entry, bytes);
         }
     }
@@ -306,11 +326,11 @@ impl Checkpoint {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn nf4(&self, prefix: &str, weight: &Weight) -> Result<Option<Nf4>> {
-        match self.held(prefix, weight)? {
-            Held::Plain(_) => Ok(None),
-            Held::Quantized { method, parts, .. } => {
+        match self.place(prefix, weight)? {
+            Place::Whole(Held::Quantized { method, parts, .. }) => {
                 method.nf4(&self.stored(parts)).map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))
             }
+            Place::Whole(_) | Place::Parts(..) => Ok(None),
         }
     }
 
@@ -434,7 +454,7 @@ fn gathered(method: Method, shards: &[Shard], entries: &mut BTreeMap<String, Ent
     let modules: Vec<String> = entries.iter().filter_map(module).collect();
     let mut gathered = BTreeMap::new();
     for module in modules {
-        let name = format!("{module}weight");
+        let name = format!("{module}{}", method.weight());
         let take = |part: &&'static str| Some((*part, entries.remove(&format!("{module}{part}"))?));
         let parts: BTreeMap<&'static str, Entry> = method.parts().iter().filter_map(take).collect();
         let stored: Parts<'_> = parts.iter().map(|(name, entry)| (*name, shards[entry.shard].stored(entry))).collect();
@@ -496,9 +516,10 @@ pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
     matches!(block, BlockId::Layer(_)) && matrices.contains(&weight.role.as_str())
 }
 
-/// Whether two shapes are the same. PyTorch saves a scalar as `[]`, others write it as a vector of one.
+/// Whether two shapes are the same but for a one before the others: PyTorch saves a scalar as `[]`, others write it as a vector of
+/// one, and some a vector as a row.
 fn same_shape(a: &[usize], b: &[usize]) -> bool {
-    a == b || matches!((a, b), ([], [1]) | ([1], []))
+    a == b || a.strip_prefix(&[1]) == Some(b) || b.strip_prefix(&[1]) == Some(a)
 }
 
 const OTHER_MODEL: &str = "config.json and the weights are of different models";
@@ -521,7 +542,8 @@ mod tests {
     #[test]
     fn a_scalar_is_a_vector_of_one() {
         assert!(same_shape(&[], &[1]) && same_shape(&[1], &[]) && same_shape(&[2, 3], &[2, 3]));
-        assert!(!same_shape(&[], &[2]) && !same_shape(&[1, 1], &[1]));
+        assert!(same_shape(&[1, 5], &[5]) && !same_shape(&[5, 1], &[5]));
+        assert!(!same_shape(&[], &[2]) && !same_shape(&[1, 1, 3], &[3]));
     }
 
     #[test]

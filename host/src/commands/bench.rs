@@ -229,7 +229,7 @@ fn measure(
     if !options.json {
         println!("device      {many}{}\n{plan}", gpu.name);
     }
-    let linear: usize = adapter.sites.iter().map(|s| s.inputs * s.outputs).sum();
+    let linear: usize = adapter.sites.iter().map(|s| s.experts * s.inputs * s.outputs).sum();
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
     let plan = (plan, group.rank());

@@ -124,7 +124,7 @@ impl Adapter {
             let found = blocks(graph).find(|(block, ..)| *block == site.node.0);
             let found = found.and_then(|(block, prefix, nodes)| {
                 let node = &nodes[site.node.1];
-                let weight = node.weight("weight")?;
+                let weight = node.weights.get(site.weight)?;
                 Some((prefix, weight, is_quantized(block, node, weight)))
             });
             let (prefix, weight, quantized) =

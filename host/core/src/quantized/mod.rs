@@ -6,6 +6,7 @@
 mod bitsandbytes;
 mod compressed;
 mod integers;
+mod mxfp4;
 mod scaled;
 
 use std::collections::BTreeMap;
@@ -37,6 +38,8 @@ pub enum Method {
     Awq,
     /// compressed-tensors' `pack-quantized`: 4 or 8 bits along the inputs.
     Packed(integers::Packed),
+    /// mxfp4 of experts, as gpt-oss has it.
+    Mxfp4,
 }
 
 /// A tensor as it lies in a file.
@@ -83,6 +86,7 @@ impl Method {
             "compressed-tensors" => compressed::method(how),
             "gptq" => integers::gptq(how),
             "awq" => integers::awq(how),
+            "mxfp4" => Ok(Method::Mxfp4),
             _ => Err(READ.to_owned()),
         };
         found.map(Some).map_err(|why| {
@@ -98,8 +102,14 @@ impl Method {
             Method::Scaled(_) => name.strip_suffix("weight").filter(|_| [Dtype::F8_E4M3, Dtype::I8].contains(&dtype)),
             Method::Gptq(_) | Method::Awq => name.strip_suffix("qweight"),
             Method::Packed(_) => name.strip_suffix("weight_packed"),
+            Method::Mxfp4 => return name.strip_suffix("_blocks"),
         }
         .filter(|module| module.ends_with('.'))
+    }
+
+    /// What the weight is named behind the module's name: nothing where it is a parameter of experts.
+    pub fn weight(self) -> &'static str {
+        if self == Method::Mxfp4 { "" } else { "weight" }
     }
 
     /// What a weight's tensors are named behind the module's name, as far as they are there.
@@ -109,6 +119,7 @@ impl Method {
             Method::Scaled(_) => scaled::PARTS,
             Method::Gptq(_) => &["qweight", "qzeros", "scales", "g_idx"],
             Method::Awq => &["qweight", "qzeros", "scales"],
+            Method::Mxfp4 => mxfp4::PARTS,
             Method::Packed(_) => {
                 &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"]
             }
@@ -126,6 +137,7 @@ impl Method {
             Method::Gptq(gptq) => gptq.shape(parts),
             Method::Awq => integers::awq_shape(parts),
             Method::Packed(packed) => packed.shape(parts),
+            Method::Mxfp4 => mxfp4::shape(parts),
         }
     }
 
@@ -137,6 +149,7 @@ impl Method {
         match self {
             Method::Bitsandbytes => bitsandbytes::dtype(parts),
             Method::Scaled(_) => scaled::dtype(parts),
+            Method::Mxfp4 => Ok(DType::BF16),
             Method::Gptq(_) | Method::Awq | Method::Packed(_) => integers::dtype(parts),
         }
     }
@@ -152,6 +165,7 @@ impl Method {
             Method::Gptq(gptq) => gptq.values(parts),
             Method::Awq => integers::awq_values(parts),
             Method::Packed(packed) => packed.values(parts),
+            Method::Mxfp4 => mxfp4::values(parts),
         }
     }
 
@@ -168,7 +182,7 @@ impl Method {
 }
 
 /// What is read, for the one whose is not.
-const READ: &str = "read are 4 bits of bitsandbytes, fp8 of DeepSeek, compressed-tensors, GPTQ and AWQ";
+const READ: &str = "read are 4 bits of bitsandbytes, fp8 of DeepSeek, compressed-tensors, GPTQ, AWQ and mxfp4";
 
 impl Stored<'_> {
     /// Which of its numbers is the first that is NaN or infinite.
