@@ -73,8 +73,6 @@ pub struct Decoder {
     pub clamp_qkv: Option<f64>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
-    /// A tensor with a logit for every head, which joins the sum of its softmax (gpt-oss).
-    pub sinks: Option<&'static str>,
     /// The attention that gives the heads' values in place of the queries, keys and values above.
     pub latent: Option<LatentAttention>,
     /// Factor on the logits.
@@ -266,7 +264,6 @@ impl Decoder {
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
             attention_softcap: None,
-            sinks: None,
             latent: None,
             logit_scale: 1.0,
             logit_softcap: None,
