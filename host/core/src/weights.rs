@@ -497,10 +497,11 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
-/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts.
+/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts, but for routers, which are no linears of PyTorch,
+/// and for what makes a column or two, such as the gate of a shared expert: a GPU's kernels go by eight.
 pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
     let matrices: &[&str] = match node.op.as_str() {
-        "linear" => &["weight"],
+        "linear" if !node.attrs.contains_key("parameter") && node.width.is_multiple_of(8) => &["weight"],
         "experts" => &["gate_up", "up", "down"],
         _ => &[],
     };
