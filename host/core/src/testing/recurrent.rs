@@ -21,7 +21,7 @@ pub(super) fn cases() -> Result<Vec<(String, ModelGraph)>> {
             })?,
         ));
     }
-    for (heads, key_heads, key_dim, value_dim) in [(8, 4, 64, 64), (8, 8, 128, 128), (8, 2, 128, 64), (16, 8, 16, 32)] {
+    for (heads, key_heads, key_dim, value_dim) in [(8, 4, 64, 64), (8, 8, 128, 128), (8, 2, 128, 64), (16, 8, 32, 32)] {
         cases.push((
             format!("gated_delta {heads} of {value_dim} on {key_heads} of {key_dim}"),
             case(&|b, x| {
@@ -41,7 +41,7 @@ pub(super) fn cases() -> Result<Vec<(String, ModelGraph)>> {
     }
     let open = (0.0, f64::INFINITY);
     for (heads, head_dim, groups, state, dt_limit) in
-        [(8, 64, 2, 128, Some(open)), (8, 32, 1, 64, None), (8, 64, 4, 16, Some((0.4, 1.0)))]
+        [(8, 64, 2, 128, Some(open)), (8, 32, 1, 64, None), (8, 64, 4, 32, Some((0.4, 1.0)))]
     {
         cases.push((
             format!("ssd {heads} of {head_dim}, {groups} groups of {state}"),

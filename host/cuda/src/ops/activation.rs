@@ -46,11 +46,15 @@ impl Activation {
         Gated { activation: self.kind, limit: self.limit, width: self.width }
     }
 
-    /// Starts a kernel on these views.
-    pub(super) fn start(self, on: &Launch<'_>, kernel: &str, reads: &[View], writes: &[View]) -> Result<()> {
+    /// What a kernel takes that runs on these views.
+    pub(super) fn args(self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Args {
         let args = reads.iter().chain(writes).fold(Args::default(), |args, view| args.with(*view));
-        let args = args.with(on.rows as i32).with(self.width as i32).with(self.kind as i32).with(self.limit);
-        on.by_columns(kernel, on.rows, self.width, args)
+        args.with(on.rows as i32).with(self.width as i32).with(self.kind as i32).with(self.limit)
+    }
+
+    /// Starts one, with a thread for every eight columns.
+    pub(super) fn start(self, on: &Launch<'_>, kernel: &str, reads: &[View], writes: &[View]) -> Result<()> {
+        on.by_columns(kernel, on.rows, self.width, self.args(on, reads, writes))
     }
 
     /// Its value and its derivative, that by differences in f64.
