@@ -94,6 +94,7 @@ HYBRID = {
         FULL: dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.5), SLIDING: dict(rope_type="default", rope_theta=1e4)})),
     "granite4-h": ("granitemoehybrid", dict(MAMBA, layer_types=["mamba", FULL], num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=24,
         position_embedding_type="nope", embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1, tie_word_embeddings=True)),
+    "bamba": ("bamba", dict(MAMBA, attn_layer_indices=[1])),
     "nemotron_h": ("nemotron_h", dict(layers_block_type=["mamba", "moe", "attention", "mlp"], head_dim=12, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=16,
         conv_kernel=4, chunk_size=16, time_step_min=0.5, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=24,
         n_group=2, topk_group=1, routed_scaling_factor=2.5, mlp_hidden_act="relu2")),

@@ -8,7 +8,7 @@ use crate::args::storage::StorageArgs;
 use crate::args::{DeviceArg, KernelsArg, SizeArg};
 use crate::backends;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
 use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -57,7 +57,7 @@ pub(crate) struct BenchOptions {
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
     gpus: Vec<usize>,
     /// Shard the frozen base weights over the GPUs (FSDP-like)
-    #[arg(long)]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true", default_value_t = false, action = ArgAction::Set)]
     shard_base: bool,
     /// Maximum sequence length: prompt plus one answer, in tokens
     #[arg(long, default_value_t = 2048)]

@@ -84,6 +84,7 @@ pub const FAMILIES: &[(&str, &str)] = small! {
     "nemotron_h": r#""num_hidden_layers":4,"hybrid_override_pattern":"ME*-","head_dim":32,"mamba_num_heads":8,
         "mamba_head_dim":64,"n_groups":2,"ssm_state_size":64,"n_routed_experts":8,"num_experts_per_tok":2,
         "moe_intermediate_size":64,"moe_shared_expert_intermediate_size":64,"n_group":2,"topk_group":1"#,
+    "bamba": r#""attn_layer_indices":[1],"mamba_n_heads":8,"mamba_d_head":32,"mamba_n_groups":2,"mamba_d_state":64"#,
     "falcon_h1": r#""mamba_d_ssm":256,"mamba_n_heads":8,"mamba_d_head":32,"mamba_d_state":64,"key_multiplier":0.7,
         "attention_in_multiplier":0.9,"ssm_out_multiplier":0.6,"ssm_multipliers":[0.5,0.6,0.7,0.8,0.9],
         "mlp_multipliers":[0.9,0.4],"mamba_rms_norm":true,"mamba_norm_before_gate":false"#,

@@ -1,7 +1,7 @@
 //! A depthwise convolution over the text so far, with its activation: `causal_conv.cu`.
 
 use super::{
-    Args, Argument, BackwardReads, CudaOp, Execute, Launch, Lowering, Slice, Source, Step, Variant, View, multiple_of_8,
+    Args, Argument, BackwardReads, CudaOp, Execute, Launch, Lowering, Source, Step, Variant, View, multiple_of_8,
 };
 use dpo_core::error::{Error, Result};
 
@@ -124,7 +124,7 @@ impl Conv {
 
     /// What comes before the activation.
     #[cfg(test)]
-    fn linear(&self, on: &super::Emulation<'_>, x: &Slice, reads: &[usize]) -> Vec<f32> {
+    fn linear(&self, on: &super::Emulation<'_>, x: &super::Slice, reads: &[usize]) -> Vec<f32> {
         let (weight, bias) = (on.vector(self.weight), self.bias.map(|at| on.vector(at)));
         let mut y = bias.unwrap_or_else(|| vec![0.0; self.width]);
         for (j, row) in reads.iter().enumerate() {
@@ -146,7 +146,7 @@ impl Execute for Conv {
     }
 
     #[cfg(test)]
-    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[super::Slice], writes: &[super::Slice]) {
         for (row, from) in self.reads(on).iter().enumerate() {
             let z = self.linear(on, &reads[0], from);
             let y: Vec<f32> = z.iter().map(|z| if self.silu { z / (1.0 + (-z).exp()) } else { *z }).collect();
@@ -165,7 +165,7 @@ impl Execute for ConvVjp {
     }
 
     #[cfg(test)]
-    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[super::Slice], writes: &[super::Slice]) {
         let (own, weight, rows) = (&self.0, on.vector(self.0.weight), self.0.reads(on));
         let mut dx = vec![vec![0.0; own.width]; rows.len()];
         for (row, from) in rows.iter().enumerate() {

@@ -5,7 +5,7 @@ use dpo_plugin_api::mixer::{Mixer, ShortConv};
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers};
+use crate::{Hybrid, attention_layers, list};
 
 pub(crate) static LFM2: Hybrid = Hybrid {
     name: "lfm2",
@@ -138,10 +138,7 @@ fn read(config: &Config, roped: bool) -> Result<Decoder> {
             ("rope_theta", json!(1e6)),
         ]);
     let mut decoder = if roped { Decoder::read(&config)? } else { Decoder::without_rope(&config)? };
-    let stated: Option<Vec<usize>> = match config.get("full_attn_idxs") {
-        None => None,
-        Some(list) => list.as_array().map(|l| l.iter().filter_map(|at| Some(at.as_u64()? as usize)).collect()),
-    };
+    let stated = list(&config, "full_attn_idxs")?;
     let attends = |at: usize| stated.as_ref().is_none_or(|list| list.contains(&at));
     let attends = attention_layers(&config, decoder.layers.len(), &["conv"], attends)?;
     let (taps, bias) = (config.opt_size("conv_L_cache")?.unwrap_or(3), config.flag("conv_bias", false)?);

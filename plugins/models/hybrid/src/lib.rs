@@ -1,6 +1,7 @@
 //! Decoders of which layers carry a state from token to token: gated delta nets, short convolutions, Mamba 2, between layers of
 //! attention. One file for each lineage, in which a family is a row of a table.
 
+mod bamba;
 mod falcon;
 mod granite;
 mod lfm;
@@ -69,13 +70,24 @@ fn attention_layers(
     types.iter().map(kind).collect()
 }
 
+/// Numbers of layers, where the config lists them.
+fn list(config: &Config, key: &str) -> Result<Option<Vec<usize>>> {
+    let Some(stated) = config.get(key) else { return Ok(None) };
+    let number = |at: &Value| at.as_u64().map(|at| at as usize);
+    match stated.as_array().and_then(|list| list.iter().map(number).collect()) {
+        Some(list) => Ok(Some(list)),
+        None => bail!("config.json: {key} should be a list of layers, is {stated}"),
+    }
+}
+
 plugin! {
     models: [
         &qwen::QWEN3_5, &qwen::QWEN3_5_MOE, &qwen::QWEN3_NEXT,
         &lfm::LFM2, &lfm::LFM2_MOE, &lfm::LFM3,
         &granite::GRANITE4,
         &nemotron::NEMOTRON_H,
-        &falcon::FALCON_H1
+        &falcon::FALCON_H1,
+        &bamba::BAMBA
     ]
 }
 
@@ -100,6 +112,7 @@ mod tests {
             (&granite::GRANITE4, [40, 4, 36, 40]),
             (&nemotron::NEMOTRON_H, [52, 6, 23, 23]),
             (&falcon::FALCON_H1, [36, 36, 36, 0]),
+            (&bamba::BAMBA, [32, 3, 29, 0]),
         ];
         for (family, counts) in expected {
             let graph = check_model(family);

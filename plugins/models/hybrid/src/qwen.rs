@@ -4,7 +4,7 @@ use dpo_plugin_api::mixer::{GatedDeltaNet, Mixer};
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers};
+use crate::{Hybrid, attention_layers, list};
 
 pub(crate) static QWEN3_5: Hybrid = Hybrid {
     name: "qwen3_5",
@@ -57,11 +57,7 @@ pub(crate) static QWEN3_NEXT: Hybrid = Hybrid {
         }
         let moe = experts(&config)?;
         let step = config.opt_size("decoder_sparse_step")?.unwrap_or(1);
-        let dense: Vec<usize> = match config.get("mlp_only_layers").map(Value::as_array) {
-            None => Vec::new(),
-            Some(Some(list)) => list.iter().filter_map(|at| Some(at.as_u64()? as usize)).collect(),
-            Some(None) => return bail!("config.json: mlp_only_layers should be a list"),
-        };
+        let dense = list(&config, "mlp_only_layers")?.unwrap_or_default();
         decoder.experts(&moe, |at| !dense.contains(&at) && (at + 1).is_multiple_of(step));
         finish(decoder, &config)
     },
