@@ -70,6 +70,10 @@ impl LinearAttention {
         self.heads / self.key_heads
     }
 
+    fn vectors(&self, on: &Emulation<'_>) -> [Vec<f32>; 3] {
+        self.vectors.map(|at| at.map(|at| on.vector(at)).unwrap_or_default())
+    }
+
     /// A time step.
     fn step(&self, x: f32) -> f32 {
         softplus(x).max(self.limit[0]).min(self.limit[1])
@@ -90,7 +94,7 @@ impl LinearAttention {
 
     pub(super) fn emulate_chunks(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let [q, k, a, rest @ ..] = reads else { panic!("a recurrence lacks values") };
-        let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
+        let [a_log, dt_bias, _] = self.vectors(on);
         for chunk in Chunks::of(&on.batch().layout.clone()).all {
             let sees = sees(on, &chunk);
             for head in 0..self.heads {
@@ -201,7 +205,7 @@ impl LinearAttention {
         from: &[Slice],
     ) -> Vec<Vec<(Chunk, Tokens, Rows, [Rows; 2])>> {
         let chunks = Chunks::of(&on.batch().layout.clone());
-        let skip = self.skip.map_or(0.0, |at| on.vector(at)[head]);
+        let skip = self.vectors(on)[2].get(head).copied().unwrap_or(0.0);
         let mut all = Vec::new();
         for [first, count] in &chunks.walks {
             let (mut state, mut fork, mut walk) = (self.zero(), self.zero(), Vec::new());
@@ -241,8 +245,7 @@ impl LinearAttention {
         let count = if self.kind.solves { 4 } else { 3 };
         let (b, norms) = (made.get(count), &made[2]);
         let from: Vec<Slice> = [*q, *k].iter().chain(&made[..count]).copied().collect();
-        let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
-        let skip = self.skip.map(|at| on.vector(at)).unwrap_or_default();
+        let [a_log, dt_bias, skip] = self.vectors(on);
         // Written only when all is read: gradients may lie where values do.
         let mut shared = [dq, dk].map(|s| vec![vec![0.0; s.width]; on.rows()]);
         let mut own = [dv, da, da].map(|s| vec![vec![0.0; s.width]; on.rows()]);
