@@ -71,6 +71,8 @@ pub struct Decoder {
     pub attention_scale: f64,
     /// Queries, keys and values are clamped to plus and minus this.
     pub clamp_qkv: Option<f64>,
+    /// A tensor with a logit for every head, which joins the sum of its softmax and has no value (gpt-oss).
+    pub sinks: Option<&'static str>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
     /// The attention that gives the heads' values in place of the queries, keys and values above.
@@ -263,6 +265,7 @@ impl Decoder {
             residual_scale: 1.0,
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
+            sinks: None,
             attention_softcap: None,
             latent: None,
             logit_scale: 1.0,
