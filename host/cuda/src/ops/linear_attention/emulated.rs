@@ -8,6 +8,9 @@ use dpo_core::ops::answer_mask::AnswerMask;
 /// Rows of some columns.
 type Rows = Vec<Vec<f32>>;
 
+/// A chunk of a walk, its tokens, the state before, what it writes, and its output.
+type Step = (Chunk, Tokens, Rows, [Rows; 2]);
+
 /// What a head's tokens of a chunk are computed of: keys and queries times their factors, what a state is multiplied by, matrices.
 struct Tokens {
     q: Rows,
@@ -196,14 +199,8 @@ impl LinearAttention {
         [written, out]
     }
 
-    /// Walks of a head along every example: of every chunk its tokens, the state before, what it writes, and its output.
-    fn walk_head(
-        &self,
-        on: &mut Emulation<'_>,
-        head: usize,
-        v: &Slice,
-        from: &[Slice],
-    ) -> Vec<Vec<(Chunk, Tokens, Rows, [Rows; 2])>> {
+    /// Walks of a head along every example.
+    fn walk_head(&self, on: &mut Emulation<'_>, head: usize, v: &Slice, from: &[Slice]) -> Vec<Vec<Step>> {
         let chunks = Chunks::of(&on.batch().layout.clone());
         let skip = self.vectors(on)[2].get(head).copied().unwrap_or(0.0);
         let mut all = Vec::new();
