@@ -6,6 +6,7 @@
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
 
+use super::super::chunks::TILE;
 use super::activation::Activation;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, Lowering, Matrix, Member, Recompute,
@@ -38,6 +39,7 @@ pub(super) const OP: CudaOp = CudaOp {
 
 /// Tokens of a block that counts, and warps of one whose warps have a row each: as `experts.cu` has them.
 const COUNTED: usize = 64;
+const _: () = assert!(TILE % COUNTED == 0);
 const WARPS: usize = 8;
 
 /// Of gpt-oss, as `experts.cu` counts it.
@@ -159,12 +161,6 @@ impl Experts {
         })
     }
 
-    /// Columns of what a [`Plan`] knows of a token: three numbers of four bytes for every row, and its part of what lies there once for
-    /// every [`COUNTED`] tokens, a number for every expert twice and one more. Buffers have whole such parts.
-    fn plan_columns(&self) -> usize {
-        6 * self.top_k + 2 * self.count.div_ceil(COUNTED) + 2 * (self.count + 1).div_ceil(COUNTED)
-    }
-
     /// Rows that some tokens have.
     fn rows(&self, l: &mut Lowering<'_>, width: usize) -> Slice {
         l.buffer(self.top_k * width, 0)
@@ -212,6 +208,12 @@ impl Experts {
     }
 }
 
+/// Columns of what a [`Plan`] knows of a token: three numbers of four bytes for every row, and its part of what lies there once for every
+/// [`COUNTED`] tokens, a number for every expert twice and one more. Buffers have whole such parts.
+fn plan_columns(experts: usize, top_k: usize) -> usize {
+    6 * top_k + 2 * experts.div_ceil(COUNTED) + 2 * (experts + 1).div_ceil(COUNTED)
+}
+
 /// The rows of some tokens, so many columns each, one behind the other.
 fn rows_of(view: View, width: usize) -> View {
     View { at: view.at, ld: width as i64 }
@@ -220,7 +222,7 @@ fn rows_of(view: View, width: usize) -> View {
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x, routing], own) = (l.inputs(index)?, Experts::of(l, index)?);
     multiple_of_8(&l.nodes[index], "width", own.hidden)?;
-    let plan = l.buffer(own.plan_columns(), 0);
+    let plan = l.buffer(plan_columns(own.count, own.top_k), 0);
     let [gathered, before, inner, after] =
         [own.hidden, own.into, own.inner, own.hidden].map(|width| own.rows(l, width));
     let y = l.place(index);
@@ -267,7 +269,7 @@ impl Execute for Plan {
     /// Of every row its expert, -1 behind the last.
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let (top_k, width) = (self.0.top_k, self.0.plan_columns());
+        let (top_k, width) = (self.0.top_k, plan_columns(self.0.count, self.0.top_k));
         on.each_row(reads, writes, |_, read, write| {
             let chosen = (0..self.0.count).filter(|e| read[0][*e] != 0.0).map(|e| e as f32);
             write[0] = chosen.take(top_k).chain(std::iter::repeat(-1.0)).take(width).collect();
@@ -434,6 +436,23 @@ impl Execute for SpreadVjp {
                 write[0].iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{COUNTED, plan_columns};
+
+    /// What is known of rows fits into the buffer of its tokens, whose rows are a multiple of [`COUNTED`].
+    #[test]
+    fn a_plan_fits_into_its_buffer() {
+        for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (512, 10)] {
+            for blocks in [1, 2, 33] {
+                let (tokens, bytes) = (blocks * COUNTED, 2 * plan_columns(experts, top_k));
+                let needed = 4 * (3 * tokens * top_k + blocks * experts + experts + 1);
+                assert!(needed <= bytes * tokens, "{experts} experts, {top_k} a token, {tokens} tokens");
+            }
+        }
     }
 }
 
