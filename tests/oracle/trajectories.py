@@ -5,7 +5,7 @@ Usage: trajectories.py OUT [FOLDER...]      needs torch, transformers, peft, trl
 A folder is a model with a starting adapter and rows; every case over it is one expected file. The first one, expected.json,
 has the adapter at its end beside it.
 """
-import functools, importlib.metadata, json, os, random, shutil, sys
+import functools, importlib.metadata, json, os, random, shutil, sys, zlib
 
 import torch
 from datasets import Dataset
@@ -77,6 +77,30 @@ DENSE = {
     "starcoder2": ("starcoder2", dict(use_bias=True, sliding_window=12, residual_dropout=0.0, embedding_dropout=0.0)),
     "helium": ("helium", dict(head_dim=8, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-8)),
 }
+# Decoders with experts, as the dense ones.
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+SIGMOID = dict(**EXPERTS, n_group=4, topk_group=2, routed_scaling_factor=1.5, head_dim=12)
+MOE = {
+    "qwen3_moe": ("qwen3_moe", dict(**EXPERTS, num_experts=6, head_dim=12, num_hidden_layers=3, mlp_only_layers=[1])),
+    "qwen2_moe": ("qwen2_moe", dict(EXPERTS, num_experts=6, shared_expert_intermediate_size=24, norm_topk_prob=False)),
+    "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=24)),
+    "minimax_m2": ("minimax_m2", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=24, head_dim=12, rope_parameters=dict(
+        rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))),
+    "olmoe": ("olmoe", dict(num_experts=6, num_experts_per_tok=2, intermediate_size=16)),
+    "flex_olmo": ("flex_olmo", dict(num_experts=4, num_experts_per_tok=3, intermediate_size=16)),
+    "glm4_moe": ("glm4_moe", dict(SIGMOID, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, partial_rotary_factor=0.5, use_qk_norm=True, attention_bias=True)),
+    "ernie4_5_moe": ("ernie4_5_moe", dict(moe_num_experts=6, moe_k=2, moe_intermediate_size=16, moe_num_shared_experts=2, moe_layer_start_index=1,
+        moe_layer_end_index=-1, moe_layer_interval=1, tie_word_embeddings=True)),
+    "gpt_oss": ("gpt_oss", dict(head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size=24, sliding_window=12, swiglu_limit=0.5,
+        layer_types=[SLIDING, FULL], rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=128))),
+    "granitemoe": ("granitemoe", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, embedding_multiplier=6.0, logits_scaling=4.0,
+        residual_multiplier=0.5, attention_multiplier=0.1)),
+    "hy_v3": ("hy_v3", dict(EXPERTS, num_experts=6, num_shared_experts=1, head_dim=12)),
+    "exaone_moe": ("exaone_moe", dict(SIGMOID, num_experts=8, num_shared_experts=1, sliding_window=12, layer_types=[SLIDING, FULL], first_k_dense_replace=1)),
+    "dots1": ("dots1", dict(SIGMOID, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, sliding_window=12, layer_types=[FULL, SLIDING])),
+    "solar_open": ("solar_open", dict(SIGMOID, n_routed_experts=8, n_shared_experts=1, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
+}
 # Families with a state between attention, a folder each: model_type, what its config changes.
 GDN = dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
            layer_types=["linear_attention", FULL], rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
@@ -105,6 +129,20 @@ HYBRID = {
 TARGETS = {name: ["q_proj", "k_proj", "v_proj", "o_proj", *more] for name, more in {
     "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj"], "nemotron_h": ["in_proj", "up_proj", "down_proj"],
     "falcon_h1": ["in_proj", "gate_proj", "up_proj", "down_proj"]}.items()}
+# Multi-head latent attention; scores of heads whose keys are wider than their values.
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+LATENTS = {
+    "youtu": ("youtu", dict(LATENT, q_lora_rank=16, rope_parameters=YARN)),
+    "minicpm3": ("minicpm3", dict(LATENT, q_lora_rank=16, scale_emb=6.0, scale_depth=0.7, dim_model_base=8, rms_norm_eps=1e-5)),
+    "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=2,
+        first_k_dense_replace=1, topk_method="greedy", routed_scaling_factor=1.5, rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.9))),
+    "deepseek_v2-groups": ("deepseek_v2", dict(LATENT, q_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1,
+        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=4.0)),
+    "deepseek_v3": ("deepseek_v3", dict(LATENT, q_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1,
+        first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=True, rope_parameters=YARN, num_nextn_predict_layers=0)),
+    "glm4_moe_lite": ("glm4_moe_lite", dict(LATENT, q_lora_rank=16, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1,
+        n_group=1, topk_group=1, routed_scaling_factor=1.8, norm_topk_prob=True, num_nextn_predict_layers=0)),
+}
 # Transformers opens these as Llamas and writes them so; their published files say what they are.
 PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
@@ -132,6 +170,7 @@ FOLDERS = {
     "qwen2-unpaired": ("qwen2", dict(tie_word_embeddings=True), {
         "": dict(loss_type=["kto"]), "apo_zero_unpaired": dict(loss_type=["apo_zero_unpaired"])}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in DENSE.items()},
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in MOE.items()},
     # Other trainers than DPOTrainer and KTOTrainer, on plain text: some of them end a conversation's answer twice.
     "qwen3-trainers": ("qwen3", dict(head_dim=12), {
         "": dict(trainer="sft"), "wpo": dict(use_weighting=True), "orpo": dict(trainer="orpo", beta=0.3),
@@ -139,6 +178,7 @@ FOLDERS = {
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in HYBRID.items()},
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in LATENTS.items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
 OURS = {"sft": ("sft", {}), "orpo": ("orpo_prompt", {}), "cpo": ("cpo", {}), "hinge": ("cpo", {"loss_type": "cpo_type"}), "simpo": ("simpo", {}),
@@ -190,6 +230,7 @@ def main():
     out, wanted = sys.argv[1], sys.argv[2:] or list(FOLDERS)
     for seed, (name, (kind, change, cases)) in enumerate(FOLDERS.items()):
         if name not in wanted: continue
+        if name in MOE | LATENTS: seed = zlib.crc32(name.encode())
         folder, rng = f"{out}/{name}", random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(seed)
@@ -202,7 +243,7 @@ def main():
                 if buffer.dtype == torch.float32 and key in base.state_dict():
                     buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
-        (base.to(torch.bfloat16) if name in DENSE | HYBRID else base).save_pretrained(f"{folder}/model")
+        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS else base).save_pretrained(f"{folder}/model")
         base.float()
         if kind in PUBLISHED:
             path = f"{folder}/model/config.json"

@@ -231,7 +231,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
             lora
         });
         let inputs = free[..case.widths.len()].iter().collect();
-        run(&Call { node: &node, inputs, weights: &frozen, lora: lora.as_ref(), layout, input_gradients: true });
+        run(&Call { node: &node, inputs, weights: &frozen, loras: lora.as_slice(), layout, input_gradients: true });
     };
     let value = |free: &[Tensor]| {
         let mut sum = 0.0;
@@ -245,7 +245,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     let mut gradients: Vec<Tensor> = Vec::new();
     with_call(&free, &mut |call| {
         let result = kernel.vjp(call, &dy).unwrap();
-        gradients = result.inputs.into_iter().map(|g| g.unwrap()).chain(result.lora.into_iter().flatten()).collect();
+        gradients = result.inputs.into_iter().map(|g| g.unwrap()).chain(result.loras.into_iter().flatten()).collect();
     });
     assert_eq!(gradients.len(), free.len(), "{}", case.op);
     for (at, gradient) in gradients.iter().enumerate() {
@@ -270,7 +270,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     }
 }
 
-/// Tokens that are sent to some experts of many: by the router's logits and by what the experts read.
+/// Tokens that are sent to some experts of many: by the router's logits, by what the experts read, by A and B of both matrices.
 #[test]
 fn experts_of_a_choice_have_the_gradients_of_central_differences() {
     let (tokens, hidden, experts, inner) = (7, 4, 6, 3);
@@ -291,43 +291,61 @@ fn experts_of_a_choice_have_the_gradients_of_central_differences() {
     let own = node("experts", &shapes, json!({"top_k": 2, "activation": "silu"}), &[0, 1], hidden);
     check_node(&own, &[hidden, experts]).unwrap();
     let weights: Vec<Tensor> = shapes.iter().map(|(_, shape)| numbers.tensor(shape)).collect();
-    let (logits, x) = (numbers.tensor(&[tokens, experts]), numbers.tensor(&[tokens, hidden]));
+    let rank = 2;
+    let begun = [
+        numbers.tensor(&[tokens, experts]),
+        numbers.tensor(&[tokens, hidden]),
+        numbers.tensor(&[experts * rank, hidden]),
+        numbers.tensor(&[experts * 2 * inner, rank]),
+        numbers.tensor(&[experts * rank, inner]),
+        numbers.tensor(&[experts * hidden, rank]),
+    ];
+    let loras = |free: &[Tensor; 6]| {
+        let [_, _, a, b, c, d] = free.clone();
+        let mut second = Lora::new(c, d, 0.7);
+        second.weight = 1;
+        [Lora::new(a, b, 1.3), second]
+    };
     let (dy, layout) = (numbers.tensor(&[tokens, hidden]), Layout::default());
     let Kernel::Value { forward: choose, vjp: of_choice } = ops::find("route").unwrap().kernel else { panic!() };
     let Kernel::Value { forward, vjp } = ops::find("experts").unwrap().kernel else { panic!() };
     let call = |node: &'static str| -> &Node { if node == "route" { &route } else { &own } };
-    let of = |at: &'static str, inputs: Vec<&Tensor>, run: &mut dyn FnMut(&Call<'_>)| {
+    let of = |at: &'static str, inputs: Vec<&Tensor>, loras: &[Lora], run: &mut dyn FnMut(&Call<'_>)| {
         let weights: &[Tensor] = if at == "route" { &[] } else { &weights };
-        run(&Call { node: call(at), inputs, weights, lora: None, layout: &layout, input_gradients: true });
+        run(&Call { node: call(at), inputs, weights, loras, layout: &layout, input_gradients: true });
     };
-    let value = |logits: &Tensor, x: &Tensor| -> f64 {
+    let value = |free: &[Tensor; 6]| -> f64 {
         let (mut routing, mut sum) = (None, 0.0);
-        of("route", vec![logits], &mut |call| routing = Some(choose(call).unwrap()));
-        of("experts", vec![x, routing.as_ref().unwrap()], &mut |call| {
+        of("route", vec![&free[0]], &[], &mut |call| routing = Some(choose(call).unwrap()));
+        of("experts", vec![&free[1], routing.as_ref().unwrap()], &loras(free), &mut |call| {
             sum = (forward(call).unwrap() * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
         });
         sum
     };
     let (mut routing, mut exact) = (None, Vec::new());
-    of("route", vec![&logits], &mut |call| routing = Some(choose(call).unwrap()));
+    of("route", vec![&begun[0]], &[], &mut |call| routing = Some(choose(call).unwrap()));
     let routing: Tensor = routing.unwrap();
     let chosen: Vec<Vec<f64>> = routing.to_vec2().unwrap();
     assert!(chosen.iter().all(|row| row.iter().filter(|w| **w != 0.0).count() == 2));
-    of("experts", vec![&x, &routing], &mut |call| {
-        exact = vjp(call, &dy).unwrap().inputs.into_iter().flatten().collect::<Vec<Tensor>>();
+    of("experts", vec![&begun[1], &routing], &loras(&begun), &mut |call| {
+        let found = vjp(call, &dy).unwrap();
+        exact = found.inputs.into_iter().flatten().chain(found.loras.into_iter().flatten()).collect::<Vec<Tensor>>();
     });
-    let by_x = exact.remove(0);
-    let mut by_logits = None;
-    of("route", vec![&logits], &mut |call| by_logits = of_choice(call, &exact[0]).unwrap().inputs.remove(0));
-    for (which, exact, point) in [("logits", by_logits.unwrap(), &logits), ("x", by_x, &x)] {
+    of("route", vec![&begun[0]], &[], &mut |call| {
+        let by_logits = of_choice(call, &exact[1]).unwrap().inputs.remove(0).unwrap();
+        exact.splice(..2, [by_logits, exact[0].clone()]);
+    });
+    for (which, (exact, point)) in exact.iter().zip(&begun).enumerate() {
+        assert_eq!(exact.dims(), point.dims());
         let exact: Vec<f64> = exact.flatten_all().unwrap().to_vec1().unwrap();
         let values: Vec<f64> = point.flatten_all().unwrap().to_vec1().unwrap();
         for i in 0..values.len() {
             let nudged = |by: f64| {
                 let mut values = values.clone();
                 values[i] += by;
-                let moved = Tensor::from_vec(values, point.shape(), &Device::Cpu).unwrap();
-                if which == "x" { value(&logits, &moved) } else { value(&moved, &x) }
+                let mut free = begun.clone();
+                free[which] = Tensor::from_vec(values, point.shape(), &Device::Cpu).unwrap();
+                value(&free)
             };
             let numeric = (nudged(1e-5) - nudged(-1e-5)) / 2e-5;
             assert!((exact[i] - numeric).abs() < 1e-7 * numeric.abs().max(1.0), "{which}[{i}]: {} {numeric}", exact[i]);
@@ -346,13 +364,13 @@ fn embedding_takes_rows_and_passes_nothing_on() {
     let layout = Layout::default();
     let weights = [table.clone()];
     let call =
-        Call { node: &node, inputs: vec![&ids], weights: &weights, lora: None, layout: &layout, input_gradients: true };
+        Call { node: &node, inputs: vec![&ids], weights: &weights, loras: &[], layout: &layout, input_gradients: true };
     let Kernel::Value { forward, vjp } = ops::find("embedding").unwrap().kernel else { panic!() };
     let rows: Vec<Vec<f64>> = forward(&call).unwrap().to_vec2().unwrap();
     let table: Vec<Vec<f64>> = table.to_vec2().unwrap();
     assert_eq!(rows, [table[4].clone(), table[0].clone(), table[4].clone()]);
     let gradients = vjp(&call, &Tensor::ones((3, 3), candle_core::DType::F64, &Device::Cpu).unwrap()).unwrap();
-    assert!(gradients.inputs.iter().all(Option::is_none) && gradients.lora.is_none());
+    assert!(gradients.inputs.iter().all(Option::is_none) && gradients.loras.is_empty());
 }
 
 #[test]

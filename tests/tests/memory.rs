@@ -66,7 +66,7 @@ fn attention_holds_no_more_than_is_planned() {
             node: &node,
             inputs: vec![&q, &k, &v],
             weights: &[],
-            lora: None,
+            loras: &[],
             layout: &layout,
             input_gradients: true,
         };

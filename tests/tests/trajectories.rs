@@ -166,7 +166,7 @@ fn logits_off(folder: &Path, expected: &Value) -> Option<f64> {
     Some(ours.iter().zip(&theirs).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max) / largest)
 }
 
-/// Of every family on a GPU how far log-probs and gradients are off, as `selftest` printed it.
+/// Of the families that were measured on a GPU how far log-probs and gradients are off, as `selftest` printed it.
 fn on_a_gpu() -> BTreeMap<String, [f64; 2]> {
     let text = std::fs::read_to_string(golden("selftest.txt")).unwrap();
     let mut found = BTreeMap::new();

@@ -30,7 +30,7 @@ pub struct Engine {
     base: Base,
     adapter: Adapter,
     /// The adapter's tensors by block and node.
-    loras: HashMap<(BlockId, usize), Lora>,
+    loras: HashMap<(BlockId, usize), Vec<Lora>>,
     /// The first layer that is adapted. Nothing before it has a gradient; behind the last one there is none.
     first_adapted: usize,
     /// Whether the adapter changes nothing, as before the first step: a pass without a gradient does without it.
@@ -141,15 +141,18 @@ impl Engine {
     pub fn set_dropout(&mut self, key: Option<u64>) {
         let p = self.adapter.config.dropout;
         for (at, site) in self.adapter.sites.iter().enumerate() {
-            if let Some(lora) = self.loras.get_mut(&site.node) {
+            let loras = self.loras.get_mut(&site.node).into_iter().flatten();
+            for lora in loras.filter(|lora| lora.weight == site.weight) {
                 lora.dropout = key.filter(|_| p > 0.0).map(|key| Dropout { p, key: mix(key, at as u64) });
             }
         }
     }
 
     fn refresh(&mut self) -> Result<()> {
-        let tensors = self.adapter.sites.iter().map(|s| Ok((s.node, self.adapter.lora(s)?)));
-        self.loras = tensors.collect::<Result<_>>()?;
+        self.loras.clear();
+        for site in &self.adapter.sites {
+            self.loras.entry(site.node).or_default().push(self.adapter.lora(site)?);
+        }
         self.plain = self.adapter.changes_nothing();
         Ok(())
     }
@@ -304,7 +307,7 @@ impl Engine {
             node,
             inputs: node.inputs.iter().map(|v| &values[*v]).collect(),
             weights: &work.weights[index],
-            lora: self.loras.get(&(work.at, index)).filter(|_| work.adapted),
+            loras: self.loras.get(&(work.at, index)).filter(|_| work.adapted).map_or(&[], Vec::as_slice),
             layout: work.layout(index),
             input_gradients: true,
         }
@@ -339,10 +342,9 @@ impl Engine {
             let kernel = &ops::find(&node.op)?.kernel;
             let input_gradients = node.inputs.iter().any(|value| trainable[*value]);
             let call = Call { input_gradients, ..self.call(work, index, values) };
-            let Gradients { inputs, lora } = kernel.vjp(&call, &dy)?;
-            if let Some(parts) = lora
-                && let Some(site) = self.adapter.sites.iter().find(|s| s.node == (work.at, index))
-            {
+            let Gradients { inputs, loras } = kernel.vjp(&call, &dy)?;
+            let sites = self.adapter.sites.iter().filter(|s| s.node == (work.at, index));
+            for (site, parts) in sites.zip(loras) {
                 self.accumulate(site, &parts, gradient)?;
             }
             for (value, dx) in node.inputs.iter().zip(inputs) {

@@ -47,6 +47,11 @@ impl Lowered {
             return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
                 .help("leave it out of --target-modules, or train with --device cpu"));
         }
+        if let Some(site) = adapter.sites.iter().find(|s| s.experts > 1) {
+            let name = site.parameter.as_deref().unwrap_or(&site.module);
+            return Err(Error::input(format!("LoRA on the experts '{name}' has no CUDA kernel"))
+                .help("leave them out of --target-parameters, or train with --device cpu"));
+        }
         // Layers of a kind have one program: the rank of a node there is the largest that it has in any of them.
         let rank = |kind: usize, node: usize| {
             let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);

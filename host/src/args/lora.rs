@@ -27,9 +27,14 @@ pub(crate) struct LoraArgs {
     /// Rank-stabilised LoRA: scale by alpha / sqrt(rank) instead
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_value_t = false, default_missing_value = "true", action = ArgAction::Set)]
     use_rslora: bool,
-    /// Modules to adapt: all-linear, names of modules, or one regular expression over whole names [default: all-linear]
+    /// Modules to adapt: all-linear, names of modules, one regular expression over whole names, or none beside --target-parameters
+    /// [default: all-linear]
     #[arg(long, value_name = "M", num_args = 1..)]
     target_modules: Vec<String>,
+    /// Parameters of experts and routers to adapt, by the ends of their names, as PEFT's target_parameters:
+    /// mlp.experts.gate_up_proj mlp.experts.down_proj mlp.gate.weight [default: none]
+    #[arg(long, value_name = "P", num_args = 1..)]
+    target_parameters: Vec<String>,
     /// Of those, modules not to adapt: names, or one regular expression over whole names [default: none]
     #[arg(long, value_name = "M", num_args = 1..)]
     exclude_modules: Vec<String>,
@@ -96,8 +101,10 @@ impl LoraArgs {
             rslora: self.use_rslora,
             targets: match self.target_modules.as_slice() {
                 [] => Targets::AllLinear,
+                [none] if none == "none" && !self.target_parameters.is_empty() => Targets::Names(Vec::new()),
                 names => modules("--target-modules", names)?,
             },
+            parameters: self.target_parameters.clone(),
             exclude: match self.exclude_modules.as_slice() {
                 [] => None,
                 names => Some(modules("--exclude-modules", names)?),
@@ -119,6 +126,7 @@ impl LoraArgs {
     /// Refuses flags of a new adapter where one is continued.
     fn refuse_other_shape(&self) -> Result<()> {
         let given = [
+            ("--target-parameters", !self.target_parameters.is_empty()),
             ("--exclude-modules", !self.exclude_modules.is_empty()),
             ("--rank-pattern", self.rank_pattern.is_some()),
             ("--alpha-pattern", self.alpha_pattern.is_some()),

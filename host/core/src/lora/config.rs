@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Map, Value, json};
 
 use super::init::Init;
-use super::target::{Layers, Patterns, Targets};
+use super::target::{Layers, Patterns, Targets, ends_in};
 use super::{MOST_RANK, Site};
 use crate::error::{Error, Result};
 
@@ -27,7 +27,9 @@ pub struct AdapterConfig {
     pub rslora: bool,
     /// Which linears.
     pub targets: Targets,
-    /// Which of them not.
+    /// Parameters that are no linear's, by the ends of their names: those of experts and routers.
+    pub parameters: Vec<String>,
+    /// Which linears not.
     pub exclude: Option<Targets>,
     /// In which layers, where not in all.
     pub layers: Option<Layers>,
@@ -50,6 +52,7 @@ impl AdapterConfig {
             alpha_pattern,
             rslora: false,
             targets: Targets::AllLinear,
+            parameters: Vec::new(),
             exclude: None,
             layers: None,
             init: Init::default(),
@@ -67,12 +70,34 @@ impl AdapterConfig {
         !excluded && in_layers && self.targets.name(module)
     }
 
-    /// The rank of a module.
+    /// Whether a parameter is adapted that is no linear's.
+    pub fn adapts_parameter(&self, name: &str) -> bool {
+        self.parameters.iter().any(|end| ends_in(name, end))
+    }
+
+    /// Refuses what PEFT has for linears alone.
+    pub(super) fn refuse_for_experts(&self, site: &Site) -> Result<()> {
+        let name = site.parameter.as_deref().unwrap_or(&site.module);
+        let refused = |flag: &str, what: &str| {
+            let help = "leave it out, or the experts";
+            Err(Error::input(format!("{what} is of linears, and '{name}' has a matrix for each expert"))
+                .at(flag)
+                .help(help))
+        };
+        match (self.dora, self.dropout > 0.0, self.init) {
+            (true, ..) => refused("--use-dora", "DoRA"),
+            (_, true, _) => refused("--lora-dropout", "dropout"),
+            (.., Init::Kaiming | Init::Gaussian) => Ok(()),
+            _ => refused("--init-lora-weights", "this start"),
+        }
+    }
+
+    /// The rank of a module or parameter.
     pub fn rank_of(&self, module: &str) -> usize {
         self.rank_pattern.of(module).map_or(self.rank, |rank| rank as usize)
     }
 
-    /// The factor on `B · A` of a module.
+    /// The factor on `B · A` of a module or parameter.
     pub fn scale_of(&self, module: &str) -> f64 {
         let rank = self.rank_of(module) as f64;
         self.alpha_pattern.of(module).unwrap_or(self.alpha) / if self.rslora { rank.sqrt() } else { rank }
@@ -166,7 +191,20 @@ impl AdapterConfig {
         let config = AdapterConfig {
             rslora: switch("use_rslora")?,
             dora: switch("use_dora")?,
-            targets: Targets::from_json("target_modules", value("target_modules"))?,
+            targets: match value("target_modules") {
+                // Of an adapter on parameters alone.
+                none if off(none) && !off(value("target_parameters")) => Targets::Names(Vec::new()),
+                some => Targets::from_json("target_modules", some)?,
+            },
+            parameters: match value("target_parameters") {
+                none if off(none) => Vec::new(),
+                Value::Array(list) if list.iter().all(Value::is_string) => {
+                    list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+                }
+                other => {
+                    return Err(Error::input(format!("'target_parameters' should be a list of names, is {other}")));
+                }
+            },
             exclude: match value("exclude_modules") {
                 none if off(none) => None,
                 some => Some(Targets::from_json("exclude_modules", some)?),
@@ -186,7 +224,8 @@ impl AdapterConfig {
     pub(super) fn to_json(&self, sites: &[Site], base_model: &str) -> Value {
         // PEFT lists plain names, so that a reader needs no notion of our kinds of target.
         let last = |s: &Site| s.module.rsplit('.').next().unwrap_or_default().to_owned();
-        let all = || json!(sites.iter().map(last).collect::<BTreeSet<_>>());
+        let modules = sites.iter().filter(|site| site.parameter.is_none());
+        let all = || json!(modules.map(last).collect::<BTreeSet<_>>());
         // What is subtracted is further rows of A and columns of B, under the same scale.
         let (ranks, alphas) = match (self.init.subtracts(), self.rslora) {
             (false, _) => (1, 1.0),
@@ -201,6 +240,7 @@ impl AdapterConfig {
             "modules_to_save": null, "rank_pattern": self.rank_pattern.to_json(ranks as f64),
             "alpha_pattern": self.alpha_pattern.to_json(alphas),
             "target_modules": self.targets.to_json().unwrap_or_else(all),
+            "target_parameters": if self.parameters.is_empty() { Value::Null } else { json!(self.parameters) },
             "exclude_modules": self.exclude.as_ref().and_then(Targets::to_json),
             "layers_to_transform": layers, "layers_pattern": pattern,
         })
@@ -231,6 +271,7 @@ const UNDERSTOOD: &[&str] = &[
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
     "use_dora",
     "use_rslora",

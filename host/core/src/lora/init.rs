@@ -124,7 +124,7 @@ impl Adapter {
             let found = blocks(graph).find(|(block, ..)| *block == site.node.0);
             let found = found.and_then(|(block, prefix, nodes)| {
                 let node = &nodes[site.node.1];
-                let weight = node.weight("weight")?;
+                let weight = node.weights.get(site.weight)?;
                 Some((prefix, weight, is_quantized(block, node, weight)))
             });
             let (prefix, weight, quantized) =
@@ -316,7 +316,19 @@ mod tests {
 
     fn site(inputs: usize, outputs: usize, rank: usize) -> Site {
         let node = (BlockId::Layer(0), 0);
-        Site { module: "m".into(), inputs, outputs, rank, scale: 2.0, magnitudes: 0, offset: 0, node }
+        Site {
+            module: "m".into(),
+            parameter: None,
+            experts: 1,
+            inputs,
+            outputs,
+            rank,
+            scale: 2.0,
+            magnitudes: 0,
+            offset: 0,
+            node,
+            weight: 0,
+        }
     }
 
     /// A matrix of known singular values, `2^-i`, between random orthonormal vectors.

@@ -12,15 +12,18 @@ use dpo_plugin_api::graph::ModelGraph;
 use super::Adapter;
 use crate::error::{Error, IoContext, Result};
 use crate::ops::Lora;
-use crate::weights::{Checkpoint, blocks};
+use crate::weights::{Checkpoint, PartOf, blocks};
 
 /// Bytes of a weight that are computed at once; a merge takes some ten times as much memory.
 const PIECE: usize = 8 << 20;
 
-/// A weight that is written anew.
+/// A tensor of the files that is written anew: a weight, or a part of one of experts.
 struct Adapted {
     dtype: DType,
     lora: Lora,
+    /// Rows that a matrix has in the graph.
+    outputs: usize,
+    part: PartOf,
 }
 
 /// Writes the checkpoint's files into a folder, with the adapter in them; `done` hears of bytes. They are flushed.
@@ -61,15 +64,20 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
     let mut adapted = HashMap::new();
     for (block, prefix, nodes) in blocks(graph) {
         for (index, node) in nodes.iter().enumerate() {
-            let site = adapter.sites.iter().find(|s| s.node == (block, index));
-            for weight in &node.weights {
+            for (at, weight) in node.weights.iter().enumerate() {
                 // Also of those that are copied: a checkpoint that lacks one is not to look merged.
-                let dtype = checkpoint.dtype(prefix, weight)?;
-                let Some(site) = site.filter(|_| weight.role == "weight") else { continue };
-                let name = checkpoint.name(prefix, weight);
-                let what = format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
-                if adapted.insert(name, Adapted { dtype, lora: adapter.lora(site)? }).is_some() {
-                    return Err(Error::input(what));
+                checkpoint.dtype(prefix, weight)?;
+                let Some(site) = adapter.sites.iter().find(|s| s.node == (block, index) && s.weight == at) else {
+                    continue;
+                };
+                for part in checkpoint.parts_of(prefix, weight)? {
+                    let name = part.name.clone();
+                    let what =
+                        format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
+                    let (dtype, lora) = (checkpoint.dtype_named(&name)?, adapter.lora(site)?);
+                    if adapted.insert(name, Adapted { dtype, lora, outputs: site.outputs, part }).is_some() {
+                        return Err(Error::input(what));
+                    }
                 }
             }
         }
@@ -78,17 +86,38 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
 }
 
 impl Adapted {
-    /// What W becomes, rows of it at a time, as bytes of W's own type.
+    /// What W becomes, matrix by matrix, as bytes of W's own type.
     fn sum(&self, bytes: &[u8], mut write: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let Lora { a, b, scale, magnitude, .. } = &self.lora;
-        let (_, inputs) = a.dims2()?;
-        let row = inputs * self.dtype.size_in_bytes();
+        let (PartOf { experts, rows, transposed, .. }, Lora { a, b, .. }) = (&self.part, &self.lora);
+        let rank = b.dim(1)?;
+        let own = |expert: usize| -> Result<[Tensor; 2]> {
+            let a = a.narrow(0, expert * rank, rank)?;
+            let b = b.narrow(0, expert * self.outputs + rows.start, rows.len())?;
+            Ok(if *transposed { [a.t()?.contiguous()?, b.t()?.contiguous()?] } else { [b, a] })
+        };
+        let matrices = bytes.chunks((bytes.len() / experts.len().max(1)).max(1));
+        experts
+            .clone()
+            .zip(matrices)
+            .try_for_each(|(expert, bytes)| self.sum_of_matrix(own(expert)?, bytes, &mut write))
+    }
+
+    /// The same of a matrix and the factors of its update, rows of it at a time.
+    fn sum_of_matrix(
+        &self,
+        [left, right]: [Tensor; 2],
+        bytes: &[u8],
+        mut write: impl FnMut(&[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let Lora { scale, magnitude, .. } = &self.lora;
+        let (_, columns) = right.dims2()?;
+        let row = columns * self.dtype.size_in_bytes();
         let rows = (PIECE / row.max(1)).max(1);
         let mut summed = Vec::new();
         for (at, piece) in bytes.chunks(rows * row).enumerate() {
             let count = piece.len() / row;
-            let w = Tensor::from_raw_buffer(piece, self.dtype, &[count, inputs], &Device::Cpu)?;
-            let update = b.narrow(0, at * rows, count)?.matmul(a)?.affine(*scale, 0.0)?;
+            let w = Tensor::from_raw_buffer(piece, self.dtype, &[count, columns], &Device::Cpu)?;
+            let update = left.narrow(0, at * rows, count)?.matmul(&right)?.affine(*scale, 0.0)?;
             let mut sum = (w.to_dtype(DType::F32)? + update)?;
             if let Some(magnitude) = magnitude {
                 let norms = sum.sqr()?.sum_keepdim(1)?.sqrt()?;

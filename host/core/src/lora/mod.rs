@@ -10,7 +10,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use dpo_plugin_api::check::check_linears;
-use dpo_plugin_api::graph::{ModelGraph, Node};
+use dpo_plugin_api::graph::{ModelGraph, Node, Weight};
 use dpo_plugin_api::ops::is_module;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -25,16 +25,22 @@ pub use config::{AdapterConfig, MOST_ALPHA};
 pub use init::Init;
 pub use merge::merge;
 pub use peft::{base_model, read_config};
+use target::ends_in;
 pub use target::{Layers, Patterns, Targets};
 
 /// No linear is as wide; products of a rank and the widths of a model stay far from the end of the numbers.
 pub(crate) const MOST_RANK: usize = 1 << 16;
 
-/// A linear that is adapted.
+/// A linear that is adapted, or the matrices of a layer's experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
-    /// Its module, as PEFT names it: `model.layers.0.self_attn.q_proj`.
+    /// Its module, as PEFT's files name it: `model.layers.0.self_attn.q_proj`. Of a parameter it is what wraps the parameter's module:
+    /// `model.layers.0.mlp.experts`, and where two of its parameters are adapted, of the first one `….experts.base_layer`.
     pub module: String,
+    /// Where `target_parameters` names it: `model.layers.0.mlp.experts.gate_up_proj`.
+    pub parameter: Option<String>,
+    /// How many matrices it has, each with an A and a B: one, or as many as there are experts.
+    pub experts: usize,
     /// Columns of its input.
     pub inputs: usize,
     /// Columns of its output.
@@ -45,10 +51,13 @@ pub struct Site {
     pub scale: f64,
     /// Numbers of its magnitude vector: as many as outputs where the adapter is DoRA, else none.
     pub magnitudes: usize,
-    /// Where its A `[rank, inputs]` begins in the flat buffer; its B `[outputs, rank]` follows, then the magnitude vector.
+    /// Where its A `[experts, rank, inputs]` begins in the flat buffer; its B `[experts, outputs, rank]` follows, then the magnitude
+    /// vector.
     pub offset: usize,
     /// The block it is in, and its node there.
     pub node: (BlockId, usize),
+    /// Which of the node's weights it is.
+    pub weight: usize,
 }
 
 /// Low-rank updates with their parameters.
@@ -62,6 +71,14 @@ pub struct Adapter {
     pub params: Vec<f32>,
     /// A and B of the start in the places that they have in `params`, where the update is their difference (see [`Init`]); else empty.
     pub subtracted: Vec<f32>,
+}
+
+impl Site {
+    /// Numbers of its A, B and magnitude vector. The sizes of a checked graph and [`MOST_RANK`] keep their number far from
+    /// overflowing.
+    fn numbers(&self) -> usize {
+        self.experts * self.rank * (self.inputs + self.outputs) + self.magnitudes
+    }
 }
 
 impl Adapter {
@@ -94,9 +111,9 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Parameters of all sites. The sizes of a checked graph and [`MOST_RANK`] keep their number far from overflowing.
+    /// Parameters of all sites.
     pub fn parameters(&self) -> usize {
-        self.sites.last().map_or(0, |s| s.offset + s.rank * (s.inputs + s.outputs) + s.magnitudes)
+        self.sites.last().map_or(0, |s| s.offset + s.numbers())
     }
 
     /// How many are subtracted again, and stay what they are.
@@ -156,15 +173,15 @@ impl Adapter {
         let [a, b] = self.ranges(site);
         let matrices = |of: &[f32]| -> Result<[Tensor; 2]> {
             Ok([
-                Tensor::from_slice(&of[a.clone()], (site.rank, site.inputs), &Device::Cpu)?,
-                Tensor::from_slice(&of[b.clone()], (site.outputs, site.rank), &Device::Cpu)?,
+                Tensor::from_slice(&of[a.clone()], (site.experts * site.rank, site.inputs), &Device::Cpu)?,
+                Tensor::from_slice(&of[b.clone()], (site.experts * site.outputs, site.rank), &Device::Cpu)?,
             ])
         };
         let magnitude = self.magnitude(site).map(|range| Tensor::new(&self.params[range], &Device::Cpu)).transpose()?;
         let [own_a, own_b] = matrices(&self.params)?;
         let subtracted = if self.subtracted.is_empty() { None } else { Some(matrices(&self.subtracted)?) };
         let mut lora = Lora::new(own_a, own_b, site.scale);
-        (lora.subtracted, lora.magnitude) = (subtracted, magnitude);
+        (lora.weight, lora.subtracted, lora.magnitude) = (site.weight, subtracted, magnitude);
         Ok(lora)
     }
 
@@ -200,39 +217,105 @@ impl Adapter {
 
     /// Where A and B of a site lie in the flat buffer.
     pub fn ranges(&self, site: &Site) -> [std::ops::Range<usize>; 2] {
-        let middle = site.offset + site.rank * site.inputs;
-        [site.offset..middle, middle..middle + site.rank * site.outputs]
+        let (rows, middle) = (site.experts * site.rank, site.offset + site.experts * site.rank * site.inputs);
+        [site.offset..middle, middle..middle + rows * site.outputs]
     }
 }
 
-/// The linears of a graph that the targets name.
+/// The linears of a graph that the targets name, and the parameters, in the order of the graph.
 fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
     check_linears(graph, |module| config.adapts(module))?;
-    let mut sites = Vec::new();
-    let mut offset = 0;
-    let mut modules = Vec::new();
+    let mut sites: Vec<Site> = Vec::new();
+    let (mut modules, mut parameters) = (Vec::new(), Vec::new());
     for (block, prefix, nodes) in blocks(graph) {
-        for (index, node) in nodes.iter().enumerate().filter(|(_, n)| is_module(n)) {
-            let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
-            let Some([_, inputs]) = node.weight("weight").map(|w| w.shape.as_slice()) else { continue };
-            if config.adapts(&module) {
-                let (inputs, outputs) = (*inputs, node.width);
-                let (rank, scale) = (config.rank_of(&module), config.scale_of(&module));
-                let (magnitudes, node) = (if config.dora { outputs } else { 0 }, (block, index));
-                let module = module.clone();
-                sites.push(Site { module, inputs, outputs, rank, scale, magnitudes, offset, node });
-                offset += rank * (inputs + outputs) + magnitudes;
+        for (index, node) in nodes.iter().enumerate() {
+            let node_at = (block, index);
+            let mut add = |module: String, parameter: Option<String>, weight: usize| {
+                let (&[.., outputs, inputs], experts) = (node.weights[weight].shape.as_slice(), experts_of(node))
+                else {
+                    return;
+                };
+                let name = parameter.as_deref().unwrap_or(&module);
+                let (rank, scale) = (config.rank_of(name), config.scale_of(name));
+                let magnitudes = if config.dora { outputs } else { 0 };
+                let offset = sites.last().map_or(0, |s| s.offset + s.numbers());
+                let node = node_at;
+                sites.push(Site {
+                    module,
+                    parameter,
+                    experts,
+                    inputs,
+                    outputs,
+                    rank,
+                    scale,
+                    magnitudes,
+                    offset,
+                    node,
+                    weight,
+                });
+            };
+            let full = |weight: &Weight| format!("{prefix}{}", weight.tensor);
+            if is_module(node) {
+                let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
+                let of_experts = matches!(config.targets, Targets::AllLinear) && names_experts(graph, &module);
+                if config.adapts(&module) && !of_experts {
+                    let at = node.weights.iter().position(|w| w.role == "weight").unwrap_or(0);
+                    add(module.clone(), None, at);
+                }
+                modules.push(module);
+                continue;
             }
-            modules.push(module);
+            let matrices = node.weights.iter().enumerate().filter(|(_, w)| is_parameter(node, w));
+            let named: Vec<(usize, String)> = matrices.map(|(at, w)| (at, full(w))).collect();
+            parameters.extend(named.iter().map(|(_, name)| name.clone()));
+            let adapted: Vec<_> = named.into_iter().filter(|(_, name)| config.adapts_parameter(name)).collect();
+            for (place, (at, name)) in adapted.iter().enumerate() {
+                let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
+                // PEFT wraps a module once for each of its parameters, the first one innermost.
+                let inside = ".base_layer".repeat(adapted.len() - 1 - place);
+                add(format!("{module}{inside}"), Some(name.clone()), *at);
+            }
         }
     }
     if let Some(unused) = config.targets.first_without_match(&modules) {
         return Err(Error::unknown("target module", &unused, last_names(&modules)));
     }
+    if let Some(unused) = config.parameters.iter().find(|name| !parameters.iter().any(|p| ends_in(p, name))) {
+        let what = Error::unknown("target parameter", unused, last_names(&parameters));
+        return Err(what.at("--target-parameters"));
+    }
     if sites.is_empty() {
         return Err(Error::input("no linear is left to adapt").help("exclude fewer, or name other target modules"));
     }
+    if let Some(site) = sites.iter().find(|s| s.experts > 1) {
+        config.refuse_for_experts(site)?;
+    }
     Ok(sites)
+}
+
+/// Whether a linear has the name of a projection of experts: PEFT takes such names in `target_modules` for the experts' own, so that
+/// it could not read an adapter on this one.
+fn names_experts(graph: &ModelGraph, module: &str) -> bool {
+    let mut of_each = graph.assemblies.iter().flat_map(|a| &a.parts).filter(|part| part.contains('*'));
+    let last = module.rsplit('.').next();
+    of_each.any(|part| part.strip_suffix(".weight").and_then(|name| name.rsplit('.').next()) == last)
+}
+
+/// How many matrices each weight of a node has.
+fn experts_of(node: &Node) -> usize {
+    match node.op.as_str() {
+        "experts" => node.weights.first().map_or(1, |w| w.shape[0]),
+        _ => 1,
+    }
+}
+
+/// Whether PEFT's `target_parameters` can name a weight that is no module's of its own: matrices of experts, a router's.
+fn is_parameter(node: &Node, weight: &Weight) -> bool {
+    match node.op.as_str() {
+        "experts" => weight.shape.len() == 3,
+        "linear" => weight.role == "weight",
+        _ => false,
+    }
 }
 
 /// Refuses what a user says of modules that there are none of.
@@ -244,7 +327,7 @@ fn refuse_idle(graph: &ModelGraph, config: &AdapterConfig, sites: &[Site]) -> Re
     if let Some(unused) = config.exclude.as_ref().and_then(|exclude| exclude.first_without_match(&modules)) {
         return Err(Error::unknown("module", &unused, last_names(&modules)).at("--exclude-modules"));
     }
-    let adapted = sites.iter().map(|s| s.module.as_str());
+    let adapted = sites.iter().map(|s| s.parameter.as_deref().unwrap_or(&s.module));
     for (flag, patterns) in [("--rank-pattern", &config.rank_pattern), ("--alpha-pattern", &config.alpha_pattern)] {
         if let Some(unused) = patterns.first_without_match(adapted.clone()) {
             let modules: Vec<String> = adapted.map(str::to_owned).collect();

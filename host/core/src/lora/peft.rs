@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 
-use super::{Adapter, AdapterConfig};
+use super::{Adapter, AdapterConfig, Site};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::weights::read_f32;
@@ -98,8 +98,13 @@ pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>;
             Some((_, values)) => Ok(values),
         };
         let [name_a, name_b, name_magnitude] = names(&site.module);
-        let mut a = take(&name_a, &[columns, site.inputs])?;
-        let b = take(&name_b, &[site.outputs, columns])?;
+        let mut a = take(&name_a, &[site.experts * columns, site.inputs])?;
+        let b = take(&name_b, &[site.outputs, columns * site.experts])?;
+        if site.experts > 1 {
+            params.extend(a);
+            params.extend(by_expert(site, &b));
+            continue;
+        }
         let other = a.split_off(rank * site.inputs);
         params.extend(a);
         params.extend(b.chunks(columns).flat_map(|row| &row[..rank]));
@@ -125,6 +130,20 @@ pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>;
     }
 }
 
+/// B of experts from PEFT's order, `[outputs, rank, experts]`, to `[experts, outputs, rank]` (`ParamWrapper` of
+/// `peft/tuners/lora/layer.py`).
+fn by_expert(site: &Site, b: &[f32]) -> Vec<f32> {
+    let Site { experts, outputs, rank, .. } = *site;
+    let of_expert = |expert: usize| (0..outputs * rank).map(move |at| b[at * experts + expert]);
+    (0..experts).flat_map(of_expert).collect()
+}
+
+/// The other way round.
+fn by_output(site: &Site, b: &[f32]) -> Vec<f32> {
+    let Site { experts, outputs, rank, .. } = *site;
+    (0..outputs * rank).flat_map(|at| (0..experts).map(move |expert| b[expert * outputs * rank + at])).collect()
+}
+
 pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
     let config = adapter.config.to_json(&adapter.sites, base_model);
     let text = format!("{:#}\n", config);
@@ -134,13 +153,16 @@ pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Resul
         let ([a, b], columns) = (adapter.ranges(site), adapter.columns(site));
         let [name_a, name_b, name_magnitude] = names(&site.module);
         let (mut values_a, mut values_b) = (adapter.params[a.clone()].to_vec(), adapter.params[b.clone()].to_vec());
+        if site.experts > 1 {
+            values_b = by_output(site, &values_b);
+        }
         if columns > site.rank {
             values_a.extend(&adapter.subtracted[a]);
             let rows = values_b.chunks(site.rank).zip(adapter.subtracted[b].chunks(site.rank));
             values_b = rows.flat_map(|(own, start)| own.iter().copied().chain(start.iter().map(|v| -v))).collect();
         }
-        data.push((name_a, vec![columns, site.inputs], bytes(values_a)));
-        data.push((name_b, vec![site.outputs, columns], bytes(values_b)));
+        data.push((name_a, vec![site.experts * columns, site.inputs], bytes(values_a)));
+        data.push((name_b, vec![site.outputs, columns * site.experts], bytes(values_b)));
         if let Some(range) = adapter.magnitude(site) {
             data.push((name_magnitude, vec![site.magnitudes], bytes(adapter.params[range].to_vec())));
         }

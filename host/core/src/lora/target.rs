@@ -74,7 +74,8 @@ impl Targets {
     }
 }
 
-fn ends_in(module: &str, name: &str) -> bool {
+/// Whether a name is another one, or ends in a dot and it.
+pub(super) fn ends_in(module: &str, name: &str) -> bool {
     module == name || module.strip_suffix(name).is_some_and(|m| m.ends_with('.'))
 }
 

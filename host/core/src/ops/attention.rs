@@ -458,7 +458,7 @@ mod tests {
                     node: &node,
                     inputs: vec![q, &k, &v],
                     weights: &sinks,
-                    lora: None,
+                    loras: &[],
                     layout,
                     input_gradients: true,
                 };
@@ -487,7 +487,7 @@ mod tests {
                 node: &node,
                 inputs: inputs.iter().collect(),
                 weights: &sinks,
-                lora: None,
+                loras: &[],
                 layout: &layout,
                 input_gradients: true,
             };

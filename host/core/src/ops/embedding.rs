@@ -14,5 +14,5 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 }
 
 fn vjp(_: &Call<'_>, _: &Tensor) -> Result<Gradients> {
-    Ok(Gradients { inputs: vec![None], lora: None })
+    Ok(Gradients { inputs: vec![None], loras: Vec::new() })
 }

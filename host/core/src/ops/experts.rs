@@ -13,7 +13,7 @@ use super::activation::Activation;
 use super::product::sum_of_products;
 use super::real::Real;
 use super::rows::{RowOp, over_rows, values};
-use super::{Call, Gradients, Kernel, Op, flag, number, product, weight};
+use super::{Call, Gradients, Kernel, Lora, Op, add, count, flag, lora, number, product, weight};
 use crate::error::{Error, Result};
 
 pub(super) const OP: Op = Op { name: "experts", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
@@ -139,33 +139,57 @@ impl RowOp<2, 1> for Vjp<'_> {
     }
 }
 
-/// A matrix of every expert, and its bias.
+/// A matrix of every expert, its bias, its low-rank update.
 struct Projections<'a> {
     weights: &'a Tensor,
     biases: Option<&'a Tensor>,
+    lora: Option<&'a Lora>,
 }
 
 /// The matrix of one expert.
 struct Projection {
     weight: Tensor,
     bias: Option<Tensor>,
+    /// A, B and the factor on their product.
+    lora: Option<(Tensor, Tensor, f64)>,
 }
 
 impl<'a> Projections<'a> {
     fn of(call: &'a Call<'_>, role: &str) -> Result<Projections<'a>> {
         let weights = weight(call, role).ok_or_else(|| Error::run(format!("experts run without their '{role}'")))?;
-        Ok(Projections { weights, biases: weight(call, &format!("{role}_bias")) })
+        Ok(Projections { weights, biases: weight(call, &format!("{role}_bias")), lora: lora(call, role) })
     }
 
     fn of_expert(&self, expert: usize) -> Result<Projection> {
         let bias = self.biases.map(|biases| biases.get(expert)).transpose()?;
-        Ok(Projection { weight: self.weights.get(expert)?, bias })
+        let own = |all: &Tensor| {
+            let rows = all.dim(0)? / self.weights.dim(0)?.max(1);
+            all.narrow(0, expert * rows, rows)
+        };
+        let lora = self.lora.map(|lora| Ok::<_, Error>((own(&lora.a)?, own(&lora.b)?, lora.scale))).transpose()?;
+        Ok(Projection { weight: self.weights.get(expert)?, bias, lora })
+    }
+
+    /// Gradients by A and B of all experts from those of each; zero of one that no token is sent to.
+    fn stacked(&self, parts: Vec<Option<[Tensor; 2]>>) -> Result<Option<Vec<Tensor>>> {
+        let Some(lora) = self.lora else { return Ok(None) };
+        let experts = parts.len().max(1);
+        let zero = |all: &Tensor| Ok::<_, Error>(all.narrow(0, 0, all.dim(0)? / experts)?.zeros_like()?);
+        let [none_a, none_b] = [zero(&lora.a)?, zero(&lora.b)?];
+        let (a, b): (Vec<Tensor>, Vec<Tensor>) = parts
+            .into_iter()
+            .map(|part| part.map_or_else(|| (none_a.clone(), none_b.clone()), |[a, b]| (a, b)))
+            .unzip();
+        Ok(Some(vec![Tensor::cat(&a, 0)?, Tensor::cat(&b, 0)?]))
     }
 }
 
 impl Projection {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = product(x, &self.weight)?;
+        let mut y = product(x, &self.weight)?;
+        if let Some((a, b, scale)) = &self.lora {
+            y = add(&y, &sum_of_products(&[(&product(x, a)?, &b.t()?, *scale)])?)?;
+        }
         match &self.bias {
             Some(bias) => Ok(y.broadcast_add(bias)?),
             None => Ok(y),
@@ -173,8 +197,22 @@ impl Projection {
     }
 
     /// The gradient of what it reads.
-    fn vjp(&self, dy: &Tensor) -> Result<Tensor> {
-        sum_of_products(&[(dy, &self.weight, 1.0)])
+    fn pull(&self, dy: &Tensor) -> Result<Tensor> {
+        match &self.lora {
+            None => sum_of_products(&[(dy, &self.weight, 1.0)]),
+            Some((a, b, scale)) => {
+                let v = sum_of_products(&[(dy, b, *scale)])?;
+                sum_of_products(&[(dy, &self.weight, 1.0), (&v, a, 1.0)])
+            }
+        }
+    }
+
+    /// The gradients of A and B: `scale · (dy · B)ᵀ · x` and `scale · dyᵀ · (x · Aᵀ)`.
+    fn by_lora(&self, x: &Tensor, dy: &Tensor) -> Result<Option<[Tensor; 2]>> {
+        let Some((a, b, scale)) = &self.lora else { return Ok(None) };
+        let v = sum_of_products(&[(dy, b, *scale)])?;
+        let u = sum_of_products(&[(x, &a.t()?, *scale)])?;
+        Ok(Some([sum_of_products(&[(&v.t()?, x, 1.0)])?, sum_of_products(&[(&dy.t()?, &u, 1.0)])?]))
     }
 }
 
@@ -223,8 +261,8 @@ impl<'a> Mixture<'a> {
     }
 
     /// What goes into an expert's activation, and what comes out.
-    fn inside(&self, expert: usize, x: &Tensor) -> Result<[Tensor; 2]> {
-        let h = self.into.of_expert(expert)?.forward(x)?;
+    fn inside(&self, into: &Projection, x: &Tensor) -> Result<[Tensor; 2]> {
+        let h = into.forward(x)?;
         let [a] = over_rows(&Forward(&self.inner), [&h], [self.down.weights.dim(2)?])?;
         Ok([h, a])
     }
@@ -259,11 +297,19 @@ impl<'a> Mixture<'a> {
     }
 }
 
+/// Numbers a token that experts hold beside what they read and make, in a backward pass: of each expert that it is sent to what goes in,
+/// what is inside, and the gradients of both.
+pub fn workspace(node: &Node) -> usize {
+    let inside = node.weights.first().and_then(|w| w.shape.get(1)).copied().unwrap_or(0);
+    let routing = 2 * node.weights.first().and_then(|w| w.shape.first()).copied().unwrap_or(0);
+    count(node, "top_k") * (5 * node.width + 4 * inside) + routing
+}
+
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let (x, mixture) = (call.inputs[0], Mixture::of(call)?);
     let of_expert = |expert: usize| -> Result<Option<Tensor>> {
         let Some(own) = mixture.own(expert, x)? else { return Ok(None) };
-        let [_, a] = mixture.inside(expert, &own.x)?;
+        let [_, a] = mixture.inside(&mixture.into.of_expert(expert)?, &own.x)?;
         let y = mixture.down.of_expert(expert)?.forward(&a)?;
         Ok(Some(y.broadcast_mul(&own.routing)?))
     };
@@ -271,32 +317,50 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
     mixture.summed(&parts, x)
 }
 
+/// Gradients of one expert: by what it reads, by the routing, by A and B of both matrices.
+struct ByExpert {
+    x: Tensor,
+    routing: Tensor,
+    loras: [Option<[Tensor; 2]>; 2],
+}
+
 /// With `g = dy · down_e`: `d routing = g · a + dy · bias`, `da = routing · g`, then through the activation and the first matrix.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let (x, mixture) = (call.inputs[0], Mixture::of(call)?);
-    let of_expert = |expert: usize| -> Result<Option<[Tensor; 2]>> {
+    let of_expert = |expert: usize| -> Result<Option<ByExpert>> {
         let Some(own) = mixture.own(expert, x)? else { return Ok(None) };
         let dy = dy.index_select(&own.rows, 0)?;
-        let [h, a] = mixture.inside(expert, &own.x)?;
-        let down = mixture.down.of_expert(expert)?;
-        let g = down.vjp(&dy)?;
-        let mut by_routing = (&g * &a)?.sum(1)?;
+        let (into, down) = (mixture.into.of_expert(expert)?, mixture.down.of_expert(expert)?);
+        let [h, a] = mixture.inside(&into, &own.x)?;
+        let g = down.pull(&dy)?;
+        let mut routing = (&g * &a)?.sum(1)?;
         if let Some(bias) = &down.bias {
-            by_routing = (by_routing + dy.broadcast_mul(bias)?.sum(1)?)?;
+            routing = (routing + dy.broadcast_mul(bias)?.sum(1)?)?;
         }
         let da = g.broadcast_mul(&own.routing)?;
         let [dh] = over_rows(&Vjp(&mixture.inner), [&h, &da], [h.dim(1)?])?;
-        Ok(Some([mixture.into.of_expert(expert)?.vjp(&dh)?, by_routing]))
+        let loras = [into.by_lora(&own.x, &dh)?, down.by_lora(&a, &dy.broadcast_mul(&own.routing)?)?];
+        Ok(Some(ByExpert { x: into.pull(&dh)?, routing, loras }))
     };
     let parts = (0..mixture.rows.len()).into_par_iter().map(of_expert).collect::<Result<Vec<_>>>()?;
+    let (mut by_x, mut by_into, mut by_down) = (Vec::new(), Vec::new(), Vec::new());
     let mut by_routing = vec![0.0; mixture.routing.len()];
-    for (expert, part) in parts.iter().enumerate() {
-        let Some([_, part]) = part else { continue };
-        let part: Vec<f64> = part.to_dtype(DType::F64)?.to_vec1()?;
-        let rows = mixture.rows[expert].iter().zip(part);
+    for (expert, part) in parts.into_iter().enumerate() {
+        let Some(ByExpert { x, routing, loras: [into, down] }) = part else {
+            by_x.push(None);
+            by_into.push(None);
+            by_down.push(None);
+            continue;
+        };
+        let routing: Vec<f64> = routing.to_dtype(DType::F64)?.to_vec1()?;
+        let rows = mixture.rows[expert].iter().zip(routing);
         rows.for_each(|(row, value)| by_routing[*row as usize * mixture.rows.len() + expert] = value);
+        by_x.push(Some(x));
+        by_into.push(into);
+        by_down.push(down);
     }
     let by_routing = Tensor::from_vec(by_routing, call.inputs[1].shape(), &Device::Cpu)?.to_dtype(x.dtype())?;
-    let by_x: Vec<Option<Tensor>> = parts.into_iter().map(|part| part.map(|[by_x, _]| by_x)).collect();
-    Ok(Gradients::of(vec![mixture.summed(&by_x, x)?, by_routing]))
+    let inputs = vec![Some(mixture.summed(&by_x, x)?), Some(by_routing)];
+    let loras = [mixture.into.stacked(by_into)?, mixture.down.stacked(by_down)?];
+    Ok(Gradients { inputs, loras: loras.into_iter().flatten().collect() })
 }

@@ -6,7 +6,7 @@
 use candle_core::{D, Tensor};
 
 use super::product::sum_of_products;
-use super::{Call, Dropout, Gradients, Kernel, Lora, Op, add, main_weight, product, weight};
+use super::{Call, Dropout, Gradients, Kernel, Lora, Op, add, lora, main_weight, product, weight};
 use crate::batch::{Layout, mix};
 use crate::error::{Error, Result};
 
@@ -14,7 +14,7 @@ pub(super) const OP: Op = Op { name: "linear", cached_inputs: &[], kernel: Kerne
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {
     let (x, w) = (call.inputs[0], main_weight(call)?);
-    let y = match call.lora {
+    let y = match lora(call, "weight") {
         None => product(x, w)?,
         Some(lora) => adapted(call, x, w, lora)?,
     };
@@ -61,7 +61,7 @@ fn adapted(call: &Call<'_>, x: &Tensor, w: &Tensor, lora: &Lora) -> Result<Tenso
 /// its column, and `dm = Σ dy ⊙ (x·(W + scale·B·A)ᵀ) / ‖W + scale·B·A‖`.
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let (x, w) = (call.inputs[0], main_weight(call)?);
-    let Some(lora) = call.lora else { return Ok(Gradients::of(vec![sum_of_products(&[(dy, w, 1.0)])?])) };
+    let Some(lora) = lora(call, "weight") else { return Ok(Gradients::of(vec![sum_of_products(&[(dy, w, 1.0)])?])) };
     let mask = lora.dropout.map(|dropout| dropout.mask(x, call.layout)).transpose()?;
     let dropped = masked(x, mask.as_ref())?;
     let factor = lora.factor(w)?;
@@ -93,7 +93,7 @@ fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
         let terms: Vec<_> = first.into_iter().chain(begun).collect();
         sum_of_products(&terms)
     });
-    Ok(Gradients { inputs: vec![dx.transpose()?], lora: Some(parts) })
+    Ok(Gradients { inputs: vec![dx.transpose()?], loras: vec![parts] })
 }
 
 /// Lengths of the rows of `W + scale·B·A`, `[out]`, in A's type.

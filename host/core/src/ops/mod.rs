@@ -12,7 +12,7 @@ mod cat;
 mod causal_conv;
 mod embedding;
 mod expand;
-mod experts;
+pub mod experts;
 mod gated_delta;
 mod gather;
 mod glu;
@@ -118,8 +118,8 @@ pub struct Call<'a> {
     pub inputs: Vec<&'a Tensor>,
     /// Its weights, in the node's order.
     pub weights: &'a [Tensor],
-    /// The low-rank update of its weight.
-    pub lora: Option<&'a Lora>,
+    /// The low-rank updates of its weights.
+    pub loras: &'a [Lora],
     /// Which token is where.
     pub layout: &'a Layout,
     /// Whether a VJP has to give gradients of the inputs: not where nothing trainable lies before them.
@@ -129,9 +129,11 @@ pub struct Call<'a> {
 /// A low-rank update: `W + scale · B · A` (Hu et al. 2021, eq. 3).
 #[derive(Clone, Debug)]
 pub struct Lora {
-    /// `[rank, in]`.
+    /// Which of the node's weights it is of.
+    pub weight: usize,
+    /// `[rank, in]`; of experts one below the other.
     pub a: Tensor,
-    /// `[out, rank]`.
+    /// `[out, rank]`; of experts one below the other.
     pub b: Tensor,
     /// `alpha / rank`, or `alpha / sqrt(rank)`.
     pub scale: f64,
@@ -158,7 +160,7 @@ pub struct Dropout {
 impl Lora {
     /// A plain one.
     pub fn new(a: Tensor, b: Tensor, scale: f64) -> Lora {
-        Lora { a, b, scale, subtracted: None, magnitude: None, dropout: None, norms: OnceLock::new() }
+        Lora { weight: 0, a, b, scale, subtracted: None, magnitude: None, dropout: None, norms: OnceLock::new() }
     }
 }
 
@@ -166,13 +168,13 @@ impl Lora {
 pub struct Gradients {
     /// Of each input; `None` for one that takes none.
     pub inputs: Vec<Option<Tensor>>,
-    /// Of the low-rank update: by A, by B, and by the magnitude vector where it has one.
-    pub lora: Option<Vec<Tensor>>,
+    /// Of every low-rank update of the call: by A, by B, and by the magnitude vector where it has one.
+    pub loras: Vec<Vec<Tensor>>,
 }
 
 impl Gradients {
     fn of(inputs: Vec<Tensor>) -> Gradients {
-        Gradients { inputs: inputs.into_iter().map(Some).collect(), lora: None }
+        Gradients { inputs: inputs.into_iter().map(Some).collect(), loras: Vec::new() }
     }
 }
 
@@ -214,6 +216,12 @@ pub fn find(name: &str) -> Result<&'static Op> {
 /// The weight of a role, of a call whose node was checked.
 fn weight<'a>(call: &'a Call<'_>, role: &str) -> Option<&'a Tensor> {
     call.node.weights.iter().position(|w| w.role == role).and_then(|at| call.weights.get(at))
+}
+
+/// The low-rank update of the weight of a role.
+fn lora<'a>(call: &'a Call<'_>, role: &str) -> Option<&'a Lora> {
+    let at = call.node.weights.iter().position(|w| w.role == role)?;
+    call.loras.iter().find(|lora| lora.weight == at)
 }
 
 /// The weight of role `weight`.

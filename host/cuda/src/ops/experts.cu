@@ -88,30 +88,50 @@ extern "C" __global__ void experts_places(View routing, bf16* at, int tokens, in
     }
 }
 
-// The rows of x.
-extern "C" __global__ void experts_gather(View x, bf16* at, View y, int tokens, int top_k, int experts, int width) {
-    auto [to, i] = place(width);
+// A token's values to all of its rows.
+extern "C" __global__ void experts_spread(View x, bf16* at, View y, int tokens, int top_k, int experts, int width) {
+    auto [token, i] = place(width);
     if (i >= width) return;
-    int token = plan_at(at, tokens, top_k, experts).token_of[to];
-    *(uint4*)(row(y, to) + i) = *(const uint4*)(row(x, token) + i);
+    const int* rows = plan_at(at, tokens, top_k, experts).rows_of + token * top_k;
+    uint4 values = *(const uint4*)(row(x, token) + i);
+#pragma unroll 8
+    for (int j = 0; j < top_k; j++) {
+        int to = rows[j];
+        if (to >= 0) *(uint4*)(row(y, to) + i) = values;
+    }
 }
 
-// A token's sum of its rows, each with its bias and times its weight where there are such.
+// A token's sum of its rows, each with its bias and times its weight where there are such. Those of a step are on their way together.
+#define ROWS_AT_ONCE 4
 extern "C" __global__ void experts_sum(View x, bf16* at, View routing, const bf16* bias, View y, int tokens, int top_k, int experts,
                                        int width) {
     auto [token, i] = place(width);
     if (i >= width) return;
     Plan p = plan_at(at, tokens, top_k, experts);
     Eight sum = {};
-    for (int j = 0; j < top_k; j++) {
-        int from = p.rows_of[token * top_k + j];
-        if (from < 0) break;
-        int e = p.expert_of[from];
-        float weight = routing.at ? to_float(row(routing, token)[e]) : 1.f;
-        Eight own = load8(row(x, from) + i), shift = {};
-        if (bias) shift = load8(bias + (long long)e * width + i);
+    for (int j = 0; j < top_k; j += ROWS_AT_ONCE) {
+        int from[ROWS_AT_ONCE];
+        Eight own[ROWS_AT_ONCE];
+        float weight[ROWS_AT_ONCE];
 #pragma unroll
-        for (int q = 0; q < 8; q++) sum.v[q] += weight * (own.v[q] + shift.v[q]);
+        for (int r = 0; r < ROWS_AT_ONCE; r++) from[r] = j + r < top_k ? p.rows_of[token * top_k + j + r] : -1;
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+            own[r] = {}, weight[r] = 1.f;
+            if (from[r] < 0) continue;
+            own[r] = load8(row(x, from[r]) + i);
+            int e = routing.at || bias ? p.expert_of[from[r]] : 0;
+            if (routing.at) weight[r] = to_float(row(routing, token)[e]);
+            if (!bias) continue;
+            Eight shift = load8(bias + (long long)e * width + i);
+#pragma unroll
+            for (int q = 0; q < 8; q++) own[r].v[q] += shift.v[q];
+        }
+#pragma unroll
+        for (int r = 0; r < ROWS_AT_ONCE; r++) {
+#pragma unroll
+            for (int q = 0; q < 8; q++) sum.v[q] += weight[r] * own[r].v[q];
+        }
     }
     store8(row(y, token) + i, sum);
 }

@@ -1,6 +1,6 @@
 //! A mixture of experts: every token goes through some of many MLPs.
 //!
-//! Which rows an expert has is found first. Then rows are gathered, so that those of an expert lie together, and every product is one launch
+//! Which rows an expert has is found first. Then tokens are written to all of their rows, so that those of an expert lie together, and every product is one launch
 //! for all experts. Nothing is padded: a token takes the memory of `top_k` rows, whatever they are sent to.
 
 use dpo_plugin_api::graph::Node;
@@ -21,7 +21,7 @@ pub(super) static SOURCE: Source = Source::plain(
         "experts_count",
         "experts_offsets",
         "experts_places",
-        "experts_gather",
+        "experts_spread",
         "experts_sum",
         "experts_drouting",
         "experts_activation",
@@ -63,8 +63,8 @@ struct Experts {
 
 /// Finds the rows of experts.
 struct Plan(Experts);
-/// Gathers them.
-struct Gather(Experts);
+/// Gives a token's values to all of its rows.
+struct Spread(Experts);
 /// The product of rows with a matrix of each expert, or with its transpose.
 struct Product {
     own: Experts,
@@ -78,7 +78,7 @@ struct Inner(Experts);
 struct InnerVjp(Experts);
 struct Sum(Experts);
 /// Sums the gradients of rows by token, and puts those of what they count where routing has it.
-struct GatherVjp(Experts);
+struct SpreadVjp(Experts);
 
 /// `struct Mlp` of `experts.cu`.
 #[derive(Clone, Copy)]
@@ -226,7 +226,7 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let y = l.place(index);
     l.leave(index, vec![plan, before]);
     l.push(Step::new("experts plan", [routing], [plan], Plan(own)))?;
-    l.push(Step::new("experts gather", [x, plan], [gathered], Gather(own)))?;
+    l.push(Step::new("experts spread", [x, plan], [gathered], Spread(own)))?;
     l.push(own.product(l, 0, false, [gathered, plan, before]))?;
     l.push(Step::new("experts activation", [before, plan], [inner], Inner(own)))?;
     l.push(own.product(l, 1, false, [inner, plan, after]))?;
@@ -239,7 +239,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let nodes = l.nodes;
     let [gathered, dinner, dx_rows] = [own.hidden, own.inner, own.hidden].map(|width| own.rows(l, width));
     let by_row = own.rows(l, 1);
-    l.push(Step::new("experts gather", [dy, plan], [gathered], Gather(own)))?;
+    l.push(Step::new("experts spread", [dy, plan], [gathered], Spread(own)))?;
     l.push(own.product(l, 1, true, [gathered, plan, dinner]))?;
     let reads = [before, dinner, gathered, plan, routing];
     // A row's columns are read before they are written.
@@ -248,7 +248,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     l.push(own.product(l, 0, true, [before, plan, dx_rows]))?;
     let (dx, after_x) = l.write_gradient(nodes[index].inputs[0]);
     let (drouting, after_routing) = l.write_gradient(nodes[index].inputs[1]);
-    l.push(Step::new("experts sum", [dx_rows, by_row, plan], [dx, drouting], GatherVjp(own)))?;
+    l.push(Step::new("experts sum", [dx_rows, by_row, plan], [dx, drouting], SpreadVjp(own)))?;
     after_x.into_iter().chain(after_routing).try_for_each(|step| l.push(step))
 }
 
@@ -275,12 +275,12 @@ impl Execute for Plan {
     }
 }
 
-impl Execute for Gather {
+impl Execute for Spread {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let own = &self.0;
         let args = Args::default().with(reads[0]).with(reads[1].at).with(rows_of(writes[0], own.hidden));
         let args = own.sized(on, args).with(own.hidden as i32);
-        on.by_columns("experts_gather", on.rows * own.top_k, own.hidden, args)
+        on.by_columns("experts_spread", on.rows, own.hidden, args)
     }
 
     /// In tests, the rows of a token lie in its own.
@@ -412,7 +412,7 @@ impl Execute for Sum {
     }
 }
 
-impl Execute for GatherVjp {
+impl Execute for SpreadVjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, none) = (&self.0, View { at: 0, ld: 0 });
         let args = Args::default().with(rows_of(reads[0], own.hidden)).with(reads[2].at).with(none).with(0_u64);

@@ -7,6 +7,7 @@ mod gemma;
 mod gemma4;
 mod glm;
 mod granite;
+mod latent;
 mod mistral;
 mod muse;
 mod olmo;
@@ -100,6 +101,7 @@ plugin! {
         &glm::GLM, &glm::GLM4,
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
         &granite::GRANITE, &granite::MINICPM,
+        &latent::YOUTU, &latent::MINICPM3,
         &cohere::COHERE, &cohere::COHERE2,
         &exaone::EXAONE4,
         &stability::STABLELM,
@@ -140,6 +142,8 @@ mod tests {
             (&muse::MUSE_GLIMMER, [52, 39, 39]),
             (&plain::CWM, [64, 48, 64]),
             (&plain::SMOLLM3, [36, 0, 27]),
+            (&latent::YOUTU, [32, 0, 32]),
+            (&latent::MINICPM3, [62, 0, 62]),
         ];
         for (family, counts) in expected {
             let graph = check_model(family);
