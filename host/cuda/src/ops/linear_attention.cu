@@ -27,9 +27,11 @@ struct Rule {
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
-// Of what a token of a chunk sees.
+// Of what a token of a chunk sees. What it does not see has the log decay HIDDEN, so that a factor is computed without a branch.
+#define HIDDEN -1e9f
+
 __device__ __forceinline__ bool sees(const Chunk& c, int begin, int i, int j) {
-    return j <= i && (c.first + j < c.prompt || c.first + j >= begin);
+    return (j <= i) & ((c.first + j < c.prompt) | (c.first + j >= begin));
 }
 
 // Sums of squares of a tile's rows to `to`, as 1 / sqrt(sum + eps); 256 / CHUNK lanes have a row, or 128 / CHUNK.
@@ -194,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(128) recurrence_chunks(const Chunk*
             if (tile <= 2 * warp + 1) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    bool seen = i < c.rows && sees(c, first_seen[i], i, j + e);
-                    float decay = seen ? __expf(sums[i] - sums[j + e]) * norms[1][j + e] : 0.f;
+                    bool seen = (i < c.rows) & sees(c, first_seen[i], i, j + e);
+                    float decay = __expf(seen ? sums[i] - sums[j + e] : HIDDEN) * norms[1][j + e];
                     score[e] = decay * norms[0][i] * scale * qk[tile][2 * half + e];
                     entry[e] = i == j + e ? 0.f : decay * betas[i] * norms[1][i] * kk[tile][2 * half + e];
                 }

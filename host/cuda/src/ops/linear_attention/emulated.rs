@@ -8,9 +8,6 @@ use dpo_core::ops::answer_mask::AnswerMask;
 /// Rows of some columns.
 type Rows = Vec<Vec<f32>>;
 
-/// A chunk of a walk, its tokens, the state before, what it writes, and its output.
-type Step = (Chunk, Tokens, Rows, [Rows; 2]);
-
 /// What a head's tokens of a chunk are computed of: keys and queries times their factors, what a state is multiplied by, matrices.
 struct Tokens {
     q: Rows,
@@ -22,6 +19,15 @@ struct Tokens {
     sees: Vec<Vec<bool>>,
     solve: Rows,
     scores: Rows,
+}
+
+/// A chunk of a head: its tokens, the state before it, what it writes, and its output.
+struct Walked {
+    chunk: Chunk,
+    tokens: Tokens,
+    state: Rows,
+    written: Rows,
+    out: Rows,
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {
@@ -200,7 +206,7 @@ impl LinearAttention {
     }
 
     /// Walks of a head along every example.
-    fn walk_head(&self, on: &mut Emulation<'_>, head: usize, v: &Slice, from: &[Slice]) -> Vec<Vec<Step>> {
+    fn walk_head(&self, on: &mut Emulation<'_>, head: usize, v: &Slice, from: &[Slice]) -> Vec<Vec<Walked>> {
         let chunks = Chunks::of(&on.batch().layout.clone());
         let skip = self.vectors(on)[2].get(head).copied().unwrap_or(0.0);
         let mut all = Vec::new();
@@ -215,11 +221,11 @@ impl LinearAttention {
                 let tokens = self.tokens(on, chunk, head, from);
                 let values: Rows = (0..chunk.rows).map(|i| on.row(&self.of_head(v, head), chunk.row + i)).collect();
                 let before = state.clone();
-                let made = self.run(&tokens, &values, &mut state, skip);
+                let [written, out] = self.run(&tokens, &values, &mut state, skip);
                 if chunk.first + chunk.rows == chunk.prompt {
                     fork = state.clone();
                 }
-                walk.push((*chunk, tokens, before, made));
+                walk.push(Walked { chunk: *chunk, tokens, state: before, written, out });
             }
             all.push(walk);
         }
@@ -229,7 +235,7 @@ impl LinearAttention {
     pub(super) fn emulate_walk(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let from: Vec<Slice> = reads[..2].iter().chain(&reads[3..]).copied().collect();
         for head in 0..self.heads {
-            for (chunk, _, _, [_, out]) in self.walk_head(on, head, &reads[2], &from).into_iter().flatten() {
+            for Walked { chunk, out, .. } in self.walk_head(on, head, &reads[2], &from).into_iter().flatten() {
                 let to = self.of_head(&writes[0], head);
                 out.iter().enumerate().for_each(|(i, out)| on.write(&to, chunk.row + i, out));
             }
@@ -250,7 +256,7 @@ impl LinearAttention {
             let of_key = head / self.share() * self.kind.key;
             for walk in self.walk_head(on, head, v, &from) {
                 let (mut dstate, mut dfork) = (self.zero(), self.zero());
-                for (chunk, t, state, [written, _]) in walk.iter().rev() {
+                for Walked { chunk, tokens: t, state, written, .. } in walk.iter().rev() {
                     if chunk.first + chunk.rows == chunk.prompt {
                         dstate = dfork.clone();
                     }
