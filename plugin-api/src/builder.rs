@@ -6,6 +6,7 @@
 mod attention;
 mod columns;
 mod experts;
+mod recurrent;
 
 use std::collections::BTreeMap;
 
@@ -18,6 +19,7 @@ use crate::{Error, Result};
 
 pub use attention::Attention;
 pub use experts::{Experts, GroupScore, Groups, Router, Scoring};
+pub use recurrent::{GatedDelta, StateSpace};
 
 /// A value inside a block: `[tokens, width]`.
 #[derive(Clone, Copy, Debug)]
@@ -171,7 +173,8 @@ impl BlockBuilder {
         }
         let mut attrs = vec![("eps", json!(norm.eps))];
         attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
-        attrs.extend((!norm.weight && run != x.width).then(|| ("run", json!(run))));
+        let stated = run != x.width && (!norm.weight || *shape == [x.width]);
+        attrs.extend(stated.then(|| ("run", json!(run))));
         self.op(norm.op, &[x], weights, &attrs, x.width)
     }
 
@@ -203,7 +206,7 @@ impl BlockBuilder {
         self.op("rope", &[x], vec![], &attrs, x.width)
     }
 
-    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2` and `sigmoid`. A gate may have fewer
+    /// `activation(gate) · up`; activations are `silu`, `gelu` (exact), `gelu_tanh`, `relu2`, `sigmoid` and `identity`. A gate may have fewer
     /// columns than `up`: each then carries a run of them.
     pub fn glu(&mut self, activation: &str, gate: Var, up: Var) -> Var {
         if gate.width == 0 || !up.width.is_multiple_of(gate.width) {

@@ -5,6 +5,7 @@
 
 use crate::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use crate::graph::ModelGraph;
+use crate::mixer::Mixer;
 use crate::mla::LatentAttention;
 use crate::model::Config;
 use crate::moe::Moe;
@@ -70,7 +71,7 @@ pub struct Decoder {
     pub attention_scale: f64,
     /// Queries, keys and values are clamped to plus and minus this.
     pub clamp_qkv: Option<f64>,
-    /// The tensor of a logit for each head that joins the softmax and has no value.
+    /// A tensor with a logit for every head, which joins the sum of its softmax and has no value (gpt-oss).
     pub sinks: Option<&'static str>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
@@ -85,12 +86,14 @@ pub struct Decoder {
 }
 
 /// What layers of a decoder may differ in.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct DecoderLayer {
     /// Sliding window of its attention.
     pub window: Option<usize>,
     /// Rotary embedding; `None` for a layer without positions.
     pub rope: Option<Rope>,
+    /// A mixer in place of its attention.
+    pub mixer: Option<Mixer>,
     /// Experts in place of its MLP.
     pub moe: Option<Moe>,
 }
@@ -193,6 +196,10 @@ pub struct Modules {
     pub fused_qkv: Option<&'static str>,
     /// A projection whose sigmoid is a factor on what the attention gives.
     pub output_gate: Option<&'static str>,
+    /// Whether that is one for each head, not for each column.
+    pub head_gate: bool,
+    /// Whether the projection to queries gives such a factor, too, of every head behind its queries.
+    pub gated_queries: bool,
     /// Behind the attention.
     pub o: &'static str,
     /// The gate of a gated MLP.
@@ -228,7 +235,7 @@ impl Decoder {
             heads,
             kv_heads: config.opt_size("num_key_value_heads")?.unwrap_or(heads),
             head_dim,
-            layers: vec![DecoderLayer { window: None, rope: None, moe: None }; config.layers()?],
+            layers: vec![DecoderLayer::default(); config.layers()?],
             norm: Norm::rms(config.opt_float("rms_norm_eps")?.unwrap_or(1e-6)),
             norms: LayerNorms::PRE,
             after_norm: None,
@@ -239,6 +246,8 @@ impl Decoder {
                 qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                 fused_qkv: None,
                 output_gate: None,
+                head_gate: false,
+                gated_queries: false,
                 o: "self_attn.o_proj",
                 gate: "mlp.gate_proj",
                 up: "mlp.up_proj",
@@ -323,6 +332,38 @@ impl Decoder {
 
     /// The graph before it is finished, for a family that has more to say of its files.
     pub fn build(&self) -> Result<GraphBuilder> {
+        let name = |layer: &DecoderLayer| {
+            let mut name = String::from("decoder");
+            name.extend(layer.window.map(|w| format!(", window {w}")));
+            name += match &layer.mixer {
+                Some(Mixer::GatedDelta(_)) => ", gated delta net",
+                Some(Mixer::ShortConv(_)) => ", short convolution",
+                Some(Mixer::Mamba(_)) => ", Mamba 2",
+                None if layer.rope.is_none() => ", no rope",
+                None => "",
+            };
+            name.extend(layer.moe.is_some().then_some(", experts"));
+            name
+        };
+        let mut graph = self.build_of(&self.layers, name, |b, x, layer| self.layer(b, x, layer))?;
+        for layer in &self.layers {
+            layer.rope.iter().for_each(|rope| graph.rope_limit(rope));
+            layer.moe.iter().for_each(|moe| moe.assemble(&mut graph));
+        }
+        Ok(graph)
+    }
+
+    /// Embedding, final norm and output projection around layers that a family builds: what each is, what a kind of layer is called, and
+    /// from a layer's input to its output.
+    ///
+    /// # Errors
+    /// Heads that cannot share key heads.
+    pub fn build_of<K: PartialEq>(
+        &self,
+        layers: &[K],
+        name: impl Fn(&K) -> String,
+        body: impl Fn(&mut BlockBuilder, Var, &K) -> Var,
+    ) -> Result<GraphBuilder> {
         if self.kv_heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             return bail!("config.json: {} attention heads cannot share {} key heads", self.heads, self.kv_heads);
         }
@@ -333,23 +374,16 @@ impl Decoder {
             let x = scaled(b, x, self.embedding_scale);
             self.embedding_norm.map_or(x, |norm| b.norm(norm.plain(), "embed_norm", x))
         });
-        let mut kinds: Vec<&DecoderLayer> = Vec::new();
-        for (at, layer) in self.layers.iter().enumerate() {
+        let mut kinds: Vec<&K> = Vec::new();
+        for (at, layer) in layers.iter().enumerate() {
             let kind = kinds.iter().position(|k| *k == layer).unwrap_or_else(|| {
                 kinds.push(layer);
                 kinds.len() - 1
             });
-            let mut name = String::from(if kind == 0 { "decoder" } else { "decoder, other" });
-            name.extend(layer.window.map(|w| format!(", window {w}")));
-            name.extend(layer.rope.is_none().then_some(", no rope"));
-            name.extend(layer.moe.is_some().then_some(", experts"));
-            if kind > 1 {
-                name += &format!(", {kind}");
-            }
-            let block = graph.block_once(&name, |b, x| self.layer(b, x, layer));
+            let known = kinds[..kind].iter().filter(|k| name(k) == name(layer)).count();
+            let more = if known > 0 { format!(", other {known}") } else { String::new() };
+            let block = graph.block_once(&(name(layer) + &more), |b, x| body(b, x, layer));
             graph.layer(block, format!("{}layers.{at}.", self.prefix));
-            layer.rope.iter().for_each(|rope| graph.rope_limit(rope));
-            layer.moe.iter().for_each(|moe| moe.assemble(&mut graph));
         }
         let head = if self.tied { table.as_str() } else { "lm_head.weight" };
         graph.head(|b, x| {
@@ -367,7 +401,10 @@ impl Decoder {
     fn layer(&self, b: &mut BlockBuilder, x: Var, layer: &DecoderLayer) -> Var {
         let (before, after) = (self.norm, self.after_norm.unwrap_or(self.norm));
         let h = norm_at(b, before, self.norms.before_attention, x);
-        let attention = self.attention(b, h, layer);
+        let attention = match &layer.mixer {
+            Some(mixer) => mixer.build(b, h),
+            None => self.attention(b, h, layer),
+        };
         let attention = norm_at(b, after, self.norms.after_attention, attention);
         let attention = scaled(b, attention, self.residual_scale);
         if self.norms.parallel {
@@ -391,6 +428,7 @@ impl Decoder {
             return b.linear_if(self.o_bias, self.names.o, mixed, self.hidden);
         }
         let [wide, narrow] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        let mut gate_of_queries = None;
         let parts = match self.names.fused_qkv {
             Some(module) => {
                 let all = b.linear_if(self.qkv_bias, module, h, wide + 2 * narrow);
@@ -398,7 +436,14 @@ impl Decoder {
             }
             None => {
                 let [q, k, v] = self.names.qkv;
-                [(q, wide), (k, narrow), (v, narrow)].map(|(module, out)| b.linear_if(self.qkv_bias, module, h, out))
+                let wide = if self.names.gated_queries { 2 * wide } else { wide };
+                let mut parts = [(q, wide), (k, narrow), (v, narrow)]
+                    .map(|(module, out)| b.linear_if(self.qkv_bias, module, h, out));
+                if self.names.gated_queries {
+                    let [queries, gate] = b.split_heads(parts[0], self.heads, [self.head_dim; 2]);
+                    (parts[0], gate_of_queries) = (queries, Some(gate));
+                }
+                parts
             }
         };
         let [mut q, mut k, v] = match self.clamp_qkv {
@@ -419,10 +464,13 @@ impl Decoder {
             (q, k) = (self.of_heads(b, &norm, norm.q, q), self.of_heads(b, &norm, norm.k, k));
         }
         let numbers = Attention::new(self.heads, self.kv_heads, self.head_dim).scale(self.attention_scale);
-        let mut mixed =
-            b.attention_with(q, k, v, numbers.window(layer.window).softcap(self.attention_softcap), self.sinks);
-        if let Some(gate) = self.names.output_gate {
-            let gate = b.linear(gate, h, wide);
+        let numbers = numbers.window(layer.window).softcap(self.attention_softcap);
+        let mut mixed = b.attention_with(q, k, v, numbers, self.sinks);
+        let gate_of_output = self.names.output_gate.map(|gate| {
+            let columns = if self.names.head_gate { self.heads } else { wide };
+            b.linear(gate, h, columns)
+        });
+        for gate in gate_of_queries.into_iter().chain(gate_of_output) {
             mixed = b.glu("sigmoid", gate, mixed);
         }
         b.linear_if(self.o_bias, self.names.o, mixed, self.hidden)
@@ -447,10 +495,13 @@ impl Decoder {
 
     /// The MLP of a layer, or its experts.
     fn mlp_of(&self, b: &mut BlockBuilder, h: Var, layer: &DecoderLayer) -> Var {
-        match &layer.moe {
-            Some(moe) => moe.build(b, h),
-            None => self.mlp(b, h),
+        let Some(moe) = &layer.moe else { return self.mlp(b, h) };
+        let experts = moe.build(b, h);
+        if !moe.beside_mlp {
+            return experts;
         }
+        let mlp = self.mlp(b, h);
+        b.add(experts, mlp)
     }
 
     /// From what the MLP reads to what its last projection gives.

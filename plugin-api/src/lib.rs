@@ -45,6 +45,7 @@ mod error;
 mod export;
 pub mod graph;
 pub mod loss;
+pub mod mixer;
 pub mod mla;
 pub mod model;
 pub mod moe;

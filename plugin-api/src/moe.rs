@@ -24,6 +24,8 @@ pub struct Moe {
     pub files: ExpertFiles,
     /// The expert that every token takes.
     pub shared: Option<SharedExpert>,
+    /// Whether the layer has its MLP, too, to which the experts are added.
+    pub beside_mlp: bool,
 }
 
 /// How published files have experts, beside the tensors of all of them that the graph reads.
@@ -71,6 +73,7 @@ impl Moe {
             experts: Experts::new("mlp.experts", count, top_k, inner, activation),
             files: Moe::PROJECTIONS,
             shared: None,
+            beside_mlp: false,
         }
     }
 

@@ -4,6 +4,7 @@
 //! in an author's tests.
 
 mod experts;
+mod recurrent;
 mod route;
 
 use serde_json::Value;
@@ -45,6 +46,7 @@ pub enum Presence {
 use Presence::{Optional, Required};
 
 /// An attribute of an op.
+#[derive(Clone, Copy)]
 pub struct Attr {
     /// Its name.
     pub name: &'static str,
@@ -78,10 +80,10 @@ const fn attr(name: &'static str, kind: AttrKind, presence: Presence) -> Attr {
 }
 
 /// Activations by PyTorch's names; `gelu` is the exact one, `relu2` the square of relu (So et al. 2021). The last one is no gate.
-const ACTIVATIONS: [&str; 6] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: [&str; 7] = ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity", "clamp"];
 
 /// Those of a gated MLP.
-const GATES: &[&str] = ACTIVATIONS.split_at(5).0;
+const GATES: &[&str] = ACTIVATIONS.split_at(6).0;
 
 /// Those of experts; `swiglu_oai` is gpt-oss's, `(up + 1) · gate · sigmoid(1.702 · gate)`, both clamped before.
 const EXPERT_ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "swiglu_oai"];
@@ -115,14 +117,15 @@ pub const OPS: &[OpSchema] = &[
     },
     OpSchema {
         name: "rms_norm",
-        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length",
+        formula: "(offset + weight) · x / sqrt(mean(x²) + eps), over runs of weight's length or of `run` columns",
         inputs: 1,
         weights: &[("weight", Optional)],
         attrs: NORM_ATTRS,
         check: |node, widths| {
             let run = run(node);
             match node.weight("weight").map(|w| w.shape.as_slice()) {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run || *own == node.width => {}
                 Some(other) => return Err(format!("a weight of shape {other:?}, needs one of [{run}]")),
             }
             same("the value", node.width, widths[0])?;
@@ -142,7 +145,8 @@ pub const OPS: &[OpSchema] = &[
             runs_divide(run, node.width)?;
             let shape = node.weight("weight").map(|w| w.shape.as_slice());
             match shape {
-                None | Some([_]) => {}
+                None => {}
+                Some([own]) if *own == run => {}
                 Some([runs, own]) if runs.checked_mul(*own) == Some(node.width) => {}
                 Some(other) => {
                     return Err(format!("a weight of shape {other:?} for {} columns in runs of {run}", node.width));
@@ -310,6 +314,9 @@ pub const OPS: &[OpSchema] = &[
         },
         reads_layout: false,
     },
+    recurrent::CAUSAL_CONV,
+    recurrent::GATED_DELTA,
+    recurrent::SSD,
     expand::SCHEMA,
     OpSchema {
         name: "lm_head",
@@ -428,10 +435,10 @@ pub fn is_module(node: &Node) -> bool {
     node.op == "linear" && !flag(node, "parameter")
 }
 
-/// Columns of a run that a norm is taken over: as many as its weight has, as `run` says, or all.
+/// Columns of a run that a norm is taken over: as `run` says, as many as its weight has, or all.
 pub fn run(node: &Node) -> usize {
-    let of_weight = node.weight("weight").and_then(|w| w.shape.last().copied());
-    of_weight.unwrap_or_else(|| node.attrs.get("run").map_or(node.width, |_| count(node, "run")))
+    let of_weight = || node.weight("weight").and_then(|w| w.shape.last().copied()).unwrap_or(node.width);
+    if node.attrs.contains_key("run") { count(node, "run") } else { of_weight() }
 }
 
 type Fits = std::result::Result<(), String>;

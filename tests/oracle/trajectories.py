@@ -101,6 +101,34 @@ MOE = {
     "dots1": ("dots1", dict(SIGMOID, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1, sliding_window=12, layer_types=[FULL, SLIDING])),
     "solar_open": ("solar_open", dict(SIGMOID, n_routed_experts=8, n_shared_experts=1, rope_parameters=dict(rope_type="default", rope_theta=1e4))),
 }
+# Families with a state between attention, a folder each: model_type, what its config changes.
+GDN = dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
+           layer_types=["linear_attention", FULL], rope_parameters=dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))
+ROUTED = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16)
+MAMBA = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=2, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2, mamba_chunk_size=16)
+HYBRID = {
+    "qwen3_5": ("qwen3_5_text", GDN),
+    "qwen3_5-wrapped": ("qwen3_5", dict(text_config=GDN, vision_config=dict(
+        depth=1, hidden_size=16, intermediate_size=16, num_heads=2, patch_size=2, out_hidden_size=32, num_position_embeddings=4))),
+    "qwen3_5_moe": ("qwen3_5_moe_text", dict(GDN, **ROUTED, shared_expert_intermediate_size=24)),
+    "qwen3_next": ("qwen3_next", dict(GDN, **ROUTED, shared_expert_intermediate_size=24)),
+    "lfm2": ("lfm2", dict(layer_types=["conv", FULL], conv_L_cache=3, conv_bias=True, block_multiple_of=16, norm_eps=1e-5)),
+    "lfm2_moe": ("lfm2_moe", dict(layer_types=["conv", FULL], conv_L_cache=4, num_dense_layers=1, use_expert_bias=True, routed_scaling_factor=1.5, **ROUTED)),
+    "lfm3": ("lfm3", dict(num_hidden_layers=3, layer_types=["conv", SLIDING, FULL], head_dim=12, sliding_window=12, rope_parameters={
+        FULL: dict(rope_type="proportional", rope_theta=1e6, partial_rotary_factor=0.5), SLIDING: dict(rope_type="default", rope_theta=1e4)})),
+    "granite4-h": ("granitemoehybrid", dict(MAMBA, layer_types=["mamba", FULL], num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=24,
+        position_embedding_type="nope", embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1, tie_word_embeddings=True)),
+    "bamba": ("bamba", dict(MAMBA, attn_layer_indices=[1])),
+    "nemotron_h": ("nemotron_h", dict(layers_block_type=["mamba", "moe", "attention", "mlp"], head_dim=12, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=16,
+        conv_kernel=4, chunk_size=16, time_step_min=0.5, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, moe_shared_expert_intermediate_size=24,
+        n_group=2, topk_group=1, routed_scaling_factor=2.5, mlp_hidden_act="relu2")),
+    "falcon_h1": ("falcon_h1", dict(MAMBA, mamba_d_ssm=64, mamba_rms_norm=True, mamba_norm_before_gate=False, embedding_multiplier=2.0, lm_head_multiplier=0.5, key_multiplier=0.7,
+        attention_in_multiplier=0.9, attention_out_multiplier=0.8, ssm_in_multiplier=1.1, ssm_out_multiplier=0.6, mlp_multipliers=[0.9, 0.4], ssm_multipliers=[0.5, 0.6, 0.7, 0.8, 0.9])),
+}
+# What PEFT takes for all linears of a model with experts, and what it refuses of one with Mamba 2, is not what is compared here.
+TARGETS = {name: ["q_proj", "k_proj", "v_proj", "o_proj", *more] for name, more in {
+    "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj"], "nemotron_h": ["in_proj", "up_proj", "down_proj"],
+    "falcon_h1": ["in_proj", "gate_proj", "up_proj", "down_proj"]}.items()}
 # Multi-head latent attention, with keys that are wider than values; sinks.
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 LATENTS = {
@@ -151,6 +179,7 @@ FOLDERS = {
         "cpo": dict(trainer="cpo", cpo_alpha=0.5, label_smoothing=0.1), "cpo-hinge": dict(trainer="cpo", loss_type="hinge", cpo_alpha=1.0),
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in HYBRID.items()},
     **{name: (kind, change, {"": {}}) for name, (kind, change) in LATENTS.items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
@@ -216,13 +245,13 @@ def main():
                 if buffer.dtype == torch.float32 and key in base.state_dict():
                     buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
-        (base.to(torch.bfloat16) if name in DENSE | MOE | LATENTS else base).save_pretrained(f"{folder}/model")
+        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS else base).save_pretrained(f"{folder}/model")
         base.float()
         if kind in PUBLISHED:
             path = f"{folder}/model/config.json"
             config = json.load(open(path)) | {"architectures": [PUBLISHED[kind]]}
             json.dump(config, open(path, "w"), indent=1)
-        targets = r".*language_model.*(proj|proj_\w+|gate|projection)" if "text_config" in change else "all-linear"
+        targets = r".*language_model.*(proj|proj_\w+|gate|projection)" if "text_config" in change else TARGETS.get(name, "all-linear")
         start = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM"))
         with torch.no_grad():
             for key, weight in start.named_parameters():

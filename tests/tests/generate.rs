@@ -171,6 +171,31 @@ fn a_soft_cap_and_a_forgotten_end() {
     }
 }
 
+/// A state cannot be cut: it is taken back to where several tokens were appended at once, or to the beginning.
+#[test]
+fn a_state_is_taken_back_to_where_it_was_kept() {
+    let mut engine = engine("qwen3_5");
+    let ids = text(engine.graph().vocab_size, 11);
+    let other: Vec<u32> = ids.iter().rev().copied().collect();
+    let mut past = KvCache::default();
+    let append = |engine: &Engine, past: &mut KvCache, ids: &[u32]| engine.logits(ids, past, true).unwrap();
+    append(&engine, &mut past, &ids[..20]);
+    append(&engine, &mut past, &ids[20..30]);
+    (0..5).for_each(|at| drop(append(&engine, &mut past, &other[at..=at])));
+    assert_eq!([past.truncate(40), past.truncate(34), past.truncate(19)], [35, 20, 0]);
+    let expected = trained(&mut engine, &ids, true);
+    for end in [20, 30, 50] {
+        // A wrong end each time, which is taken back.
+        let begin = past.tokens();
+        append(&engine, &mut past, &ids[begin..end]);
+        append(&engine, &mut past, &other[..7]);
+        let left = past.truncate(end);
+        assert_eq!(left, end);
+        let is = logp(append(&engine, &mut past, &ids[left..=end]), ids[end + 1]);
+        assert!((is - expected[end]).abs() < 2e-5 * expected[end].abs().max(1.0), "{end}: {is}, not {}", expected[end]);
+    }
+}
+
 const MIXED: &str = "Rice 🍚, 👩‍🍳 and café: 先把米淘到水清，再小火慢煮！ naïve — ok\n\n\tend 🇨🇳";
 
 /// What a stream makes of tokens, piece by piece.
@@ -304,7 +329,9 @@ impl Decoder for Parrot {
         Ok((0..320).map(|id| f32::from(u8::from(id == self.0))).collect())
     }
 
-    fn truncate(&mut self, _: Variant, _: usize) {}
+    fn truncate(&mut self, _: Variant, tokens: usize) -> usize {
+        tokens
+    }
 }
 
 /// Also at an end that only the template names.

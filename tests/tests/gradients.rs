@@ -48,6 +48,18 @@ fn cases() -> Vec<Case> {
         case("attention", &[24, 12, 12], 24, &[], attrs)
     };
     let glu = |activation: &str| case("glu", &[7, 7], 7, &[], json!({"activation": activation}));
+    let gated_delta = |heads: usize, key_heads: usize| {
+        let attrs = json!({"heads": heads, "key_heads": key_heads, "key_dim": 3, "value_dim": 4, "eps": 1e-6});
+        let (keys, values) = (key_heads * 3, heads * 4);
+        let weights: &[(&str, &[usize])] = &[("A_log", &[heads]), ("dt_bias", &[heads])];
+        case("gated_delta", &[keys, keys, values, heads, heads], values, weights, attrs)
+    };
+    let ssd = |heads: usize, groups: usize, more: Value| {
+        let mut attrs = json!({"heads": heads, "head_dim": 4, "groups": groups, "state": 3});
+        attrs.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let weights: &[(&str, &[usize])] = &[("A_log", &[heads]), ("D", &[heads]), ("dt_bias", &[heads])];
+        case("ssd", &[heads * 4, groups * 3, groups * 3, heads], heads * 4, weights, attrs)
+    };
     let route = |weights: &[(&'static str, &[usize])], attrs: Value| case("route", &[12], 12, weights, attrs);
     let experts = |weights: &[(&'static str, &[usize])], attrs: Value| case("experts", &[5, 3], 5, weights, attrs);
     let linear = |bias: bool, lora: Kind| {
@@ -71,6 +83,7 @@ fn cases() -> Vec<Case> {
         glu("gelu_tanh"),
         glu("relu2"),
         glu("sigmoid"),
+        glu("identity"),
         case("glu", &[1, 9], 9, &[], json!({"activation": "sigmoid"})),
         case("glu", &[2, 6], 6, &[], json!({"activation": "silu"})),
         route(&[], json!({"top_k": 3, "scoring": "softmax"})),
@@ -123,6 +136,14 @@ fn cases() -> Vec<Case> {
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6})),
         case("rms_norm", &[12], 12, &[("weight", &[4])], json!({"eps": 1e-6, "offset": 1.0})),
         case("rms_norm", &[12], 12, &[], json!({"eps": 1e-6, "run": 3})),
+        case("rms_norm", &[12], 12, &[("weight", &[12])], json!({"eps": 1e-6, "run": 4})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 4]), ("bias", &[5])], json!({"activation": "silu"})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 3])], json!({})),
+        case("causal_conv", &[5], 5, &[("weight", &[5, 1, 1])], json!({})),
+        gated_delta(4, 2),
+        gated_delta(3, 3),
+        ssd(4, 2, json!({})),
+        ssd(3, 1, json!({"dt_min": 0.6, "dt_max": 0.9})),
         case("rope", &[12], 12, &[], json!({"head_dim": 6, "inv_freq": [1.0, 0.3, 0.05], "scale": 1.2})),
         case(
             "rope",
@@ -194,7 +215,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     }
     let begun = free.clone();
     let dy = numbers.tensor(&[rows, case.width]);
-    let Kernel::Value { forward, vjp } = ops::find(case.op).unwrap().kernel else { panic!("{} has no VJP", case.op) };
+    let kernel = &ops::find(case.op).unwrap().kernel;
     let with_call = |free: &[Tensor], run: &mut dyn FnMut(&Call<'_>)| {
         let plain = |free: &[Tensor]| Lora::new(free[1].clone(), free[2].clone(), 1.7);
         let lora = (case.lora != Kind::None).then(|| {
@@ -215,7 +236,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     let value = |free: &[Tensor]| {
         let mut sum = 0.0;
         with_call(free, &mut |call| {
-            let y = forward(call).unwrap();
+            let y = kernel.forward(call).unwrap();
             assert_eq!(y.dims(), [rows, case.width], "{}", case.op);
             sum = (y * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
         });
@@ -223,7 +244,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
     };
     let mut gradients: Vec<Tensor> = Vec::new();
     with_call(&free, &mut |call| {
-        let result = vjp(call, &dy).unwrap();
+        let result = kernel.vjp(call, &dy).unwrap();
         gradients = result.inputs.into_iter().map(|g| g.unwrap()).chain(result.loras.into_iter().flatten()).collect();
     });
     assert_eq!(gradients.len(), free.len(), "{}", case.op);
@@ -281,7 +302,9 @@ fn experts_of_a_choice_have_the_gradients_of_central_differences() {
     ];
     let loras = |free: &[Tensor; 6]| {
         let [_, _, a, b, c, d] = free.clone();
-        [Lora::new(a, b, 1.3), Lora { weight: 1, ..Lora::new(c, d, 0.7) }]
+        let mut second = Lora::new(c, d, 0.7);
+        second.weight = 1;
+        [Lora::new(a, b, 1.3), second]
     };
     let (dy, layout) = (numbers.tensor(&[tokens, hidden]), Layout::default());
     let Kernel::Value { forward: choose, vjp: of_choice } = ops::find("route").unwrap().kernel else { panic!() };

@@ -200,8 +200,7 @@ fn rows_of_docs(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
     let mut text = String::new();
     for family in &registry.families {
         let Row { off, logits } = rows[&family.name];
-        let on_a_gpu =
-            gpu.get(&family.name).map_or("–".into(), |[logps, gradient]| format!("{logps:.1e}, {gradient:.1e}"));
+        let on_a_gpu = gpu.get(&family.name).map_or("CPU alone".to_owned(), |[l, g]| format!("{l:.1e}, {g:.1e}"));
         text += &format!(
             "| `{}` | {} | {} | {} | {} | {} | {} | {on_a_gpu} |\n",
             family.name,
@@ -223,9 +222,9 @@ fn rows_of_readme(registry: &Registry, rows: &BTreeMap<String, Row>) -> String {
     for family in &registry.families {
         let short = |name: &String| name.split_once('/').map_or(name.clone(), |(_, name)| name.to_owned());
         let Row { off, .. } = rows[&family.name];
-        let gradient = gpu.get(&family.name).map_or("–".into(), |[_, gradient]| format!("{gradient:.0e}"));
+        let on_a_gpu = gpu.get(&family.name).map_or("CPU alone".to_owned(), |[_, gradient]| format!("{gradient:.0e}"));
         text += &format!(
-            "| `{}` | {} | {} | {} | {gradient} |\n",
+            "| `{}` | {} | {} | {} | {on_a_gpu} |\n",
             family.name,
             family.checkpoints.iter().take(3).map(short).collect::<Vec<_>>().join(", "),
             bound(off.step),

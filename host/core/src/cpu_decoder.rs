@@ -68,7 +68,7 @@ impl Decoder for CpuDecoder {
         self.threads.install(move || engine.logits(ids, cache, variant == Variant::Tuned))
     }
 
-    fn truncate(&mut self, variant: Variant, tokens: usize) {
-        self.caches[variant as usize].truncate(tokens);
+    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize {
+        self.caches[variant as usize].truncate(tokens)
     }
 }

@@ -32,6 +32,7 @@ pub trait Decoder {
     /// Appends `ids` to the variant's sequence; returns the logits of the next token, `[vocab]`.
     fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>>;
 
-    /// Truncates the variant's sequence to its first tokens.
-    fn truncate(&mut self, variant: Variant, tokens: usize);
+    /// Truncates the variant's sequence to its first tokens, or to fewer where it has a state that cannot be cut there; returns how many
+    /// are left.
+    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize;
 }

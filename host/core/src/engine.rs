@@ -249,6 +249,7 @@ impl Engine {
         if ids.is_empty() {
             return Err(Error::run("no token to go on from"));
         }
+        cache.begin(ids.len());
         let (graph, layout) = (&self.graph, Layout::after(cache.tokens(), ids.len()));
         let rows = &Rows::of(&layout);
         let mut base = self.base.stream(self.forwards())?;
@@ -273,12 +274,18 @@ impl Engine {
         let mut values = vec![input];
         for (index, node) in work.nodes.iter().enumerate() {
             let op = ops::find(&node.op)?;
-            let Kernel::Value { forward, .. } = op.kernel else { return Err(misplaced_head()) };
             let mut call = self.call(work, index, &values);
             let all = op.cached_inputs.iter().map(|input| cache.extend((work.at, index, *input), call.inputs[*input]));
             let all = all.collect::<Result<Vec<Tensor>>>()?;
             op.cached_inputs.iter().zip(&all).for_each(|(input, rows)| call.inputs[*input] = rows);
-            let value = forward(&call)?;
+            let value = match op.kernel {
+                Kernel::Recurrence { forward, .. } => {
+                    let (value, state) = forward(&call, cache.state((work.at, index)))?;
+                    cache.set_state((work.at, index), state);
+                    value
+                }
+                _ => op.kernel.forward(&call)?,
+            };
             values.push(value);
         }
         Ok(values)
@@ -288,11 +295,7 @@ impl Engine {
     fn run(&self, work: &Work<'_>, input: Tensor) -> Result<Vec<Tensor>> {
         let mut values = vec![input];
         for (index, node) in work.nodes.iter().enumerate() {
-            let value = match ops::find(&node.op)?.kernel {
-                Kernel::Value { forward, .. } => forward(&self.call(work, index, &values))?,
-                Kernel::LogProb => return Err(misplaced_head()),
-            };
-            values.push(value);
+            values.push(ops::find(&node.op)?.kernel.forward(&self.call(work, index, &values))?);
         }
         Ok(values)
     }
@@ -336,10 +339,10 @@ impl Engine {
         for (index, node) in work.nodes.iter().enumerate().rev() {
             // A value that nothing reads has no gradient, and neither has what made it.
             let Some(dy) = dvalues[index + 1].take().filter(|_| trainable[index + 1]) else { continue };
-            let Kernel::Value { vjp, .. } = ops::find(&node.op)?.kernel else { continue };
+            let kernel = &ops::find(&node.op)?.kernel;
             let input_gradients = node.inputs.iter().any(|value| trainable[*value]);
             let call = Call { input_gradients, ..self.call(work, index, values) };
-            let Gradients { inputs, loras } = vjp(&call, &dy)?;
+            let Gradients { inputs, loras } = kernel.vjp(&call, &dy)?;
             let sites = self.adapter.sites.iter().filter(|s| s.node == (work.at, index));
             for (site, parts) in sites.zip(loras) {
                 self.accumulate(site, &parts, gradient)?;
@@ -364,10 +367,6 @@ impl Engine {
         }
         Ok(())
     }
-}
-
-fn misplaced_head() -> Error {
-    Error::run("lm_head runs outside of the head")
 }
 
 fn no_head() -> Error {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::memory::{free_memory, size};
-use crate::ops::{attention, lm_head};
+use crate::ops::{attention, experts, lm_head, recurrence};
 use crate::storage::{Numbers, Quantization, Storage};
 use crate::weights::{blocks, is_quantized};
 
@@ -106,7 +106,8 @@ impl Plan {
         let [weights, whole] = [parts, 1].map(|parts| weights(graph, quantization, parts));
         let kept: usize = graph.layers.iter().map(|l| inner(graph, l.block)).sum();
         // A layer in work holds its values, and gradients of about as many.
-        let widest = graph.layers.iter().map(|l| inner(graph, l.block)).max().unwrap_or(0) * 3;
+        let widest =
+            graph.layers.iter().map(|l| inner(graph, l.block) * 3 + of_experts(graph, l.block)).max().unwrap_or(0);
         let inputs = graph.layers.len() * graph.hidden_size * WORD;
         let workspace = workspace(graph, longest);
         let fixed = weights + adapter + workspace;
@@ -173,9 +174,11 @@ pub const RESUMED: &str = "free memory, so that the run goes on with the micro-b
                            adapter with --init-adapter";
 
 /// Most bytes that an op holds beside the values it reads and makes: attention's scores over an example of up to `longest`
-/// tokens, or the head's logits.
+/// tokens, or of a recurrence its states, or the head's logits.
 fn workspace(graph: &ModelGraph, longest: usize) -> usize {
-    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size))
+    let nodes = graph.blocks.iter().flat_map(|block| &block.nodes);
+    let of_states = nodes.map(|node| recurrence::workspace(node, longest)).max().unwrap_or(0);
+    attention::workspace(longest).max(lm_head::workspace(graph.hidden_size)).max(of_states)
 }
 
 /// Bytes of frozen weights on a rank. Where some are made whole when their block comes: what is kept of them, and the two largest
@@ -210,6 +213,12 @@ pub fn share(weights: usize, whole: usize, parts: usize) -> String {
 /// Bytes a token's values take in one layer.
 fn inner(graph: &ModelGraph, block: usize) -> usize {
     graph.blocks[block].nodes.iter().map(|n| n.width * WORD).sum()
+}
+
+/// Bytes a token that the experts of a layer hold beside its values.
+fn of_experts(graph: &ModelGraph, block: usize) -> usize {
+    let experts = graph.blocks[block].nodes.iter().filter(|n| n.op == "experts");
+    experts.map(|n| experts::workspace(n) * WORD).max().unwrap_or(0)
 }
 
 impl fmt::Display for Plan {

@@ -23,6 +23,7 @@ use crate::{fp8, nf4};
 mod experts;
 mod families;
 mod heads;
+mod recurrent;
 
 pub use families::FAMILIES;
 
@@ -299,15 +300,16 @@ pub fn op_cases() -> Result<Vec<(String, ModelGraph)>> {
         };
         b.op("linear", &[x], vec![weight("bias", &[72]), weight("weight", &[72, 104])], &[], 72)
     })?;
-    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid"] {
+    for activation in ["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity"] {
         case(format!("glu {activation}"), &|b, x| {
             let h = b.rms_norm("n", x, 1e-6);
             let (gate, up) = (b.linear("gate", h, 336), b.linear("up", h, 336));
             b.glu(activation, gate, up)
         })?;
     }
-    cases.extend(experts::cases()?);
     cases.extend(heads::cases()?);
+    cases.extend(experts::cases()?);
+    cases.extend(recurrent::cases()?);
     cases.extend(whole_graphs(&Config::parse("{}")?)?);
     Ok(cases)
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{Assembly, Layout, ModelGraph, Node, Weight, renamed};
+use dpo_plugin_api::ops::is_module;
 use half::bf16;
 use safetensors::Dtype;
 use serde_json::{Map, Value, json};
@@ -506,10 +507,11 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
-/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts.
+/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts, but for routers, which are no linears of PyTorch,
+/// and for what makes a column or two, such as the gate of a shared expert: a GPU's kernels go by eight.
 pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
     let matrices: &[&str] = match node.op.as_str() {
-        "linear" => &["weight"],
+        "linear" if is_module(node) && node.width.is_multiple_of(8) => &["weight"],
         "experts" => &["gate_up", "up", "down"],
         _ => &[],
     };

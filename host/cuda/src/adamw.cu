@@ -90,10 +90,7 @@ extern "C" __global__ void collect(const Part* parts, float* flat) {
 extern "C" __global__ void random(View x, long long rows, int width, float deviation, u32 seed) {
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width;
          i += (long long)gridDim.x * blockDim.x) {
-        u64 h = (u64)i * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
-        h ^= h >> 32;
+        u64 h = random_bits(i, seed);
         float sum = (float)(h & 0xffff) + (float)(h >> 16 & 0xffff) + (float)(h >> 32 & 0xffff) + (float)(h >> 48);
         x.at[i / width * x.ld + i % width] = to_bf16((sum / 65536.f - 2.f) * 1.7320508f * deviation);
     }

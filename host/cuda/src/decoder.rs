@@ -7,6 +7,7 @@ use super::engine::CudaDevice;
 use super::gpu::{Gpu, Memory, Pinned, View};
 use super::launch::KvCache;
 use super::loading::Source;
+use super::lowered::Lowered;
 use super::plan::{GpuPlan, Room};
 use dpo_core::decoder::{CHUNK, Decoder, Variant};
 use dpo_core::error::{Error, Result};
@@ -28,6 +29,8 @@ pub struct CudaDecoder {
     staged: Pinned,
     /// Where a layer's keys lie in a text's memory, in elements a token, and how many keys and values there are in a token's row.
     rows: Vec<(usize, [usize; 2])>,
+    /// Where lies what a layer's ops carry from token to token, and how much that is of all layers.
+    carried: (Vec<usize>, usize),
     /// Tokens that a text has room for.
     most: usize,
 }
@@ -37,6 +40,10 @@ struct Text {
     /// Keys `[tokens, columns]` and values of every layer, one after the other.
     memory: Memory,
     tokens: usize,
+    /// What ops carry, behind all tokens, and as it was behind the first `kept`.
+    carried: Memory,
+    earlier: Memory,
+    kept: usize,
 }
 
 impl CudaDecoder {
@@ -75,7 +82,14 @@ impl CudaDecoder {
         let adapter = adapter.map_or_else(|| Adapter::idle(&graph), Ok)?;
         let options = MemoryOptions { micro_batch_tokens: Some(CHUNK), recompute: Some(true), ..options };
         let plan = GpuPlan::new(&graph, &adapter, CHUNK, 1.0 / CHUNK as f64, room, 1, options)?;
-        let left = room.available.saturating_sub(plan.total() + KvCache::SCRATCH);
+        let lowered = Lowered::new(&graph, &adapter, plan.layers.numbers, plan.gates)?;
+        let (mut places, mut carried) = (Vec::new(), 0);
+        for layer in &graph.layers {
+            places.push(carried);
+            carried += lowered.programs[layer.block].carried;
+        }
+        let states = variants * 2 * carried.max(1);
+        let left = room.available.saturating_sub(plan.total() + KvCache::SCRATCH + states);
         let most = (left / (variants * width * 2).max(1)).min(MOST);
         if most < CHUNK {
             let need = size(variants * width * 2 * CHUNK);
@@ -87,13 +101,14 @@ impl CudaDecoder {
         gpu.zero(scratch.address, scratch.bytes)?;
         let mut texts = Vec::new();
         for _ in 0..variants {
-            texts.push(Text { memory: gpu.allocate(most * width * 2)?, tokens: 0 });
+            let [carried, earlier] = [gpu.allocate(carried.max(1))?, gpu.allocate(carried.max(1))?];
+            texts.push(Text { memory: gpu.allocate((most * width * 2).max(1))?, tokens: 0, carried, earlier, kept: 0 });
         }
         let mut device = CudaDevice::load(gpu, graph, source, adapter, (plan, 0), progress)?;
         for tokens in [1, CHUNK] {
             device.warm_up_for(tokens)?;
         }
-        Ok(CudaDecoder { device, texts, scratch, staged, rows, most })
+        Ok(CudaDecoder { device, texts, scratch, staged, rows, carried: (places, carried), most })
     }
 }
 
@@ -112,20 +127,40 @@ impl Decoder for CudaDecoder {
             )));
         }
         let (address, cached, scratch) = (text.memory.address, text.tokens, self.scratch.address);
+        let (places, bytes) = &self.carried;
+        // A state cannot be cut: it is kept as it was before several tokens came.
+        let keeps = *bytes > 0 && ids.len() > 1;
+        if keeps {
+            self.device.gpu().copy(text.carried.address, text.earlier.address, *bytes)?;
+        }
         let cache = |layer: usize| {
             let (before, [of_keys, of_values]) = rows[layer];
             let from = address + (before * most * 2) as u64;
             let keys = View { at: from, ld: of_keys as i64 };
             let values = View { at: from + (of_keys * most * 2) as u64, ld: of_values as i64 };
-            KvCache { tokens: cached, keys, values, scratch }
+            KvCache { tokens: cached, keys, values, carried: text.carried.address + places[layer] as u64, scratch }
         };
         let logits = self.device.continue_text(&mut self.staged, ids, cached, cache, variant == Variant::Tuned)?;
-        self.texts[at].tokens += ids.len();
+        let text = &mut self.texts[at];
+        text.tokens += ids.len();
+        text.kept = if keeps { cached } else { text.kept };
         Ok(logits)
     }
 
-    fn truncate(&mut self, variant: Variant, tokens: usize) {
+    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize {
         let at = (variant as usize).min(self.texts.len() - 1);
-        self.texts[at].tokens = self.texts[at].tokens.min(tokens);
+        let (text, bytes) = (&mut self.texts[at], self.carried.1);
+        if tokens >= text.tokens {
+            return text.tokens;
+        }
+        text.tokens = tokens;
+        if bytes > 0 {
+            // Back to where a state is kept, or to the beginning.
+            let (from, to) = (text.earlier.address, text.carried.address);
+            let kept = text.kept <= tokens && self.device.gpu().copy(from, to, bytes).is_ok();
+            text.tokens = if kept { text.kept } else { 0 };
+            text.kept = text.tokens;
+        }
+        text.tokens
     }
 }

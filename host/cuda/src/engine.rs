@@ -20,7 +20,7 @@ use super::ops;
 use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
 use super::program::{Program, Slice, Step};
-use super::weights::{BlockWeights, NUMBERS};
+use super::weights::{BlockWeights, NUMBERS, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
@@ -159,9 +159,10 @@ impl CudaDevice {
         self.gpu.finish()
     }
 
-    /// Whether the adapter's matrices lie in layers that come and go.
+    /// Whether any of the adapter's matrices lie in layers that come and go.
     fn spreads_by_layer(&self) -> bool {
-        !self.weights.store.is_resident() && self.plan.layers.numbers == NUMBERS
+        let lies_in = |stack: &Stack| stack.rank > 0 && stack.numbers == NUMBERS;
+        !self.weights.store.is_resident() && self.lowered.programs.iter().any(|p| p.stacks.iter().any(lies_in))
     }
 
     /// Parameters to where steps read them; to layers that come and go, whenever one comes.

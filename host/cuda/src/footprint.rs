@@ -8,6 +8,7 @@ use super::liveness::{Bytes, Layout, Passes};
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
+use super::segments::SEGMENT_BYTES;
 use dpo_core::storage::Place as Weights;
 
 /// What values take, from which the arrangement of a batch follows.
@@ -467,5 +468,5 @@ pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> u
     let bytes = || lowered.tables.iter().map(|t| t.bytes);
     // All tables, and room for two of the widest at least.
     let tables = bytes().sum::<usize>().max(bytes().max().unwrap_or(0) * 2);
-    tokens * (4 + 4 + 4 + 4 + TILE_BYTES + tables) + answers * 4 * 6 + (1 << 20)
+    tokens * (4 + 4 + 4 + 4 + TILE_BYTES + SEGMENT_BYTES + tables) + answers * 4 * 6 + (1 << 20)
 }

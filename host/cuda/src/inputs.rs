@@ -1,6 +1,7 @@
 //! What a batch brings to the GPU: its tokens, their places, tiles for attention, and room for tables and results.
 
 use super::gpu::{Address, Gpu, Memory, Pinned};
+use super::segments::{self, Chunks};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::answer_mask::AnswerMask;
@@ -30,6 +31,11 @@ pub(super) struct BatchAddresses {
     tiles: [(Address, usize); TILES.len()],
     /// The same of keys, as [`KEY_TILES`] says.
     key_tiles: [(Address, usize); KEY_TILES.len()],
+    /// Chunks for ops that carry a state, and how many there are; of every example, which are its own.
+    pub(super) chunks: (Address, usize),
+    pub(super) walks: (Address, usize),
+    /// Of every token, where it is in its prompt or answer.
+    pub(super) segments: Address,
     pub(super) results: Address,
     /// The loss's gradient by log-probs.
     pub(super) dlogps: Address,
@@ -111,6 +117,11 @@ impl Inputs {
             let words = key_tiles(layout, &masks, size);
             *place = (self.put(&words), words.len() / 4);
         }
+        let chunks = Chunks::of(layout);
+        let [words, walks] = chunks.words();
+        at.chunks = (self.put(&words), chunks.all.len());
+        at.walks = (self.put(&walks), chunks.walks.len());
+        at.segments = self.put(&segments::places(layout));
         let sent = self.used;
         at.results = self.reserve(answers * 2 * 4);
         at.dlogps = self.reserve(answers * 4);

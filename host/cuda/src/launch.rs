@@ -27,12 +27,14 @@ pub(crate) struct Launch<'a> {
     pub cache: Option<KvCache>,
 }
 
-/// Keys and values of the tokens before, in rows of a text's memory, with room for the new ones behind them.
+/// Keys and values of the tokens before, in rows of a text's memory, with room for the new ones behind them; and states behind the tokens before.
 #[derive(Clone, Copy)]
 pub(crate) struct KvCache {
     pub tokens: usize,
     pub keys: View,
     pub values: View,
+    /// What the layer's ops carry from token to token.
+    pub carried: Address,
     /// [`SCRATCH`](Self::SCRATCH) bytes, zero before the first text.
     pub scratch: Address,
 }

@@ -31,6 +31,7 @@ mod optimizer;
 mod plan;
 mod program;
 mod saved;
+mod segments;
 mod sum;
 #[cfg(test)]
 mod tests;

@@ -317,7 +317,7 @@ impl Loader<'_> {
                 let node = &nodes[member.node];
                 if let Matrix::Bf16(whole) = &loaded.w {
                     let to = whole.row(member.column);
-                    self.load(prefix, weight(node, "weight")?, to.at, NUMBERS.bytes(to.ld as usize))?;
+                    self.load(prefix, weight(node, member.role)?, to.at, NUMBERS.bytes(to.ld as usize))?;
                 }
                 if let Some(bias) = node.weight("bias") {
                     let to = loaded.bias + NUMBERS.bytes(member.column) as u64;
@@ -329,7 +329,10 @@ impl Loader<'_> {
         for vector in &program.vectors {
             let at = arena.take(vector.bytes())?;
             let weight = weight(&nodes[vector.node], vector.role)?;
-            self.load(prefix, weight, at, row_bytes(weight))?;
+            match vector.numbers {
+                NUMBERS => self.load(prefix, weight, at, row_bytes(weight))?,
+                _ => self.wide(prefix, weight, at)?,
+            }
             own.vectors.push(at);
         }
         Ok(own)
@@ -346,7 +349,7 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            layout.write(&mut bytes, at, &self.codes(prefix, weight(&nodes[member.node], "weight")?)?);
+            layout.write(&mut bytes, at, &self.codes(prefix, weight(&nodes[member.node], member.role)?)?);
         }
         self.gpu.upload(&bytes, w.codes)
     }
@@ -361,7 +364,7 @@ impl Loader<'_> {
         }
         let mut bytes = vec![0; layout.bytes()];
         for member in &stack.members {
-            self.values(prefix, weight(&nodes[member.node], "weight")?)?;
+            self.values(prefix, weight(&nodes[member.node], member.role)?)?;
             let (codes, scales) = quantize_rows(&self.values, stack.inputs);
             let rows = bytes[member.column * layout.ld..].chunks_mut(layout.ld);
             rows.zip(codes.chunks(stack.inputs)).for_each(|(to, codes)| to[..codes.len()].copy_from_slice(codes));
@@ -404,6 +407,25 @@ impl Loader<'_> {
             Source::Random => {}
         }
         Ok(())
+    }
+
+    /// A vector in f32.
+    fn wide(&mut self, prefix: &str, weight: &Weight, to: Address) -> Result<()> {
+        let values: Vec<f32> = match self.source {
+            Source::Checkpoint(checkpoint) => {
+                let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
+                let halves = bytes.as_chunks::<2>().0.iter();
+                match dtype {
+                    DType::BF16 => halves.map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+                    DType::F16 => halves.map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+                    _ => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+                }
+            }
+            Source::Given(given) => given(&format!("{prefix}{}", weight.tensor), &weight.shape),
+            Source::Random => vec![1.0; weight.shape.iter().product()],
+        };
+        self.gpu.upload(&values, to)?;
+        self.gpu.finish()
     }
 
     /// A table `[rows, columns]`, or a vector of as many values as a table has rows.

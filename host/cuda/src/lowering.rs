@@ -8,13 +8,13 @@ mod gradients;
 
 use dpo_plugin_api::graph::{Block, Node};
 
-use super::arena::padded;
+use super::arena::{aligned, padded};
 use super::inputs::Rows;
 use super::launch::BatchTable;
 use super::matmul::Gates;
 use super::program::{Buffer, GRADIENT, INPUT, OUTPUT, Program, Slice, Step};
 use super::sum::copy;
-use super::weights::{Stack, Vector};
+use super::weights::{NUMBERS, Stack, Vector};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::GATHER;
 use dpo_core::storage::Numbers;
@@ -44,6 +44,8 @@ pub(crate) struct CudaOp {
     pub columns_behind: fn(&[Node], usize, Ranks<'_>) -> usize,
     /// What is computed for it once a batch.
     pub table: fn(&Node) -> Option<BatchTable>,
+    /// Whether its value, and what it reads, may have a width that is no multiple of 8: zeros fill the rest, in gradients too.
+    pub any_width: bool,
 }
 
 /// The values that an op's backward steps read.
@@ -80,6 +82,7 @@ impl CudaOp {
             epilogue: None,
             columns_behind: |_, _, _| 0,
             table: |_| None,
+            any_width: false,
         }
     }
 }
@@ -187,7 +190,10 @@ impl Program {
         }
         for (index, node) in nodes.iter().enumerate() {
             if lowering.computed_by[index].is_none() {
-                multiple_of_8(node, "width", node.width)?;
+                let reads = node.inputs.iter().filter_map(|v| v.checked_sub(1)).map(|maker| nodes[maker].width);
+                for width in reads.chain([node.width]).filter(|_| !lowering.ops[index].any_width) {
+                    multiple_of_8(node, "width", width)?;
+                }
                 lowering.at = At::Forward(index);
                 lowering.making.clear();
                 (lowering.ops[index].forward)(&mut lowering, index)?;
@@ -200,6 +206,11 @@ impl Program {
         }
         Ok(lowering.program)
     }
+}
+
+/// Columns that a width takes: kernels go by eight.
+pub(crate) fn whole(width: usize) -> usize {
+    width.next_multiple_of(8)
 }
 
 /// Refuses a number that is no multiple of 8, by which kernels go.
@@ -389,6 +400,13 @@ impl Lowering<'_> {
         Slice::whole(self.program.buffers.len() - 1, heads)
     }
 
+    /// Room among what a text carries from token to token; where it begins.
+    pub(crate) fn carry(&mut self, bytes: usize) -> usize {
+        let at = self.program.carried;
+        self.program.carried += aligned(bytes);
+        at
+    }
+
     /// Where a value lies.
     pub(crate) fn home(&self, value: usize) -> Result<Slice> {
         self.homes[value].ok_or_else(|| Error::run(format!("value {value} of a block is read before it is made")))
@@ -402,7 +420,7 @@ impl Lowering<'_> {
 
     /// A new place for the value of a node.
     pub(crate) fn place(&mut self, index: usize) -> Slice {
-        let (value, width) = (index + 1, self.nodes[index].width);
+        let (value, width) = (index + 1, whole(self.nodes[index].width));
         let home =
             if value == self.output { Slice::whole(OUTPUT, width) } else { self.buffer(width, self.behind[value]) };
         self.make(value, home);
@@ -480,6 +498,14 @@ impl Lowering<'_> {
         if behind == 0 || whole {
             return Ok(slice);
         }
+        self.copy_with_behind(slice, behind)
+    }
+
+    /// A copy of a value with columns behind it; the value itself, if there are none.
+    pub(crate) fn copy_with_behind(&mut self, slice: Slice, behind: usize) -> Result<Slice> {
+        if behind == 0 {
+            return Ok(slice);
+        }
         let own = self.buffer(slice.width, behind);
         self.copy(slice, own)?;
         Ok(own)
@@ -488,6 +514,11 @@ impl Lowering<'_> {
     /// Keeps slices for the backward steps of a node.
     pub(crate) fn leave(&mut self, index: usize, slices: Vec<Slice>) {
         self.left[index] = slices;
+    }
+
+    /// All that the node's forward steps left.
+    pub(crate) fn all_left(&self, index: usize) -> Vec<Slice> {
+        self.left[index].clone()
     }
 
     /// What the node's forward steps left.
@@ -502,9 +533,20 @@ impl Lowering<'_> {
         let weight = weight.ok_or_else(|| Error::run(format!("op '{}' lacks its {role}", self.nodes[node].op)))?;
         let known = self.program.vectors.iter().position(|v| v.node == node && v.role == role);
         Ok(known.unwrap_or_else(|| {
-            self.program.vectors.push(Vector { node, role, width: weight.shape.iter().product() });
+            let width = weight.shape.iter().product();
+            self.program.vectors.push(Vector { node, role, width, numbers: NUMBERS });
             self.program.vectors.len() - 1
         }))
+    }
+
+    /// The same of one that is kept in f32; `None` where the node has none.
+    pub(crate) fn wide_vector(&mut self, node: usize, role: &'static str) -> Result<Option<usize>> {
+        if self.nodes[node].weight(role).is_none() {
+            return Ok(None);
+        }
+        let at = self.vector(node, role)?;
+        self.program.vectors[at].numbers = Numbers::F32;
+        Ok(Some(at))
     }
 
     /// The stack of a node's matrix, its place among the block's.

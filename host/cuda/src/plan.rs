@@ -174,7 +174,7 @@ impl GpuPlan {
     ) -> Result<(f64, GpuPlan)> {
         let numbers = options.quantization.map_or(NUMBERS, Quantization::numbers);
         if numbers == Numbers::Fp8 && !room.fp8 {
-            let what = "this card's kernels have no products of fp8: so far only those of Hopper (H100, H200) have";
+            let what = "this card's tensor cores do not multiply fp8: those of Ada (RTX 4090, L40), Hopper (H100) and later cards do";
             return Err(Error::input(what).at("--quantization").help("take --quantization nf4, which every card has"));
         }
         let layers = Storage { numbers, place };

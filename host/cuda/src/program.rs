@@ -100,6 +100,8 @@ pub(super) struct Program {
     pub vectors: Vec<Vector>,
     /// Nodes that read rows of a table.
     pub tables: Vec<usize>,
+    /// Bytes of what its ops carry from token to token, where a text is continued.
+    pub carried: usize,
     pub forward: Vec<Step>,
     /// Reads buffers of the forward pass; [`Program::replayed`] adds what computes those that were not saved.
     pub backward: Vec<Step>,

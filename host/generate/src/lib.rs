@@ -167,8 +167,7 @@ impl Generator {
         // What is the same as last time is not computed again, but for one token, after which logits are needed.
         let heard = &mut self.heard[variant as usize];
         let same = heard.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1);
-        heard.truncate(same);
-        self.decoder.truncate(variant, same);
+        heard.truncate(self.decoder.truncate(variant, same));
         Ok(Answer {
             variant,
             ids,

@@ -17,5 +17,5 @@ pub use registry::{Family, Format, Loss, LossCall, LossResult, Refusal, Registry
 // Referred to so that the linker keeps what the built-in plugins submit to `inventory`.
 use {
     dpo_formats as _, dpo_losses as _, dpo_model_llama3 as _, dpo_model_qwen2 as _, dpo_model_qwen3 as _,
-    dpo_models_dense as _, dpo_models_moe as _,
+    dpo_models_dense as _, dpo_models_hybrid as _, dpo_models_moe as _,
 };

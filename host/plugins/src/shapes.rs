@@ -24,13 +24,18 @@ pub struct Shape {
 }
 
 macro_rules! shapes {
-    ($([$name:literal, $family:literal, $h:literal, $i:literal, $l:literal, $q:literal, $kv:literal, $d:literal, $v:literal, $t:literal, $more:literal]),* $(,)?) => {
+    ($([$name:literal, $family:literal, $h:literal, $i:literal, $l:literal, $q:literal, $kv:literal, $d:literal, $v:literal, $t:literal, $more:expr]),* $(,)?) => {
         &[$(Shape {
             name: $name, family: $family, hidden: $h, intermediate: $i, layers: $l, heads: $q, kv_heads: $kv, head_dim: $d,
             vocab: $v, tied: $t, more: $more,
         }),*]
     };
 }
+
+/// Gated delta nets in three of four layers.
+const QWEN3_5: &str = r#"{"full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25}}"#;
 
 /// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection, what else.
 pub const SHAPES: &[Shape] = shapes![
@@ -46,6 +51,8 @@ pub const SHAPES: &[Shape] = shapes![
     ["gemma3-12b", "gemma3", 3840, 15360, 48, 16, 8, 256, 262208, true, r#"{"sliding_window": 1024}"#],
     ["glm4-9b", "glm4", 4096, 13696, 40, 32, 2, 128, 151552, false, "{}"],
     ["phi4-14b", "phi3", 5120, 17920, 40, 40, 10, 128, 100352, false, r#"{"original_max_position_embeddings": 32768}"#],
+    ["qwen3.5-4b", "qwen3_5", 2560, 9216, 32, 16, 4, 256, 248320, true, QWEN3_5],
+    ["qwen3.5-9b", "qwen3_5", 4096, 12288, 32, 16, 4, 256, 248320, false, QWEN3_5],
     ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-72b", "qwen2", 8192, 29568, 80, 64, 8, 128, 152064, false, "{}"],

@@ -16,7 +16,7 @@ pub(crate) struct StorageArgs {
     quantization: QuantizationArg,
     /// Keep the layers' frozen weights in host memory, and copy each to the GPU before it is computed; auto does so where
     /// they do not fit otherwise, or where that is clearly faster
-    #[arg(long, value_name = "auto|true|false", default_value_t = Auto(None))]
+    #[arg(long, value_name = "auto|true|false", num_args = 0..=1, default_missing_value = "true", default_value_t = Auto(None))]
     offload_base: Auto<bool>,
 }
 

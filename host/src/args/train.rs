@@ -106,6 +106,8 @@ pub(crate) struct TrainArgs {
     #[arg(
         long,
         value_name = "auto|true|false",
+        num_args = 0..=1,
+        default_missing_value = "true",
         visible_alias = "gradient-checkpointing",
         default_value_t = Auto(None),
         help_heading = "Device"
@@ -117,7 +119,7 @@ pub(crate) struct TrainArgs {
 
     /// Shard the frozen base weights over the processes (FSDP-like): each keeps a part and gathers a layer before it
     /// computes it; auto does so where they do not fit otherwise
-    #[arg(long, value_name = "auto|true|false", default_value_t = Auto(None), help_heading = "Ranks")]
+    #[arg(long, value_name = "auto|true|false", num_args = 0..=1, default_missing_value = "true", default_value_t = Auto(None), help_heading = "Ranks")]
     shard_base: Auto<bool>,
     /// How often to restart all processes, from the last checkpoint, when one is lost
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Ranks")]

@@ -8,7 +8,7 @@ use crate::args::storage::StorageArgs;
 use crate::args::{DeviceArg, KernelsArg, SizeArg};
 use crate::backends;
 use clap::builder::PossibleValuesParser;
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
 use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -22,10 +22,13 @@ use dpo_core::files;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
+use dpo_core::ops;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
+use dpo_core::storage::Quantization;
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_data::Wanted;
+use dpo_plugin_api::graph::{ModelGraph, Node};
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
@@ -56,7 +59,7 @@ pub(crate) struct BenchOptions {
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
     gpus: Vec<usize>,
     /// Shard the frozen base weights over the GPUs (FSDP-like)
-    #[arg(long)]
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true", default_value_t = false, action = ArgAction::Set)]
     shard_base: bool,
     /// Maximum sequence length: prompt plus one answer, in tokens
     #[arg(long, default_value_t = 2048)]
@@ -87,6 +90,18 @@ pub(crate) struct BenchOptions {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Weights of experts that a token is multiplied with.
+fn of_experts(graph: &ModelGraph) -> usize {
+    let of = |node: &Node| match node.op.as_str() {
+        "experts" => {
+            let matrices = node.weights.iter().filter(|w| w.shape.len() == 3);
+            matrices.map(|w| ops::count(node, "top_k") * w.shape[1] * w.shape[2]).sum()
+        }
+        _ => 0,
+    };
+    graph.parts().flat_map(|(_, block)| &block.nodes).map(of).sum()
 }
 
 /// What `--shape` may be.
@@ -229,7 +244,8 @@ fn measure(
     if !options.json {
         println!("device      {many}{}\n{plan}", gpu.name);
     }
-    let linear: usize = adapter.sites.iter().map(|s| s.experts * s.inputs * s.outputs).sum();
+    let of_linears = adapter.sites.iter().filter(|s| s.experts == 1).map(|s| s.inputs * s.outputs);
+    let linear = of_linears.sum::<usize>() + of_experts(&graph);
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
     let plan = (plan, group.rank());
@@ -281,7 +297,7 @@ fn measure(
     if options.json {
         println!(
             "{}",
-            json!({"shape": options.shape, "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
+            json!({"shape": options.shape, "quantization": memory_options.quantization.map_or("none", Quantization::name), "gpus": group.size(), "gpu": device.gpu().name, "tokens_per_second": speed,
                 "loss": options.loss, "answers_of_example": measured.first().map_or(0, |e| e.answers().len()), "row_tokens_per_second": rows as f64 / seconds,
                 "examples_per_second": (options.steps * batch_size) as f64 / seconds, "tflops": flops / seconds / 1e12,
                 "reference_share": scoring / seconds, "memory_gib": used as f64 / (1_u64 << 30) as f64,

@@ -56,7 +56,7 @@ pub(crate) struct PlanOptions {
 const GPUS: &[usize] = &[8, 12, 16, 24, 32, 48, 80];
 
 /// What a plan for a GPU that need not be there does not know.
-const FP8: &str = "fp8 is for Hopper GPUs (H100, H200): so far no others have its products here";
+const FP8: &str = "fp8 is for cards whose tensor cores multiply it: Ada (RTX 4090, L40), Hopper (H100) and later ones";
 
 /// Half GiB that no shape needs more of.
 const MOST_HALVES: usize = 512;

@@ -316,7 +316,19 @@ mod tests {
 
     fn site(inputs: usize, outputs: usize, rank: usize) -> Site {
         let node = (BlockId::Layer(0), 0);
-        Site { module: "m".into(), inputs, outputs, rank, scale: 2.0, magnitudes: 0, offset: 0, node }
+        Site {
+            module: "m".into(),
+            parameter: None,
+            experts: 1,
+            inputs,
+            outputs,
+            rank,
+            scale: 2.0,
+            magnitudes: 0,
+            offset: 0,
+            node,
+            weight: 0,
+        }
     }
 
     /// A matrix of known singular values, `2^-i`, between random orthonormal vectors.

@@ -257,7 +257,8 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
             let full = |weight: &Weight| format!("{prefix}{}", weight.tensor);
             if is_module(node) {
                 let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
-                if config.adapts(&module) {
+                let of_experts = matches!(config.targets, Targets::AllLinear) && names_experts(graph, &module);
+                if config.adapts(&module) && !of_experts {
                     let at = node.weights.iter().position(|w| w.role == "weight").unwrap_or(0);
                     add(module.clone(), None, at);
                 }
@@ -290,6 +291,14 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
         config.refuse_for_experts(site)?;
     }
     Ok(sites)
+}
+
+/// Whether a linear has the name of a projection of experts: PEFT takes such names in `target_modules` for the experts' own, so that
+/// it could not read an adapter on this one.
+fn names_experts(graph: &ModelGraph, module: &str) -> bool {
+    let mut of_each = graph.assemblies.iter().flat_map(|a| &a.parts).filter(|part| part.contains('*'));
+    let last = module.rsplit('.').next();
+    of_each.any(|part| part.strip_suffix(".weight").and_then(|name| name.rsplit('.').next()) == last)
 }
 
 /// How many matrices each weight of a node has.

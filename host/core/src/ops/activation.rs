@@ -32,6 +32,7 @@ pub(super) enum Activation {
     GeluTanh,
     Relu2,
     Sigmoid,
+    Identity,
     /// `min(max(x, -limit), limit)`.
     Clamp(f64),
 }
@@ -63,6 +64,7 @@ impl Activation {
             "gelu_tanh" => Activation::GeluTanh,
             "relu2" => Activation::Relu2,
             "sigmoid" => Activation::Sigmoid,
+            "identity" => Activation::Identity,
             "clamp" => Activation::Clamp(number(node, "limit")),
             other => return Err(Error::run(format!("op '{}' runs with activation '{other}'", node.op))),
         })
@@ -102,6 +104,7 @@ impl Activation {
                 let value = x.sigmoid();
                 take(at, (value, value * (one - value)));
             }),
+            Activation::Identity => x.iter().enumerate().for_each(|(at, x)| take(at, (*x, one))),
             Activation::Clamp(limit) => {
                 let limit = T::from_f64(limit);
                 x.iter().enumerate().for_each(|(at, x)| {

@@ -299,7 +299,7 @@ fn over_heads<R: Send>(call: &Call<'_>, heads: usize, run: impl Fn(&Example<'_>,
 }
 
 /// Heads of all examples, `[tokens, dim]` each, side by side: `[tokens, heads · dim]`.
-fn join<T: Real>(examples: &[Vec<Vec<T>>], dim: usize) -> Result<Tensor> {
+pub(super) fn join<T: Real>(examples: &[Vec<Vec<T>>], dim: usize) -> Result<Tensor> {
     let width = examples.first().map_or(0, Vec::len) * dim;
     let numbers: usize = examples.iter().flatten().map(Vec::len).sum();
     let mut all = vec![T::zero(); numbers];

@@ -13,7 +13,7 @@ use super::activation::Activation;
 use super::product::sum_of_products;
 use super::real::Real;
 use super::rows::{RowOp, over_rows, values};
-use super::{Call, Gradients, Kernel, Lora, Op, add, flag, lora, number, product, weight};
+use super::{Call, Gradients, Kernel, Lora, Op, add, count, flag, lora, number, product, weight};
 use crate::error::{Error, Result};
 
 pub(super) const OP: Op = Op { name: "experts", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
@@ -295,6 +295,14 @@ impl<'a> Mixture<'a> {
         });
         Ok(Tensor::from_vec(sums, (tokens, width), &Device::Cpu)?)
     }
+}
+
+/// Numbers a token that experts hold beside what they read and make, in a backward pass: of each expert that it is sent to what goes in,
+/// what is inside, and the gradients of both.
+pub fn workspace(node: &Node) -> usize {
+    let inside = node.weights.first().and_then(|w| w.shape.get(1)).copied().unwrap_or(0);
+    let routing = 2 * node.weights.first().and_then(|w| w.shape.first()).copied().unwrap_or(0);
+    count(node, "top_k") * (5 * node.width + 4 * inside) + routing
 }
 
 fn forward(call: &Call<'_>) -> Result<Tensor> {

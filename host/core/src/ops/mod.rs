@@ -9,23 +9,28 @@ mod add;
 pub mod answer_mask;
 pub mod attention;
 mod cat;
+mod causal_conv;
 mod embedding;
 mod expand;
-mod experts;
+pub mod experts;
+mod gated_delta;
 mod gather;
 mod glu;
 mod kv_cache;
 mod layer_norm;
 mod linear;
+mod linear_attention;
 pub mod lm_head;
 mod narrow;
 mod product;
 mod real;
+pub mod recurrence;
 mod rms_norm;
 mod rope;
 mod route;
 mod rows;
 mod scale;
+mod ssd;
 mod xielu;
 
 use std::sync::OnceLock;
@@ -53,6 +58,9 @@ pub struct Op {
     pub kernel: Kernel,
 }
 
+/// A value, and the state of a recurrence behind the tokens that it is of.
+pub type ValueAndState = (Tensor, Tensor);
+
 /// How an op runs on the CPU.
 pub enum Kernel {
     /// From values `[tokens, width]` to a value.
@@ -62,8 +70,44 @@ pub enum Kernel {
         /// Gradients of the inputs from that of the value.
         vjp: fn(&Call<'_>, &Tensor) -> Result<Gradients>,
     },
+    /// From values `[tokens, width]` to a value, with a state that runs through a text.
+    Recurrence {
+        /// The value, where a text is continued from the state behind the tokens before, and the state behind these.
+        forward: fn(&Call<'_>, Option<&Tensor>) -> Result<ValueAndState>,
+        /// Gradients of the inputs from that of the value.
+        vjp: fn(&Call<'_>, &Tensor) -> Result<Gradients>,
+    },
     /// The end of the head: log-probs instead of logits, by [`lm_head::log_probs`].
     LogProb,
+}
+
+impl Kernel {
+    /// The value of a whole text.
+    ///
+    /// # Errors
+    /// An op that has no value.
+    pub fn forward(&self, call: &Call<'_>) -> Result<Tensor> {
+        match self {
+            Kernel::Value { forward, .. } => forward(call),
+            Kernel::Recurrence { forward, .. } => Ok(forward(call, None)?.0),
+            Kernel::LogProb => Err(misplaced_head()),
+        }
+    }
+
+    /// Gradients of the inputs from that of the value.
+    ///
+    /// # Errors
+    /// An op that has no value.
+    pub fn vjp(&self, call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
+        match self {
+            Kernel::Value { vjp, .. } | Kernel::Recurrence { vjp, .. } => vjp(call, dy),
+            Kernel::LogProb => Err(misplaced_head()),
+        }
+    }
+}
+
+fn misplaced_head() -> Error {
+    Error::run("lm_head runs outside of the head")
 }
 
 /// Everything an op reads when it runs.
@@ -151,6 +195,9 @@ pub const OPS: &[Op] = &[
     scale::OP,
     narrow::OP,
     cat::OP,
+    causal_conv::OP,
+    gated_delta::OP,
+    ssd::OP,
     expand::OP,
     lm_head::OP,
 ];

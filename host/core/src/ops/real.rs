@@ -8,7 +8,7 @@ use crate::error::Result;
 const LANES: usize = 16;
 
 /// f32 or f64.
-pub(super) trait Real: WithDType + Send + Sync {
+pub(super) trait Real: WithDType + Default + Send + Sync {
     fn slice(storage: &CpuStorage) -> Result<&[Self]>;
     fn maximum(self, other: Self) -> Self;
     fn magnitude(self) -> Self;

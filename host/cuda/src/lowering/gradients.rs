@@ -2,7 +2,7 @@
 
 use super::super::program::{Slice, Step};
 use super::super::sum::{sum, zero};
-use super::{Bundle, Lowering};
+use super::{Bundle, Lowering, whole};
 use dpo_core::error::Result;
 
 impl Lowering<'_> {
@@ -98,7 +98,7 @@ impl Lowering<'_> {
             return fixed;
         }
         let source = self.source(value);
-        let width = self.homes[source].map_or_else(|| self.nodes[source - 1].width, |h| h.width);
+        let width = self.homes[source].map_or_else(|| whole(self.nodes[source - 1].width), |h| h.width);
         self.buffer(width, self.gradient_behind[source])
     }
 

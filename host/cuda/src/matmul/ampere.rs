@@ -3,7 +3,7 @@
 
 use super::super::gpu::{Address, Args, Argument, View};
 use super::super::kernels::{Source, Variant};
-use super::{Gemm, On, Operands, WORKSPACE, gemm};
+use super::{Fp8, Gemm, Groups, On, Operands, WORKSPACE, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -11,11 +11,12 @@ pub(crate) static SOURCE: Source = Source {
     text: concat!(
         include_str!("../ops/mma.cuh"),
         include_str!("../ops/activations.cuh"),
+        include_str!("groups.cuh"),
         include_str!("gemm_ampere.cu")
     ),
     kernels: &["gemm_ampere"],
     waits: false,
-    variants: Some(|_| usual()),
+    variants: Some(usual),
 };
 
 /// Rows, columns and depth of a tile.
@@ -24,7 +25,7 @@ const TILE: [usize; 3] = [128, 256, 32];
 const WARPS: [usize; 2] = [2, 4];
 const STAGES: usize = 4;
 /// Rows of tiles that are computed together.
-const GROUP: usize = 16;
+const BAND: usize = 16;
 
 /// `struct Problem` of `gemm_ampere.cu`.
 #[derive(Clone, Copy)]
@@ -47,15 +48,36 @@ struct Problem {
 // SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
 unsafe impl Argument for Problem {}
 
+/// The same with FP8.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Fp8Problem {
+    problem: Problem,
+    of_x: View,
+    u: View,
+    l: View,
+    of_w: Address,
+    rank: i64,
+}
+
+// SAFETY: without padding: a `Problem`, then addresses, distances and a number of eight bytes.
+unsafe impl Argument for Fp8Problem {}
+
 /// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
-fn usual() -> Vec<Variant> {
-    let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates).map(variant);
-    all.fold(Vec::new(), |mut usual, variant| {
+fn usual(capability: u32) -> Vec<Variant> {
+    let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates);
+    let all = all.flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }]).filter(|gemm| !gemm.fp8 || has_fp8(capability));
+    all.map(variant).fold(Vec::new(), |mut usual, variant| {
         if usual.iter().all(|v: &Variant| v.key != variant.key) {
             usual.push(variant);
         }
         usual
     })
+}
+
+/// Whether a card's tensor cores multiply e4m3: Ada's and later ones.
+pub(super) fn has_fp8(capability: u32) -> bool {
+    capability >= 89
 }
 
 /// How it is compiled.
@@ -68,18 +90,23 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         ("WARPS_N", WARPS[1]),
         ("STAGES", STAGES),
         ("BLOCKS", 1),
-        ("GROUP", GROUP),
-        ("B_TRANSPOSED", gemm.weight_rows.into()),
+        ("BAND", BAND),
+        ("B_TRANSPOSED", (gemm.weight_rows || gemm.fp8).into()),
+        ("FP8", gemm.fp8.into()),
+        ("L_ROWS", gemm.weight_rows.into()),
         ("GATED", gemm.gate.is_some().into()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
+        ("GROUPED", gemm.grouped.into()),
     ];
     Variant {
         source: &SOURCE,
         key: key(gemm),
         label: format!(
-            "weights as {}, gated {}",
+            "{}weights as {}, gated {}, groups {}",
+            if gemm.fp8 { "fp8, " } else { "" },
             if gemm.weight_rows { "rows" } else { "columns" },
-            gemm.gate.is_some()
+            gemm.gate.is_some(),
+            gemm.grouped
         ),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
@@ -90,7 +117,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
 
 /// What is added, and whether gate and up are left, is said by addresses that are null or not.
 fn key(gemm: Gemm) -> usize {
-    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, ..Gemm::PLAIN }.key()
+    Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, fp8: gemm.fp8, grouped: gemm.grouped, ..Gemm::PLAIN }.key()
 }
 
 /// Bytes of shared memory: both tiles of every stage.
@@ -120,32 +147,86 @@ fn schedule(tiles: usize, blocks: usize, steps: usize) -> [usize; 2] {
 pub(super) fn launch(
     gemm: Gemm,
     on: On<'_>,
-    [m, n, k]: [usize; 3],
+    sizes: [usize; 3],
     operands: Operands,
     both: Option<View>,
     limit: f32,
 ) -> Result<()> {
-    let none = View { at: 0, ld: 0 };
+    let (problem, blocks) = whole(gemm, on, sizes, operands, both, limit);
+    start(gemm, on, blocks, Args::default().with(problem))
+}
+
+/// The same of a product of e4m3, whose A and B `operands` leaves out.
+pub(super) fn launch_fp8(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    fp8: Fp8,
+    operands: Operands,
+    both: Option<View>,
+    limit: f32,
+) -> Result<()> {
+    if m == 0 {
+        return Ok(());
+    }
+    let (w, ld) = fp8.w;
+    let operands = Operands { a: fp8.x, b: View { at: w, ld: ld as i64 / 2 }, ..operands };
+    let (problem, blocks) = whole(gemm, on, [m, n, k / 2], operands, both, limit);
+    let of_x = View { at: fp8.x.at + k as u64, ld: fp8.x.ld };
+    let with = Fp8Problem { problem, of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
+    start(gemm, on, blocks, Args::default().with(with))
+}
+
+/// A problem that is no group's, and the blocks that compute it.
+fn whole(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Operands,
+    both: Option<View>,
+    limit: f32,
+) -> (Problem, usize) {
     let (tiles, blocks) = (m.div_ceil(TILE[0]) * n.div_ceil(TILE[1]), on.gpu.multiprocessors);
     let [whole, split] = schedule(tiles, blocks, k.div_ceil(TILE[2]));
-    let problem = Problem {
+    let cut = problem(gemm, on, [m, n, k], operands, [whole as i32, split as i32]);
+    (Problem { both: both.unwrap_or(NONE), limit, ..cut }, blocks.min(whole + (tiles - whole) * split))
+}
+
+/// Starts a product of sizes `[m, n, k]` for each group, whose tiles are all whole.
+pub(super) fn launch_grouped(
+    gemm: Gemm,
+    on: On<'_>,
+    sizes: [usize; 3],
+    operands: Operands,
+    groups: Groups,
+) -> Result<()> {
+    let args = Args::default().with(problem(gemm, on, sizes, operands, [i32::MAX, 1]));
+    start(gemm, on, on.gpu.multiprocessors, args.with(groups.begins).with(groups.count as i32))
+}
+
+const NONE: View = View { at: 0, ld: 0 };
+
+fn problem(gemm: Gemm, on: On<'_>, sizes: [usize; 3], operands: Operands, [whole, split]: [i32; 2]) -> Problem {
+    Problem {
         a: operands.a,
         b: operands.b,
-        c: if gemm.adds { operands.c } else { none },
+        c: if gemm.adds { operands.c } else { NONE },
         d: operands.d,
         bias: if gemm.biased { operands.bias } else { 0 },
-        both: both.unwrap_or(none),
-        sizes: [m, n, k].map(|n| n as i32),
-        limit,
-        whole: whole as i32,
-        split: split as i32,
+        both: NONE,
+        sizes: sizes.map(|n| n as i32),
+        limit: 0.0,
+        whole,
+        split,
         parts: on.matmuls.workspace(),
         arrived: on.matmuls.arrived(),
-    };
+    }
+}
+
+fn start(gemm: Gemm, on: On<'_>, blocks: usize, args: Args) -> Result<()> {
     let (kernel, shared) = on.kernels.variant(SOURCE.kernels[0], key(gemm))?;
-    let grid = [blocks.min(whole + (tiles - whole) * split), 1, 1];
     let block = [(32 * WARPS[0] * WARPS[1]) as u32, 1, 1];
-    on.gpu.launch(kernel, grid, block, shared, Args::default().with(problem))
+    on.gpu.launch(kernel, [blocks, 1, 1], block, shared, args)
 }
 
 #[cfg(test)]

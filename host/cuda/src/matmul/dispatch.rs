@@ -2,7 +2,7 @@
 
 use super::super::gpu::{Address, View};
 use super::super::kernels::{Kernels, Variant};
-use super::{Fp8, Gates, Gemm, On, Operands, ampere, hopper};
+use super::{Fp8, Gates, Gemm, Groups, On, Operands, ampere, hopper};
 use dpo_core::cache;
 use dpo_core::error::Result;
 
@@ -32,6 +32,32 @@ impl Gemm {
             hopper::launch(self, on, [m, n, k], operands)
         } else {
             ampere::launch(self, on, [m, n, k], operands, None, 0.0)
+        }
+    }
+}
+
+impl Groups {
+    /// Groups there may be.
+    pub(crate) const MOST: usize = 512;
+
+    pub(crate) fn gemm(weight_rows: bool) -> Gemm {
+        Gemm { weight_rows, grouped: true, ..Gemm::PLAIN }
+    }
+
+    /// Starts a product of sizes `[m, n, k]` for each group, of at most m rows in all; weights lie as `[n, k]` where `weight_rows` says so,
+    /// else as `[k, n]`.
+    pub(crate) fn launch(
+        self,
+        weight_rows: bool,
+        on: On<'_>,
+        sizes: [usize; 3],
+        [x, weights, y]: [View; 3],
+    ) -> Result<()> {
+        let (gemm, operands) = (Groups::gemm(weight_rows), Operands { a: x, b: weights, c: y, d: y, bias: 0 });
+        if hopper::is_for(on.gpu.kernels) {
+            hopper::launch_grouped(gemm, on, sizes, operands, self)
+        } else {
+            ampere::launch_grouped(gemm, on, sizes, operands, self)
         }
     }
 }
@@ -107,6 +133,10 @@ impl Fp8 {
         bias: Address,
     ) -> Result<()> {
         let c = if gemm.adds { c } else { d };
+        if !hopper::is_for(on.gpu.kernels) {
+            let operands = Operands { a: d, b: d, c, d, bias };
+            return ampere::launch_fp8(gemm, on, [m, n, k], self, operands, None, 0.0);
+        }
         hopper::launch_fp8(gemm, on, [m, n, k], self, [(c, n), (d, n)], (bias, 0.0))
     }
 
@@ -120,6 +150,10 @@ impl Fp8 {
         h: View,
     ) -> Result<()> {
         let (gemm, width) = (Gemm { fp8: true, ..gated.gemm(both.is_some()) }, gated.width);
+        if !hopper::is_for(on.gpu.kernels) {
+            let operands = Operands { a: h, b: h, c: h, d: h, bias: 0 };
+            return ampere::launch_fp8(gemm, on, [m, 2 * width, k], self, operands, both, gated.limit);
+        }
         let stored = [both.map_or((h, width), |both| (both, 2 * width)), (h, width)];
         hopper::launch_fp8(gemm, on, [m, width, k], self, stored, (0, gated.limit))
     }
@@ -138,9 +172,9 @@ impl Fp8 {
     }
 }
 
-/// Whether a card has a kernel for them.
+/// Whether a card has a kernel for products of e4m3.
 pub(crate) fn has_fp8(capability: u32) -> bool {
-    hopper::is_for(capability)
+    ampere::has_fp8(capability)
 }
 
 /// The gated activations that a card's matmuls compute. On the Blackwell of data centres, whose tensor cores have instructions that no kernel of

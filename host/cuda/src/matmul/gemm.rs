@@ -21,6 +21,16 @@ pub(crate) struct Gemm {
     pub differentiates: bool,
     /// Whether the matrices are of e4m3, and `weight_rows` says how their LoRA part lies.
     pub fp8: bool,
+    /// Whether rows are those of groups with weights of their own.
+    pub grouped: bool,
+}
+
+/// Rows of groups, one group after the other, whose weights lie one below the other.
+#[derive(Clone, Copy)]
+pub(crate) struct Groups {
+    pub count: usize,
+    /// Where `count + 1` numbers lie: of every group its first row, and where the last one's end.
+    pub begins: Address,
 }
 
 /// Gated activations that a card's matmuls compute.
@@ -59,6 +69,7 @@ impl Gemm {
         keeps: false,
         differentiates: false,
         fp8: false,
+        grouped: false,
     };
 
     /// What computes a matmul.
@@ -68,7 +79,8 @@ impl Gemm {
 
     /// What tells its kernels from others.
     pub(super) fn key(self) -> usize {
-        self.epilogue() * 64 + usize::from(self.fp8) * 32 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
+        let kind = self.epilogue() * 2 + usize::from(self.grouped);
+        kind * 64 + usize::from(self.fp8) * 32 + usize::from(self.weight_rows) * 16 + self.gate.unwrap_or(0)
     }
 
     /// The sum of 1, where a value is added, 2 with a bias, 4 with a gated activation, 8 where that leaves gate and up, 16 with the VJP
@@ -95,5 +107,7 @@ pub(super) fn usual() -> Vec<Gemm> {
         gated,
         Gemm { keeps: true, ..gated },
         Gemm { weight_rows: false, differentiates: true, ..gated },
+        Gemm { grouped: true, ..Gemm::PLAIN },
+        Gemm { grouped: true, weight_rows: false, ..Gemm::PLAIN },
     ]
 }

@@ -6,9 +6,14 @@
 // block that is the last to write one of a tile adds all of them in their order. So two runs are equal bit for bit.
 //
 // Macros: B_TRANSPOSED, whether B lies as [n, k]; TILE_M, TILE_N, TILE_K of a block; WARPS_M, WARPS_N among its rows and its columns,
-// of which a warp has 64; STAGES; BLOCKS on a multiprocessor; GROUP, rows of tiles that are computed together, so that what they
+// of which a warp has 64; STAGES; BLOCKS on a multiprocessor; BAND, rows of tiles that are computed together, so that what they
 // read of both matrices stays in the L2 cache. With GATED, B is [gate; up] of n / 2 rows each, D is act(gate) · up, ACTIVATION one of
-// activations.cuh, and gate and up themselves are written where there is a place for them.
+// activations.cuh, and gate and up themselves are written where there is a place for them. With GROUPED, rows of A are those of groups, and B
+// has their matrices one below the other; see groups.cuh.
+//
+// With FP8 (Ada and later), A and B are e4m3, read along k by both, and k counts pairs of them: what a fragment of sixteen columns of bf16 is in
+// memory and in registers, one of 32 codes is too. D = (A · Bᵀ) of_x of_w + U · op(L), whose last term is of bf16 and few columns. All rows of A
+// have their scale behind them. L is [n, rank], or [rank, n] with L_ROWS 0.
 //
 // m is any number; n, k and distances of rows are multiples of 8, addresses of 16 bytes. k may end within a step: what tiles have
 // beyond it is zero.
@@ -26,6 +31,7 @@
 static_assert(WARP_M % 16 == 0 && WARP_N == 64, "a warp has 64 columns");
 static_assert(TILE_K == 32 || TILE_K == 64, "rows of a tile are 64 or 128 bytes");
 static_assert(!GATED || B_TRANSPOSED, "gate and up are rows");
+static_assert(!FP8 || B_TRANSPOSED, "codes are read along k");
 
 struct Problem {
     View a, b, c, d;      // c.at is null where nothing is added
@@ -36,6 +42,11 @@ struct Problem {
     int whole, split;     // how many tiles are not cut, a multiple of the blocks; parts of each of the others
     float* parts;         // TILE_M * TILE_N for each part of a tile
     int* arrived;         // 0 for each tile that is cut, before and after
+#if FP8
+    View of_x, u, l;      // scales of A's rows, U and L
+    const float* of_w;    // of B's rows; null where they are 1
+    long long rank;       // a multiple of 8
+#endif
 };
 
 // A matrix in shared memory with rows of WIDTH columns: the sixteen bytes that hold columns 8 * chunk on. Eight rows of one
@@ -59,15 +70,25 @@ struct Copier {
     static __device__ __forceinline__ u32 place() { return place_of<WIDTH>(row(0), threadIdx.x % IN_ROW); }
 };
 
-// The tile of an index: GROUP rows of tiles at a time, column by column.
+#if GROUPED
+__shared__ Groups groups;
+#endif
+
+// The tile of an index: BAND rows of tiles at a time, column by column. What lies from `end` on is not its own; the matrices before its
+// own are so many.
 struct Tile {
-    int row, column;
+    int row, column, end, before;
 };
 
-__device__ __forceinline__ Tile tile_of(int index, int rows, int columns) {
-    int group = index / (GROUP * columns), first = group * GROUP, high = min(GROUP, rows - first);
-    int in_group = index - group * GROUP * columns;
-    return {(first + in_group % high) * TILE_M, in_group / high * TILE_N};
+__device__ __forceinline__ Tile tile_of(const Problem& p, int index, int rows, int columns) {
+    int band = index / (BAND * columns), first = band * BAND, high = min(BAND, rows - first);
+    int in_band = index - band * BAND * columns, row = first + in_band % high, column = in_band / high * TILE_N;
+#if GROUPED
+    int group = groups.of(row);
+    return {groups.begins[group] + (row - groups.tiles[group]) * TILE_M, column, groups.begins[group + 1], group};
+#else
+    return {row * TILE_M, column, p.m, 0};
+#endif
 }
 
 // What a block computes at a time: a tile, or its columns of A from `begin` on.
@@ -101,16 +122,16 @@ struct Loader {
     // Goes to the beginning of a piece of work; behind the last one there is nothing to bring.
     __device__ __forceinline__ void begin(const Problem& p, int rows, int columns, int count) {
         Work work = work_of(p, min(index, count - 1));
-        Tile at = tile_of(work.tile, rows, columns);
+        Tile at = tile_of(p, work.tile, rows, columns);
         k = index < count ? work.begin : work.end, end = work.end;
 #pragma unroll
-        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), p.m - 1)) + k + a.column();
+        for (int i = 0; i < a.COUNT; i++) a.from[i] = row(p.a, min(at.row + a.row(i), at.end - 1)) + k + a.column();
 #pragma unroll
         for (int i = 0; i < b.COUNT; i++) {
 #if B_TRANSPOSED
-            b.from[i] = row(p.b, row_of_b(p, at.column, b.row(i))) + k + b.column();
+            b.from[i] = row(p.b, (long long)at.before * p.n + row_of_b(p, at.column, b.row(i))) + k + b.column();
 #else
-            b.from[i] = row(p.b, k + b.row(i)) + min(at.column + b.column(), p.n - 8);
+            b.from[i] = row(p.b, (long long)at.before * p.k + k + b.row(i)) + min(at.column + b.column(), p.n - 8);
 #endif
         }
     }
@@ -200,15 +221,19 @@ __device__ __forceinline__ void store_quad(bf16* to, u32 w[4], bool there) {
 // A warp's sums.
 typedef float Sums[FRAGMENTS_M][FRAGMENTS_N][4];
 
-// Writes a warp's sums, whose first row of the lane and first column of the warp these are.
-__device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column) {
+// The first column of a warp's fragment in D, or in [gate; up]; columns beyond the last are computed twice and not written.
+__device__ __forceinline__ int feature_of(const Problem& p, int column, int j) {
+    return GATED ? min(column / 2 + j % 4 * 8, p.n / 2 - 8) + j / 4 * (p.n / 2) : min(column + j * 8, p.n - 8);
+}
+
+// Writes a warp's sums, whose first row of the lane and first column of the warp these are, as far as there are rows.
+__device__ __forceinline__ void write(const Problem& p, const Sums sums, int first, int column, int end) {
     int lane = threadIdx.x % 4;
     u32 bias[FRAGMENTS_N] = {};
     if (p.bias) {
 #pragma unroll
         for (int j = 0; j < FRAGMENTS_N; j++) {
-            int of = GATED ? min(column / 2 + j % 4 * 8, p.n / 2 - 8) + j / 4 * (p.n / 2) : min(column + j * 8, p.n - 8);
-            bias[j] = *(const u32*)(p.bias + of + lane * 2);
+            bias[j] = *(const u32*)(p.bias + feature_of(p, column, j) + lane * 2);
         }
     }
 #pragma unroll
@@ -217,14 +242,14 @@ __device__ __forceinline__ void write(const Problem& p, const Sums sums, int fir
         u32 words[2][4];
 #if GATED
         int own = column / 2 + lane * 8;
-        bool there = token < p.m && own < p.n / 2;
+        bool there = token < end && own < p.n / 2;
 #endif
 #pragma unroll
         for (int side = 0; side < 2; side++) {
             u32 add[4] = {};
 #if !GATED
             int own = column + side * 32 + lane * 8;
-            bool there = token < p.m && own < p.n;
+            bool there = token < end && own < p.n;
             if (p.c.at) {
                 uint4 c = there ? *(const uint4*)(row(p.c, token) + own) : make_uint4(0, 0, 0, 0);
                 add[0] = c.x, add[1] = c.y, add[2] = c.z, add[3] = c.w;
@@ -259,6 +284,54 @@ __device__ __forceinline__ void write(const Problem& p, const Sums sums, int fir
     }
 }
 
+#if FP8
+__device__ __forceinline__ void mma_fp8(float c[4], const u32 a[4], const u32 b[2]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Multiplies sums by the scales of their row and of their column, and adds U · op(L), of which every lane reads its fragments where they lie.
+__device__ __forceinline__ void scale_and_adapt(const Problem& p, Sums sums, int first, int column) {
+    int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    auto token = [&](int i) { return min(first + i * 8, p.m - 1); };
+#pragma unroll
+    for (int j = 0; j < FRAGMENTS_N; j++) {
+        float2 w = p.of_w ? *(const float2*)(p.of_w + feature_of(p, column, j) + pair) : make_float2(1.f, 1.f);
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M * 2; i++) {
+            float x = *(const float*)row(p.of_x, token(i));
+            float* sum = &sums[i / 2][j][i % 2 * 2];
+            sum[0] *= x * w.x, sum[1] *= x * w.y;
+        }
+    }
+    for (int r = 0; r < p.rank; r += 16) {
+        bool whole = r + 8 < p.rank;
+        u32 a[FRAGMENTS_M][4];
+#pragma unroll
+        for (int i = 0; i < FRAGMENTS_M * 2; i++) {
+            const bf16* u = row(p.u, token(i)) + r + pair;
+            a[i / 2][i % 2] = *(const u32*)u, a[i / 2][i % 2 + 2] = whole ? *(const u32*)(u + 8) : 0;
+        }
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS_N; j++) {
+            int feature = feature_of(p, column, j) + lane / 4;
+            u32 b[2] = {};
+            for (int half = 0; half <= whole; half++) {
+                int at = r + half * 8 + pair;
+#if L_ROWS
+                b[half] = *(const u32*)(row(p.l, feature) + at);
+#else
+                b[half] = row(p.l, at)[feature] | (u32)row(p.l, at + 1)[feature] << 16;
+#endif
+            }
+#pragma unroll
+            for (int i = 0; i < FRAGMENTS_M; i++) mma(sums[i][j], a[i], b);
+        }
+    }
+}
+#endif
+
 // Writes a block's part of a tile. Whether it was the last of the tile's: then `sums` are those of all parts.
 __device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Sums sums) {
     __shared__ bool last;
@@ -292,10 +365,21 @@ __device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Su
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p
+#if GROUPED
+                                                                                     , const int* begins, int count_of_groups
+#endif
+) {
     extern __shared__ __align__(128) unsigned char memory[];
     u32 stages = shared_address(memory);
-    int rows = (p.m + TILE_M - 1) / TILE_M, columns = (p.n + TILE_N - 1) / TILE_N;
+#if GROUPED
+    groups.cut(begins, count_of_groups, TILE_M);
+    int rows = groups.tiles[count_of_groups];
+    if (rows == 0) return;
+#else
+    int rows = (p.m + TILE_M - 1) / TILE_M;
+#endif
+    int columns = (p.n + TILE_N - 1) / TILE_N;
     int count = p.whole + (rows * columns - p.whole) * p.split;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int warp_m = warp % WARPS_M * WARP_M, warp_n = warp / WARPS_M * WARP_N;
@@ -354,13 +438,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
 #pragma unroll
                     for (int j = 0; j < FRAGMENTS_N; j++) {
                         int column = i % 2 ? FRAGMENTS_N - 1 - j : j;  // B's last fragment is the next row's first
+#if FP8
+                        mma_fp8(sums[i][column], now.a[i], now.b[column]);
+#else
                         mma(sums[i][column], now.a[i], now.b[column]);
+#endif
                     }
                 }
             }
         }
         if (index >= p.whole && !add_parts(p, work, sums)) continue;
-        Tile at = tile_of(work.tile, rows, columns);
-        write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
+        Tile at = tile_of(p, work.tile, rows, columns);
+#if FP8
+        scale_and_adapt(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
+#endif
+        write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n, at.end);
     }
 }

@@ -11,6 +11,9 @@
 // With FP8, X and W are e4m3 with a scale for each row: D = (X W^T) of_x of_w + U op(L), where the second product, of bf16, begins with the
 // sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
 // W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
+//
+// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other; see groups.cuh. What a tile has behind
+// its group's rows is not stored.
 
 #define DEPTH (FP8 ? 128 : 64)  // 128 bytes
 #define GROUPS 2
@@ -147,11 +150,25 @@ __device__ __forceinline__ void store_transposed(u32 at, const u32* v) {
 // what runs at one time reads few rows of either matrix.
 struct Tiles {
     int rows, columns, high, at;
+#if GROUPED
+    const Groups& groups;
+    int group, token, end;  // of a tile: its group, its first row, where the group's rows end
+
+    __device__ __forceinline__ void enter(int row) {
+        group = groups.of(row);
+        token = groups.begins[group] + (row - groups.tiles[group]) * TOKENS, end = groups.begins[group + 1];
+    }
+#else
+    static constexpr int group = 0;
+    int token;
+    __device__ __forceinline__ void enter(int row) { token = row * TOKENS; }
+#endif
     __device__ __forceinline__ bool next(int& row, int& column) {
         if (at >= rows * columns) return false;
         int first = at / (high * columns) * high, own = min(high, rows - first), within = at - first * columns;
         row = first + within % own;
         column = within / own;
+        enter(row);
         at += gridDim.x / 2;
         return true;
     }
@@ -162,6 +179,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 const __grid_constant__ TensorMap d, const bf16* bias, int tokens, int features, int k, int band, float limit
 #if FP8
                 , const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap l, int r, View of_x, const float* of_w
+#endif
+#if GROUPED
+                , const int* begins, int count, View out
 #endif
     ) {
     extern __shared__ bf16 memory[];
@@ -178,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
     // Features are those of D: with a gated activation, a block has as many of gate and of up.
     constexpr int OWN = WIDTH * GROUPS;
-    Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, (features + 2 * OWN - 1) / (2 * OWN), band, (int)blockIdx.x / 2};
+    int columns = (features + 2 * OWN - 1) / (2 * OWN), first = blockIdx.x / 2;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             barrier_init(full + 8 * s, 1);
@@ -189,6 +209,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     }
     cluster_sync();
     after_previous();
+#if GROUPED
+    __shared__ Groups groups;
+    groups.cut(begins, count, TOKENS);
+    Tiles tiles = {groups.tiles[count], columns, band, first, groups};
+#else
+    Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, columns, band, first};
+#endif
 
     int row, column;
     if (group == 0) {
@@ -196,7 +223,8 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
         if (threadIdx.x == 0) {
             int stage = 0, phase = 0;
             while (tiles.next(row, column)) {
-                int feature = (column * 2 + rank) * OWN, token = row * TOKENS + rank * (TOKENS / 2);
+                int feature = (column * 2 + rank) * OWN, token = tiles.token + rank * (TOKENS / 2);
+                int before = tiles.group * (W_ROWS ? features : k);  // rows of W of the groups before
                 auto copy_step = [&](const TensorMap* x, const TensorMap* w, int column, bool w_rows) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;
@@ -205,10 +233,10 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                         // Eight rows of gate, eight of up: a thread has both.
                         copy_in_4d(at, w, column, 0, 0, feature / 8, barrier);
                     } else if (w_rows) {
-                        copy_in(at, w, column, feature, barrier);
+                        copy_in(at, w, column, before + feature, barrier);
                     } else {
 #pragma unroll
-                        for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, w, feature + i * 64, column, barrier);
+                        for (int i = 0; i < GROUPS; i++) copy_in(at + i * 8192, w, feature + i * 64, before + column, barrier);
                     }
                     copy_in_both(at + W_BYTES + rank * (X_BYTES / 2), x, column, token, barrier);
                     if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -229,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
 #endif
         int stage = 0, phase = 0, turn = 0;
         while (tiles.next(row, column)) {
-            int feature = (column * 2 + rank) * OWN + own * WIDTH, token = row * TOKENS;
+            int feature = (column * 2 + rank) * OWN + own * WIDTH, token = tiles.token;
             // Features behind the last one: the stages go by.
             if (feature >= features) {
                 for (int step = 0; step < all_steps; step++) {
@@ -436,6 +464,21 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 }
                 publish();
                 group_sync(own);
+#if GROUPED
+                // Where a group's rows end within a chunk, they are stored one by one.
+                if (token + (i + 1) * CHUNK > tiles.end) {
+                    for (int t = threadIdx.x % 128 / 8; t < CHUNK && token + i * CHUNK + t < tiles.end; t += 16) {
+                        int piece = threadIdx.x % 8, to = feature + piece * 8;
+                        u32 v[4], from = buffer + t * 128 + ((piece ^ t & 7) << 4);
+                        asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from));
+                        if (to < features) *(uint4*)(::row(out, token + i * CHUNK + t) + to) = make_uint4(v[0], v[1], v[2], v[3]);
+                    }
+                    // None, so that as many copies are counted.
+                    if (leads) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+                    turn = (turn + 1) % BUFFERS;
+                    continue;
+                }
+#endif
                 if (leads) {
                     copy_out(buffer, &d, feature, token + i * CHUNK);
 #if GLU_VJP

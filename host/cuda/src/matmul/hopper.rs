@@ -2,7 +2,7 @@
 
 use super::super::gpu::{Address, Args, TensorMap, View};
 use super::super::kernels::{Source, Variant};
-use super::{Fp8, Gemm, On, Operands, gemm};
+use super::{Fp8, Gemm, Groups, On, Operands, gemm};
 use dpo_core::error::Result;
 
 pub(crate) static SOURCE: Source = Source {
@@ -10,12 +10,13 @@ pub(crate) static SOURCE: Source = Source {
     text: concat!(
         include_str!("../ops/hopper.cuh"),
         include_str!("../ops/activations.cuh"),
+        include_str!("groups.cuh"),
         include_str!("gemm_hopper.cu")
     ),
     kernels: &["gemm_hopper"],
     waits: true,
     variants: Some(|capability| {
-        let both = |gemm| [gemm, Gemm { fp8: true, ..gemm }];
+        let both = |gemm: Gemm| [gemm, Gemm { fp8: !gemm.grouped, ..gemm }];
         let all = gemm::usual().into_iter().flat_map(both).flat_map(variants);
         if is_for(capability) { all.collect() } else { Vec::new() }
     }),
@@ -23,6 +24,12 @@ pub(crate) static SOURCE: Source = Source {
 
 /// Tokens of all tiles. The more there are, the closer a number of tokens comes to whole rounds of the card.
 const TILES: &[usize] = &[256, 240, 224, 192];
+
+/// Of rows of groups, whose tiles are never whole rounds; of experts smaller ones are slower even where most of a tile is empty.
+const GROUPED_TILES: &[usize] = &[256];
+
+/// Bytes of shared memory that tell the rows of groups.
+const GROUPS: usize = 2 * (Groups::MOST + 1) * 4 + 4;
 
 /// Columns of bf16 that are multiplied at once, and their bytes; features of a block.
 const DEPTH: usize = 64;
@@ -49,7 +56,11 @@ pub(super) fn is_for(capability: u32) -> bool {
 
 /// Every way it is compiled.
 pub(super) fn variants(gemm: Gemm) -> Vec<Variant> {
-    TILES.iter().map(|tile| variant(gemm, *tile)).collect()
+    tiles(gemm).iter().map(|tile| variant(gemm, *tile)).collect()
+}
+
+fn tiles(gemm: Gemm) -> &'static [usize] {
+    if gemm.grouped { GROUPED_TILES } else { TILES }
 }
 
 fn variant(gemm: Gemm, tile: usize) -> Variant {
@@ -63,11 +74,17 @@ fn variant(gemm: Gemm, tile: usize) -> Variant {
         ("EPILOGUE", gemm.epilogue()),
         ("ACTIVATION", gemm.gate.unwrap_or(0)),
         ("FP8", gemm.fp8.into()),
+        ("GROUPED", gemm.grouped.into()),
     ];
     Variant {
         source: &SOURCE,
         key: key(gemm, tile),
-        label: format!("{}{tile} tokens, epilogue {}", if gemm.fp8 { "fp8, " } else { "" }, gemm.epilogue()),
+        label: format!(
+            "{}{}{tile} tokens, epilogue {}",
+            if gemm.fp8 { "fp8, " } else { "" },
+            if gemm.grouped { "groups, " } else { "" },
+            gemm.epilogue()
+        ),
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
         generation: true,
@@ -91,7 +108,8 @@ fn chunks(gemm: Gemm, tile: usize) -> (usize, usize) {
     let (largest, places) = if gemm.differentiates { (32, 4) } else { (128, 2) };
     // Beside them are barriers, scales, and what lies before an aligned address.
     let scales = if gemm.fp8 { 2 * (tile + 64) * 4 } else { 0 };
-    let room = SHARED - stages(gemm) * stage(tile) - 1024 - 256 - scales;
+    let groups = if gemm.grouped { GROUPS } else { 0 };
+    let room = SHARED - stages(gemm) * stage(tile) - 1024 - 256 - scales - groups;
     let fits = |chunk: usize| room / chunk_bytes(gemm, chunk);
     let all = (16..=largest).rev().step_by(16).filter(|chunk| tile.is_multiple_of(*chunk));
     let chunk = all.into_iter().find(|chunk| fits(*chunk) >= 2).unwrap_or(16);
@@ -127,7 +145,7 @@ fn shared(gemm: Gemm, tile: usize) -> usize {
 fn tile(gemm: Gemm, [m, n]: [usize; 2], multiprocessors: usize) -> usize {
     let (pairs, at_once) = (n.div_ceil(4 * features(gemm)), (multiprocessors / 2).max(1));
     let cost = |tile: &usize| (m.div_ceil(*tile) * pairs).div_ceil(at_once) * (tile + TILE_COST);
-    TILES.iter().copied().min_by_key(cost).unwrap_or(TILES[0])
+    tiles(gemm).iter().copied().min_by_key(cost).unwrap_or(TILES[0])
 }
 
 /// Starts a product of sizes `[m, n, k]`.
@@ -140,6 +158,25 @@ pub(super) fn launch(gemm: Gemm, on: On<'_>, [m, n, k]: [usize; 3], operands: Op
     let c = if gemm.adds { c } else { d };
     let x = |box_rows| TensorMap::new(a, [m, k], [box_rows, DEPTH]);
     start(gemm, on, [m, n, k], (&x, weights), [(c, n), (d, n)], (bias, 0.0), |args, _| Ok(args))
+}
+
+/// Starts a product of sizes `[m, n, k]` for each group.
+pub(super) fn launch_grouped(
+    gemm: Gemm,
+    on: On<'_>,
+    [m, n, k]: [usize; 3],
+    operands: Operands,
+    groups: Groups,
+) -> Result<()> {
+    let Operands { a, b, d, .. } = operands;
+    let weights = match gemm.weight_rows {
+        true => TensorMap::new(b, [groups.count * n, k], [FEATURES, 64])?,
+        false => TensorMap::new(b, [groups.count * k, n], [DEPTH, 64])?,
+    };
+    let x = |box_rows| TensorMap::new(a, [m, k], [box_rows, DEPTH]);
+    start(gemm, on, [m, n, k], (&x, weights), [(d, n), (d, n)], (0, 0.0), |args, _| {
+        Ok(args.with(groups.begins).with(groups.count as i32).with(d))
+    })
 }
 
 /// Starts a gated activation of `width` columns, of products of sizes `[m, 2 · width, k]`.
@@ -236,7 +273,7 @@ fn start(
 
 #[cfg(test)]
 mod tests {
-    use super::{Gemm, SHARED, TILES, chunks, shared, tile};
+    use super::{GROUPS, Gemm, SHARED, TILES, chunks, shared, tile};
 
     const PLAIN: Gemm = Gemm::PLAIN;
 
@@ -244,11 +281,12 @@ mod tests {
     fn kernels_fit_into_shared_memory() {
         let gated = Gemm { gate: Some(0), ..PLAIN };
         let (adds, differentiates) = (Gemm { adds: true, ..PLAIN }, Gemm { differentiates: true, ..gated });
-        for gemm in [PLAIN, adds, gated, Gemm { keeps: true, ..gated }, differentiates] {
+        let grouped = Gemm { grouped: true, ..PLAIN };
+        for gemm in [PLAIN, adds, gated, Gemm { keeps: true, ..gated }, differentiates, grouped] {
             for (fp8, tile) in [false, true].into_iter().flat_map(|fp8| TILES.iter().map(move |tile| (fp8, *tile))) {
                 let gemm = Gemm { fp8, ..gemm };
                 let scales = if fp8 { 2 * (tile + 64) * 4 } else { 0 };
-                let bytes = shared(gemm, tile) + 256 + scales;
+                let bytes = shared(gemm, tile) + 256 + scales + if gemm.grouped { GROUPS } else { 0 };
                 assert!(bytes <= SHARED, "{bytes} for {tile} tokens, {gemm:?}");
                 let (chunk, places) = chunks(gemm, tile);
                 assert!(places >= 2 && tile % chunk == 0 && chunk >= 16, "{chunk} of {tile} tokens, {gemm:?}");

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) use dispatch::Gated;
 pub(super) use dispatch::{gates, has_fp8};
 pub use gemm::Gates;
-pub(crate) use gemm::{Fp8, Gemm};
+pub(crate) use gemm::{Fp8, Gemm, Groups};
 pub(super) use library::WORKSPACE;
 
 use super::api;

@@ -20,7 +20,7 @@ pub(super) const OP: CudaOp = CudaOp {
 };
 
 /// Activations in the order in which `activations.cuh` counts them.
-const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "clamp"];
+const ACTIVATIONS: &[&str] = &["silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "identity", "clamp"];
 
 /// The activation of a node.
 #[derive(Clone, Copy)]
@@ -46,11 +46,15 @@ impl Activation {
         Gated { activation: self.kind, limit: self.limit, width: self.width }
     }
 
-    /// Starts a kernel on these views.
-    pub(super) fn start(self, on: &Launch<'_>, kernel: &str, reads: &[View], writes: &[View]) -> Result<()> {
+    /// What a kernel takes that runs on these views.
+    pub(super) fn args(self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Args {
         let args = reads.iter().chain(writes).fold(Args::default(), |args, view| args.with(*view));
-        let args = args.with(on.rows as i32).with(self.width as i32).with(self.kind as i32).with(self.limit);
-        on.by_columns(kernel, on.rows, self.width, args)
+        args.with(on.rows as i32).with(self.width as i32).with(self.kind as i32).with(self.limit)
+    }
+
+    /// Starts one, with a thread for every eight columns.
+    pub(super) fn start(self, on: &Launch<'_>, kernel: &str, reads: &[View], writes: &[View]) -> Result<()> {
+        on.by_columns(kernel, on.rows, self.width, self.args(on, reads, writes))
     }
 
     /// Its value and its derivative, that by differences in f64.
@@ -63,6 +67,7 @@ impl Activation {
             "gelu_tanh" => 0.5 * x * (1.0 + (0.797_884_560_802_865_4 * (x + 0.044715 * x.powi(3))).tanh()),
             "relu2" => x.max(0.0).powi(2),
             "sigmoid" => 1.0 / (1.0 + (-x).exp()),
+            "identity" => x,
             _ => x.clamp(-limit, limit),
         };
         let (x, h) = (f64::from(x), 1e-5);

@@ -26,6 +26,8 @@ __device__ __forceinline__ Activation activate(float x, int kind, float limit) {
             float s = 1.f / (1.f + __expf(-x));
             return {s, s * (1.f - s)};
         }
+        case 5:  // identity
+            return {x, 1.f};
         default:  // clamp
             return {fminf(fmaxf(x, -limit), limit), fabsf(x) <= limit ? 1.f : 0.f};
     }

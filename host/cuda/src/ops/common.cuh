@@ -22,8 +22,7 @@ struct Eight {
     float v[8];
 };
 
-__device__ __forceinline__ Eight load8(const bf16* p) {
-    uint4 raw = *(const uint4*)p;
+__device__ __forceinline__ Eight unpack8(const uint4& raw) {
     u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
     Eight out;
 #pragma unroll
@@ -34,6 +33,8 @@ __device__ __forceinline__ Eight load8(const bf16* p) {
     return out;
 }
 
+__device__ __forceinline__ Eight load8(const bf16* p) { return unpack8(*(const uint4*)p); }
+
 __device__ __forceinline__ void store8(bf16* p, const Eight& x) {
     *(uint4*)p = make_uint4(pack(x.v[0], x.v[1]), pack(x.v[2], x.v[3]), pack(x.v[4], x.v[5]), pack(x.v[6], x.v[7]));
 }
@@ -42,6 +43,14 @@ __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
+}
+
+// 64 random bits that follow from a counter and a seed: for benchmarks.
+__device__ __forceinline__ u64 random_bits(u64 counter, u32 seed) {
+    u64 h = (counter + 1) * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
+    h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+    h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+    return h ^ (h >> 32);
 }
 
 // Columns of a buffer whose rows are `ld` elements apart.

@@ -4,13 +4,7 @@
 
 // The product of eight values and, with `scales`, as many of those.
 __device__ __forceinline__ Eight scaled(const uint4& raw, const float* scales, int column) {
-    u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
-    Eight x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        x.v[2 * i] = __uint_as_float(words[i] << 16);
-        x.v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
+    Eight x = unpack8(raw);
     if (scales) {
         float4 a = *(const float4*)(scales + column), b = *(const float4*)(scales + column + 4);
         x.v[0] *= a.x, x.v[1] *= a.y, x.v[2] *= a.z, x.v[3] *= a.w;
@@ -105,9 +99,7 @@ extern "C" __global__ void __launch_bounds__(256) transpose_fp8(const unsigned c
 extern "C" __global__ void random_fp8(u32* to, long long words, u32 seed) {
     after_previous();
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += (long long)gridDim.x * blockDim.x) {
-        u64 h = ((u64)i + 1) * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
+        u64 h = random_bits(i, seed);
         auto value = [&](int at) { return ((int)(h >> 16 * at & 0xffff) - 32768) * (448.f / 32768.f); };
         to[i] = e4m3x4(value(0), value(1), value(2), value(3));
     }

@@ -4,7 +4,8 @@
 //! and `[x, u] · [W, s·B]ᵀ` is the adapted output of all of them. Backward, `v = dy·s·B` lies behind dy's columns, and
 //! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition; a gated activation of two is computed
 //! where their matmul ends. Where W is kept in nf4, the steps that need it make the stack first. Where it is kept in e4m3, matmuls read x
-//! and dy as e4m3 too, which a step before makes of them, and end with LoRA's part, of u and v.
+//! and dy as e4m3 too, which a step before makes of them, and end with LoRA's part, of u and v. A linear whose width is no multiple of 8 is
+//! alone, with rows of zeros behind its own.
 
 use dpo_plugin_api::graph::Node;
 
@@ -13,15 +14,17 @@ use super::glu::Glu;
 use super::lora::{Lora, Matrices};
 use super::{
     BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix,
-    Member, Operands, Recompute, Slice, Stack, Step, Variant, View,
+    Member, NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View, whole,
 };
 use super::{fp8, nf4};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
+use dpo_core::weights::{BlockId, is_quantized};
 
 pub(super) const OP: CudaOp = CudaOp {
     prepare,
     backward_reads: BackwardReads { inputs: true, value: false },
+    any_width: true,
     columns_behind: |nodes, index, rank| {
         (0..nodes.len()).filter(|other| same_input(&nodes[*other], &nodes[index])).map(rank).sum()
     },
@@ -62,6 +65,11 @@ fn same_input(a: &Node, b: &Node) -> bool {
     a.op == b.op && a.inputs == b.inputs
 }
 
+/// Whether zeros lie behind what it makes.
+fn is_filled(node: &Node) -> bool {
+    whole(node.width) > node.width
+}
+
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let (node, rank) = (&l.nodes[index], l.rank(index));
     let numbers = l.numbers();
@@ -73,18 +81,24 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     };
     let (inputs, nodes) = (*inputs, l.nodes);
     let stacks = &mut l.program.stacks;
-    let known = stacks.iter().position(|s| same_input(&nodes[s.members[0].node], node));
+    let quantized = node.weight("weight").is_some_and(|weight| is_quantized(BlockId::Layer(0), node, weight));
+    let numbers = if quantized { numbers } else { NUMBERS };
+    let joins = |other: &Node| same_input(other, node) && !is_filled(other) && !is_filled(node);
+    let known = stacks.iter().position(|s| joins(&nodes[s.members[0].node]) && s.numbers == numbers);
     let at = known.unwrap_or_else(|| {
         stacks.push(Stack::new(numbers, inputs));
         stacks.len() - 1
     });
     let stack = &mut stacks[at];
-    stack.members.push(Member { node: index, column: stack.outputs, rank_column: stack.rank, width: node.width });
-    stack.outputs += node.width;
+    let role = "weight";
+    stack.members.push(Member { node: index, role, column: stack.outputs, rank_column: stack.rank, width: node.width });
+    stack.outputs += whole(node.width);
     stack.rank += rank;
     stack.bias |= node.weight("bias").is_some();
     let rank = stack.rank;
-    l.claim_behind(node.inputs[0], rank);
+    if !is_filled(node) {
+        l.claim_behind(node.inputs[0], rank);
+    }
     l.claim_behind_gradient(index + 1);
     Ok(())
 }
@@ -105,7 +119,8 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         return Err(Error::input(format!("a linear reads {} columns; CUDA needs a multiple of 8", own.inputs))
             .help("train with --device cpu"));
     }
-    let x = l.with_behind(x, own.rank)?;
+    // What lies behind x is another stack's, where there are two.
+    let x = if is_filled(&l.nodes[index]) { l.copy_with_behind(x, own.rank)? } else { l.with_behind(x, own.rank)? };
     let lora = (own.rank > 0).then(|| Step::new("LoRA A", [x], [x.behind(own.rank)], LoraA(own)));
     if let Some((glu, activation)) = gated(l, &own, &members)? {
         let both = l.place_together(&members, own.rank);
@@ -115,7 +130,7 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         lora.into_iter().try_for_each(|step| l.push(step))?;
         let [gate, up] = [0, activation.width].map(|column| both.part(column, activation.width));
         let step = Step::new("matmul", own.operands(l, x)?, [both, h], GatedForward(own, activation));
-        let step = step.optional(&[0]).or_cheaper(Step::new("glu", [gate, up], [h], Glu(activation)));
+        let step = step.optional(&[0]).or_cheaper(Step::new("glu", [gate, up], [h], Glu(activation, 1)));
         return l.push(step.costs(own.cost(), Recompute::Matmul));
     }
     let sum = l.epilogue(index, Epilogue::Sum).filter(|_| members.len() == 1);
@@ -141,6 +156,9 @@ fn gated(l: &Lowering<'_>, own: &Linears, members: &[usize]) -> Result<Option<(u
     let [gate, up] = members else { return Ok(None) };
     let Some(glu) = l.epilogue_of_two([gate + 1, up + 1], Epilogue::Gated) else { return Ok(None) };
     let activation = Activation::of(&l.nodes[glu])?;
+    if l.nodes[*gate].width < activation.width {
+        return Ok(None);
+    }
     Ok((l.gates().forward && !own.bias && Gated::is_supported(activation.width)).then_some((glu, activation)))
 }
 
@@ -273,7 +291,7 @@ impl Linears {
     }
 
     /// `[[W, s·B], [A, 0]]` as matmuls read it, or W alone without the adapter. It is there until the next one is asked for.
-    fn whole(&self, on: &Launch<'_>) -> Result<View> {
+    fn stacked(&self, on: &Launch<'_>) -> Result<View> {
         let stack = self.stack(on);
         let rank = if on.adapted { self.rank } else { 0 };
         match &stack.w {
@@ -340,7 +358,7 @@ impl Execute for Forward {
                 stack.bias,
             );
         }
-        on.matmul(matmul, Operands { a: reads[0], b: own.whole(on)?, c, d, bias: stack.bias })
+        on.matmul(matmul, Operands { a: reads[0], b: own.stacked(on)?, c, d, bias: stack.bias })
     }
 
     #[cfg(test)]
@@ -378,7 +396,7 @@ impl Execute for GatedForward {
                 Matrix::Fp8(_) => {}
             }
         }
-        let (x, weights) = (reads[0], own.whole(on)?);
+        let (x, weights) = (reads[0], own.stacked(on)?);
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }
 
@@ -453,7 +471,7 @@ impl Execute for Backward {
                 None => product.launch(self.gemm(), matmuls, [on.rows, own.inputs, own.outputs], [c, dx], 0),
             };
         }
-        let weights = own.whole(on)?;
+        let weights = own.stacked(on)?;
         if let (Some(activation), Some(both)) = (self.gated, last) {
             return activation.gated().launch_vjp(
                 on.for_matmuls(),

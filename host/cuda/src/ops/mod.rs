@@ -6,32 +6,38 @@ mod add;
 mod attention;
 mod attention_decode;
 mod cat;
+mod causal_conv;
 mod embedding;
 mod expand;
+mod experts;
 pub(super) mod fp8;
+mod gated_delta;
 mod gather;
 mod glu;
 mod heads;
 mod linear;
+mod linear_attention;
 pub(super) mod lm_head;
 mod lora;
 mod narrow;
 pub(super) mod nf4;
 mod norms;
 mod rope;
+mod route;
 mod scale;
+mod ssd;
 mod xielu;
 
 // What files of ops are written with.
 use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
-use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8};
-use super::matmul::{Fp8, Gated, Gemm, Matmul, Operands, WORKSPACE};
+use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8, whole};
+use super::matmul::{Fp8, Gated, Gemm, Groups, Matmul, Operands, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;
-use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, Stack, transposed_ld};
+use super::weights::{LoadedFp8, LoadedNf4, LoadedStack, Matrix, Member, NUMBERS, Stack, transposed_ld};
 use dpo_core::error::{Error, Result};
 use dpo_core::ops::{count, number, run};
 
@@ -44,6 +50,8 @@ pub(super) const OPS: &[CudaOp] = &[
     rope::OP,
     attention::OP,
     glu::OP,
+    route::OP,
+    experts::OP,
     activation::OP,
     xielu::OP,
     add::OP,
@@ -51,6 +59,9 @@ pub(super) const OPS: &[CudaOp] = &[
     narrow::OP,
     cat::OP,
     expand::OP,
+    causal_conv::OP,
+    gated_delta::OP,
+    ssd::OP,
     lm_head::OP,
 ];
 
@@ -63,10 +74,13 @@ pub(super) const SOURCES: &[&Source] = &[
     &activation::SOURCE,
     &attention::SOURCE,
     &attention_decode::SOURCE,
+    &causal_conv::SOURCE,
     &embedding::SOURCE,
+    &experts::SOURCE,
     &gather::SOURCE,
     &glu::SOURCE,
     &heads::SOURCE,
+    &linear_attention::SOURCE,
     &lm_head::SOURCE,
     &fp8::SOURCE,
     &lora::SOURCE,
@@ -74,6 +88,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &nf4::SOURCE,
     &norms::SOURCE,
     &rope::SOURCE,
+    &route::SOURCE,
     &scale::SOURCE,
     &xielu::SOURCE,
 ];

@@ -180,9 +180,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void nf4_random(u32* to, long long words, u32 seed) {
     after_previous();
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < words; i += (long long)gridDim.x * blockDim.x) {
-        u64 h = ((u64)i + 1) * 0x9E3779B97F4A7C15ull + (u64)seed * 0xD1B54A32D192ED03ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
-        h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93ull;
-        to[i] = (u32)(h >> 32);
+        to[i] = (u32)random_bits(i, seed);
     }
 }

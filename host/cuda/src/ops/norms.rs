@@ -62,7 +62,7 @@ fn norm(l: &mut Lowering<'_>, index: usize) -> Result<Norm> {
         bias: vector("bias")?,
         width: node.width,
         run,
-        apart: node.weight("weight").is_some_and(|w| w.shape.len() > 1),
+        apart: node.weight("weight").is_some_and(|w| w.shape.iter().product::<usize>() > run),
         offset: number(node, "offset") as f32,
         eps: number(node, "eps") as f32,
     })

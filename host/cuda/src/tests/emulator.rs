@@ -321,10 +321,11 @@ impl StackValues {
         let layout = (stack.numbers == Numbers::Nf4).then(|| stack.nf4());
         let mut bytes = vec![0; stack.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
-            for weight in &block.nodes[member.node].weights {
+            let roles = [member.role, "bias"];
+            for weight in block.nodes[member.node].weights.iter().filter(|w| roles.contains(&w.role.as_str())) {
                 let values = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
                 if weight.role == "bias" {
-                    bias[member.column..member.column + member.width].copy_from_slice(&values);
+                    bias[member.column..member.column + values.len()].copy_from_slice(&values);
                 } else if let Some(layout) = &layout {
                     layout.write(&mut bytes, at, &quantize(&values));
                 } else {

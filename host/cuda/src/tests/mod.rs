@@ -6,7 +6,7 @@ mod emulator;
 
 pub(crate) use emulator::Emulation;
 
-use dpo_plugin_api::graph::{ModelGraph, Node};
+use dpo_plugin_api::graph::ModelGraph;
 
 use super::chunks::TILE;
 use super::footprint::{Footprint, LOGITS_ROWS, Mode};
@@ -388,15 +388,11 @@ fn a_shared_base_fits_where_a_whole_one_does_not() {
 }
 
 /// Ops that only the CPU has.
-const CPU_ONLY: &[&str] = &["route", "experts"];
+const CPU_ONLY: &[&str] = &[];
 
 /// Whether the GPU has all ops of a graph.
 fn runs_here((_, graph): &(String, ModelGraph)) -> bool {
-    let narrow_gate = |node: &Node, widths: &[usize]| node.op == "glu" && widths[node.inputs[0]] != node.width;
-    graph.parts().all(|(_, block)| {
-        let widths: Vec<usize> = [graph.hidden_size].into_iter().chain(block.nodes.iter().map(|n| n.width)).collect();
-        block.nodes.iter().all(|node| !CPU_ONLY.contains(&node.op.as_str()) && !narrow_gate(node, &widths))
-    })
+    graph.parts().all(|(_, block)| block.nodes.iter().all(|node| !CPU_ONLY.contains(&node.op.as_str())))
 }
 
 /// Every op of the CPU has a file here or is listed, and no other has.

@@ -15,6 +15,7 @@ pub(crate) use stack::{LoadedStack, Matrix, Member, NUMBERS, Stack};
 pub(crate) use store::LayerStore;
 
 use super::gpu::Address;
+use dpo_core::storage::Numbers;
 
 /// A vector that a node's steps read.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub(crate) struct Vector {
     pub node: usize,
     pub role: &'static str,
     pub width: usize,
+    /// f32 where what is chosen follows from it, else bf16.
+    pub numbers: Numbers,
 }
 
 /// A block's weights, each where its program counts it.
@@ -34,6 +37,6 @@ pub(crate) struct BlockWeights {
 
 impl Vector {
     pub(super) fn bytes(&self) -> usize {
-        NUMBERS.bytes(self.width)
+        self.numbers.bytes(self.width)
     }
 }

@@ -23,10 +23,11 @@ pub(crate) struct Stack {
     pub bias: bool,
 }
 
-/// A linear of a stack.
+/// A matrix of a stack: a linear's, or those of all experts of a node, one below the other.
 #[derive(Clone, Debug)]
 pub(crate) struct Member {
     pub node: usize,
+    pub role: &'static str,
     /// Its first column among the outputs and among the LoRA columns.
     pub column: usize,
     pub rank_column: usize,

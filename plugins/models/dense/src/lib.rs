@@ -110,7 +110,7 @@ plugin! {
         &phi::PHI, &phi::PHI3,
         &glm::GLM, &glm::GLM4,
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
-        &granite::GRANITE, &granite::GRANITE4, &granite::GRANITE_SWA, &granite::MINICPM,
+        &granite::GRANITE, &granite::GRANITE_SWA, &granite::MINICPM,
         &latent::YOUTU, &latent::MINICPM3,
         &cohere::COHERE, &cohere::COHERE2,
         &exaone::EXAONE4,

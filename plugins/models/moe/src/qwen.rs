@@ -61,8 +61,9 @@ fn qwen2_moe(config: &Config) -> Result<ModelGraph> {
     ]);
     let mut decoder = Decoder::read(&config)?;
     decoder.qkv_bias = config.flag("qkv_bias", true)?;
-    let (window, last) = (config.opt_size("sliding_window")?, config.int("max_window_layers")?);
-    let window = window.filter(|_| config.flag("use_sliding_window", false) == Ok(true));
+    let (window, last) = (config.opt_int("sliding_window")?, config.int("max_window_layers")?);
+    // Files of transformers 5 have 0 where none is used.
+    let window = window.filter(|window| *window > 0 && config.flag("use_sliding_window", false) == Ok(true));
     let slides = |layer: usize| window.is_some() && layer.is_multiple_of(2) && layer < last;
     let sliding = config.sliding_layers(decoder.layers.len(), slides)?;
     decoder.slide(window, &sliding);
