@@ -129,9 +129,11 @@ HYBRID = {
 TARGETS = {name: ["q_proj", "k_proj", "v_proj", "o_proj", *more] for name, more in {
     "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj"], "nemotron_h": ["in_proj", "up_proj", "down_proj"],
     "falcon_h1": ["in_proj", "gate_proj", "up_proj", "down_proj"]}.items()}
-# Multi-head latent attention; scores of heads whose keys are wider than their values.
+# Multi-head latent attention, with keys that are wider than values; sinks.
 LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
 LATENTS = {
+    "granite_swa": ("granite_swa", dict(sliding_window=12, layer_types=[SLIDING, FULL], layer_rope_theta=[500.0, 0], embedding_multiplier=6.0, logits_scaling=4.0,
+        residual_multiplier=0.5, attention_multiplier=0.1)),
     "youtu": ("youtu", dict(LATENT, q_lora_rank=16, rope_parameters=YARN)),
     "minicpm3": ("minicpm3", dict(LATENT, q_lora_rank=16, scale_emb=6.0, scale_depth=0.7, dim_model_base=8, rms_norm_eps=1e-5)),
     "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=2,

@@ -65,6 +65,8 @@ pub const FAMILIES: &[(&str, &str)] = small! {
     "nemotron": r#""rms_norm_eps":1e-5"#,
     "starcoder2": r#""sliding_window":50"#,
     "helium": r#""head_dim":32,"attention_bias":true"#,
+    "granite_swa": r#""sliding_window":50,"layer_types":["sliding_attention","full_attention"],"layer_rope_theta":[500.0,0],
+        "embedding_multiplier":6.0,"logits_scaling":4.0,"residual_multiplier":0.5,"attention_multiplier":0.1"#,
     "youtu": r#""num_key_value_heads":4,"q_lora_rank":48,"kv_lora_rank":64,"qk_nope_head_dim":128,"qk_rope_head_dim":64,
         "v_head_dim":128"#,
     "youtu": r#""num_key_value_heads":4,"q_lora_rank":null,"kv_lora_rank":64,"qk_nope_head_dim":192,"qk_rope_head_dim":64,
