@@ -71,10 +71,10 @@ pub struct Decoder {
     pub attention_scale: f64,
     /// Queries, keys and values are clamped to plus and minus this.
     pub clamp_qkv: Option<f64>,
+    /// A tensor with a logit for every head, which joins the sum of its softmax and has no value (gpt-oss).
+    pub sinks: Option<&'static str>,
     /// Soft cap of the scores.
     pub attention_softcap: Option<f64>,
-    /// A tensor with a logit for every head, which joins the sum of its softmax (gpt-oss).
-    pub sinks: Option<&'static str>,
     /// The attention that gives the heads' values in place of the queries, keys and values above.
     pub latent: Option<LatentAttention>,
     /// Factor on the logits.
@@ -265,8 +265,8 @@ impl Decoder {
             residual_scale: 1.0,
             attention_scale: (head_dim as f64).powf(-0.5),
             clamp_qkv: None,
-            attention_softcap: None,
             sinks: None,
+            attention_softcap: None,
             latent: None,
             logit_scale: 1.0,
             logit_softcap: None,

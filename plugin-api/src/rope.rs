@@ -267,3 +267,27 @@ fn kind(rule: &Config) -> Result<String> {
 fn mscale(scale: f64, m: f64) -> f64 {
     if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::*;
+
+    /// DeepSeek-V3's: `0.1 · ln 40 + 1`, squared; cosines and sines are as they are.
+    #[test]
+    fn a_rule_may_multiply_scores() {
+        let rule = |more: &str| {
+            let text = format!(
+                r#"{{"rope_scaling": {{"rope_type": "yarn", "factor": 40, "original_max_position_embeddings": 4096 {more}}}}}"#
+            );
+            Config::parse(&text).unwrap()
+        };
+        let config = rule(r#", "mscale": 1.0, "mscale_all_dim": 1.0"#);
+        assert!((Rope::score_scale(&config).unwrap() - 1.368_887_945_411_393_6_f64.powi(2)).abs() < 1e-12);
+        assert_eq!(Rope::from_config(&config, 64, 1e4).unwrap().attention_scale, 1.0);
+        for config in [rule(""), rule(r#", "mscale_all_dim": 0.0"#), Config::parse("{}").unwrap()] {
+            assert_eq!(Rope::score_scale(&config).unwrap(), 1.0);
+        }
+    }
+}

@@ -129,6 +129,22 @@ HYBRID = {
 TARGETS = {name: ["q_proj", "k_proj", "v_proj", "o_proj", *more] for name, more in {
     "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj"], "nemotron_h": ["in_proj", "up_proj", "down_proj"],
     "falcon_h1": ["in_proj", "gate_proj", "up_proj", "down_proj"]}.items()}
+# Multi-head latent attention, with keys that are wider than values; sinks.
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+LATENTS = {
+    "granite_swa": ("granite_swa", dict(sliding_window=12, layer_types=[SLIDING, FULL], layer_rope_theta=[500.0, 0], embedding_multiplier=6.0, logits_scaling=4.0,
+        residual_multiplier=0.5, attention_multiplier=0.1)),
+    "youtu": ("youtu", dict(LATENT, q_lora_rank=16, rope_parameters=YARN)),
+    "minicpm3": ("minicpm3", dict(LATENT, q_lora_rank=16, scale_emb=6.0, scale_depth=0.7, dim_model_base=8, rms_norm_eps=1e-5)),
+    "deepseek_v2": ("deepseek_v2", dict(LATENT, q_lora_rank=None, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=2,
+        first_k_dense_replace=1, topk_method="greedy", routed_scaling_factor=1.5, rope_parameters=dict(YARN, mscale=0.7, mscale_all_dim=0.9))),
+    "deepseek_v2-groups": ("deepseek_v2", dict(LATENT, q_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1,
+        first_k_dense_replace=1, topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=4.0)),
+    "deepseek_v3": ("deepseek_v3", dict(LATENT, q_lora_rank=16, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1,
+        first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=True, rope_parameters=YARN, num_nextn_predict_layers=0)),
+    "glm4_moe_lite": ("glm4_moe_lite", dict(LATENT, q_lora_rank=16, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1,
+        n_group=1, topk_group=1, routed_scaling_factor=1.8, norm_topk_prob=True, num_nextn_predict_layers=0)),
+}
 # Transformers opens these as Llamas and writes them so; their published files say what they are.
 PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
@@ -164,6 +180,7 @@ FOLDERS = {
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in HYBRID.items()},
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in LATENTS.items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
 OURS = {"sft": ("sft", {}), "orpo": ("orpo_prompt", {}), "cpo": ("cpo", {}), "hinge": ("cpo", {"loss_type": "cpo_type"}), "simpo": ("simpo", {}),
@@ -215,7 +232,7 @@ def main():
     out, wanted = sys.argv[1], sys.argv[2:] or list(FOLDERS)
     for seed, (name, (kind, change, cases)) in enumerate(FOLDERS.items()):
         if name not in wanted: continue
-        if name in MOE: seed = zlib.crc32(name.encode())
+        if name in MOE | LATENTS: seed = zlib.crc32(name.encode())
         folder, rng = f"{out}/{name}", random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(seed)
@@ -228,7 +245,7 @@ def main():
                 if buffer.dtype == torch.float32 and key in base.state_dict():
                     buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
-        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID else base).save_pretrained(f"{folder}/model")
+        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS else base).save_pretrained(f"{folder}/model")
         base.float()
         if kind in PUBLISHED:
             path = f"{folder}/model/config.json"

@@ -43,7 +43,7 @@ impl Numbers {
     }
 }
 
-/// A small config of each built-in family, with the features that set it apart.
+/// Small configs of built-in families, with the features that set them apart: attention alone, then states between it.
 pub const CONFIGS: &[(&str, &str)] = &[
     (
         "qwen2",
@@ -64,6 +64,25 @@ pub const CONFIGS: &[(&str, &str)] = &[
         "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":96,"rms_norm_eps":1e-5,"rope_theta":10000.0,
         "max_position_embeddings":128,"tie_word_embeddings":false,"hidden_act":"silu","rope_scaling":{"rope_type":"llama3",
         "factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":16}}"#,
+    ),
+    (
+        "qwen3_5",
+        r#"{"architectures":["Qwen3_5ForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_hidden_layers":3,
+        "num_attention_heads":4,"num_key_value_heads":2,"head_dim":12,"vocab_size":96,"rms_norm_eps":1e-6,
+        "layer_types":["linear_attention","full_attention","linear_attention"],"linear_num_key_heads":2,
+        "linear_num_value_heads":4,"linear_key_head_dim":8,"linear_value_head_dim":6,"partial_rotary_factor":0.5}"#,
+    ),
+    (
+        "lfm2",
+        r#"{"architectures":["Lfm2ForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_hidden_layers":3,
+        "num_attention_heads":4,"num_key_value_heads":2,"vocab_size":96,"layer_types":["conv","full_attention","conv"],
+        "block_auto_adjust_ff_dim":false}"#,
+    ),
+    (
+        "nemotron_h",
+        r#"{"architectures":["NemotronHForCausalLM"],"hidden_size":32,"intermediate_size":48,"num_attention_heads":4,
+        "num_key_value_heads":2,"head_dim":12,"vocab_size":96,"hybrid_override_pattern":"M*-M","mamba_num_heads":4,
+        "mamba_head_dim":8,"n_groups":2,"ssm_state_size":8,"time_step_min":0.6}"#,
     ),
 ];
 

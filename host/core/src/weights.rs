@@ -507,10 +507,11 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
-/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts. A router is no linear.
+/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts, but for routers, which are no linears of PyTorch,
+/// and for what makes a column or two, such as the gate of a shared expert: a GPU's kernels go by eight.
 pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
     let matrices: &[&str] = match node.op.as_str() {
-        "linear" if is_module(node) => &["weight"],
+        "linear" if is_module(node) && node.width.is_multiple_of(8) => &["weight"],
         "experts" => &["gate_up", "up", "down"],
         _ => &[],
     };

@@ -17,19 +17,8 @@ const KINDS: &[(&[&str], &str)] = &[
         "it is an encoder: every token sees those behind it, so that it writes no text",
     ),
     (
-        &[
-            "DeepseekV2",
-            "DeepseekV3",
-            "DeepseekV4",
-            "KimiK2",
-            "MiniCPM3",
-            "Glm4MoeLite",
-            "GlmMoeDsa",
-            "LongcatFlash",
-            "Mistral4",
-            "Youtu",
-        ],
-        "multi-head latent attention (MLA) is not computed here",
+        &["DeepseekV32", "DeepseekV4", "GlmMoeDsa", "LongcatFlash", "Mistral4"],
+        "its kind of multi-head latent attention (MLA) is not computed here",
     ),
     (
         &[

@@ -22,11 +22,13 @@ use dpo_core::files;
 use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets};
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::memory::size;
+use dpo_core::ops;
 use dpo_core::optimizer::{AdamW, Moments, clip};
 use dpo_core::plan::MemoryOptions;
 use dpo_core::storage::Quantization;
 use dpo_cuda::{self as cuda, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_data::Wanted;
+use dpo_plugin_api::graph::{ModelGraph, Node};
 use dpo_plugin_api::loss::{Answers, MAX_ANSWERS};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
@@ -88,6 +90,18 @@ pub(crate) struct BenchOptions {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// Weights of experts that a token is multiplied with.
+fn of_experts(graph: &ModelGraph) -> usize {
+    let of = |node: &Node| match node.op.as_str() {
+        "experts" => {
+            let matrices = node.weights.iter().filter(|w| w.shape.len() == 3);
+            matrices.map(|w| ops::count(node, "top_k") * w.shape[1] * w.shape[2]).sum()
+        }
+        _ => 0,
+    };
+    graph.parts().flat_map(|(_, block)| &block.nodes).map(of).sum()
 }
 
 /// What `--shape` may be.
@@ -230,7 +244,8 @@ fn measure(
     if !options.json {
         println!("device      {many}{}\n{plan}", gpu.name);
     }
-    let linear: usize = adapter.sites.iter().map(|s| s.experts * s.inputs * s.outputs).sum();
+    let of_linears = adapter.sites.iter().filter(|s| s.experts == 1).map(|s| s.inputs * s.outputs);
+    let linear = of_linears.sum::<usize>() + of_experts(&graph);
     let start = Instant::now();
     let (planned, budget) = (plan.total(), plan.micro_batch_tokens);
     let plan = (plan, group.rank());

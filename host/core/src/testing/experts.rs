@@ -29,6 +29,7 @@ pub(super) fn cases() -> Result<Vec<(String, ModelGraph)>> {
     };
     let gated = |count, top_k| Experts::new("experts", count, top_k, 64, "silu");
     add("experts, 2 of 8 by softmax", &|b, x| mixture(b, x, &normalized(Scoring::Softmax, 2), &gated(8, 2)))?;
+    add("experts, all of 8", &|b, x| mixture(b, x, &Router::new(Scoring::Softmax, 8), &gated(8, 8)))?;
     add("experts, 8 of 128 by softmax as it is, of 24 columns", &|b, x| {
         let mut experts = gated(128, 8);
         experts.inner = 24;

@@ -23,7 +23,6 @@ pub(crate) static SOURCE: Source = Source {
 const TILE: [usize; 3] = [128, 256, 32];
 /// Warps among a tile's rows, and among its columns.
 const WARPS: [usize; 2] = [2, 4];
-const STAGES: usize = 4;
 /// Rows of tiles that are computed together.
 const BAND: usize = 16;
 
@@ -66,7 +65,9 @@ unsafe impl Argument for Fp8Problem {}
 /// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
 fn usual(capability: u32) -> Vec<Variant> {
     let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates);
-    let all = all.flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }]).filter(|gemm| !gemm.fp8 || has_fp8(capability));
+    let all = all
+        .flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }])
+        .filter(|gemm| !gemm.fp8 || (has_fp8(capability) && !gemm.grouped));
     all.map(variant).fold(Vec::new(), |mut usual, variant| {
         if usual.iter().all(|v: &Variant| v.key != variant.key) {
             usual.push(variant);
@@ -88,7 +89,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         ("TILE_K", TILE[2]),
         ("WARPS_M", WARPS[0]),
         ("WARPS_N", WARPS[1]),
-        ("STAGES", STAGES),
+        ("STAGES", stages(gemm)),
         ("BLOCKS", 1),
         ("BAND", BAND),
         ("B_TRANSPOSED", (gemm.weight_rows || gemm.fp8).into()),
@@ -111,7 +112,7 @@ pub(super) fn variant(gemm: Gemm) -> Variant {
         before: numbers.map(|(name, number)| format!("#define {name} {number}\n")).concat(),
         after: "",
         generation: false,
-        shared: vec![(SOURCE.kernels[0], shared())],
+        shared: vec![(SOURCE.kernels[0], shared(gemm))],
     }
 }
 
@@ -120,9 +121,14 @@ fn key(gemm: Gemm) -> usize {
     Gemm { weight_rows: gemm.weight_rows, gate: gemm.gate, fp8: gemm.fp8, grouped: gemm.grouped, ..Gemm::PLAIN }.key()
 }
 
+/// Stages of both matrices in shared memory, as many as Ada has room for.
+fn stages(gemm: Gemm) -> usize {
+    if gemm.grouped { 3 } else { 4 }
+}
+
 /// Bytes of shared memory: both tiles of every stage.
-fn shared() -> usize {
-    STAGES * (TILE[0] + TILE[1]) * TILE[2] * 2
+fn shared(gemm: Gemm) -> usize {
+    stages(gemm) * (TILE[0] + TILE[1]) * TILE[2] * 2
 }
 
 /// Of so many tiles, how many are whole, and the parts of each of the others: as many as make the last turn of the blocks the shortest.
@@ -231,11 +237,12 @@ fn start(gemm: Gemm, on: On<'_>, blocks: usize, args: Args) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{TILE, WORKSPACE, schedule, shared};
+    use super::{Gemm, Groups, TILE, WORKSPACE, schedule, shared};
 
     #[test]
     fn it_fits_into_the_shared_memory_of_an_ada_card() {
-        assert!(shared() <= 99 << 10);
+        assert!(shared(Gemm::PLAIN) <= 99 << 10);
+        assert!(shared(Groups::gemm(true)) + Groups::SHARED <= 99 << 10);
     }
 
     /// 280 tiles on 132 multiprocessors leave 16, each of which is cut for eight blocks.

@@ -40,6 +40,9 @@ impl Groups {
     /// Groups there may be.
     pub(crate) const MOST: usize = 512;
 
+    /// Bytes of shared memory that tell their rows: `struct Groups` of `groups.cuh`.
+    pub(super) const SHARED: usize = (2 * (Groups::MOST + 1) + 1) * size_of::<i32>();
+
     pub(crate) fn gemm(weight_rows: bool) -> Gemm {
         Gemm { weight_rows, grouped: true, ..Gemm::PLAIN }
     }

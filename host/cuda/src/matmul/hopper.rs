@@ -28,9 +28,6 @@ const TILES: &[usize] = &[256, 240, 224, 192];
 /// Of rows of groups, whose tiles are never whole rounds; of experts smaller ones are slower even where most of a tile is empty.
 const GROUPED_TILES: &[usize] = &[256];
 
-/// Bytes of shared memory that tell the rows of groups.
-const GROUPS: usize = 2 * (Groups::MOST + 1) * 4 + 4;
-
 /// Columns of bf16 that are multiplied at once, and their bytes; features of a block.
 const DEPTH: usize = 64;
 const DEPTH_BYTES: usize = 128;
@@ -108,7 +105,7 @@ fn chunks(gemm: Gemm, tile: usize) -> (usize, usize) {
     let (largest, places) = if gemm.differentiates { (32, 4) } else { (128, 2) };
     // Beside them are barriers, scales, and what lies before an aligned address.
     let scales = if gemm.fp8 { 2 * (tile + 64) * 4 } else { 0 };
-    let groups = if gemm.grouped { GROUPS } else { 0 };
+    let groups = if gemm.grouped { Groups::SHARED } else { 0 };
     let room = SHARED - stages(gemm) * stage(tile) - 1024 - 256 - scales - groups;
     let fits = |chunk: usize| room / chunk_bytes(gemm, chunk);
     let all = (16..=largest).rev().step_by(16).filter(|chunk| tile.is_multiple_of(*chunk));
@@ -273,7 +270,7 @@ fn start(
 
 #[cfg(test)]
 mod tests {
-    use super::{GROUPS, Gemm, SHARED, TILES, chunks, shared, tile};
+    use super::{Gemm, Groups, SHARED, TILES, chunks, shared, tile};
 
     const PLAIN: Gemm = Gemm::PLAIN;
 
@@ -286,7 +283,7 @@ mod tests {
             for (fp8, tile) in [false, true].into_iter().flat_map(|fp8| TILES.iter().map(move |tile| (fp8, *tile))) {
                 let gemm = Gemm { fp8, ..gemm };
                 let scales = if fp8 { 2 * (tile + 64) * 4 } else { 0 };
-                let bytes = shared(gemm, tile) + 256 + scales + if gemm.grouped { GROUPS } else { 0 };
+                let bytes = shared(gemm, tile) + 256 + scales + if gemm.grouped { Groups::SHARED } else { 0 };
                 assert!(bytes <= SHARED, "{bytes} for {tile} tokens, {gemm:?}");
                 let (chunk, places) = chunks(gemm, tile);
                 assert!(places >= 2 && tile % chunk == 0 && chunk >= 16, "{chunk} of {tile} tokens, {gemm:?}");

@@ -27,8 +27,9 @@ pub(super) const OP: CudaOp = CudaOp {
 const HOPPER: &str =
     concat!(include_str!("hopper.cuh"), include_str!("attention_hopper.cu"), include_str!("attention_hopper_vjp.cu"));
 
-/// Widths of heads for which Hopper's are used, where values have the same.
-const HOPPER_DIMS: &[usize] = &[64, 80, 96, 112, 128, 256];
+/// Those of [`HEAD_DIMS`] for which Hopper's are used.
+const HOPPER_DIMS: &[(usize, usize)] =
+    &[(64, 64), (80, 80), (96, 64), (96, 96), (112, 112), (128, 128), (192, 128), (256, 256)];
 
 /// Kernels of the widest heads, which take the place of functions of `attention.cu`.
 const WIDE: &str = include_str!("attention_wide.cu");
@@ -171,9 +172,14 @@ impl Attention {
         (tiles, count, shape)
     }
 
-    /// Rows of heads as Hopper's kernels copy them to shared memory: boxes of so many rows and 64 columns.
+    /// Rows of queries or keys as Hopper's kernels copy them to shared memory: boxes of so many rows and 64 columns.
     fn boxes(&self, of: View, rows: usize, heads: usize, of_box: usize) -> Result<TensorMap> {
         TensorMap::new(of, [rows, heads * self.dim], [of_box, 64])
+    }
+
+    /// The same of values.
+    fn value_boxes(&self, of: View, rows: usize, heads: usize, of_box: usize) -> Result<TensorMap> {
+        TensorMap::new(of, [rows, heads * self.value_dim], [of_box, 64])
     }
 
     /// Into how many runs the query heads of a key head are cut, where a block sums over a run: as few as give every multiprocessor
@@ -218,7 +224,7 @@ impl Execute for Attention {
             let all = on.batch.tokens + shape.cached as usize;
             let args = Args::default().with(self.boxes(new, on.batch.tokens, self.heads, 64)?);
             let args = args.with(self.boxes(keys, all, self.kv_heads, 64)?);
-            let args = args.with(self.boxes(values, all, self.kv_heads, 64)?);
+            let args = args.with(self.value_boxes(values, all, self.kv_heads, 64)?);
             let args = args.with(tiles).with(begins).with(to).with(sums).with(sinks).with(count as i32).with(shape);
             return on.gpu.launch(kernel, walkers(on.gpu, self.heads * count), heads.block(capability), shared, args);
         }
@@ -323,7 +329,8 @@ impl AttentionVjp {
         let read = |box_rows: usize, tiles: Address| -> Result<Args> {
             let args = Args::default().with(a.boxes(*q, tokens, a.heads, 64)?);
             let args = args.with(a.boxes(*k, tokens, a.kv_heads, box_rows)?);
-            let args = args.with(a.boxes(*v, tokens, a.kv_heads, box_rows)?).with(a.boxes(*dout, tokens, a.heads, 64)?);
+            let args = args.with(a.value_boxes(*v, tokens, a.kv_heads, box_rows)?);
+            let args = args.with(a.value_boxes(*dout, tokens, a.heads, 64)?);
             Ok(args.with(tiles).with(on.batch.begins).with(lse.at).with(delta.at))
         };
         let (tiles, count) = on.batch.key_tiles_of(if heads.wide() { 64 } else { 128 });
@@ -338,7 +345,7 @@ impl AttentionVjp {
         on.gpu.mark("attention dk, dv")?;
         let (tiles, count, shape) = own;
         let (kernel, shared) = kernel("attention_dq")?;
-        let args = read(if heads.wide() { 32 } else { 64 }, tiles)?.with(*dq).with(count as i32).with(shape);
+        let args = read(heads.dq_keys().min(64), tiles)?.with(*dq).with(count as i32).with(shape);
         on.gpu.launch(kernel, walkers(on.gpu, count * a.heads), block, shared, args)
     }
 }
@@ -357,6 +364,15 @@ impl Heads {
     /// Whether Hopper's tiles are smaller, so that they fit into shared memory and their sums into registers.
     fn wide(self) -> bool {
         self.dim > 128
+    }
+
+    /// Keys of a tile that passes by for dq, on Hopper.
+    fn dq_keys(self) -> usize {
+        match self.dim {
+            ..=128 => 128,
+            129..=192 => 64,
+            _ => 32,
+        }
     }
 
     /// Whether four warps share a tile.
@@ -379,7 +395,7 @@ impl Heads {
     }
 
     fn hopper(self, capability: u32) -> bool {
-        capability == 90 && HOPPER_DIMS.contains(&self.dim) && self.value_dim == self.dim
+        capability == 90 && HOPPER_DIMS.contains(&(self.dim, self.value_dim))
     }
 
     fn variant(self, capability: u32) -> Variant {
@@ -419,11 +435,15 @@ impl Heads {
     fn shared(self, capability: u32) -> [usize; 3] {
         let (dim, tile) = (self.dim, self.tile(capability));
         if self.hopper(capability) {
-            // Six tiles in panels of 64 columns, or as much of wide heads, from an aligned address on. For dk and dv numbers of queries
-            // lie behind them, and weights of wide heads.
-            let (tiles, places, weights) = if self.wide() { (3, 2, 64 * 64 * 4) } else { (6, 4, 0) };
-            let bytes = tiles * dim.div_ceil(64) * tile * 128 + 1024;
-            return [bytes, bytes, bytes + places * 2 * 64 * 4 + weights];
+            // Rows in panels of 64 columns, from an aligned address on: a tile's own, and two places of those that pass by. For dk and dv
+            // numbers of queries lie behind them, and weights of wide heads.
+            let (key, value) = (dim.div_ceil(64) * 128, self.value_dim.div_ceil(64) * 128);
+            let (own, own_keys, places, weights) = if self.wide() { (1, 64, 2, 64 * 64 * 4) } else { (2, 128, 4, 0) };
+            let keys = if self.value_dim > 128 { 64 } else { 128 };
+            let forward = own * tile * key + 2 * keys * (key + value);
+            let dq = (tile + 2 * self.dq_keys()) * (key + value);
+            let dkv = (own_keys + places * 64) * (key + value) + places * 2 * 64 * 4 + weights;
+            return [forward, dq, dkv].map(|bytes| bytes + 1024);
         }
         if self.widest() {
             // Parts of scores behind the rows, and of their gradients.

@@ -13,13 +13,15 @@
 
 #define WIDE_HEAD (DIM > 128)
 #define ROWS 128  // queries of a piece
-#define PANELS ((DIM + 63) / 64)
-#define WIDTH ((DIM + 31) / 32 * 32)  // columns of a sum
-#define BYTES(rows) (PANELS * (rows) * 128)
-#define STAGES 2                          // places of a ring of keys
-#define Q_PLACES (WIDE_HEAD ? 1 : 2)      // places of queries, for the output
-#define KEYS (WIDE_HEAD ? 64 : 128)       // keys of a tile that passes by, for the output
-#define DQ_KEYS (WIDE_HEAD ? 32 : 128)    // the same for dq
+#define PANELS(columns) (((columns) + 63) / 64)
+#define WIDTH(columns) (((columns) + 31) / 32 * 32)  // columns of a sum
+#define BYTES(rows) (PANELS(DIM) * (rows) * 128)      // of queries or keys
+#define VALUE_BYTES(rows) (PANELS(VALUE_DIM) * (rows) * 128)
+#define PAIR_BYTES(rows) (BYTES(rows) + VALUE_BYTES(rows))  // of queries or keys, and behind them what lies beside them
+#define STAGES 2                                   // places of a ring of keys
+#define Q_PLACES (WIDE_HEAD ? 1 : 2)               // places of queries, for the output
+#define KEYS (VALUE_DIM > 128 ? 64 : 128)          // keys of a tile that passes by, for the output
+#define DQ_KEYS (DIM > 192 ? 32 : WIDE_HEAD ? 64 : 128)  // the same for dq
 #define OWN_KEYS (WIDE_HEAD ? 64 : 128)   // keys of a piece, for dk and dv
 #define STEP 64                           // queries of a tile that passes by, for dk and dv
 #define PAIRS (WIDE_HEAD ? 2 : 4)         // places of a ring of those
@@ -72,16 +74,16 @@ __device__ __forceinline__ void wait_for(u64* barrier, u32 parity) {
     } while (!open);
 }
 
-// ROWS_OF rows of a head, from a row of the buffer on.
-template <int ROWS_OF>
+// ROWS_OF rows of a head of so many columns, from a row of the buffer on.
+template <int ROWS_OF, int COLUMNS = DIM>
 __device__ __forceinline__ void bring(u32 to, const TensorMap& from, int head, int row, u64* barrier) {
 #pragma unroll
-    for (int panel = 0; panel < PANELS; panel++)
+    for (int panel = 0; panel < PANELS(COLUMNS); panel++)
 #pragma unroll
         for (int r = 0; r < ROWS_OF; r += 64)  // a box
             asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                              to + (panel * ROWS_OF + r) * 128),
-                         "l"(&from), "r"(head * DIM + panel * 64), "r"(row + r), "r"(shared_address(barrier))
+                         "l"(&from), "r"(head * COLUMNS + panel * 64), "r"(row + r), "r"(shared_address(barrier))
                          : "memory");
 }
 
@@ -105,16 +107,19 @@ __device__ __forceinline__ u64 across(u32 tile, int k) { return descriptor(tile 
 #define ALL64(d) ALL32(d), SIXTEEN(d, 4)
 #define ALL96(d) ALL64(d), SIXTEEN(d, 8)
 #define ALL128(d) ALL96(d), SIXTEEN(d, 12)
-#define ALL256(d) ALL128(d), SIXTEEN(d, 16), SIXTEEN(d, 20), SIXTEEN(d, 24), SIXTEEN(d, 28)
+#define ALL192(d) ALL128(d), SIXTEEN(d, 16), SIXTEEN(d, 20)
+#define ALL256(d) ALL192(d), SIXTEEN(d, 24), SIXTEEN(d, 28)
 #define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define NAMES64 \
     NAMES32 "," \
     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define NAMES96 NAMES64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define NAMES128 NAMES96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define NAMES256 \
+#define NAMES192 \
     NAMES128 "," \
-    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+    "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define NAMES256 \
+    NAMES192 "," \
     "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
     "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
@@ -141,6 +146,7 @@ MULTIPLY(128, "64", "65", "66")
 MULTIPLY_ADD(64, "32", "33", "34", "35", "36")
 MULTIPLY_ADD(96, "48", "49", "50", "51", "52")
 MULTIPLY_ADD(128, "64", "65", "66", "67", "68")
+MULTIPLY_ADD(192, "96", "97", "98", "99", "100")
 MULTIPLY_ADD(256, "128", "129", "130", "131", "132")
 
 // Waits until at most PENDING groups of products are in work; then `c` may be read.
@@ -165,17 +171,17 @@ __device__ __forceinline__ Left<N / 2> as_left(const float (&p)[N][4]) {
     return left;
 }
 
-// c = 64 rows of `own`, of so many, times those of `other`.
-template <int OF, int N>
+// c = 64 rows of `own`, of so many, times those of `other`, over so many columns.
+template <int OF, int COLUMNS = DIM, int N>
 __device__ __forceinline__ void scores(float (&c)[N][4], u32 own, u32 other) {
 #pragma unroll
-    for (int k = 0; k < KSTEPS; k++) multiply(c, along<OF>(own, k), along<N * 8>(other, k), k);
+    for (int k = 0; k < COLUMNS / 16; k++) multiply(c, along<OF>(own, k), along<N * 8>(other, k), k);
     end();
 }
 
 // c += p times rows of `other`.
-template <int K>
-__device__ __forceinline__ void add(float (&c)[WIDTH / 8][4], const Left<K>& p, u32 other) {
+template <int K, int N>
+__device__ __forceinline__ void add(float (&c)[N][4], const Left<K>& p, u32 other) {
 #pragma unroll
     for (int k = 0; k < K; k++) multiply_add(c, p.a[k], across<K * 16>(other, k));
     end();
@@ -376,8 +382,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     expect(k_full + turn.stage, BYTES(KEYS));
                     bring<KEYS>(ks + turn.stage * BYTES(KEYS), k, h / s.share, t.start + key, k_full + turn.stage);
                     wait_for(v_empty + turn.stage, turn.parity ^ 1);
-                    expect(v_full + turn.stage, BYTES(KEYS));
-                    bring<KEYS>(vs + turn.stage * BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
+                    expect(v_full + turn.stage, VALUE_BYTES(KEYS));
+                    bring<KEYS, VALUE_DIM>(vs + turn.stage * VALUE_BYTES(KEYS), v, h / s.share, t.start + key, v_full + turn.stage);
                     turn.advance(STAGES);
                 }
                 index = piece_taken(taken[0], answer, pieces);
@@ -394,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         const Piece& piece = told_pieces[own.stage];
         if (alike(piece.head) < 0) return;
         u32 queries = qs + own.stage * BYTES(ROWS);
-        float o[WIDTH / 8][4] = {}, p[KEYS / 8][4], shrink[2];
+        float o[WIDTH(VALUE_DIM) / 8][4] = {}, p[KEYS / 8][4], shrink[2];
         RowSoftmax softmax;
         auto weigh = [&](Passing tile) {
 #pragma unroll
@@ -424,7 +430,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             scores<ROWS>(p, queries, ks + turn.stage * BYTES(KEYS));
             wait_for(v_full + now.stage, now.parity);
             begin();
-            add(o, weights, vs + now.stage * BYTES(KEYS));
+            add(o, weights, vs + now.stage * VALUE_BYTES(KEYS));
             done<1>(p);
             release(k_empty + turn.stage);
             weigh(tile);
@@ -432,14 +438,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             done<0>(o);
             release(v_empty + now.stage);
 #pragma unroll
-            for (int n = 0; n < WIDTH / 8; n++)
+            for (int n = 0; n < WIDTH(VALUE_DIM) / 8; n++)
 #pragma unroll
                 for (int i = 0; i < 4; i++) o[n][i] *= shrink[i / 2];
         }
         Left<KEYS / 16> weights = as_left(p);
         wait_for(v_full + turn.stage, turn.parity);
         begin();
-        add(o, weights, vs + turn.stage * BYTES(KEYS));
+        add(o, weights, vs + turn.stage * VALUE_BYTES(KEYS));
         done<0>(o);
         release(v_empty + turn.stage);
         turn.advance(STAGES);
@@ -458,6 +464,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             int row = t.first + mine + lane / 4 + r * 8;
             if (lane % 4 == 0 && row < t.length) lse[(long long)h * s.tokens + t.start + row] = total.log_sum;
         }
-        store<DIM>(head(out, h), t, t.first + mine, 0, o, by[0], by[1]);
+        store<VALUE_DIM>(value_head(out, h), t, t.first + mine, 0, o, by[0], by[1]);
     }
 }

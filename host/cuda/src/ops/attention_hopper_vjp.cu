@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     __shared__ u64 q_full, q_empty, dout_full, dout_empty, full[STAGES], empty[STAGES];
     __shared__ Piece told_pieces[2];
     __shared__ int told[STAGES][2];
-    u32 qs = swizzled_memory(), douts = qs + BYTES(ROWS), pairs = douts + BYTES(ROWS);
+    u32 qs = swizzled_memory(), douts = qs + BYTES(ROWS), pairs = douts + VALUE_BYTES(ROWS);
     if (threadIdx.x == 0) {
         make_barrier(&q_full, 1 + 32);
         make_barrier(&q_empty, 8);
@@ -56,15 +56,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                                        {piece, 1, key, DQ_KEYS, after >= last, s.window}};
                     wait_for(empty + turn.stage, turn.parity ^ 1);
                     for (int i = 0; i < 2; i++) told[turn.stage][i] = tile[i].word;
-                    u32 to = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
-                    expect(full + turn.stage, 2 * BYTES(DQ_KEYS));
+                    u32 to = pairs + turn.stage * PAIR_BYTES(DQ_KEYS);
+                    expect(full + turn.stage, PAIR_BYTES(DQ_KEYS));
                     bring<DQ_KEYS>(to, k, h / s.share, t.start + key, full + turn.stage);
                     if (key == begin) {
                         wait_for(&dout_empty, parity ^ 1);
-                        expect(&dout_full, BYTES(ROWS));
-                        bring<ROWS>(douts, dout, h, t.start + t.first, &dout_full);
+                        expect(&dout_full, VALUE_BYTES(ROWS));
+                        bring<ROWS, VALUE_DIM>(douts, dout, h, t.start + t.first, &dout_full);
                     }
-                    bring<DQ_KEYS>(to + BYTES(DQ_KEYS), v, h / s.share, t.start + key, full + turn.stage);
+                    bring<DQ_KEYS, VALUE_DIM>(to + BYTES(DQ_KEYS), v, h / s.share, t.start + key, full + turn.stage);
                     turn.advance(STAGES);
                 }
                 index = piece_taken(taken[1], answer, pieces);
@@ -81,18 +81,18 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         wait_for(&q_full, parity);
         const Piece& piece = told_pieces[parity];
         if (alike(piece.head) < 0) return;
-        float logsum[2], pull[2], sums[WIDTH / 8][4] = {}, p[DQ_KEYS / 8][4], dp[DQ_KEYS / 8][4];
+        float logsum[2], pull[2], sums[WIDTH(DIM) / 8][4] = {}, p[DQ_KEYS / 8][4], dp[DQ_KEYS / 8][4];
         own_numbers(logsum, pull, lse, delta, piece.t, mine, piece.head, s);
         int before = -1;
         Passing tile = next_tile(full, empty, told, turn, group, before);
         begin();
-        scores<ROWS>(p, qs, pairs + turn.stage * 2 * BYTES(DQ_KEYS));
+        scores<ROWS>(p, qs, pairs + turn.stage * PAIR_BYTES(DQ_KEYS));
         done<0>(p);
         wait_for(&dout_full, parity);
         for (bool more = true; more;) {
-            u32 at = pairs + turn.stage * 2 * BYTES(DQ_KEYS);
+            u32 at = pairs + turn.stage * PAIR_BYTES(DQ_KEYS);
             begin();
-            scores<ROWS>(dp, douts, at + BYTES(DQ_KEYS));
+            scores<ROWS, VALUE_DIM>(dp, douts, at + BYTES(DQ_KEYS));
             more = !tile.last();
             if (!more) release(&q_empty);
 #if SOFTCAP
@@ -129,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (more) {
                 tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores<ROWS>(p, qs, pairs + turn.stage * 2 * BYTES(DQ_KEYS));
+                scores<ROWS>(p, qs, pairs + turn.stage * PAIR_BYTES(DQ_KEYS));
             }
             done<0>(p);
             done<0>(sums);
@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
 }
 
 // dk and dv. A piece is a tile of OWN_KEYS keys, a key head and one of `parts` runs of the query heads that share it; queries and the
-// gradient of the output pass by. Every part has columns of its own in dk and dv, [tokens, kv_heads * parts * DIM]. The length of a tile
+// gradient of the output pass by. Every part has columns of its own in dk, [tokens, kv_heads * parts * DIM], and in dv. The length of a tile
 // ends with the last query that sees one of its keys.
 extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     attention_dkv(const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v,
@@ -149,8 +149,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     __shared__ u64 k_full, k_empty, v_full, v_empty, full[PAIRS], empty[PAIRS];
     __shared__ Piece told_pieces[2];
     __shared__ int told[PAIRS][2], starts[PAIRS][STEP], following;
-    u32 ks = swizzled_memory(), vs = ks + BYTES(OWN_KEYS), pairs = vs + BYTES(OWN_KEYS);
-    u32 numbers = pairs + PAIRS * 2 * BYTES(STEP);  // [place][log-sum, delta][query]
+    u32 ks = swizzled_memory(), vs = ks + BYTES(OWN_KEYS), pairs = vs + VALUE_BYTES(OWN_KEYS);
+    u32 numbers = pairs + PAIRS * PAIR_BYTES(STEP);  // [place][log-sum, delta][query]
     if (threadIdx.x == 0) {
         make_barrier(&k_full, 1);
         make_barrier(&k_empty, 8);
@@ -192,8 +192,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (end) return;
             if (threadIdx.x == 32) {
                 wait_for(&v_empty, parity ^ 1);
-                expect(&v_full, BYTES(OWN_KEYS));
-                bring<OWN_KEYS>(vs, v, kv, t.start + t.first, &v_full);
+                expect(&v_full, VALUE_BYTES(OWN_KEYS));
+                bring<OWN_KEYS, VALUE_DIM>(vs, v, kv, t.start + t.first, &v_full);
             }
             __syncwarp();
             int h = kv * s.share + s.share * part / parts, last = kv * s.share + s.share * (part + 1) / parts - 1;
@@ -204,10 +204,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
                     wait_for(empty + warp, turn.parity ^ 1);
                     turn.parity ^= 1;
                     if (lane == 0) {
-                        u32 to = pairs + warp * 2 * BYTES(STEP);
-                        expect(full + warp, 2 * BYTES(STEP));
+                        u32 to = pairs + warp * PAIR_BYTES(STEP);
+                        expect(full + warp, PAIR_BYTES(STEP));
                         bring<STEP>(to, q, h, t.start + query, full + warp);
-                        bring<STEP>(to + BYTES(STEP), dout, h, t.start + query, full + warp);
+                        bring<STEP, VALUE_DIM>(to + BYTES(STEP), dout, h, t.start + query, full + warp);
                     }
                     float* to = (float*)__cvta_shared_to_generic(numbers) + warp * 2 * STEP;
                     for (int i = lane; i < STEP; i += 32) {
@@ -241,21 +241,32 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
     int group = alike(threadIdx.x / 128) - 1, mine = threadIdx.x % 128 / 32 * 16;
     u32 own = group ? vs : ks;
     numbers += lane % 4 * 8;
-    float scale = s.scale * LOG2E;
+    float scale = s.scale * LOG2E, p[STEP / 8][4];
+    // Keys with queries, values with the gradient of the output.
+    auto begin_scores = [&] {
+        u32 at = pairs + turn.stage * PAIR_BYTES(STEP);
+        if (DIM == VALUE_DIM || !group) {
+            begin();
+            scores<OWN_KEYS>(p, own, at + group * BYTES(STEP));
+        } else {
+            begin();
+            scores<OWN_KEYS, VALUE_DIM>(p, own, at + BYTES(STEP));
+        }
+    };
     if (group) asm volatile("bar.arrive 3, 256;" ::: "memory");
     for (;; parity ^= 1) {
         wait_for(&k_full, parity);
         const Piece& piece = told_pieces[parity];
         if (alike(piece.head) < 0) return;
         if (group) wait_for(&v_full, parity);
-        float sums[WIDTH / 8][4] = {}, p[STEP / 8][4];
+        // Of dv behind its own columns what nobody stores.
+        float sums[WIDTH(DIM) / 8][4] = {};
         int before = -1;
         Passing tile = next_tile(full, empty, told, turn, group, before);
-        begin();
-        scores<OWN_KEYS>(p, own, pairs + (turn.stage * 2 + group) * BYTES(STEP));
+        begin_scores();
         done<0>(p);
         for (bool more = true; more;) {
-            u32 at = pairs + (turn.stage * 2 + 1 - group) * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
+            u32 at = pairs + turn.stage * PAIR_BYTES(STEP) + (1 - group) * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
             more = !tile.last();
             if (!more) release(&k_empty);
             if (!more && group) release(&v_empty);
@@ -309,15 +320,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             turn.advance(PAIRS);
             if (more) {
                 tile = next_tile(full, empty, told, turn, group, before);
-                begin();
-                scores<OWN_KEYS>(p, own, pairs + (turn.stage * 2 + group) * BYTES(STEP));
+                begin_scores();
             }
             done<0>(p);
             done<0>(sums);
             if (before >= 0) release(empty + before);
         }
-        View to = group ? dk : dv;
-        store<DIM>(head(to, piece.head), piece.t, piece.t.first + mine, 0, sums, group ? s.scale : 1.f, group ? s.scale : 1.f);
+        int row = piece.t.first + mine;
+        if (group) store<DIM>(head(dk, piece.head), piece.t, row, 0, sums, s.scale, s.scale);
+        else store<VALUE_DIM>(value_head(dv, piece.head), piece.t, row, 0, sums, 1.f, 1.f);
     }
 #else
     take_registers<240>();
@@ -330,17 +341,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         wait_for(&k_full, parity);
         const Piece& piece = told_pieces[parity];
         if (alike(piece.head) < 0) return;
-        float dks[WIDTH / 8][4] = {}, dvs[WIDTH / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
+        float dks[WIDTH(DIM) / 8][4] = {}, dvs[WIDTH(VALUE_DIM) / 8][4] = {}, p[STEP / 8][4], dp[STEP / 8][4];
         int before = -1;
         Passing tile = next_tile(full, empty, told, turn, group, before);
         begin();
-        scores<OWN_KEYS>(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
+        scores<OWN_KEYS>(p, ks, pairs + turn.stage * PAIR_BYTES(STEP));
         done<0>(p);
         wait_for(&v_full, parity);
         for (bool more = true; more;) {
-            u32 at = pairs + turn.stage * 2 * BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
+            u32 at = pairs + turn.stage * PAIR_BYTES(STEP), of = numbers + turn.stage * 8 * STEP;
             begin();
-            scores<OWN_KEYS>(dp, vs, at + BYTES(STEP));
+            scores<OWN_KEYS, VALUE_DIM>(dp, vs, at + BYTES(STEP));
             more = !tile.last();
             if (!more) release(&k_empty);
 #if SOFTCAP
@@ -384,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
             if (more) {
                 tile = next_tile(full, empty, told, turn, group, before);
                 begin();
-                scores<OWN_KEYS>(p, ks, pairs + turn.stage * 2 * BYTES(STEP));
+                scores<OWN_KEYS>(p, ks, pairs + turn.stage * PAIR_BYTES(STEP));
             }
             done<0>(p);
             done<0>(dvs);
@@ -394,7 +405,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 1)
         Tile t = piece.t;
         int column = piece.head;
         store<DIM>(head(dk, column), t, t.first + mine, 0, dks, s.scale, s.scale);
-        store<DIM>(head(dv, column), t, t.first + mine, 0, dvs, 1.f, 1.f);
+        store<VALUE_DIM>(value_head(dv, column), t, t.first + mine, 0, dvs, 1.f, 1.f);
     }
 #endif
 }

@@ -88,12 +88,17 @@ extern "C" __global__ void experts_places(View routing, bf16* at, int tokens, in
     }
 }
 
-// The rows of x.
-extern "C" __global__ void experts_gather(View x, bf16* at, View y, int tokens, int top_k, int experts, int width) {
-    auto [to, i] = place(width);
+// A token's values to all of its rows.
+extern "C" __global__ void experts_spread(View x, bf16* at, View y, int tokens, int top_k, int experts, int width) {
+    auto [token, i] = place(width);
     if (i >= width) return;
-    int token = plan_at(at, tokens, top_k, experts).token_of[to];
-    *(uint4*)(row(y, to) + i) = *(const uint4*)(row(x, token) + i);
+    const int* rows = plan_at(at, tokens, top_k, experts).rows_of + token * top_k;
+    uint4 values = *(const uint4*)(row(x, token) + i);
+#pragma unroll 8
+    for (int j = 0; j < top_k; j++) {
+        int to = rows[j];
+        if (to >= 0) *(uint4*)(row(y, to) + i) = values;
+    }
 }
 
 // A token's sum of its rows, each with its bias and times its weight where there are such.

@@ -1,11 +1,12 @@
 //! A mixture of experts: every token goes through some of many MLPs.
 //!
-//! Which rows an expert has is found first. Then rows are gathered, so that those of an expert lie together, and every product is one launch
+//! Which rows an expert has is found first. Then tokens are written to all of their rows, so that those of an expert lie together, and every product is one launch
 //! for all experts. Nothing is padded: a token takes the memory of `top_k` rows, whatever they are sent to.
 
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
 
+use super::super::chunks::TILE;
 use super::activation::Activation;
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, Lowering, Matrix, Member, Recompute,
@@ -21,7 +22,7 @@ pub(super) static SOURCE: Source = Source::plain(
         "experts_count",
         "experts_offsets",
         "experts_places",
-        "experts_gather",
+        "experts_spread",
         "experts_sum",
         "experts_drouting",
         "experts_activation",
@@ -38,6 +39,7 @@ pub(super) const OP: CudaOp = CudaOp {
 
 /// Tokens of a block that counts, and warps of one whose warps have a row each: as `experts.cu` has them.
 const COUNTED: usize = 64;
+const _: () = assert!(TILE % COUNTED == 0);
 const WARPS: usize = 8;
 
 /// Of gpt-oss, as `experts.cu` counts it.
@@ -63,8 +65,8 @@ struct Experts {
 
 /// Finds the rows of experts.
 struct Plan(Experts);
-/// Gathers them.
-struct Gather(Experts);
+/// Gives a token's values to all of its rows.
+struct Spread(Experts);
 /// The product of rows with a matrix of each expert, or with its transpose.
 struct Product {
     own: Experts,
@@ -78,7 +80,7 @@ struct Inner(Experts);
 struct InnerVjp(Experts);
 struct Sum(Experts);
 /// Sums the gradients of rows by token, and puts those of what they count where routing has it.
-struct GatherVjp(Experts);
+struct SpreadVjp(Experts);
 
 /// `struct Mlp` of `experts.cu`.
 #[derive(Clone, Copy)]
@@ -159,12 +161,6 @@ impl Experts {
         })
     }
 
-    /// Columns of what a [`Plan`] knows of a token: three numbers of four bytes for every row, and its part of what lies there once for
-    /// every [`COUNTED`] tokens, a number for every expert twice and one more. Buffers have whole such parts.
-    fn plan_columns(&self) -> usize {
-        6 * self.top_k + 2 * self.count.div_ceil(COUNTED) + 2 * (self.count + 1).div_ceil(COUNTED)
-    }
-
     /// Rows that some tokens have.
     fn rows(&self, l: &mut Lowering<'_>, width: usize) -> Slice {
         l.buffer(self.top_k * width, 0)
@@ -212,6 +208,12 @@ impl Experts {
     }
 }
 
+/// Columns of what a [`Plan`] knows of a token: three numbers of four bytes for every row, and its part of what lies there once for every
+/// [`COUNTED`] tokens, a number for every expert twice and one more. Buffers have whole such parts.
+fn plan_columns(experts: usize, top_k: usize) -> usize {
+    6 * top_k + 2 * experts.div_ceil(COUNTED) + 2 * (experts + 1).div_ceil(COUNTED)
+}
+
 /// The rows of some tokens, so many columns each, one behind the other.
 fn rows_of(view: View, width: usize) -> View {
     View { at: view.at, ld: width as i64 }
@@ -220,13 +222,13 @@ fn rows_of(view: View, width: usize) -> View {
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x, routing], own) = (l.inputs(index)?, Experts::of(l, index)?);
     multiple_of_8(&l.nodes[index], "width", own.hidden)?;
-    let plan = l.buffer(own.plan_columns(), 0);
+    let plan = l.buffer(plan_columns(own.count, own.top_k), 0);
     let [gathered, before, inner, after] =
         [own.hidden, own.into, own.inner, own.hidden].map(|width| own.rows(l, width));
     let y = l.place(index);
     l.leave(index, vec![plan, before]);
     l.push(Step::new("experts plan", [routing], [plan], Plan(own)))?;
-    l.push(Step::new("experts gather", [x, plan], [gathered], Gather(own)))?;
+    l.push(Step::new("experts spread", [x, plan], [gathered], Spread(own)))?;
     l.push(own.product(l, 0, false, [gathered, plan, before]))?;
     l.push(Step::new("experts activation", [before, plan], [inner], Inner(own)))?;
     l.push(own.product(l, 1, false, [inner, plan, after]))?;
@@ -239,7 +241,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let nodes = l.nodes;
     let [gathered, dinner, dx_rows] = [own.hidden, own.inner, own.hidden].map(|width| own.rows(l, width));
     let by_row = own.rows(l, 1);
-    l.push(Step::new("experts gather", [dy, plan], [gathered], Gather(own)))?;
+    l.push(Step::new("experts spread", [dy, plan], [gathered], Spread(own)))?;
     l.push(own.product(l, 1, true, [gathered, plan, dinner]))?;
     let reads = [before, dinner, gathered, plan, routing];
     // A row's columns are read before they are written.
@@ -248,7 +250,7 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     l.push(own.product(l, 0, true, [before, plan, dx_rows]))?;
     let (dx, after_x) = l.write_gradient(nodes[index].inputs[0]);
     let (drouting, after_routing) = l.write_gradient(nodes[index].inputs[1]);
-    l.push(Step::new("experts sum", [dx_rows, by_row, plan], [dx, drouting], GatherVjp(own)))?;
+    l.push(Step::new("experts sum", [dx_rows, by_row, plan], [dx, drouting], SpreadVjp(own)))?;
     after_x.into_iter().chain(after_routing).try_for_each(|step| l.push(step))
 }
 
@@ -267,7 +269,7 @@ impl Execute for Plan {
     /// Of every row its expert, -1 behind the last.
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let (top_k, width) = (self.0.top_k, self.0.plan_columns());
+        let (top_k, width) = (self.0.top_k, plan_columns(self.0.count, self.0.top_k));
         on.each_row(reads, writes, |_, read, write| {
             let chosen = (0..self.0.count).filter(|e| read[0][*e] != 0.0).map(|e| e as f32);
             write[0] = chosen.take(top_k).chain(std::iter::repeat(-1.0)).take(width).collect();
@@ -275,12 +277,12 @@ impl Execute for Plan {
     }
 }
 
-impl Execute for Gather {
+impl Execute for Spread {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let own = &self.0;
         let args = Args::default().with(reads[0]).with(reads[1].at).with(rows_of(writes[0], own.hidden));
         let args = own.sized(on, args).with(own.hidden as i32);
-        on.by_columns("experts_gather", on.rows * own.top_k, own.hidden, args)
+        on.by_columns("experts_spread", on.rows, own.hidden, args)
     }
 
     /// In tests, the rows of a token lie in its own.
@@ -412,7 +414,7 @@ impl Execute for Sum {
     }
 }
 
-impl Execute for GatherVjp {
+impl Execute for SpreadVjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, none) = (&self.0, View { at: 0, ld: 0 });
         let args = Args::default().with(rows_of(reads[0], own.hidden)).with(reads[2].at).with(none).with(0_u64);
@@ -434,6 +436,23 @@ impl Execute for GatherVjp {
                 write[0].iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{COUNTED, plan_columns};
+
+    /// What is known of rows fits into the buffer of its tokens, whose rows are a multiple of [`COUNTED`].
+    #[test]
+    fn a_plan_fits_into_its_buffer() {
+        for (experts, top_k) in [(1, 1), (8, 2), (60, 4), (128, 8), (512, 10)] {
+            for blocks in [1, 2, 33] {
+                let (tokens, bytes) = (blocks * COUNTED, 2 * plan_columns(experts, top_k));
+                let needed = 4 * (3 * tokens * top_k + blocks * experts + experts + 1);
+                assert!(needed <= bytes * tokens, "{experts} experts, {top_k} a token, {tokens} tokens");
+            }
+        }
     }
 }
 

@@ -18,9 +18,7 @@ fn of(l: &mut Lowering<'_>, index: usize) -> Result<LinearAttention> {
         order: &[0, 1, 2, 3, 4],
         eps: number(node, "eps") as f32,
         limit: [0.0, f32::INFINITY],
-        a_log: l.vector(index, "A_log")?,
-        dt_bias: l.vector(index, "dt_bias")?,
-        skip: None,
+        vectors: [l.wide_vector(index, "A_log")?, l.wide_vector(index, "dt_bias")?, None],
         state: 0,
     })
 }

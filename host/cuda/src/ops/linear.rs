@@ -5,7 +5,7 @@
 //! `[dy, v] · [W; A]` is the gradient of x. A sum after a linear is the matmul's own addition; a gated activation of two is computed
 //! where their matmul ends. Where W is kept in nf4, the steps that need it make the stack first. Where it is kept in e4m3, matmuls read x
 //! and dy as e4m3 too, which a step before makes of them, and end with LoRA's part, of u and v. A linear whose width is no multiple of 8 is
-//! alone, in bf16, with rows of zeros behind its own.
+//! alone, with rows of zeros behind its own.
 
 use dpo_plugin_api::graph::Node;
 
@@ -19,6 +19,7 @@ use super::{
 use super::{fp8, nf4};
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
+use dpo_core::weights::{BlockId, is_quantized};
 
 pub(super) const OP: CudaOp = CudaOp {
     prepare,
@@ -80,9 +81,10 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     };
     let (inputs, nodes) = (*inputs, l.nodes);
     let stacks = &mut l.program.stacks;
-    let numbers = if is_filled(node) { NUMBERS } else { numbers };
+    let quantized = node.weight("weight").is_some_and(|weight| is_quantized(BlockId::Layer(0), node, weight));
+    let numbers = if quantized { numbers } else { NUMBERS };
     let joins = |other: &Node| same_input(other, node) && !is_filled(other) && !is_filled(node);
-    let known = stacks.iter().position(|s| joins(&nodes[s.members[0].node]));
+    let known = stacks.iter().position(|s| joins(&nodes[s.members[0].node]) && s.numbers == numbers);
     let at = known.unwrap_or_else(|| {
         stacks.push(Stack::new(numbers, inputs));
         stacks.len() - 1

@@ -17,7 +17,7 @@
 #define COLUMNS (VALUE % 64 == 0 ? 64 : 32)
 
 struct Rule {
-    const bf16 *a_log, *dt_bias, *skip;
+    const float *a_log, *dt_bias, *skip;
     // Value heads of a key head; tokens of the batch.
     int heads, share, tokens;
     // What is added to sums of squares; what time steps are clamped to.
@@ -27,9 +27,11 @@ struct Rule {
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
-// Of what a token of a chunk sees.
+// Of what a token of a chunk sees. What it does not see has the log decay HIDDEN, so that a factor is computed without a branch.
+#define HIDDEN -1e9f
+
 __device__ __forceinline__ bool sees(const Chunk& c, int begin, int i, int j) {
-    return j <= i && (c.first + j < c.prompt || c.first + j >= begin);
+    return (j <= i) & ((c.first + j < c.prompt) | (c.first + j >= begin));
 }
 
 // Sums of squares of a tile's rows to `to`, as 1 / sqrt(sum + eps); 256 / CHUNK lanes have a row, or 128 / CHUNK.
@@ -139,9 +141,9 @@ extern "C" __global__ void __launch_bounds__(128) recurrence_chunks(const Chunk*
             int t = 2 * lane + i;
             bool inside = t < c.rows;
             begin[i] = inside ? begins[c.row + t] : 0;
-            float step = inside ? softplus(to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head])) : 0.f;
+            float step = inside ? softplus(to_float(row(a, c.row + t)[head]) + d.dt_bias[head]) : 0.f;
             if (!SOLVES && inside) step = fminf(fmaxf(step, d.least), d.most);
-            own[i] = -expf(to_float(d.a_log[head])) * step;
+            own[i] = -expf(d.a_log[head]) * step;
             betas[t] = SOLVES && inside ? sigmoid(to_float(row(b, c.row + t)[head])) : 0.f;
             if (!SOLVES) {
                 norms[0][t] = 1.f;
@@ -194,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(128) recurrence_chunks(const Chunk*
             if (tile <= 2 * warp + 1) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    bool seen = i < c.rows && sees(c, first_seen[i], i, j + e);
-                    float decay = seen ? __expf(sums[i] - sums[j + e]) * norms[1][j + e] : 0.f;
+                    bool seen = (i < c.rows) & sees(c, first_seen[i], i, j + e);
+                    float decay = __expf(seen ? sums[i] - sums[j + e] : HIDDEN) * norms[1][j + e];
                     score[e] = decay * norms[0][i] * scale * qk[tile][2 * half + e];
                     entry[e] = i == j + e ? 0.f : decay * betas[i] * norms[1][i] * kk[tile][2 * half + e];
                 }
@@ -486,7 +488,7 @@ __device__ __forceinline__ void walk(const Chunk* chunks, const Walk* walks, con
             operands(written, x);
         } else {
             values(x, written);
-            float skip = to_float(d.skip[head]);
+            float skip = d.skip[head];
 #pragma unroll
             for (int tile = 0; tile < 8; tile++)
 #pragma unroll
@@ -583,7 +585,7 @@ extern "C" __global__ void __launch_bounds__(COLUMNS * 2) recurrence_backward(co
                 for (int e = 0; e < 4; e++) x[tile][e] = 0.f;
             add_upper(x, dx, tiles.solve);
         } else {
-            float own[8][4], skip = to_float(d.skip[head]);
+            float own[8][4], skip = d.skip[head];
             values(own, dout);
 #pragma unroll
             for (int tile = 0; tile < 8; tile++)

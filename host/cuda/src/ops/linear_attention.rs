@@ -71,10 +71,8 @@ pub(super) struct LinearAttention {
     pub eps: f32,
     /// What time steps are clamped to.
     pub limit: [f32; 2],
-    pub a_log: usize,
-    pub dt_bias: usize,
-    /// Factors of the values in the output.
-    pub skip: Option<usize>,
+    /// `A_log` and `dt_bias` of every head, and maybe factors of the values in the output.
+    pub vectors: [Option<usize>; 3],
     /// Where a text's states lie among what it carries.
     pub state: usize,
 }
@@ -199,9 +197,8 @@ impl LinearAttention {
     }
 
     fn rule(&self, on: &Launch<'_>) -> Rule {
-        let vector = |at: usize| on.weights.vectors[at];
         Rule {
-            vectors: [vector(self.a_log), vector(self.dt_bias), self.skip.map_or(0, vector)],
+            vectors: self.vectors.map(|vector| vector.map_or(0, |at| on.weights.vectors[at])),
             heads: self.heads as i32,
             share: (self.heads / self.key_heads) as i32,
             tokens: on.rows as i32,

@@ -196,8 +196,8 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) recurrence_gradients(c
                 float n[2], h[2];
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    bool seen = i < c.rows && sees(c, first_seen[i], i, j + e);
-                    float decay = seen ? __expf(sums[i] - sums[j + e]) * k_norms[j + e] : 0.f;
+                    bool seen = (i < c.rows) & sees(c, first_seen[i], i, j + e);
+                    float decay = __expf(seen ? sums[i] - sums[j + e] : HIDDEN) * k_norms[j + e];
                     n[e] = decay * q_norms[i] * of_scores[tile][2 * half + e];
                     h[e] = i == j + e ? 0.f : -decay * k_norms[i] * of_system[tile][2 * half + e];
                     if (SOLVES && i == j + e) slopes[i] = of_system[tile][2 * half + e];
@@ -275,8 +275,8 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) recurrence_gradients(c
                 bool parted = c.first < c.prompt && c.first + t >= c.prompt;
                 while (parted && end_of < c.rows && first_seen[end_of] == first_seen[t]) end_of++;
                 float own = sums[t] - (parted && end_of < c.rows ? sums[end_of] : 0.f);
-                float x = to_float(row(a, c.row + t)[head]) + to_float(d.dt_bias[head]);
-                float by_step = -own * expf(to_float(d.a_log[head]));
+                float x = to_float(row(a, c.row + t)[head]) + d.dt_bias[head];
+                float by_step = -own * expf(d.a_log[head]);
                 if (SOLVES) {
                     float beta = betas[t];
                     row(g.db, c.row + t)[head] = to_bf16(beta > 0.f ? slopes[t] * (1.f - beta) / beta : 0.f);

@@ -19,9 +19,7 @@ fn of(l: &mut Lowering<'_>, index: usize) -> Result<LinearAttention> {
         order: &[2, 1, 0, 3],
         eps: 0.0,
         limit: [number(node, "dt_min") as f32, most],
-        a_log: l.vector(index, "A_log")?,
-        dt_bias: l.vector(index, "dt_bias")?,
-        skip: Some(l.vector(index, "D")?),
+        vectors: [l.wide_vector(index, "A_log")?, l.wide_vector(index, "dt_bias")?, l.wide_vector(index, "D")?],
         state: 0,
     })
 }

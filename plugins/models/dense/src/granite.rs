@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
+use crate::{Dense, layer_bases};
 
 /// transformers, `modeling_granite.py`.
 fn multiply(decoder: &mut Decoder, config: &Config) -> Result<()> {
@@ -58,3 +58,36 @@ pub(crate) static MINICPM: Dense = Dense {
         decoder.graph(config)
     },
 };
+
+pub(crate) static GRANITE_SWA: Dense = Dense {
+    name: "granite_swa",
+    summary: "Granite with windows: a sink in every head's softmax, a rotary embedding for each layer or none",
+    claims: &["GraniteSWAForCausalLM"],
+    checkpoints: &["ibm-granite/granite-swash-2b"],
+    example_config: include_str!("../configs/granite_swa.json"),
+    graph: granite_swa,
+};
+
+/// transformers, `modeling_granite_swa.py`.
+fn granite_swa(config: &Config) -> Result<ModelGraph> {
+    let config = config.with_defaults(&[
+        ("num_key_value_heads", json!(4)),
+        ("rms_norm_eps", json!(1e-5)),
+        ("sliding_window", json!(128)),
+        ("tie_word_embeddings", json!(true)),
+    ]);
+    let mut decoder = Decoder::read(&config)?;
+    multiply(&mut decoder, &config)?;
+    decoder.mlp_bias = config.flag("mlp_bias", false)?;
+    decoder.sinks = Some("self_attn.sinks");
+    let sliding = config.sliding_layers(decoder.layers.len(), |layer| !layer.is_multiple_of(4))?;
+    decoder.slide(config.opt_size("sliding_window")?, &sliding);
+    if let Some(bases) = layer_bases(&config, decoder.layers.len())? {
+        if let Some(rule) = config.opt_object("rope_parameters")? {
+            rule.only("rope_type", &[json!("default")])?;
+        }
+        let (dim, layers) = (decoder.head_dim, decoder.layers.iter_mut());
+        layers.zip(bases).for_each(|(layer, base)| layer.rope = (base != 0.0).then(|| Rope::plain(dim, base)));
+    }
+    decoder.graph(&config)
+}

@@ -7,6 +7,7 @@ mod gemma;
 mod gemma4;
 mod glm;
 mod granite;
+mod latent;
 mod mistral;
 mod muse;
 mod olmo;
@@ -92,6 +93,16 @@ fn name_wrapped(graph: &mut GraphBuilder) {
     }
 }
 
+/// The base of every layer's rotary embedding, 0 for none, where the config has them.
+fn layer_bases(config: &Config, layers: usize) -> Result<Option<Vec<f64>>> {
+    let Some(list) = config.get("layer_rope_theta") else { return Ok(None) };
+    let bases: Option<Vec<f64>> = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+    match bases.filter(|bases| bases.len() == layers) {
+        Some(bases) => Ok(Some(bases)),
+        None => bail!("config.json: layer_rope_theta is no list of {layers} numbers"),
+    }
+}
+
 plugin! {
     models: [
         &mistral::MISTRAL, &mistral::MINISTRAL, &mistral::MINISTRAL3,
@@ -99,7 +110,8 @@ plugin! {
         &phi::PHI, &phi::PHI3,
         &glm::GLM, &glm::GLM4,
         &olmo::OLMO, &olmo::OLMO2, &olmo::OLMO3,
-        &granite::GRANITE, &granite::MINICPM,
+        &granite::GRANITE, &granite::GRANITE_SWA, &granite::MINICPM,
+        &latent::YOUTU, &latent::MINICPM3,
         &cohere::COHERE, &cohere::COHERE2,
         &exaone::EXAONE4,
         &stability::STABLELM,
@@ -140,6 +152,9 @@ mod tests {
             (&muse::MUSE_GLIMMER, [52, 39, 39]),
             (&plain::CWM, [64, 48, 64]),
             (&plain::SMOLLM3, [36, 0, 27]),
+            (&granite::GRANITE_SWA, [24, 18, 18]),
+            (&latent::YOUTU, [32, 0, 32]),
+            (&latent::MINICPM3, [62, 0, 62]),
         ];
         for (family, counts) in expected {
             let graph = check_model(family);

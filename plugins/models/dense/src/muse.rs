@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, WRAPPED, name_wrapped};
+use crate::{Dense, WRAPPED, layer_bases, name_wrapped};
 
 pub(crate) static MUSE_GLIMMER: Dense = Dense {
     name: "muse_glimmer",
@@ -49,13 +49,7 @@ fn muse_glimmer(whole: &Config) -> Result<ModelGraph> {
     let last = decoder.layers.len() - 1;
     let sliding = config.sliding_layers(last + 1, |layer| !(last - layer).is_multiple_of(4))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    // A base for every layer, 0 for none.
-    let bases: Option<Vec<f64>> = config
-        .get("layer_rope_theta")
-        .map(|list| list.as_array().and_then(|l| l.iter().map(Value::as_f64).collect()).unwrap_or_default());
-    if bases.as_ref().is_some_and(|bases| bases.len() != last + 1) {
-        return bail!("config.json: layer_rope_theta is no list of {} numbers", last + 1);
-    }
+    let bases = layer_bases(&config, last + 1)?;
     let dim = decoder.head_dim;
     for (at, layer) in decoder.layers.iter_mut().enumerate() {
         match bases.as_ref().map(|bases| bases[at]) {

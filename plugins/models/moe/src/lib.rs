@@ -1,6 +1,7 @@
 //! Decoders with experts, of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from
 //! a Llama.
 
+mod deepseek;
 mod ernie;
 mod glm;
 mod gpt_oss;
@@ -77,6 +78,7 @@ plugin! {
         &mixtral::MIXTRAL, &mixtral::MINIMAX_M2,
         &olmoe::OLMOE, &olmoe::FLEX_OLMO,
         &glm::GLM4_MOE,
+        &deepseek::DEEPSEEK_V2, &deepseek::DEEPSEEK_V3, &deepseek::GLM4_MOE_LITE,
         &ernie::ERNIE4_5_MOE,
         &gpt_oss::GPT_OSS,
         &granite::GRANITEMOE,
@@ -104,6 +106,9 @@ mod tests {
             (&olmoe::OLMOE, [16, 16, 64, 8, 6]),
             (&olmoe::FLEX_OLMO, [32, 32, 7, 5, 33]),
             (&glm::GLM4_MOE, [46, 45, 128, 8, 106]),
+            (&deepseek::DEEPSEEK_V2, [27, 26, 64, 6, 15]),
+            (&deepseek::DEEPSEEK_V3, [27, 26, 64, 6, 15]),
+            (&deepseek::GLM4_MOE_LITE, [47, 46, 64, 4, 29]),
             (&ernie::ERNIE4_5_MOE, [28, 27, 64, 6, 21]),
             (&gpt_oss::GPT_OSS, [24, 24, 32, 4, 20]),
             (&granite::GRANITEMOE, [32, 32, 40, 8, 3]),

@@ -21,6 +21,15 @@ struct Tokens {
     scores: Rows,
 }
 
+/// A chunk of a head: its tokens, the state before it, what it writes, and its output.
+struct Walked {
+    chunk: Chunk,
+    tokens: Tokens,
+    state: Rows,
+    written: Rows,
+    out: Rows,
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -70,6 +79,10 @@ impl LinearAttention {
         self.heads / self.key_heads
     }
 
+    fn vectors(&self, on: &Emulation<'_>) -> [Vec<f32>; 3] {
+        self.vectors.map(|at| at.map(|at| on.vector(at)).unwrap_or_default())
+    }
+
     /// A time step.
     fn step(&self, x: f32) -> f32 {
         softplus(x).max(self.limit[0]).min(self.limit[1])
@@ -90,7 +103,7 @@ impl LinearAttention {
 
     pub(super) fn emulate_chunks(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let [q, k, a, rest @ ..] = reads else { panic!("a recurrence lacks values") };
-        let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
+        let [a_log, dt_bias, _] = self.vectors(on);
         for chunk in Chunks::of(&on.batch().layout.clone()).all {
             let sees = sees(on, &chunk);
             for head in 0..self.heads {
@@ -192,16 +205,10 @@ impl LinearAttention {
         [written, out]
     }
 
-    /// Walks of a head along every example: of every chunk its tokens, the state before, what it writes, and its output.
-    fn walk_head(
-        &self,
-        on: &mut Emulation<'_>,
-        head: usize,
-        v: &Slice,
-        from: &[Slice],
-    ) -> Vec<Vec<(Chunk, Tokens, Rows, [Rows; 2])>> {
+    /// Walks of a head along every example.
+    fn walk_head(&self, on: &mut Emulation<'_>, head: usize, v: &Slice, from: &[Slice]) -> Vec<Vec<Walked>> {
         let chunks = Chunks::of(&on.batch().layout.clone());
-        let skip = self.skip.map_or(0.0, |at| on.vector(at)[head]);
+        let skip = self.vectors(on)[2].get(head).copied().unwrap_or(0.0);
         let mut all = Vec::new();
         for [first, count] in &chunks.walks {
             let (mut state, mut fork, mut walk) = (self.zero(), self.zero(), Vec::new());
@@ -214,11 +221,11 @@ impl LinearAttention {
                 let tokens = self.tokens(on, chunk, head, from);
                 let values: Rows = (0..chunk.rows).map(|i| on.row(&self.of_head(v, head), chunk.row + i)).collect();
                 let before = state.clone();
-                let made = self.run(&tokens, &values, &mut state, skip);
+                let [written, out] = self.run(&tokens, &values, &mut state, skip);
                 if chunk.first + chunk.rows == chunk.prompt {
                     fork = state.clone();
                 }
-                walk.push((*chunk, tokens, before, made));
+                walk.push(Walked { chunk: *chunk, tokens, state: before, written, out });
             }
             all.push(walk);
         }
@@ -228,7 +235,7 @@ impl LinearAttention {
     pub(super) fn emulate_walk(&self, on: &mut Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let from: Vec<Slice> = reads[..2].iter().chain(&reads[3..]).copied().collect();
         for head in 0..self.heads {
-            for (chunk, _, _, [_, out]) in self.walk_head(on, head, &reads[2], &from).into_iter().flatten() {
+            for Walked { chunk, out, .. } in self.walk_head(on, head, &reads[2], &from).into_iter().flatten() {
                 let to = self.of_head(&writes[0], head);
                 out.iter().enumerate().for_each(|(i, out)| on.write(&to, chunk.row + i, out));
             }
@@ -241,8 +248,7 @@ impl LinearAttention {
         let count = if self.kind.solves { 4 } else { 3 };
         let (b, norms) = (made.get(count), &made[2]);
         let from: Vec<Slice> = [*q, *k].iter().chain(&made[..count]).copied().collect();
-        let (a_log, dt_bias) = (on.vector(self.a_log), on.vector(self.dt_bias));
-        let skip = self.skip.map(|at| on.vector(at)).unwrap_or_default();
+        let [a_log, dt_bias, skip] = self.vectors(on);
         // Written only when all is read: gradients may lie where values do.
         let mut shared = [dq, dk].map(|s| vec![vec![0.0; s.width]; on.rows()]);
         let mut own = [dv, da, da].map(|s| vec![vec![0.0; s.width]; on.rows()]);
@@ -250,7 +256,7 @@ impl LinearAttention {
             let of_key = head / self.share() * self.kind.key;
             for walk in self.walk_head(on, head, v, &from) {
                 let (mut dstate, mut dfork) = (self.zero(), self.zero());
-                for (chunk, t, state, [written, _]) in walk.iter().rev() {
+                for Walked { chunk, tokens: t, state, written, .. } in walk.iter().rev() {
                     if chunk.first + chunk.rows == chunk.prompt {
                         dstate = dfork.clone();
                     }
