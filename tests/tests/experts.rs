@@ -193,6 +193,58 @@ fn experts_in_mxfp4_are_read_and_merged_to_bf16() {
     assert!(!config.contains("mxfp4"), "{config}");
 }
 
+/// An adapter of the time when experts were linears: gate and up have an A and a B each.
+#[test]
+fn adapters_with_a_file_name_for_each_expert_are_read() {
+    let (s, graph) = (sandbox(), opened(&case("qwen3_moe", "model")).graph);
+    let mut numbers = dpo_tests::Numbers::new(11);
+    let (mut tensors, mut updates) = (HashMap::new(), HashMap::new());
+    let rank = 2;
+    for layer in [0, 2] {
+        let mut add = |module: String, outputs: usize, inputs: usize| {
+            let [a, b] =
+                [[rank, inputs], [outputs, rank]].map(|shape| numbers.tensor(&shape).to_dtype(DType::F32).unwrap());
+            updates.insert(module.clone(), b.matmul(&a).unwrap());
+            for (part, tensor) in [("lora_A", a), ("lora_B", b)] {
+                tensors.insert(format!("base_model.model.{module}.{part}.weight"), tensor);
+            }
+        };
+        let front = format!("model.layers.{layer}.mlp");
+        add(format!("{front}.gate"), 6, 32);
+        for expert in 0..6 {
+            let front = format!("{front}.experts.{expert}");
+            add(format!("{front}.gate_proj"), 16, 32);
+            add(format!("{front}.up_proj"), 16, 32);
+            add(format!("{front}.down_proj"), 32, 16);
+        }
+    }
+    let config = json!({"peft_type": "LORA", "r": rank, "lora_alpha": 4, "bias": "none",
+        "target_modules": ["gate_proj", "up_proj", "down_proj", "gate"], "layers_to_transform": [0, 2]});
+    let folder = s.path("adapter");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(Path::new(&folder).join("adapter_config.json"), config.to_string()).unwrap();
+    safetensors::save(&tensors, Path::new(&folder).join("adapter_model.safetensors")).unwrap();
+    let adapter = Adapter::load(&graph, Path::new(&folder)).unwrap();
+    assert_eq!(adapter.sites.len(), 6, "{:?}", adapter.sites);
+    for site in &adapter.sites {
+        let (lora, name) = (adapter.lora(site).unwrap(), site.parameter.clone().unwrap());
+        assert_eq!(lora.scale, 2.0, "{name}");
+        for expert in 0..site.experts {
+            let own = |all: &Tensor, rows: usize| all.narrow(0, expert * rows, rows).unwrap();
+            let update = own(&lora.b, site.outputs).matmul(&own(&lora.a, site.rank)).unwrap();
+            let front = name.rsplit_once('.').unwrap().0;
+            let of = |projection: &str| updates[&format!("{front}.{expert}.{projection}")].clone();
+            let wanted = match name.rsplit('.').next().unwrap() {
+                "gate_up_proj" => Tensor::cat(&[of("gate_proj"), of("up_proj")], 0).unwrap(),
+                "down_proj" => of("down_proj"),
+                _ => updates[front].clone(),
+            };
+            let apart = (update - wanted).unwrap().abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(apart < 1e-6, "{name} {expert}: {apart}");
+        }
+    }
+}
+
 #[test]
 fn all_linear_leaves_experts_and_routers_as_they_are() {
     let graph = opened(&case("qwen2_moe", "model")).graph;

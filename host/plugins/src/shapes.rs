@@ -37,13 +37,13 @@ const QWEN3_5: &str = r#"{"full_attention_interval": 4, "linear_num_key_heads": 
     "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7,
     "partial_rotary_factor": 0.25}}"#;
 
-/// 128 experts, of which a token takes eight.
+/// Experts in all layers.
 const QWEN3_MOE: &str =
     r#"{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": true}"#;
 
-/// 32 experts, of which a token takes four.
-const GPT_OSS: &str = r#"{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rope_parameters": {"rope_type": "yarn",
-    "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false, "original_max_position_embeddings": 4096}}"#;
+/// Experts in all layers, a window in every other one.
+const GPT_OSS: &str =
+    r#"{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000.0}"#;
 
 /// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection, what else.
 pub const SHAPES: &[Shape] = shapes![
@@ -61,9 +61,9 @@ pub const SHAPES: &[Shape] = shapes![
     ["phi4-14b", "phi3", 5120, 17920, 40, 40, 10, 128, 100352, false, r#"{"original_max_position_embeddings": 32768}"#],
     ["qwen3.5-4b", "qwen3_5", 2560, 9216, 32, 16, 4, 256, 248320, true, QWEN3_5],
     ["qwen3.5-9b", "qwen3_5", 4096, 12288, 32, 16, 4, 256, 248320, false, QWEN3_5],
-    ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
-    ["gpt-oss-20b", "gpt_oss", 2880, 2880, 24, 64, 8, 64, 201088, false, GPT_OSS],
     ["qwen3-30b-a3b", "qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151936, false, QWEN3_MOE],
+    ["gpt-oss-20b", "gpt_oss", 2880, 2880, 24, 64, 8, 64, 201088, false, GPT_OSS],
+    ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-72b", "qwen2", 8192, 29568, 80, 64, 8, 128, 152064, false, "{}"],
 ];

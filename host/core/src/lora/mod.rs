@@ -3,6 +3,7 @@
 mod config;
 mod init;
 mod merge;
+mod of_each;
 mod peft;
 mod target;
 
@@ -147,11 +148,12 @@ impl Adapter {
 
     /// The adapter in a folder of PEFT's.
     pub fn load(graph: &ModelGraph, folder: &Path) -> Result<Adapter> {
-        let config = read_config(folder)?;
+        let (mut config, mut tensors) = (read_config(folder)?, peft::read_tensors(folder)?);
+        of_each::fuse(graph, &mut config, &mut tensors).map_err(|e| e.at(folder.display()))?;
         let sites = sites(graph, &config).map_err(|e| e.at(folder.join("adapter_config.json").display()))?;
         // Nothing is allocated on the word of a config: parameters come as the file's tensors turn out to be those.
         let mut adapter = Adapter { params: Vec::new(), subtracted: Vec::new(), sites, config };
-        [adapter.params, adapter.subtracted] = peft::read_params(&adapter, folder)?;
+        [adapter.params, adapter.subtracted] = peft::params(&adapter, tensors, folder)?;
         Ok(adapter)
     }
 
@@ -160,7 +162,7 @@ impl Adapter {
     /// # Errors
     /// A folder whose tensors have other shapes.
     pub fn read(&self, folder: &Path) -> Result<[Vec<f32>; 2]> {
-        peft::read_params(self, folder)
+        peft::params(self, peft::read_tensors(folder)?, folder)
     }
 
     /// Writes `adapter_config.json` and `adapter_model.safetensors`.

@@ -1,6 +1,6 @@
 //! PEFT's files: `adapter_config.json` and `adapter_model.safetensors` with the names PEFT gives.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use safetensors::Dtype;
@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::{Adapter, AdapterConfig, Site};
 use crate::error::{Error, Result};
 use crate::files;
-use crate::weights::read_f32;
+use crate::weights::{Values, read_f32};
 
 const CONFIG: &str = "adapter_config.json";
 const PARAMS: &str = "adapter_model.safetensors";
@@ -69,21 +69,27 @@ fn runs_in(folder: &Path) -> Option<String> {
     (!runs.is_empty()).then(|| runs.join(", "))
 }
 
-fn names(module: &str) -> [String; 3] {
+/// What PEFT names the tensors of a module.
+pub(super) fn names(module: &str) -> [String; 3] {
     ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"].map(|part| format!("base_model.model.{module}.{part}"))
 }
 
 const OTHER_MODEL: &str = "the adapter is of another model, whose name is in its adapter_config.json";
 
-/// Parameters and what is subtracted, which is the second half of A's rows and of B's columns.
-pub(super) fn read_params(adapter: &Adapter, folder: &Path) -> Result<[Vec<f32>; 2]> {
+/// All tensors in an adapter folder.
+pub(super) fn read_tensors(folder: &Path) -> Result<BTreeMap<String, Values>> {
     let path = folder.join(PARAMS);
     if !path.exists() && folder.join(PICKLED).is_file() {
         return Err(Error::input("is a file of Python objects, which are not read")
             .at(folder.join(PICKLED).display())
             .help("PEFT writes adapter_model.safetensors: PeftModel.from_pretrained(…).save_pretrained(folder)"));
     }
-    let mut tensors = read_f32(&path)?;
+    read_f32(&path)
+}
+
+/// Parameters and what is subtracted, which is the second half of A's rows and of B's columns.
+pub(super) fn params(adapter: &Adapter, mut tensors: BTreeMap<String, Values>, folder: &Path) -> Result<[Vec<f32>; 2]> {
+    let path = folder.join(PARAMS);
     let (mut params, mut subtracted) = (Vec::new(), Vec::new());
     for site in &adapter.sites {
         let (rank, columns) = (site.rank, adapter.columns(site));

@@ -157,6 +157,13 @@ impl Patterns {
         Ok(Patterns(map.iter().map(number).collect::<Result<_>>()?))
     }
 
+    /// Adds a pattern behind the others.
+    pub(super) fn add(&mut self, key: &str, number: f64) -> Result<()> {
+        let more = Patterns::from_json(&Map::from_iter([(key.to_owned(), json!(number))]))?;
+        self.0.extend(more.0);
+        Ok(())
+    }
+
     /// As PEFT writes them, `times` as large.
     pub fn to_json(&self, times: f64) -> Value {
         let number = |value: f64| if value.fract() == 0.0 { json!(value as u64) } else { json!(value) };

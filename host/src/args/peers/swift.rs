@@ -66,6 +66,7 @@ const TABLE: &[Group] = &[
     is("init_weights=true", "init-lora-weights"),
     becomes("target_modules", "`--target-modules`"),
     is("target_regex", "target-modules"),
+    is("target_parameters", "target-parameters"),
     // Output.
     same("add_version=true"),
     is("early_stop_interval", "early-stopping-patience"),
@@ -80,7 +81,7 @@ const TABLE: &[Group] = &[
         quantization::BECOMES,
     ),
     refused(
-        "modules_to_save target_parameters trainable_parameters trainable_parameters_regex",
+        "modules_to_save trainable_parameters trainable_parameters_regex",
         "only LoRA matrices of linear modules are trained",
         "name linear modules with --target-modules",
     ),

@@ -27,6 +27,7 @@ const TABLE: &[Group] = &[
     becomes("truncation_mode=keep_start", "`--truncation-strategy`: `right`, of `keep_end` `left`"),
     becomes("lora_r=16 lora_alpha=32", "`--lora-rank`, `--lora-alpha`"),
     is("lora_target_modules", "target-modules"),
+    is("lora_target_parameters", "target-parameters"),
     same("use_rslora=false use_dora=false disable_dropout=true"),
     named("use_peft=false", "LoRA adapters are trained in any case"),
     named(
@@ -60,7 +61,7 @@ const TABLE: &[Group] = &[
     named("base_model_attribute_name=model", "only of use_liger_loss"),
     named("dataloader_num_workers=0", "rows are tokenised before the first step: there is no data loader"),
     refused(
-        "lora_modules_to_save lora_target_parameters",
+        "lora_modules_to_save",
         "only LoRA matrices of linear modules are trained",
         "name linear modules with --target-modules",
     ),
@@ -80,7 +81,7 @@ const TABLE: &[Group] = &[
         "the loss says whether it has a reference",
         "choose one without, such as --loss simpo",
     ),
-    refused("router_aux_loss_coef=|0|0.001", "there is no such family yet", "leave it out"),
+    refused("router_aux_loss_coef=|0|0.001", "the loss of a router is not computed", "leave it out"),
     refused(
         "dataset_config",
         "a subset by its name is not known",

@@ -1,0 +1,125 @@
+//! Adapters whose files have an A and a B for every expert's projection, as PEFT wrote them while experts were linears: they are put
+//! together to those of the tensors that have all experts. Where gate and up are one matrix, its A has the rows of both, and B those of
+//! each beside zeros (as `PeftConcatenate` of `peft/utils/transformers_weight_conversion.py`), so that its rank and alpha are twice
+//! theirs.
+
+use std::collections::BTreeMap;
+
+use dpo_plugin_api::graph::{Assembly, ModelGraph, Weight};
+use dpo_plugin_api::ops::is_module;
+
+use super::target::{Targets, ends_in};
+use super::{AdapterConfig, experts_of, peft};
+use crate::error::{Error, Result};
+use crate::weights::{Values, blocks};
+
+/// Tensors of an adapter by their names.
+type Tensors = BTreeMap<String, Values>;
+
+/// Puts the matrices of experts together, and lets the config say so. Files without such tensors stay as they are.
+pub(super) fn fuse(graph: &ModelGraph, config: &mut AdapterConfig, tensors: &mut Tensors) -> Result<()> {
+    let mut fused: Vec<&Assembly> = Vec::new();
+    for (_, prefix, nodes) in blocks(graph) {
+        for node in nodes.iter().filter(|node| experts_of(node) > 1) {
+            let of_weight = |weight: &Weight| -> Option<(String, &Assembly)> {
+                let name = format!("{prefix}{}", weight.tensor);
+                let own = |a: &&Assembly| first_of(a, &name).is_some_and(|first| tensors.contains_key(&first));
+                let assembly = graph.assemblies.iter().find(own)?;
+                Some((name, assembly))
+            };
+            let found: Vec<_> = node.weights.iter().filter_map(|w| Some((w, of_weight(w)?))).collect();
+            for (place, (weight, (name, assembly))) in found.iter().enumerate() {
+                let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
+                let inside = ".base_layer".repeat(found.len() - 1 - place);
+                let [a, b] = fused_matrices(weight, name, assembly, tensors)?;
+                let [name_a, name_b, _] = peft::names(&format!("{module}{inside}"));
+                tensors.extend([(name_a, a), (name_b, b)]);
+                if !fused.contains(assembly) {
+                    fused.push(assembly);
+                }
+            }
+        }
+    }
+    if fused.is_empty() {
+        return Ok(());
+    }
+    for assembly in fused {
+        let (pattern, times) = (format!(r".*\.{}", assembly.tensor.replace('.', r"\.")), assembly.parts.len() as f64);
+        config.parameters.push(assembly.tensor.clone());
+        config.rank_pattern.add(&pattern, config.rank as f64 * times)?;
+        config.alpha_pattern.add(&pattern, config.alpha * times)?;
+    }
+    rename_targets(graph, config);
+    Ok(())
+}
+
+/// The A of an assembly's first part of the first expert.
+fn first_of(assembly: &Assembly, name: &str) -> Option<String> {
+    let part = assembly.part(name, 0, 0).filter(|_| assembly.is_of_each(0))?;
+    let [a, ..] = peft::names(part.strip_suffix(".weight")?);
+    Some(a)
+}
+
+/// A `[experts · rank, inputs]` and B `[outputs, rank · experts]` of all experts, which are taken out of the file's tensors.
+fn fused_matrices(weight: &Weight, name: &str, assembly: &Assembly, tensors: &mut Tensors) -> Result<[Values; 2]> {
+    let &[experts, rows, inputs] = weight.shape.as_slice() else {
+        return Err(Error::run(format!("experts in a tensor of shape {:?}", weight.shape)));
+    };
+    let (count, share) = (assembly.parts.len(), rows / assembly.parts.len());
+    let (mut all_a, mut all_b, mut rank) = (Vec::new(), Vec::new(), None);
+    for expert in 0..experts {
+        for part in 0..count {
+            let own = assembly.part(name, part, expert).unwrap_or_default();
+            let [name_a, name_b, _] = peft::names(own.strip_suffix(".weight").unwrap_or(&own));
+            let mut take = |name: &str, outer: Option<usize>, inner: Option<usize>| match tensors.remove(name) {
+                Some((shape, values))
+                    if shape.len() == 2
+                        && outer.is_none_or(|n| n == shape[0])
+                        && inner.is_none_or(|n| n == shape[1]) =>
+                {
+                    Ok((shape, values))
+                }
+                Some((shape, _)) => {
+                    Err(Error::input(format!("tensor '{name}' has shape {shape:?}, which is not the other experts'")))
+                }
+                None => Err(Error::input(format!("tensor '{name}' is missing, other experts have theirs"))),
+            };
+            let (shape, a) = take(&name_a, rank, Some(inputs))?;
+            rank = Some(shape[0]);
+            let (_, b) = take(&name_b, Some(share), rank)?;
+            all_a.extend(a);
+            all_b.push(b);
+        }
+    }
+    let rank = rank.unwrap_or(1);
+    let mut b = vec![0.0; rows * rank * count * experts];
+    for (at, own) in all_b.iter().enumerate() {
+        let (expert, part) = (at / count, at % count);
+        for (row, values) in own.chunks(rank.max(1)).enumerate() {
+            for (column, value) in values.iter().enumerate() {
+                let (row, column) = (part * share + row, part * rank + column);
+                b[(row * rank * count + column) * experts + expert] = *value;
+            }
+        }
+    }
+    Ok([(vec![experts * rank * count, inputs], all_a), (vec![rows, rank * count * experts], b)])
+}
+
+/// Takes names out of the targets that no linear has: those of experts' projections, and of routers, which become parameters.
+fn rename_targets(graph: &ModelGraph, config: &mut AdapterConfig) {
+    let Targets::Names(names) = &mut config.targets else { return };
+    let (mut modules, mut routers) = (Vec::new(), Vec::new());
+    for (_, prefix, nodes) in blocks(graph) {
+        for node in nodes.iter().filter(|node| node.op == "linear") {
+            let list = if is_module(node) { &mut modules } else { &mut routers };
+            list.extend(node.module().map(|module| format!("{prefix}{module}")));
+        }
+    }
+    names.retain(|name| {
+        let of_linear = modules.iter().any(|module| ends_in(module, name));
+        if routers.iter().any(|module| ends_in(module, name)) {
+            config.parameters.push(format!("{name}.weight"));
+        }
+        of_linear
+    });
+}
