@@ -178,7 +178,7 @@ fn a_state_is_taken_back_to_where_it_was_kept() {
     let ids = text(engine.graph().vocab_size, 11);
     let other: Vec<u32> = ids.iter().rev().copied().collect();
     let mut past = KvCache::default();
-    let mut append = |engine: &Engine, past: &mut KvCache, ids: &[u32]| engine.logits(ids, past, true).unwrap();
+    let append = |engine: &Engine, past: &mut KvCache, ids: &[u32]| engine.logits(ids, past, true).unwrap();
     append(&engine, &mut past, &ids[..20]);
     append(&engine, &mut past, &ids[20..30]);
     (0..5).for_each(|at| drop(append(&engine, &mut past, &other[at..=at])));
@@ -186,7 +186,8 @@ fn a_state_is_taken_back_to_where_it_was_kept() {
     let expected = trained(&mut engine, &ids, true);
     for end in [20, 30, 50] {
         // A wrong end each time, which is taken back.
-        append(&engine, &mut past, &ids[past.tokens()..end]);
+        let begin = past.tokens();
+        append(&engine, &mut past, &ids[begin..end]);
         append(&engine, &mut past, &other[..7]);
         let left = past.truncate(end);
         assert_eq!(left, end);
