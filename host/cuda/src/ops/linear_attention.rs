@@ -24,13 +24,14 @@ pub(super) static SOURCE: Source = Source {
             include_str!("mma.cuh"),
             include_str!("recurrence.cuh"),
             include_str!("linear_attention.cu"),
+            include_str!("linear_attention_chunks.cu"),
             include_str!("linear_attention_vjp.cu")
         ),
         &[
-            "recurrence_chunks",
             "recurrence_forward",
             "recurrence_states",
             "recurrence_backward",
+            "recurrence_chunks",
             "recurrence_gradients",
         ],
     )
