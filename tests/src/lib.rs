@@ -12,6 +12,7 @@ use dpo_core::example::{Answer, Example};
 use dpo_core::lora::{Adapter, AdapterConfig};
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::ops::number;
 use dpo_plugins::Registry;
 
 /// A stream of numbers in -1..1 that is the same everywhere.
@@ -101,7 +102,7 @@ pub fn weights(graph: &ModelGraph, seed: u64) -> HashMap<String, Tensor> {
         for node in nodes {
             for weight in &node.weights {
                 let spread = if node.op == "rms_norm" { 0.2 } else { 0.3 };
-                let shift = if node.op == "rms_norm" { 1.0 } else { 0.0 };
+                let shift = if node.op == "rms_norm" { 1.0 - number(node, "offset") } else { 0.0 };
                 let tensor = (numbers.tensor(&weight.shape) * spread).and_then(|t| t + shift);
                 let tensor =
                     tensor.and_then(|t| t.to_dtype(candle_core::DType::F32)).expect("arithmetic on a CPU tensor");

@@ -235,7 +235,7 @@ fn quantised_checkpoints_are_named_with_what_to_take() {
 fn an_architecture_of_nobody_is_told_why() {
     for (architecture, why) in [
         ("T5ForConditionalGeneration", "an encoder beside its decoder"),
-        ("DeepseekV3ForCausalLM", "multi-head latent attention"),
+        ("DeepseekV32ForCausalLM", "multi-head latent attention"),
         ("Qwen3MoeForCausalLM", "experts with a router"),
         ("MixtralForCausalLM", "experts with a router"),
         ("Qwen3NextForCausalLM", "recurrent layers"),

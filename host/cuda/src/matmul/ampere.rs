@@ -65,9 +65,8 @@ unsafe impl Argument for Fp8Problem {}
 /// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
 fn usual(capability: u32) -> Vec<Variant> {
     let all = gemm::usual().into_iter().filter(|gemm| !gemm.differentiates);
-    let all = all
-        .flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }])
-        .filter(|gemm| !gemm.fp8 || (has_fp8(capability) && !gemm.grouped));
+    let has = |gemm: &Gemm| !gemm.fp8 || (has_fp8(capability) && !gemm.grouped);
+    let all = all.flat_map(|gemm| [gemm, Gemm { fp8: true, ..gemm }]).filter(has);
     all.map(variant).fold(Vec::new(), |mut usual, variant| {
         if usual.iter().all(|v: &Variant| v.key != variant.key) {
             usual.push(variant);

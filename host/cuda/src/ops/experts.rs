@@ -39,7 +39,7 @@ pub(super) const OP: CudaOp = CudaOp {
 
 /// Tokens of a block that counts, and warps of one whose warps have a row each: as `experts.cu` has them.
 const COUNTED: usize = 64;
-const _: () = assert!(TILE % COUNTED == 0);
+const _: () = assert!(TILE.is_multiple_of(COUNTED));
 const WARPS: usize = 8;
 
 /// Of gpt-oss, as `experts.cu` counts it.

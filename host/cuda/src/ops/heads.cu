@@ -2,6 +2,14 @@
 extern "C" __global__ void copy_heads(View x, View y, int heads, int length, int x_run, int x_start, int y_run, int y_start) {
     auto [token, i] = place(heads * length);
     if (i >= heads * length) return;
+    if ((length | x_run | x_start | y_run | y_start) % 8) {
+        // Narrow heads, column by column.
+        for (int j = i; j < i + 8; j++) {
+            int h = j / length, c = j % length;
+            row(y, token)[h * y_run + y_start + c] = row(x, token)[h * x_run + x_start + c];
+        }
+        return;
+    }
     int h = i / length, c = i % length;
     *(uint4*)(row(y, token) + h * y_run + y_start + c) = *(const uint4*)(row(x, token) + h * x_run + x_start + c);
 }

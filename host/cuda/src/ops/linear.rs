@@ -96,9 +96,7 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     stack.rank += rank;
     stack.bias |= node.weight("bias").is_some();
     let rank = stack.rank;
-    if !is_filled(node) {
-        l.claim_behind(node.inputs[0], rank);
-    }
+    l.claim_behind(node.inputs[0], rank);
     l.claim_behind_gradient(index + 1);
     Ok(())
 }
@@ -119,8 +117,11 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         return Err(Error::input(format!("a linear reads {} columns; CUDA needs a multiple of 8", own.inputs))
             .help("train with --device cpu"));
     }
-    // What lies behind x is another stack's, where there are two.
-    let x = if is_filled(&l.nodes[index]) { l.copy_with_behind(x, own.rank)? } else { l.with_behind(x, own.rank)? };
+    // What lies behind x may be the LoRA columns of a stack before, of other numbers or of a width that is no multiple of 8.
+    let (node, nodes) = (&l.nodes[index], l.nodes);
+    let reads_x = |s: &Stack| s.rank > 0 && same_input(&nodes[s.members[0].node], node);
+    let taken = l.program.stacks[..own.stack].iter().any(reads_x);
+    let x = if taken { l.copy_with_behind(x, own.rank)? } else { l.with_behind(x, own.rank)? };
     let lora = (own.rank > 0).then(|| Step::new("LoRA A", [x], [x.behind(own.rank)], LoraA(own)));
     if let Some((glu, activation)) = gated(l, &own, &members)? {
         let both = l.place_together(&members, own.rank);

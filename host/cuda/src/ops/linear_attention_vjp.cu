@@ -161,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(128 * PARTS) recurrence_gradients(c
             }
             if (c.enter >= 0 && c.leave >= 0) {
                 for (int i = thread; i < SLAB * KEY / 8; i += 128 * PARTS) {
-                    u32 x[4], y[4], at = i / (KEY / 8) * ((KEY + 63) / 64 * 128) + i % (KEY / 8) * 16;
+                    u32 x[4], y[4], at = tile_at<KEY>(0, i / (KEY / 8), i % (KEY / 8) * 8);
                     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(state + at));
                     asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3]) : "r"(dstate + at));
 #pragma unroll

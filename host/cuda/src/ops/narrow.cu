@@ -6,7 +6,15 @@ extern "C" __global__ void narrow_vjp(View dy, View before, View dx, int width, 
     Eight sum = {};
     if (before.at) sum = load8(row(before, token) + i);
     int h = i / run, c = i % run - start;
-    if (c >= 0 && c < length) {
+    if ((run | start | length) % 8) {
+        // Narrow heads, column by column.
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            h = (i + j) / run;
+            c = (i + j) % run - start;
+            if (c >= 0 && c < length) sum.v[j] += to_float(row(dy, token)[h * length + c]);
+        }
+    } else if (c >= 0 && c < length) {
         Eight own = load8(row(dy, token) + h * length + c);
 #pragma unroll
         for (int j = 0; j < 8; j++) sum.v[j] += own.v[j];

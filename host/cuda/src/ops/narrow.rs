@@ -37,15 +37,14 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let node = &l.nodes[index];
-    let start = multiple_of_8(node, "first column", count(node, "start"))?;
-    let ([x], heads) = (l.inputs(index)?, heads(node));
+    let ([x], heads, start) = (l.inputs(index)?, heads(node), count(node, "start"));
     if heads > 1 {
-        let (run, length) = (x.width / heads, multiple_of_8(node, "length", count(node, "length"))?);
-        let run = multiple_of_8(node, "width of a head", run)?;
+        let (run, length) = (x.width / heads, count(node, "length"));
         let y = l.place(index);
         let (from, to) = ((0, Columns { run, start }), (0, Columns { run: length, start: 0 }));
         return l.push(heads::copy(&[x], &[y], heads, vec![Copied { from, to, length }]));
     }
+    let start = multiple_of_8(node, "first column", start)?;
     if x.width > node.width {
         return l.place_in_input(index, start);
     }
