@@ -222,8 +222,8 @@ fn quantised_checkpoints_are_named_with_what_to_take() {
         assert!(error.contains(what) && error.contains(help), "{error}");
     }
     let wrapped =
-        json!({"architectures": ["UnheardOf"], "text_config": {"quantization_config": {"quant_method": "mxfp4"}}});
-    assert!(opened_as("m", &wrapped, &[]).unwrap_err().to_string().contains("quantised (mxfp4)"));
+        json!({"architectures": ["UnheardOf"], "text_config": {"quantization_config": {"quant_method": "hqq"}}});
+    assert!(opened_as("m", &wrapped, &[]).unwrap_err().to_string().contains("quantised (hqq)"));
     let other = config("LlamaForCausalLM", &json!({"compression_config": {"format": "pack"}}));
     assert!(opened_as("m", &other, &[]).unwrap_err().to_string().contains("quantised (in an unknown way)"));
     opened_as("m", &other, &["compression_config"]).unwrap();
@@ -236,9 +236,8 @@ fn an_architecture_of_nobody_is_told_why() {
     for (architecture, why) in [
         ("T5ForConditionalGeneration", "an encoder beside its decoder"),
         ("DeepseekV32ForCausalLM", "multi-head latent attention"),
-        ("Qwen3MoeForCausalLM", "experts with a router"),
-        ("MixtralForCausalLM", "experts with a router"),
-        ("Qwen3NextForCausalLM", "recurrent layers"),
+        ("DbrxForCausalLM", "experts with a router"),
+        ("JetMoeForCausalLM", "experts with a router"),
         ("MambaForCausalLM", "recurrent layers"),
         ("Qwen2_5_VLForConditionalGeneration", "takes images"),
         ("BertForMaskedLM", "it is an encoder"),

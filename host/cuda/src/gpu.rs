@@ -196,8 +196,9 @@ impl View {
 impl Args {
     /// One more argument.
     pub fn with<T: Argument>(mut self, value: T) -> Args {
+        const { assert!(size_of::<T>() <= size_of::<Slot>()) }
         let mut slot = Slot([0; 16]);
-        // SAFETY: an `Argument` has at most 128 bytes, which is what a slot holds.
+        // SAFETY: a slot holds its bytes.
         unsafe {
             ptr::copy_nonoverlapping((&raw const value).cast::<u8>(), slot.0.as_mut_ptr().cast(), size_of::<T>())
         };

@@ -32,7 +32,7 @@ macro_rules! plugin_api {
 }
 
 plugin_api! {
-    "abi.rs" "builder.rs" "check.rs" "config_keys.rs" "dataset.rs" "decoder.rs" "dual.rs" "error.rs" "export.rs" "graph.rs" "lib.rs" "loss.rs" "model.rs" "ops.rs" "rope.rs" "testing.rs"
+    "abi.rs" "builder.rs" "builder/attention.rs" "builder/columns.rs" "builder/experts.rs" "builder/recurrent.rs" "check.rs" "config_keys.rs" "dataset.rs" "decoder.rs" "dual.rs" "error.rs" "export.rs" "graph.rs" "lib.rs" "loss.rs" "mixer.rs" "mla.rs" "model.rs" "moe.rs" "ops.rs" "ops/expand.rs" "ops/experts.rs" "ops/recurrent.rs" "ops/route.rs" "rope.rs" "testing.rs"
 }
 
 impl Kind {

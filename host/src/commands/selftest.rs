@@ -75,7 +75,7 @@ const FP8_TOLERANCE: f64 = 0.08;
 /// which on a token goes another way.
 const CHOICE_TOLERANCE: f64 = 0.15;
 
-/// The same of the losses of a training run.
+/// The same of the losses of a training run where experts are chosen.
 const CHOICE_LOSS_TOLERANCE: f64 = 0.05;
 
 /// Rows of a chunk, where batches are computed in chunks: an op alone is computed at once, whole models in both ways.

@@ -86,7 +86,7 @@ impl Adapter {
     /// The sites of a new adapter without its parameters, for a plan.
     pub fn planned(graph: &ModelGraph, config: AdapterConfig) -> Result<Adapter> {
         config.check()?;
-        let sites = sites(graph, &config).map_err(|e| e.at("--target-modules"))?;
+        let sites = sites(graph, &config, "--target-parameters").map_err(|e| e.at("--target-modules"))?;
         refuse_idle(graph, &config, &sites)?;
         Ok(Adapter { sites, params: Vec::new(), subtracted: Vec::new(), config })
     }
@@ -150,7 +150,8 @@ impl Adapter {
     pub fn load(graph: &ModelGraph, folder: &Path) -> Result<Adapter> {
         let (mut config, mut tensors) = (read_config(folder)?, peft::read_tensors(folder)?);
         of_each::fuse(graph, &mut config, &mut tensors).map_err(|e| e.at(folder.display()))?;
-        let sites = sites(graph, &config).map_err(|e| e.at(folder.join("adapter_config.json").display()))?;
+        let file = folder.join("adapter_config.json").display().to_string();
+        let sites = sites(graph, &config, &file).map_err(|e| e.at(&file))?;
         // Nothing is allocated on the word of a config: parameters come as the file's tensors turn out to be those.
         let mut adapter = Adapter { params: Vec::new(), subtracted: Vec::new(), sites, config };
         [adapter.params, adapter.subtracted] = peft::params(&adapter, tensors, folder)?;
@@ -224,8 +225,8 @@ impl Adapter {
     }
 }
 
-/// The linears of a graph that the targets name, and the parameters, in the order of the graph.
-fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
+/// The linears of a graph that the targets name, and the parameters, in the order of the graph; `parameters_are_in` says where these are named.
+fn sites(graph: &ModelGraph, config: &AdapterConfig, parameters_are_in: &str) -> Result<Vec<Site>> {
     check_linears(graph, |module| config.adapts(module))?;
     let mut sites: Vec<Site> = Vec::new();
     let (mut modules, mut parameters) = (Vec::new(), Vec::new());
@@ -283,8 +284,7 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig) -> Result<Vec<Site>> {
         return Err(Error::unknown("target module", &unused, last_names(&modules)));
     }
     if let Some(unused) = config.parameters.iter().find(|name| !parameters.iter().any(|p| ends_in(p, name))) {
-        let what = Error::unknown("target parameter", unused, last_names(&parameters));
-        return Err(what.at("--target-parameters"));
+        return Err(Error::unknown("target parameter", unused, last_names(&parameters)).at(parameters_are_in));
     }
     if sites.is_empty() {
         return Err(Error::input("no linear is left to adapt").help("exclude fewer, or name other target modules"));

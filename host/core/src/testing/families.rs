@@ -11,7 +11,9 @@ macro_rules! small {
     };
 }
 
-/// Families with such a config; a family may have several.
+/// Families with such a config; a family may have several. Of some with experts every token takes all: where numbers of few bits choose another one
+/// than exact ones do, a model of random weights gives another answer, which says nothing of the arithmetic. Choices are compared by
+/// the cases in `experts.rs`.
 pub const FAMILIES: &[(&str, &str)] = small! {
     "qwen2": r#""num_hidden_layers":3,"sliding_window":50,"use_sliding_window":true,"max_window_layers":1,
         "tie_word_embeddings":true"#,
@@ -80,7 +82,7 @@ pub const FAMILIES: &[(&str, &str)] = small! {
         "mlp_only_layers":[0]"#,
     "mixtral": r#""num_local_experts":8,"num_experts_per_tok":2"#,
     "minimax_m2": r#""head_dim":64,"rotary_dim":32,"num_local_experts":8,"num_experts_per_tok":2"#,
-    "olmoe": r#""intermediate_size":64,"num_experts":16,"num_experts_per_tok":4"#,
+    "olmoe": r#""intermediate_size":64,"num_experts":8,"num_experts_per_tok":8"#,
     "flex_olmo": r#""intermediate_size":128,"num_experts":8,"num_experts_per_tok":5"#,
     "glm4_moe": r#""head_dim":64,"n_routed_experts":16,"num_experts_per_tok":4,"moe_intermediate_size":64,"n_group":4,
         "topk_group":2,"routed_scaling_factor":1.5,"use_qk_norm":true,"attention_bias":true"#,
@@ -106,13 +108,13 @@ pub const FAMILIES: &[(&str, &str)] = small! {
         "moe_intermediate_size":64"#,
     "solar_open": r#""head_dim":32,"n_routed_experts":8,"num_experts_per_tok":2,"moe_intermediate_size":64"#,
     "qwen3_5": r#""head_dim":64,"layer_types":["linear_attention","full_attention"],"linear_num_key_heads":4,
-        "linear_num_value_heads":8,"linear_key_head_dim":64,"linear_value_head_dim":64"#,
+        "linear_num_value_heads":8,"linear_key_head_dim":128,"linear_value_head_dim":128"#,
     "qwen3_5_moe": r#""head_dim":64,"layer_types":["linear_attention","full_attention"],"linear_num_key_heads":4,
-        "linear_num_value_heads":8,"linear_key_head_dim":64,"linear_value_head_dim":64,"num_experts":8,
-        "num_experts_per_tok":2,"moe_intermediate_size":64,"shared_expert_intermediate_size":64"#,
-    "qwen3_next": r#""head_dim":64,"layer_types":["linear_attention","full_attention"],"linear_num_key_heads":8,
-        "linear_num_value_heads":16,"linear_key_head_dim":32,"linear_value_head_dim":32,"num_experts":8,
-        "num_experts_per_tok":2,"moe_intermediate_size":64,"shared_expert_intermediate_size":64"#,
+        "linear_num_value_heads":8,"linear_key_head_dim":128,"linear_value_head_dim":128,"num_experts":8,
+        "num_experts_per_tok":8,"moe_intermediate_size":64,"shared_expert_intermediate_size":64"#,
+    "qwen3_next": r#""head_dim":64,"layer_types":["linear_attention","full_attention"],"linear_num_key_heads":4,
+        "linear_num_value_heads":8,"linear_key_head_dim":128,"linear_value_head_dim":128,"num_experts":8,
+        "num_experts_per_tok":8,"moe_intermediate_size":64,"shared_expert_intermediate_size":64"#,
     "lfm2": r#""layer_types":["conv","full_attention"],"block_auto_adjust_ff_dim":false"#,
     "lfm2_moe": r#""layer_types":["conv","full_attention"],"num_dense_layers":1,"num_experts":8,
         "num_experts_per_tok":2,"moe_intermediate_size":64"#,

@@ -47,11 +47,10 @@ struct Problem {
 // SAFETY: 128 bytes without padding: addresses and distances of eight bytes, then six numbers of four, then two addresses.
 unsafe impl Argument for Problem {}
 
-/// The same with FP8.
+/// `struct Scales` of `gemm_ampere.cu`.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Fp8Problem {
-    problem: Problem,
+struct Scales {
     of_x: View,
     u: View,
     l: View,
@@ -59,8 +58,8 @@ struct Fp8Problem {
     rank: i64,
 }
 
-// SAFETY: without padding: a `Problem`, then addresses, distances and a number of eight bytes.
-unsafe impl Argument for Fp8Problem {}
+// SAFETY: without padding: addresses, distances and a number of eight bytes.
+unsafe impl Argument for Scales {}
 
 /// How it is compiled for most models, once for each key. A gated activation's VJP is a kernel of its own on its cards.
 fn usual(capability: u32) -> Vec<Variant> {
@@ -178,8 +177,8 @@ pub(super) fn launch_fp8(
     let operands = Operands { a: fp8.x, b: View { at: w, ld: ld as i64 / 2 }, ..operands };
     let (problem, blocks) = whole(gemm, on, [m, n, k / 2], operands, both, limit);
     let of_x = View { at: fp8.x.at + k as u64, ld: fp8.x.ld };
-    let with = Fp8Problem { problem, of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
-    start(gemm, on, blocks, Args::default().with(with))
+    let scales = Scales { of_x, u: fp8.u, l: fp8.l, of_w: fp8.scales, rank: fp8.rank as i64 };
+    start(gemm, on, blocks, Args::default().with(problem).with(scales))
 }
 
 /// A problem that is no group's, and the blocks that compute it.

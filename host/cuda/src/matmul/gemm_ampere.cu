@@ -42,11 +42,13 @@ struct Problem {
     int whole, split;     // how many tiles are not cut, a multiple of the blocks; parts of each of the others
     float* parts;         // TILE_M * TILE_N for each part of a tile
     int* arrived;         // 0 for each tile that is cut, before and after
-#if FP8
+};
+
+// What a product of e4m3 is scaled by, and what is added to it.
+struct Scales {
     View of_x, u, l;      // scales of A's rows, U and L
     const float* of_w;    // of B's rows; null where they are 1
     long long rank;       // a multiple of 8
-#endif
 };
 
 // A matrix in shared memory with rows of WIDTH columns: the sixteen bytes that hold columns 8 * chunk on. Eight rows of one
@@ -292,25 +294,25 @@ __device__ __forceinline__ void mma_fp8(float c[4], const u32 a[4], const u32 b[
 }
 
 // Multiplies sums by the scales of their row and of their column, and adds U · op(L), of which every lane reads its fragments where they lie.
-__device__ __forceinline__ void scale_and_adapt(const Problem& p, Sums sums, int first, int column) {
+__device__ __forceinline__ void scale_and_adapt(const Problem& p, const Scales& q, Sums sums, int first, int column) {
     int lane = threadIdx.x % 32, pair = lane % 4 * 2;
     auto token = [&](int i) { return min(first + i * 8, p.m - 1); };
 #pragma unroll
     for (int j = 0; j < FRAGMENTS_N; j++) {
-        float2 w = p.of_w ? *(const float2*)(p.of_w + feature_of(p, column, j) + pair) : make_float2(1.f, 1.f);
+        float2 w = q.of_w ? *(const float2*)(q.of_w + feature_of(p, column, j) + pair) : make_float2(1.f, 1.f);
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_M * 2; i++) {
-            float x = *(const float*)row(p.of_x, token(i));
+            float x = *(const float*)row(q.of_x, token(i));
             float* sum = &sums[i / 2][j][i % 2 * 2];
             sum[0] *= x * w.x, sum[1] *= x * w.y;
         }
     }
-    for (int r = 0; r < p.rank; r += 16) {
-        bool whole = r + 8 < p.rank;
+    for (int r = 0; r < q.rank; r += 16) {
+        bool whole = r + 8 < q.rank;
         u32 a[FRAGMENTS_M][4];
 #pragma unroll
         for (int i = 0; i < FRAGMENTS_M * 2; i++) {
-            const bf16* u = row(p.u, token(i)) + r + pair;
+            const bf16* u = row(q.u, token(i)) + r + pair;
             a[i / 2][i % 2] = *(const u32*)u, a[i / 2][i % 2 + 2] = whole ? *(const u32*)(u + 8) : 0;
         }
 #pragma unroll
@@ -320,9 +322,9 @@ __device__ __forceinline__ void scale_and_adapt(const Problem& p, Sums sums, int
             for (int half = 0; half <= whole; half++) {
                 int at = r + half * 8 + pair;
 #if L_ROWS
-                b[half] = *(const u32*)(row(p.l, feature) + at);
+                b[half] = *(const u32*)(row(q.l, feature) + at);
 #else
-                b[half] = row(p.l, at)[feature] | (u32)row(p.l, at + 1)[feature] << 16;
+                b[half] = row(q.l, at)[feature] | (u32)row(q.l, at + 1)[feature] << 16;
 #endif
             }
 #pragma unroll
@@ -366,6 +368,9 @@ __device__ __forceinline__ bool add_parts(const Problem& p, const Work& work, Su
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Problem p
+#if FP8
+                                                                                     , Scales q
+#endif
 #if GROUPED
                                                                                      , const int* begins, int count_of_groups
 #endif
@@ -450,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
         if (index >= p.whole && !add_parts(p, work, sums)) continue;
         Tile at = tile_of(p, work.tile, rows, columns);
 #if FP8
-        scale_and_adapt(p, sums, at.row + warp_m + lane / 4, at.column + warp_n);
+        scale_and_adapt(p, q, sums, at.row + warp_m + lane / 4, at.column + warp_n);
 #endif
         write(p, sums, at.row + warp_m + lane / 4, at.column + warp_n, at.end);
     }
