@@ -92,7 +92,7 @@ fn remembered_tokens_give_the_log_probs_of_training() {
 /// Weights that stay in bf16 are the numbers they are in f32, tied or not, for a prompt and for single tokens.
 #[test]
 fn weights_kept_in_bf16_give_the_same_log_probs() {
-    for case in ["qwen2", "llama3", "qwen3-tied-bias"] {
+    for case in ["qwen2", "llama3", "qwen3-tied-bias", "gpt_oss", "qwen3_5", "nemotron_h", "deepseek_v3"] {
         let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
         let narrow = tempfile::tempdir().unwrap();
         let cpu = candle_core::Device::Cpu;

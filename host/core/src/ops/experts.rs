@@ -191,7 +191,8 @@ impl Projection {
             y = add(&y, &sum_of_products(&[(&product(x, a)?, &b.t()?, *scale)])?)?;
         }
         match &self.bias {
-            Some(bias) => Ok(y.broadcast_add(bias)?),
+            // Biases of all experts are a matrix, which an engine that answers keeps in bf16.
+            Some(bias) => Ok(y.broadcast_add(&bias.to_dtype(y.dtype())?)?),
             None => Ok(y),
         }
     }
