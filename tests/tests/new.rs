@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use dpo_host::commands::new::{Kind, new};
 use dpo_plugins::Registry;
@@ -35,17 +35,26 @@ fn a_new_crate_builds_passes_its_tests_and_loads() {
     }
 }
 
+/// Files of a folder and of those in it, from there on.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for path in std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()) {
+        let name = PathBuf::from(path.file_name().unwrap());
+        match path.is_dir() {
+            true => all.extend(files(&path).into_iter().map(|inner| name.join(inner))),
+            false => all.push(name),
+        }
+    }
+    all.sort();
+    all
+}
+
 #[test]
 fn a_new_crate_needs_no_source_tree() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("fresh");
     new(Kind::Loss, "fresh", &dir).unwrap();
     let ours = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let files = |dir: &Path| {
-        let mut names: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name()).collect();
-        names.sort();
-        names
-    };
     let (original, copy) = (ours.join("plugin-api/src"), dir.join("plugin-api/src"));
     assert_eq!(files(&original), files(&copy));
     for file in files(&original) {
