@@ -297,19 +297,14 @@ __device__ __forceinline__ void mma_fp8(float c[4], const u32 a[4], const u32 b[
 __device__ __forceinline__ void scale_and_adapt(const Problem& p, const Scales& q, Sums sums, int first, int column) {
     int lane = threadIdx.x % 32, pair = lane % 4 * 2;
     auto token = [&](int i) { return min(first + i * 8, p.m - 1); };
-    // One after the other: there are no registers for the scales of all rows and columns at once.
 #pragma unroll
-    for (int i = 0; i < FRAGMENTS_M * 2; i++) {
-        float x = *(const float*)row(q.of_x, token(i));
+    for (int j = 0; j < FRAGMENTS_N; j++) {
+        float2 w = q.of_w ? *(const float2*)(q.of_w + feature_of(p, column, j) + pair) : make_float2(1.f, 1.f);
 #pragma unroll
-        for (int j = 0; j < FRAGMENTS_N; j++) sums[i / 2][j][i % 2 * 2] *= x, sums[i / 2][j][i % 2 * 2 + 1] *= x;
-    }
-    if (q.of_w) {
-#pragma unroll
-        for (int j = 0; j < FRAGMENTS_N; j++) {
-            float2 w = *(const float2*)(q.of_w + feature_of(p, column, j) + pair);
-#pragma unroll
-            for (int i = 0; i < FRAGMENTS_M * 2; i++) sums[i / 2][j][i % 2 * 2] *= w.x, sums[i / 2][j][i % 2 * 2 + 1] *= w.y;
+        for (int i = 0; i < FRAGMENTS_M * 2; i++) {
+            float x = *(const float*)row(q.of_x, token(i));
+            float* sum = &sums[i / 2][j][i % 2 * 2];
+            sum[0] *= x * w.x, sum[1] *= x * w.y;
         }
     }
     for (int r = 0; r < q.rank; r += 16) {
