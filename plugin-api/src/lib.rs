@@ -66,7 +66,7 @@ pub mod prelude {
     pub use crate::dual::Dual;
     pub use crate::graph::{ModelGraph, Weight};
     pub use crate::loss::{AlignmentLoss, Answers, Example, LossBatch, LossGrad, LossOption, Needs, Options, Pair};
-    pub use crate::model::{Config, ModelFamily};
+    pub use crate::model::{Config, Family, ModelFamily};
     pub use crate::rope::Rope;
     pub use crate::{Error, Result, bail, plugin};
     pub use serde_json::{Value, json};

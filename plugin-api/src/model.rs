@@ -42,6 +42,48 @@ pub trait ModelFamily: Send + Sync + 'static {
     }
 }
 
+/// A family as data, for a crate that has several: a row of its table. A plugin names it as `&FAMILY`.
+pub struct Family {
+    /// What [`ModelFamily::name`] says, and so on.
+    pub name: &'static str,
+    /// What it is in a line.
+    pub summary: &'static str,
+    /// Architectures of `config.json` that it reads.
+    pub claims: &'static [&'static str],
+    /// Published checkpoints.
+    pub checkpoints: &'static [&'static str],
+    /// A published config.
+    pub example_config: &'static str,
+    /// From a config to its graph.
+    pub graph: fn(&Config) -> Result<ModelGraph>,
+}
+
+impl ModelFamily for &'static Family {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn summary(&self) -> &'static str {
+        self.summary
+    }
+
+    fn claims(&self) -> &'static [&'static str] {
+        self.claims
+    }
+
+    fn checkpoints(&self) -> &'static [&'static str] {
+        self.checkpoints
+    }
+
+    fn example_config(&self) -> &'static str {
+        self.example_config
+    }
+
+    fn graph(&self, config: &Config) -> Result<ModelGraph> {
+        (self.graph)(config)
+    }
+}
+
 /// A checkpoint's `config.json`, or an object in it. All objects of a file remember together which keys were asked for, so that
 /// the host can judge those that nobody understood.
 #[derive(Debug)]

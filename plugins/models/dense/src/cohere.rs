@@ -2,8 +2,6 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
 /// transformers, `modeling_cohere.py`.
 fn read(config: &Config, theta: f64) -> Result<Decoder> {
     let config = config.with_defaults(&[
@@ -26,7 +24,7 @@ fn read(config: &Config, theta: f64) -> Result<Decoder> {
     Ok(decoder)
 }
 
-pub(crate) static COHERE: Dense = Dense {
+pub(crate) static COHERE: Family = Family {
     name: "cohere",
     summary: "Command-R, Command-R+, Aya 23, Aya Expanse",
     claims: &["CohereForCausalLM"],
@@ -47,7 +45,7 @@ pub(crate) static COHERE: Dense = Dense {
     },
 };
 
-pub(crate) static COHERE2: Dense = Dense {
+pub(crate) static COHERE2: Family = Family {
     name: "cohere2",
     summary: "Command-R7B, Command A: three layers with a window and rope for one without both",
     claims: &["Cohere2ForCausalLM"],

@@ -2,9 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static EXAONE4: Dense = Dense {
+pub(crate) static EXAONE4: Family = Family {
     name: "exaone4",
     summary: "EXAONE 4.0: norms behind, norms of queries and keys; rope only in layers with a window where there are such",
     claims: &["Exaone4ForCausalLM"],

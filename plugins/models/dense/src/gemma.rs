@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, finish};
+use crate::finish;
 
 /// What all three have (transformers, `modeling_gemma.py`); the rotary embedding is for the version to set.
 fn read(config: &Config) -> Result<Decoder> {
@@ -25,7 +25,7 @@ fn read_second(config: &Config) -> Result<Decoder> {
     Ok(decoder)
 }
 
-pub(crate) static GEMMA: Dense = Dense {
+pub(crate) static GEMMA: Family = Family {
     name: "gemma",
     summary: "Gemma 1, 1.1, CodeGemma",
     claims: &["GemmaForCausalLM"],
@@ -45,7 +45,7 @@ pub(crate) static GEMMA: Dense = Dense {
     },
 };
 
-pub(crate) static GEMMA2: Dense = Dense {
+pub(crate) static GEMMA2: Family = Family {
     name: "gemma2",
     summary: "Gemma 2: norms before and behind, soft caps, a window in every other layer",
     claims: &["Gemma2ForCausalLM"],
@@ -70,7 +70,7 @@ pub(crate) static GEMMA2: Dense = Dense {
     },
 };
 
-pub(crate) static GEMMA3: Dense = Dense {
+pub(crate) static GEMMA3: Family = Family {
     name: "gemma3",
     summary: "Gemma 3: norms of queries and keys, five layers with a window for one without; the text of its vision models",
     claims: &["Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],

@@ -6,9 +6,9 @@
 use dpo_plugin_api::builder::BlockBuilder;
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, WRAPPED, is_wrapped, name_wrapped};
+use crate::{WRAPPED, is_wrapped, name_wrapped};
 
-pub(crate) static GEMMA4: Dense = Dense {
+pub(crate) static GEMMA4: Family = Family {
     name: "gemma4",
     summary: "Gemma 4 without experts: E2B, E4B, 12B, 31B; the text of the published models",
     claims: &[

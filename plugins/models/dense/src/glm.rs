@@ -2,8 +2,6 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
 /// transformers, `modeling_glm.py`.
 fn read(config: &Config) -> Result<Decoder> {
     let config = config.with_defaults(&[
@@ -19,7 +17,7 @@ fn read(config: &Config) -> Result<Decoder> {
     Ok(decoder)
 }
 
-pub(crate) static GLM: Dense = Dense {
+pub(crate) static GLM: Family = Family {
     name: "glm",
     summary: "GLM-4-9B of 2024, GLM-Edge",
     claims: &["GlmForCausalLM"],
@@ -28,7 +26,7 @@ pub(crate) static GLM: Dense = Dense {
     graph: |config| read(config)?.graph(config),
 };
 
-pub(crate) static GLM4: Dense = Dense {
+pub(crate) static GLM4: Family = Family {
     name: "glm4",
     summary: "GLM-4-0414, GLM-Z1: norms before and behind attention and MLP",
     claims: &["Glm4ForCausalLM"],

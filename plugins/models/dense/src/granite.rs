@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, layer_bases};
+use crate::layer_bases;
 
 /// transformers, `modeling_granite.py`.
 fn multiply(decoder: &mut Decoder, config: &Config) -> Result<()> {
@@ -15,7 +15,7 @@ fn multiply(decoder: &mut Decoder, config: &Config) -> Result<()> {
     Ok(())
 }
 
-pub(crate) static GRANITE: Dense = Dense {
+pub(crate) static GRANITE: Family = Family {
     name: "granite",
     summary: "Granite 3.x: multipliers of embedding, residual stream, attention and logits",
     claims: &["GraniteForCausalLM"],
@@ -33,7 +33,7 @@ pub(crate) static GRANITE: Dense = Dense {
     },
 };
 
-pub(crate) static MINICPM: Dense = Dense {
+pub(crate) static MINICPM: Family = Family {
     name: "minicpm",
     summary: "MiniCPM 1, 2, 4, 4.1 with dense attention: multipliers of embedding, residual stream and logits",
     claims: &["MiniCPMForCausalLM"],
@@ -59,7 +59,7 @@ pub(crate) static MINICPM: Dense = Dense {
     },
 };
 
-pub(crate) static GRANITE_SWA: Dense = Dense {
+pub(crate) static GRANITE_SWA: Family = Family {
     name: "granite_swa",
     summary: "Granite with windows: a sink in every head's softmax, a rotary embedding for each layer or none",
     claims: &["GraniteSWAForCausalLM"],

@@ -1,10 +1,8 @@
-//! Dense decoders with multi-head latent attention.
+//! Family decoders with multi-head latent attention.
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static YOUTU: Dense = Dense {
+pub(crate) static YOUTU: Family = Family {
     name: "youtu",
     summary: "Youtu-LLM 2B: multi-head latent attention",
     claims: &["YoutuForCausalLM"],
@@ -27,7 +25,7 @@ pub(crate) static YOUTU: Dense = Dense {
     },
 };
 
-pub(crate) static MINICPM3: Dense = Dense {
+pub(crate) static MINICPM3: Family = Family {
     name: "minicpm3",
     summary: "MiniCPM3 4B: multi-head latent attention; multipliers of embedding, residual stream and logits",
     claims: &["MiniCPM3ForCausalLM"],

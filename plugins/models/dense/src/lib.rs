@@ -1,4 +1,4 @@
-//! Dense decoders of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from a
+//! Family decoders of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from a
 //! Llama.
 
 mod cohere;
@@ -17,42 +17,6 @@ mod stability;
 
 use dpo_plugin_api::builder::GraphBuilder;
 use dpo_plugin_api::prelude::*;
-
-/// A family as data.
-struct Dense {
-    name: &'static str,
-    summary: &'static str,
-    claims: &'static [&'static str],
-    checkpoints: &'static [&'static str],
-    example_config: &'static str,
-    graph: fn(&Config) -> Result<ModelGraph>,
-}
-
-impl ModelFamily for &'static Dense {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-
-    fn claims(&self) -> &'static [&'static str] {
-        self.claims
-    }
-
-    fn checkpoints(&self) -> &'static [&'static str] {
-        self.checkpoints
-    }
-
-    fn example_config(&self) -> &'static str {
-        self.example_config
-    }
-
-    fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        (self.graph)(config)
-    }
-}
 
 /// Whether the checkpoint is of a wrapper of several modalities, of which the language model is trained.
 fn is_wrapped(config: &Config) -> bool {
@@ -139,7 +103,7 @@ mod tests {
     fn published_configs() {
         let window = |n: &dpo_plugin_api::graph::Node| n.attrs.contains_key("window");
         let rope = |n: &dpo_plugin_api::graph::Node| n.op == "rope";
-        let expected: &[(&'static Dense, [usize; 3])] = &[
+        let expected: &[(&'static Family, [usize; 3])] = &[
             (&mistral::MISTRAL, [32, 0, 32]),
             (&mistral::MINISTRAL, [36, 27, 36]),
             (&gemma::GEMMA2, [42, 21, 42]),

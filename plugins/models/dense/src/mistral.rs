@@ -2,9 +2,9 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, finish};
+use crate::finish;
 
-pub(crate) static MISTRAL: Dense = Dense {
+pub(crate) static MISTRAL: Family = Family {
     name: "mistral",
     summary: "Mistral 7B, Nemo, Small, Codestral, Devstral; the text of Mistral Small 3.1, 3.2 and Ministral 3",
     claims: &["MistralForCausalLM", "Mistral3ForConditionalGeneration"],
@@ -36,7 +36,7 @@ fn mistral(whole: &Config) -> Result<ModelGraph> {
     finish(decoder, whole)
 }
 
-pub(crate) static MINISTRAL: Dense = Dense {
+pub(crate) static MINISTRAL: Family = Family {
     name: "ministral",
     summary: "Ministral 8B (2410): a window in the layers that layer_types names",
     claims: &["MinistralForCausalLM"],
@@ -52,7 +52,7 @@ pub(crate) static MINISTRAL: Dense = Dense {
     },
 };
 
-pub(crate) static MINISTRAL3: Dense = Dense {
+pub(crate) static MINISTRAL3: Family = Family {
     name: "ministral3",
     summary: "Ministral 3 without its vision tower: YaRN, queries that grow with their position",
     claims: &["Ministral3ForCausalLM"],

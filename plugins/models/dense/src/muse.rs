@@ -2,9 +2,9 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{Dense, WRAPPED, layer_bases, name_wrapped};
+use crate::{WRAPPED, layer_bases, name_wrapped};
 
-pub(crate) static MUSE_GLIMMER: Dense = Dense {
+pub(crate) static MUSE_GLIMMER: Family = Family {
     name: "muse_glimmer",
     summary: "the text of Muse Glimmer 30B",
     claims: &["MuseGlimmerForConditionalGeneration"],

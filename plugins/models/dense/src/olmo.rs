@@ -2,9 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static OLMO: Dense = Dense {
+pub(crate) static OLMO: Family = Family {
     name: "olmo",
     summary: "OLMo 1: layer norms without weights, clamped queries, keys and values",
     claims: &["OlmoForCausalLM"],
@@ -28,7 +26,7 @@ fn second(mut decoder: Decoder, config: &Config) -> Result<Decoder> {
     Ok(decoder)
 }
 
-pub(crate) static OLMO2: Dense = Dense {
+pub(crate) static OLMO2: Family = Family {
     name: "olmo2",
     summary: "OLMo 2: norms behind attention and MLP, a norm over all heads of queries and of keys",
     claims: &["Olmo2ForCausalLM"],
@@ -45,7 +43,7 @@ pub(crate) static OLMO2: Dense = Dense {
     },
 };
 
-pub(crate) static OLMO3: Dense = Dense {
+pub(crate) static OLMO3: Family = Family {
     name: "olmo3",
     summary: "OLMo 3, 3.1: OLMo 2 with a window in three layers of four, rope scaling in the others",
     claims: &["Olmo3ForCausalLM"],

@@ -2,9 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static PHI: Dense = Dense {
+pub(crate) static PHI: Family = Family {
     name: "phi",
     summary: "Phi-1, 1.5, 2: one layer norm for attention and MLP, biases, half of a head turns",
     claims: &["PhiForCausalLM"],
@@ -34,7 +32,7 @@ fn phi(config: &Config) -> Result<ModelGraph> {
     decoder.graph(&config)
 }
 
-pub(crate) static PHI3: Dense = Dense {
+pub(crate) static PHI3: Family = Family {
     name: "phi3",
     summary: "Phi-3, 3.5, Phi-4, Phi-4-mini: fused projections, LongRoPE up to the original length",
     claims: &["Phi3ForCausalLM"],

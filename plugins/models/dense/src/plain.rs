@@ -2,9 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static INTERNLM3: Dense = Dense {
+pub(crate) static INTERNLM3: Family = Family {
     name: "internlm3",
     summary: "InternLM 3",
     claims: &["InternLM3ForCausalLM"],
@@ -26,7 +24,7 @@ pub(crate) static INTERNLM3: Dense = Dense {
     },
 };
 
-pub(crate) static SEED_OSS: Dense = Dense {
+pub(crate) static SEED_OSS: Family = Family {
     name: "seed_oss",
     summary: "Seed-OSS 36B: biases of queries, keys and values",
     claims: &["SeedOssForCausalLM"],
@@ -44,7 +42,7 @@ pub(crate) static SEED_OSS: Dense = Dense {
     },
 };
 
-pub(crate) static IQUESTCODER: Dense = Dense {
+pub(crate) static IQUESTCODER: Family = Family {
     name: "iquestcoder",
     summary: "IQuest-Coder V1",
     claims: &["IQuestCoderForCausalLM"],
@@ -76,7 +74,7 @@ fn says_no_rope(config: &Config) -> bool {
     config.get("rope_parameters").is_none() && config.get("rope_scaling").is_none()
 }
 
-pub(crate) static CWM: Dense = Dense {
+pub(crate) static CWM: Family = Family {
     name: "cwm",
     summary: "Code World Model 32B: a window in three layers of four",
     claims: &["CwmForCausalLM"],
@@ -101,7 +99,7 @@ pub(crate) static CWM: Dense = Dense {
     },
 };
 
-pub(crate) static SMOLLM3: Dense = Dense {
+pub(crate) static SMOLLM3: Family = Family {
     name: "smollm3",
     summary: "SmolLM3 3B: no positions in every fourth layer",
     claims: &["SmolLM3ForCausalLM"],
@@ -135,7 +133,7 @@ pub(crate) static SMOLLM3: Dense = Dense {
     },
 };
 
-pub(crate) static HUNYUAN: Dense = Dense {
+pub(crate) static HUNYUAN: Family = Family {
     name: "hunyuan",
     summary: "Hunyuan dense 0.5B to 7B, HY-MT: norms of queries and keys behind the rotary embedding",
     claims: &["HunYuanDenseV1ForCausalLM"],
@@ -165,7 +163,7 @@ pub(crate) static HUNYUAN: Dense = Dense {
     },
 };
 
-pub(crate) static ERNIE4_5: Dense = Dense {
+pub(crate) static ERNIE4_5: Family = Family {
     name: "ernie4_5",
     summary: "ERNIE 4.5 0.3B: neighbouring columns turn",
     claims: &["Ernie4_5ForCausalLM", "Ernie4_5_ForCausalLM"],
@@ -189,7 +187,7 @@ pub(crate) static ERNIE4_5: Dense = Dense {
     },
 };
 
-pub(crate) static APERTUS: Dense = Dense {
+pub(crate) static APERTUS: Family = Family {
     name: "apertus",
     summary: "Apertus 8B, 70B: an MLP without a gate, its activation with learned parameters",
     claims: &["ApertusForCausalLM"],
@@ -217,7 +215,7 @@ pub(crate) static APERTUS: Dense = Dense {
     },
 };
 
-pub(crate) static ARCEE: Dense = Dense {
+pub(crate) static ARCEE: Family = Family {
     name: "arcee",
     summary: "AFM 4.5B: an MLP without a gate, of squared relu",
     claims: &["ArceeForCausalLM"],
@@ -233,7 +231,7 @@ pub(crate) static ARCEE: Dense = Dense {
     },
 };
 
-pub(crate) static NEMOTRON: Dense = Dense {
+pub(crate) static NEMOTRON: Family = Family {
     name: "nemotron",
     summary: "Nemotron 3, 4 and Minitron: layer norms whose weights count from 1, squared relu, half of a head turns",
     claims: &["NemotronForCausalLM"],
@@ -254,7 +252,7 @@ pub(crate) static NEMOTRON: Dense = Dense {
     },
 };
 
-pub(crate) static STARCODER2: Dense = Dense {
+pub(crate) static STARCODER2: Family = Family {
     name: "starcoder2",
     summary: "StarCoder2: layer norms, biases, an MLP without a gate",
     claims: &["Starcoder2ForCausalLM"],
@@ -282,7 +280,7 @@ pub(crate) static STARCODER2: Dense = Dense {
     },
 };
 
-pub(crate) static HELIUM: Dense = Dense {
+pub(crate) static HELIUM: Family = Family {
     name: "helium",
     summary: "Helium 1: neighbouring columns turn",
     claims: &["HeliumForCausalLM"],

@@ -2,9 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::Dense;
-
-pub(crate) static STABLELM: Dense = Dense {
+pub(crate) static STABLELM: Family = Family {
     name: "stablelm",
     summary: "StableLM 3B, 2-1.6B, 2-12B, Zephyr: layer norms, partial rope, optionally side by side",
     claims: &["StableLmForCausalLM"],

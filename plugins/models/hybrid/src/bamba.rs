@@ -3,9 +3,9 @@
 use dpo_plugin_api::mixer::{Mamba2, Mixer};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers, list};
+use crate::{attention_layers, list};
 
-pub(crate) static BAMBA: Hybrid = Hybrid {
+pub(crate) static BAMBA: Family = Family {
     name: "bamba",
     summary: "Bamba: layers of Mamba 2, some of attention with half of every head turned",
     claims: &["BambaForCausalLM"],

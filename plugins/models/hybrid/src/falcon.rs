@@ -3,9 +3,7 @@
 use dpo_plugin_api::mixer::Mamba2;
 use dpo_plugin_api::prelude::*;
 
-use crate::Hybrid;
-
-pub(crate) static FALCON_H1: Hybrid = Hybrid {
+pub(crate) static FALCON_H1: Family = Family {
     name: "falcon_h1",
     summary: "Falcon-H1: attention and Mamba 2 side by side in every layer, multipliers",
     claims: &["FalconH1ForCausalLM"],

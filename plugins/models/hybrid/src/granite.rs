@@ -5,9 +5,9 @@ use dpo_plugin_api::mixer::{Mamba2, Mixer};
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers};
+use crate::attention_layers;
 
-pub(crate) static GRANITE4: Hybrid = Hybrid {
+pub(crate) static GRANITE4: Family = Family {
     name: "granite4",
     summary: "Granite 4.0: attention, Mamba 2 in the h models, routed experts beside the MLP in tiny and small",
     claims: &["GraniteMoeHybridForCausalLM"],

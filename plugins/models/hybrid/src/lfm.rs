@@ -5,9 +5,9 @@ use dpo_plugin_api::mixer::{Mixer, ShortConv};
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers, list};
+use crate::{attention_layers, list};
 
-pub(crate) static LFM2: Hybrid = Hybrid {
+pub(crate) static LFM2: Family = Family {
     name: "lfm2",
     summary: "LFM2 and LFM2.5 dense: short convolutions between two gates, some layers of attention",
     claims: &["Lfm2ForCausalLM"],
@@ -35,7 +35,7 @@ pub(crate) static LFM2: Hybrid = Hybrid {
     },
 };
 
-pub(crate) static LFM2_MOE: Hybrid = Hybrid {
+pub(crate) static LFM2_MOE: Family = Family {
     name: "lfm2_moe",
     summary: "LFM2 with experts: lfm2 with routed experts behind its first layers",
     claims: &["Lfm2MoeForCausalLM"],
@@ -63,7 +63,7 @@ pub(crate) static LFM2_MOE: Hybrid = Hybrid {
     },
 };
 
-pub(crate) static LFM3: Hybrid = Hybrid {
+pub(crate) static LFM3: Family = Family {
     name: "lfm3",
     summary: "LFM3: longer short convolutions, attention with a window in some layers, a gate of every head, norms before and after",
     claims: &["Lfm3ForCausalLM"],

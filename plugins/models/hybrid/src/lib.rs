@@ -10,42 +10,6 @@ mod qwen;
 
 use dpo_plugin_api::prelude::*;
 
-/// A family as data.
-struct Hybrid {
-    name: &'static str,
-    summary: &'static str,
-    claims: &'static [&'static str],
-    checkpoints: &'static [&'static str],
-    example_config: &'static str,
-    graph: fn(&Config) -> Result<ModelGraph>,
-}
-
-impl ModelFamily for &'static Hybrid {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-
-    fn claims(&self) -> &'static [&'static str] {
-        self.claims
-    }
-
-    fn checkpoints(&self) -> &'static [&'static str] {
-        self.checkpoints
-    }
-
-    fn example_config(&self) -> &'static str {
-        self.example_config
-    }
-
-    fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        (self.graph)(config)
-    }
-}
-
 /// Which layers are of attention, by any of the names that transformers has had for kinds of layers; `recurrent` are those of this family's
 /// other kind. Where the config says nothing, `attends` does.
 fn attention_layers(
@@ -102,7 +66,7 @@ mod tests {
     /// Of every family's published config: layers, those of attention, those with a state, those with experts.
     #[test]
     fn published_configs() {
-        let expected: &[(&'static Hybrid, [usize; 4])] = &[
+        let expected: &[(&'static Family, [usize; 4])] = &[
             (&qwen::QWEN3_5, [32, 8, 24, 0]),
             (&qwen::QWEN3_5_MOE, [40, 10, 30, 40]),
             (&qwen::QWEN3_NEXT, [48, 12, 36, 48]),

@@ -6,9 +6,7 @@ use dpo_plugin_api::mixer::Mamba2;
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::Hybrid;
-
-pub(crate) static NEMOTRON_H: Hybrid = Hybrid {
+pub(crate) static NEMOTRON_H: Family = Family {
     name: "nemotron_h",
     summary: "Nemotron-H, Nemotron Nano 2, Nemotron 3: layers of Mamba 2, of attention, of an MLP and of routed experts",
     claims: &["NemotronHForCausalLM"],

@@ -4,9 +4,9 @@ use dpo_plugin_api::mixer::{GatedDeltaNet, Mixer};
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Hybrid, attention_layers, list};
+use crate::{attention_layers, list};
 
-pub(crate) static QWEN3_5: Hybrid = Hybrid {
+pub(crate) static QWEN3_5: Family = Family {
     name: "qwen3_5",
     summary: "Qwen3.5, 3.6 and 3.8 dense, alone and in a wrapper: gated delta nets, gated attention in every fourth layer",
     claims: &["Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"],
@@ -25,7 +25,7 @@ pub(crate) static QWEN3_5: Hybrid = Hybrid {
     },
 };
 
-pub(crate) static QWEN3_5_MOE: Hybrid = Hybrid {
+pub(crate) static QWEN3_5_MOE: Family = Family {
     name: "qwen3_5_moe",
     summary: "Qwen3.5 and 3.6 with experts, alone and in a wrapper: qwen3_5 with routed experts and a gated shared one",
     claims: &["Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"],
@@ -41,7 +41,7 @@ pub(crate) static QWEN3_5_MOE: Hybrid = Hybrid {
     },
 };
 
-pub(crate) static QWEN3_NEXT: Hybrid = Hybrid {
+pub(crate) static QWEN3_NEXT: Family = Family {
     name: "qwen3_next",
     summary: "Qwen3-Next, Qwen3-Coder-Next: gated delta nets with fused projections, gated attention, routed experts and a gated shared one",
     claims: &["Qwen3NextForCausalLM"],

@@ -4,7 +4,7 @@ use dpo_plugin_api::builder::GroupScore;
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Family, leave_mtp, sparse_layers};
+use crate::{leave_mtp, sparse_layers};
 
 /// A decoder with latent attention, whose layers have experts from one on, or where the config says.
 fn decoder(config: &Config, mut moe: Moe, first_sparse: usize) -> Result<Decoder> {

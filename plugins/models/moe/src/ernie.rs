@@ -3,8 +3,6 @@
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 pub(crate) static ERNIE4_5_MOE: Family = Family {
     name: "ernie4_5_moe",
     summary: "ERNIE 4.5 21B-A3B, 300B-A47B",

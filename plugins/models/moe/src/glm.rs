@@ -3,7 +3,7 @@
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Family, leave_mtp};
+use crate::leave_mtp;
 
 pub(crate) static GLM4_MOE: Family = Family {
     name: "glm4_moe",

@@ -4,8 +4,6 @@ use dpo_plugin_api::builder::Scoring;
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 pub(crate) static GPT_OSS: Family = Family {
     name: "gpt_oss",
     summary: "gpt-oss 20B and 120B, as published in mxfp4 or in bf16",

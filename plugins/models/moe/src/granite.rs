@@ -4,8 +4,6 @@ use dpo_plugin_api::builder::Scoring;
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 pub(crate) static GRANITEMOE: Family = Family {
     name: "granitemoe",
     summary: "Granite 3.x with experts: 1B-A400M, 3B-A800M",

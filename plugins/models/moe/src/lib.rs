@@ -13,42 +13,6 @@ mod sigmoid;
 
 use dpo_plugin_api::prelude::*;
 
-/// A family as data.
-struct Family {
-    name: &'static str,
-    summary: &'static str,
-    claims: &'static [&'static str],
-    checkpoints: &'static [&'static str],
-    example_config: &'static str,
-    graph: fn(&Config) -> Result<ModelGraph>,
-}
-
-impl ModelFamily for &'static Family {
-    fn name(&self) -> &'static str {
-        self.name
-    }
-
-    fn summary(&self) -> &'static str {
-        self.summary
-    }
-
-    fn claims(&self) -> &'static [&'static str] {
-        self.claims
-    }
-
-    fn checkpoints(&self) -> &'static [&'static str] {
-        self.checkpoints
-    }
-
-    fn example_config(&self) -> &'static str {
-        self.example_config
-    }
-
-    fn graph(&self, config: &Config) -> Result<ModelGraph> {
-        (self.graph)(config)
-    }
-}
-
 /// Which layers have experts: as `mlp_layer_types` says in files of transformers 5, else as `sparse` says of a layer.
 fn sparse_layers(config: &Config, layers: usize, sparse: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
     let Some(types) = config.opt_texts("mlp_layer_types")? else { return Ok((0..layers).map(sparse).collect()) };

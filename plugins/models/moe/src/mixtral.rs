@@ -3,8 +3,6 @@
 use dpo_plugin_api::moe::{ExpertFiles, Moe};
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 /// The graph of files that call experts `block_sparse_moe`, and their projections `w1`, `w3` and `w2`.
 fn finish(mut decoder: Decoder, mut moe: Moe, config: &Config) -> Result<ModelGraph> {
     moe.files = ExpertFiles::Each(["w1", "w3", "w2"]);

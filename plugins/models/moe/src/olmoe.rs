@@ -3,8 +3,6 @@
 use dpo_plugin_api::moe::Moe;
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 /// Both but for what lies around attention and experts: transformers, `modeling_olmoe.py`, `modeling_flex_olmo.py`.
 fn read(config: &Config) -> Result<Decoder> {
     // Of queries and keys behind their norms, in no published model.

@@ -3,8 +3,6 @@
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::Family;
-
 /// Experts in every `decoder_sparse_step`-th layer, but in none that `mlp_only_layers` lists.
 fn with_experts(decoder: &mut Decoder, moe: &Moe, config: &Config) -> Result<()> {
     let step = config.opt_size("decoder_sparse_step")?.unwrap_or(1);

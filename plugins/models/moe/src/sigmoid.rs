@@ -3,7 +3,7 @@
 use dpo_plugin_api::moe::{Moe, SharedExpert};
 use dpo_plugin_api::prelude::*;
 
-use crate::{Family, leave_mtp, sparse_layers};
+use crate::{leave_mtp, sparse_layers};
 
 pub(crate) static HY_V3: Family = Family {
     name: "hy_v3",
