@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor};
 use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Norm, Var};
 use dpo_plugin_api::graph::{ModelGraph, Weight};
 use dpo_plugin_api::model::Config;
+use dpo_plugin_api::ops::is_module;
 use dpo_plugin_api::rope::Rope;
 use half::bf16;
 use rand::{Rng, SeedableRng};
@@ -14,7 +15,7 @@ use crate::device::CpuDevice;
 use crate::engine::Engine;
 use crate::error::Result;
 use crate::example::{Answer, Example};
-use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets};
+use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets, is_parameter};
 use crate::predictors::gather_predictors;
 use crate::storage::Numbers;
 use crate::weights::{blocks, is_quantized};
@@ -429,6 +430,18 @@ pub fn patterned_adapter(graph: &ModelGraph) -> Result<Adapter> {
         exclude: Some(Targets::parse(&[r".*layers\.1\..*o_proj".into()])?),
         rslora: true,
         ..AdapterConfig::new(8, 16.0)
+    };
+    adapter_of(graph, config, false)
+}
+
+/// One of every expert and router too, with a rank of its own for what comes out of experts.
+pub fn experts_adapter(graph: &ModelGraph) -> Result<Adapter> {
+    let nodes = graph.parts().flat_map(|(_, block)| &block.nodes).filter(|node| !is_module(node));
+    let matrices = nodes.flat_map(|node| node.weights.iter().filter(|w| is_parameter(node, w)));
+    let config = AdapterConfig {
+        parameters: matrices.map(|w| w.tensor.clone()).collect(),
+        rank_pattern: Patterns::parse(r#"{"down_proj": 12}"#)?,
+        ..AdapterConfig::new(3, 6.0)
     };
     adapter_of(graph, config, false)
 }

@@ -25,15 +25,28 @@ struct AdamW {
     }
 };
 
-// One LoRA matrix in the flat buffer of parameters, `rows` by `columns`, and its place in a stacked matrix.
+// One LoRA matrix in the flat buffer of parameters, `rows` by `columns`, and its place in a stacked matrix; or one of every expert, `height`
+// rows each, whose places are `steps` apart.
 struct Part {
     long long flat;      // offset in the flat buffer
     bf16* stacked;       // first element in the stacked matrix of weights
     float* gradient;     // first element in the stacked gradient
     long long stacked_ld, gradient_row, gradient_column;
+    long long stacked_step, gradient_step;
     int rows, columns;
+    int height;
     float scale;
     int group;           // 0 A, 1 B, 2 what is subtracted, which has no gradient and stays what it is
+    int unused;
+
+    __device__ bf16& stacked_at(int i) const {
+        int row = i / columns;
+        return stacked[row / height * stacked_step + row % height * stacked_ld + i % columns];
+    }
+    __device__ float gradient_at(int i) const {
+        int row = i / columns;
+        return gradient[row / height * gradient_step + row % height * gradient_row + i % columns * gradient_column];
+    }
 };
 
 // A step of every matrix, A and B at their own rates; `clip` scales the gradient.
@@ -73,8 +86,7 @@ extern "C" __global__ void adamw_overflows(const Part* parts, const float* p, co
 extern "C" __global__ void spread(const Part* parts, const float* params) {
     Part part = parts[blockIdx.y];
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x)
-        part.stacked[(long long)(i / part.columns) * part.stacked_ld + i % part.columns] =
-            to_bf16(params[part.flat + i] * part.scale);
+        part.stacked_at(i) = to_bf16(params[part.flat + i] * part.scale);
 }
 
 // Stacked gradients to the flat buffer.
@@ -82,8 +94,7 @@ extern "C" __global__ void collect(const Part* parts, float* flat) {
     Part part = parts[blockIdx.y];
     if (part.group == 2) return;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < part.rows * part.columns; i += gridDim.x * blockDim.x)
-        flat[part.flat + i] = part.scale * part.gradient[(long long)(i / part.columns) * part.gradient_row +
-                                                         (long long)(i % part.columns) * part.gradient_column];
+        flat[part.flat + i] = part.scale * part.gradient_at(i);
 }
 
 // Values of a normal-like spread from a counter, for benchmarks: the sum of four uniform numbers.

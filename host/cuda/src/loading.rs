@@ -7,7 +7,7 @@ use indicatif::ProgressBar;
 use rayon::prelude::*;
 
 use super::arena::Arena;
-use super::gpu::{Address, Gpu, Memory, Pinned};
+use super::gpu::{Address, Gpu, Memory, Pinned, View};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
 use super::ops::{fp8, nf4};
@@ -73,11 +73,26 @@ struct Loader<'a> {
     progress: &'a ProgressBar,
 }
 
+/// How the rows of a tensor lie: their distance in bytes, how many lie one behind the other, and how many others lie between those and the next.
+#[derive(Clone, Copy)]
+struct Runs {
+    pitch: usize,
+    rows: usize,
+    gap: usize,
+}
+
 impl Loader<'_> {
     /// A matrix or a vector in rows that are `pitch` bytes apart.
     fn load(&mut self, prefix: &str, weight: &Weight, to: Address, pitch: usize) -> Result<()> {
+        self.load_runs(prefix, weight, to, Runs { pitch, rows: usize::MAX, gap: 0 })
+    }
+
+    /// The same in runs of rows.
+    fn load_runs(&mut self, prefix: &str, weight: &Weight, to: Address, runs: Runs) -> Result<()> {
         let columns = *weight.shape.last().unwrap_or(&1);
         let rows: usize = weight.shape.iter().rev().skip(1).product();
+        let Runs { pitch, .. } = runs;
+        let place = |row: usize| to + ((row + row / runs.rows * runs.gap) * pitch) as u64;
         let row = NUMBERS.bytes(columns);
         let checkpoint = match self.source {
             Source::Checkpoint(checkpoint) => checkpoint,
@@ -85,37 +100,36 @@ impl Loader<'_> {
                 let values = values(&format!("{prefix}{}", weight.tensor), &weight.shape);
                 let bits: Vec<u16> = values.into_iter().map(|v| bf16::from_f32(v).to_bits()).collect();
                 for (at, row) in bits.chunks_exact(columns).enumerate() {
-                    self.gpu.upload(row, to + (at * pitch) as u64)?;
+                    self.gpu.upload(row, place(at))?;
                 }
                 return self.gpu.finish();
             }
             Source::Random => {
-                self.seed += 1;
                 if weight.shape.len() == 1 {
                     let one = if weight.role == "bias" { 0.0 } else { 1.0 };
                     return self.gpu.upload(&vec![bf16::from_f32(one).to_bits(); columns], to);
                 }
-                let shape = (rows, columns, pitch / NUMBERS.bytes(1));
-                return random(self.gpu, self.kernels, to, shape, 0.02, self.seed);
+                return (0..rows).step_by(runs.rows).try_for_each(|first| {
+                    self.seed += 1;
+                    let shape = (runs.rows.min(rows - first), columns, pitch / NUMBERS.bytes(1));
+                    random(self.gpu, self.kernels, place(first), shape, 0.02, self.seed)
+                });
             }
         };
         let (dtype, bytes) = checkpoint.raw(prefix, weight)?;
         let word = dtype.size_in_bytes();
         let most = (STAGE / row).max(1);
-        for first in (0..rows).step_by(most) {
-            let count = most.min(rows - first);
+        let mut next = 0;
+        while next < rows {
+            let first = next;
+            let count = most.min(rows - first).min(runs.rows - first % runs.rows);
+            next += count;
             let from = &bytes[first * columns * word..(first + count) * columns * word];
             let stage = &mut self.stages[self.at].bytes_mut()[..count * row];
             to_bf16(stage, from, dtype);
             // The other buffer's copy is done before it is written again.
             self.gpu.finish()?;
-            self.gpu.upload_rows(
-                &self.stages[self.at].bytes()[..count * row],
-                to + (first * pitch) as u64,
-                row,
-                count,
-                pitch,
-            )?;
+            self.gpu.upload_rows(&self.stages[self.at].bytes()[..count * row], place(first), row, count, pitch)?;
             self.at ^= 1;
             self.progress.inc((count * columns * word) as u64);
         }
@@ -238,7 +252,8 @@ impl Weights {
                 BlockId::Layer(layer) => {
                     let stacks = lowered.programs[graph.layers[layer].block].stacks.iter();
                     let mut found = stacks.zip(&self.layers[layer].stacks);
-                    found.find_map(|(stack, loaded)| Some((stack, loaded, stack.member(node)?)))
+                    let role = &graph.blocks[graph.layers[layer].block].nodes[node].weights[site.weight].role;
+                    found.find_map(|(stack, loaded)| Some((stack, loaded, stack.member(node, role)?)))
                 }
                 BlockId::Embed | BlockId::Head | BlockId::Projection => None,
             };
@@ -246,8 +261,9 @@ impl Weights {
                 return Err(Error::run("an adapted linear is in no stack"));
             };
             // As `struct Part` of adamw.cu has them.
-            let sizes = |rows: usize, columns: usize| rows as u64 | (columns as u64) << 32;
-            let scaled = |s: f64, group: Group| u64::from((s as f32).to_bits()) | (group as u64) << 32;
+            let both = |low: usize, high: usize| low as u64 | (high as u64) << 32;
+            let scaled = |height: usize, s: f64| height as u64 | u64::from((s as f32).to_bits()) << 32;
+            let step = |view: View, rows: usize| (rows as i64 * view.ld) as u64;
             let mut pair = |flat: usize, rank_column: usize, scale: f64, groups: [Group; 2]| {
                 let [a, b] = adapter.ranges(site);
                 parts.push([
@@ -257,18 +273,24 @@ impl Weights {
                     loaded.a.ld as u64,
                     stack.inputs as u64,
                     1,
-                    sizes(site.rank, site.inputs),
-                    scaled(1.0, groups[0]),
+                    step(loaded.a, loaded.steps[0]),
+                    (stack.rank * stack.inputs) as u64,
+                    both(site.experts * site.rank, site.inputs),
+                    scaled(site.rank, 1.0),
+                    groups[0] as u64,
                 ]);
                 parts.push([
                     (flat + b.start) as u64,
                     loaded.sb.row(member.column).column(rank_column).at,
-                    loaded.gradients[1] + ((rank_column * stack.outputs + member.column) * 4) as u64,
+                    loaded.gradients[1] + ((rank_column * stack.height() + member.column) * 4) as u64,
                     loaded.sb.ld as u64,
                     1,
-                    stack.outputs as u64,
-                    sizes(site.outputs, site.rank),
-                    scaled(scale, groups[1]),
+                    stack.height() as u64,
+                    step(loaded.sb, loaded.steps[1]),
+                    (stack.rank * stack.height()) as u64,
+                    both(site.experts * site.outputs, site.rank),
+                    scaled(site.outputs, scale),
+                    groups[1] as u64,
                 ]);
             };
             pair(0, member.rank_column, site.scale, [Group::A, Group::B]);
@@ -316,8 +338,10 @@ impl Loader<'_> {
             for member in &stack.members {
                 let node = &nodes[member.node];
                 if let Matrix::Bf16(whole) = &loaded.w {
-                    let to = whole.row(member.column);
-                    self.load(prefix, weight(node, member.role)?, to.at, NUMBERS.bytes(to.ld as usize))?;
+                    let (to, pitch) = (whole.row(member.column), NUMBERS.bytes(whole.ld as usize));
+                    let rows = if stack.groups > 1 { stack.height() } else { usize::MAX };
+                    let runs = Runs { pitch, rows, gap: stack.rank };
+                    self.load_runs(prefix, weight(node, member.role)?, to.at, runs)?;
                 }
                 if let Some(bias) = node.weight("bias") {
                     let to = loaded.bias + NUMBERS.bytes(member.column) as u64;

@@ -14,7 +14,7 @@ use super::program::Program;
 use super::saved::SavedActivations;
 use super::weights::{LayerStore, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
-use dpo_core::lora::Adapter;
+use dpo_core::lora::{Adapter, Site};
 use dpo_core::predictors;
 use dpo_core::storage::{Numbers, Storage};
 use dpo_core::weights::BlockId;
@@ -47,28 +47,25 @@ impl Lowered {
             return Err(Error::input(format!("'{}' is in no layer: CUDA adapts linears of layers", site.module))
                 .help("leave it out of --target-modules, or train with --device cpu"));
         }
-        if let Some(site) = adapter.sites.iter().find(|s| s.experts > 1) {
-            let name = site.parameter.as_deref().unwrap_or(&site.module);
-            return Err(Error::input(format!("LoRA on the experts '{name}' has no CUDA kernel"))
-                .help("leave them out of --target-parameters, or train with --device cpu"));
-        }
-        // Layers of a kind have one program: the rank of a node there is the largest that it has in any of them.
-        let rank = |kind: usize, node: usize| {
+        // Layers of a kind have one program: the rank of a weight there is the largest that it has in any of them.
+        let rank = |kind: usize, node: usize, role: &str| {
             let of_kind = |id: BlockId| matches!(id, BlockId::Layer(layer) if graph.layers[layer].block == kind);
-            let ranks =
-                adapter.sites.iter().filter(|s| s.node.1 == node && of_kind(s.node.0)).map(|s| adapter.columns(s));
+            let is = |s: &&Site| {
+                s.node.1 == node && of_kind(s.node.0) && graph.blocks[kind].nodes[node].weights[s.weight].role == role
+            };
+            let ranks = adapter.sites.iter().filter(is).map(|s| adapter.columns(s));
             ranks.max().unwrap_or(0).next_multiple_of(8)
         };
         let mut behind = 0;
         for (kind, block) in graph.blocks.iter().enumerate() {
             for (index, node) in block.nodes.iter().enumerate() {
                 let columns = ops::find(&node.op)?.columns_behind;
-                behind = behind.max(columns(&block.nodes, index, &|node| rank(kind, node)));
+                behind = behind.max(columns(&block.nodes, index, &|node, role| rank(kind, node, role)));
             }
         }
         let lower = |kind: usize| {
             let block = &graph.blocks[kind];
-            let rank = |node| rank(kind, node);
+            let rank = |node: usize, role: &str| rank(kind, node, role);
             let frame =
                 Frame { widths: [hidden; 2], behind, rank: &rank, numbers, backward: true, rows: Rows::Tokens, gates };
             Program::lower(block, (&block.nodes, block.output), ops::find, &frame)
@@ -78,7 +75,7 @@ impl Lowered {
         let plain = |widths, rows| Frame {
             widths,
             behind,
-            rank: &|_| 0,
+            rank: &|_, _| 0,
             numbers: NUMBERS,
             backward: rows == Rows::Predictors,
             rows,

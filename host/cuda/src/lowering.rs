@@ -19,8 +19,8 @@ use dpo_core::error::{Error, Result};
 use dpo_core::ops::GATHER;
 use dpo_core::storage::Numbers;
 
-/// The LoRA rank of every node of a block, a multiple of 8; 0 where it is not adapted.
-pub(crate) type Ranks<'a> = &'a dyn Fn(usize) -> usize;
+/// The LoRA rank of a node's weight of a role, a multiple of 8; 0 where it is not adapted.
+pub(crate) type Ranks<'a> = &'a dyn Fn(usize, &str) -> usize;
 
 /// An op on the GPU: what only this op knows. Its steps know the rest.
 pub(crate) struct CudaOp {
@@ -40,7 +40,7 @@ pub(crate) struct CudaOp {
     pub part: fn(&Node) -> Option<(usize, usize)>,
     /// What a step that makes one of its inputs could compute in its stead.
     pub epilogue: Option<Epilogue>,
-    /// LoRA columns that a node may claim behind a value, given the rank of every node.
+    /// LoRA columns that a node may claim behind a value, given the ranks of weights.
     pub columns_behind: fn(&[Node], usize, Ranks<'_>) -> usize,
     /// What is computed for it once a batch.
     pub table: fn(&Node) -> Option<BatchTable>,
@@ -324,9 +324,9 @@ impl Lowering<'_> {
         self.frame.gates
     }
 
-    /// The LoRA rank of a node; 0 where it is not adapted.
-    pub(crate) fn rank(&self, index: usize) -> usize {
-        (self.frame.rank)(index)
+    /// The LoRA rank of a node's weight; 0 where it is not adapted.
+    pub(crate) fn rank(&self, index: usize, role: &str) -> usize {
+        (self.frame.rank)(index, role)
     }
 }
 
@@ -551,7 +551,7 @@ impl Lowering<'_> {
 
     /// The stack of a node's matrix, its place among the block's.
     pub(crate) fn stack(&self, node: usize) -> Result<(usize, &Stack)> {
-        let found = self.program.stacks.iter().enumerate().find(|(_, s)| s.member(node).is_some());
+        let found = self.program.stacks.iter().enumerate().find(|(_, s)| s.member(node, "weight").is_some());
         found.ok_or_else(|| Error::run("a matrix is in no stack"))
     }
 }

@@ -18,8 +18,8 @@ pub(super) static SOURCE: Source = Source::plain(
     &["adamw", "adamw_overflows", "sum_squares", "spread", "collect", "random"],
 );
 
-/// A LoRA matrix in the flat buffer and in a stack: `struct Part` of `adamw.cu`.
-pub(super) type Part = [u64; 8];
+/// A LoRA matrix in the flat buffer and in a stack, or those of experts: `struct Part` of `adamw.cu`.
+pub(super) type Part = [u64; 11];
 
 /// Which learning rate a matrix has: `group` of a part.
 #[derive(Clone, Copy)]

@@ -67,6 +67,9 @@ pub(crate) struct BenchOptions {
     /// LoRA rank r
     #[arg(long, default_value_t = 8)]
     lora_rank: usize,
+    /// Parameters of experts and routers to adapt besides all linears, as train has them [default: none]
+    #[arg(long, value_name = "P", num_args = 1..)]
+    target_parameters: Vec<String>,
     /// Memory limit of a GPU [default: what is free]
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<SizeArg>,
@@ -211,7 +214,8 @@ fn measure(
     };
     let batch_size = options.batch_size * group.size();
     let graph = Shape::named(&options.shape)?.graph(registry)?;
-    let lora = AdapterConfig::new(options.lora_rank, 32.0);
+    let parameters = options.target_parameters.clone();
+    let lora = AdapterConfig { parameters, ..AdapterConfig::new(options.lora_rank, 32.0) };
     let adapter = Adapter::new(&graph, lora, 0)?;
     let objective = ObjectiveOptions { losses: vec![options.loss.clone()], ..ObjectiveOptions::default() };
     let mut objective = Objective::new(registry, &objective)?;

@@ -25,7 +25,7 @@ use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, given, op_cases, patterned_adapter,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, experts_adapter, given, op_cases, patterned_adapter,
     subtracting_adapter, wide_cases,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
@@ -114,6 +114,9 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     let wanted = |name: &str| name.contains(&options.only);
     for (name, graph) in op_cases()?.into_iter().chain(wide_cases()?).filter(|(name, _)| wanted(name)) {
         failures += usize::from(!compare(card, &name, &graph, &adapter(&graph, false)?, (AT_ONCE, options.quick))?);
+        if has_experts(&graph) {
+            failures += usize::from(!adapted_experts(card, &name, &graph, AT_ONCE, options.quick)?);
+        }
     }
     let (family, config) = FAMILIES[0];
     let graph = registry.family(family)?.runnable(config)?;
@@ -140,6 +143,9 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
         failures += usize::from(!compare(card, family, &graph, &adapter(&graph, false)?, (BOTH, options.quick))?);
+        if has_experts(&graph) {
+            failures += usize::from(!adapted_experts(card, family, &graph, BOTH, options.quick)?);
+        }
         failures += usize::from(!training(registry, card, family, &graph, steps)?);
         failures += usize::from(!answers(card, family, &graph, MemoryOptions::default())?);
     }
@@ -217,6 +223,17 @@ fn storages() -> Vec<(&'static str, Vec<MemoryOptions>)> {
 
 fn numbers(options: MemoryOptions) -> Numbers {
     options.quantization.map_or(Numbers::Bf16, Quantization::numbers)
+}
+
+/// Compares what LoRA on experts gives, and a step of the optimizer; lines of the table.
+fn adapted_experts(card: Card, name: &str, graph: &ModelGraph, chunks: &[Option<usize>], quick: bool) -> Result<bool> {
+    let (name, adapter) = (format!("{name}, LoRA on experts"), experts_adapter(graph)?);
+    let values = compare(card, &name, graph, &adapter, (chunks, quick))?;
+    Ok(updates(card, &name, graph, &adapter)? && values)
+}
+
+fn has_experts(graph: &ModelGraph) -> bool {
+    graph.parts().any(|(_, block)| block.nodes.iter().any(|node| node.op == "experts"))
 }
 
 /// Whether tokens go to some experts of more.

@@ -312,7 +312,7 @@ fn experts_of(node: &Node) -> usize {
 }
 
 /// Whether PEFT's `target_parameters` can name a weight that is no module's of its own: matrices of experts, a router's.
-fn is_parameter(node: &Node, weight: &Weight) -> bool {
+pub(crate) fn is_parameter(node: &Node, weight: &Weight) -> bool {
     match node.op.as_str() {
         "experts" => weight.shape.len() == 3,
         "linear" => weight.role == "weight",

@@ -205,7 +205,8 @@ pub(super) fn launch_grouped(
     groups: Groups,
 ) -> Result<()> {
     let args = Args::default().with(problem(gemm, on, sizes, operands, [i32::MAX, 1]));
-    start(gemm, on, on.gpu.multiprocessors, args.with(groups.begins).with(groups.count as i32))
+    let args = args.with(groups.begins).with(groups.count as i32).with(groups.apart as i32);
+    start(gemm, on, on.gpu.multiprocessors, args)
 }
 
 const NONE: View = View { at: 0, ld: 0 };

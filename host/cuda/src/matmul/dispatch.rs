@@ -41,7 +41,12 @@ impl Groups {
     pub(crate) const MOST: usize = 512;
 
     /// Bytes of shared memory that tell their rows: `struct Groups` of `groups.cuh`.
-    pub(super) const SHARED: usize = (2 * (Groups::MOST + 1) + 1) * size_of::<i32>();
+    pub(super) const SHARED: usize = (2 * (Groups::MOST + 1) + 2) * size_of::<i32>();
+
+    /// Rows of all weights, of which the last group has so many.
+    pub(super) fn rows(self, last: usize) -> usize {
+        (self.count - 1) * self.apart + last
+    }
 
     pub(crate) fn gemm(weight_rows: bool) -> Gemm {
         Gemm { weight_rows, grouped: true, ..Gemm::PLAIN }

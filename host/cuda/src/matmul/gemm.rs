@@ -29,6 +29,8 @@ pub(crate) struct Gemm {
 #[derive(Clone, Copy)]
 pub(crate) struct Groups {
     pub count: usize,
+    /// Rows from a group's weights to the next one's.
+    pub apart: usize,
     /// Where `count + 1` numbers lie: of every group its first row, and where the last one's end.
     pub begins: Address,
 }

@@ -76,8 +76,8 @@ struct Copier {
 __shared__ Groups groups;
 #endif
 
-// The tile of an index: BAND rows of tiles at a time, column by column. What lies from `end` on is not its own; the matrices before its
-// own are so many.
+// The tile of an index: BAND rows of tiles at a time, column by column. What lies from `end` on is not its own; so many rows of B are
+// those of other groups before it.
 struct Tile {
     int row, column, end, before;
 };
@@ -87,7 +87,7 @@ __device__ __forceinline__ Tile tile_of(const Problem& p, int index, int rows, i
     int in_band = index - band * BAND * columns, row = first + in_band % high, column = in_band / high * TILE_N;
 #if GROUPED
     int group = groups.of(row);
-    return {groups.begins[group] + (row - groups.tiles[group]) * TILE_M, column, groups.begins[group + 1], group};
+    return {groups.begins[group] + (row - groups.tiles[group]) * TILE_M, column, groups.begins[group + 1], group * groups.apart};
 #else
     return {row * TILE_M, column, p.m, 0};
 #endif
@@ -131,9 +131,9 @@ struct Loader {
 #pragma unroll
         for (int i = 0; i < b.COUNT; i++) {
 #if B_TRANSPOSED
-            b.from[i] = row(p.b, (long long)at.before * p.n + row_of_b(p, at.column, b.row(i))) + k + b.column();
+            b.from[i] = row(p.b, at.before + row_of_b(p, at.column, b.row(i))) + k + b.column();
 #else
-            b.from[i] = row(p.b, (long long)at.before * p.k + k + b.row(i)) + min(at.column + b.column(), p.n - 8);
+            b.from[i] = row(p.b, at.before + k + b.row(i)) + min(at.column + b.column(), p.n - 8);
 #endif
         }
     }
@@ -372,13 +372,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) gemm_ampere(Proble
                                                                                      , Scales q
 #endif
 #if GROUPED
-                                                                                     , const int* begins, int count_of_groups
+                                                                                     , const int* begins, int count_of_groups, int apart
 #endif
 ) {
     extern __shared__ __align__(128) unsigned char memory[];
     u32 stages = shared_address(memory);
 #if GROUPED
-    groups.cut(begins, count_of_groups, TILE_M);
+    groups.cut(begins, count_of_groups, apart, TILE_M);
     int rows = groups.tiles[count_of_groups];
     if (rows == 0) return;
 #else

@@ -12,7 +12,8 @@
 // sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
 // W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
 //
-// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other; see groups.cuh. What a tile has behind
+// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other, each `apart` rows after the one before; see
+// groups.cuh. What a tile has behind
 // its group's rows is not stored.
 
 #define DEPTH (FP8 ? 128 : 64)  // 128 bytes
@@ -181,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
                 , const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap l, int r, View of_x, const float* of_w
 #endif
 #if GROUPED
-                , const int* begins, int count, View out
+                , const int* begins, int count, int apart, View out
 #endif
     ) {
     extern __shared__ bf16 memory[];
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
     after_previous();
 #if GROUPED
     __shared__ Groups groups;
-    groups.cut(begins, count, TOKENS);
+    groups.cut(begins, count, apart, TOKENS);
     Tiles tiles = {groups.tiles[count], columns, band, first, groups};
 #else
     Tiles tiles = {(tokens + TOKENS - 1) / TOKENS, columns, band, first};
@@ -224,7 +225,11 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) __cluster_di
             int stage = 0, phase = 0;
             while (tiles.next(row, column)) {
                 int feature = (column * 2 + rank) * OWN, token = tiles.token + rank * (TOKENS / 2);
-                int before = tiles.group * (W_ROWS ? features : k);  // rows of W of the groups before
+#if GROUPED
+                int before = tiles.group * apart;  // rows of W of the groups before
+#else
+                constexpr int before = 0;
+#endif
                 auto copy_step = [&](const TensorMap* x, const TensorMap* w, int column, bool w_rows) {
                     barrier_wait(empty + 8 * stage, phase ^ 1);
                     u32 barrier = full + 8 * stage, at = stages + stage * STAGE_BYTES;

@@ -6,11 +6,12 @@ struct Groups {
     int begins[MOST_GROUPS + 1];  // of every group its first row, and behind the last where its rows end
     int tiles[MOST_GROUPS + 1];   // the same of tiles
     int count;
+    int apart;                    // rows from a group's weights to the next one's
 
     // All threads of a block, once: `from` has where rows begin, `height` is that of a tile.
-    __device__ __forceinline__ void cut(const int* from, int groups, int height) {
+    __device__ __forceinline__ void cut(const int* from, int groups, int rows_apart, int height) {
         for (int i = threadIdx.x; i <= groups; i += blockDim.x) begins[i] = from[i];
-        if (threadIdx.x == 0) count = groups;
+        if (threadIdx.x == 0) count = groups, apart = rows_apart;
         __syncthreads();
         if (threadIdx.x < 32) {
             constexpr int OWN = MOST_GROUPS / 32;  // groups of a lane

@@ -167,12 +167,12 @@ pub(super) fn launch_grouped(
 ) -> Result<()> {
     let Operands { a, b, d, .. } = operands;
     let weights = match gemm.weight_rows {
-        true => TensorMap::new(b, [groups.count * n, k], [FEATURES, 64])?,
-        false => TensorMap::new(b, [groups.count * k, n], [DEPTH, 64])?,
+        true => TensorMap::new(b, [groups.rows(n), k], [FEATURES, 64])?,
+        false => TensorMap::new(b, [groups.rows(k), n], [DEPTH, 64])?,
     };
     let x = |box_rows| TensorMap::new(a, [m, k], [box_rows, DEPTH]);
     start(gemm, on, [m, n, k], (&x, weights), [(d, n), (d, n)], (0, 0.0), |args, _| {
-        Ok(args.with(groups.begins).with(groups.count as i32).with(d))
+        Ok(args.with(groups.begins).with(groups.count as i32).with(groups.apart as i32).with(d))
     })
 }
 

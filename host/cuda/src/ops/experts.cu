@@ -249,3 +249,49 @@ extern "C" __global__ void experts_activation_vjp(View x, View dh, View dy, bf16
     sum = warp_sum(sum);
     if (lane == 0) of_rows[at_row] = to_bf16(sum);
 }
+
+// Gradients of LoRA's matrices: of every expert, to[r, column] += the sum over its rows of weight narrow[row, r] wide[row, column], where
+// weight is what the row counts, or 1. For A narrow is v and wide x; for B, whose gradient lies transposed, u and dy. A block has 256
+// columns of an expert and eight of the rank; rows are summed in their order, of which LORA_AT_ONCE are on their way.
+#define LORA_ROWS 32
+#define LORA_AT_ONCE 8
+
+extern "C" __global__ void __launch_bounds__(128) experts_lora_vjp(View narrow, View wide, bf16* at, View routing, float* to, int tokens, int top_k,
+                                                                  int experts, int width, int rank) {
+    Plan p = plan_at(at, tokens, top_k, experts);
+    int e = blockIdx.y, r0 = blockIdx.z * 8, column = blockIdx.x * 256 + threadIdx.x * 2, begin = p.offsets[e], end = p.offsets[e + 1];
+    if (begin == end) return;
+    bool inside = column < width;
+    __shared__ float values[LORA_ROWS][8];
+    float sum[8][2] = {};
+    for (int first = begin; first < end; first += LORA_ROWS) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < LORA_ROWS * 8; i += 128) {
+            int from = first + i / 8;
+            float value = from < end ? to_float(row(narrow, from)[r0 + i % 8]) : 0.f;
+            if (routing.at && from < end) value *= to_float(row(routing, p.token_of[from])[e]);
+            values[i / 8][i % 8] = value;
+        }
+        __syncthreads();
+        if (!inside) continue;
+#pragma unroll
+        for (int t = 0; t < LORA_ROWS; t += LORA_AT_ONCE) {
+            u32 pairs[LORA_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < LORA_AT_ONCE; i++) pairs[i] = first + t + i < end ? *(const u32*)(row(wide, first + t + i) + column) : 0;
+#pragma unroll
+            for (int i = 0; i < LORA_AT_ONCE; i++) {
+                float low = __uint_as_float(pairs[i] << 16), high = __uint_as_float(pairs[i] & 0xffff0000u);
+#pragma unroll
+                for (int r = 0; r < 8; r++) sum[r][0] += values[t + i][r] * low, sum[r][1] += values[t + i][r] * high;
+            }
+        }
+    }
+    if (!inside) return;
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        float2* own = (float2*)(to + ((long long)e * rank + r0 + r) * width + column);
+        float2 before = *own;
+        *own = make_float2(before.x + sum[r][0], before.y + sum[r][1]);
+    }
+}

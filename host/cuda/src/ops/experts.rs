@@ -2,6 +2,8 @@
 //!
 //! Which rows an expert has is found first. Then tokens are written to all of their rows, so that those of an expert lie together, and every product is one launch
 //! for all experts. Nothing is padded: a token takes the memory of `top_k` rows, whatever they are sent to.
+//!
+//! LoRA is as in `linear.rs`, an A and a B for every expert: `u` lies behind what a product reads, and `v` behind its gradient.
 
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
@@ -9,8 +11,8 @@ use serde_json::Value;
 use super::super::chunks::TILE;
 use super::activation::Activation;
 use super::{
-    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, Lowering, Matrix, Member, Recompute,
-    Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, nf4, number, whole,
+    Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, LoadedStack, Lowering, Matrix,
+    Member, Recompute, Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, nf4, number, whole,
 };
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
@@ -27,6 +29,7 @@ pub(super) static SOURCE: Source = Source::plain(
         "experts_drouting",
         "experts_activation",
         "experts_activation_vjp",
+        "experts_lora_vjp",
     ],
 );
 
@@ -41,6 +44,9 @@ pub(super) const OP: CudaOp = CudaOp {
 const COUNTED: usize = 64;
 const _: () = assert!(TILE.is_multiple_of(COUNTED));
 const WARPS: usize = 8;
+
+/// Columns of a block of `experts_lora_vjp`.
+const LORA_COLUMNS: usize = 256;
 
 /// Of gpt-oss, as `experts.cu` counts it.
 const SWIGLU_OAI: usize = 16;
@@ -57,16 +63,17 @@ struct Experts {
     interleaved: bool,
     activation: usize,
     limit: f32,
-    /// Stacks of what goes into the activation and of what comes out of it.
+    /// Stacks of what goes into the activation and of what comes out of it, and their LoRA columns.
     stacks: [usize; 2],
+    ranks: [usize; 2],
     /// Vectors of their biases.
     biases: [Option<usize>; 2],
 }
 
 /// Finds the rows of experts.
 struct Plan(Experts);
-/// Gives a token's values to all of its rows.
-struct Spread(Experts);
+/// Gives a token's values to all of its rows, which are so many elements apart.
+struct Spread(Experts, usize);
 /// The product of rows with a matrix of each expert, or with its transpose.
 struct Product {
     own: Experts,
@@ -75,6 +82,10 @@ struct Product {
     transposed: bool,
     numbers: Numbers,
 }
+/// `u = x·Aᵀ` behind what a matrix reads.
+struct LoraA(Experts, usize);
+/// `v = dy·s·B` behind the gradient of what a matrix makes, and the gradients of A and B.
+struct LoraVjp(Experts, usize);
 struct Inner(Experts);
 /// From the gradient of rows, without what they count: that of what goes into the activation, and that of what they count.
 struct InnerVjp(Experts);
@@ -109,16 +120,12 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         return Err(Error::input(format!("experts kept as {numbers:?} have no CUDA kernel"))
             .help("leave --quantization out, or take nf4"));
     }
-    if l.rank(index) > 0 {
-        return Err(Error::input("LoRA on experts has no CUDA kernel")
-            .help("leave experts out of --target-parameters, or train with --device cpu"));
-    }
     for role in [first_roles(node)[0], "down"] {
         let Some([experts, rows, columns]) = node.weight(role).map(|w| w.shape.as_slice()) else {
             return Err(Error::run(format!("experts without their {role}")));
         };
         let mut stack = Stack::new(numbers, multiple_of_8(node, "its matrices' columns", *columns)?);
-        stack.outputs = experts * rows;
+        (stack.groups, stack.outputs, stack.rank) = (*experts, experts * rows, l.rank(index, role));
         stack.members.push(Member { node: index, role, column: 0, rank_column: 0, width: stack.outputs });
         l.program.stacks.push(stack);
     }
@@ -129,11 +136,11 @@ impl Experts {
     fn of(l: &mut Lowering<'_>, index: usize) -> Result<Experts> {
         let (node, nodes) = (&l.nodes[index], l.nodes);
         let [role, bias] = first_roles(node);
-        let mut stacks = [0; 2];
-        for (stack, role) in stacks.iter_mut().zip([role, "down"]) {
-            let is = |m: &Member| m.node == index && m.role == role;
-            let found = l.program.stacks.iter().position(|s| s.members.iter().any(is));
-            *stack = found.ok_or_else(|| Error::run("experts are in no stack"))?;
+        let (mut stacks, mut ranks) = ([0; 2], [0; 2]);
+        for (at, role) in [role, "down"].into_iter().enumerate() {
+            let found = l.program.stacks.iter().position(|s| s.member(index, role).is_some());
+            stacks[at] = found.ok_or_else(|| Error::run("experts are in no stack"))?;
+            ranks[at] = l.rank(index, role);
         }
         let mut biases = [None; 2];
         for (at, role) in biases.iter_mut().zip([bias, "down_bias"]) {
@@ -157,19 +164,21 @@ impl Experts {
             activation: if oai { SWIGLU_OAI } else { Activation::of(&nodes[index])?.kind },
             limit: number(node, "limit") as f32,
             stacks,
+            ranks,
             biases,
         })
     }
 
-    /// Rows that some tokens have.
-    fn rows(&self, l: &mut Lowering<'_>, width: usize) -> Slice {
-        l.buffer(self.top_k * width, 0)
+    /// Rows that some tokens have, so many elements apart.
+    fn rows(&self, l: &mut Lowering<'_>, ld: usize) -> Slice {
+        l.buffer(self.top_k * ld, 0)
     }
 
     fn product(&self, l: &Lowering<'_>, matrix: usize, transposed: bool, [x, plan, y]: [Slice; 3]) -> Step {
         let run = Product { own: *self, matrix, transposed, numbers: l.numbers() };
         let label = if transposed { "matmul vjp of experts" } else { "matmul of experts" };
-        let cost = Cost::Matmul(self.top_k * self.hidden * [self.into, self.inner][matrix]);
+        let ([reads, makes], rank) = (self.sizes(matrix, transposed), self.ranks[matrix]);
+        let cost = Cost::Matmul(self.top_k * (reads + rank) * makes);
         Step::new(label, [x, plan], [y], run).costs(cost, Recompute::Matmul)
     }
 
@@ -179,11 +188,56 @@ impl Experts {
         if transposed { [makes, reads] } else { [reads, makes] }
     }
 
+    /// Pushes what is computed behind the values that a matrix reads.
+    fn lora(&self, l: &mut Lowering<'_>, matrix: usize, [x, plan]: [Slice; 2]) -> Result<()> {
+        if self.ranks[matrix] == 0 {
+            return Ok(());
+        }
+        l.push(Step::new("LoRA A of experts", [x, plan], [x], LoraA(*self, matrix)).in_place(&[(0, 0)]))
+    }
+
+    /// The same behind the gradient of what it makes; and the gradients of A and B. What it makes counts as `routing` says, where that is given.
+    fn lora_vjp(
+        &self,
+        l: &mut Lowering<'_>,
+        matrix: usize,
+        [x, dy, plan]: [Slice; 3],
+        routing: Option<Slice>,
+    ) -> Result<()> {
+        if self.ranks[matrix] == 0 {
+            return Ok(());
+        }
+        let reads: Vec<Slice> = [x, dy, plan].into_iter().chain(routing).collect();
+        l.push(Step::new("LoRA vjp of experts", reads, [dy], LoraVjp(*self, matrix)).in_place(&[(0, 1)]))
+    }
+
     /// Where the first row of every expert is told.
-    fn groups(&self, on: &Launch<'_>, plan: View) -> Groups {
+    fn begins(&self, on: &Launch<'_>, plan: View) -> Address {
         let blocks = on.rows.div_ceil(COUNTED);
         let before = 3 * blocks * COUNTED * self.top_k + blocks * self.count;
-        Groups { count: self.count, begins: plan.at + 4 * before as u64 }
+        plan.at + 4 * before as u64
+    }
+
+    /// Starts a product with matrices that are so many rows apart.
+    fn start(
+        &self,
+        on: &Launch<'_>,
+        (plan, apart): (View, usize),
+        weight_rows: bool,
+        [k, n]: [usize; 2],
+        views: [View; 3],
+    ) -> Result<()> {
+        let groups = Groups { count: self.count, apart, begins: self.begins(on, plan) };
+        groups.launch(weight_rows, on.for_matmuls(), [on.rows * self.top_k, n, k], views)
+    }
+
+    fn stack<'a>(&self, on: &'a Launch<'_>, matrix: usize) -> &'a LoadedStack {
+        &on.weights.stacks[self.stacks[matrix]]
+    }
+
+    /// Elements from row to row of what a matrix reads and of what it makes, and of their gradients: behind both lie its LoRA columns.
+    fn lds(&self, matrix: usize) -> [usize; 2] {
+        self.sizes(matrix, false).map(|width| width + self.ranks[matrix])
     }
 
     /// What all kernels take last.
@@ -223,30 +277,33 @@ fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let ([x, routing], own) = (l.inputs(index)?, Experts::of(l, index)?);
     multiple_of_8(&l.nodes[index], "width", own.hidden)?;
     let plan = l.buffer(plan_columns(own.count, own.top_k), 0);
-    let [gathered, before, inner, after] =
-        [own.hidden, own.into, own.inner, own.hidden].map(|width| own.rows(l, width));
+    let [[gathered, before], [inner, after]] = [0, 1].map(|matrix| own.lds(matrix).map(|ld| own.rows(l, ld)));
     let y = l.place(index);
-    l.leave(index, vec![plan, before]);
+    l.leave(index, vec![plan, before, gathered, inner]);
     l.push(Step::new("experts plan", [routing], [plan], Plan(own)))?;
-    l.push(Step::new("experts spread", [x, plan], [gathered], Spread(own)))?;
+    l.push(Step::new("experts spread", [x, plan], [gathered], Spread(own, own.lds(0)[0])))?;
+    own.lora(l, 0, [gathered, plan])?;
     l.push(own.product(l, 0, false, [gathered, plan, before]))?;
     l.push(Step::new("experts activation", [before, plan], [inner], Inner(own)))?;
+    own.lora(l, 1, [inner, plan])?;
     l.push(own.product(l, 1, false, [inner, plan, after]))?;
     l.push(Step::new("experts sum", [after, plan, routing], [y], Sum(own)))
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let Some(dy) = l.take_gradient(index) else { return Ok(()) };
-    let ([_, routing], [plan, before], own) = (l.inputs(index)?, l.left(index)?, Experts::of(l, index)?);
-    let nodes = l.nodes;
-    let [gathered, dinner, dx_rows] = [own.hidden, own.inner, own.hidden].map(|width| own.rows(l, width));
-    let by_row = own.rows(l, 1);
-    l.push(Step::new("experts spread", [dy, plan], [gathered], Spread(own)))?;
-    l.push(own.product(l, 1, true, [gathered, plan, dinner]))?;
-    let reads = [before, dinner, gathered, plan, routing];
+    let own = Experts::of(l, index)?;
+    let ([_, routing], [plan, before, x_rows, inner]) = (l.inputs(index)?, l.left(index)?);
+    let (nodes, [dx_ld, _], [dinner_ld, dy_ld]) = (l.nodes, own.lds(0), own.lds(1));
+    let [dy_rows, dinner, dx_rows, by_row] = [dy_ld, dinner_ld, dx_ld, 1].map(|ld| own.rows(l, ld));
+    l.push(Step::new("experts spread", [dy, plan], [dy_rows], Spread(own, dy_ld)))?;
+    own.lora_vjp(l, 1, [inner, dy_rows, plan], Some(routing))?;
+    l.push(own.product(l, 1, true, [dy_rows, plan, dinner]))?;
+    let reads = [before, dinner, dy_rows, plan, routing];
     // A row's columns are read before they are written.
     let step = Step::new("experts activation vjp", reads, [before, by_row], InnerVjp(own)).in_place(&[(0, 0)]);
     l.push(step)?;
+    own.lora_vjp(l, 0, [x_rows, before, plan], None)?;
     l.push(own.product(l, 0, true, [before, plan, dx_rows]))?;
     let (dx, after_x) = l.write_gradient(nodes[index].inputs[0]);
     let (drouting, after_routing) = l.write_gradient(nodes[index].inputs[1]);
@@ -280,7 +337,7 @@ impl Execute for Plan {
 impl Execute for Spread {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let own = &self.0;
-        let args = Args::default().with(reads[0]).with(reads[1].at).with(rows_of(writes[0], own.hidden));
+        let args = Args::default().with(reads[0]).with(reads[1].at).with(rows_of(writes[0], self.1));
         let args = own.sized(on, args).with(own.hidden as i32);
         on.by_columns("experts_spread", on.rows, own.hidden, args)
     }
@@ -288,7 +345,11 @@ impl Execute for Spread {
     /// In tests, the rows of a token lie in its own.
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        on.each_row(reads, writes, |_, read, write| write[0] = read[0].repeat(self.0.top_k));
+        on.each_row(reads, writes, |_, read, write| {
+            let mut row = read[0].clone();
+            row.resize(self.1, 0.0);
+            write[0] = row.repeat(self.0.top_k);
+        });
     }
 }
 
@@ -299,33 +360,43 @@ impl Execute for Product {
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let (own, [k, n]) = (&self.own, self.own.sizes(self.matrix, self.transposed));
-        let [columns, rows] = own.sizes(self.matrix, false);
-        let stack = &on.weights.stacks[own.stacks[self.matrix]];
-        let weights = match &stack.w {
-            Matrix::Bf16(w) => *w,
-            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (own.count * rows, 0), columns.next_multiple_of(64))?,
+        let (own, stack, [k, n]) =
+            (&self.own, self.own.stack(on, self.matrix), self.own.sizes(self.matrix, self.transposed));
+        let ([columns, rows], all) = (own.sizes(self.matrix, false), own.ranks[self.matrix]);
+        let rank = if on.adapted { all } else { 0 };
+        let (weights, apart) = match &stack.w {
+            Matrix::Bf16(w) => (*w, rows + all),
+            Matrix::Nf4(w) => {
+                let ld = (columns + all).next_multiple_of(64);
+                (nf4::dequantized(on, (stack, w), (own.count * rows, rank, own.count), ld)?, rows + rank)
+            }
             Matrix::Fp8(_) => return Err(Error::run("experts in e4m3 have no CUDA kernel")),
         };
-        let views = [rows_of(reads[0], k), weights, rows_of(writes[0], n)];
-        let sizes = [on.rows * own.top_k, n, k];
-        own.groups(on, reads[1]).launch(!self.transposed, on.for_matmuls(), sizes, views)
+        let [x, y] = if self.transposed { [1, 0] } else { [0, 1] }.map(|side| own.lds(self.matrix)[side]);
+        let views = [rows_of(reads[0], x), weights, rows_of(writes[0], y)];
+        own.start(on, (reads[1], apart), !self.transposed, [k + rank, n], views)
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
-        let (own, [k, n]) = (&self.own, self.own.sizes(self.matrix, self.transposed));
-        let [columns, rows] = own.sizes(self.matrix, false);
+        // Of [[W, s·B], [A, 0]], forward W and s·B are multiplied, backward W and A.
+        let (own, rank) = (&self.own, self.own.ranks[self.matrix]);
+        let ([columns, rows], [reads_ld, makes_ld]) = (own.sizes(self.matrix, false), own.lds(self.matrix));
         for token in 0..on.rows() {
             let (x, plan) = (on.row(&reads[0], token), on.row(&reads[1], token));
             let stack = on.stack(own.stacks[self.matrix]);
-            let mut y = vec![0.0; own.top_k * n];
+            let mut y = vec![0.0; own.top_k * if self.transposed { reads_ld } else { makes_ld }];
             for (at, expert) in emulated::rows(own, &plan) {
-                for (row, value) in (0..rows).map(|row| (row, stack.row(expert * rows + row))) {
-                    for (column, w) in value[..columns].iter().enumerate() {
-                        let (to, from) = if self.transposed { (column, row) } else { (row, column) };
-                        y[at * n + to] += w * x[at * k + from];
+                let row = |row: usize| stack.row(expert * (rows + rank) + row);
+                if self.transposed {
+                    for (i, dy) in x[at * makes_ld..][..rows + rank].iter().enumerate() {
+                        let to = &mut y[at * reads_ld..][..columns];
+                        to.iter_mut().zip(row(i)).for_each(|(to, w)| *to += dy * w);
                     }
+                } else {
+                    let x = &x[at * reads_ld..][..columns + rank];
+                    let of = |i: usize| row(i).iter().zip(x).map(|(w, x)| w * x).sum();
+                    (0..rows).for_each(|i| y[at * makes_ld + i] = of(i));
                 }
             }
             on.write(&writes[0], token, &y);
@@ -333,10 +404,93 @@ impl Execute for Product {
     }
 }
 
+impl Execute for LoraA {
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        Groups::gemm(true).variants(capability)
+    }
+
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        if !on.adapted {
+            return Ok(());
+        }
+        let LoraA(own, matrix) = self;
+        let (stack, [width, _], [ld, _]) = (own.stack(on, *matrix), own.sizes(*matrix, false), own.lds(*matrix));
+        let views = [rows_of(reads[0], ld), stack.a, rows_of(writes[0], ld).column(width)];
+        own.start(on, (reads[1], stack.steps[0]), true, [width, own.ranks[*matrix]], views)
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let LoraA(own, matrix) = self;
+        let ([width, makes], [ld, _], rank) = (own.sizes(*matrix, false), own.lds(*matrix), own.ranks[*matrix]);
+        for token in 0..on.rows() {
+            let (mut x, plan) = (on.row(&reads[0], token), on.row(&reads[1], token));
+            let stack = on.stack(own.stacks[*matrix]);
+            for (at, expert) in emulated::rows(own, &plan) {
+                let (values, u) = x[at * ld..][..ld].split_at_mut(width);
+                for (r, u) in u.iter_mut().enumerate() {
+                    let a = stack.row(expert * (makes + rank) + makes + r);
+                    *u = values.iter().zip(a).map(|(x, a)| x * a).sum();
+                }
+            }
+            on.write(&writes[0], token, &x);
+        }
+    }
+}
+
+impl Execute for LoraVjp {
+    fn variants(&self, capability: u32) -> Vec<Variant> {
+        Groups::gemm(false).variants(capability)
+    }
+
+    fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
+        let LoraVjp(own, matrix) = self;
+        let (stack, [inputs, outputs], rank) = (own.stack(on, *matrix), own.sizes(*matrix, false), own.ranks[*matrix]);
+        let ([x_ld, dy_ld], plan) = (own.lds(*matrix), reads[2]);
+        let (x, dy) = (rows_of(reads[0], x_ld), rows_of(writes[0], dy_ld));
+        let (u, v) = (x.column(inputs), dy.column(outputs));
+        own.start(on, (plan, stack.steps[1]), false, [outputs, rank], [dy, stack.sb, v])?;
+        let routing = reads.get(3).copied().unwrap_or(View { at: 0, ld: 0 });
+        for (narrow, wide, width, to) in [(v, x, inputs, stack.gradients[0]), (u, dy, outputs, stack.gradients[1])] {
+            let args = Args::default().with(narrow).with(wide).with(plan.at).with(routing).with(to);
+            let args = own.sized(on, args).with(width as i32).with(rank as i32);
+            let grid = [width.div_ceil(LORA_COLUMNS), own.count, rank / 8];
+            on.gpu.launch(on.kernels.get("experts_lora_vjp")?, grid, [LORA_COLUMNS as u32 / 2, 1, 1], 0, args)?;
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
+        let LoraVjp(own, matrix) = self;
+        let ([inputs, outputs], [x_ld, dy_ld], rank) =
+            (own.sizes(*matrix, false), own.lds(*matrix), own.ranks[*matrix]);
+        for token in 0..on.rows() {
+            let (x, mut dy, plan) = (on.row(&reads[0], token), on.row(&reads[1], token), on.row(&reads[2], token));
+            let routing = reads.get(3).map(|routing| on.row(routing, token));
+            let stack = on.stack(own.stacks[*matrix]);
+            for (at, expert) in emulated::rows(own, &plan) {
+                let weight = routing.as_ref().map_or(1.0, |routing| routing[expert]);
+                let ((x, u), (dy, v)) =
+                    (x[at * x_ld..][..x_ld].split_at(inputs), dy[at * dy_ld..][..dy_ld].split_at_mut(outputs));
+                for r in 0..rank {
+                    let sb = |o: usize| stack.row(expert * (outputs + rank) + o)[inputs + r];
+                    v[r] = (0..outputs).map(|o| dy[o] * sb(o)).sum();
+                    let [a, b] = &mut stack.gradients;
+                    let (a, b) = (&mut a[(expert * rank + r) * inputs..], &mut b[(expert * rank + r) * outputs..]);
+                    a.iter_mut().zip(x).for_each(|(a, x)| *a += weight * v[r] * x);
+                    b.iter_mut().zip(&*dy).for_each(|(b, dy)| *b += weight * u[r] * dy);
+                }
+            }
+            on.write(&writes[0], token, &dy);
+        }
+    }
+}
+
 impl Execute for Inner {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let own = &self.0;
-        let views = [rows_of(reads[0], own.into), rows_of(writes[0], own.inner)];
+        let views = [rows_of(reads[0], own.lds(0)[1]), rows_of(writes[0], own.lds(1)[0])];
         let args = Args::default().with(views[0]).with(reads[1].at).with(views[1]).with(own.mlp(on));
         on.by_columns("experts_activation", on.rows * own.top_k, own.inner, own.sized(on, args))
     }
@@ -345,11 +499,11 @@ impl Execute for Inner {
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (own, biases) = (&self.0, emulated::biases(&self.0, on));
         on.each_row(reads, writes, |_, read, write| {
-            write[0] = vec![0.0; own.top_k * own.inner];
+            write[0] = vec![0.0; own.top_k * own.lds(1)[0]];
             for (at, expert) in emulated::rows(own, &read[1]) {
                 for i in 0..own.inner {
                     let [gate, up] = emulated::both(own, &read[0], &biases[0], (at, expert), i);
-                    write[0][at * own.inner + i] = emulated::unit(own, gate, up)[0];
+                    write[0][at * own.lds(1)[0] + i] = emulated::unit(own, gate, up)[0];
                 }
             }
         });
@@ -359,8 +513,9 @@ impl Execute for Inner {
 impl Execute for InnerVjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, [x, dinner, dy, plan, routing]) = (&self.0, [reads[0], reads[1], reads[2], reads[3], reads[4]]);
-        let args = Args::default().with(rows_of(x, own.into)).with(rows_of(dinner, own.inner));
-        let args = args.with(rows_of(dy, own.hidden)).with(plan.at).with(routing).with(rows_of(writes[0], own.into));
+        let ([_, into], [inner, hidden]) = (own.lds(0), own.lds(1));
+        let args = Args::default().with(rows_of(x, into)).with(rows_of(dinner, inner)).with(rows_of(dy, hidden));
+        let args = args.with(plan.at).with(routing).with(rows_of(writes[0], into));
         let args = own.sized(on, args.with(writes[1].at).with(own.mlp(on)));
         let grid = [(on.rows * own.top_k).div_ceil(WARPS), 1, 1];
         on.gpu.launch(on.kernels.get("experts_activation_vjp")?, grid, [32 * WARPS as u32, 1, 1], 0, args)
@@ -369,23 +524,24 @@ impl Execute for InnerVjp {
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (own, biases) = (&self.0, emulated::biases(&self.0, on));
+        let ([_, into], [inner, hidden]) = (own.lds(0), own.lds(1));
         on.each_row(reads, writes, |_, read, write| {
-            write[0] = vec![0.0; own.top_k * own.into];
+            write[0] = vec![0.0; own.top_k * into];
             write[1] = vec![0.0; own.top_k];
             for (at, expert) in emulated::rows(own, &read[3]) {
                 let weight = read[4][expert];
                 for i in 0..own.inner {
                     let [gate, up] = emulated::both(own, &read[0], &biases[0], (at, expert), i);
-                    let ([value, by_gate, by_up], d) = (emulated::unit(own, gate, up), read[1][at * own.inner + i]);
+                    let ([value, by_gate, by_up], d) = (emulated::unit(own, gate, up), read[1][at * inner + i]);
                     write[1][at] += value * d;
                     let (to_gate, to_up) = emulated::columns(own, i);
-                    write[0][at * own.into + to_gate] = weight * d * by_gate;
+                    write[0][at * into + to_gate] = weight * d * by_gate;
                     if let Some(to_up) = to_up {
-                        write[0][at * own.into + to_up] = weight * d * by_up;
+                        write[0][at * into + to_up] = weight * d * by_up;
                     }
                 }
                 let bias = &biases[1][expert * own.hidden..][..own.hidden];
-                let dy = &read[2][at * own.hidden..][..own.hidden];
+                let dy = &read[2][at * hidden..][..own.hidden];
                 write[1][at] += bias.iter().zip(dy).map(|(b, d)| b * d).sum::<f32>();
             }
         });
@@ -395,7 +551,8 @@ impl Execute for InnerVjp {
 impl Execute for Sum {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let own = &self.0;
-        let args = Args::default().with(rows_of(reads[0], own.hidden)).with(reads[1].at).with(reads[2]);
+        let rows = rows_of(reads[0], own.lds(1)[1]);
+        let args = Args::default().with(rows).with(reads[1].at).with(reads[2]);
         let args = own.sized(on, args.with(own.bias(on, 1)).with(writes[0])).with(own.hidden as i32);
         on.by_columns("experts_sum", on.rows, own.hidden, args)
     }
@@ -407,7 +564,7 @@ impl Execute for Sum {
             write[0] = vec![0.0; own.hidden];
             for (at, expert) in emulated::rows(own, &read[1]) {
                 let bias = &biases[1][expert * own.hidden..];
-                let values = read[0][at * own.hidden..].iter().zip(bias);
+                let values = read[0][at * own.lds(1)[1]..][..own.hidden].iter().zip(bias);
                 write[0].iter_mut().zip(values).for_each(|(sum, (v, b))| *sum += read[2][expert] * (v + b));
             }
         });
@@ -417,7 +574,8 @@ impl Execute for Sum {
 impl Execute for SpreadVjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let (own, none) = (&self.0, View { at: 0, ld: 0 });
-        let args = Args::default().with(rows_of(reads[0], own.hidden)).with(reads[2].at).with(none).with(0_u64);
+        let rows = rows_of(reads[0], own.lds(0)[0]);
+        let args = Args::default().with(rows).with(reads[2].at).with(none).with(0_u64);
         let args = own.sized(on, args.with(writes[0])).with(own.hidden as i32);
         on.by_columns("experts_sum", on.rows, own.hidden, args)?;
         let args = own.sized(on, Args::default().with(reads[1].at).with(reads[2].at).with(writes[1]));
@@ -432,7 +590,7 @@ impl Execute for SpreadVjp {
             (write[0], write[1]) = (vec![0.0; own.hidden], vec![0.0; whole(own.count)]);
             for (at, expert) in emulated::rows(own, &read[2]) {
                 write[1][expert] = read[1][at];
-                let values = &read[0][at * own.hidden..];
+                let values = &read[0][at * own.lds(0)[0]..][..own.hidden];
                 write[0].iter_mut().zip(values).for_each(|(sum, v)| *sum += v);
             }
         });
@@ -485,7 +643,7 @@ mod emulated {
 
     /// Gate and up of a column of a row, of its expert; up is 1 without a gate.
     pub(super) fn both(own: &Experts, x: &[f32], bias: &[f32], (at, expert): (usize, usize), i: usize) -> [f32; 2] {
-        let value = |column: usize| x[at * own.into + column] + bias[expert * own.into + column];
+        let value = |column: usize| x[at * own.lds(0)[1] + column] + bias[expert * own.into + column];
         let (gate, up) = columns(own, i);
         [value(gate), up.map_or(1.0, value)]
     }

@@ -26,10 +26,16 @@ pub(super) const OP: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },
     any_width: true,
     columns_behind: |nodes, index, rank| {
-        (0..nodes.len()).filter(|other| same_input(&nodes[*other], &nodes[index])).map(rank).sum()
+        (0..nodes.len())
+            .filter(|other| same_input(&nodes[*other], &nodes[index]))
+            .map(|other| rank(other, WEIGHT))
+            .sum()
     },
     ..CudaOp::new("linear", forward, backward)
 };
+
+/// The role of a linear's matrix.
+const WEIGHT: &str = "weight";
 
 /// Numbers of a stack.
 #[derive(Clone, Copy)]
@@ -71,7 +77,7 @@ fn is_filled(node: &Node) -> bool {
 }
 
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
-    let (node, rank) = (&l.nodes[index], l.rank(index));
+    let (node, rank) = (&l.nodes[index], l.rank(index, WEIGHT));
     let numbers = l.numbers();
     if numbers == Numbers::F32 {
         return Err(Error::input(format!("linears kept as {numbers:?} have no CUDA kernel")));
@@ -90,8 +96,8 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
         stacks.len() - 1
     });
     let stack = &mut stacks[at];
-    let role = "weight";
-    stack.members.push(Member { node: index, role, column: stack.outputs, rank_column: stack.rank, width: node.width });
+    let (role, column, rank_column) = (WEIGHT, stack.outputs, stack.rank);
+    stack.members.push(Member { node: index, role, column, rank_column, width: node.width });
     stack.outputs += whole(node.width);
     stack.rank += rank;
     stack.bias |= node.weight("bias").is_some();
@@ -297,7 +303,7 @@ impl Linears {
         let rank = if on.adapted { self.rank } else { 0 };
         match &stack.w {
             Matrix::Bf16(whole) => Ok(*whole),
-            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank), self.ld),
+            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank, 1), self.ld),
             Matrix::Fp8(_) => Err(Error::run("W in e4m3 is read as it is kept")),
         }
     }

@@ -48,20 +48,22 @@ __device__ __forceinline__ Eight values8(u32 codes, float scale, const Tables& t
     return out;
 }
 
-// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs]; what is 0 is not written. A block has a row at a time; a
-// thread reads what AHEAD stores take before it stores any.
+// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs], of every `height` rows of W; what is 0 is not written. A block has
+// a row at a time; a thread reads what AHEAD stores take before it stores any.
 #define AHEAD 2
 
-extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank) {
+extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank,
+                                                                        int height) {
     __shared__ Tables tables;
     Nf4 w = NF4;
     tables.fill();
     after_previous();
     int own = inputs / 8, eights = own + rank / 8;
-    for (int r = blockIdx.x; r < outputs + rank; r += gridDim.x) {
-        uint4* out = (uint4*)row(to, r);
-        if (r >= outputs) {
-            for (int c = threadIdx.x; c < own; c += THREADS) out[c] = ((const uint4*)row(a, r - outputs))[c];
+    for (int at = blockIdx.x; at < outputs + outputs / height * rank; at += gridDim.x) {
+        uint4* out = (uint4*)row(to, at);
+        int group = at / (height + rank), within = at % (height + rank), r = group * height + within;
+        if (within >= height) {
+            for (int c = threadIdx.x; c < own; c += THREADS) out[c] = ((const uint4*)row(a, group * rank + within - height))[c];
             continue;
         }
         u32 first = (u32)r * own;

@@ -32,16 +32,16 @@ pub(super) fn variant() -> Variant {
     Variant { before, ..Variant::plain(&SOURCE) }
 }
 
-/// A stack of so many rows and LoRA columns, with W in nf4, as matmuls read it, in a workspace; without an adapter W alone.
+/// A stack of so many rows and LoRA columns, in so many groups, with W in nf4, as matmuls read it, in a workspace; without an adapter W alone.
 pub(super) fn dequantized(
     on: &Launch<'_>,
     (stack, w): (&LoadedStack, &LoadedNf4),
-    (outputs, rank): (usize, usize),
+    (outputs, rank, groups): (usize, usize, usize),
     ld: usize,
 ) -> Result<View> {
     let to = View { at: on.dequantized, ld: ld as i64 };
-    let blocks = (outputs + rank).min(on.gpu.multiprocessors * BLOCKS[0]);
-    let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32);
+    let blocks = (outputs + groups * rank).min(on.gpu.multiprocessors * BLOCKS[0]);
+    let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32).with((outputs / groups) as i32);
     on.gpu.launch(on.kernels.get("nf4_dequantize")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)?;
     on.gpu.mark("dequantize")?;
     Ok(to)

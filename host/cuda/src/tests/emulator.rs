@@ -13,7 +13,7 @@ use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::super::weights::{Layout, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::fp8::{dequantize_rows, quantize_rows};
-use dpo_core::lora::Adapter;
+use dpo_core::lora::{Adapter, Site};
 use dpo_core::nf4::{BLOCK, SCALE_BLOCK, SCALES, VALUES, quantize};
 use dpo_core::ops::answer_mask::AnswerMask;
 use dpo_core::storage::Numbers;
@@ -21,7 +21,7 @@ use dpo_core::testing::given;
 use dpo_core::weights::BlockId;
 use half::bf16;
 
-/// A stack's `[[W, s·B], [A, 0]]`, its bias, and the gradients by A `[rank, inputs]` and B `[rank, outputs]`.
+/// A stack's `[[W, s·B], [A, 0]]`, of every group, its bias, and the gradients by A `[groups, rank, inputs]` and B `[groups, rank, outputs / groups]`.
 pub(crate) struct StackValues {
     weights: Vec<f32>,
     columns: usize,
@@ -159,7 +159,7 @@ impl Emulator {
         let stacks = graph.layers.iter().enumerate().map(|(at, layer)| {
             let block = &graph.blocks[layer.block];
             let stacks = lowered.programs[layer.block].stacks.iter();
-            stacks.map(|s| StackValues::new(s, block, &layer.prefix, at, &adapter)).collect()
+            stacks.map(|s| StackValues::new(s, block, &layer.prefix, at, (graph, &adapter))).collect()
         });
         let stacks = stacks.collect();
         let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
@@ -286,13 +286,17 @@ impl Emulator {
             let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
             let stacks = &self.lowered.programs[self.graph.layers[layer].block].stacks;
             let found = stacks.iter().zip(&self.stacks[layer]);
-            let mut found = found.filter_map(|(stack, values)| Some((stack, values, stack.member(site.node.1)?)));
+            let mut found = found.filter_map(|(stack, values)| {
+                Some((stack, values, stack.member(site.node.1, role_of(&self.graph, site))?))
+            });
             let (stack, StackValues { gradients: [da, db], .. }, member) = found.next().unwrap();
             let [a, b] = self.adapter.ranges(site);
-            gradient[a].copy_from_slice(&da[member.rank_column * stack.inputs..][..rank * stack.inputs]);
+            let groups = gradient[a].chunks_mut(rank * stack.inputs).zip(da.chunks(stack.rank * stack.inputs));
+            groups.for_each(|(to, from)| to.copy_from_slice(&from[member.rank_column * stack.inputs..][..to.len()]));
+            let (height, outputs) = (stack.height(), site.outputs);
             for (i, to) in gradient[b].iter_mut().enumerate() {
-                let (output, r) = (i / rank, i % rank);
-                *to = scale * db[(member.rank_column + r) * stack.outputs + member.column + output];
+                let (group, output, r) = (i / rank / outputs, i / rank % outputs, i % rank);
+                *to = scale * db[(group * stack.rank + member.rank_column + r) * height + member.column + output];
             }
         }
         gradient
@@ -313,9 +317,17 @@ impl Emulator {
 }
 
 impl StackValues {
-    fn new(stack: &Stack, block: &Block, prefix: &str, layer: usize, adapter: &Adapter) -> StackValues {
+    fn new(
+        stack: &Stack,
+        block: &Block,
+        prefix: &str,
+        layer: usize,
+        (graph, adapter): (&ModelGraph, &Adapter),
+    ) -> StackValues {
         let columns = stack.inputs + stack.rank;
-        let mut weights = vec![0.0; (stack.outputs + stack.rank) * columns];
+        let mut weights = vec![0.0; (stack.outputs + stack.groups * stack.rank) * columns];
+        // Behind the rows of every group lie those of its A.
+        let row_of = |row: usize| row + row / stack.height() * stack.rank;
         let (mut bias, mut scales) = (vec![0.0; stack.outputs], Vec::new());
         // Where W is kept in nf4, its bytes as they lie on a card.
         let layout = (stack.numbers == Numbers::Nf4).then(|| stack.nf4());
@@ -336,24 +348,24 @@ impl StackValues {
                         scales.extend(own);
                     }
                     for (row, values) in values.chunks(stack.inputs).enumerate() {
-                        weights[(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
+                        weights[row_of(member.column + row) * columns..][..stack.inputs].copy_from_slice(values);
                     }
                 }
             }
-            let Some(site) = adapter.sites.iter().find(|s| s.node == (BlockId::Layer(layer), member.node)) else {
-                continue;
-            };
+            let is = |s: &&Site| s.node == (BlockId::Layer(layer), member.node) && role_of(graph, s) == member.role;
+            let Some(site) = adapter.sites.iter().find(is) else { continue };
             let ([a, b], rank) = (adapter.ranges(site), site.rank);
             // What is subtracted lies in the columns behind those of the site.
             let all = [(&adapter.params, 0, 1.0), (&adapter.subtracted, rank, -1.0)];
             for (params, behind, sign) in all.into_iter().filter(|(params, ..)| !params.is_empty()) {
                 let first = member.rank_column + behind;
                 for (r, row) in params[a.clone()].chunks(stack.inputs).enumerate() {
-                    let to = (stack.outputs + first + r) * columns;
+                    let (group, r) = (r / rank, r % rank);
+                    let to = (group * (stack.height() + stack.rank) + stack.height() + first + r) * columns;
                     weights[to..to + stack.inputs].copy_from_slice(row);
                 }
                 for (output, row) in params[b.clone()].chunks(rank).enumerate() {
-                    let to = (member.column + output) * columns + stack.inputs + first;
+                    let to = row_of(member.column + output) * columns + stack.inputs + first;
                     let scaled = row.iter().map(|v| v * sign * site.scale as f32);
                     weights[to..to + rank].iter_mut().zip(scaled).for_each(|(to, v)| *to = v);
                 }
@@ -362,16 +374,22 @@ impl StackValues {
         for row in (0..stack.outputs).filter(|_| layout.is_some()) {
             for column in 0..stack.inputs {
                 let layout = layout.as_ref().unwrap();
-                weights[row * columns + column] = nf4_value(layout, &bytes, row * stack.inputs + column);
+                weights[row_of(row) * columns + column] = nf4_value(layout, &bytes, row * stack.inputs + column);
             }
         }
-        let gradients = [vec![0.0; stack.rank * stack.inputs], vec![0.0; stack.rank * stack.outputs]];
+        let gradients = [stack.groups * stack.inputs, stack.outputs].map(|n| vec![0.0; stack.rank * n]);
         StackValues { weights, columns, scales, bias, gradients }
     }
 
     pub(crate) fn row(&self, row: usize) -> &[f32] {
         &self.weights[row * self.columns..][..self.columns]
     }
+}
+
+/// The role of the weight that a site adapts.
+fn role_of<'a>(graph: &'a ModelGraph, site: &Site) -> &'a str {
+    let BlockId::Layer(layer) = site.node.0 else { panic!("{site:?} is in no layer") };
+    &graph.blocks[graph.layers[layer].block].nodes[site.node.1].weights[site.weight].role
 }
 
 /// A value of W from its bytes, as `nf4.cu` reads it.

@@ -25,7 +25,7 @@ use dpo_core::ops;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu_as, distance, examples, op_cases, patterned_adapter, subtracting_adapter,
+    FAMILIES, adapter, cpu_as, distance, examples, experts_adapter, op_cases, patterned_adapter, subtracting_adapter,
 };
 use dpo_plugins::Registry;
 use dpo_plugins::shapes;
@@ -65,6 +65,23 @@ fn what_an_adapter_began_with_is_subtracted() {
     let adapter = subtracting_adapter(&graph).unwrap();
     assert!(adapter.subtracted.len() == adapter.params.len() && adapter.subtracted != adapter.params);
     compare("subtracted", &graph, &adapter);
+}
+
+/// Experts have an A and a B each, in bf16 and where their W is kept in nf4.
+#[test]
+fn experts_may_be_adapted() {
+    let registry = Registry::discover(&[], None);
+    let families = ["gpt_oss", "qwen3_moe", "granitemoe"];
+    let families = FAMILIES
+        .iter()
+        .filter(|(name, _)| families.contains(name))
+        .map(|(name, config)| (name.to_string(), registry.family(name).unwrap().runnable(config).unwrap()));
+    let cases = op_cases().unwrap().into_iter().filter(|(name, _)| name.starts_with("experts"));
+    for (at, (name, graph)) in cases.chain(families).enumerate() {
+        let adapter = experts_adapter(&graph).unwrap();
+        assert!(adapter.sites.iter().filter(|s| s.experts > 1).count() >= 2, "{name}: {:?}", adapter.sites);
+        compare_as(&name, &graph, &adapter, [NUMBERS, Numbers::Nf4][at % 2]);
+    }
 }
 
 /// W of layers in nf4, whose members have blocks and groups of scales of their own; a dequantised stack lies among the values.
@@ -429,7 +446,7 @@ fn a_step_that_overwrites_what_is_still_read_is_refused() {
         let frame = Frame {
             widths: [104; 2],
             behind: 0,
-            rank: &|_| 0,
+            rank: &|_, _| 0,
             numbers: NUMBERS,
             backward: true,
             rows: Rows::Tokens,

@@ -1,5 +1,6 @@
-//! Matrices of linears that read one value, with their adapters: `[[W, s·B], [A, 0]]` in bf16. Where W is kept in other numbers, its
-//! bytes are its layer's, s·B and A lie apart, and what is computed with is made of them before every use.
+//! Matrices of linears that read one value, with their adapters: `[[W, s·B], [A, 0]]` in bf16. Those of experts are as many of these, one
+//! below the other. Where W is kept in other numbers, its bytes are its layer's, s·B and A lie apart, one expert's below the other's, and
+//! what is computed with is made of them before every use.
 
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
@@ -16,9 +17,12 @@ pub(crate) struct Stack {
     /// What W is kept as.
     pub numbers: Numbers,
     pub members: Vec<Member>,
+    /// Matrices of one form: experts, or 1.
+    pub groups: usize,
     pub inputs: usize,
+    /// Of all groups.
     pub outputs: usize,
-    /// LoRA columns of all members, 0 where none is adapted.
+    /// LoRA columns of all members, of one group; 0 where none is adapted.
     pub rank: usize,
     pub bias: bool,
 }
@@ -39,10 +43,12 @@ pub(crate) struct Member {
 pub(crate) struct LoadedStack {
     /// W as it is kept.
     pub w: Matrix,
-    /// A `[rank, inputs]` and s·B `[outputs, rank]`.
+    /// A `[rank, inputs]` and s·B `[outputs, rank]`, of the first group.
     pub a: View,
     pub sb: View,
-    /// f32 gradients by A `[rank, inputs]` and, transposed, by B `[rank, outputs]`.
+    /// Rows from a group's A to the next one's, and of s·B.
+    pub steps: [usize; 2],
+    /// f32 gradients by A `[groups, rank, inputs]` and, transposed, by B `[groups, rank, outputs / groups]`.
     pub gradients: [Address; 2],
     pub bias: Address,
 }
@@ -66,12 +72,17 @@ impl Matrix {
 impl Stack {
     /// Without linears yet.
     pub(crate) fn new(numbers: Numbers, inputs: usize) -> Stack {
-        Stack { numbers, members: Vec::new(), inputs, outputs: 0, rank: 0, bias: false }
+        Stack { numbers, members: Vec::new(), groups: 1, inputs, outputs: 0, rank: 0, bias: false }
     }
 
-    /// The member of a node.
-    pub(crate) fn member(&self, node: usize) -> Option<&Member> {
-        self.members.iter().find(|m| m.node == node)
+    /// The member of a node's weight.
+    pub(crate) fn member(&self, node: usize, role: &str) -> Option<&Member> {
+        self.members.iter().find(|m| m.node == node && m.role == role)
+    }
+
+    /// Outputs of a group.
+    pub(crate) fn height(&self) -> usize {
+        self.outputs / self.groups
     }
 
     /// Elements from row to row of what matmuls read. Rows that are made before every use begin at lines of the cache.
@@ -94,7 +105,7 @@ impl Stack {
         match self.numbers {
             NUMBERS => [0; 3],
             _ => {
-                let [a, sb] = [self.inputs, self.outputs].map(|n| NUMBERS.bytes(self.rank * n));
+                let [a, sb] = [self.groups * self.inputs, self.outputs].map(|n| NUMBERS.bytes(self.rank * n));
                 [a, sb, self.members.len() * size_of::<[i32; 2]>()]
             }
         }
@@ -110,24 +121,23 @@ impl Stack {
     }
 
     fn whole_bytes(&self) -> usize {
-        NUMBERS.bytes((self.outputs + self.rank) * self.ld())
+        NUMBERS.bytes((self.outputs + self.groups * self.rank) * self.ld())
     }
 
     /// Where all of it lies, from these addresses on.
     pub(crate) fn at(&self, w: Address, [a, sb, members]: [Address; 3]) -> LoadedStack {
         let view = |at, ld: usize| View { at, ld: ld as i64 };
-        let (w, a, sb) = match self.numbers {
-            Numbers::Nf4 => {
-                let w = Matrix::Nf4(self.nf4().at(w, members));
-                (w, view(a, self.inputs), view(sb, self.rank))
-            }
-            Numbers::Fp8 => (Matrix::Fp8(self.fp8().at(w)), view(a, self.inputs), view(sb, self.rank)),
+        let apart = (view(a, self.inputs), view(sb, self.rank), [self.rank, self.height()]);
+        let (w, (a, sb, steps)) = match self.numbers {
+            Numbers::Nf4 => (Matrix::Nf4(self.nf4().at(w, members)), apart),
+            Numbers::Fp8 => (Matrix::Fp8(self.fp8().at(w)), apart),
             _ => {
                 let whole = view(w, self.ld());
-                (Matrix::Bf16(whole), whole.row(self.outputs), whole.column(self.inputs))
+                let steps = [self.height() + self.rank; 2];
+                (Matrix::Bf16(whole), (whole.row(self.height()), whole.column(self.inputs), steps))
             }
         };
-        LoadedStack { w, a, sb, gradients: [0; 2], bias: 0 }
+        LoadedStack { w, a, sb, steps, gradients: [0; 2], bias: 0 }
     }
 
     /// Where codes and scales of W lie among its bytes.
@@ -145,8 +155,8 @@ impl Stack {
         if self.bias { NUMBERS.bytes(self.outputs) } else { 0 }
     }
 
-    /// Bytes of the f32 gradients: by A `[rank, inputs]` and by B `[rank, outputs]`.
+    /// Bytes of the f32 gradients: by A `[groups, rank, inputs]` and by B `[groups, rank, outputs / groups]`.
     pub(crate) fn gradient_bytes(&self) -> [usize; 2] {
-        [self.inputs, self.outputs].map(|n| Numbers::F32.bytes(self.rank * n))
+        [self.groups * self.inputs, self.outputs].map(|n| Numbers::F32.bytes(self.rank * n))
     }
 }
