@@ -79,6 +79,11 @@ impl Norm {
     pub fn plain(self) -> Norm {
         Norm { weight: false, bias: false, ..self }
     }
+
+    fn attrs(self) -> Vec<(&'static str, Value)> {
+        let offset = (self.offset != 0.0).then(|| ("offset", json!(self.offset)));
+        [("eps", json!(self.eps))].into_iter().chain(offset).collect()
+    }
 }
 
 /// Collects the nodes of one block.
@@ -143,6 +148,12 @@ impl BlockBuilder {
         self.norm_of_runs(norm, module, x, x.width, &[x.width])
     }
 
+    /// A norm of all columns whose weight is this tensor, and which has no bias.
+    pub fn norm_of(&mut self, norm: Norm, weight: &str, x: Var) -> Var {
+        let norm = norm.bias(false);
+        self.op(norm.op, &[x], vec![tensor("weight", weight, &[x.width])], &norm.attrs(), x.width)
+    }
+
     /// A norm over each run of `head_dim` columns, with one weight `[head_dim]` for all heads.
     pub fn head_norm(&mut self, norm: Norm, module: &str, x: Var, head_dim: usize) -> Var {
         self.norm_of_runs(norm, module, x, head_dim, &[head_dim])
@@ -171,8 +182,7 @@ impl BlockBuilder {
         for (role, there) in [("weight", norm.weight), ("bias", norm.bias)] {
             weights.extend(there.then(|| tensor(role, &format!("{module}.{role}"), shape)));
         }
-        let mut attrs = vec![("eps", json!(norm.eps))];
-        attrs.extend((norm.offset != 0.0).then(|| ("offset", json!(norm.offset))));
+        let mut attrs = norm.attrs();
         let stated = run != x.width && (!norm.weight || *shape == [x.width]);
         attrs.extend(stated.then(|| ("run", json!(run))));
         self.op(norm.op, &[x], weights, &attrs, x.width)

@@ -11,6 +11,7 @@ use crate::model::Config;
 use crate::moe::Moe;
 use crate::rope::Rope;
 use crate::{Result, bail};
+use serde_json::{Value, json};
 
 /// A decoder of equal layers: grouped-query attention and an MLP around a residual stream. Modules of a layer are named as the
 /// checkpoint names them, without the layer's prefix.
@@ -304,6 +305,25 @@ impl Decoder {
         for (layer, slides) in self.layers.iter_mut().zip(sliding) {
             layer.rope = Some(if *slides { of_sliding.clone() } else { of_others.clone() });
         }
+    }
+
+    /// A plain rotary embedding with a base of its own for every layer, or none where that is 0, if `layer_rope_theta` lists them.
+    ///
+    /// # Errors
+    /// A list of another length.
+    pub fn layer_ropes(&mut self, config: &Config) -> Result<()> {
+        let Some(list) = config.get("layer_rope_theta").filter(|list| !list.is_null()) else { return Ok(()) };
+        let bases: Option<Vec<f64>> = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
+        let Some(bases) = bases.filter(|bases| bases.len() == self.layers.len()) else {
+            return bail!("config.json: layer_rope_theta is no list of {} numbers", self.layers.len());
+        };
+        if let Some(rule) = config.opt_object("rope_parameters")? {
+            rule.only("rope_type", &[json!("default")])?;
+        }
+        for (layer, base) in self.layers.iter_mut().zip(bases) {
+            layer.rope = (base != 0.0).then(|| Rope::plain(self.head_dim, base));
+        }
+        Ok(())
     }
 
     /// Multi-head latent attention in all layers, with a config's sizes and rotary embedding; `rope_interleave` is on where it is left

@@ -148,6 +148,17 @@ LATENTS = {
     "glm4_moe_lite": ("glm4_moe_lite", dict(LATENT, q_lora_rank=16, n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1,
         n_group=1, topk_group=1, routed_scaling_factor=1.8, norm_topk_prob=True, num_nextn_predict_layers=0)),
 }
+# Families that came later.
+LATER = {
+    "gemma4-moe": ("gemma4_text", dict(GEMMA4, enable_moe_block=True, num_experts=6, top_k_experts=2, moe_intermediate_size=16)),
+    "granitemoe-shared": ("granitemoeshared", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, shared_intermediate_size=24, embedding_multiplier=6.0,
+        logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1)),
+    "granitemoe_swa": ("granitemoe_swa", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, sliding_window=12, layer_types=[SLIDING, FULL], layer_rope_theta=[500.0, 0],
+        embedding_multiplier=6.0, logits_scaling=4.0, residual_multiplier=0.5, attention_multiplier=0.1)),
+    "hunyuan_moe": ("hunyuan_v1_moe", dict(head_dim=12, num_experts=6, moe_topk=2, intermediate_size=24, rope_parameters=dict(rope_type="dynamic", alpha=1000.0, factor=1.0, rope_theta=1e4))),
+    "afmoe": ("afmoe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, num_shared_experts=1, num_dense_layers=1, num_hidden_layers=3, route_scale=1.5, mup_enabled=True, head_dim=12,
+        sliding_window=12, layer_types=[SLIDING, FULL, SLIDING])),
+}
 # Transformers opens these as Llamas and writes them so; their published files say what they are.
 PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
@@ -183,7 +194,7 @@ FOLDERS = {
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in HYBRID.items()},
-    **{name: (kind, change, {"": {}}) for name, (kind, change) in LATENTS.items()},
+    **{name: (kind, change, {"": {}}) for name, (kind, change) in (LATENTS | LATER).items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
 OURS = {"sft": ("sft", {}), "orpo": ("orpo_prompt", {}), "cpo": ("cpo", {}), "hinge": ("cpo", {"loss_type": "cpo_type"}), "simpo": ("simpo", {}),
@@ -248,7 +259,7 @@ def main():
     out, wanted = sys.argv[1], sys.argv[2:] or list(FOLDERS)
     for seed, (name, (kind, change, cases)) in enumerate(FOLDERS.items()):
         if name not in wanted: continue
-        if name in MOE | LATENTS: seed = zlib.crc32(name.encode())
+        if name in MOE | LATENTS | LATER: seed = zlib.crc32(name.encode())
         folder, rng = f"{out}/{name}", random.Random(seed)
         shutil.rmtree(folder, ignore_errors=True)
         torch.manual_seed(seed)
@@ -261,7 +272,7 @@ def main():
                 if buffer.dtype == torch.float32 and key in base.state_dict():
                     buffer.copy_(torch.randn_like(buffer) * 0.1 + (1.0 if "scal" in key else 0.0))
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
-        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS else base).save_pretrained(f"{folder}/model")
+        (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS | LATER else base).save_pretrained(f"{folder}/model")
         base.float()
         if name.endswith("mxfp4"): in_mxfp4(f"{folder}/model")
         if kind in PUBLISHED:

@@ -52,7 +52,7 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
         if checkpoint.is_quantized() { plain(&checkpoint, output) } else { Ok(()) }
     })?;
     bar.finish_and_clear();
-    console::result(format!("merged      {} linears, in {}", adapter.sites.len(), options.output_dir.display()));
+    console::result(format!("merged      {}, in {}", adapter.places(), options.output_dir.display()));
     Ok(())
 }
 

@@ -79,7 +79,10 @@ pub fn train(
     let metric = Metric::of(&config.evaluation, &validation)?;
     let steps = config.optimizer.steps(examples.len());
     say_length(&config, examples.len(), &steps);
-    console::line(format!("adapter     {} parameters at {} linears", adapter.parameters(), adapter.sites.len()));
+    console::line(format!("adapter     {} parameters at {}", adapter.parameters(), adapter.places()));
+    if let Some(experts) = adapter.frozen_experts(&model.graph) {
+        console::line(format!("            experts stay frozen; --target-parameters {experts} adapts them"));
+    }
     let mut settings = settings::decisive(&config.flags, &model.graph, &objective, &adapter, &examples)?;
     if let Some(folder) = &resumed {
         settings::refuse_other(&load_state(folder)?, &settings, steps, folder)?;

@@ -99,8 +99,12 @@ impl AdapterConfig {
 
     /// The factor on `B · A` of a module or parameter.
     pub fn scale_of(&self, module: &str) -> f64 {
-        let rank = self.rank_of(module) as f64;
-        self.alpha_pattern.of(module).unwrap_or(self.alpha) / if self.rslora { rank.sqrt() } else { rank }
+        self.factor(self.alpha_pattern.of(module).unwrap_or(self.alpha), self.rank_of(module))
+    }
+
+    /// The factor of an alpha and a rank.
+    pub(super) fn factor(&self, alpha: f64, rank: usize) -> f64 {
+        alpha / if self.rslora { (rank as f64).sqrt() } else { rank as f64 }
     }
 
     /// Refuses ranks and alphas that nothing can be computed with.

@@ -7,6 +7,7 @@ mod of_each;
 mod peft;
 mod target;
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
@@ -86,7 +87,7 @@ impl Adapter {
     /// The sites of a new adapter without its parameters, for a plan.
     pub fn planned(graph: &ModelGraph, config: AdapterConfig) -> Result<Adapter> {
         config.check()?;
-        let sites = sites(graph, &config, "--target-parameters").map_err(|e| e.at("--target-modules"))?;
+        let sites = sites(graph, &config, Source::Flags).map_err(|e| e.at("--target-modules"))?;
         refuse_idle(graph, &config, &sites)?;
         Ok(Adapter { sites, params: Vec::new(), subtracted: Vec::new(), config })
     }
@@ -151,7 +152,7 @@ impl Adapter {
         let (mut config, mut tensors) = (read_config(folder)?, peft::read_tensors(folder)?);
         of_each::fuse(graph, &mut config, &mut tensors).map_err(|e| e.at(folder.display()))?;
         let file = folder.join("adapter_config.json").display().to_string();
-        let sites = sites(graph, &config, &file).map_err(|e| e.at(&file))?;
+        let sites = sites(graph, &config, Source::File).map_err(|e| e.at(&file))?;
         // Nothing is allocated on the word of a config: parameters come as the file's tensors turn out to be those.
         let mut adapter = Adapter { params: Vec::new(), subtracted: Vec::new(), sites, config };
         [adapter.params, adapter.subtracted] = peft::params(&adapter, tensors, folder)?;
@@ -171,6 +172,14 @@ impl Adapter {
         peft::write(self, folder, base_model)
     }
 
+    /// The same with a module for each expert's projection, which other programs may want: see the file.
+    ///
+    /// # Errors
+    /// An adapter without experts, or on experts that a checkpoint has in one tensor.
+    pub fn save_of_each(&self, graph: &ModelGraph, folder: &Path, base_model: &str) -> Result<()> {
+        of_each::write(graph, self, folder, base_model)
+    }
+
     /// A and B of a site as tensors.
     pub fn lora(&self, site: &Site) -> Result<Lora> {
         let [a, b] = self.ranges(site);
@@ -186,6 +195,25 @@ impl Adapter {
         let mut lora = Lora::new(own_a, own_b, site.scale);
         (lora.weight, lora.subtracted, lora.magnitude) = (site.weight, subtracted, magnitude);
         Ok(lora)
+    }
+
+    /// What it adapts, as a person counts it.
+    pub fn places(&self) -> String {
+        let experts = self.sites.iter().filter(|s| s.experts > 1).count();
+        let linears = self.sites.len() - experts;
+        match experts {
+            0 => format!("{linears} linears"),
+            _ => format!("{linears} linears and {experts} tensors of experts"),
+        }
+    }
+
+    /// The ends of the names of experts' tensors, where a model has experts and this adapts none of them.
+    pub fn frozen_experts(&self, graph: &ModelGraph) -> Option<String> {
+        let nodes = graph.parts().flat_map(|(_, block)| &block.nodes).filter(|node| node.op == "experts");
+        let matrices = nodes.flat_map(|node| node.weights.iter().filter(|w| is_parameter(node, w)));
+        let names: BTreeSet<&str> = matrices.map(|w| w.tensor.as_str()).collect();
+        let frozen = !names.is_empty() && self.sites.iter().all(|s| s.experts == 1);
+        frozen.then(|| names.into_iter().collect::<Vec<_>>().join(" "))
     }
 
     /// Whether its update is zero, as that of a new adapter: every B is, whatever A is, or A and B are what is subtracted. Of DoRA
@@ -225,8 +253,15 @@ impl Adapter {
     }
 }
 
-/// The linears of a graph that the targets name, and the parameters, in the order of the graph; `parameters_are_in` says where these are named.
-fn sites(graph: &ModelGraph, config: &AdapterConfig, parameters_are_in: &str) -> Result<Vec<Site>> {
+/// Where a config comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Flags,
+    File,
+}
+
+/// The linears of a graph that the targets name, and the parameters, in the order of the graph.
+fn sites(graph: &ModelGraph, config: &AdapterConfig, source: Source) -> Result<Vec<Site>> {
     check_linears(graph, |module| config.adapts(module))?;
     let mut sites: Vec<Site> = Vec::new();
     let (mut modules, mut parameters) = (Vec::new(), Vec::new());
@@ -261,9 +296,13 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig, parameters_are_in: &str) ->
             if is_module(node) {
                 let Some(module) = node.module().map(|m| format!("{prefix}{m}")) else { continue };
                 let of_experts = matches!(config.targets, Targets::AllLinear) && names_experts(graph, &module);
+                let at = node.weights.iter().position(|w| w.role == "weight").unwrap_or(0);
+                // PEFT takes a linear's weight as a parameter, too.
+                let weight = node.weights.get(at).map(full).filter(|name| config.adapts_parameter(name));
                 if config.adapts(&module) && !of_experts {
-                    let at = node.weights.iter().position(|w| w.role == "weight").unwrap_or(0);
                     add(module.clone(), None, at);
+                } else if weight.is_some() {
+                    add(module.clone(), weight, at);
                 }
                 modules.push(module);
                 continue;
@@ -283,8 +322,11 @@ fn sites(graph: &ModelGraph, config: &AdapterConfig, parameters_are_in: &str) ->
     if let Some(unused) = config.targets.first_without_match(&modules) {
         return Err(Error::unknown("target module", &unused, last_names(&modules)));
     }
-    if let Some(unused) = config.parameters.iter().find(|name| !parameters.iter().any(|p| ends_in(p, name))) {
-        return Err(Error::unknown("target parameter", unused, last_names(&parameters)).at(parameters_are_in));
+    let weights: Vec<String> = modules.iter().map(|module| format!("{module}.weight")).collect();
+    let known = |name: &str| parameters.iter().chain(&weights).any(|own| ends_in(own, name));
+    // Of a file, names without a match are what PEFT made of names of modules; its tensors tell what it adapts.
+    if let Some(unused) = config.parameters.iter().find(|name| source == Source::Flags && !known(name)) {
+        return Err(Error::unknown("target parameter", unused, last_names(&parameters)).at("--target-parameters"));
     }
     if sites.is_empty() {
         return Err(Error::input("no linear is left to adapt").help("exclude fewer, or name other target modules"));

@@ -3,13 +3,14 @@
 //! each beside zeros (as `PeftConcatenate` of `peft/utils/transformers_weight_conversion.py`), so that its rank and alpha are twice
 //! theirs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use dpo_plugin_api::graph::{Assembly, ModelGraph, Weight};
 use dpo_plugin_api::ops::is_module;
 
 use super::target::{Targets, ends_in};
-use super::{AdapterConfig, experts_of, peft};
+use super::{Adapter, AdapterConfig, experts_of, peft};
 use crate::error::{Error, Result};
 use crate::weights::{Values, blocks};
 
@@ -103,6 +104,56 @@ fn fused_matrices(weight: &Weight, name: &str, assembly: &Assembly, tensors: &mu
         }
     }
     Ok([(vec![experts * rank * count, inputs], all_a), (vec![rows, rank * count * experts], b)])
+}
+
+/// Writes an adapter with a module for every expert's projection, as vLLM reads it, and PEFT too: gate and up, which share an A here, have
+/// it each. Both engines multiply all of them by `lora_alpha / r`; what differs from that is put into B.
+///
+/// # Errors
+/// An adapter without experts, or on experts that a checkpoint has in one tensor.
+pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
+    let AdapterConfig { rank, .. } = adapter.config;
+    let mut config = AdapterConfig { parameters: Vec::new(), ..adapter.config.clone() };
+    let unit = config.factor(config.alpha, rank);
+    let (mut tensors, mut targets) = (Vec::new(), BTreeSet::new());
+    for site in &adapter.sites {
+        let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+        let Some(name) = site.parameter.as_ref().filter(|_| site.experts > 1) else {
+            targets.insert(last(&site.module));
+            tensors.extend(peft::tensors(adapter, site));
+            continue;
+        };
+        let of_each = |a: &&Assembly| a.part(name, 0, 0).is_some() && a.is_of_each(0);
+        let Some(assembly) = graph.assemblies.iter().find(of_each) else {
+            return Err(Error::input(format!("'{name}' has all experts in one tensor: it is read as it is")));
+        };
+        let [a, b] = adapter.ranges(site).map(|range| &adapter.params[range]);
+        let (factor, share) = ((site.scale / unit) as f32, site.outputs / assembly.parts.len());
+        let experts = a.chunks(site.rank * site.inputs).zip(b.chunks(site.outputs * site.rank)).enumerate();
+        for (expert, (a, b)) in experts {
+            for (part, b) in b.chunks(share * site.rank).enumerate() {
+                let own = assembly.part(name, part, expert).unwrap_or_default();
+                let module = own.strip_suffix(".weight").unwrap_or(&own);
+                let [name_a, name_b, _] = peft::names(module);
+                targets.insert(last(module));
+                tensors.push((name_a, (vec![site.rank, site.inputs], a.to_vec())));
+                tensors.push((name_b, (vec![share, site.rank], b.iter().map(|v| v * factor).collect())));
+            }
+        }
+        for part in assembly.parts.iter().filter(|_| site.rank != rank) {
+            let module = part.strip_suffix(".weight").unwrap_or(part);
+            let pattern = format!(r".*\.{}", module.replace('.', r"\.").replace('*', r"\d+"));
+            if config.rank_pattern.numbers().all(|(known, _)| *known != pattern) {
+                config.rank_pattern.add(&pattern, site.rank as f64)?;
+                config.alpha_pattern.add(&pattern, config.alpha * unit / config.factor(config.alpha, site.rank))?;
+            }
+        }
+    }
+    if adapter.sites.iter().all(|site| site.experts == 1) {
+        return Err(Error::input("it is on no experts: it is read as it is"));
+    }
+    config.targets = Targets::Names(targets.into_iter().collect());
+    peft::write_files(folder, &config.to_json(&adapter.sites, base_model), &tensors)
 }
 
 /// Takes names out of the targets that no linear has: those of experts' projections, and of routers, which become parameters.

@@ -150,32 +150,43 @@ fn by_output(site: &Site, b: &[f32]) -> Vec<f32> {
     (0..outputs * rank).flat_map(|at| (0..experts).map(move |expert| b[expert * outputs * rank + at])).collect()
 }
 
+/// A tensor of a file.
+pub(super) type Named = (String, Values);
+
 pub(super) fn write(adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
-    let config = adapter.config.to_json(&adapter.sites, base_model);
-    let text = format!("{:#}\n", config);
-    let bytes = |values: Vec<f32>| values.iter().flat_map(|p| p.to_le_bytes()).collect();
-    let mut data: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
-    for site in &adapter.sites {
-        let ([a, b], columns) = (adapter.ranges(site), adapter.columns(site));
-        let [name_a, name_b, name_magnitude] = names(&site.module);
-        let (mut values_a, mut values_b) = (adapter.params[a.clone()].to_vec(), adapter.params[b.clone()].to_vec());
-        if site.experts > 1 {
-            values_b = by_output(site, &values_b);
-        }
-        if columns > site.rank {
-            values_a.extend(&adapter.subtracted[a]);
-            let rows = values_b.chunks(site.rank).zip(adapter.subtracted[b].chunks(site.rank));
-            values_b = rows.flat_map(|(own, start)| own.iter().copied().chain(start.iter().map(|v| -v))).collect();
-        }
-        data.push((name_a, vec![site.experts * columns, site.inputs], bytes(values_a)));
-        data.push((name_b, vec![site.outputs, columns * site.experts], bytes(values_b)));
-        if let Some(range) = adapter.magnitude(site) {
-            data.push((name_magnitude, vec![site.magnitudes], bytes(adapter.params[range].to_vec())));
-        }
+    let tensors: Vec<Named> = adapter.sites.iter().flat_map(|site| tensors(adapter, site)).collect();
+    write_files(folder, &adapter.config.to_json(&adapter.sites, base_model), &tensors)
+}
+
+/// A site's tensors, as PEFT has them.
+pub(super) fn tensors(adapter: &Adapter, site: &Site) -> Vec<Named> {
+    let ([a, b], columns) = (adapter.ranges(site), adapter.columns(site));
+    let [name_a, name_b, name_magnitude] = names(&site.module);
+    let (mut values_a, mut values_b) = (adapter.params[a.clone()].to_vec(), adapter.params[b.clone()].to_vec());
+    if site.experts > 1 {
+        values_b = by_output(site, &values_b);
     }
+    if columns > site.rank {
+        values_a.extend(&adapter.subtracted[a]);
+        let rows = values_b.chunks(site.rank).zip(adapter.subtracted[b].chunks(site.rank));
+        values_b = rows.flat_map(|(own, start)| own.iter().copied().chain(start.iter().map(|v| -v))).collect();
+    }
+    let mut tensors = vec![
+        (name_a, (vec![site.experts * columns, site.inputs], values_a)),
+        (name_b, (vec![site.outputs, columns * site.experts], values_b)),
+    ];
+    let magnitude = adapter.magnitude(site).map(|range| adapter.params[range].to_vec());
+    tensors.extend(magnitude.map(|values| (name_magnitude, (vec![site.magnitudes], values))));
+    tensors
+}
+
+pub(super) fn write_files(folder: &Path, config: &Value, tensors: &[Named]) -> Result<()> {
+    let text = format!("{config:#}\n");
+    let bytes = |values: &[f32]| values.iter().flat_map(|p| p.to_le_bytes()).collect::<Vec<u8>>();
+    let data: Vec<_> = tensors.iter().map(|(name, (shape, values))| (name, shape, bytes(values))).collect();
     let failed = |e: safetensors::SafeTensorError| Error::run(format!("adapter: {e}"));
     let views =
-        data.iter().map(|(n, shape, bytes)| Ok((n.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?)));
+        data.iter().map(|(n, shape, bytes)| Ok((n.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), bytes)?)));
     let views = views.collect::<std::result::Result<Vec<_>, _>>().map_err(failed)?;
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let params = safetensors::serialize(views, Some(metadata)).map_err(failed)?;

@@ -252,46 +252,58 @@ extern "C" __global__ void experts_activation_vjp(View x, View dh, View dy, bf16
 
 // Gradients of LoRA's matrices: of every expert, to[r, column] += the sum over its rows of weight narrow[row, r] wide[row, column], where
 // weight is what the row counts, or 1. For A narrow is v and wide x; for B, whose gradient lies transposed, u and dy. A block has 256
-// columns of an expert and eight of the rank; rows are summed in their order, of which LORA_AT_ONCE are on their way.
-#define LORA_ROWS 32
-#define LORA_AT_ONCE 8
+// columns of an expert and eight of the rank; its four groups of threads have rows of their own, whose sums are added in their order.
+#define LORA_GROUPS 4
+#define LORA_ROWS 64  // at a time, of all groups
+#define LORA_AHEAD 8  // rows of a thread that are on their way
 
-extern "C" __global__ void __launch_bounds__(128) experts_lora_vjp(View narrow, View wide, bf16* at, View routing, float* to, int tokens, int top_k,
-                                                                  int experts, int width, int rank) {
+extern "C" __global__ void __launch_bounds__(128 * LORA_GROUPS) experts_lora_vjp(View narrow, View wide, bf16* at, View routing, float* to, int tokens,
+                                                                                int top_k, int experts, int width, int rank) {
     Plan p = plan_at(at, tokens, top_k, experts);
-    int e = blockIdx.y, r0 = blockIdx.z * 8, column = blockIdx.x * 256 + threadIdx.x * 2, begin = p.offsets[e], end = p.offsets[e + 1];
+    int e = blockIdx.y, r0 = blockIdx.z * 8, begin = p.offsets[e], end = p.offsets[e + 1];
     if (begin == end) return;
+    int group = threadIdx.x / 128, lane = threadIdx.x % 128, column = blockIdx.x * 256 + lane * 2;
     bool inside = column < width;
     __shared__ float values[LORA_ROWS][8];
-    float sum[8][2] = {};
+    __shared__ float2 sums[LORA_GROUPS - 1][8][128];
+    auto value = [&](int from) {
+        if (from >= end) return 0.f;
+        float v = to_float(row(narrow, from)[r0 + threadIdx.x % 8]);
+        return routing.at ? v * to_float(row(routing, p.token_of[from])[e]) : v;
+    };
+    float sum[8][2] = {}, next = value(begin + threadIdx.x / 8);
     for (int first = begin; first < end; first += LORA_ROWS) {
         __syncthreads();
-        for (int i = threadIdx.x; i < LORA_ROWS * 8; i += 128) {
-            int from = first + i / 8;
-            float value = from < end ? to_float(row(narrow, from)[r0 + i % 8]) : 0.f;
-            if (routing.at && from < end) value *= to_float(row(routing, p.token_of[from])[e]);
-            values[i / 8][i % 8] = value;
-        }
+        values[threadIdx.x / 8][threadIdx.x % 8] = next;
         __syncthreads();
+        next = value(first + LORA_ROWS + threadIdx.x / 8);
         if (!inside) continue;
 #pragma unroll
-        for (int t = 0; t < LORA_ROWS; t += LORA_AT_ONCE) {
-            u32 pairs[LORA_AT_ONCE];
+        for (int i = 0; i < LORA_ROWS / LORA_GROUPS; i += LORA_AHEAD) {
+            int t = group * (LORA_ROWS / LORA_GROUPS) + i;
+            u32 pairs[LORA_AHEAD];
 #pragma unroll
-            for (int i = 0; i < LORA_AT_ONCE; i++) pairs[i] = first + t + i < end ? *(const u32*)(row(wide, first + t + i) + column) : 0;
+            for (int j = 0; j < LORA_AHEAD; j++) pairs[j] = first + t + j < end ? *(const u32*)(row(wide, first + t + j) + column) : 0;
 #pragma unroll
-            for (int i = 0; i < LORA_AT_ONCE; i++) {
-                float low = __uint_as_float(pairs[i] << 16), high = __uint_as_float(pairs[i] & 0xffff0000u);
+            for (int j = 0; j < LORA_AHEAD; j++) {
+                float low = __uint_as_float(pairs[j] << 16), high = __uint_as_float(pairs[j] & 0xffff0000u);
 #pragma unroll
-                for (int r = 0; r < 8; r++) sum[r][0] += values[t + i][r] * low, sum[r][1] += values[t + i][r] * high;
+                for (int r = 0; r < 8; r++) sum[r][0] += values[t + j][r] * low, sum[r][1] += values[t + j][r] * high;
             }
         }
     }
-    if (!inside) return;
+    if (group > 0)
+#pragma unroll
+        for (int r = 0; r < 8; r++) sums[group - 1][r][lane] = make_float2(sum[r][0], sum[r][1]);
+    __syncthreads();
+    if (group > 0 || !inside) return;
 #pragma unroll
     for (int r = 0; r < 8; r++) {
         float2* own = (float2*)(to + ((long long)e * rank + r0 + r) * width + column);
-        float2 before = *own;
-        *own = make_float2(before.x + sum[r][0], before.y + sum[r][1]);
+        float2 all = *own;
+        all.x += sum[r][0], all.y += sum[r][1];
+#pragma unroll
+        for (int g = 0; g < LORA_GROUPS - 1; g++) all.x += sums[g][r][lane].x, all.y += sums[g][r][lane].y;
+        *own = all;
     }
 }

@@ -46,8 +46,9 @@ const COUNTED: usize = 64;
 const _: () = assert!(TILE.is_multiple_of(COUNTED));
 const WARPS: usize = 8;
 
-/// Columns of a block of `experts_lora_vjp`.
+/// Columns of a block of `experts_lora_vjp`, and its threads.
 const LORA_COLUMNS: usize = 256;
+const LORA_THREADS: u32 = 512;
 
 /// Of gpt-oss, as `experts.cu` counts it.
 const SWIGLU_OAI: usize = 16;
@@ -445,12 +446,13 @@ impl Execute for LoraVjp {
         let (x, dy) = (rows_of(reads[0], x_ld), rows_of(writes[0], dy_ld));
         let (u, v) = (x.column(inputs), dy.column(outputs));
         own.start(on, (plan, stack.steps[1]), false, [outputs, rank], [dy, stack.sb, v])?;
+        on.gpu.mark("LoRA v of experts")?;
         let routing = reads.get(3).copied().unwrap_or(View { at: 0, ld: 0 });
         for (narrow, wide, width, to) in [(v, x, inputs, stack.gradients[0]), (u, dy, outputs, stack.gradients[1])] {
             let args = Args::default().with(narrow).with(wide).with(plan.at).with(routing).with(to);
             let args = own.sized(on, args).with(width as i32).with(rank as i32);
             let grid = [width.div_ceil(LORA_COLUMNS), own.count, rank / 8];
-            on.gpu.launch(on.kernels.get("experts_lora_vjp")?, grid, [LORA_COLUMNS as u32 / 2, 1, 1], 0, args)?;
+            on.gpu.launch(on.kernels.get("experts_lora_vjp")?, grid, [LORA_THREADS, 1, 1], 0, args)?;
         }
         Ok(())
     }

@@ -1,23 +1,29 @@
 //! Gemma 4: layers of two kinds with heads of their own, keys that are values too, a scalar for every layer; in the small models
-//! embeddings for every layer, and keys and values that later layers share.
+//! embeddings for every layer, and keys and values that later layers share; in 26B-A4B experts beside the MLP.
 //!
 //! What a layer leaves for later ones lies behind the residual stream: `[hidden | embeddings of all layers | keys and values]`.
 
-use dpo_plugin_api::builder::BlockBuilder;
+use dpo_plugin_api::builder::{BlockBuilder, Experts, Router, Scoring};
 use dpo_plugin_api::prelude::*;
 
 use crate::{WRAPPED, is_wrapped, name_wrapped};
 
 pub(crate) static GEMMA4: Family = Family {
     name: "gemma4",
-    summary: "Gemma 4 without experts: E2B, E4B, 12B, 31B; the text of the published models",
+    summary: "Gemma 4: E2B, E4B, 12B, 26B-A4B, 31B; the text of the published models",
     claims: &[
         "Gemma4ForCausalLM",
         "Gemma4ForConditionalGeneration",
         "Gemma4UnifiedForCausalLM",
         "Gemma4UnifiedForConditionalGeneration",
     ],
-    checkpoints: &["google/gemma-4-E2B-it", "google/gemma-4-E4B-it", "google/gemma-4-12B-it", "google/gemma-4-31B-it"],
+    checkpoints: &[
+        "google/gemma-4-E2B-it",
+        "google/gemma-4-E4B-it",
+        "google/gemma-4-12B-it",
+        "google/gemma-4-26B-A4B-it",
+        "google/gemma-4-31B-it",
+    ],
     example_config: include_str!("../configs/gemma4.json"),
     graph,
 };
@@ -55,6 +61,8 @@ struct Gemma4 {
     bias: bool,
     /// Whether keys of layers without a window are their values.
     k_eq_v: bool,
+    /// Experts beside the MLP, and which of them a token takes.
+    experts: Option<(Experts, Router)>,
     layers: Vec<Layer>,
     /// Columns and rows of an embedding for every layer.
     own: Option<(usize, usize)>,
@@ -77,9 +85,6 @@ fn graph(whole: &Config) -> Result<ModelGraph> {
     ]);
     // Images' tokens see each other, texts' do not.
     config.only("use_bidirectional_attention", &[json!("vision"), json!(false)])?;
-    if config.flag("enable_moe_block", false)? {
-        return bail!("config.json: enable_moe_block: experts are not computed by this family");
-    }
     let model = Gemma4::read(&config, whole)?;
     let tied = config.flag("tie_word_embeddings", true)?;
     let softcap = config.opt_float("final_logit_softcapping")?;
@@ -140,6 +145,7 @@ impl Gemma4 {
             activation: config.activation("hidden_activation", "gelu_tanh")?,
             bias: config.flag("attention_bias", false)?,
             k_eq_v,
+            experts: config.flag("enable_moe_block", false)?.then(|| experts(config)).transpose()?,
             layers,
             own: (width > 0).then_some((width, rows)),
             shared: 0,
@@ -261,7 +267,12 @@ impl Gemma4 {
         let h = b.norm(self.norm, "pre_feedforward_layernorm", x);
         let [gate, up] = ["mlp.gate_proj", "mlp.up_proj"].map(|module| b.linear(module, h, layer.ffn));
         let h = b.glu(&self.activation, gate, up);
-        let down = b.linear("mlp.down_proj", h, self.hidden);
+        let mut down = b.linear("mlp.down_proj", h, self.hidden);
+        if let Some(experts) = &self.experts {
+            let routed = self.experts(b, x, experts);
+            down = b.norm(self.norm, "post_feedforward_layernorm_1", down);
+            down = b.add(down, routed);
+        }
         let down = b.norm(self.norm, "post_feedforward_layernorm", down);
         let mut x = b.add(x, down);
         if let Some((width, _)) = self.own {
@@ -298,6 +309,17 @@ impl Gemma4 {
         }
     }
 
+    /// What experts make of the residual stream: `Gemma4TextRouter` and `Gemma4TextExperts`.
+    fn experts(&self, b: &mut BlockBuilder, x: Var, (experts, router): &(Experts, Router)) -> Var {
+        let h = b.norm_of(self.norm, "router.scale", x);
+        let h = b.scale(h, (self.hidden as f64).powf(-0.5));
+        let logits = b.linear("router.proj", h, experts.count);
+        let routing = b.route(logits, router);
+        let h = b.norm(self.norm, "pre_feedforward_layernorm_2", x);
+        let h = b.experts(h, routing, experts);
+        b.norm(self.norm, "post_feedforward_layernorm_2", h)
+    }
+
     /// What the attention adds, and the layer's own keys and values.
     fn attention(&self, b: &mut BlockBuilder, h: Var, stream: Var, layer: &Layer) -> (Var, Option<[Var; 2]>) {
         let (dim, narrow) = (layer.head_dim, layer.kv_heads * layer.head_dim);
@@ -325,4 +347,13 @@ impl Gemma4 {
         let mixed = b.attention(q, k, v, numbers.window(self.window.filter(|_| layer.slides)));
         (b.linear_if(self.bias, "self_attn.o_proj", mixed, self.hidden), own)
     }
+}
+
+fn experts(config: &Config) -> Result<(Experts, Router)> {
+    let (count, top_k) = (config.size("num_experts")?, config.size("top_k_experts")?);
+    let activation = config.activation("hidden_activation", "gelu_tanh")?;
+    let mut router = Router::new(Scoring::Softmax, top_k);
+    router.normalize = Some(0.0);
+    router.expert_scale = Some("router.per_expert_scale".into());
+    Ok((Experts::new("experts", count, top_k, config.size("moe_intermediate_size")?, &activation), router))
 }

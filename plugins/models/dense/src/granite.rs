@@ -2,8 +2,6 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::layer_bases;
-
 /// transformers, `modeling_granite.py`.
 fn multiply(decoder: &mut Decoder, config: &Config) -> Result<()> {
     let multiplier = |key: &str| Ok::<_, Error>(config.opt_float(key)?.unwrap_or(1.0));
@@ -82,12 +80,6 @@ fn granite_swa(config: &Config) -> Result<ModelGraph> {
     decoder.sinks = Some("self_attn.sinks");
     let sliding = config.sliding_layers(decoder.layers.len(), |layer| !layer.is_multiple_of(4))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    if let Some(bases) = layer_bases(&config, decoder.layers.len())? {
-        if let Some(rule) = config.opt_object("rope_parameters")? {
-            rule.only("rope_type", &[json!("default")])?;
-        }
-        let (dim, layers) = (decoder.head_dim, decoder.layers.iter_mut());
-        layers.zip(bases).for_each(|(layer, base)| layer.rope = (base != 0.0).then(|| Rope::plain(dim, base)));
-    }
+    decoder.layer_ropes(&config)?;
     decoder.graph(&config)
 }

@@ -57,16 +57,6 @@ fn name_wrapped(graph: &mut GraphBuilder) {
     }
 }
 
-/// The base of every layer's rotary embedding, 0 for none, where the config has them.
-fn layer_bases(config: &Config, layers: usize) -> Result<Option<Vec<f64>>> {
-    let Some(list) = config.get("layer_rope_theta") else { return Ok(None) };
-    let bases: Option<Vec<f64>> = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
-    match bases.filter(|bases| bases.len() == layers) {
-        Some(bases) => Ok(Some(bases)),
-        None => bail!("config.json: layer_rope_theta is no list of {layers} numbers"),
-    }
-}
-
 plugin! {
     models: [
         &mistral::MISTRAL, &mistral::MINISTRAL, &mistral::MINISTRAL3,

@@ -2,7 +2,7 @@
 
 use dpo_plugin_api::prelude::*;
 
-use crate::{WRAPPED, layer_bases, name_wrapped};
+use crate::{WRAPPED, name_wrapped};
 
 pub(crate) static MUSE_GLIMMER: Family = Family {
     name: "muse_glimmer",
@@ -49,16 +49,11 @@ fn muse_glimmer(whole: &Config) -> Result<ModelGraph> {
     let last = decoder.layers.len() - 1;
     let sliding = config.sliding_layers(last + 1, |layer| !(last - layer).is_multiple_of(4))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    let bases = layer_bases(&config, last + 1)?;
-    let dim = decoder.head_dim;
-    for (at, layer) in decoder.layers.iter_mut().enumerate() {
-        match bases.as_ref().map(|bases| bases[at]) {
-            Some(0.0) => layer.rope = None,
-            Some(theta) => layer.rope = Some(Rope::plain(dim, theta)),
-            None if (last - at).is_multiple_of(4) => layer.rope = None,
-            None => {}
-        }
+    if config.get("layer_rope_theta").is_none() {
+        let layers = decoder.layers.iter_mut().enumerate();
+        layers.filter(|(at, _)| (last - at).is_multiple_of(4)).for_each(|(_, layer)| layer.rope = None);
     }
+    decoder.layer_ropes(&config)?;
     let mut graph = decoder.build()?;
     name_wrapped(&mut graph);
     graph.finish(whole)

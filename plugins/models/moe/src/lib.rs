@@ -1,11 +1,13 @@
 //! Decoders with experts, of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from
 //! a Llama.
 
+mod afmoe;
 mod deepseek;
 mod ernie;
 mod glm;
 mod gpt_oss;
 mod granite;
+mod hunyuan;
 mod mixtral;
 mod olmoe;
 mod qwen;
@@ -45,7 +47,8 @@ plugin! {
         &deepseek::DEEPSEEK_V2, &deepseek::DEEPSEEK_V3, &deepseek::GLM4_MOE_LITE,
         &ernie::ERNIE4_5_MOE,
         &gpt_oss::GPT_OSS,
-        &granite::GRANITEMOE,
+        &granite::GRANITEMOE, &granite::GRANITEMOE_SWA,
+        &hunyuan::HUNYUAN_MOE, &afmoe::AFMOE,
         &sigmoid::HY_V3, &sigmoid::EXAONE_MOE, &sigmoid::DOTS1, &sigmoid::SOLAR_OPEN
     ]
 }
@@ -76,6 +79,9 @@ mod tests {
             (&ernie::ERNIE4_5_MOE, [28, 27, 64, 6, 21]),
             (&gpt_oss::GPT_OSS, [24, 24, 32, 4, 20]),
             (&granite::GRANITEMOE, [32, 32, 40, 8, 3]),
+            (&granite::GRANITEMOE_SWA, [32, 32, 40, 8, 3]),
+            (&hunyuan::HUNYUAN_MOE, [32, 32, 64, 8, 80]),
+            (&afmoe::AFMOE, [32, 30, 128, 8, 26]),
             (&sigmoid::HY_V3, [80, 79, 192, 8, 295]),
             (&sigmoid::EXAONE_MOE, [48, 47, 128, 8, 236]),
             (&sigmoid::DOTS1, [62, 61, 128, 6, 142]),
