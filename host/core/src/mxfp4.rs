@@ -48,12 +48,12 @@ fn quantize_block(values: &[f32], codes: &mut [u8]) -> u8 {
     // By their bits, of which those of NaN are the highest.
     let largest = f32::from_bits(values.iter().map(|value| value.abs().to_bits()).max().unwrap_or(0));
     // The next power of two, unless it is one.
-    let exponent = ((largest / MOST).to_bits() + 0x7f_ffff) >> 23;
-    let scale = scale(exponent as u8);
+    let exponent = (((largest / MOST).to_bits() + 0x7f_ffff) >> 23).min(255) as u8;
+    let scale = scale(exponent);
     for (to, pair) in codes.iter_mut().zip(values.chunks(2)) {
         *to = pair.iter().enumerate().fold(0, |byte, (at, value)| byte | code(value / scale) << (4 * at));
     }
-    exponent as u8
+    exponent
 }
 
 fn code(value: f32) -> u8 {
