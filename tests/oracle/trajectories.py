@@ -10,6 +10,7 @@ import functools, importlib.metadata, json, os, random, shutil, sys, zlib
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
@@ -94,6 +95,8 @@ MOE = {
     "gpt_oss": ("gpt_oss", dict(head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size=24, sliding_window=12, swiglu_limit=0.5,
         layer_types=[SLIDING, FULL], rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
         original_max_position_embeddings=128))),
+    "gpt_oss-mxfp4": ("gpt_oss", dict(head_dim=12, num_local_experts=4, num_experts_per_tok=2, intermediate_size=32, sliding_window=12, swiglu_limit=0.5,
+        layer_types=[SLIDING, FULL])),
     "granitemoe": ("granitemoe", dict(num_local_experts=4, num_experts_per_tok=2, intermediate_size=16, embedding_multiplier=6.0, logits_scaling=4.0,
         residual_multiplier=0.5, attention_multiplier=0.1)),
     "hy_v3": ("hy_v3", dict(EXPERTS, num_experts=6, num_shared_experts=1, head_dim=12)),
@@ -231,6 +234,19 @@ def tokenizer(folder, rng):
     return fast
 
 
+def in_mxfp4(folder):
+    """Experts of random codes, in the files that gpt-oss is published in."""
+    tensors = load_file(f"{folder}/model.safetensors")
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(121, 125, (experts, outputs, inputs // 32), dtype=torch.uint8)
+    save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    quantization = dict(quant_method="mxfp4", modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"])
+    config = json.load(open(f"{folder}/config.json")) | {"quantization_config": quantization}
+    json.dump(config, open(f"{folder}/config.json", "w"), indent=1)
+
+
 def rows(rng, count):
     say = lambda a, b: " ".join(rng.choices(WORDS, k=rng.randint(a, b)))
     for _ in range(count):
@@ -258,6 +274,7 @@ def main():
         # The dense families' files are half as large: a checkpoint in bf16, as published ones are.
         (base.to(torch.bfloat16) if name in DENSE | MOE | HYBRID | LATENTS | LATER else base).save_pretrained(f"{folder}/model")
         base.float()
+        if name.endswith("mxfp4"): in_mxfp4(f"{folder}/model")
         if kind in PUBLISHED:
             path = f"{folder}/model/config.json"
             config = json.load(open(path)) | {"architectures": [PUBLISHED[kind]]}
@@ -334,8 +351,11 @@ def quantized(base):
 def run(folder, case, settings, split, tok):
     settings = dict(settings)
     quantization = settings.pop("quantization", None)
-    wrapped = "text_config" in json.load(open(f"{folder}/model/config.json"))
+    stated = json.load(open(f"{folder}/model/config.json"))
+    wrapped = "text_config" in stated
     base = (AutoModelForImageTextToText if wrapped else AutoModelForCausalLM).from_pretrained(f"{folder}/model", dtype=torch.float32)
+    # What mxfp4 stands for, transformers has in bf16.
+    if "quantization_config" in stated: base.float()
     if quantization: base = quantized(base)
     model = PeftModel.from_pretrained(base, f"{folder}/init_adapter", is_trainable=True)
     # TRL rounds A and B of a model that says so to bf16.
@@ -378,7 +398,8 @@ def run(folder, case, settings, split, tok):
         args |= {"loss_type": [loss], "beta": settings.get("beta", None if other == "sft" else 0.1), "options": options}
     named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
              **{k: args[k] for k in ("options", "use_weighting") if k in args}, **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
-    expected = {"args": named | ({"quantization": quantization} if quantization else {}), "steps": steps}
+    kept = quantization or stated.get("quantization_config", {}).get("quant_method")
+    expected = {"args": named | ({"quantization": kept} if kept else {}), "steps": steps}
     if not case:
         # What the base model says after the first row's chosen answer.
         first = trainer.train_dataset[0]

@@ -9,6 +9,7 @@ use dpo_core::base::Base;
 use dpo_core::engine::Engine;
 use dpo_core::lora::{Adapter, AdapterConfig, Targets};
 use dpo_core::ops::KvCache;
+use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::weights::{Checkpoint, read_f32};
 use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
@@ -179,10 +180,27 @@ fn experts_in_mxfp4_are_read_and_merged_to_bf16() {
         assert!(values(&one) == values(&other), "{prefix}{}", weight.tensor);
     }
     let flags = ["--target-modules", "q_proj", "--target-parameters", "mlp.experts.down_proj"];
-    let runs = [s.path("run-plain"), s.path("run-mxfp4")];
-    let steps =
-        [(&plain, &runs[0]), (&packed, &runs[1])].map(|(model, output)| trained(&s, model, "gpt_oss", output, &flags));
-    assert!(steps[0] == steps[1]);
+    let (mxfp4, runs) = (["--quantization", "mxfp4"], [s.path("run-plain"), s.path("run-mxfp4")]);
+    // The codes as they are published, bf16 of them, and their values rounded to where they are.
+    let kept = [
+        (&packed, &runs[1], &mxfp4[..]),
+        (&packed, &s.path("run-whole"), &[]),
+        (&plain, &s.path("run-rounded"), &mxfp4),
+    ];
+    let expected = trained(&s, &plain, "gpt_oss", &runs[0], &flags);
+    for (model, output, more) in kept {
+        assert!(trained(&s, model, "gpt_oss", output, &[&flags[..], more].concat()) == expected, "{model} {more:?}");
+    }
+    for (prefix, weight) in graph.weights().filter(|(_, weight)| weight.shape.len() == 3) {
+        let file = safetensors::load(Path::new(&packed).join("model.safetensors"), &Device::Cpu).unwrap();
+        let published = ["_blocks", "_scales"].map(|part| {
+            let tensor = &file[&format!("{prefix}{}{part}", weight.tensor)];
+            tensor.flatten_all().unwrap().to_vec1::<u8>().unwrap()
+        });
+        let bytes = other.load_packed(prefix, weight, Quantization::Mxfp4).unwrap();
+        assert!(bytes == published.concat(), "{prefix}{}", weight.tensor);
+        assert_eq!(bytes.len(), Numbers::Mxfp4.bytes_of(&weight.shape));
+    }
     let merged = [s.path("merged-plain"), s.path("merged-mxfp4")];
     for ((model, run), merged) in [&plain, &packed].into_iter().zip(&runs).zip(&merged) {
         s.ok(&["merge", "--model", model, "--adapter", run, "--output-dir", merged]);
@@ -273,13 +291,19 @@ fn all_linear_leaves_experts_and_routers_as_they_are() {
 fn a_base_of_experts_is_quantised_and_planned() {
     let (s, model) = (sandbox(), case("qwen3_moe", "model"));
     let base = sums(&s, "qwen3_moe", &[&model]);
-    for kind in ["fp8", "nf4"] {
+    for kind in ["fp8", "nf4", "mxfp4"] {
         let kept = sums(&s, "qwen3_moe", &[&model, "--quantization", kind]);
         let apart = (kept[0] - base[0]).abs() / base[0].abs();
         assert!(apart > 1e-6 && apart < 0.1, "{kind}: {kept:?} {base:?}");
     }
     let told = s.ok(&["plan", "--model", &model, "--device", "cpu"]).stdout;
     assert!(told.contains("weights"), "{told}");
+    let plan =
+        |memory: &str| s.ok(&["plan", "--model", "gpt-oss-20b", "--device", "cpu", "--gpu-memory", memory]).stdout;
+    // What is published small stays so where bf16's values do not fit.
+    assert!(plan("30GiB").contains("mxfp4 weights") && !plan("120GiB").contains("mxfp4"), "{}", plan("30GiB"));
+    let dense = ["plan", "--device", "cpu", "--model", "qwen2.5-0.5b", "--quantization", "mxfp4"];
+    s.refuses(&dense, &["mxfp4 is for experts, which the model has not", "take nf4 or fp8"]);
 }
 
 /// Token by token with the KV cache, and all at once.

@@ -113,7 +113,7 @@ fn made_whole(s: &Sandbox, folder: &Path, kind: Quantization) -> String {
     let mut tensors = candle_core::safetensors::load(folder.join("model.safetensors"), &Device::Cpu).unwrap();
     for (block, prefix, nodes) in blocks(&graph) {
         for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
-            if is_quantized(block, node, weight) {
+            if is_quantized(kind.numbers(), block, node, weight) {
                 let tensor = tensors.get_mut(&format!("{prefix}{}", weight.tensor)).unwrap();
                 let values = tensor.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
                 let values: Vec<f32> = values.flatten_all().unwrap().to_vec1().unwrap();
@@ -157,7 +157,8 @@ fn answers_come_from_the_quantised_base() {
     let graph = model(&folder).graph;
     let adapter = || Some(Adapter::load(&graph, &Path::new(&case("qwen2")).join("final_adapter")).unwrap());
     let checkpoint = |folder: &Path| Checkpoint::of(folder, &graph).unwrap();
-    let mut quantised = CpuDecoder::load(&graph, &checkpoint(&folder), adapter(), Some(Quantization::Nf4)).unwrap();
+    let options = MemoryOptions { quantization: Some(Quantization::Nf4), ..MemoryOptions::default() };
+    let mut quantised = CpuDecoder::load(&graph, &checkpoint(&folder), adapter(), options).unwrap();
     assert_eq!(quantised.name(), "cpu float32, base in nf4");
     let base = Base::load(&graph, &checkpoint(Path::new(&whole))).unwrap();
     let mut plain = CpuDecoder::of(Engine::new(graph.clone(), base, adapter().unwrap()).unwrap()).unwrap();
@@ -179,7 +180,12 @@ fn a_plan_counts_codes_and_scales() {
     let mut shapes = Vec::new();
     for (block, _, nodes) in blocks(&graph) {
         for node in nodes {
-            shapes.extend(node.weights.iter().filter(|w| is_quantized(block, node, w)).map(|w| w.shape.clone()));
+            shapes.extend(
+                node.weights
+                    .iter()
+                    .filter(|w| is_quantized(Quantization::Nf4.numbers(), block, node, w))
+                    .map(|w| w.shape.clone()),
+            );
         }
     }
     let values: usize = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
@@ -277,7 +283,7 @@ fn saved_by_bitsandbytes(s: &Sandbox, folder: &Path) -> String {
     let mut matrices = BTreeSet::new();
     for (block, prefix, nodes) in blocks(&graph) {
         for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
-            if is_quantized(block, node, weight) {
+            if is_quantized(Quantization::Nf4.numbers(), block, node, weight) {
                 matrices.insert(format!("{prefix}{}", weight.tensor));
             }
         }

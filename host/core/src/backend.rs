@@ -154,7 +154,7 @@ impl Backend for Cpu {
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
         note_offload(options);
-        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter, options.quantization)?))
+        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter, options)?))
     }
 }
 

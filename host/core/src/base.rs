@@ -64,8 +64,7 @@ impl Base {
         quantization: Option<Quantization>,
         parts: Option<Box<dyn Shards>>,
     ) -> Result<Base> {
-        let (weights, blocks) = every(graph, |prefix, weight, quantized| {
-            let quantization = quantization.filter(|_| quantized);
+        let (weights, blocks) = every(graph, quantization, |prefix, weight, quantization| {
             let parts = parts.as_deref().filter(|_| shards(weight));
             if quantization.is_none() && parts.is_none() {
                 return Ok(Kept::Whole(whole(checkpoint, prefix, weight)?));
@@ -128,22 +127,27 @@ impl Base {
     }
 }
 
-/// Every weight of a graph, tied ones once, and where blocks find theirs. `load` is told whether it is one that a quantisation is for.
-fn every<T>(graph: &ModelGraph, mut load: impl FnMut(&str, &Weight, bool) -> Result<T>) -> Result<(Vec<T>, Places)> {
+/// Every weight of a graph, tied ones once, and where blocks find theirs. `load` is told the quantisation of those that it is for.
+fn every<T>(
+    graph: &ModelGraph,
+    quantization: Option<Quantization>,
+    mut load: impl FnMut(&str, &Weight, Option<Quantization>) -> Result<T>,
+) -> Result<(Vec<T>, Places)> {
     let (mut weights, mut known) = (Vec::new(), HashMap::new());
-    let mut place = |prefix: &str, weight: &Weight, quantized: bool| {
+    let mut place = |prefix: &str, weight: &Weight, quantization: Option<Quantization>| {
         let name = format!("{prefix}{}", weight.tensor);
         if let Some(at) = known.get(&name) {
             return Ok(*at);
         }
-        weights.push(load(prefix, weight, quantized)?);
+        weights.push(load(prefix, weight, quantization)?);
         known.insert(name, weights.len() - 1);
         Ok(weights.len() - 1)
     };
     let mut all = HashMap::new();
     for (id, prefix, nodes) in blocks(graph) {
         let of_node = |n: &Node| {
-            n.weights.iter().map(|w| place(prefix, w, is_quantized(id, n, w))).collect::<Result<Vec<usize>>>()
+            let own = |w: &Weight| quantization.filter(|kind| is_quantized(kind.numbers(), id, n, w));
+            n.weights.iter().map(|w| place(prefix, w, own(w))).collect::<Result<Vec<usize>>>()
         };
         all.insert(id, nodes.iter().map(of_node).collect::<Result<Vec<_>>>()?);
     }

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::memory::{free_memory, size};
 use crate::ops::KvCache;
-use crate::plan::weights;
+use crate::plan::{MemoryOptions, weights};
 use crate::storage::Quantization;
 use crate::weights::Checkpoint;
 
@@ -31,13 +31,17 @@ impl CpuDecoder {
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
         adapter: Option<Adapter>,
-        quantization: Option<Quantization>,
+        options: MemoryOptions,
     ) -> Result<CpuDecoder> {
-        let needs = match quantization {
-            None => checkpoint.kept_bytes(graph)?,
-            Some(kind) => weights(graph, Some(kind), 1),
+        let needs = |quantization: Option<Quantization>| match quantization {
+            None => checkpoint.kept_bytes(graph),
+            Some(kind) => Ok(weights(graph, Some(kind), 1)),
         };
         let free = free_memory().unwrap_or(usize::MAX);
+        // What is published small stays so where it does not fit otherwise.
+        let published = options.published.filter(|_| needs(None).is_ok_and(|needs| needs > free));
+        let quantization = options.quantization.or(published);
+        let needs = needs(quantization)?;
         if needs > free {
             let (needs, free) = (size(needs), size(free));
             return Err(Error::input(format!("the weights take {needs}, there are {free}"))

@@ -19,6 +19,7 @@ use crate::ops::lm_head::{self, Projection};
 use crate::ops::{self, Call, Dropout, Gradients, Kernel, KvCache, Lora};
 use crate::predictors;
 use crate::progress;
+use crate::storage::Quantization;
 use crate::weights::BlockId;
 
 /// Columns of a model that keep a thread busy: on 16 cores a model of 192 takes twice as long with all of them as with 4.
@@ -159,7 +160,9 @@ impl Engine {
 
     /// How it computes, as [`Device::name`](crate::device::Device::name) has it.
     pub fn name(&self) -> String {
-        let quantization = self.base.quantization().map(|kind| format!(", base in {}", kind.name()));
+        // Of mxfp4 a checkpoint may have the very values; then it is no other arithmetic.
+        let rounded = self.base.quantization().filter(|kind| *kind != Quantization::Mxfp4);
+        let quantization = rounded.map(|kind| format!(", base in {}", kind.name()));
         format!("cpu float32{}", quantization.unwrap_or_default())
     }
 

@@ -19,6 +19,7 @@ pub mod graph;
 pub mod logprobs;
 pub mod lora;
 pub mod memory;
+pub mod mxfp4;
 pub mod nf4;
 pub mod ops;
 pub mod optimizer;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{ModelGraph, Node};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -56,6 +56,8 @@ pub struct MemoryOptions {
     pub shard_base: Option<bool>,
     /// What the layers' frozen matrices are kept as; by default as the device computes.
     pub quantization: Option<Quantization>,
+    /// What a checkpoint has them as that may stay so, where a device computes the same with it: a plan says whether it does.
+    pub published: Option<Quantization>,
     /// Whether the layers' frozen weights are in host memory.
     pub offload_base: Option<bool>,
     /// The packing of the run that is resumed: it is used, or the plan is refused with the numbers.
@@ -77,6 +79,24 @@ pub struct Packing {
     /// Rows of a layer at once, where a longer batch is computed in chunks.
     #[serde(default)]
     pub chunk_rows: Option<usize>,
+}
+
+impl MemoryOptions {
+    /// For a model whose checkpoint has matrices as such numbers, where bf16 has the same values.
+    ///
+    /// # Errors
+    /// A quantisation that is for none of the model's weights.
+    pub fn of_model(self, graph: &ModelGraph, published: Option<Quantization>) -> Result<MemoryOptions> {
+        if let Some(kind) = self.quantization {
+            let of_node = |id, node: &Node| node.weights.iter().any(|w| is_quantized(kind.numbers(), id, node, w));
+            if !blocks(graph).any(|(id, _, nodes)| nodes.iter().any(|node| of_node(id, node))) {
+                return Err(Error::input(format!("{} is for experts, which the model has not", kind.name()))
+                    .at("--quantization")
+                    .help("take nf4 or fp8"));
+            }
+        }
+        Ok(MemoryOptions { published: self.published.filter(|kind| Some(*kind) == published), ..self })
+    }
 }
 
 impl Packing {
@@ -101,6 +121,14 @@ impl Plan {
         parts: usize,
         options: MemoryOptions,
     ) -> Result<Plan> {
+        if let (Some(kind), None) = (options.published, options.quantization) {
+            let [whole, kept] = [None, Some(kind)].map(|quantization| {
+                let options = MemoryOptions { quantization, published: None, ..options };
+                move || Plan::new(graph, adapter, longest, parts, options)
+            });
+            // To dequantise takes time; but what ranks share is the same on all of them.
+            return if parts > 1 { kept() } else { whole().or_else(|_| kept()) };
+        }
         let available = options.limit.or_else(free_memory).unwrap_or(usize::MAX);
         let quantization = options.quantization;
         let [weights, whole] = [parts, 1].map(|parts| weights(graph, quantization, parts));
@@ -188,7 +216,7 @@ pub(crate) fn weights(graph: &ModelGraph, quantization: Option<Quantization>, pa
     for (id, prefix, nodes) in blocks(graph) {
         let mut made = 0;
         for (node, weight) in nodes.iter().flat_map(|n| n.weights.iter().map(move |w| (n, w))) {
-            let quantization = quantization.filter(|_| is_quantized(id, node, weight));
+            let quantization = quantization.filter(|kind| is_quantized(kind.numbers(), id, node, weight));
             let numbers = quantization.map_or(Numbers::F32, Quantization::numbers);
             let storage = Storage::of(weight, numbers, parts);
             if quantization.is_some() || storage.is_sharded() {

@@ -4,7 +4,7 @@ use dpo_plugin_api::graph::Weight;
 use serde::Serialize;
 
 use crate::nf4::Nf4;
-use crate::{fp8, nf4};
+use crate::{fp8, mxfp4, nf4};
 
 /// How a frozen weight is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -27,6 +27,8 @@ pub enum Numbers {
     Fp8,
     /// The codes and scales of [`nf4`].
     Nf4,
+    /// Those of [`mxfp4`].
+    Mxfp4,
 }
 
 /// What frozen matrices of layers are kept as where they are smaller than what a device computes in. Embeddings, the head, norms,
@@ -38,6 +40,8 @@ pub enum Quantization {
     Fp8,
     /// 4-bit NormalFloat (QLoRA, arXiv 2305.14314) in blocks of 64, with double quantisation.
     Nf4,
+    /// OCP's mxfp4 in blocks of 32: experts alone, as gpt-oss is published.
+    Mxfp4,
 }
 
 /// Where values are kept.
@@ -59,7 +63,7 @@ impl Numbers {
             Numbers::F32 => values * 4,
             Numbers::Bf16 => values * 2,
             Numbers::Fp8 => values,
-            Numbers::Nf4 => values.div_ceil(2),
+            Numbers::Nf4 | Numbers::Mxfp4 => values.div_ceil(2),
         }
     }
 
@@ -70,6 +74,7 @@ impl Numbers {
             Numbers::F32 | Numbers::Bf16 => self.bytes(values),
             Numbers::Fp8 => values + 4 * (values / columns(shape)),
             Numbers::Nf4 => Nf4::bytes(values),
+            Numbers::Mxfp4 => mxfp4::bytes(values / columns(shape), columns(shape)),
         }
     }
 }
@@ -80,6 +85,7 @@ impl Quantization {
         match self {
             Quantization::Fp8 => Numbers::Fp8,
             Quantization::Nf4 => Numbers::Nf4,
+            Quantization::Mxfp4 => Numbers::Mxfp4,
         }
     }
 
@@ -88,6 +94,7 @@ impl Quantization {
         match self {
             Quantization::Fp8 => "fp8",
             Quantization::Nf4 => "nf4",
+            Quantization::Mxfp4 => "mxfp4",
         }
     }
 
@@ -95,6 +102,7 @@ impl Quantization {
     pub fn pack(self, shape: &[usize], values: &[f32]) -> Vec<u8> {
         match self {
             Quantization::Nf4 => nf4::quantize(values).to_bytes(),
+            Quantization::Mxfp4 => mxfp4::quantize_rows(values, columns(shape)).to_bytes(),
             Quantization::Fp8 => {
                 let (mut bytes, scales) = fp8::quantize_rows(values, columns(shape));
                 bytes.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
@@ -103,11 +111,17 @@ impl Quantization {
         }
     }
 
-    /// The values of a matrix that was [packed](Self::pack): of nf4 in bf16's steps, as a GPU computes with them; of fp8 as they are.
+    /// The values of a matrix that was [packed](Self::pack): of nf4 and mxfp4 in bf16's steps, as a GPU computes with them; of fp8 as they
+    /// are.
     pub fn unpack(self, shape: &[usize], bytes: &[u8]) -> Vec<f32> {
         let mut values = vec![0.0; shape.iter().product()];
         match self {
             Quantization::Nf4 => Nf4::of_bytes(values.len(), bytes).dequantize(&mut values),
+            Quantization::Mxfp4 => {
+                let blocks = values.len() / columns(shape) * columns(shape).div_ceil(mxfp4::BLOCK);
+                let (codes, scales) = bytes.split_at(blocks * mxfp4::BYTES);
+                mxfp4::dequantize_rows(codes, scales, columns(shape), &mut values);
+            }
             Quantization::Fp8 => {
                 let (codes, scales) = bytes.split_at(values.len());
                 let scales: Vec<f32> = scales.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();

@@ -19,7 +19,7 @@ use crate::lora::{Adapter, AdapterConfig, Init, Patterns, Targets, is_parameter}
 use crate::predictors::gather_predictors;
 use crate::storage::Numbers;
 use crate::weights::{blocks, is_quantized};
-use crate::{fp8, nf4};
+use crate::{fp8, mxfp4, nf4};
 
 mod experts;
 mod families;
@@ -497,8 +497,18 @@ pub fn given_as(name: &str, shape: &[usize], numbers: Numbers) -> Vec<f32> {
             fp8::dequantize_rows(&codes, &scales, columns, &mut values);
         }
         Numbers::Nf4 => nf4::quantize(&values).dequantize(&mut values),
+        Numbers::Mxfp4 => {
+            let columns = shape.last().copied().unwrap_or(1);
+            let packed = mxfp4::quantize_rows(&values, columns);
+            mxfp4::dequantize_rows(&packed.codes, &packed.scales, columns, &mut values);
+        }
     }
     values
+}
+
+/// [`given`], matrices of experts with values that mxfp4 has, so that it keeps them.
+pub fn given_in_mxfp4(name: &str, shape: &[usize]) -> Vec<f32> {
+    given_as(name, shape, if shape.len() == 3 { Numbers::Mxfp4 } else { Numbers::Bf16 })
 }
 
 /// An engine over the same.
@@ -509,7 +519,7 @@ pub fn engine_as(graph: &ModelGraph, adapter: Adapter, numbers: Numbers) -> Resu
     };
     let of = blocks(graph).map(|(id, prefix, nodes)| {
         let of_node = |n: &dpo_plugin_api::graph::Node| -> Result<Vec<Tensor>> {
-            let kept = |w: &Weight| if is_quantized(id, n, w) { numbers } else { Numbers::Bf16 };
+            let kept = |w: &Weight| if is_quantized(numbers, id, n, w) { numbers } else { Numbers::Bf16 };
             n.weights.iter().map(|w| tensor(format!("{prefix}{}", w.tensor), &w.shape, kept(w))).collect()
         };
         nodes.iter().map(of_node).collect::<Result<Vec<_>>>()

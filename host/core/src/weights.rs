@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::memory::in_huge_pages;
+use crate::mxfp4::Mxfp4;
 use crate::nf4::Nf4;
 use crate::progress;
 use crate::quantized::{self, Method, Parts};
@@ -312,11 +313,16 @@ impl Checkpoint {
         }
     }
 
-    /// A weight, quantised: from what a checkpoint has in nf4 already, or from values that are rounded to bf16, as they are for a
+    /// A weight, quantised: what a checkpoint has in these numbers already, or from values that are rounded to bf16, as they are for a
     /// model in bf16.
     pub fn load_packed(&self, prefix: &str, weight: &Weight, kind: Quantization) -> Result<Vec<u8>> {
-        if let (Quantization::Nf4, Some(nf4)) = (kind, self.nf4(prefix, weight)?) {
-            return Ok(nf4.to_bytes());
+        let published = match kind {
+            Quantization::Nf4 => self.nf4(prefix, weight)?.map(|nf4| nf4.to_bytes()),
+            Quantization::Mxfp4 => self.mxfp4(prefix, weight)?.map(|mxfp4| mxfp4.to_bytes()),
+            Quantization::Fp8 => None,
+        };
+        if let Some(bytes) = published {
+            return Ok(bytes);
         }
         let tensor = self.load(prefix, weight)?.to_dtype(DType::BF16)?.to_dtype(DType::F32)?;
         Ok(kind.pack(&weight.shape, &tensor.flatten_all()?.to_vec1()?))
@@ -331,6 +337,24 @@ impl Checkpoint {
             Place::Whole(Held::Quantized { method, parts, .. }) => {
                 method.nf4(&self.stored(parts)).map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))
             }
+            Place::Whole(_) | Place::Parts(..) => Ok(None),
+        }
+    }
+
+    /// The codes and scales of experts that the checkpoint has in mxfp4.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn mxfp4(&self, prefix: &str, weight: &Weight) -> Result<Option<Mxfp4>> {
+        match self.place(prefix, weight)? {
+            Place::Parts(Assembly { transposed: true, .. }, held) => match held.as_slice() {
+                [held @ Held::Quantized { method, parts, .. }] => {
+                    let packed = method.mxfp4(&self.stored(parts));
+                    self.leave_held(held);
+                    packed.map_err(|e| e.at(format!("tensor '{}'", self.name(prefix, weight))))
+                }
+                _ => Ok(None),
+            },
             Place::Whole(_) | Place::Parts(..) => Ok(None),
         }
     }
@@ -507,11 +531,13 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
         .chain([(BlockId::Head, "", head), (BlockId::Projection, "", projection)])
 }
 
-/// Whether `--quantization` is for a weight: the matrices of a layer's linears and experts, but for routers, which are no linears of PyTorch,
-/// and for what makes a column or two, such as the gate of a shared expert: a GPU's kernels go by eight.
-pub fn is_quantized(block: BlockId, node: &Node, weight: &Weight) -> bool {
+/// Whether a weight is kept as such numbers where layers are: the matrices of a layer's linears, but for those of mxfp4, and experts; but
+/// not routers, which are no linears of PyTorch, and what makes a column or two, such as the gate of a shared expert: a GPU's kernels go
+/// by eight.
+pub fn is_quantized(numbers: Numbers, block: BlockId, node: &Node, weight: &Weight) -> bool {
+    let of_linears = numbers != Numbers::Mxfp4;
     let matrices: &[&str] = match node.op.as_str() {
-        "linear" if is_module(node) && node.width.is_multiple_of(8) => &["weight"],
+        "linear" if of_linears && is_module(node) && node.width.is_multiple_of(8) => &["weight"],
         "experts" => &["gate_up", "up", "down"],
         _ => &[],
     };

@@ -10,14 +10,15 @@ use super::arena::Arena;
 use super::gpu::{Address, Gpu, Memory, Pinned, View};
 use super::kernels::Kernels;
 use super::lowered::{Lowered, projection, table_values};
-use super::ops::{fp8, nf4};
+use super::ops::{fp8, mxfp4, nf4};
 use super::optimizer::{Group, Part, random};
 use super::plan::GpuPlan;
 use super::program::Program;
-use super::weights::{BlockWeights, LayerStore, LoadedFp8, LoadedNf4, Matrix, NUMBERS, Stack};
+use super::weights::{BlockWeights, LayerStore, LoadedFp8, LoadedMxfp4, LoadedNf4, Matrix, NUMBERS, Stack};
 use dpo_core::error::{Error, Result};
 use dpo_core::fp8::{MAX, quantize_rows};
 use dpo_core::lora::Adapter;
+use dpo_core::mxfp4::{Mxfp4, quantize_rows as mxfp4_rows};
 use dpo_core::nf4::{Nf4, quantize};
 use dpo_core::storage::Place;
 use dpo_core::weights::{BlockId, Checkpoint, blocks};
@@ -56,6 +57,9 @@ const RANDOM_SCALES: [f32; 2] = [0.01, 0.05];
 
 /// Of random codes of e4m3, the largest magnitude: a deviation of 0.02.
 const RANDOM_LARGEST: f32 = 0.035;
+
+/// Of random codes of mxfp4, the exponent of a scale plus 127: a deviation of 0.023.
+const RANDOM_EXPONENT: u8 = 120;
 
 /// Bytes that go to the GPU at once.
 const STAGE: usize = 64 << 20;
@@ -335,6 +339,9 @@ impl Loader<'_> {
             if let Matrix::Fp8(w) = &loaded.w {
                 self.fp8(prefix, nodes, stack, w)?;
             }
+            if let Matrix::Mxfp4(w) = &loaded.w {
+                self.mxfp4(prefix, nodes, stack, w)?;
+            }
             for member in &stack.members {
                 let node = &nodes[member.node];
                 if let Matrix::Bf16(whole) = &loaded.w {
@@ -396,6 +403,35 @@ impl Loader<'_> {
             to.zip(&scales).for_each(|(to, scale)| to.copy_from_slice(&scale.to_le_bytes()));
         }
         self.gpu.upload(&bytes, w.codes)
+    }
+
+    /// The same of one in mxfp4.
+    fn mxfp4(&mut self, prefix: &str, nodes: &[Node], stack: &Stack, w: &LoadedMxfp4) -> Result<()> {
+        let layout = stack.mxfp4();
+        if matches!(self.source, Source::Random) {
+            self.seed += 1;
+            mxfp4::random(self.gpu, self.kernels, (w.codes, layout.codes.len()), self.seed)?;
+            return self.gpu.upload(&vec![RANDOM_EXPONENT; layout.scales.len()], w.scales);
+        }
+        let mut bytes = vec![0; layout.bytes()];
+        for member in &stack.members {
+            let values = self.mxfp4_of(prefix, weight(&nodes[member.node], member.role)?)?;
+            layout.write(&mut bytes, member.column, &values);
+        }
+        self.gpu.upload(&bytes, w.codes)
+    }
+
+    /// Codes and scales: the checkpoint's own, or made of a weight's values as they are in bf16.
+    fn mxfp4_of(&mut self, prefix: &str, weight: &Weight) -> Result<Mxfp4> {
+        if let Source::Checkpoint(checkpoint) = self.source
+            && let Some(values) = checkpoint.mxfp4(prefix, weight)?
+        {
+            // Checkpoints count what is quantised as bf16.
+            self.progress.inc(NUMBERS.bytes(weight.shape.iter().product()) as u64);
+            return Ok(values);
+        }
+        self.values(prefix, weight)?;
+        Ok(mxfp4_rows(&self.values, *weight.shape.last().unwrap_or(&1)))
     }
 
     /// A weight's codes: the checkpoint's own, or made of its values as they are in bf16.

@@ -163,7 +163,8 @@ impl Lowered {
 impl Program {
     /// Bytes that are read and written where every stack is dequantised once.
     pub(super) fn dequantizing(&self) -> usize {
-        self.stacks.iter().filter(|s| s.numbers == Numbers::Nf4).map(|s| s.bytes() + s.made_bytes()).sum()
+        let made = self.stacks.iter().filter(|s| s.numbers != NUMBERS && s.read_as == NUMBERS);
+        made.map(|s| s.bytes() + s.made_bytes()).sum()
     }
 
     /// Bytes of a block's frozen weights, every one at an aligned place.

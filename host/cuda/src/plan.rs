@@ -146,7 +146,21 @@ impl GpuPlan {
         ranks: usize,
         options: MemoryOptions,
     ) -> Result<GpuPlan> {
-        let plan = |place| GpuPlan::with(graph, adapter, (longest, answers), room, place, options);
+        // What is published small stays so where a step then takes less time, or nothing else fits; of what ranks share, all have the same.
+        let kinds = match (options.quantization, options.published) {
+            (None, Some(published)) if ranks == 1 => vec![None, Some(published)],
+            (None, published) => vec![published],
+            (kind, _) => vec![kind],
+        };
+        let plan = |place| {
+            let each = kinds.iter().map(|kind| {
+                let options = MemoryOptions { quantization: *kind, ..options };
+                GpuPlan::with(graph, adapter, (longest, answers), room, place, options)
+            });
+            let cost = |plan: &Result<(f64, GpuPlan)>| plan.as_ref().map_or(f64::INFINITY, |(cost, _)| *cost);
+            let best = each.reduce(|a, b| if cost(&a) < cost(&b) { a } else { b });
+            best.unwrap_or_else(|| Err(Error::run("there is nothing to plan")))
+        };
         let (_, plan) = match (ranks, options.offload_base) {
             (1, Some(true)) => plan(Place::Host),
             (1, Some(false)) => plan(Place::Resident),
@@ -413,6 +427,7 @@ impl fmt::Display for GpuPlan {
         let numbers = match self.layers.numbers {
             Numbers::Nf4 => "layers in nf4, the rest in bf16",
             Numbers::Fp8 => "layers in fp8, the rest in bf16",
+            Numbers::Mxfp4 => "experts in mxfp4, the rest in bf16",
             _ => "bf16",
         };
         let per_token = format!(

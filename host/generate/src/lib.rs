@@ -123,7 +123,7 @@ impl Generator {
     ) -> Result<Generator> {
         let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
         let checkpoint = Checkpoint::of(&model.folder, &model.graph)?;
-        let decoder = backend.decoder(&model.graph, &checkpoint, adapter, options)?;
+        let decoder = backend.decoder(&model.graph, &checkpoint, adapter, model.memory(options)?)?;
         Ok(Generator::of(model, tokenizer, decoder))
     }
 

@@ -57,11 +57,15 @@ pub(super) fn judge(
     })
 }
 
-/// Refuses a checkpoint whose weights are quantised in a way that is not read, with the name of the one that it was made from, as far
-/// as its own tells.
-pub(super) fn refuse_quantised(config: &Map<String, Value>, folder: Option<&Path>, ignored: &[String]) -> Result<()> {
+/// How a checkpoint's weights are quantised. One that is in a way that is not read is refused with the name of the one that it was made
+/// from, as far as its own tells.
+pub(super) fn method_of(
+    config: &Map<String, Value>,
+    folder: Option<&Path>,
+    ignored: &[String],
+) -> Result<Option<Method>> {
     let stated = config.get("_name_or_path").and_then(Value::as_str);
-    Method::of(config, ignored).map(drop).map_err(|e| {
+    Method::of(config, ignored).map_err(|e| {
         let names = folder.and_then(name_of).into_iter().chain(stated.map(str::to_owned));
         e.help(match names.filter_map(|name| unquantised(&name)).next() {
             Some(name) => format!("take the model that it was made from, in bf16: {name}, by its name"),

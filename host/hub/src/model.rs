@@ -10,7 +10,9 @@ use crate::config::{self, Remarks};
 use crate::{Name, Need};
 use dpo_core::error::{Error, Result};
 use dpo_core::lora;
+use dpo_core::plan::MemoryOptions;
 use dpo_core::predictors::gather_predictors;
+use dpo_core::quantized::Method;
 use dpo_plugins::{Family, Registry};
 
 /// How a model's folder is read.
@@ -32,6 +34,8 @@ pub struct Model<'r> {
     pub graph: ModelGraph,
     /// The text of its `config.json`.
     pub config: String,
+    /// How its weights are quantised.
+    method: Option<Method>,
     remarks: Remarks,
 }
 
@@ -51,7 +55,7 @@ impl<'r> Model<'r> {
         let place = path.display();
         let keys: Map<String, Value> =
             serde_json::from_str(&config).map_err(|e| Error::input(e.to_string()).at(&place))?;
-        config::refuse_quantised(&keys, Some(folder), &options.ignored_keys).map_err(|e| e.at(&place))?;
+        let method = config::method_of(&keys, Some(folder), &options.ignored_keys).map_err(|e| e.at(&place))?;
         let architecture = keys.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
         let family = match (options.plugin.as_deref(), architecture) {
             (Some(name), _) => registry.family(name).map_err(|e| e.at("--plugin"))?,
@@ -68,7 +72,7 @@ impl<'r> Model<'r> {
         }
         let (graph, remarks) = understood(family, &config, &options.ignored_keys).map_err(|e| e.at(&place))?;
         let graph = gather_predictors(graph)?;
-        Ok(Model { folder: folder.to_owned(), family, graph, config, remarks })
+        Ok(Model { folder: folder.to_owned(), family, graph, config, method, remarks })
     }
 }
 
@@ -76,6 +80,14 @@ impl Model<'_> {
     /// Tells what of its config is taken for harmless: once a command, which may open it several times.
     pub fn warn(&self) {
         self.remarks.tell();
+    }
+
+    /// Options on its memory, as far as they are for it.
+    ///
+    /// # Errors
+    /// A quantisation that is for none of its weights.
+    pub fn memory(&self, options: MemoryOptions) -> Result<MemoryOptions> {
+        options.of_model(&self.graph, self.method.and_then(Method::kept))
     }
 
     /// Positions that it is made for, where its config says so: `max_position_embeddings`, or what rope scaling makes of those that
@@ -156,7 +168,7 @@ pub fn graph_of(family: &Family, config: &str) -> Result<ModelGraph> {
 pub fn understood(family: &Family, config: &str, ignored: &[String]) -> Result<(ModelGraph, Remarks)> {
     let keys: Map<String, Value> =
         serde_json::from_str(config).map_err(|e| Error::input(format!("config.json: {e}")))?;
-    config::refuse_quantised(&keys, None, ignored)?;
+    config::method_of(&keys, None, ignored)?;
     let graph = family.graph(config)?;
     check_graph(&graph)?;
     let remarks = config::judge((&keys, &graph.unread_config), (&family.name, &family.claims), ignored)?;

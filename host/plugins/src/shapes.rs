@@ -1,7 +1,10 @@
 //! Published shapes of models, for plans and benchmarks without a checkpoint.
 
 use dpo_core::error::{Error, Result};
+use dpo_core::plan::MemoryOptions;
+use dpo_core::quantized::Method;
 use dpo_plugin_api::graph::ModelGraph;
+use serde_json::{Map, Value, json};
 
 use crate::Registry;
 
@@ -41,9 +44,11 @@ const QWEN3_5: &str = r#"{"full_attention_interval": 4, "linear_num_key_heads": 
 const QWEN3_MOE: &str =
     r#"{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": true}"#;
 
-/// Experts in all layers, a window in every other one.
-const GPT_OSS: &str =
-    r#"{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000.0}"#;
+/// Experts in all layers, in mxfp4, a window in every other one.
+const GPT_OSS: &str = r#"{"num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000.0,
+    "quantization_config": {"quant_method": "mxfp4"}}"#;
+const GPT_OSS_120B: &str = r#"{"num_local_experts": 128, "num_experts_per_tok": 4, "sliding_window": 128, "rope_theta": 150000.0,
+    "quantization_config": {"quant_method": "mxfp4"}}"#;
 
 /// All shapes: name, family, hidden, intermediate, layers, heads, key heads, columns of a head, vocabulary, tied projection, what else.
 pub const SHAPES: &[Shape] = shapes![
@@ -63,6 +68,7 @@ pub const SHAPES: &[Shape] = shapes![
     ["qwen3.5-9b", "qwen3_5", 4096, 12288, 32, 16, 4, 256, 248320, false, QWEN3_5],
     ["qwen3-30b-a3b", "qwen3_moe", 2048, 6144, 48, 32, 4, 128, 151936, false, QWEN3_MOE],
     ["gpt-oss-20b", "gpt_oss", 2880, 2880, 24, 64, 8, 64, 201088, false, GPT_OSS],
+    ["gpt-oss-120b", "gpt_oss", 2880, 2880, 36, 64, 8, 64, 201088, false, GPT_OSS_120B],
     ["qwen2.5-14b", "qwen2", 5120, 13824, 48, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-32b", "qwen2", 5120, 27648, 64, 40, 8, 128, 152064, false, "{}"],
     ["qwen2.5-72b", "qwen2", 8192, 29568, 80, 64, 8, 128, 152064, false, "{}"],
@@ -83,16 +89,30 @@ impl Shape {
     /// # Errors
     /// A registry without its family.
     pub fn graph(self, registry: &Registry) -> Result<ModelGraph> {
-        let mut config = serde_json::json!({"hidden_size": self.hidden, "intermediate_size": self.intermediate,
+        registry.family(self.family)?.runnable(&self.config()?.to_string())
+    }
+
+    /// Options on its memory, as far as they are for it.
+    ///
+    /// # Errors
+    /// A quantisation that is for none of its weights.
+    pub fn memory(self, options: MemoryOptions, graph: &ModelGraph) -> Result<MemoryOptions> {
+        let config = self.config()?;
+        let method = config.as_object().map(|config| Method::of(config, &[])).transpose()?.flatten();
+        options.of_model(graph, method.and_then(Method::kept))
+    }
+
+    fn config(self) -> Result<Value> {
+        let mut config = json!({"hidden_size": self.hidden, "intermediate_size": self.intermediate,
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
             "vocab_size": self.vocab, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768,
             "tie_word_embeddings": self.tied, "hidden_act": "silu"});
         if self.family != "qwen2" {
             config["head_dim"] = self.head_dim.into();
         }
-        let more: serde_json::Map<String, serde_json::Value> = serde_json::from_str(self.more)
+        let more: Map<String, Value> = serde_json::from_str(self.more)
             .map_err(|e| Error::run(format!("the shape '{}' is not written well: {e}", self.name)))?;
         more.into_iter().for_each(|(key, value)| config[key] = value);
-        registry.family(self.family)?.runnable(&config.to_string())
+        Ok(config)
     }
 }

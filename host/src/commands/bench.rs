@@ -213,7 +213,8 @@ fn measure(
         return Err(Error::input("bench measures GPUs").at("--device").help("say --device cuda"));
     };
     let batch_size = options.batch_size * group.size();
-    let graph = Shape::named(&options.shape)?.graph(registry)?;
+    let shape = Shape::named(&options.shape)?;
+    let graph = shape.graph(registry)?;
     let parameters = options.target_parameters.clone();
     let lora = AdapterConfig { parameters, ..AdapterConfig::new(options.lora_rank, 32.0) };
     let adapter = Adapter::new(&graph, lora, 0)?;
@@ -233,7 +234,7 @@ fn measure(
     let memory = options.gpu_memory.as_ref().map(|size| size.bytes);
     let memory_options =
         MemoryOptions { limit: memory, micro_batch_tokens: options.micro_batch_tokens, ..MemoryOptions::default() };
-    let memory_options = options.storage.on(memory_options);
+    let memory_options = shape.memory(options.storage.on(memory_options), &graph)?;
     let (free, all) = gpu.memory()?;
     let before = all - free;
     let room = cuda::room(&gpu, memory, nccl.as_ref())?;

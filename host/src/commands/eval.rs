@@ -106,7 +106,7 @@ pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
         model.graph.clone(),
         adapter,
         workload,
-        options.storage.on(MemoryOptions::default()),
+        model.memory(options.storage.on(MemoryOptions::default()))?,
     )?;
     let folder = model::locate(&name, Need::Weights)?;
     let mut device = planned.load(&mut Alone, &Checkpoint::of(&folder, &model.graph)?)?;

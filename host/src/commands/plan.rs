@@ -66,8 +66,13 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         return table(registry, options);
     }
     let name = options.model.as_deref().unwrap_or_default();
-    let graph = match Shape::named(name) {
-        Ok(shape) => shape.graph(registry)?,
+    let storage = options.storage.on(MemoryOptions::default());
+    let (graph, storage) = match Shape::named(name) {
+        Ok(shape) => {
+            let graph = shape.graph(registry)?;
+            let storage = shape.memory(storage, &graph)?;
+            (graph, storage)
+        }
         Err(_) => {
             // What has no slash is no name on a hub.
             let shapes: Vec<&str> = SHAPES.iter().map(|shape| shape.name).collect();
@@ -82,7 +87,8 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
             })?;
             let model = Model::open(registry, &folder, &options.reading.options())?;
             model.warn();
-            model.graph
+            let storage = model.memory(storage)?;
+            (model.graph, storage)
         }
     };
     let adapter = adapter(&graph, options)?;
@@ -103,13 +109,12 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
         },
     };
     if gpu {
-        let storage = options.storage.on(MemoryOptions::default());
         if storage.quantization == Some(Quantization::Fp8) {
             console::note(FP8);
         }
         return print(&on_gpu(&graph, &adapter, options, memory.unwrap_or(0), storage)?, options.json);
     }
-    let memory_options = options.storage.on(MemoryOptions { limit: memory, ..MemoryOptions::default() });
+    let memory_options = MemoryOptions { limit: memory, ..storage };
     let plan = |ranks| Plan::new(&graph, adapter.training_bytes(), longest(options), ranks, memory_options);
     print(&whole_or_shared(options.gpus, plan)?, options.json)
 }
@@ -157,18 +162,24 @@ fn on_gpu(
 /// Of every shape a row for each way to keep the base, or for the one that is asked for.
 fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
     let asked = options.storage.on(MemoryOptions::default());
-    let kinds = match asked.quantization {
-        Some(kind) => vec![Some(kind)],
-        None => vec![None, Some(Quantization::Fp8), Some(Quantization::Nf4)],
+    let kinds = match (asked.quantization, asked.published) {
+        (None, Some(published)) => {
+            vec![None, Some(Quantization::Fp8), Some(Quantization::Nf4), Some(published)]
+        }
+        (kind, _) => vec![kind],
     };
     let header: Vec<String> = GPUS.iter().map(|g| format!("{g} GiB")).collect();
     let (rank, length) = (options.lora_rank, options.max_length);
     println!("| LoRA rank {rank}, --max-length {length} | base | needs | {} |", header.join(" | "));
     println!("|---|---|---|{}", "---|".repeat(GPUS.len()));
     for shape in SHAPES {
-        for quantization in &kinds {
-            let storage = MemoryOptions { quantization: *quantization, ..asked };
-            println!("| {} |", row(registry, options, *shape, storage)?.join(" | "));
+        let graph = shape.graph(registry)?;
+        let own = shape.memory(asked, &graph).ok().and_then(|own| own.published);
+        // Of what may stay as it is published, the shapes that are.
+        for kind in kinds.iter().filter(|kind| asked.published.is_none() || **kind != asked.published || **kind == own)
+        {
+            let storage = MemoryOptions { quantization: *kind, published: None, ..asked };
+            println!("| {} |", row(options, (*shape, &graph), storage)?.join(" | "));
         }
     }
     if kinds.contains(&Some(Quantization::Fp8)) {
@@ -179,10 +190,9 @@ fn table(registry: &Registry, options: &PlanOptions) -> Result<()> {
 
 /// The least that a shape needs, in steps of half a GiB; of every size of GPU the tokens at once, and what computing again
 /// costs.
-fn row(registry: &Registry, options: &PlanOptions, shape: Shape, storage: MemoryOptions) -> Result<Vec<String>> {
-    let graph = shape.graph(registry)?;
-    let adapter = adapter(&graph, options)?;
-    let plan = |memory| on_gpu(&graph, &adapter, options, memory, storage);
+fn row(options: &PlanOptions, (shape, graph): (Shape, &ModelGraph), storage: MemoryOptions) -> Result<Vec<String>> {
+    let adapter = adapter(graph, options)?;
+    let plan = |memory| on_gpu(graph, &adapter, options, memory, storage);
     let least = (1..=MOST_HALVES).map(|half| half << 29).find(|memory| plan(*memory).is_ok());
     let base = storage.quantization.map_or("bf16", Quantization::name).to_owned();
     let mut cells = vec![shape.name.to_owned(), base, least.map_or_else(|| "—".into(), size)];

@@ -25,8 +25,8 @@ use dpo_core::optimizer::{AdamW, Moments};
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, experts_adapter, given, op_cases, patterned_adapter,
-    subtracting_adapter, wide_cases,
+    FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, experts_adapter, given, given_in_mxfp4, op_cases,
+    patterned_adapter, subtracting_adapter, wide_cases,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -77,6 +77,9 @@ const CHOICE_TOLERANCE: f64 = 0.15;
 
 /// The same of the losses of a training run where experts are chosen.
 const CHOICE_LOSS_TOLERANCE: f64 = 0.05;
+
+/// Graphs whose experts are kept in fewer bits, by a part of their names: with biases, with less than a block of mxfp4, a model.
+const KEPT_EXPERTS: &[&str] = &["experts as gpt-oss", "of 24 columns", "gpt_oss"];
 
 /// Rows of a chunk, where batches are computed in chunks: an op alone is computed at once, whole models in both ways.
 const AT_ONCE: &[Option<usize>] = &[None];
@@ -139,6 +142,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
             failures += usize::from(!answers(card, name, &graph, storages[1])?);
         }
     }
+    failures += kept_experts(registry, card, options, products_of_fp8)?;
     let steps = if options.quick { 2 } else { 10 };
     for (family, config) in FAMILIES.iter().filter(|(family, _)| wanted(family)) {
         let graph = registry.family(family)?.runnable(config)?;
@@ -189,7 +193,7 @@ fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapter = adapter(graph, false)?;
-    let source = Source::Given(&given);
+    let source = Source::Given(values_of(numbers(options)));
     let mut gpu =
         CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter.clone()), (room, options), &ProgressBar::hidden())?;
     let mut cpu = CpuDecoder::of(engine_as(graph, adapter, numbers(options))?)?;
@@ -212,13 +216,45 @@ fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -
 
 /// Ways to keep the frozen base that compute the same bits, by name.
 fn storages() -> Vec<(&'static str, Vec<MemoryOptions>)> {
-    let with = |quantization, offload_base| MemoryOptions { quantization, offload_base, ..MemoryOptions::default() };
-    let both = |quantization| vec![with(quantization, Some(false)), with(quantization, Some(true))];
     vec![
-        ("layers on the GPU and in host memory", both(None)),
-        ("layers in nf4, on the GPU and in host memory", both(Some(Quantization::Nf4))),
-        ("layers in fp8, on the GPU and in host memory", both(Some(Quantization::Fp8))),
+        ("layers on the GPU and in host memory", storages_of(None)),
+        ("layers in nf4, on the GPU and in host memory", storages_of(Some(Quantization::Nf4))),
+        ("layers in fp8, on the GPU and in host memory", storages_of(Some(Quantization::Fp8))),
     ]
+}
+
+/// The same of a quantisation. What mxfp4 has, bf16 has as well.
+fn storages_of(quantization: Option<Quantization>) -> Vec<MemoryOptions> {
+    let with = |quantization, offload_base| MemoryOptions { quantization, offload_base, ..MemoryOptions::default() };
+    let both = [false, true].map(|offload| with(quantization, Some(offload)));
+    let as_bf16 = (quantization == Some(Quantization::Mxfp4)).then(|| with(None, Some(false)));
+    both.into_iter().chain(as_bf16).collect()
+}
+
+/// Compares experts that are kept in fewer bits, of ops and of a model, with LoRA on them; how many failed.
+fn kept_experts(registry: &Registry, card: Card, options: &SelftestOptions, products_of_fp8: bool) -> Result<usize> {
+    let mut failures = 0;
+    let is_kept = |name: &str| KEPT_EXPERTS.iter().any(|part| name.contains(part));
+    let mut graphs: Vec<(String, ModelGraph)> = op_cases()?.into_iter().filter(|(name, _)| is_kept(name)).collect();
+    for (family, config) in FAMILIES.iter().filter(|(family, _)| is_kept(family)) {
+        graphs.push(((*family).to_owned(), registry.family(family)?.runnable(config)?));
+    }
+    for (name, graph) in &graphs {
+        for kind in [Quantization::Nf4, Quantization::Fp8, Quantization::Mxfp4] {
+            let (title, storages) = (format!("{name}, experts in {}", kind.name()), storages_of(Some(kind)));
+            if title.contains(&options.only) && (kind != Quantization::Fp8 || products_of_fp8) {
+                let (adapter, how) = (experts_adapter(graph)?, (BOTH, options.quick));
+                failures += usize::from(!compare_kept(card, (&title, &storages), graph, &adapter, how)?);
+                failures += usize::from(!answers(card, &title, graph, storages[0])?);
+            }
+        }
+    }
+    Ok(failures)
+}
+
+/// Values of weights whose numbers are all that these keep.
+fn values_of(numbers: Numbers) -> cuda::Given<'static> {
+    if numbers == Numbers::Mxfp4 { &given_in_mxfp4 } else { &given }
 }
 
 fn numbers(options: MemoryOptions) -> Numbers {
@@ -251,13 +287,13 @@ fn gpu(
     graph: &ModelGraph,
     tokens: usize,
     adapter: Adapter,
-    (options, chunk_rows): (MemoryOptions, Option<usize>),
+    (options, chunk_rows, values): (MemoryOptions, Option<usize>, cuda::Given<'_>),
 ) -> Result<CudaDevice> {
     let gpu = card.open()?;
     let packing = Packing { micro_batch_tokens: tokens, scoring_tokens: tokens, logits_rows: None, chunk_rows };
     let options = MemoryOptions { packing: Some(packing), ..options };
     let plan = GpuPlan::new(graph, &adapter, tokens, MOST_ANSWERS, cuda::room(&gpu, None, None)?, 1, options)?;
-    CudaDevice::load(gpu, graph.clone(), &Source::Given(&given), adapter, (plan, 0), &ProgressBar::hidden())
+    CudaDevice::load(gpu, graph.clone(), &Source::Given(values), adapter, (plan, 0), &ProgressBar::hidden())
 }
 
 /// Whether passes give the same bits.
@@ -320,7 +356,8 @@ fn compare_kept(
         .flat_map(|recompute| storages.iter().map(|storage| MemoryOptions { recompute: Some(*recompute), ..*storage }));
     // What is recomputed changes nothing; what is computed in chunks adds up in another order.
     let load = |chunk_rows| {
-        let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows));
+        let values = values_of(numbers(storages[0]));
+        let load = |options| gpu(card, graph, tokens, adapter.clone(), (options, chunk_rows, values));
         kept.clone().map(load).collect::<Result<Vec<_>>>()
     };
     let mut devices = chunks.iter().map(|rows| load(*rows)).collect::<Result<Vec<_>>>()?;
@@ -377,7 +414,7 @@ fn updates(card: Card, name: &str, graph: &ModelGraph, adapter: &Adapter) -> Res
     let batch = Batch::of(&examples(graph.vocab_size, &[&[20, 9, 14], &[7, 30, 22]], 11)?);
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 8.0 };
     let (clip, learning_rate) = (0.5, 1e-3);
-    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (MemoryOptions::default(), None))?;
+    let mut device = gpu(card, graph, batch.tokens(), adapter.clone(), (MemoryOptions::default(), None, &given))?;
     let (mut params, mut moments) = (adapter.params.clone(), Moments::new(adapter.params.len()));
     let mut worst = 0.0_f64;
     for _ in 0..3 {
@@ -405,7 +442,7 @@ fn training(registry: &Registry, card: Card, name: &str, graph: &ModelGraph, ste
     let all: Vec<&Example> = pairs.iter().collect();
     let tokens: usize = pairs.iter().map(Example::packed_tokens).sum();
     let (tokens, start) = (tokens / 2 + 60, adapter(graph, true)?);
-    let own = gpu(card, graph, tokens, start.clone(), (MemoryOptions::default(), None))?;
+    let own = gpu(card, graph, tokens, start.clone(), (MemoryOptions::default(), None, &given))?;
     let mut devices: [Box<dyn Device>; 2] = [Box::new(cpu(graph, tokens, start)?), Box::new(own)];
     let options = ObjectiveOptions { losses: vec!["sigmoid".into()], ..ObjectiveOptions::default() };
     let optimizer = AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, loraplus_lr_ratio: 1.0 };

@@ -54,15 +54,16 @@ impl OwnReference {
         (workload, memory): (Workload, MemoryOptions),
     ) -> Result<OwnReference> {
         let name = config.model.as_deref().unwrap_or(trained);
-        let (config_text, graph) = match &config.model {
-            None => (model.config.clone(), model.graph.clone()),
+        let (config_text, graph, memory) = match &config.model {
+            None => (model.config.clone(), model.graph.clone(), model.memory(memory)?),
             Some(other) => {
                 let folder = model::locate(other, Need::WeightsToCome).map_err(|e| e.at("--ref-model"))?;
                 let other = Model::open(registry, &folder, &config.reading)?;
                 other.warn();
                 let own = ChatTokenizer::open(&folder, other.family.chat_template.as_deref())?;
                 same_tokens(examples, tokenizer, &own).map_err(|e| e.at("--ref-model"))?;
-                (other.config, other.graph)
+                let memory = other.memory(memory)?;
+                (other.config, other.graph, memory)
             }
         };
         for example in examples.iter().flat_map(|set| set.iter()) {

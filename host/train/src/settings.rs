@@ -95,6 +95,10 @@ pub(super) fn decisive(
 ) -> Result<Map<String, Value>> {
     let mut flags = flags.clone();
     FREE.iter().for_each(|flag| drop(flags.remove(*flag)));
+    // What stays as it is published has the same numbers.
+    if flags.get("quantization").is_some_and(|kind| kind == "auto") {
+        flags.insert("quantization".into(), json!("none"));
+    }
     flags.insert("lora_rank".into(), json!(adapter.config.rank));
     flags.insert("lora_alpha".into(), json!(adapter.config.alpha));
     flags.insert("lora_dropout".into(), json!(adapter.config.dropout));

@@ -52,6 +52,7 @@ pub fn train(
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, &config.reading)?;
     model.warn();
+    model.memory(config.memory)?;
     let attempt = group.all_reduce_max(attempt)?;
     let mut server = None;
     let mut claim = None;
@@ -96,7 +97,7 @@ pub fn train(
     for example in everything.iter().flat_map(|set| set.iter()) {
         workload.add(&example?);
     }
-    let mut planned = backend.plan(group, model.graph.clone(), adapter, workload, config.memory)?;
+    let mut planned = backend.plan(group, model.graph.clone(), adapter, workload, model.memory(config.memory)?)?;
     let memory = MemoryOptions { packing: Some(planned.packing()), ..config.memory };
     let own_reference = match &config.reference {
         Some(_) if !objective.needs_reference() => {

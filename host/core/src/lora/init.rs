@@ -125,11 +125,12 @@ impl Adapter {
             let found = found.and_then(|(block, prefix, nodes)| {
                 let node = &nodes[site.node.1];
                 let weight = node.weights.get(site.weight)?;
-                Some((prefix, weight, is_quantized(block, node, weight)))
+                let own = quantization.filter(|kind| is_quantized(kind.numbers(), block, node, weight));
+                Some((prefix, weight, own))
             });
-            let (prefix, weight, quantized) =
+            let (prefix, weight, quantization) =
                 found.ok_or_else(|| Error::run(format!("'{}' has no weight", site.module)))?;
-            let w = match quantization.filter(|_| quantized) {
+            let w = match quantization {
                 None => checkpoint.load(prefix, weight)?,
                 Some(kind) => {
                     let values = kind.unpack(&weight.shape, &checkpoint.load_packed(prefix, weight, kind)?);

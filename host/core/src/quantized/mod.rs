@@ -18,7 +18,9 @@ use safetensors::Dtype;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::mxfp4::Mxfp4;
 use crate::nf4::Nf4;
+use crate::storage::Quantization;
 
 /// Where a checkpoint says how its weights are quantised.
 pub const KEYS: &[&str] =
@@ -178,6 +180,19 @@ impl Method {
             Method::Bitsandbytes => bitsandbytes::nf4(parts),
             _ => Ok(None),
         }
+    }
+
+    /// The codes of a weight that is in mxfp4, in rows of the weight transposed.
+    ///
+    /// # Errors
+    /// As [`shape`](Self::shape).
+    pub fn mxfp4(self, parts: &Parts<'_>) -> Result<Option<Mxfp4>> {
+        (self == Method::Mxfp4).then(|| mxfp4::packed(parts)).transpose()
+    }
+
+    /// What matrices can be kept as with the very values that they have in bf16.
+    pub fn kept(self) -> Option<Quantization> {
+        (self == Method::Mxfp4).then_some(Quantization::Mxfp4)
     }
 }
 

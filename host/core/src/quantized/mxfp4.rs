@@ -1,24 +1,16 @@
-//! mxfp4 of OCP's Microscaling Formats (section 5.3): e2m1, two a byte, the first one in the low bits, in blocks of 32 with a scale that
-//! is a power of two. gpt-oss is published so: codes `[experts, outputs, inputs / 32, 16]` in `NAME_blocks`, exponents plus 127
-//! `[experts, outputs, inputs / 32]` in `NAME_scales`. The weight is what transformers makes of them, `[experts, inputs, outputs]` in bf16.
+//! Experts in [`mxfp4`](crate::mxfp4) as gpt-oss has them: codes `[experts, outputs, inputs / 32, 16]` in `NAME_blocks`, exponents plus
+//! 127 `[experts, outputs, inputs / 32]` in `NAME_scales`. The weight is what transformers makes of them, `[experts, inputs, outputs]` in
+//! bf16; codes and scales lie as those of that transposed.
 
 use candle_core::DType;
 use rayon::prelude::*;
 use safetensors::Dtype;
 
-use super::{Parts, misfit, part, rounded};
+use super::{Parts, misfit, part};
 use crate::error::{Error, Result};
+use crate::mxfp4::{BLOCK, BYTES, Mxfp4, VALUES, scale};
 
 pub(super) const PARTS: &[&str] = &["_blocks", "_scales"];
-
-/// What codes stand for, without the sign in their highest bit.
-const VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
-
-/// Bytes of the codes of a block.
-const BYTES: usize = 16;
-
-/// Numbers of a block.
-const BLOCK: usize = 2 * BYTES;
 
 pub(super) fn shape(parts: &Parts<'_>) -> Result<Vec<usize>> {
     let (codes, scales) = (part(parts, "_blocks")?, part(parts, "_scales")?);
@@ -41,33 +33,27 @@ pub(super) fn values(parts: &Parts<'_>) -> Result<(DType, Vec<f32>)> {
     let mut values = vec![0.0; shape.iter().product()];
     let experts = values.par_chunks_mut((inputs * outputs).max(1)).enumerate();
     experts.for_each(|(expert, values)| {
-        for (block, scale) in scales[expert * outputs * inputs / BLOCK..][..outputs * inputs / BLOCK].iter().enumerate()
+        for (block, exponent) in
+            scales[expert * outputs * inputs / BLOCK..][..outputs * inputs / BLOCK].iter().enumerate()
         {
             let (output, first) = (block * BLOCK / inputs, block * BLOCK % inputs);
-            let scale = scale_of(*scale);
+            let scale = scale(*exponent);
             let own = &codes[(expert * outputs * inputs / BLOCK + block) * BYTES..][..BYTES];
             for (at, byte) in own.iter().enumerate() {
                 let to = (first + 2 * at) * outputs + output;
-                values[to] = value(byte & 15, scale);
-                values[to + outputs] = value(byte >> 4, scale);
+                values[to] = VALUES[usize::from(byte & 15)] * scale;
+                values[to + outputs] = VALUES[usize::from(byte >> 4)] * scale;
             }
         }
     });
     Ok((DType::BF16, values))
 }
 
-/// Two to the power of an exponent plus 127; the last one is NaN.
-fn scale_of(exponent: u8) -> f32 {
-    match exponent {
-        0 => f32::from_bits(1 << 22),
-        255 => f32::NAN,
-        _ => f32::from_bits(u32::from(exponent) << 23),
-    }
-}
-
-fn value(code: u8, scale: f32) -> f32 {
-    let value = VALUES[usize::from(code & 7)] * scale;
-    rounded(DType::BF16, if code & 8 == 0 { value } else { -value })
+/// The codes and scales as they lie.
+pub(super) fn packed(parts: &Parts<'_>) -> Result<Mxfp4> {
+    shape(parts)?;
+    let bytes = |name: &str| Ok::<_, Error>(part(parts, name)?.bytes.to_vec());
+    Ok(Mxfp4 { codes: bytes("_blocks")?, scales: bytes("_scales")? })
 }
 
 #[cfg(test)]
@@ -102,7 +88,7 @@ mod tests {
         assert_eq!(values[..12], first);
         assert_eq!(values[90..102], others);
         assert_eq!(values.iter().sum::<f32>(), 78.640625);
-        assert_eq!(scale_of(0), 2.0_f32.powi(-127));
+        assert_eq!(scale(0), 2.0_f32.powi(-127));
         let odd =
             Parts::from([("_blocks", stored(&[1, 3, 2, 16], &codes[..])), ("_scales", stored(&[3, 2], &scales[..]))]);
         assert!(shape(&odd).is_err());

@@ -10,9 +10,10 @@ use serde_json::Value;
 
 use super::super::chunks::TILE;
 use super::activation::Activation;
+use super::dequantize::{self, dequantized};
 use super::{
     Address, Args, Argument, BackwardReads, Cost, CudaOp, Execute, Groups, Launch, LoadedStack, Lowering, Matrix,
-    Member, Recompute, Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, nf4, number, whole,
+    Member, Recompute, Slice, Source, Stack, Step, Variant, View, count, multiple_of_8, number, whole,
 };
 use dpo_core::error::{Error, Result};
 use dpo_core::storage::Numbers;
@@ -117,9 +118,8 @@ fn first_roles(node: &Node) -> [&'static str; 2] {
 
 fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let (node, numbers) = (&l.nodes[index], l.numbers());
-    if !matches!(numbers, Numbers::Bf16 | Numbers::Nf4) {
-        return Err(Error::input(format!("experts kept as {numbers:?} have no CUDA kernel"))
-            .help("leave --quantization out, or take nf4"));
+    if numbers == Numbers::F32 {
+        return Err(Error::input(format!("experts kept as {numbers:?} have no CUDA kernel")));
     }
     for role in [first_roles(node)[0], "down"] {
         let Some([experts, rows, columns]) = node.weight(role).map(|w| w.shape.as_slice()) else {
@@ -356,8 +356,8 @@ impl Execute for Spread {
 
 impl Execute for Product {
     fn variants(&self, capability: u32) -> Vec<Variant> {
-        let made = (self.numbers == Numbers::Nf4).then(nf4::variant);
-        Groups::gemm(!self.transposed).variants(capability).into_iter().chain(made).collect()
+        let gemm = Groups::gemm(!self.transposed).variants(capability);
+        gemm.into_iter().chain(dequantize::variant(self.numbers)).collect()
     }
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
@@ -365,14 +365,9 @@ impl Execute for Product {
             (&self.own, self.own.stack(on, self.matrix), self.own.sizes(self.matrix, self.transposed));
         let ([columns, rows], all) = (own.sizes(self.matrix, false), own.ranks[self.matrix]);
         let rank = if on.adapted { all } else { 0 };
-        let (weights, apart) = match &stack.w {
-            Matrix::Bf16(w) => (*w, rows + all),
-            Matrix::Nf4(w) => {
-                let ld = (columns + all).next_multiple_of(64);
-                (nf4::dequantized(on, (stack, w), (own.count * rows, rank, own.count), ld)?, rows + rank)
-            }
-            Matrix::Fp8(_) => return Err(Error::run("experts in e4m3 have no CUDA kernel")),
-        };
+        let ld = (columns + all).next_multiple_of(64);
+        let weights = dequantized(on, stack, (own.count * rows, rank, own.count), ld)?;
+        let apart = rows + if matches!(stack.w, Matrix::Bf16(_)) { all } else { rank };
         let [x, y] = if self.transposed { [1, 0] } else { [0, 1] }.map(|side| own.lds(self.matrix)[side]);
         let views = [rows_of(reads[0], x), weights, rows_of(writes[0], y)];
         own.start(on, (reads[1], apart), !self.transposed, [k + rank, n], views)

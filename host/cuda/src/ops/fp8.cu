@@ -1,4 +1,5 @@
-// Rows of bf16 as e4m3, each with a scale behind it; and matrices of e4m3 transposed, since products of fp8 read both of theirs along k.
+// Rows of bf16 as e4m3, each with a scale behind it; matrices of e4m3 transposed, since products of fp8 read both of theirs along k; and in
+// bf16, for products of that.
 
 #define HELD 8  // of a row's pieces of eight values, so many a thread stay in registers
 
@@ -93,6 +94,40 @@ extern "C" __global__ void __launch_bounds__(256) transpose_fp8(const unsigned c
         int c = column + i * 8 + warp, r = row + lane * 4;
         if (c < columns && r < to_ld) *(u32*)(to + (long long)c * to_ld + r) = turned[i * 8 + warp][lane];
     }
+}
+
+// Of `write_stacks`: codes in rows that are `ld` bytes apart, and a scale for each.
+struct Fp8 {
+    const unsigned char* codes;
+    const float* scales;
+    int ld;
+
+    struct Raw {
+        uint2 codes;
+        float scale;
+    };
+
+    __device__ __forceinline__ Raw at(int r, int eight) const {
+        return {*(const uint2*)(codes + (long long)r * ld + eight * 8), scales[r]};
+    }
+
+    __device__ __forceinline__ Eight values(const Raw& raw) const {
+        Eight out;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            u32 code = (i < 4 ? raw.codes.x : raw.codes.y) >> i % 4 * 8 & 0xff, magnitude = code & 0x7f;
+            // Its bits as those of an f32 are the magnitude times 2^-120. The last one is NaN.
+            u32 bits = magnitude == 0x7f ? 0x7fc00000u : magnitude << 20;
+            out.v[i] = __uint_as_float(bits | code >> 7 << 31) * 0x1p120f * raw.scale;
+        }
+        return out;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) dequantize_fp8(const unsigned char* codes, const float* scales, int ld, int inputs,
+                                                                     int outputs, View a, View sb, View to, int rank, int height) {
+    after_previous();
+    write_stacks(Fp8{codes, scales, ld}, inputs, outputs, a, sb, to, rank, height);
 }
 
 // Random codes for benchmarks, evenly between the least and the largest value: words of four.

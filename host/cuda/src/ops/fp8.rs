@@ -1,4 +1,4 @@
-//! Linears whose W is kept in e4m3: what a product reads of x, and of gradients, is quantised by rows before it, and W transposed for the
+//! Linears and experts whose W is kept in e4m3. Of linears: what a product reads of x, and of gradients, is quantised by rows before it, and W transposed for the
 //! backward pass, since the tensor cores read both sides of such a product along k.
 
 use super::{
@@ -9,7 +9,11 @@ use dpo_core::error::Result;
 pub(crate) static SOURCE: Source = Source {
     waits: true,
     variants: Some(|capability| if capability < 89 { Vec::new() } else { vec![super::Variant::plain(&SOURCE)] }),
-    ..Source::plain("fp8", include_str!("fp8.cu"), &["quantize_fp8", "transpose_fp8", "random_fp8"])
+    ..Source::plain(
+        "fp8",
+        concat!(include_str!("dequantize.cuh"), include_str!("fp8.cu")),
+        &["quantize_fp8", "transpose_fp8", "dequantize_fp8", "random_fp8"],
+    )
 };
 
 /// Pieces of eight values of a row that a thread keeps; `HELD` of `fp8.cu`.

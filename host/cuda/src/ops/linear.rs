@@ -10,6 +10,7 @@
 use dpo_plugin_api::graph::Node;
 
 use super::activation::Activation;
+use super::dequantize::{self, dequantized};
 use super::glu::Glu;
 use super::lora::{Lora, Matrices};
 use super::{
@@ -87,12 +88,13 @@ fn prepare(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     };
     let (inputs, nodes) = (*inputs, l.nodes);
     let stacks = &mut l.program.stacks;
-    let quantized = node.weight("weight").is_some_and(|weight| is_quantized(BlockId::Layer(0), node, weight));
+    let quantized = node.weight("weight").is_some_and(|weight| is_quantized(numbers, BlockId::Layer(0), node, weight));
     let numbers = if quantized { numbers } else { NUMBERS };
+    let read_as = if numbers == Numbers::Fp8 { numbers } else { NUMBERS };
     let joins = |other: &Node| same_input(other, node) && !is_filled(other) && !is_filled(node);
     let known = stacks.iter().position(|s| joins(&nodes[s.members[0].node]) && s.numbers == numbers);
     let at = known.unwrap_or_else(|| {
-        stacks.push(Stack::new(numbers, inputs));
+        stacks.push(Stack { read_as, ..Stack::new(numbers, inputs) });
         stacks.len() - 1
     });
     let stack = &mut stacks[at];
@@ -301,16 +303,12 @@ impl Linears {
     fn stacked(&self, on: &Launch<'_>) -> Result<View> {
         let stack = self.stack(on);
         let rank = if on.adapted { self.rank } else { 0 };
-        match &stack.w {
-            Matrix::Bf16(whole) => Ok(*whole),
-            Matrix::Nf4(w) => nf4::dequantized(on, (stack, w), (self.outputs, rank, 1), self.ld),
-            Matrix::Fp8(_) => Err(Error::run("W in e4m3 is read as it is kept")),
-        }
+        dequantized(on, stack, (self.outputs, rank, 1), self.ld)
     }
 
     /// Kernels that make it.
     fn variants(&self) -> Option<Variant> {
-        (self.numbers == Numbers::Nf4).then(nf4::variant)
+        (!self.is_fp8()).then(|| dequantize::variant(self.numbers)).flatten()
     }
 }
 
@@ -400,7 +398,7 @@ impl Execute for GatedForward {
             match &stack.w {
                 Matrix::Bf16(w) => return self.1.gated().start_gemv(on.for_matmuls(), k, [reads[0], *w], writes[1]),
                 Matrix::Nf4(w) => return nf4::gemv_gated(on, (stack, w), (self.1, rank), [reads[0], writes[1]]),
-                Matrix::Fp8(_) => {}
+                Matrix::Fp8(_) | Matrix::Mxfp4(_) => {}
             }
         }
         let (x, weights) = (reads[0], own.stacked(on)?);

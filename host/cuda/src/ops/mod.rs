@@ -7,6 +7,7 @@ mod attention;
 mod attention_decode;
 mod cat;
 mod causal_conv;
+mod dequantize;
 mod embedding;
 mod expand;
 mod experts;
@@ -19,6 +20,7 @@ mod linear;
 mod linear_attention;
 pub(super) mod lm_head;
 mod lora;
+pub(super) mod mxfp4;
 mod narrow;
 pub(super) mod nf4;
 mod norms;
@@ -84,6 +86,7 @@ pub(super) const SOURCES: &[&Source] = &[
     &lm_head::SOURCE,
     &fp8::SOURCE,
     &lora::SOURCE,
+    &mxfp4::SOURCE,
     &narrow::SOURCE,
     &nf4::SOURCE,
     &norms::SOURCE,

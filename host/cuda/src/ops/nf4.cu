@@ -1,7 +1,6 @@
 // W of linears in nf4: codes of four bits, times the scale of their 64, which is an 8-bit code itself. VALUES and SCALES, what the codes
 // stand for, come before this file.
 
-#define THREADS 256
 #define BLOCK 64         // values that share a scale
 #define SCALE_BLOCK 256  // scales that share theirs
 
@@ -48,43 +47,30 @@ __device__ __forceinline__ Eight values8(u32 codes, float scale, const Tables& t
     return out;
 }
 
-// [[W, sB], [A, 0]] in bf16, with s·B [outputs, rank] and A [rank, inputs], of every `height` rows of W; what is 0 is not written. A block has
-// a row at a time; a thread reads what AHEAD stores take before it stores any.
-#define AHEAD 2
+// Of `write_stacks`.
+struct Nf4Eights {
+    const Nf4& w;
+    const Tables& tables;
 
-extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank,
-                                                                        int height) {
+    struct Raw {
+        u32 codes;
+        float scale;
+    };
+
+    __device__ __forceinline__ Raw at(int r, int eight) const {
+        u32 word = (u32)r * (w.inputs / 8) + eight;
+        return {w.codes[word], scale_of(w, tables, word / (BLOCK / 8))};
+    }
+
+    __device__ __forceinline__ Eight values(const Raw& raw) const { return values8(raw.codes, raw.scale, tables); }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS) nf4_dequantize(NF4_PARAMETERS, View a, View sb, View to, int rank, int height) {
     __shared__ Tables tables;
     Nf4 w = NF4;
     tables.fill();
     after_previous();
-    int own = inputs / 8, eights = own + rank / 8;
-    for (int at = blockIdx.x; at < outputs + outputs / height * rank; at += gridDim.x) {
-        uint4* out = (uint4*)row(to, at);
-        int group = at / (height + rank), within = at % (height + rank), r = group * height + within;
-        if (within >= height) {
-            for (int c = threadIdx.x; c < own; c += THREADS) out[c] = ((const uint4*)row(a, group * rank + within - height))[c];
-            continue;
-        }
-        u32 first = (u32)r * own;
-        for (int c0 = threadIdx.x; c0 < eights; c0 += THREADS * AHEAD) {
-            u32 words[AHEAD];
-            float scales[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                u32 word = first + c0 + i * THREADS;
-                bool inside = c0 + i * THREADS < own;
-                words[i] = inside ? codes[word] : 0;
-                scales[i] = inside ? scale_of(w, tables, word / (BLOCK / 8)) : 0.f;
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; i++) {
-                int c = c0 + i * THREADS;
-                if (c < own) store8((bf16*)(out + c), values8(words[i], scales[i], tables));
-                else if (c < eights) out[c] = ((const uint4*)row(sb, r))[c - own];
-            }
-        }
-    }
+    write_stacks(Nf4Eights{w, tables}, inputs, outputs, a, sb, to, rank, height);
 }
 
 #define ROWS 2  // rows of W that a warp has at once

@@ -1,5 +1,4 @@
-//! Linears whose W is kept in nf4: `[[W, s·B], [A, 0]]` is made in bf16 before a matmul reads it. The workspace it is made in is that of
-//! all stacks, since everything runs in order. Matmuls of one row read the codes.
+//! Linears and experts whose W is kept in nf4. Matmuls of a linear and one row read the codes.
 
 use dpo_core::nf4::{SCALES, VALUES};
 
@@ -12,7 +11,7 @@ pub(crate) static SOURCE: Source = Source {
     variants: Some(|_| vec![variant()]),
     ..Source::plain(
         "nf4",
-        concat!(include_str!("activations.cuh"), include_str!("nf4.cu")),
+        concat!(include_str!("activations.cuh"), include_str!("dequantize.cuh"), include_str!("nf4.cu")),
         &["nf4_dequantize", "nf4_gemv", "nf4_gemv_gated", "nf4_random"],
     )
 };
@@ -22,29 +21,14 @@ const THREADS: u32 = 256;
 /// Rows that a block of `nf4_gemv` has at once, and of `nf4_gemv_gated`.
 const ROWS: [usize; 2] = [16, 8];
 
-/// Blocks of threads that a multiprocessor gets, at most: of `nf4_dequantize`, and of matmuls of one row.
-const BLOCKS: [usize; 2] = [32, 8];
+/// Blocks of threads that a multiprocessor gets, at most.
+const BLOCKS: usize = 8;
 
 /// Its kernels, with what codes stand for.
 pub(super) fn variant() -> Variant {
     let list = |values: &[f32]| values.iter().map(|value| format!("{value:?}f")).collect::<Vec<_>>().join(", ");
     let before = format!("#define VALUES {}\n#define SCALES {}\n", list(&VALUES), list(&SCALES));
     Variant { before, ..Variant::plain(&SOURCE) }
-}
-
-/// A stack of so many rows and LoRA columns, in so many groups, with W in nf4, as matmuls read it, in a workspace; without an adapter W alone.
-pub(super) fn dequantized(
-    on: &Launch<'_>,
-    (stack, w): (&LoadedStack, &LoadedNf4),
-    (outputs, rank, groups): (usize, usize, usize),
-    ld: usize,
-) -> Result<View> {
-    let to = View { at: on.dequantized, ld: ld as i64 };
-    let blocks = (outputs + groups * rank).min(on.gpu.multiprocessors * BLOCKS[0]);
-    let args = w.args().with(stack.a).with(stack.sb).with(to).with(rank as i32).with((outputs / groups) as i32);
-    on.gpu.launch(on.kernels.get("nf4_dequantize")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)?;
-    on.gpu.mark("dequantize")?;
-    Ok(to)
 }
 
 /// Starts `y = W x + s·B u (+ c) (+ bias)` for one row.
@@ -55,7 +39,7 @@ pub(super) fn gemv(
     [x, c, y]: [View; 3],
 ) -> Result<()> {
     let args = w.args().with(stack.sb).with(x.at).with(c.at).with(stack.bias).with(y.at).with(rank as i32);
-    let blocks = outputs.div_ceil(ROWS[0]).min(on.gpu.multiprocessors * BLOCKS[1]);
+    let blocks = outputs.div_ceil(ROWS[0]).min(on.gpu.multiprocessors * BLOCKS);
     on.gpu.launch(on.kernels.get("nf4_gemv")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)
 }
 
@@ -68,7 +52,7 @@ pub(super) fn gemv_gated(
 ) -> Result<()> {
     let args = w.args().with(stack.sb).with(x.at).with(h.at).with(rank as i32);
     let args = args.with(activation.kind as i32).with(activation.limit);
-    let blocks = activation.width.div_ceil(ROWS[1]).min(on.gpu.multiprocessors * BLOCKS[1]);
+    let blocks = activation.width.div_ceil(ROWS[1]).min(on.gpu.multiprocessors * BLOCKS);
     on.gpu.launch(on.kernels.get("nf4_gemv_gated")?, [blocks, 1, 1], [THREADS, 1, 1], 0, args)
 }
 

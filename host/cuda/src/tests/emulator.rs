@@ -10,10 +10,11 @@ use super::super::lowered::Lowered;
 use super::super::matmul::Gates;
 use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
-use super::super::weights::{Layout, Stack};
+use super::super::weights::{Layout, Mxfp4Layout, Stack};
 use dpo_core::batch::Batch;
 use dpo_core::fp8::{dequantize_rows, quantize_rows};
 use dpo_core::lora::{Adapter, Site};
+use dpo_core::mxfp4;
 use dpo_core::nf4::{BLOCK, SCALE_BLOCK, SCALES, VALUES, quantize};
 use dpo_core::ops::answer_mask::AnswerMask;
 use dpo_core::storage::Numbers;
@@ -329,8 +330,7 @@ impl StackValues {
         // Behind the rows of every group lie those of its A.
         let row_of = |row: usize| row + row / stack.height() * stack.rank;
         let (mut bias, mut scales) = (vec![0.0; stack.outputs], Vec::new());
-        // Where W is kept in nf4, its bytes as they lie on a card.
-        let layout = (stack.numbers == Numbers::Nf4).then(|| stack.nf4());
+        // Where W is kept in nf4 or mxfp4, its bytes as they lie on a card.
         let mut bytes = vec![0; stack.bytes()];
         for (at, member) in stack.members.iter().enumerate() {
             let roles = [member.role, "bias"];
@@ -338,8 +338,11 @@ impl StackValues {
                 let values = given(&format!("{prefix}{}", weight.tensor), &weight.shape);
                 if weight.role == "bias" {
                     bias[member.column..member.column + values.len()].copy_from_slice(&values);
-                } else if let Some(layout) = &layout {
-                    layout.write(&mut bytes, at, &quantize(&values));
+                } else if stack.numbers == Numbers::Nf4 {
+                    stack.nf4().write(&mut bytes, at, &quantize(&values));
+                } else if stack.numbers == Numbers::Mxfp4 {
+                    let packed = mxfp4::quantize_rows(&values, stack.inputs);
+                    stack.mxfp4().write(&mut bytes, member.column, &packed);
                 } else {
                     let mut values = values;
                     if stack.numbers == Numbers::Fp8 {
@@ -371,11 +374,13 @@ impl StackValues {
                 }
             }
         }
-        for row in (0..stack.outputs).filter(|_| layout.is_some()) {
-            for column in 0..stack.inputs {
-                let layout = layout.as_ref().unwrap();
-                weights[row_of(row) * columns + column] = nf4_value(layout, &bytes, row * stack.inputs + column);
-            }
+        let (nf4, mxfp4) = (stack.nf4(), stack.mxfp4());
+        for (row, column) in (0..stack.outputs).flat_map(|row| (0..stack.inputs).map(move |column| (row, column))) {
+            weights[row_of(row) * columns + column] = match stack.numbers {
+                Numbers::Nf4 => nf4_value(&nf4, &bytes, row * stack.inputs + column),
+                Numbers::Mxfp4 => mxfp4_value(&mxfp4, &bytes, row * stack.inputs.div_ceil(mxfp4::BLOCK), column),
+                _ => break,
+            };
         }
         let gradients = [stack.groups * stack.inputs, stack.outputs].map(|n| vec![0.0; stack.rank * n]);
         StackValues { weights, columns, scales, bias, gradients }
@@ -402,6 +407,14 @@ fn nf4_value(layout: &Layout, bytes: &[u8], at: usize) -> f32 {
     let number = |at: usize| f32::from_le_bytes(bytes[layout.groups.start + at..][..4].try_into().unwrap());
     let scale = SCALES[usize::from(bytes[layout.scales.start + block])] * number(group * 8) + number(group * 8 + 4);
     bf16::from_f32(VALUES[usize::from(code)] * scale).to_f32()
+}
+
+/// One of a row whose blocks begin there, as `mxfp4.cu` reads it.
+fn mxfp4_value(layout: &Mxfp4Layout, bytes: &[u8], first: usize, column: usize) -> f32 {
+    let (block, within) = (first + column / mxfp4::BLOCK, column % mxfp4::BLOCK);
+    let pair = bytes[layout.codes.start + block * mxfp4::BYTES + within / 2];
+    let code = pair >> (4 * (within % 2)) & 15;
+    mxfp4::VALUES[usize::from(code)] * mxfp4::scale(bytes[layout.scales.start + block])
 }
 
 fn dot(a: &[f32], b: &[f32]) -> f32 {

@@ -67,7 +67,7 @@ fn what_an_adapter_began_with_is_subtracted() {
     compare("subtracted", &graph, &adapter);
 }
 
-/// Experts have an A and a B each, in bf16 and where their W is kept in nf4.
+/// Experts have an A and a B each, in bf16 and where their W is kept in fewer bits.
 #[test]
 fn experts_may_be_adapted() {
     let registry = Registry::discover(&[], None);
@@ -80,8 +80,50 @@ fn experts_may_be_adapted() {
     for (at, (name, graph)) in cases.chain(families).enumerate() {
         let adapter = experts_adapter(&graph).unwrap();
         assert!(adapter.sites.iter().filter(|s| s.experts > 1).count() >= 2, "{name}: {:?}", adapter.sites);
-        compare_as(&name, &graph, &adapter, [NUMBERS, Numbers::Nf4][at % 2]);
+        compare_as(&name, &graph, &adapter, [NUMBERS, Numbers::Nf4, Numbers::Mxfp4][at % 3]);
     }
+}
+
+/// Experts in e4m3 and mxfp4: their products read bf16. Where all are chosen, what e4m3 does to linears before chooses no other.
+#[test]
+fn experts_may_be_kept_in_fp8_and_mxfp4() {
+    for (name, graph) in op_cases().unwrap().into_iter().filter(|(name, _)| name.starts_with("experts")) {
+        for numbers in [Numbers::Fp8, Numbers::Mxfp4] {
+            if numbers == Numbers::Mxfp4 || name.contains("all of") {
+                compare_as(&name, &graph, &experts_adapter(&graph).unwrap(), numbers);
+            }
+        }
+    }
+}
+
+/// gpt-oss as it is published, on a card of 24 GiB: 4.25 bits a weight of experts, and one stack at a time in bf16.
+#[test]
+fn experts_stay_as_they_are_published_where_that_is_better() {
+    let registry = Registry::discover(&[], None);
+    let shape = shapes::Shape::named("gpt-oss-20b").unwrap();
+    let graph = shape.graph(&registry).unwrap();
+    let adapter = adapter(&graph, true).unwrap();
+    let plan = |memory: usize, quantization, published| {
+        let options = MemoryOptions { quantization, published, offload_base: Some(false), ..MemoryOptions::default() };
+        let options = shape.memory(options, &graph).unwrap();
+        GpuPlan::new(&graph, &adapter, 2048, 0.6, Room::of(memory, 1), 1, options)
+    };
+    let kind = Some(Quantization::Mxfp4);
+    assert!(plan(24 << 30, None, None).is_err());
+    let small = plan(24 << 30, None, kind).unwrap();
+    assert!(small.total() <= 24 << 30 && small.layers.numbers == Numbers::Mxfp4 && small.waits > 0.0, "{small}");
+    assert!(small.to_string().contains("experts in mxfp4, the rest in bf16"), "{small}");
+    assert_eq!(plan(24 << 30, kind, None).unwrap().to_string(), small.to_string());
+    // Where there is room, nothing is made before it is read.
+    assert_eq!(plan(140 << 30, None, kind).unwrap().layers.numbers, NUMBERS);
+    let dense = shapes::Shape::named("qwen2.5-7b").unwrap();
+    let (graph, options) =
+        (dense.graph(&registry).unwrap(), MemoryOptions { quantization: kind, ..MemoryOptions::default() });
+    assert!(dense.memory(options, &graph).unwrap_err().message().contains("mxfp4 is for experts"));
+    assert_eq!(
+        dense.memory(MemoryOptions { published: kind, ..MemoryOptions::default() }, &graph).unwrap().published,
+        None
+    );
 }
 
 /// W of layers in nf4, whose members have blocks and groups of scales of their own; a dequantised stack lies among the values.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::super::arena::aligned;
-use super::super::gpu::Address;
+use super::super::gpu::{Address, Args};
 
 /// Where a stack's codes and scales lie among its bytes.
 pub(crate) struct Layout {
@@ -11,6 +11,8 @@ pub(crate) struct Layout {
     pub scales: Range<usize>,
     /// Bytes from row to row.
     pub ld: usize,
+    inputs: usize,
+    outputs: usize,
 }
 
 /// A stack's W on the GPU.
@@ -19,6 +21,8 @@ pub(crate) struct LoadedFp8 {
     pub codes: Address,
     pub ld: usize,
     pub scales: Address,
+    inputs: usize,
+    outputs: usize,
 }
 
 impl Layout {
@@ -27,7 +31,7 @@ impl Layout {
         let ld = inputs.next_multiple_of(16);
         let codes = 0..outputs * ld;
         let first = aligned(codes.end);
-        Layout { codes, scales: first..first + outputs * 4, ld }
+        Layout { codes, scales: first..first + outputs * 4, ld, inputs, outputs }
     }
 
     /// All bytes.
@@ -37,7 +41,16 @@ impl Layout {
 
     /// Where it lies, from an address on.
     pub(crate) fn at(&self, at: Address) -> LoadedFp8 {
-        LoadedFp8 { codes: at + self.codes.start as u64, ld: self.ld, scales: at + self.scales.start as u64 }
+        let [codes, scales] = [&self.codes, &self.scales].map(|range| at + range.start as u64);
+        LoadedFp8 { codes, ld: self.ld, scales, inputs: self.inputs, outputs: self.outputs }
+    }
+}
+
+impl LoadedFp8 {
+    /// As the first arguments of a kernel that makes bf16 of it.
+    pub(crate) fn args(&self) -> Args {
+        let args = Args::default().with(self.codes).with(self.scales).with(self.ld as i32);
+        args.with(self.inputs as i32).with(self.outputs as i32)
     }
 }
 

@@ -2,12 +2,16 @@
 //! or a part on every rank, in host memory, is said in `store` and `streamed`; how they are loaded, in `loading` beside this room.
 
 mod fp8;
+mod mxfp4;
 mod nf4;
 mod stack;
 mod store;
 mod streamed;
 
 pub(crate) use fp8::{LoadedFp8, transposed_ld};
+#[cfg(test)]
+pub(crate) use mxfp4::Layout as Mxfp4Layout;
+pub(crate) use mxfp4::LoadedMxfp4;
 #[cfg(test)]
 pub(crate) use nf4::Layout;
 pub(crate) use nf4::LoadedNf4;

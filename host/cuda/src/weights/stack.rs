@@ -5,6 +5,7 @@
 use super::super::arena::padded;
 use super::super::gpu::{Address, View};
 use super::fp8::{self, LoadedFp8, transposed_ld};
+use super::mxfp4::{self, LoadedMxfp4};
 use super::nf4::{Layout, LoadedNf4};
 use dpo_core::storage::Numbers;
 
@@ -16,6 +17,8 @@ pub(crate) const NUMBERS: Numbers = Numbers::Bf16;
 pub(crate) struct Stack {
     /// What W is kept as.
     pub numbers: Numbers,
+    /// What matmuls read of it: e4m3 as it is kept, or bf16, which is made of all else.
+    pub read_as: Numbers,
     pub members: Vec<Member>,
     /// Matrices of one form: experts, or 1.
     pub groups: usize,
@@ -60,6 +63,7 @@ pub(crate) enum Matrix {
     Bf16(View),
     Nf4(LoadedNf4),
     Fp8(LoadedFp8),
+    Mxfp4(LoadedMxfp4),
 }
 
 impl Matrix {
@@ -72,7 +76,7 @@ impl Matrix {
 impl Stack {
     /// Without linears yet.
     pub(crate) fn new(numbers: Numbers, inputs: usize) -> Stack {
-        Stack { numbers, members: Vec::new(), groups: 1, inputs, outputs: 0, rank: 0, bias: false }
+        Stack { numbers, read_as: NUMBERS, members: Vec::new(), groups: 1, inputs, outputs: 0, rank: 0, bias: false }
     }
 
     /// The member of a node's weight.
@@ -96,6 +100,7 @@ impl Stack {
         match self.numbers {
             Numbers::Nf4 => self.nf4().bytes(),
             Numbers::Fp8 => self.fp8().bytes(),
+            Numbers::Mxfp4 => self.mxfp4().bytes(),
             _ => self.whole_bytes(),
         }
     }
@@ -111,11 +116,11 @@ impl Stack {
         }
     }
 
-    /// Bytes of what is made of it before it is read: of nf4 `[[W, s·B], [A, 0]]`, of e4m3 W transposed.
+    /// Bytes of what is made of it before it is read: `[[W, s·B], [A, 0]]` in bf16, or of e4m3 that is read W transposed.
     pub(crate) fn made_bytes(&self) -> usize {
         match self.numbers {
             NUMBERS => 0,
-            Numbers::Fp8 => self.inputs * transposed_ld(self.outputs),
+            _ if self.read_as == Numbers::Fp8 => self.inputs * transposed_ld(self.outputs),
             _ => self.whole_bytes(),
         }
     }
@@ -131,6 +136,7 @@ impl Stack {
         let (w, (a, sb, steps)) = match self.numbers {
             Numbers::Nf4 => (Matrix::Nf4(self.nf4().at(w, members)), apart),
             Numbers::Fp8 => (Matrix::Fp8(self.fp8().at(w)), apart),
+            Numbers::Mxfp4 => (Matrix::Mxfp4(self.mxfp4().at(w)), apart),
             _ => {
                 let whole = view(w, self.ld());
                 let steps = [self.height() + self.rank; 2];
@@ -148,6 +154,11 @@ impl Stack {
     /// Where codes and scales of W lie where that is kept in e4m3.
     pub(crate) fn fp8(&self) -> fp8::Layout {
         fp8::Layout::new(self.inputs, self.outputs)
+    }
+
+    /// The same in mxfp4.
+    pub(crate) fn mxfp4(&self) -> mxfp4::Layout {
+        mxfp4::Layout::new(self.inputs, self.outputs)
     }
 
     /// Bytes of its bias.
