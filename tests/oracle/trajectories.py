@@ -350,6 +350,8 @@ def run(folder, case, settings, split, tok):
     # TRL adds the auxiliary loss of routers with the config's coefficient, unless it is told another one.
     routed = hasattr(base.config.get_text_config(), "output_router_logits")
     if routed: config.router_aux_loss_coef = settings.get("router_aux_loss_coef", 0.0)
+    # It asks for their number by a name that Granite's configs do not have, and fails.
+    if config.router_aux_loss_coef != 0.0 and "Granite" in type(base.config).__name__: base.config.num_experts = base.config.num_local_experts
     losses = []
 
     class Exact(Trainer):

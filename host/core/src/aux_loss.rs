@@ -7,12 +7,11 @@
 //! answer counts, too.
 
 use dpo_plugin_api::graph::{ModelGraph, Node};
-use dpo_plugin_api::ops::AUX_LOSS_COEF;
+use dpo_plugin_api::ops::{AUX_LOSS_COEF, number};
 use serde_json::json;
 
 use crate::collective::ProcessGroup;
 use crate::error::{Error, Result};
-use crate::ops::number;
 
 /// Whether it is computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
