@@ -5,6 +5,7 @@
 use crate::Result;
 use crate::builder::{BlockBuilder, Experts, GraphBuilder, GroupScore, Groups, Router, Scoring, Var};
 use crate::model::Config;
+use crate::ops::AUX_LOSS_COEF;
 
 /// A mixture of experts. Modules and tensors are named without the layer's prefix.
 #[derive(Clone, Debug, PartialEq)]
@@ -103,6 +104,17 @@ impl Moe {
         moe.router.scale = config.opt_float("routed_scaling_factor")?.unwrap_or(1.0);
         moe.router.groups = Moe::groups(config, GroupScore::Top2Sum)?;
         Ok(moe)
+    }
+
+    /// With the auxiliary loss of transformers, whose coefficient `router_aux_loss_coef` states, else `default`: that of the family's config class.
+    ///
+    /// # Errors
+    /// A coefficient that is no number.
+    pub fn with_aux_loss(mut self, config: &Config, default: f64) -> Result<Moe> {
+        // Whether transformers returns it, which trainers decide.
+        config.get("output_router_logits");
+        self.router.aux_loss_coef = Some(config.opt_float(AUX_LOSS_COEF)?.unwrap_or(default));
+        Ok(self)
     }
 
     /// The groups that `n_group` and `topk_group` state, where there is more than one.

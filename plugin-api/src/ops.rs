@@ -14,6 +14,8 @@ use crate::{Error, Result};
 
 mod expand;
 
+pub use route::AUX_LOSS_COEF;
+
 /// What a graph may say of an op.
 pub struct OpSchema {
     /// What graphs call it.

@@ -161,6 +161,10 @@ LATER = {
 }
 # Transformers opens these as Llamas and writes them so; their published files say what they are.
 PUBLISHED = {"internlm3": "InternLM3ForCausalLM", "iquestcoder": "IQuestCoderForCausalLM", "exaone": "ExaoneForCausalLM"}
+# Families whose routers have an auxiliary loss, with a coefficient at which its gradient is as large as the rest; of one, with its config's.
+AUX = {name: {"aux": dict(router_aux_loss_coef=0.5)} for name in (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "gpt_oss", "granitemoe", "ernie4_5_moe", "minimax_m2", "qwen3_5_moe", "qwen3_next", "granite4-h")}
+AUX["olmoe"]["aux-default"] = dict(router_aux_loss_coef=None)
 # Folder: model_type, what its config changes, and its cases: name -> what DPOConfig changes. The unnamed case is first.
 FOLDERS = {
     "qwen2": ("qwen2", dict(tie_word_embeddings=True), {
@@ -186,14 +190,14 @@ FOLDERS = {
     "qwen2-unpaired": ("qwen2", dict(tie_word_embeddings=True), {
         "": dict(loss_type=["kto"]), "apo_zero_unpaired": dict(loss_type=["apo_zero_unpaired"])}),
     **{name: (kind, change, {"": {}}) for name, (kind, change) in DENSE.items()},
-    **{name: (kind, change, {"": {}}) for name, (kind, change) in MOE.items()},
+    **{name: (kind, change, {"": {}, **AUX.get(name, {})}) for name, (kind, change) in MOE.items()},
     # Other trainers than DPOTrainer and KTOTrainer, on plain text: some of them end a conversation's answer twice.
     "qwen3-trainers": ("qwen3", dict(head_dim=12), {
         "": dict(trainer="sft"), "wpo": dict(use_weighting=True), "orpo": dict(trainer="orpo", beta=0.3),
         "cpo": dict(trainer="cpo", cpo_alpha=0.5, label_smoothing=0.1), "cpo-hinge": dict(trainer="cpo", loss_type="hinge", cpo_alpha=1.0),
         "simpo": dict(trainer="cpo", loss_type="simpo", beta=2.0, simpo_gamma=0.5, cpo_alpha=0.25),
         "alphapo": dict(trainer="cpo", loss_type="alphapo", beta=2.0, simpo_gamma=0.5, alpha=0.25)}),
-    **{name: (kind, change, {"": {}}) for name, (kind, change) in HYBRID.items()},
+    **{name: (kind, change, {"": {}, **AUX.get(name, {})}) for name, (kind, change) in HYBRID.items()},
     **{name: (kind, change, {"": {}}) for name, (kind, change) in (LATENTS | LATER).items()},
 }
 # Of a trainer's loss its name here, and what it names otherwise than the option here.
@@ -374,8 +378,11 @@ def run(folder, case, settings, split, tok):
         lr_scheduler_type="linear", warmup_steps=0, weight_decay=0.01, adam_beta1=0.9, adam_beta2=0.95, max_grad_norm=1.0,
         optim="adamw_torch", logging_steps=1, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
         gradient_checkpointing=False, train_sampling_strategy="sequential", **{**args, **({"loss_type": args["loss_type"][0]} if unpaired else {}), **({"packing": False} if other == "sft" else {})})
-    # TRL adds the loss of a router to a model whose config speaks of one.
-    if hasattr(base.config, "output_router_logits"): config.router_aux_loss_coef = 0.0
+    # TRL adds the auxiliary loss of routers with the config's coefficient, unless it is told another one.
+    routed = hasattr(base.config.get_text_config(), "output_router_logits")
+    if routed: config.router_aux_loss_coef = settings.get("router_aux_loss_coef", 0.0)
+    # It asks for their number by a name that Granite's configs do not have, and fails.
+    if config.router_aux_loss_coef != 0.0 and "Granite" in type(base.config).__name__: base.config.num_experts = base.config.num_local_experts
     losses = []
 
     class Exact(Trainer):
@@ -386,7 +393,7 @@ def run(folder, case, settings, split, tok):
     trainer = Exact(model=model, args=config, train_dataset=Dataset.from_list(split), processing_class=tok)
     trainer.train()
     if not case: model.save_pretrained(f"{folder}/final_adapter", selected_adapters=["default"])
-    keep = ("grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    keep = ("grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "aux_loss")
     # CPOTrainer and ORPOTrainer log means where others have sums.
     if other: keep = keep[:2]
     logs = [line for line in trainer.state.log_history if "loss" in line]
@@ -398,6 +405,7 @@ def run(folder, case, settings, split, tok):
         args |= {"loss_type": [loss], "beta": settings.get("beta", None if other == "sft" else 0.1), "options": options}
     named = {"batch": BATCH, "steps": STEPS, "lr": RATE, "loss": args["loss_type"], "f_divergence": args.get("f_divergence_type", "reverse_kl"),
              **{k: args[k] for k in ("options", "use_weighting") if k in args}, **{k: args.get(k) for k in ("max_length", "beta", "loss_weights", "ld_alpha")}, "label_smoothing": args.get("label_smoothing", 0.0)}
+    if routed: named["router_aux_loss_coef"] = config.router_aux_loss_coef
     kept = quantization or stated.get("quantization_config", {}).get("quant_method")
     expected = {"args": named | ({"quantization": kept} if kept else {}), "steps": steps}
     if not case:

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
+use dpo_core::aux_loss::{AuxLoss, RouterLoad};
 use dpo_core::batch::{Batch, Layout};
 use dpo_core::ops::lm_head::{self, Projection};
 use dpo_core::ops::{self, Call, Dropout, GATHER, INTERNAL, Kernel, Lora, OPS};
@@ -167,6 +168,57 @@ fn cases() -> Vec<Case> {
     ]
 }
 
+/// Of a router without weights.
+fn routed<'a>((node, layout): (&'a Node, &'a Layout), logits: &'a Tensor, router_slopes: &'a [f64]) -> Call<'a> {
+    Call { node, inputs: vec![logits], weights: &[], loras: &[], layout, input_gradients: true, router_slopes }
+}
+
+/// The auxiliary loss of routers: of their logits alone, since it sees no other numbers, and with the gradient of what experts make of them.
+#[test]
+fn the_loss_of_routers_has_its_gradient() {
+    let batch = Batch::with_ends(&examples(11, 3, &[&[5, 3, 4], &[1, 1, 1], &[3, 4, 1, 3], &[2, 6]]), true);
+    let (experts, mut numbers) = (6, Numbers::new(23));
+    for attrs in [
+        json!({"top_k": 2, "scoring": "softmax", "normalize": 0.0, "router_aux_loss_coef": 0.7}),
+        json!({"top_k": 2, "scoring": "softmax_of_chosen", "router_aux_loss_coef": 0.7}),
+        json!({"top_k": 3, "scoring": "sigmoid", "router_aux_loss_coef": 0.7}),
+    ] {
+        let attrs = serde_json::from_value(attrs).unwrap();
+        let node = Node { op: "route".into(), inputs: vec![0], weights: vec![], attrs, width: experts };
+        check_node(&node, &[experts]).unwrap();
+        let (loss, of) = (AuxLoss { coefficient: 0.7, experts }, (&node, &batch.layout));
+        let load = |logits: &Tensor| {
+            let mut load = RouterLoad::new(experts);
+            ops::count_load(&node, logits, &batch.layout.texts, &mut load).unwrap();
+            load
+        };
+        let kernel = &ops::find("route").unwrap().kernel;
+        let (logits, dy) = (numbers.tensor(&[batch.tokens(), experts]), numbers.tensor(&[batch.tokens(), experts]));
+        let value = |logits: &Tensor| {
+            let y = kernel.forward(&routed(of, logits, &[])).unwrap();
+            let sum = (y * &dy).unwrap().sum_all().unwrap().to_scalar::<f64>().unwrap();
+            // How many tokens an expert has does not change with a nudge.
+            sum + loss.coefficient * loss.value(&load(logits))
+        };
+        let slopes = loss.slopes(&load(&logits));
+        let gradient = kernel.vjp(&routed(of, &logits, &slopes), &dy).unwrap().inputs.remove(0).unwrap();
+        let without = kernel.vjp(&routed(of, &logits, &[]), &dy).unwrap().inputs.remove(0).unwrap();
+        let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f64>().unwrap();
+        let (exact, without, point) = (flat(&gradient), flat(&without), flat(&logits));
+        assert!(exact.iter().zip(&without).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max) > 1e-3);
+        for i in 0..point.len() {
+            let h = 1e-5;
+            let nudged = |by: f64| {
+                let mut values = point.clone();
+                values[i] += by;
+                value(&Tensor::from_vec(values, (batch.tokens(), experts), &Device::Cpu).unwrap())
+            };
+            let difference = (nudged(h) - nudged(-h)) / (2.0 * h);
+            assert!((difference - exact[i]).abs() < 1e-7, "{:?} at {i}: {} is {difference}", node.attrs, exact[i]);
+        }
+    }
+}
+
 /// Ops whose only input is token ids, or whose VJP has another form; tested below by name.
 const BY_NAME: &[&str] = &["embedding", "lm_head"];
 
@@ -231,7 +283,15 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
             lora
         });
         let inputs = free[..case.widths.len()].iter().collect();
-        run(&Call { node: &node, inputs, weights: &frozen, loras: lora.as_slice(), layout, input_gradients: true });
+        run(&Call {
+            node: &node,
+            inputs,
+            weights: &frozen,
+            loras: lora.as_slice(),
+            layout,
+            input_gradients: true,
+            router_slopes: &[],
+        });
     };
     let value = |free: &[Tensor]| {
         let mut sum = 0.0;
@@ -312,7 +372,15 @@ fn experts_of_a_choice_have_the_gradients_of_central_differences() {
     let call = |node: &'static str| -> &Node { if node == "route" { &route } else { &own } };
     let of = |at: &'static str, inputs: Vec<&Tensor>, loras: &[Lora], run: &mut dyn FnMut(&Call<'_>)| {
         let weights: &[Tensor] = if at == "route" { &[] } else { &weights };
-        run(&Call { node: call(at), inputs, weights, loras, layout: &layout, input_gradients: true });
+        run(&Call {
+            node: call(at),
+            inputs,
+            weights,
+            loras,
+            layout: &layout,
+            input_gradients: true,
+            router_slopes: &[],
+        });
     };
     let value = |free: &[Tensor; 6]| -> f64 {
         let (mut routing, mut sum) = (None, 0.0);
@@ -363,8 +431,15 @@ fn embedding_takes_rows_and_passes_nothing_on() {
     let ids = Tensor::new(&[4_u32, 0, 4], &Device::Cpu).unwrap();
     let layout = Layout::default();
     let weights = [table.clone()];
-    let call =
-        Call { node: &node, inputs: vec![&ids], weights: &weights, loras: &[], layout: &layout, input_gradients: true };
+    let call = Call {
+        node: &node,
+        inputs: vec![&ids],
+        weights: &weights,
+        loras: &[],
+        layout: &layout,
+        input_gradients: true,
+        router_slopes: &[],
+    };
     let Kernel::Value { forward, vjp } = ops::find("embedding").unwrap().kernel else { panic!() };
     let rows: Vec<Vec<f64>> = forward(&call).unwrap().to_vec2().unwrap();
     let table: Vec<Vec<f64>> = table.to_vec2().unwrap();

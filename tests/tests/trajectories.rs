@@ -92,6 +92,11 @@ fn arguments(folder: &Path, args: &Value, output: &str) -> Vec<String> {
             all.extend(words(value));
         }
     }
+    // Named, 0 is said, too: without the flag it is what the config says.
+    if args["router_aux_loss_coef"].is_number() {
+        all.push("--router-aux-loss-coef".to_owned());
+        all.extend(words(&args["router_aux_loss_coef"]));
+    }
     for (option, value) in args["options"].as_object().into_iter().flatten() {
         all.extend(["--loss-option".to_owned(), format!("{option}={}", words(value).join(" "))]);
     }
@@ -116,7 +121,8 @@ fn check(folder: &Path, path: &Path) -> Result<Off, String> {
         return Err(format!("{} lines for {} steps", lines.len(), steps.len()));
     }
     let mut off = Off::default();
-    let names = ["loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"];
+    let names =
+        ["loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins", "aux_loss"];
     for (at, (ours, theirs)) in lines.iter().zip(steps).enumerate() {
         for (name, bound) in names.iter().map(|n| (*n, STEP)).chain([("grad_norm", GRADIENT), ("learning_rate", 1e-9)])
         {

@@ -29,13 +29,13 @@ impl Workload {
     /// Of these examples.
     pub fn of<'a>(examples: impl Iterator<Item = &'a Example>) -> Workload {
         let mut all = Workload::default();
-        examples.for_each(|example| all.add(example));
+        examples.for_each(|example| all.add(example, false));
         all
     }
 
-    /// Of one more example.
-    pub fn add(&mut self, example: &Example) {
-        self.longest = self.longest.max(example.packed_tokens());
+    /// Of one more example, in batches with or without the ends of answers.
+    pub fn add(&mut self, example: &Example, ends: bool) {
+        self.longest = self.longest.max(example.laid_out(ends));
         self.answers = self.answers.max(example.scored_share());
     }
 }

@@ -1,7 +1,7 @@
 //! Examples laid out in one row of tokens, without padding.
 //!
 //! An example lies as prompt | answer 1 | … | answer k. The prompt is there once; every answer continues from the prompt's end,
-//! so its positions restart there. The last token of an answer predicts nothing and is not laid out.
+//! so its positions restart there. The last token of an answer predicts nothing and is laid out only where it is asked for.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -19,6 +19,9 @@ pub struct Layout {
     pub keys: Vec<u64>,
     /// Examples, in order and without gaps.
     pub spans: Vec<Span>,
+    /// Of each token, how many texts it is in that have a gradient, `[tokens]`: of a prompt's one for every such answer. None where a text is
+    /// continued.
+    pub texts: Vec<u32>,
     /// For every token that gets a log-prob, the row whose hidden state predicts it, `[answer tokens]`: of every example, answer by answer,
     /// then the prompt where that is scored. Where a text is continued, the last row.
     pub predictors: Vec<u32>,
@@ -33,7 +36,7 @@ impl Layout {
         let positions = (cached..cached + tokens).map(|p| p as u32).collect();
         let spans = vec![Span { start: 0, prompt: tokens, answers: Vec::new() }];
         let predictors = tokens.checked_sub(1).map(|last| last as u32).into_iter().collect();
-        Layout { positions, keys: Vec::new(), spans, predictors, cached }
+        Layout { positions, spans, predictors, cached, ..Layout::default() }
     }
 
     /// That of the rows that predict: such ops as read positions or other rows do not run on them.
@@ -100,22 +103,29 @@ pub struct Batch {
 impl Batch {
     /// Lays out examples one after the other.
     pub fn of<'a>(examples: impl IntoIterator<Item = &'a Example>) -> Batch {
+        Batch::with_ends(examples, false)
+    }
+
+    /// The same; with `ends`, the last token of every answer, too, which predicts nothing but is seen by routers.
+    pub fn with_ends<'a>(examples: impl IntoIterator<Item = &'a Example>, ends: bool) -> Batch {
         let mut batch = Batch::default();
         for example in examples {
-            batch.push(example);
+            batch.push(example, ends);
         }
         batch
     }
 
-    fn push(&mut self, example: &Example) {
+    fn push(&mut self, example: &Example, ends: bool) {
         let (start, prompt) = (self.ids.len(), example.prompt().len());
         self.ids.extend(example.prompt());
         self.layout.positions.extend(0..prompt as u32);
+        self.layout.texts.extend(std::iter::repeat_n(example.learned().len() as u32, prompt));
         let key = self.layout.extend_keys(0, example.prompt());
         let mut laid_out = Vec::new();
         for answer in example.answers() {
             let first = self.ids.len();
-            let inputs = &answer.ids[..answer.ids.len() - 1];
+            let inputs = &answer.ids[..answer.ids.len() - usize::from(!ends)];
+            self.layout.texts.extend(std::iter::repeat_n(u32::from(!answer.detached), inputs.len()));
             self.ids.extend(inputs);
             self.layout.extend_keys(key, inputs);
             self.layout.positions.extend(prompt as u32..(prompt + inputs.len()) as u32);
@@ -207,6 +217,18 @@ mod tests {
         let spans: Vec<_> = batch.layout.spans.iter().map(|s| (s.rows(), s.prompt, s.answers.clone())).collect();
         assert_eq!(spans, [(0..4, 2, vec![2, 0]), (4..5, 1, vec![0]), (5..8, 1, vec![0, 1, 1]), (8..11, 3, vec![0])]);
         assert_eq!((0..4).map(|e| batch.answers.example(e)).collect::<Vec<_>>(), [0..4, 4..5, 5..10, 10..13]);
+    }
+
+    #[test]
+    fn ends_are_laid_out_where_routers_see_them() {
+        let pair = example(&[1, 2], &[&[3, 4, 5], &[6]]).with_detached(vec![7, 8]).unwrap();
+        let (short, whole) = (Batch::of([&pair]), Batch::with_ends([&pair], true));
+        assert_eq!(short.ids, [1, 2, 3, 4, 7]);
+        assert_eq!(whole.ids, [1, 2, 3, 4, 5, 6, 7, 8]);
+        assert_eq!(whole.layout.positions, [0, 1, 2, 3, 4, 2, 2, 3]);
+        assert_eq!(whole.layout.predictors, [1, 2, 3, 1, 1, 6]);
+        assert_eq!((short.layout.texts, whole.layout.texts), (vec![2, 2, 1, 1, 0], vec![2, 2, 1, 1, 1, 1, 0, 0]));
+        assert_eq!((whole.ids.len(), whole.targets), (pair.unique_tokens(), short.targets));
     }
 
     #[test]

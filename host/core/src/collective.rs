@@ -105,19 +105,19 @@ impl ProcessGroup for Alone {
 }
 
 impl dyn ProcessGroup + '_ {
-    /// Sums of a few numbers in f64, added in the order of ranks.
-    pub fn all_reduce_f64<const N: usize>(&mut self, values: [f64; N]) -> Result<[f64; N]> {
-        let own: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    /// Puts the sums of a few numbers in f64, added in the order of ranks, into every rank's.
+    pub fn all_reduce_f64(&mut self, values: &mut [f64]) -> Result<()> {
         if self.size() == 1 {
-            return Ok(values);
+            return Ok(());
         }
-        let mut sums = [0.0; N];
+        let own: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        values.fill(0.0);
         for bytes in &self.all_gather(own)? {
-            for (sum, b) in sums.iter_mut().zip(bytes.as_chunks().0) {
+            for (sum, b) in values.iter_mut().zip(bytes.as_chunks().0) {
                 *sum += f64::from_le_bytes(*b);
             }
         }
-        Ok(sums)
+        Ok(())
     }
 
     /// What rank 0 finds, at every rank; the others do not look.

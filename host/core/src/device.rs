@@ -3,6 +3,7 @@
 use dpo_plugin_api::graph::ModelGraph;
 use rayon::ThreadPool;
 
+use crate::aux_loss::RouterLoad;
 use crate::batch::Batch;
 use crate::collective::ProcessGroup;
 use crate::engine::{Engine, Forward};
@@ -41,6 +42,13 @@ pub trait Device {
 
     /// Adds a batch's part to the gradient, given `d loss / d logp` of every answer token.
     fn backward(&mut self, batch: &Batch, dlogps: &[f32]) -> Result<()>;
+
+    /// What routers did in the last forward pass, where they have an auxiliary loss.
+    fn router_load(&mut self) -> Result<RouterLoad>;
+
+    /// From here on backward passes add the gradient of the auxiliary loss, given its derivative by the probability that a token gives each
+    /// expert.
+    fn set_router_slopes(&mut self, slopes: Vec<f64>);
 
     /// Whether ranks share the frozen weights, so that all have to run the same passes; one without examples left runs
     /// them over empty batches.
@@ -83,6 +91,7 @@ pub struct CpuDevice {
     moments: Moments,
     gradient: Vec<f32>,
     forward: Option<Forward>,
+    load: RouterLoad,
 }
 
 impl CpuDevice {
@@ -99,6 +108,7 @@ impl CpuDevice {
             moments: Moments::new(count),
             gradient: vec![0.0; count],
             forward: None,
+            load: RouterLoad::default(),
         })
     }
 
@@ -134,6 +144,7 @@ impl Device for CpuDevice {
         let engine = &mut self.engine;
         let mut forward = self.threads.install(move || engine.forward(batch, keep))?;
         let logps = std::mem::take(&mut forward.logps);
+        self.load = std::mem::take(&mut forward.load);
         self.forward = keep.then_some(forward);
         Ok(logps)
     }
@@ -142,6 +153,14 @@ impl Device for CpuDevice {
         let forward = self.forward.take().ok_or_else(|| Error::run("a backward pass without its forward pass"))?;
         let (engine, gradient) = (&mut self.engine, &mut self.gradient);
         self.threads.install(move || engine.backward(batch, forward, dlogps, gradient))
+    }
+
+    fn router_load(&mut self) -> Result<RouterLoad> {
+        Ok(self.load.clone())
+    }
+
+    fn set_router_slopes(&mut self, slopes: Vec<f64>) {
+        self.engine.set_router_slopes(slopes);
     }
 
     fn shares_base(&self) -> bool {

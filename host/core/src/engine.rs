@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::{ModelGraph, Node};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::aux_loss::{RouterLoad, is_balanced};
 use crate::base::{Base, BlockWeights};
 use crate::batch::{Batch, Layout, mix};
 use crate::error::{Error, Result};
@@ -38,12 +39,16 @@ pub struct Engine {
     plain: bool,
     /// Layers whose inner values are computed again in the backward pass.
     recomputed: usize,
+    /// The derivatives that backward passes take of the auxiliary loss of its routers.
+    router_slopes: Vec<f64>,
 }
 
 /// What a forward pass leaves.
 pub struct Forward {
     /// Log-probs of every answer token.
     pub logps: AnswerLogProbs,
+    /// What routers did, where they have an auxiliary loss.
+    pub load: RouterLoad,
     kept: Option<Kept>,
 }
 
@@ -97,8 +102,8 @@ impl Engine {
             _ => None,
         });
         let first_adapted = layers.min().unwrap_or(graph.layers.len());
-        let mut engine =
-            Engine { graph, base, adapter, loras: HashMap::new(), first_adapted, plain: false, recomputed: 0 };
+        let (loras, router_slopes, plain, recomputed) = (HashMap::new(), Vec::new(), false, 0);
+        let mut engine = Engine { graph, base, adapter, loras, first_adapted, plain, recomputed, router_slopes };
         engine.refresh()?;
         Ok(engine)
     }
@@ -149,6 +154,11 @@ impl Engine {
         }
     }
 
+    /// Sets what backward passes add of the auxiliary loss: its derivative by the probability that a token gives each expert.
+    pub fn set_router_slopes(&mut self, slopes: Vec<f64>) {
+        self.router_slopes = slopes;
+    }
+
     fn refresh(&mut self) -> Result<()> {
         self.loras.clear();
         for site in &self.adapter.sites {
@@ -190,16 +200,20 @@ impl Engine {
         let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
             base.participate()?;
-            return Ok(Forward { logps: AnswerLogProbs::default(), kept: None });
+            return Ok(Forward { logps: AnswerLogProbs::default(), load: RouterLoad::default(), kept: None });
         }
         let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = self.run(&work(BlockId::Embed, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
+        let mut load = RouterLoad::of(graph);
         for (at, layer) in graph.layers.iter().enumerate() {
             let block = &graph.blocks[layer.block];
             let mut values = self.run(&work(BlockId::Layer(at), &block.nodes)?, x)?;
             x = values[block.output].clone();
+            for node in block.nodes.iter().filter(|node| is_balanced(node)) {
+                ops::count_load(node, &values[node.inputs[0]], &batch.layout.texts, &mut load)?;
+            }
             if keep {
                 values.truncate(if at < self.recomputed { 1 } else { values.len() });
                 layers.push(values);
@@ -213,7 +227,7 @@ impl Engine {
         let kept = out.grads.filter(|_| keep).map(|grads| Kept { layers, head, grads });
         let single = |values: Vec<f64>| values.into_iter().map(|v| v as f32).collect();
         let logps = AnswerLogProbs::new(batch.answers.clone(), single(out.logps), out.statistics.map(single));
-        Ok(Forward { logps, kept })
+        Ok(Forward { logps, load, kept })
     }
 
     /// Adds the adapter's gradient to `gradient` (laid out as its parameters), given `d loss / d logp` of every answer
@@ -313,6 +327,7 @@ impl Engine {
             loras: self.loras.get(&(work.at, index)).filter(|_| work.adapted).map_or(&[], Vec::as_slice),
             layout: work.layout(index),
             input_gradients: true,
+            router_slopes: &self.router_slopes,
         }
     }
 

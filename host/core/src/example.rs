@@ -152,7 +152,12 @@ impl Example {
 
     /// Tokens it takes in a [batch](crate::batch::Batch): the last one of an answer predicts nothing and is not laid out.
     pub fn packed_tokens(&self) -> usize {
-        self.unique_tokens() - self.answers.len()
+        self.laid_out(false)
+    }
+
+    /// The same; with `ends`, in one that has those last tokens, too.
+    pub fn laid_out(&self, ends: bool) -> usize {
+        self.unique_tokens() - if ends { 0 } else { self.answers.len() }
     }
 
     /// Tokens that get log-probs to a token that is laid out.

@@ -1,6 +1,7 @@
 //! What every other part of the host stands on: errors and files, examples and batches, graphs and their ops, weights and
 //! adapters, the optimizer, and the CPU as a device. Knows the plugin API and nothing else of this workspace.
 
+pub mod aux_loss;
 pub mod backend;
 pub mod base;
 pub mod batch;

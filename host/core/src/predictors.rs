@@ -9,6 +9,7 @@
 
 use dpo_plugin_api::graph::{Block, ModelGraph, Node};
 
+use crate::aux_loss::is_balanced;
 use crate::error::{Error, Result};
 use crate::ops::GATHER;
 
@@ -48,10 +49,11 @@ pub fn first_after(nodes: &[Node]) -> usize {
 
 fn gathered(block: &Block, hidden: usize) -> Result<Block> {
     let count = block.nodes.len();
-    // Values on which an op depends that reads other rows.
+    // Values on which an op depends that reads other rows, or that counts all tokens.
     let mut whole = vec![false; count + 1];
     for (index, node) in block.nodes.iter().enumerate().rev() {
-        if dpo_plugin_api::ops::find(&node.op)?.reads_layout || whole[index + 1] {
+        let of_all = dpo_plugin_api::ops::find(&node.op)?.reads_layout || is_balanced(node);
+        if of_all || whole[index + 1] {
             whole[index + 1] = true;
             node.inputs.iter().for_each(|value| whole[*value] = true);
         }
@@ -87,7 +89,7 @@ fn gathered(block: &Block, hidden: usize) -> Result<Block> {
 mod tests {
     #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
-    use dpo_plugin_api::builder::{Attention, BlockBuilder, GraphBuilder, Var};
+    use dpo_plugin_api::builder::{Attention, BlockBuilder, Experts, GraphBuilder, Router, Scoring, Var};
     use dpo_plugin_api::model::Config;
 
     use super::*;
@@ -138,6 +140,34 @@ mod tests {
         assert_eq!(graph.blocks[1].nodes.iter().map(|n| n.width).collect::<Vec<_>>(), [8; 13]);
         assert!(graph.blocks[0].nodes.iter().all(|n| n.op != GATHER) && check(&graph).is_ok());
         assert_eq!(graph.layers.iter().map(|l| l.block).collect::<Vec<_>>(), [0, 1]);
+    }
+
+    /// A router with an auxiliary loss counts all tokens; what its experts make of them is read at those that predict.
+    #[test]
+    fn routers_that_count_tokens_run_on_all_rows() {
+        let experts = |coefficient: f64| {
+            let graph = graph(1, |b, x| {
+                let logits = b.linear("gate", x, 4);
+                let mut router = Router::new(Scoring::Softmax, 2);
+                router.aux_loss_coef = Some(coefficient);
+                let routing = b.route(logits, &router);
+                b.experts(x, routing, &Experts::new("experts", 4, 2, 8, "silu"))
+            });
+            last(&graph).0.into_iter().map(|(op, inputs)| (op.to_owned(), inputs)).collect::<Vec<_>>()
+        };
+        let own = |nodes: &[(&str, Vec<usize>)]| {
+            nodes.iter().map(|(op, inputs)| ((*op).to_owned(), inputs.clone())).collect::<Vec<_>>()
+        };
+        let all = [
+            ("linear", vec![0]),
+            ("route", vec![1]),
+            ("gather", vec![0]),
+            ("gather", vec![2]),
+            ("experts", vec![3, 4]),
+        ];
+        assert_eq!(experts(0.1), own(&all));
+        let some = [("gather", vec![0]), ("linear", vec![1]), ("route", vec![2]), ("experts", vec![1, 3])];
+        assert_eq!(experts(0.0), own(&some));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use half::bf16;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::aux_loss::AuxLoss;
 use crate::device::CpuDevice;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -48,6 +49,12 @@ fn case(body: Body<'_>) -> Result<ModelGraph> {
         b.lm_head("head.weight", h, vocab)
     });
     gather_predictors(graph.finish(&Config::parse("{}")?)?)
+}
+
+/// Derivatives of an auxiliary loss of routers by probabilities, as large as those of log-probs; none where a graph has no such loss.
+pub fn router_slopes(graph: &ModelGraph) -> Vec<f64> {
+    let experts = AuxLoss::of(graph).map_or(0, |loss| loss.experts);
+    (0..experts).map(|expert| (expert * 7 % 5) as f64 - 2.0).collect()
 }
 
 /// Graphs whose matmuls have so many columns that, of the rows of the self-test's batches, they take tiles of every size: a plain one, with a

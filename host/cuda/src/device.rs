@@ -4,6 +4,8 @@
 use dpo_plugin_api::graph::ModelGraph;
 
 use super::engine::CudaDevice;
+use super::inputs::LOAD_BYTES;
+use dpo_core::aux_loss::{AuxLoss, RouterLoad, is_balanced};
 use dpo_core::batch::Batch;
 use dpo_core::collective::ProcessGroup;
 use dpo_core::device::Device;
@@ -20,6 +22,28 @@ impl CudaDevice {
         let mut gradient = vec![0.0; self.optimizer.count];
         self.gpu.download(self.optimizer.gradient.address, &mut gradient)?;
         Ok(gradient)
+    }
+
+    /// Sets the load of routers to zero before a forward pass.
+    fn clear_load(&mut self, batch: &Batch) -> Result<()> {
+        let Some(AuxLoss { experts, .. }) = self.aux_loss else { return Ok(()) };
+        let nodes = self.graph.layers.iter().flat_map(|layer| &self.graph.blocks[layer.block].nodes);
+        let routers = nodes.filter(|node| is_balanced(node)).count();
+        self.routed = routers as f64 * batch.layout.texts.iter().map(|texts| f64::from(*texts)).sum::<f64>();
+        self.gpu.zero(self.inputs.at.router_load, experts * LOAD_BYTES)
+    }
+
+    /// Sends what the backward pass adds of the auxiliary loss.
+    fn send_slopes(&mut self) -> Result<()> {
+        match self.aux_loss {
+            Some(loss) if self.router_slopes.len() == loss.experts => {
+                self.gpu.upload(&self.router_slopes, self.inputs.at.router_slopes)
+            }
+            _ => {
+                self.inputs.at.router_slopes = 0;
+                Ok(())
+            }
+        }
     }
 }
 
@@ -47,9 +71,11 @@ impl Device for CudaDevice {
     fn forward(&mut self, batch: &Batch, keep: bool) -> Result<AnswerLogProbs> {
         if batch.tokens() == 0 {
             self.participate(false)?;
+            self.routed = 0.0;
             return Ok(AnswerLogProbs::default());
         }
         self.send(batch, keep)?;
+        self.clear_load(batch)?;
         self.embed()?;
         self.stream(false, |layer| self.layer_forward(layer, keep))?;
         let (head, at) = (self.head(), self.inputs.at);
@@ -70,8 +96,23 @@ impl Device for CudaDevice {
         }
         self.optimizer.forget_gradient();
         self.gpu.upload(dlogps, self.inputs.at.dlogps)?;
+        self.send_slopes()?;
         self.head_backward(&self.head())?;
         self.stream(true, |layer| self.layer_backward(layer))
+    }
+
+    fn router_load(&mut self) -> Result<RouterLoad> {
+        let Some(AuxLoss { experts, .. }) = self.aux_loss.filter(|_| self.routed > 0.0) else {
+            return Ok(RouterLoad::default());
+        };
+        let mut counts = vec![0.0_f64; 2 * experts];
+        self.gpu.download(self.inputs.at.router_load, &mut counts)?;
+        let probs = counts.split_off(experts);
+        Ok(RouterLoad { tokens: self.routed, counts, probs })
+    }
+
+    fn set_router_slopes(&mut self, slopes: Vec<f64>) {
+        self.router_slopes = slopes.into_iter().map(|slope| slope as f32).collect();
     }
 
     fn shares_base(&self) -> bool {

@@ -21,6 +21,7 @@ use super::optimizer::{self, Optimizer};
 use super::plan::GpuPlan;
 use super::program::{Program, Slice, Step};
 use super::weights::{BlockWeights, NUMBERS, Stack};
+use dpo_core::aux_loss::AuxLoss;
 use dpo_core::batch::Batch;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
@@ -49,6 +50,11 @@ pub struct CudaDevice {
     offload: Option<Offload>,
     pub(super) inputs: Inputs,
     tables: Vec<LoadedTable>,
+    /// The auxiliary loss of its routers, and the derivatives that backward passes take of it.
+    pub(super) aux_loss: Option<AuxLoss>,
+    pub(super) router_slopes: Vec<f32>,
+    /// Tokens that routers saw in the last forward pass, over all layers.
+    pub(super) routed: f64,
 }
 
 /// A program in a pass: where its buffers lie, and what its steps are started with.
@@ -115,6 +121,9 @@ impl CudaDevice {
             nccl: None,
             plain: adapter.changes_nothing(),
             moments: Moments::new(optimizer.count),
+            aux_loss: AuxLoss::of(&graph),
+            router_slopes: Vec::new(),
+            routed: 0.0,
             gpu,
             matmuls,
             kernels,
@@ -300,7 +309,8 @@ impl CudaDevice {
             let (planned, most) = (self.plan.most_tokens, self.plan.most_answers());
             Error::run(format!("a batch of {tokens} tokens, {answers} of answers: planned for {planned} and {most}"))
         })?;
-        self.inputs.send(&self.gpu, batch, self.tables.iter().map(LoadedTable::bytes).sum())?;
+        let experts = self.aux_loss.map_or(0, |loss| loss.experts);
+        self.inputs.send(&self.gpu, batch, self.tables.iter().map(LoadedTable::bytes).sum(), experts)?;
         self.launch(&self.weights.embed, Rows::Tokens, false).fill_tables()?;
         self.gpu.mark("send")
     }

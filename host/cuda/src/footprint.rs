@@ -3,12 +3,13 @@
 use dpo_plugin_api::graph::ModelGraph;
 
 use super::chunks::TILE;
-use super::inputs::{Rows, TILE_BYTES};
+use super::inputs::{Rows, TILE_BYTES, router_bytes};
 use super::liveness::{Bytes, Layout, Passes};
 use super::lowered::Lowered;
 use super::program::{Cost, GRADIENT, INPUT, OUTPUT, Program, Step};
 use super::saved::SavedActivations;
 use super::segments::SEGMENT_BYTES;
+use dpo_core::aux_loss::AuxLoss;
 use dpo_core::storage::Place as Weights;
 
 /// What values take, from which the arrangement of a batch follows.
@@ -463,10 +464,11 @@ impl Program {
     }
 }
 
-/// Bytes of what a batch brings with it: ids, positions, places, tiles, targets, tables.
-pub(super) fn input_bytes(lowered: &Lowered, tokens: usize, answers: usize) -> usize {
+/// Bytes of what a batch brings with it: ids, positions, places, tiles, targets, tables, and what an auxiliary loss of routers reads.
+pub(super) fn input_bytes(lowered: &Lowered, aux: Option<AuxLoss>, tokens: usize, answers: usize) -> usize {
     let bytes = || lowered.tables.iter().map(|t| t.bytes);
     // All tables, and room for two of the widest at least.
     let tables = bytes().sum::<usize>().max(bytes().max().unwrap_or(0) * 2);
-    tokens * (4 + 4 + 4 + 4 + TILE_BYTES + SEGMENT_BYTES + tables) + answers * 4 * 6 + (1 << 20)
+    let of_routers = aux.map_or(0, |loss| tokens * 4 + router_bytes(loss.experts));
+    tokens * (4 + 4 + 4 + 4 + TILE_BYTES + SEGMENT_BYTES + tables) + answers * 4 * 6 + of_routers + (1 << 20)
 }

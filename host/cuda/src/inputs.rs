@@ -39,6 +39,13 @@ pub(super) struct BatchAddresses {
     pub(super) results: Address,
     /// The loss's gradient by log-probs.
     pub(super) dlogps: Address,
+    /// Where routers have an auxiliary loss: of every token in how many texts with a gradient it is, the load of all layers' experts (of every
+    /// expert in f64 the tokens that are sent to it, then the sums of their probabilities), the parts that a layer's is added from, and the
+    /// loss's derivatives by those probabilities. 0 where there is none.
+    pub(super) texts: Address,
+    pub(super) router_load: Address,
+    pub(super) router_parts: Address,
+    pub(super) router_slopes: Address,
     /// What is computed of positions, for every layer.
     pub(super) tables: Address,
     pub(super) tokens: usize,
@@ -60,6 +67,17 @@ const TILES: [usize; 4] = [128, 64, 32, 16];
 
 /// Keys of a tile, where tiles of keys are not those of queries.
 const KEY_TILES: [usize; 2] = [128, 64];
+
+/// Blocks that count what a router does, each of which leaves its part of the load.
+pub(super) const ROUTER_PARTS: usize = 64;
+
+/// Bytes of an expert's load: two numbers in f64.
+pub(super) const LOAD_BYTES: usize = 16;
+
+/// Bytes that the load of so many experts takes, with its parts and the derivatives by it.
+pub(super) fn router_bytes(experts: usize) -> usize {
+    experts * (LOAD_BYTES + ROUTER_PARTS * 2 * 4 + 4) + 3 * 256
+}
 
 /// Bytes of tiles for each token at most: every kind may have one a token.
 pub(super) const TILE_BYTES: usize = (TILES.len() + KEY_TILES.len()) * 16;
@@ -91,8 +109,9 @@ impl Inputs {
         Ok(Inputs { staged, memory, used: 0, at: BatchAddresses::default() })
     }
 
-    /// Sends a batch's arrays in one copy, with room behind them for what is computed of it, `tables` bytes a token among that.
-    pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, tables: usize) -> Result<()> {
+    /// Sends a batch's arrays in one copy, with room behind them for what is computed of it, `tables` bytes a token among that, and the load of
+    /// so many experts.
+    pub(super) fn send(&mut self, gpu: &Gpu, batch: &Batch, tables: usize, experts: usize) -> Result<()> {
         let (tokens, answers) = (batch.tokens(), batch.targets.len());
         let (mut taken, mut next_taken) = (vec![u32::MAX; tokens], vec![u32::MAX; answers]);
         for (row, predictor) in batch.layout.predictors.iter().enumerate().rev() {
@@ -122,9 +141,19 @@ impl Inputs {
         at.chunks = (self.put(&words), chunks.all.len());
         at.walks = (self.put(&walks), chunks.walks.len());
         at.segments = self.put(&segments::places(layout));
+        // Where a text is continued nothing is counted.
+        let experts = if layout.texts.is_empty() { 0 } else { experts };
+        if experts > 0 {
+            at.texts = self.put(&layout.texts);
+        }
         let sent = self.used;
         at.results = self.reserve(answers * 2 * 4);
         at.dlogps = self.reserve(answers * 4);
+        if experts > 0 {
+            at.router_load = self.reserve(experts * LOAD_BYTES);
+            at.router_parts = self.reserve(experts * ROUTER_PARTS * 2 * 4);
+            at.router_slopes = self.reserve(experts * 4);
+        }
         at.tables = self.reserve(tables * tokens);
         if self.used > self.memory.bytes {
             return Err(Error::run("a batch's arrays take more memory than was planned"));

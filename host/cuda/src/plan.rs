@@ -10,6 +10,7 @@ use super::lowered::Lowered;
 use super::matmul::{CLASS, Gates, WORKSPACE};
 use super::saved::SavedActivations;
 use super::weights::{LayerStore, NUMBERS};
+use dpo_core::aux_loss::AuxLoss;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::memory::size;
@@ -258,7 +259,7 @@ impl GpuPlan {
                     adapter,
                     optimizer,
                     workspace: WORKSPACE,
-                    inputs: input_bytes(&lowered, most, answer_tokens(most, answers)),
+                    inputs: input_bytes(&lowered, AuxLoss::of(graph), most, answer_tokens(most, answers)),
                     values: 0,
                     per_token: 0,
                     head: footprint.head(answer_tokens(*tokens, answers), LOGITS_ROWS[0]),

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{self, Remarks};
 use crate::{Name, Need};
+use dpo_core::aux_loss::RouterAuxLoss;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora;
 use dpo_core::plan::MemoryOptions;
@@ -22,6 +23,8 @@ pub struct ModelOptions {
     pub plugin: Option<String>,
     /// Keys of `config.json` that the user says change nothing.
     pub ignored_keys: Vec<String>,
+    /// Whether the auxiliary loss of its routers is computed, as only training does.
+    pub router_aux_loss: RouterAuxLoss,
 }
 
 /// A model before its weights are read.
@@ -70,7 +73,8 @@ impl<'r> Model<'r> {
                 .at(&place)
                 .help("leave --plugin out to have it chosen by architecture"));
         }
-        let (graph, remarks) = understood(family, &config, &options.ignored_keys).map_err(|e| e.at(&place))?;
+        let (mut graph, remarks) = understood(family, &config, &options.ignored_keys).map_err(|e| e.at(&place))?;
+        options.router_aux_loss.apply(&mut graph)?;
         let graph = gather_predictors(graph)?;
         Ok(Model { folder: folder.to_owned(), family, graph, config, method, remarks })
     }

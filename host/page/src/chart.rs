@@ -41,6 +41,7 @@ pub(super) const CHARTS: &[Chart] = &[
     chart("Rewards", &[series("rewards/chosen", "chosen"), series("rewards/rejected", "rejected")], Some(0.0)),
     chart("Log-probs", &[series("logps/chosen", "chosen"), series("logps/rejected", "rejected")], None),
     chart("NLL of chosen", &[series("nll_loss", "")], None),
+    chart("Auxiliary loss of routers", &[series("aux_loss", "")], None),
     chart("Gradient norm", &[series("grad_norm", "")], None),
     chart("Learning rate", &[series("learning_rate", "")], None),
     chart("Tokens per second", &[series("tokens_per_second", "")], None),

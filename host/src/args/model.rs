@@ -1,6 +1,7 @@
 //! How a checkpoint is read, for every command that opens one.
 
 use clap::Args;
+use dpo_core::aux_loss::RouterAuxLoss;
 use dpo_hub::model::ModelOptions;
 use serde::Serialize;
 
@@ -25,6 +26,10 @@ pub(crate) struct ConfigArgs {
 impl ModelArgs {
     /// As checkpoints are opened.
     pub(crate) fn options(&self) -> ModelOptions {
-        ModelOptions { plugin: self.plugin.clone(), ignored_keys: self.config.ignore_config_key.clone() }
+        ModelOptions {
+            plugin: self.plugin.clone(),
+            ignored_keys: self.config.ignore_config_key.clone(),
+            router_aux_loss: RouterAuxLoss::Off,
+        }
     }
 }

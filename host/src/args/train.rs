@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
+use dpo_core::aux_loss::RouterAuxLoss;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_core::memory::free_memory;
@@ -85,6 +86,10 @@ pub(crate) struct TrainArgs {
     #[command(flatten)]
     #[serde(flatten)]
     loss: LossArgs,
+    /// Coefficient of the auxiliary loss that spreads tokens over the experts of a mixture; 0 leaves it out [default: what the model's
+    /// config says, where its family has such a loss]
+    #[arg(long, value_name = "W", help_heading = "Loss")]
+    router_aux_loss_coef: Option<f64>,
 
     /// Where to compute; auto is the first GPU that can be used, else the CPU
     #[arg(long, value_name = "auto|cpu|cuda[:N,...]", default_value_t = DeviceArg::Auto, help_heading = "Device")]
@@ -356,6 +361,7 @@ impl TrainArgs {
             ("--adam-beta1", Some(self.adam_beta1), BELOW_1, "0.9 is usual"),
             ("--adam-beta2", Some(self.adam_beta2), BELOW_1, "0.95 or 0.999 is usual"),
             ("--adam-epsilon", Some(self.adam_epsilon), ABOVE_0, "1e-8 is usual"),
+            ("--router-aux-loss-coef", self.router_aux_loss_coef, FROM_0, "0 leaves it out, 0.001 is usual"),
             ("--max-grad-norm", Some(self.max_grad_norm), FROM_0, "0 is no clipping"),
             (
                 "--split-dataset-ratio",
@@ -412,7 +418,10 @@ impl TrainArgs {
     pub(crate) fn resolve(&self, place: Option<&Place>, on_gpu: bool) -> Result<TrainConfig> {
         Ok(TrainConfig {
             model: self.model.clone().unwrap_or_default(),
-            reading: self.reading.options(),
+            reading: ModelOptions {
+                router_aux_loss: self.router_aux_loss_coef.map_or(RouterAuxLoss::OfConfig, RouterAuxLoss::Coefficient),
+                ..self.reading.options()
+            },
             adapter: self.lora.starting_adapter(self.init_adapter.as_deref())?,
             data: self.data.options(&[], &Wanted::default())?,
             dataset: self.data.dataset.clone(),

@@ -8,6 +8,7 @@ use clap::Args;
 use dpo_plugin_api::graph::ModelGraph;
 use serde::Serialize;
 
+use dpo_core::aux_loss::RouterAuxLoss;
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::{Adapter, AdapterConfig};
@@ -16,7 +17,7 @@ use dpo_core::plan::{MemoryOptions, Plan};
 use dpo_core::storage::Quantization;
 use dpo_cuda::{self as cuda, Gpu, GpuPlan, Room};
 use dpo_hub::Need;
-use dpo_hub::model::{self, Model};
+use dpo_hub::model::{self, Model, ModelOptions};
 use dpo_plugins::Registry;
 use dpo_plugins::shapes::{SHAPES, Shape};
 
@@ -85,7 +86,9 @@ pub(crate) fn plan(registry: &Registry, options: &PlanOptions) -> Result<()> {
                         .help(known),
                 }
             })?;
-            let model = Model::open(registry, &folder, &options.reading.options())?;
+            // As training has it without a word.
+            let reading = ModelOptions { router_aux_loss: RouterAuxLoss::OfConfig, ..options.reading.options() };
+            let model = Model::open(registry, &folder, &reading)?;
             model.warn();
             let storage = model.memory(storage)?;
             (model.graph, storage)

@@ -9,6 +9,7 @@ use indicatif::ProgressBar;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use dpo_core::aux_loss::RouterLoad;
 use dpo_core::batch::Batch;
 use dpo_core::collective::{Alone, ProcessGroup};
 use dpo_core::console;
@@ -26,7 +27,7 @@ use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
     FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, experts_adapter, given, given_in_mxfp4, op_cases,
-    patterned_adapter, subtracting_adapter, wide_cases,
+    patterned_adapter, router_slopes, subtracting_adapter, wide_cases,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -367,9 +368,11 @@ fn compare_kept(
         let grads: Vec<f32> = batch.targets.iter().map(|_| rng.random_range(-1.0..1.0_f32)).collect();
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
+        let load = cpu.router_load()?;
+        cpu.set_router_slopes(router_slopes(graph));
         cpu.backward(batch, &grads)?;
         for devices in &mut devices {
-            let mut before: Option<(AnswerLogProbs, Vec<f32>)> = None;
+            let mut before: Option<(AnswerLogProbs, Vec<f32>, RouterLoad)> = None;
             for turn in 0..2 * devices.len() {
                 let device = &mut devices[turn / 2];
                 let differ = match (turn % 2, turn / 2 % storages.len()) {
@@ -379,12 +382,16 @@ fn compare_kept(
                 };
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
+                let counted = device.router_load()?;
+                device.set_router_slopes(router_slopes(graph));
                 device.backward(batch, &grads)?;
                 let gradient = device.gradient()?;
+                worse(&mut worst[0], apart(&counted.probs, &load.probs));
+                worse(&mut worst[1], apart(&counted.counts, &load.counts));
                 worse(&mut worst[0], distance(&own.logps, &exact.logps));
                 worse(&mut worst[0], distance(&own.values(), &exact.values()));
                 worse(&mut worst[1], distance(&gradient, cpu.gradient()));
-                let now = (own, gradient);
+                let now = (own, gradient, counted);
                 if before.as_ref().is_some_and(|b| *b != now) {
                     repeats = differ;
                 }
@@ -407,6 +414,12 @@ fn compare_kept(
         }
     );
     Ok(good)
+}
+
+/// The distance of loads of routers; 0 where there are none.
+fn apart(a: &[f64], b: &[f64]) -> f64 {
+    let single = |values: &[f64]| values.iter().map(|v| *v as f32).collect::<Vec<f32>>();
+    if a.is_empty() && b.is_empty() { 0.0 } else { distance(&single(a), &single(b)) }
 }
 
 /// Compares steps of the optimizer, with LoRA+, from the same gradient; a line of the table.

@@ -156,7 +156,9 @@ impl Doctor {
         let number = |name: &str| line.get(name).and_then(Value::as_f64);
         let seen = &mut self.seen;
         // Of several sets the first.
-        let evaluated = line.keys().find(|k| k.starts_with("eval_") && k.ends_with("loss") && !k.ends_with("nll_loss"));
+        let evaluated = line.keys().find(|k| {
+            k.starts_with("eval_") && k.ends_with("loss") && !k.ends_with("nll_loss") && !k.ends_with("aux_loss")
+        });
         if let Some(loss) = evaluated.and_then(|name| number(name)) {
             let least = seen.evaluation.map_or(loss, |[_, least]| least.min(loss));
             seen.evaluation = Some([loss, least]);

@@ -9,7 +9,7 @@ use dpo_core::example::Example;
 use dpo_core::logprobs::AnswerLogProbs;
 
 /// What is logged of a step and of an evaluation, under the names TRL and ms-swift give them.
-pub(super) const NAMES: [&str; 8] = [
+pub(super) const NAMES: [&str; 9] = [
     "loss",
     "rewards/chosen",
     "rewards/rejected",
@@ -18,6 +18,7 @@ pub(super) const NAMES: [&str; 8] = [
     "logps/chosen",
     "logps/rejected",
     "nll_loss",
+    "aux_loss",
 ];
 
 /// One example's numbers. Where it has more than two answers, the best one stands as the chosen answer, and the mean of the
@@ -151,15 +152,18 @@ impl Sums {
 pub(super) struct Window {
     steps: u64,
     loss: f64,
+    #[serde(default)]
+    aux_loss: Option<f64>,
     sums: Sums,
     /// Unique tokens: of every example the prompt once and all answers.
     pub(super) tokens: f64,
 }
 
 impl Window {
-    pub(super) fn add(&mut self, loss: f64, sums: Sums, tokens: usize) {
+    pub(super) fn add(&mut self, loss: f64, aux_loss: Option<f64>, sums: Sums, tokens: usize) {
         self.steps += 1;
         self.loss += loss;
+        self.aux_loss = aux_loss.map(|aux_loss| self.aux_loss.unwrap_or(0.0) + aux_loss);
         self.tokens += tokens as f64;
         let (mut all, step) = (self.sums.to_array(), sums.to_array());
         all.iter_mut().zip(step).for_each(|(all, step)| *all += step);
@@ -185,6 +189,7 @@ impl Window {
             (chosen_logp, has_chosen),
             (rejected_logp, has_rejected),
             (-sums.best_sum / sums.best_tokens, has_chosen),
+            (self.aux_loss.unwrap_or(0.0) / self.steps as f64, self.aux_loss.is_some()),
         ];
         let told = NAMES.into_iter().zip(values).filter(|(_, (_, told))| *told);
         told.map(|(name, (value, _))| (format!("{prefix}{name}"), json!(value))).collect()

@@ -159,7 +159,7 @@ impl Run<'_> {
                 warn(what.clone());
                 log.iter_mut().for_each(|log| log.remark(self.done + 1, "warning", &what));
             } else {
-                self.window.add(step.loss, step.sums, tokens);
+                self.window.add(step.loss, step.aux_loss, step.sums, tokens);
                 self.skipped = 0;
             }
             self.done += 1;
@@ -369,7 +369,7 @@ impl Run<'_> {
             let device = self.device.as_mut();
             let (step, logps) = step::evaluate(self.group, device, &mut self.objective, &examples, reference.all())?;
             let mut window = Window::default();
-            window.add(step.loss, step.sums, 0);
+            window.add(step.loss, step.aux_loss, step.sums, 0);
             line.extend(window.means(prefix));
             first.get_or_insert(logps);
         }

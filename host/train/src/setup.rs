@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use dpo_core::aux_loss::AuxLoss;
 use dpo_core::backend::{Backend, Workload};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
@@ -93,9 +94,10 @@ pub fn train(
     config.memory.packing = group.broadcast_from_first(|| packing_before(&output, resumed.as_deref(), &config))?;
     let everything: Vec<&Examples> =
         std::iter::once(&examples).chain(validation.iter().map(|set| &set.examples)).collect();
+    let ends = AuxLoss::of(&model.graph).is_some();
     let mut workload = Workload::default();
     for example in everything.iter().flat_map(|set| set.iter()) {
-        workload.add(&example?);
+        workload.add(&example?, ends);
     }
     let mut planned = backend.plan(group, model.graph.clone(), adapter, workload, model.memory(config.memory)?)?;
     let memory = MemoryOptions { packing: Some(planned.packing()), ..config.memory };
@@ -141,7 +143,9 @@ pub fn train(
     let mut device = planned.load(group, &checkpoint)?;
     settings.insert(settings::ARITHMETIC.to_owned(), json!(device.name()));
 
-    let identity = format!("{}{}{:?}", checkpoint.identity()?, model.config, config.memory.quantization);
+    // Where ends of answers are laid out, sums are rounded otherwise.
+    let layout = if ends { "with ends" } else { "" };
+    let identity = format!("{}{}{:?}{layout}", checkpoint.identity()?, model.config, config.memory.quantization);
     let mut references = match &mut own {
         Some(own) => std::mem::take(&mut own.references),
         None => references(group, device.as_mut(), &objective, &identity, sets())?,

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::metrics::{ExampleMetrics, Sums, Window};
 use super::objective::{Evaluated, Objective, Totals};
+use dpo_core::aux_loss::{AuxLoss, RouterLoad};
 use dpo_core::batch::{Batch, micro_batches, shares};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::device::Device;
@@ -18,6 +19,8 @@ use dpo_core::logprobs::{AnswerLogProbs, AnswerOffsets, gather};
 pub struct Step {
     /// Loss.
     pub loss: f64,
+    /// The auxiliary loss of routers without its coefficient, where it is computed.
+    pub aux_loss: Option<f64>,
     /// Over its examples.
     pub sums: Sums,
     /// Of examples that this rank knows, with their places in the step.
@@ -41,10 +44,11 @@ fn pack(
     keep: bool,
 ) -> Result<Vec<Packed>> {
     let budget = device.micro_batch_tokens(keep);
-    let lengths: Vec<usize> = own.iter().map(|e| examples[*e].packed_tokens()).collect();
+    let ends = AuxLoss::of(device.graph()).is_some();
+    let lengths: Vec<usize> = own.iter().map(|e| examples[*e].laid_out(ends)).collect();
     let packed = micro_batches(&lengths, budget).into_iter().map(|batch| {
         let places: Vec<usize> = batch.into_iter().map(|e| own[e]).collect();
-        Packed { batch: Batch::of(places.iter().map(|e| examples[*e])), examples: places }
+        Packed { batch: Batch::with_ends(places.iter().map(|e| examples[*e]), ends), examples: places }
     });
     let mut packed: Vec<Packed> = packed.collect();
     if device.shares_base() {
@@ -83,17 +87,29 @@ pub fn score(
     group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
     examples: &[&Example],
-    mut done: impl FnMut(usize),
+    done: impl FnMut(usize),
 ) -> Result<AnswerLogProbs> {
+    Ok(score_and_count(group, device, examples, done)?.0)
+}
+
+/// The same, with what this rank's routers did, where they have an auxiliary loss.
+fn score_and_count(
+    group: &mut dyn ProcessGroup,
+    device: &mut dyn Device,
+    examples: &[&Example],
+    mut done: impl FnMut(usize),
+) -> Result<(AnswerLogProbs, RouterLoad)> {
     let split = split(group, examples);
     let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
+    let mut load = RouterLoad::of(device.graph());
     let rank = group.rank();
     for Packed { batch, examples } in pack(group, device, examples, &split[rank], false)? {
         logps.scatter(&device.forward(&batch, false)?, &examples);
+        load.add(&device.router_load()?);
         done(examples.len());
     }
     fill_in(&mut logps, group, &split)?;
-    Ok(logps)
+    Ok((logps, load))
 }
 
 /// Loss and metrics without a gradient, and the log-probs they are of: all examples as one step.
@@ -104,9 +120,14 @@ pub(super) fn evaluate(
     examples: &[&Example],
     reference: Option<&AnswerLogProbs>,
 ) -> Result<(Step, AnswerLogProbs)> {
-    let logps = score(group, device, examples, |_| {})?;
+    let (logps, mut load) = score_and_count(group, device, examples, |_| {})?;
     let evaluated = objective.eval(examples, &logps, reference, Totals::of(examples), false)?;
-    Ok((whole_step(evaluated), logps))
+    let mut step = whole_step(evaluated);
+    if let Some(loss) = AuxLoss::of(device.graph()) {
+        load.all_reduce(group)?;
+        step.add_aux_loss(loss, &load);
+    }
+    Ok((step, logps))
 }
 
 /// Means over scored examples under the names of the log, and where they have several answers `chosen_more_likely`: the share
@@ -120,7 +141,7 @@ pub fn mean_metrics(
     let Evaluated { loss, examples, .. } =
         objective.eval(examples, policy, Some(reference), Totals::of(examples), false)?;
     let mut window = Window::default();
-    window.add(loss, Sums::of(&examples), 0);
+    window.add(loss, None, Sums::of(&examples), 0);
     let mut means = window.means("");
     if examples.iter().any(|e| e.compared) {
         let likelier = examples.iter().filter(|e| e.best_likeliest).count();
@@ -131,7 +152,15 @@ pub fn mean_metrics(
 
 fn whole_step(evaluated: Evaluated) -> Step {
     let Evaluated { loss, examples, .. } = evaluated;
-    Step { loss, sums: Sums::of(&examples), examples: examples.into_iter().enumerate().collect() }
+    Step { loss, aux_loss: None, sums: Sums::of(&examples), examples: examples.into_iter().enumerate().collect() }
+}
+
+impl Step {
+    fn add_aux_loss(&mut self, loss: AuxLoss, load: &RouterLoad) {
+        let value = loss.value(load);
+        self.loss += loss.coefficient * value;
+        self.aux_loss = Some(value);
+    }
 }
 
 /// A step's loss, with its gradient, summed over ranks, left on the device. `reference` is of the step's examples.
@@ -143,14 +172,15 @@ pub fn gradient(
     reference: Option<&AnswerLogProbs>,
 ) -> Result<Step> {
     device.clear_gradient()?;
-    let own = if objective.whole_batch() { whole_batch } else { batch_by_batch };
+    let whole = objective.whole_batch() || AuxLoss::of(device.graph()).is_some();
+    let own = if whole { whole_batch } else { batch_by_batch };
     let step = own(group, device, objective, examples, reference)?;
     device.sum_gradient(group)?;
     Ok(step)
 }
 
-/// The loss needs every example's log-probs before it can give a derivative for one. All ranks evaluate all of it, and take
-/// the derivatives of their share.
+/// The loss needs every example's log-probs before it can give a derivative for one, or that of routers all tokens. All ranks evaluate all
+/// of it, and take the derivatives of their share.
 fn whole_batch(
     group: &mut dyn ProcessGroup,
     device: &mut dyn Device,
@@ -161,23 +191,34 @@ fn whole_batch(
     let split = split(group, examples);
     let rank = group.rank();
     let micro_batches = pack(group, device, examples, &split[rank], true)?;
-    let logps = match micro_batches.as_slice() {
+    let (logps, mut load) = match micro_batches.as_slice() {
         [Packed { batch, examples: own }] => {
             let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
             logps.scatter(&device.forward(batch, true)?, own);
             fill_in(&mut logps, group, &split)?;
-            logps
+            let mut load = RouterLoad::of(device.graph());
+            load.add(&device.router_load()?);
+            (logps, load)
         }
-        _ => score(group, device, examples, |_| {})?,
+        _ => score_and_count(group, device, examples, |_| {})?,
     };
     let evaluated = objective.eval(examples, &logps, reference, Totals::of(examples), true)?;
+    let aux_loss = AuxLoss::of(device.graph());
+    if let Some(loss) = aux_loss {
+        load.all_reduce(group)?;
+        device.set_router_slopes(loss.slopes(&load));
+    }
     for Packed { batch, examples } in &micro_batches {
         if micro_batches.len() > 1 {
             device.forward(batch, true)?;
         }
         device.backward(batch, &gather(&logps.offsets, &evaluated.dlogps, examples))?;
     }
-    Ok(whole_step(evaluated))
+    let mut step = whole_step(evaluated);
+    if let Some(loss) = aux_loss {
+        step.add_aux_loss(loss, &load);
+    }
+    Ok(step)
 }
 
 /// Each micro-batch by itself. A loss with a state sees the same one throughout the step, and moves it on once, by all of
@@ -211,8 +252,8 @@ fn batch_by_batch(
     let mut own = [0.0; Sums::SIZE + 2];
     own[..Sums::SIZE].copy_from_slice(&Sums::of(&known).to_array());
     own[Sums::SIZE..].copy_from_slice(&[loss, f64::from(u8::from(remembers))]);
-    let all = group.all_reduce_f64(own)?;
-    let [.., mut loss, remember] = all;
+    group.all_reduce_f64(&mut own)?;
+    let [.., mut loss, remember] = own;
     if remember > 0.0 {
         fill_in(&mut logps, group, &split)?;
         let evaluated = objective.eval(examples, &logps, reference, totals, true)?;
@@ -221,6 +262,6 @@ fn batch_by_batch(
         }
     }
     let mut sums = [0.0; Sums::SIZE];
-    sums.copy_from_slice(&all[..Sums::SIZE]);
-    Ok(Step { loss, sums: Sums::from_array(sums), examples: metrics })
+    sums.copy_from_slice(&own[..Sums::SIZE]);
+    Ok(Step { loss, aux_loss: None, sums: Sums::from_array(sums), examples: metrics })
 }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{BlockBuilder, Var, tensor};
+use crate::ops::AUX_LOSS_COEF;
 
 /// How a router's logits become scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,13 +54,16 @@ pub struct Router {
     pub selection_bias: Option<String>,
     /// A tensor `[experts]`, a factor on the score of each that was chosen.
     pub expert_scale: Option<String>,
+    /// The coefficient of the auxiliary loss that spreads tokens over experts (Fedus et al. 2021, equations 4 to 6, with `top_k` experts a
+    /// token, as transformers' `load_balancing_loss_func` has it); `None` for a family without this loss.
+    pub aux_loss_coef: Option<f64>,
 }
 
 impl Router {
     /// The `top_k` best ones with the scores that they have.
     pub fn new(scoring: Scoring, top_k: usize) -> Router {
-        let (groups, selection_bias, expert_scale) = Default::default();
-        Router { top_k, scoring, normalize: None, scale: 1.0, groups, selection_bias, expert_scale }
+        let (groups, selection_bias, expert_scale, aux_loss_coef) = Default::default();
+        Router { top_k, scoring, normalize: None, scale: 1.0, groups, selection_bias, expert_scale, aux_loss_coef }
     }
 }
 
@@ -118,6 +122,7 @@ impl BlockBuilder {
         let mut attrs = vec![("top_k", json!(router.top_k)), ("scoring", json!(scoring))];
         attrs.extend(router.normalize.map(|eps| ("normalize", json!(eps))));
         attrs.extend((router.scale != 1.0).then(|| ("scale", json!(router.scale))));
+        attrs.extend(router.aux_loss_coef.map(|coef| (AUX_LOSS_COEF, json!(coef))));
         if let Some(groups) = router.groups {
             let score = if groups.score == GroupScore::Max { "max" } else { "top2_sum" };
             attrs.extend([("groups", json!(groups.count)), ("top_groups", json!(groups.top))]);

@@ -2,8 +2,11 @@
 
 use super::AttrKind::{Count, Number, OneOf};
 use super::Presence::{Optional, Required};
-use super::{Fits, OpSchema, attr, count, same, weight_shape};
+use super::{Fits, OpSchema, attr, count, number, same, weight_shape};
 use crate::graph::Node;
+
+/// The attribute of the coefficient of the auxiliary loss. It changes no value of the graph.
+pub const AUX_LOSS_COEF: &str = "router_aux_loss_coef";
 
 pub(super) const SCHEMA: OpSchema = OpSchema {
     name: "route",
@@ -18,6 +21,7 @@ pub(super) const SCHEMA: OpSchema = OpSchema {
         attr("groups", Count, Optional),
         attr("top_groups", Count, Optional),
         attr("group_score", OneOf(&["max", "top2_sum"]), Optional),
+        attr(AUX_LOSS_COEF, Number, Optional),
     ],
     check,
     reads_layout: false,
@@ -29,6 +33,9 @@ fn check(node: &Node, widths: &[usize]) -> Fits {
     weight_shape(node, "selection_bias", &[experts])?;
     weight_shape(node, "expert_scale", &[experts])?;
     let has = |name: &str| node.attrs.contains_key(name);
+    if has(AUX_LOSS_COEF) && number(node, AUX_LOSS_COEF) < 0.0 {
+        return Err(format!("{AUX_LOSS_COEF} is negative"));
+    }
     if ["groups", "top_groups", "group_score"].iter().any(|name| has(name) != has("groups")) {
         return Err("groups, top_groups and group_score go together".into());
     }

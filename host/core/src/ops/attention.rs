@@ -461,6 +461,7 @@ mod tests {
                     loras: &[],
                     layout,
                     input_gradients: true,
+                    router_slopes: &[],
                 };
                 forward(&call).unwrap()
             };
@@ -490,6 +491,7 @@ mod tests {
                 loras: &[],
                 layout: &layout,
                 input_gradients: true,
+                router_slopes: &[],
             };
             let shape = Shape::of(&call).unwrap();
             let free = inputs.clone().map(|x| Var::from_tensor(&x).unwrap());

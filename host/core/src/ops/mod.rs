@@ -47,6 +47,7 @@ pub use gather::GATHER;
 pub use kv_cache::KvCache;
 pub use linear::row_norms;
 pub use product::product;
+pub use route::count_load;
 
 /// How an op is computed. What graphs may say of it is its schema, [`dpo_plugin_api::ops`].
 pub struct Op {
@@ -124,6 +125,8 @@ pub struct Call<'a> {
     pub layout: &'a Layout,
     /// Whether a VJP has to give gradients of the inputs: not where nothing trainable lies before them.
     pub input_gradients: bool,
+    /// Of every expert the derivative of the auxiliary loss by the probability that a token gives it; none where it is not computed.
+    pub router_slopes: &'a [f64],
 }
 
 /// A low-rank update: `W + scale · B · A` (Hu et al. 2021, eq. 3).

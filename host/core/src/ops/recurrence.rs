@@ -348,8 +348,15 @@ mod tests {
 
         fn with<R>(&self, layout: &Layout, inputs: &[Tensor], run: impl FnOnce(&Kernel, &Call<'_>) -> R) -> R {
             let inputs = inputs.iter().collect();
-            let call =
-                Call { node: &self.node, inputs, weights: &self.weights, loras: &[], layout, input_gradients: true };
+            let call = Call {
+                node: &self.node,
+                inputs,
+                weights: &self.weights,
+                loras: &[],
+                layout,
+                input_gradients: true,
+                router_slopes: &[],
+            };
             run(&find(&self.node.op).unwrap().kernel, &call)
         }
 

@@ -4,13 +4,14 @@
 //! scores are a softmax or are divided by their sum, by the others'. All of it is computed in f64: a row has as many numbers as there
 //! are experts.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
 
 use super::real::Real;
 use super::rows::{RowOp, over_rows};
-use super::{Call, Gradients, Kernel, Op, count, number, weight};
+use super::{Call, Gradients, Kernel, Op, add, count, number, weight};
+use crate::aux_loss::{RouterLoad, is_balanced};
 use crate::error::Result;
 
 pub(super) const OP: Op = Op { name: "route", cached_inputs: &[], kernel: Kernel::Value { forward, vjp } };
@@ -158,6 +159,33 @@ impl RowOp<4, 1> for Vjp {
     }
 }
 
+/// Of `Σ_t texts_t · Σ_e slope_e · p_te`, `p` a softmax of the logits: `dz = texts · p · (slope - Σ slope · p)`.
+struct Balance;
+
+impl RowOp<3, 1> for Balance {
+    fn row<T: Real>(&self, [logits, slopes, texts]: [&[T]; 3], [dx]: [&mut [T]; 1]) {
+        let mut probs: Vec<f64> = logits.iter().map(|v| v.to_f64()).collect();
+        softmax(&mut probs);
+        let mean: f64 = probs.iter().zip(slopes).map(|(prob, slope)| prob * slope.to_f64()).sum();
+        for ((dx, prob), slope) in dx.iter_mut().zip(probs).zip(slopes) {
+            *dx = T::from_f64(texts[0].to_f64() * prob * (slope.to_f64() - mean));
+        }
+    }
+}
+
+/// Adds what a router with logits `[tokens, experts]` does with tokens, of which each is in so many texts. Probabilities are a softmax and
+/// the best ones are chosen, whatever the router makes of its logits.
+pub fn count_load(node: &Node, logits: &Tensor, texts: &[u32], load: &mut RouterLoad) -> Result<()> {
+    let (top_k, logits) = (count(node, "top_k"), logits.to_dtype(DType::F64)?.to_vec2::<f64>()?);
+    for (mut probs, texts) in logits.into_iter().zip(texts.iter().map(|texts| f64::from(*texts))) {
+        softmax(&mut probs);
+        best(&probs, top_k).into_iter().for_each(|expert| load.counts[expert] += texts);
+        load.probs.iter_mut().zip(&probs).for_each(|(sum, prob)| *sum += texts * prob);
+        load.tokens += texts;
+    }
+    Ok(())
+}
+
 /// The weight of a role as a row, or so many times a number.
 fn row(call: &Call<'_>, role: &str, without: f64) -> Result<Tensor> {
     let dtype = call.inputs[0].dtype();
@@ -176,7 +204,15 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let (bias, factors) = (row(call, "selection_bias", 0.0)?, row(call, "expert_scale", 1.0)?);
     let [dx] = over_rows(&Vjp(Route::of(call.node)), [call.inputs[0], &bias, &factors, dy], [call.node.width])?;
-    Ok(Gradients::of(vec![dx]))
+    if call.router_slopes.is_empty() || !is_balanced(call.node) {
+        return Ok(Gradients::of(vec![dx]));
+    }
+    let dtype = dx.dtype();
+    let slopes = Tensor::new(call.router_slopes, &Device::Cpu)?.to_dtype(dtype)?;
+    let texts: Vec<f64> = call.layout.texts.iter().map(|texts| f64::from(*texts)).collect();
+    let texts = Tensor::from_vec(texts, (call.layout.texts.len(), 1), &Device::Cpu)?.to_dtype(dtype)?;
+    let [of_loss] = over_rows(&Balance, [call.inputs[0], &slopes, &texts], [call.node.width])?;
+    Ok(Gradients::of(vec![add(&dx, &of_loss)?]))
 }
 
 #[cfg(test)]

@@ -48,6 +48,14 @@ pub(super) fn cases() -> Result<Vec<(String, ModelGraph)>> {
         (experts.interleaved, experts.bias) = (true, true);
         mixture(b, x, &Router::new(Scoring::SoftmaxOfChosen, 4), &experts)
     })?;
+    for (name, scoring) in [("softmax", Scoring::Softmax), ("sigmoid", Scoring::Sigmoid)] {
+        add(&format!("routers with an auxiliary loss, {name}"), &|b, x| {
+            let mut router = normalized(scoring, 2);
+            router.aux_loss_coef = Some(0.5);
+            router.selection_bias = (scoring == Scoring::Sigmoid).then(|| "router.choice_bias".into());
+            mixture(b, x, &router, &gated(12, 2))
+        })?;
+    }
     add("experts without a gate, factors of experts", &|b, x| {
         let mut experts = gated(8, 2);
         (experts.activation, experts.gated, experts.up) = ("relu2".into(), false, "experts.up_proj".into());

@@ -1,12 +1,12 @@
 //! Rows of a value: those that predict scored tokens. Its VJP gives every row the sum of the gradients of those that were taken from it.
 
-use super::{Args, CudaOp, Execute, Launch, Lowering, Source, Step, View};
+use super::{Args, CudaOp, Execute, Launch, Lowering, Source, Step, View, whole};
 use dpo_core::error::Result;
 use dpo_core::ops::GATHER;
 
 pub(super) static SOURCE: Source = Source::plain("gather", include_str!("gather.cu"), &["gather_rows", "scatter_rows"]);
 
-pub(super) const OP: CudaOp = CudaOp::new(GATHER, forward, backward);
+pub(super) const OP: CudaOp = CudaOp { any_width: true, ..CudaOp::new(GATHER, forward, backward) };
 
 struct Gather {
     width: usize,
@@ -17,14 +17,14 @@ struct Scatter {
 }
 
 fn forward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
-    let ([x], width) = (l.inputs(index)?, l.nodes[index].width);
+    let ([x], width) = (l.inputs(index)?, whole(l.nodes[index].width));
     let y = l.place(index);
     l.push(Step::new("gather", [x], [y], Gather { width }).mixes_rows())
 }
 
 fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
     let Some(dy) = l.take_gradient(index) else { return Ok(()) };
-    let (node, width) = (&l.nodes[index], l.nodes[index].width);
+    let (node, width) = (&l.nodes[index], whole(l.nodes[index].width));
     let (dx, sum) = l.write_gradient(node.inputs[0]);
     l.push(Step::new("gather vjp", [dy], [dx], Scatter { width }).mixes_rows())?;
     sum.map_or(Ok(()), |step| l.push(step))

@@ -130,9 +130,66 @@ extern "C" __global__ void route(View logits, View weights, Route r, const float
     }
 }
 
-// `dlogits` may be `dweights`.
+// What a router does with tokens, each of which is in so many texts, by expert: the tokens that are sent to it, then the sums of the
+// probabilities that they give it. A block has every so-many-th token, and leaves its sums in its part.
+extern "C" __global__ void route_load(View logits, Route r, const int* texts, float* parts, int tokens) {
+    __shared__ float sums[2][32 * MOST];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    float count[MOST] = {}, prob[MOST] = {};
+    for (int token = blockIdx.x * warps + warp; token < tokens; token += gridDim.x * warps) {
+        Scores of = choose(r, row(logits, token), nullptr);
+        float weight = texts[token];
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            count[i] += of.chosen >> i & 1 ? weight : 0.f;
+            prob[i] += weight * of.score[i];
+        }
+    }
+    for (int turn = 0; turn < warps; turn++) {
+#pragma unroll
+        for (int i = 0; i < MOST; i++) {
+            int e = i * 32 + lane;
+            if (turn != warp) continue;
+            sums[0][e] = count[i] + (turn > 0 ? sums[0][e] : 0.f);
+            sums[1][e] = prob[i] + (turn > 0 ? sums[1][e] : 0.f);
+        }
+        __syncthreads();
+    }
+    float* part = parts + (u64)blockIdx.x * 2 * r.experts;
+    for (int i = threadIdx.x; i < 2 * r.experts; i += blockDim.x) part[i] = sums[i / r.experts][i % r.experts];
+}
+
+// Adds so many parts, in their order.
+extern "C" __global__ void route_load_sum(const float* parts, int count, int values, double* load) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= values) return;
+    double sum = load[i];
+    for (int part = 0; part < count; part++) sum += parts[part * values + i];
+    load[i] = sum;
+}
+
+// The softmax of a token's logits, 0 behind the last expert.
+__device__ __forceinline__ void softmax(const Route& r, const bf16* logits, float* prob) {
+    int lane = threadIdx.x % 32;
+    float top = NONE, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
+        int e = i * 32 + lane;
+        prob[i] = e < r.experts ? to_float(logits[e]) : NONE;
+        top = fmaxf(top, prob[i]);
+    }
+    top = warp_max(top);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) sum += prob[i] = expf(prob[i] - top);
+    sum = warp_sum(sum);
+#pragma unroll
+    for (int i = 0; i < MOST; i++) prob[i] /= sum;
+}
+
+// `dlogits` may be `dweights`. With `slopes` also of an auxiliary loss, whose derivatives by a token's probabilities they are, as often as the
+// token is in a text.
 extern "C" __global__ void route_vjp(View logits, View dweights, View dlogits, Route r, const float* bias, const float* factors,
-                                     int tokens) {
+                                     int tokens, const float* slopes, const int* texts) {
     int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
     Scores of = choose(r, row(logits, token), bias);
@@ -157,9 +214,24 @@ extern "C" __global__ void route_vjp(View logits, View dweights, View dlogits, R
     }
 #pragma unroll
     for (int i = 0; i < MOST; i++) {
+        float s = of.score[i];
+        d[i] = r.scoring == 1 ? d[i] * s * (1.f - s) : s * (d[i] - mean);
+    }
+    if (slopes) {
+        float prob[MOST], along = 0.f, weight = texts[token];
+        softmax(r, row(logits, token), prob);
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            if (i * 32 + lane < r.experts) along += prob[i] * slopes[i * 32 + lane];
+        along = warp_sum(along);
+#pragma unroll
+        for (int i = 0; i < MOST; i++)
+            if (i * 32 + lane < r.experts) d[i] += weight * prob[i] * (slopes[i * 32 + lane] - along);
+    }
+#pragma unroll
+    for (int i = 0; i < MOST; i++) {
         int e = i * 32 + lane;
         if (e >= r.columns) break;
-        float s = of.score[i];
-        row(dlogits, token)[e] = to_bf16(r.scoring == 1 ? d[i] * s * (1.f - s) : s * (d[i] - mean));
+        row(dlogits, token)[e] = to_bf16(d[i]);
     }
 }

@@ -1,4 +1,5 @@
-//! Which experts a token is sent to, and what each of them counts; the choice is made anew in the backward pass.
+//! Which experts a token is sent to, and what each of them counts; the choice is made anew in the backward pass. A router with an auxiliary
+//! loss counts what it does in the forward pass, and adds the loss's gradient in the backward pass.
 
 use dpo_plugin_api::graph::Node;
 use serde_json::Value;
@@ -8,9 +9,13 @@ use super::Slice;
 use super::{
     Args, Argument, BackwardReads, CudaOp, Execute, Groups, Launch, Lowering, Source, Step, View, count, number, whole,
 };
+use crate::gpu::Address;
+use crate::inputs::ROUTER_PARTS;
+use dpo_core::aux_loss::is_balanced;
 use dpo_core::error::{Error, Result};
 
-pub(super) static SOURCE: Source = Source::plain("route", include_str!("route.cu"), &["route", "route_vjp"]);
+pub(super) static SOURCE: Source =
+    Source::plain("route", include_str!("route.cu"), &["route", "route_vjp", "route_load", "route_load_sum"]);
 
 pub(super) const OP: CudaOp = CudaOp {
     backward_reads: BackwardReads { inputs: true, value: false },
@@ -51,6 +56,8 @@ struct Route {
     shape: Shape,
     /// Vectors in f32: the bias of the choice, factors of experts.
     vectors: [Option<usize>; 2],
+    /// Whether it has an auxiliary loss.
+    balanced: bool,
 }
 
 struct Vjp(Route);
@@ -82,13 +89,36 @@ impl Route {
             scale: or("scale", 1.0) as f32,
         };
         let vectors = [l.wide_vector(index, "selection_bias")?, l.wide_vector(index, "expert_scale")?];
-        Ok(Route { shape, vectors })
+        Ok(Route { shape, vectors, balanced: is_balanced(node) })
     }
 
-    fn start(&self, on: &Launch<'_>, kernel: &str, views: &[View]) -> Result<()> {
+    /// As the auxiliary loss sees it: a softmax, of which the best ones are chosen, whatever the router makes of its logits.
+    fn plain(&self) -> Shape {
+        Shape { scoring: 0, normalizes: 0, groups: 1, top_groups: 1, ..self.shape }
+    }
+
+    /// Adds to the batch's load what it does with the rows at hand: every block leaves its part, then these are added in their order.
+    fn count(&self, on: &Launch<'_>, logits: View) -> Result<()> {
+        let args = Args::default().with(logits).with(self.plain()).with(self.texts(on));
+        let args = args.with(on.batch.router_parts).with(on.rows as i32);
+        let block = [32 * WARPS as u32, 1, 1];
+        on.gpu.launch(on.kernels.get("route_load")?, [ROUTER_PARTS, 1, 1], block, 0, args)?;
+        let values = 2 * self.shape.experts as usize;
+        let args = Args::default().with(on.batch.router_parts).with(ROUTER_PARTS as i32).with(values as i32);
+        let grid = [values.div_ceil(block[0] as usize), 1, 1];
+        on.gpu.launch(on.kernels.get("route_load_sum")?, grid, block, 0, args.with(on.batch.router_load))
+    }
+
+    /// Of the rows at hand in how many texts each is.
+    fn texts(&self, on: &Launch<'_>) -> Address {
+        on.batch.texts + on.first as u64 * 4
+    }
+
+    fn start(&self, on: &Launch<'_>, kernel: &str, views: &[View], more: &[Address]) -> Result<()> {
         let args = views.iter().fold(Args::default(), |args, view| args.with(*view)).with(self.shape);
         let at = |vector: Option<usize>| vector.map_or(0, |vector| on.weights.vectors[vector]);
         let args = self.vectors.iter().fold(args, |args, vector| args.with(at(*vector))).with(on.rows as i32);
+        let args = more.iter().fold(args, |args, address| args.with(*address));
         let grid = [on.rows.div_ceil(WARPS), 1, 1];
         on.gpu.launch(on.kernels.get(kernel)?, grid, [32 * WARPS as u32, 1, 1], 0, args)
     }
@@ -114,7 +144,11 @@ fn backward(l: &mut Lowering<'_>, index: usize) -> Result<()> {
 
 impl Execute for Route {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        self.start(on, "route", &[reads[0], writes[0]])
+        self.start(on, "route", &[reads[0], writes[0]], &[])?;
+        match self.balanced && on.batch.router_load != 0 {
+            true => self.count(on, reads[0]),
+            false => Ok(()),
+        }
     }
 
     #[cfg(test)]
@@ -126,18 +160,25 @@ impl Execute for Route {
             write[0] = (0..experts).map(|e| of.counts(e) * self.shape.scale * vectors[1][e]).collect();
             write[0].resize(self.shape.columns as usize, 0.0);
         });
+        for row in (0..on.rows()).filter(|_| self.balanced) {
+            let logits = on.row(&reads[0], row);
+            let of = emulated::plain(self, &logits);
+            on.count_load(row, &of.scores, &of.chosen);
+        }
     }
 }
 
 impl Execute for Vjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        self.0.start(on, "route_vjp", &[reads[0], reads[1], writes[0]])
+        let slopes = if self.0.balanced { on.batch.router_slopes } else { 0 };
+        self.0.start(on, "route_vjp", &[reads[0], reads[1], writes[0]], &[slopes, self.0.texts(on)])
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (shape, vectors) = (self.0.shape, emulated::vectors(&self.0, on));
-        on.each_row(reads, writes, |_, read, write| {
+        let (slopes, texts) = (on.router_slopes(), on.batch().layout.texts.clone());
+        on.each_row(reads, writes, |row, read, write| {
             let of = emulated::choose(&shape, &read[0][..shape.experts as usize], &vectors[0]);
             let mut d: Vec<f32> = (0..shape.experts as usize)
                 .map(|e| if of.chosen[e] { read[1][e] * shape.scale * vectors[1][e] / of.sum } else { 0.0 })
@@ -150,6 +191,12 @@ impl Execute for Vjp {
             let own = mean(&d);
             let by_logit = |(d, s): (&f32, &f32)| if shape.scoring == 1 { d * s * (1.0 - s) } else { s * (d - own) };
             write[0] = d.iter().zip(&of.scores).map(by_logit).collect();
+            if self.0.balanced && !slopes.is_empty() {
+                let probs = emulated::plain(&self.0, &read[0]).scores;
+                let mean: f32 = probs.iter().zip(&slopes).map(|(prob, slope)| prob * slope).sum();
+                let of_loss = probs.iter().zip(&slopes).map(|(prob, slope)| texts[row] as f32 * prob * (slope - mean));
+                write[0].iter_mut().zip(of_loss).for_each(|(dx, of_loss)| *dx += of_loss);
+            }
             write[0].resize(shape.columns as usize, 0.0);
         });
     }
@@ -177,6 +224,12 @@ mod emulated {
         let otherwise = |value: f32| vec![value; own.shape.experts as usize];
         let of = |vector: Option<usize>, value| vector.map_or(otherwise(value), |vector| on.vector(vector));
         [of(own.vectors[0], 0.0), of(own.vectors[1], 1.0)]
+    }
+
+    /// Of a row's columns, as the auxiliary loss sees them.
+    pub(super) fn plain(own: &Route, columns: &[f32]) -> Scores {
+        let experts = own.shape.experts as usize;
+        choose(&own.plain(), &columns[..experts], &vec![0.0; experts])
     }
 
     pub(super) fn choose(shape: &Shape, logits: &[f32], bias: &[f32]) -> Scores {

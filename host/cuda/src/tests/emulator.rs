@@ -11,6 +11,7 @@ use super::super::matmul::Gates;
 use super::super::ops::lm_head::LmHead;
 use super::super::program::{GRADIENT, OUTPUT, Program, Slice, Step};
 use super::super::weights::{Layout, Mxfp4Layout, Stack};
+use dpo_core::aux_loss::RouterLoad;
 use dpo_core::batch::Batch;
 use dpo_core::fp8::{dequantize_rows, quantize_rows};
 use dpo_core::lora::{Adapter, Site};
@@ -46,6 +47,9 @@ pub(super) struct Emulator {
     batch: Batch,
     /// `d logp / d hidden` of every answer token.
     dhidden: Vec<Vec<f32>>,
+    /// What routers did since the forward pass began.
+    pub(super) load: RouterLoad,
+    pub(super) router_slopes: Vec<f32>,
 }
 
 /// Where a program runs.
@@ -134,6 +138,22 @@ impl Emulation<'_> {
         &mut self.emulator.stacks[self.pass.layer.unwrap()][at]
     }
 
+    /// Counts what a router does with a row.
+    pub(crate) fn count_load(&mut self, row: usize, probs: &[f32], chosen: &[bool]) {
+        let texts = f64::from(self.batch().layout.texts[self.first + row]);
+        let load = &mut self.emulator.load;
+        load.tokens += texts;
+        for (expert, (prob, chosen)) in probs.iter().zip(chosen).enumerate() {
+            load.probs[expert] += texts * f64::from(*prob);
+            load.counts[expert] += if *chosen { texts } else { 0.0 };
+        }
+    }
+
+    /// Of every expert the derivative of the auxiliary loss by the probability that a token gives it.
+    pub(crate) fn router_slopes(&self) -> Vec<f32> {
+        self.emulator.router_slopes.clone()
+    }
+
     /// The keys that a row sees in a window.
     pub(crate) fn seen_by(&self, row: usize, window: usize) -> Vec<usize> {
         let spans = &self.batch().layout.spans;
@@ -164,7 +184,9 @@ impl Emulator {
         });
         let stacks = stacks.collect();
         let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
-        Emulator { graph, adapter, lowered, arrangement, stacks, memory, host: Vec::new(), batch, dhidden: Vec::new() }
+        let (host, dhidden, router_slopes) = Default::default();
+        let load = RouterLoad::default();
+        Emulator { graph, adapter, lowered, arrangement, stacks, memory, host, batch, dhidden, load, router_slopes }
     }
 
     fn row(&self, pass: &Pass<'_>, s: &Slice, (first, row): (usize, usize)) -> Vec<f32> {
@@ -226,6 +248,7 @@ impl Emulator {
     }
 
     pub(super) fn forward(&mut self) -> Vec<f32> {
+        self.load = RouterLoad::of(&self.graph);
         self.embed();
         (0..self.graph.layers.len()).for_each(|layer| self.layer(layer, false));
         self.head(None)

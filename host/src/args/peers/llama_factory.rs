@@ -85,7 +85,7 @@ const TABLE: &[Group] = &[
         "the vocabulary is the checkpoint's",
         "add tokens to the checkpoint first",
     ),
-    refused("moe_aux_loss_coef", "there is no such family yet", "leave it out"),
+    is("moe_aux_loss_coef", "router-aux-loss-coef"),
     refused(
         "use_dft_loss=false use_asft_loss=false use_eaft_loss=false train_on_prompt=false",
         "the objective is that of preferences",
@@ -215,6 +215,10 @@ pub(super) fn combine(t: &mut Translation) -> Result<()> {
     }
     dataset_info::datasets(t, modelscope)?;
     adapter(t)?;
+    if !t.has("router-aux-loss-coef") {
+        // Without its coefficient there is no such loss, whatever the model's config says.
+        t.push("router-aux-loss-coef", ["0"], None);
+    }
     if t.take("disable_shuffling").is_some_and(|flag| is_on(&flag)) {
         t.push("shuffle", ["false"], None);
     }

@@ -68,7 +68,7 @@ const TABLE: &[Group] = &[
     is("target_regex", "target-modules"),
     is("target_parameters", "target-parameters"),
     // Output.
-    same("add_version=true"),
+    same("add_version=true router_aux_loss_coef=0.0"),
     is("early_stop_interval", "early-stopping-patience"),
     refused(
         "tuner_type=lora train_type=lora",
@@ -92,7 +92,7 @@ const TABLE: &[Group] = &[
         "leave it out",
     ),
     refused(
-        "enable_dft_loss=false enable_channel_loss=false router_aux_loss_coef=0.0",
+        "enable_dft_loss=false enable_channel_loss=false",
         "the objective has no such term",
         "`dpo-host list losses` lists what there is",
     ),

@@ -81,7 +81,7 @@ const TABLE: &[Group] = &[
         "the loss says whether it has a reference",
         "choose one without, such as --loss simpo",
     ),
-    refused("router_aux_loss_coef=|0|0.001", "the loss of a router is not computed", "leave it out"),
+    same("router_aux_loss_coef"),
     refused(
         "dataset_config",
         "a subset by its name is not known",

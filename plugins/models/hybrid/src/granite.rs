@@ -71,6 +71,7 @@ fn graph(config: &Config) -> Result<ModelGraph> {
         let mut moe = Moe::new(count, top_k.unwrap_or(2), inner, &decoder.activation);
         moe.gate = "block_sparse_moe.router".into();
         moe.router = Router::new(Scoring::SoftmaxOfChosen, moe.router.top_k);
+        let mut moe = moe.with_aux_loss(&config, 0.001)?;
         moe.experts.up = "block_sparse_moe.experts.gate_up_proj".into();
         moe.experts.down = "block_sparse_moe.experts.down_proj".into();
         moe.files = ExpertFiles::Fused;

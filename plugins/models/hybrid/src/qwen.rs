@@ -105,11 +105,7 @@ fn read(config: &Config) -> Result<Decoder> {
 }
 
 fn experts(config: &Config) -> Result<Moe> {
-    // Of the loss that keeps experts busy.
-    for key in ["router_aux_loss_coef", "output_router_logits"] {
-        config.get(key);
-    }
-    let mut moe = Moe::read(config, 0.0)?;
+    let mut moe = Moe::read(config, 0.0)?.with_aux_loss(config, 0.001)?;
     let inner = config.size("shared_expert_intermediate_size")?;
     let gate = Some("mlp.shared_expert_gate".into());
     moe.shared = Some(SharedExpert { gate, ..SharedExpert::new("mlp.shared_expert", inner) });

@@ -44,7 +44,7 @@ fn ernie4_5_moe(config: &Config) -> Result<ModelGraph> {
     let bias = config.flag("use_bias", false)?;
     decoder.attention_bias(bias);
     decoder.mlp_bias = bias;
-    let mut moe = Moe::read(&config, 0.0)?;
+    let mut moe = Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.001)?;
     moe.router.selection_bias = Some("mlp.gate.moe_statics.e_score_correction_bias".into());
     let shared = config.opt_int("moe_num_shared_experts")?.unwrap_or(2);
     let of_shared = SharedExpert { bias, ..SharedExpert::new("mlp.shared_experts", shared * moe.experts.inner) };

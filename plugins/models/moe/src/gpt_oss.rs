@@ -40,7 +40,7 @@ fn gpt_oss(config: &Config) -> Result<ModelGraph> {
     decoder.sinks = Some("self_attn.sinks");
     let sliding = config.sliding_layers(decoder.layers.len(), |layer| layer.is_multiple_of(2))?;
     decoder.slide(config.opt_size("sliding_window")?, &sliding);
-    let mut moe = Moe::read(&config, 0.0)?;
+    let mut moe = Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.001)?;
     (moe.gate, moe.gate_bias) = ("mlp.router".into(), true);
     (moe.router.scoring, moe.router.normalize) = (Scoring::SoftmaxOfChosen, None);
     moe.experts.activation = "swiglu_oai".into();

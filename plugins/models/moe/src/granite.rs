@@ -54,7 +54,7 @@ fn finish(mut decoder: Decoder, config: &Config) -> Result<ModelGraph> {
     decoder.attention_scale = multiplier("attention_multiplier")?;
     decoder.logit_scale = 1.0 / multiplier("logits_scaling")?;
     decoder.attention_bias(config.flag("attention_bias", false)?);
-    let mut moe = Moe::read(config, 0.0)?;
+    let mut moe = Moe::read(config, 0.0)?.with_aux_loss(config, 0.001)?;
     (moe.router.scoring, moe.router.normalize) = (Scoring::SoftmaxOfChosen, None);
     (moe.gate, moe.files) = ("block_sparse_moe.router".into(), ExpertFiles::Fused);
     moe.experts.up = "block_sparse_moe.experts.gate_up_proj".into();

@@ -17,7 +17,7 @@ fn finish(mut decoder: Decoder, mut moe: Moe, config: &Config) -> Result<ModelGr
 /// Experts whose width is that of the MLP, whose scores are divided by their sum.
 fn experts(config: &Config) -> Result<Moe> {
     let config = config.with_names(&[("intermediate_size", "moe_intermediate_size")]);
-    let mut moe = Moe::read(&config, 0.0)?;
+    let mut moe = Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.001)?;
     moe.router.normalize = Some(0.0);
     Ok(moe)
 }

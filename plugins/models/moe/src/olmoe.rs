@@ -11,7 +11,7 @@ fn read(config: &Config) -> Result<Decoder> {
     let mut decoder = Decoder::read(&config)?;
     decoder.attention_bias(config.flag("attention_bias", false)?);
     decoder.qk_norm = Some(QkNorm { over: QkNormOver::Row, ..QkNorm::heads(decoder.norm) });
-    decoder.experts(&Moe::read(&config, 0.0)?, |_| true);
+    decoder.experts(&Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.01)?, |_| true);
     Ok(decoder)
 }
 

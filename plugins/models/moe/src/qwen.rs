@@ -37,7 +37,7 @@ fn qwen3_moe(config: &Config) -> Result<ModelGraph> {
     let window = config.opt_size("sliding_window")?;
     let window = window.filter(|_| config.flag("use_sliding_window", false) == Ok(true));
     decoder.slide(window, &vec![true; decoder.layers.len()]);
-    with_experts(&mut decoder, &Moe::read(&config, 0.0)?, &config)?;
+    with_experts(&mut decoder, &Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.001)?, &config)?;
     decoder.graph(&config)
 }
 
@@ -65,7 +65,7 @@ fn qwen2_moe(config: &Config) -> Result<ModelGraph> {
     let slides = |layer: usize| window.is_some() && layer.is_multiple_of(2) && layer < last;
     let sliding = config.sliding_layers(decoder.layers.len(), slides)?;
     decoder.slide(window, &sliding);
-    let mut moe = Moe::read(&config, 0.0)?;
+    let mut moe = Moe::read(&config, 0.0)?.with_aux_loss(&config, 0.001)?;
     let shared = SharedExpert::new("mlp.shared_expert", config.size("shared_expert_intermediate_size")?);
     moe.shared = Some(SharedExpert { gate: Some("mlp.shared_expert_gate".into()), ..shared });
     with_experts(&mut decoder, &moe, &config)?;
