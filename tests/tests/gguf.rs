@@ -302,6 +302,62 @@ fn other_models_are_refused() {
     s.refuses(&fixed, &["'olmo2' are not written", "qwen2, qwen3", "convert_hf_to_gguf.py"]);
 }
 
+/// A model with another tokenizer, merged; what it says, and the file's metadata.
+fn with_tokenizer(s: &Sandbox, change: impl FnOnce(&mut Value)) -> (dpo_tests::Ended, String) {
+    let from = golden("trajectories/qwen2");
+    let (model, output) = (s.path("model"), s.path("out"));
+    dpo_tests::copy(&from.join("model"), Path::new(&model));
+    let path = Path::new(&model).join("tokenizer.json");
+    let mut tokenizer = read(&path);
+    change(&mut tokenizer);
+    std::fs::write(path, tokenizer.to_string()).unwrap();
+    let adapter = from.join("final_adapter").display().to_string();
+    let fixed = ["merge", "--model", &model, "--adapter", &adapter, "--format", "gguf", "--output-dir", &output];
+    (s.run(&fixed), format!("{output}/model-f16.gguf"))
+}
+
+#[test]
+fn other_tokenizers_are_refused() {
+    let split = json!({"type": "Split", "pattern": {"Regex": "[a-z]+"}, "behavior": "Isolated", "invert": false});
+    let changes = [
+        ("pre_tokenizer", split, "splits text by '[a-z]+'"),
+        ("normalizer", json!({"type": "Lowercase"}), "the normalizer Lowercase"),
+    ];
+    for (key, value, said) in changes {
+        let s = sandbox();
+        let (ended, file) = with_tokenizer(&s, |tokenizer| tokenizer[key] = value);
+        assert_eq!(ended.code, 2, "{}", ended.stderr);
+        assert!(ended.stderr.contains(said) && ended.stderr.contains("tokenizer.json"), "{}", ended.stderr);
+        assert!(!Path::new(&file).exists());
+    }
+}
+
+/// A vocabulary of sentencepiece: scores follow from the order of merges, what no merge makes comes last.
+#[test]
+fn merges_become_scores() {
+    let s = sandbox();
+    let vocabulary = json!({"<unk>": 0, "<0x0A>": 1, "a": 2, "b": 3, "\u{2581}": 4, "ab": 5, "\u{2581}ab": 6});
+    let (ended, file) = with_tokenizer(&s, |tokenizer| {
+        tokenizer["added_tokens"].as_array_mut().unwrap().retain(|token| token["id"].as_u64() > Some(6));
+        tokenizer["pre_tokenizer"] = Value::Null;
+        tokenizer["decoder"] = Value::Null;
+        let spaces = json!({"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"});
+        tokenizer["normalizer"] =
+            json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u{2581}"}, spaces]});
+        tokenizer["model"] = json!({"type": "BPE", "vocab": vocabulary, "merges": [["a", "b"], ["\u{2581}", "ab"]],
+            "byte_fallback": true, "fuse_unk": true, "unk_token": "<unk>"});
+    });
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    let file = Gguf::open(&file);
+    let first = |key: &str| file.metadata[&format!("tokenizer.ggml.{key}")].as_array().unwrap()[..7].to_vec();
+    assert_eq!(file.metadata["tokenizer.ggml.model"], json!("llama"));
+    assert_eq!(file.metadata["tokenizer.ggml.add_space_prefix"], json!(true));
+    assert_eq!(json!(first("token_type")), json!([2, 6, 1, 1, 1, 1, 1]));
+    let scores: Vec<f64> = first("scores").iter().map(|score| score.as_f64().unwrap()).collect();
+    assert_eq!(scores, [0.0, 0.0, -1e6, -1e6, -1e6, 0.0, -1.0]);
+    assert_eq!(json!(first("tokens")), json!(["<unk>", "<0x0A>", "a", "b", "\u{2581}", "ab", "\u{2581}ab"]));
+}
+
 /// The demo's model: its tokenizer's kind, its tokens, and what ollama is told.
 #[test]
 fn the_tokenizer_is_in_the_file() {

@@ -18,7 +18,7 @@ pub struct Architecture {
     /// Which layers have a window.
     pub(crate) windows: Windows,
     /// What is done with scaled rotary frequencies.
-    pub(crate) rope: Rope,
+    pub(crate) rope: RopeScaling,
     /// What the embedding is multiplied with.
     pub(crate) embedding: EmbeddingScale,
     /// Whether attention, residual stream and logits have multipliers.
@@ -71,7 +71,7 @@ pub(crate) enum Windows {
 
 /// What an architecture does with rotary frequencies that are scaled, beside YaRN and one factor for all, which each of them knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Rope {
+pub(crate) enum RopeScaling {
     /// Nothing.
     Plain,
     /// It reads a factor for each frequency.
@@ -179,7 +179,7 @@ const PLAIN: Architecture = Architecture {
     tensors: &[],
     activation: "silu",
     windows: Windows::None,
-    rope: Rope::Plain,
+    rope: RopeScaling::Plain,
     embedding: EmbeddingScale::None,
     multipliers: false,
     softcaps: false,
@@ -199,21 +199,21 @@ pub const ARCHITECTURES: &[Architecture] = &[
         family: "llama3",
         name: "llama",
         tensors: &[QKV_TURNED, OUTPUT, OUTPUT_BIAS, NORMS, MLP, MLP_BIAS],
-        rope: Rope::Factors,
+        rope: RopeScaling::Factors,
         ..PLAIN
     },
     Architecture {
         family: "mistral",
         name: "llama",
         tensors: &[QKV_TURNED, OUTPUT, OUTPUT_BIAS, NORMS, MLP, MLP_BIAS],
-        rope: Rope::Factors,
+        rope: RopeScaling::Factors,
         ..PLAIN
     },
     Architecture {
         family: "mixtral",
         name: "llama",
         tensors: &[QKV_TURNED, OUTPUT, NORMS, EXPERTS],
-        rope: Rope::Factors,
+        rope: RopeScaling::Factors,
         ..PLAIN
     },
     Architecture {
@@ -227,7 +227,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         family: "granite",
         name: "granite",
         tensors: &[QKV_TURNED, OUTPUT, OUTPUT_BIAS, NORMS, MLP, MLP_BIAS],
-        rope: Rope::Factors,
+        rope: RopeScaling::Factors,
         embedding: EmbeddingScale::Stated,
         multipliers: true,
         ..PLAIN
@@ -237,7 +237,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         name: "phi3",
         tensors: &[FUSED, OUTPUT, NORMS],
         windows: Windows::Ignored,
-        rope: Rope::LongRope,
+        rope: RopeScaling::LongRope,
         ..PLAIN
     },
     Architecture {
@@ -257,7 +257,7 @@ pub const ARCHITECTURES: &[Architecture] = &[
         tensors: &[QKV, OUTPUT, QK_NORMS, SANDWICH, MLP],
         activation: "gelu_tanh",
         windows: Windows::AllButEvery(6),
-        rope: Rope::TwoBases,
+        rope: RopeScaling::TwoBases,
         embedding: EmbeddingScale::RootOfWidth,
         wide_scores_at: Some(62),
         positions: Some(131_072),

@@ -115,7 +115,8 @@ fn refuse_other_rules(architecture: &Architecture, facts: &Facts) -> Result<()> 
     if !is(facts.attention_scale, scale) {
         return other(format!("scores times {scale}, not times {}", facts.attention_scale));
     }
-    if !architecture.multipliers && !(is(facts.residual_scale, 1.0) && is(facts.logit_scale, 1.0)) {
+    let is_multiplied = !is(facts.residual_scale, 1.0) || !is(facts.logit_scale, 1.0);
+    if is_multiplied && !architecture.multipliers {
         return other("no multipliers of the residual stream and of logits".into());
     }
     match (architecture.softcaps, facts.attention_softcap, facts.logit_softcap) {

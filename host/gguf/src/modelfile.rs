@@ -29,7 +29,7 @@ struct Turns {
 /// What ollama is told of a tokenizer's model.
 pub(crate) fn of(chat: &ChatTokenizer) -> Modelfile {
     let stops = chat.eos_ids().iter().filter_map(|id| chat.token(*id)).collect();
-    let template = chat.template().and_then(|_| turns(chat));
+    let template = turns(chat);
     let remarks = match (&template, chat.template()) {
         (None, Some(_)) => vec![
             Remark::from("the chat template does more than put texts around turns: the Modelfile has none")
@@ -85,6 +85,9 @@ const ANSWER: &str = "ans7wer";
 
 /// What is around turns, if that is all that the template does.
 fn turns(chat: &ChatTokenizer) -> Option<Turns> {
+    if chat.template()?.reads_clock {
+        return None;
+    }
     let bos = chat.bos_id().and_then(|id| chat.token(id));
     let adds_bos = chat.encode("a", true).ok()?.first().copied() == chat.bos_id();
     let render = |turns: &[(&str, &str)], generation_prompt: bool| {

@@ -6,7 +6,7 @@ use dpo_core::console::Remark;
 use dpo_core::error::{Error, Result};
 use serde_json::Value as Json;
 
-use crate::architecture::{Architecture, Rope};
+use crate::architecture::{Architecture, RopeScaling};
 use crate::facts::{Facts, Frequencies};
 use crate::file::{Metadata, Value};
 
@@ -59,7 +59,7 @@ pub(crate) fn stated(architecture: &Architecture, facts: &Facts, config: &Json) 
     let of_kind = |kind: &str| rule.get(kind).filter(|value| value.is_object());
     let global = Rule { own: of_kind("full_attention").unwrap_or(rule), config };
     let with_window = |layer: usize| facts.windows.get(layer).is_some_and(Option::is_some);
-    let two = architecture.rope == Rope::TwoBases;
+    let two = architecture.rope == RopeScaling::TwoBases;
     let kinds = |local: bool| {
         let own = facts.ropes.iter().enumerate().filter(move |(layer, _)| !two || with_window(*layer) == local);
         own.filter_map(|(_, rope)| rope.as_ref())
@@ -71,7 +71,7 @@ pub(crate) fn stated(architecture: &Architecture, facts: &Facts, config: &Json) 
         return Err(refused("layers with different rotary frequencies"));
     }
     let dimensions = 2 * frequencies.inv_freq.len();
-    if dimensions != facts.head_dim && architecture.rope != Rope::LongRope {
+    if dimensions != facts.head_dim && architecture.rope != RopeScaling::LongRope {
         return Err(refused(&format!("{dimensions} of {} columns of a head that turn", facts.head_dim)));
     }
     let theta = global.number("rope_theta").unwrap_or_else(|| base(frequencies));
@@ -99,7 +99,7 @@ fn scaled(
     let inv_freq = &frequencies.inv_freq;
     let mut key = |name: &str, value: Value| stated.keys.push((format!("rope.{name}"), value));
     let original = || rule.original().ok_or_else(|| refused("a scaling whose original length is not stated"));
-    if architecture.rope == Rope::LongRope {
+    if architecture.rope == RopeScaling::LongRope {
         key("scaling.original_context_length", Value::U32(original()? as u32));
     }
     match rule.kind() {
@@ -131,7 +131,7 @@ fn scaled(
         }
         "longrope" | "su" => {
             let (short, long) = (rule.list("short_factor"), rule.list("long_factor"));
-            let (Some(short), Some(long), Rope::LongRope) = (short, long, architecture.rope) else {
+            let (Some(short), Some(long), RopeScaling::LongRope) = (short, long, architecture.rope) else {
                 return Err(refused("LongRoPE in this architecture"));
             };
             let theirs: Vec<f64> =
@@ -140,6 +140,13 @@ fn scaled(
                 return Err(refused("these frequencies of LongRoPE"));
             }
             key("scaling.attn_factor", Value::F32(frequencies.scale as f32));
+            let original = original()? as u64;
+            stated.remarks.push(
+                Remark::from(format!(
+                    "llama.cpp takes the frequencies for long texts whenever its context is of more than {original} tokens, also for short ones"
+                ))
+                .help(format!("run it with -c {original}, in ollama with PARAMETER num_ctx {original}, for what was trained")),
+            );
             let narrow = |list: Vec<f64>| list.into_iter().map(|factor| factor as f32).collect();
             stated.tensors.push(("rope_factors_long.weight", narrow(long)));
             stated.tensors.push(("rope_factors_short.weight", narrow(short)));
@@ -160,7 +167,7 @@ fn scaled(
                 key("scaling.factor", Value::F32(factors[0] as f32));
                 return Ok(());
             }
-            if architecture.rope != Rope::Factors {
+            if architecture.rope != RopeScaling::Factors {
                 return Err(refused(&format!("frequencies scaled by the rule '{kind}'")));
             }
             stated.tensors.push(("rope_freqs.weight", factors.iter().map(|factor| *factor as f32).collect()));

@@ -53,7 +53,7 @@ fn of(file: &Json, settings: &Json, chat: &ChatTokenizer, rows: usize) -> Result
     }
     let merges = merges(model)?;
     let of_bytes = model.get("byte_fallback").and_then(Json::as_bool) != Some(true);
-    let mut tokens = tokens(file, settings, rows)?;
+    let mut tokens = tokens(file, settings, chat, rows)?;
     let mut metadata = Metadata::new();
     let mut put = |key: &str, value: Value| metadata.push((format!("tokenizer.{key}"), value));
     let mut remarks = Vec::new();
@@ -63,7 +63,8 @@ fn of(file: &Json, settings: &Json, chat: &ChatTokenizer, rows: usize) -> Result
         put("ggml.model", Value::Text("gpt2".into()));
         put("ggml.pre", Value::Text(name.into()));
     } else {
-        let space = scores::add_space_prefix(file, settings)?;
+        let (space, remark) = scores::add_space_prefix(file, settings)?;
+        remarks.extend(remark);
         put("ggml.model", Value::Text("llama".into()));
         put("ggml.pre", Value::Text("default".into()));
         put("ggml.add_space_prefix", Value::Bool(space));
@@ -131,7 +132,7 @@ fn id_of(file: &Json, settings: &Json, text: &str) -> Option<u32> {
     added(file, settings).find(|(_, own, _)| *own == text).map(|(id, ..)| id as u32).or_else(of_model)
 }
 
-fn tokens(file: &Json, settings: &Json, rows: usize) -> Result<Tokens> {
+fn tokens(file: &Json, settings: &Json, chat: &ChatTokenizer, rows: usize) -> Result<Tokens> {
     let mut texts: Vec<Option<String>> = vec![None; rows];
     let mut types = vec![UNUSED; rows];
     let mut place = |id: usize, text: &str, kind: i32| {
@@ -152,8 +153,14 @@ fn tokens(file: &Json, settings: &Json, rows: usize) -> Result<Tokens> {
             false => place(id, &text.replace('▁', " "), USER_DEFINED)?,
         }
     }
-    let named = |(id, text): (usize, Option<String>)| text.unwrap_or_else(|| format!("[PAD{id}]"));
-    Ok(Tokens { texts: texts.into_iter().enumerate().map(named).collect(), types })
+    for id in (0..rows).filter(|id| texts[*id].is_none()).collect::<Vec<_>>() {
+        // Special tokens that are only named get ids behind the others.
+        match chat.token(id as u32) {
+            Some(text) => (texts[id], types[id]) = (Some(text), CONTROL),
+            None => texts[id] = Some(format!("[PAD{id}]")),
+        }
+    }
+    Ok(Tokens { texts: texts.into_iter().flatten().collect(), types })
 }
 
 /// Tokens that some files do not call special, and llama.cpp's converter does (`does_token_look_special`).

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 
+use dpo_core::console::Remark;
 use dpo_core::error::Result;
 use serde_json::Value as Json;
 
@@ -41,12 +42,12 @@ fn is_byte(text: &str) -> bool {
     digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
 }
 
-/// Whether a space is put before a text.
+/// Whether a space is put before a text, and where llama.cpp puts more of them.
 ///
 /// # Errors
 /// Steps before the merges that llama.cpp does not take.
-pub(super) fn add_space_prefix(file: &Json, settings: &Json) -> Result<bool> {
-    let mut prefix = false;
+pub(super) fn add_space_prefix(file: &Json, settings: &Json) -> Result<(bool, Option<Remark>)> {
+    let (mut prefix, mut at_start_alone) = (false, false);
     let parts = |name: &str, list: &str| {
         let own = file.get(name).filter(|part| !part.is_null());
         let inner = own.and_then(|own| own.get(list)).and_then(Json::as_array);
@@ -59,10 +60,15 @@ pub(super) fn add_space_prefix(file: &Json, settings: &Json) -> Result<bool> {
         match (text("type"), pattern) {
             (Some("Prepend"), _) if text("prepend") == Some("▁") => prefix = true,
             (Some("Replace"), Some(" ")) if text("content") == Some("▁") => {}
-            (Some("Metaspace"), _) => prefix |= text("prepend_scheme") != Some("never"),
+            (Some("Metaspace"), _) => {
+                prefix |= text("prepend_scheme") != Some("never");
+                at_start_alone |= text("prepend_scheme") == Some("first");
+            }
             (Some("Split"), Some(" ")) if text("behavior") == Some("MergedWithPrevious") => {}
             _ => return Err(refused(format!("a tokenizer with the step {step}"))),
         }
     }
-    Ok(prefix && settings.get("add_prefix_space").and_then(Json::as_bool) != Some(false))
+    let prefix = prefix && settings.get("add_prefix_space").and_then(Json::as_bool) != Some(false);
+    let remark = "the tokenizer puts a space before a whole text, llama.cpp behind every special token, too, which may make other tokens there";
+    Ok((prefix, (prefix && at_start_alone).then(|| Remark::from(remark))))
 }
