@@ -299,6 +299,8 @@ fn other_models_are_refused() {
     let [model, adapter] = ["model", "final_adapter"].map(|name| folder.join(name).display().to_string());
     let output = s.path("out");
     let fixed = ["merge", "--model", &model, "--adapter", &adapter, "--format", "gguf", "--output-dir", &output];
+    let plain = ["merge", "--model", &model, "--adapter", &adapter, "--quantize", "q8_0", "--output-dir", &output];
+    s.refuses(&plain, &["not quantised to q8_0", "--format gguf"]);
     s.refuses(&fixed, &["'olmo2' are not written", "qwen2, qwen3", "convert_hf_to_gguf.py"]);
 }
 

@@ -37,9 +37,9 @@ pub(crate) struct MergeOptions {
     /// What is written: a checkpoint like the model's own, or a GGUF file for llama.cpp with a Modelfile for ollama
     #[arg(long, value_name = "FORMAT", default_value = "safetensors", value_enum)]
     format: Format,
-    /// Numbers of a GGUF file's matrices: f16, bf16, q8_0 (8 bits), q4_k_m (4 and 6 bits)
-    #[arg(long, value_name = "TYPE", value_parser = mixture, default_value = "f16")]
-    quantize: Mixture,
+    /// Numbers of a GGUF file's matrices: f16, bf16, q8_0 (8 bits), q4_k_m (4 and 6 bits) [default: f16]
+    #[arg(long, value_name = "TYPE", value_parser = mixture)]
+    quantize: Option<Mixture>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -54,6 +54,10 @@ fn mixture(name: &str) -> std::result::Result<Mixture, String> {
 }
 
 pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
+    if let (Format::Safetensors, Some(mixture)) = (options.format, options.quantize) {
+        let what = format!("a checkpoint is not quantised to {}, a GGUF file is", mixture.name());
+        return Err(Error::input(what).at("--quantize").help("say --format gguf as well, or leave --quantize out"));
+    }
     let name = demo::or_named(model::named(options.model.as_deref(), Some(&options.adapter))?)?;
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;
@@ -80,6 +84,7 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
 
 /// The same as a GGUF file.
 fn gguf(name: &str, model: &Model<'_>, adapter: &Adapter, options: &MergeOptions) -> Result<()> {
+    let mixture = options.quantize.unwrap_or(Mixture::F16);
     let called = options.output_dir.file_name().unwrap_or_default().to_string_lossy();
     let export = Export::plan(
         &Source {
@@ -90,7 +95,7 @@ fn gguf(name: &str, model: &Model<'_>, adapter: &Adapter, options: &MergeOptions
             template: model.family.chat_template.as_deref(),
             name: &called,
         },
-        options.quantize,
+        mixture,
     )?;
     let room = files::free_space(&options.output_dir).filter(|free| export.bytes() as u64 > *free);
     if let Some(free) = room {
@@ -104,7 +109,7 @@ fn gguf(name: &str, model: &Model<'_>, adapter: &Adapter, options: &MergeOptions
     let checkpoint = Checkpoint::of(&folder, &model.graph)?;
     let merged = lora::Merged::new(&model.graph, &checkpoint, adapter)?;
     let bar = console::bar(export.bytes() as u64, "merging     {bar:30} {bytes}/{total_bytes} {eta} left");
-    let file = format!("model-{}.gguf", options.quantize.name());
+    let file = format!("model-{}.gguf", mixture.name());
     files::write_folder(&options.output_dir, |output| {
         let path = output.join(&file);
         let mut to = BufWriter::new(File::create(&path).writing(&path)?);
