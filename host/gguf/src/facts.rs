@@ -138,13 +138,16 @@ fn understood(node: &Node) -> Result<()> {
 }
 
 /// What all of them are.
-fn one<T: PartialEq + std::fmt::Debug>(what: &str, mut values: impl Iterator<Item = T>) -> Result<T> {
+fn one<T: PartialEq>(what: &str, mut values: impl Iterator<Item = T>) -> Result<T> {
     let Some(first) = values.next() else {
         return Err(Error::input(format!("the model has no {what}")).at("--format gguf"));
     };
-    match values.find(|other| *other != first) {
-        Some(other) => Err(Error::input(format!("layers differ in {what}: {first:?}, {other:?}")).at("--format gguf")),
-        None => Ok(first),
+    match values.all(|other| other == first) {
+        true => Ok(first),
+        false => {
+            Err(Error::input(format!("layers differ in {what}, for which llama.cpp has one value for all of them"))
+                .at("--format gguf"))
+        }
     }
 }
 

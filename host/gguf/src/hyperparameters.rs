@@ -133,7 +133,8 @@ fn refuse_other_rules(architecture: &Architecture, facts: &Facts) -> Result<()> 
             other(format!("experts by {}, not by {}", architecture.scoring, experts.scoring))
         }
         Some(experts) if experts.limit != architecture.limit => {
-            other(format!("experts bounded by {:?}, not by {:?}", architecture.limit, experts.limit))
+            let bound = |limit: Option<f64>| limit.map_or("nothing".into(), |limit| limit.to_string());
+            other(format!("experts bounded by {}, not by {}", bound(architecture.limit), bound(experts.limit)))
         }
         Some(experts) if (experts.normalize == Some(0.0)) != (architecture.scoring == "softmax") => {
             other("scores of chosen experts divided by their sum, as this model does not".into())
