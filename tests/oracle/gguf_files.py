@@ -127,7 +127,7 @@ def packed(kind, values):
 
 text = lambda data: base64.b64encode(data).decode()
 values = np.ascontiguousarray(blocks())
-kinds = {"q5_0": 6, "q8_0": 8, "q4_K": 12, "q5_K": 13, "q6_K": 14}
+kinds = {"q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_K": 12, "q5_K": 13, "q6_K": 14}
 os.makedirs(out, exist_ok=True)
 with open(f"{out}/quantised.json", "w") as file:
     json.dump({"values": text(values.tobytes())} | {name: text(packed(kind, values)) for name, kind in kinds.items()}, file, indent=0)

@@ -105,7 +105,8 @@ fn fitting(kind: TensorType, columns: usize) -> TensorType {
     let instead = match kind {
         _ if columns.is_multiple_of(kind.block()) => return kind,
         TensorType::Q4K => TensorType::Q5_0,
-        TensorType::Q5K | TensorType::Q6K => TensorType::Q8_0,
+        TensorType::Q5K => TensorType::Q5_1,
+        TensorType::Q6K => TensorType::Q8_0,
         _ => TensorType::F16,
     };
     fitting(instead, columns)

@@ -18,6 +18,8 @@ pub enum TensorType {
     Bf16,
     /// 5 bits; blocks of 32 with a scale.
     Q5_0,
+    /// 5 bits; blocks of 32 with a scale and a minimum.
+    Q5_1,
     /// 8 bits; blocks of 32 with a scale.
     Q8_0,
     /// 4 bits; blocks of 256 with a scale and a minimum for every 32.
@@ -42,11 +44,12 @@ struct Layout {
     pack: fn(&[f32], &mut [u8]),
 }
 
-const LAYOUTS: [Layout; 8] = [
+const LAYOUTS: [Layout; 9] = [
     Layout { of: TensorType::F32, name: "f32", id: 0, values: 1, bytes: 4, pack: f32 },
     Layout { of: TensorType::F16, name: "f16", id: 1, values: 1, bytes: 2, pack: half },
     Layout { of: TensorType::Bf16, name: "bf16", id: 30, values: 1, bytes: 2, pack: brain },
     Layout { of: TensorType::Q5_0, name: "q5_0", id: 6, values: 32, bytes: 22, pack: blocks::q5_0 },
+    Layout { of: TensorType::Q5_1, name: "q5_1", id: 7, values: 32, bytes: 24, pack: blocks::q5_1 },
     Layout { of: TensorType::Q8_0, name: "q8_0", id: 8, values: 32, bytes: 34, pack: blocks::q8_0 },
     Layout { of: TensorType::Q4K, name: "q4_K", id: 12, values: 256, bytes: 144, pack: superblocks::q4_k },
     Layout { of: TensorType::Q5K, name: "q5_K", id: 13, values: 256, bytes: 176, pack: superblocks::q5_k },
