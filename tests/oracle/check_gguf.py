@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compares every tensor of a GGUF that llama.cpp's converter has made with the checkpoint that the host has merged.
+"""Compares every tensor of a GGUF in f32, f16 or bf16 with the checkpoint that the host has merged.
 
-Usage: convert_hf_to_gguf.py MERGED --outtype bf16 --outfile GGUF     (of llama.cpp)
-       check_gguf.py GGUF MERGED                                      (needs torch, safetensors, gguf)
+Usage: dpo-host merge ... --output-dir MERGED; dpo-host merge ... --output-dir OUT --format gguf --quantize bf16
+       or convert_hf_to_gguf.py MERGED --outtype bf16 --outfile GGUF     (of llama.cpp)
+       check_gguf.py GGUF MERGED                                         (needs torch, safetensors, gguf)
 Exits 1 where a value differs or a tensor is missing.
 """
 import glob, re, sys

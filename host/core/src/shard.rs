@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use half::{bf16, f16};
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
@@ -63,6 +64,21 @@ pub fn read_f32(path: &Path) -> Result<BTreeMap<String, Values>> {
         tensors.insert(name, (entry.shape, values));
     }
     Ok(tensors)
+}
+
+/// Some rows of a matrix in bf16, f16 or f32.
+pub(crate) fn read_rows(dtype: DType, bytes: &[u8], columns: usize, rows: &[usize]) -> Vec<f32> {
+    let size = columns * dtype.size_in_bytes();
+    let mut values = Vec::with_capacity(rows.len() * columns);
+    for row in rows {
+        let own = &bytes[row * size..][..size];
+        match dtype {
+            DType::BF16 => values.extend(own.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32())),
+            DType::F16 => values.extend(own.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32())),
+            _ => values.extend(own.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b))),
+        }
+    }
+    values
 }
 
 impl Shard {

@@ -20,6 +20,7 @@ use crate::mxfp4::Mxfp4;
 use crate::nf4::Nf4;
 use crate::progress;
 use crate::quantized::{self, Method, Parts};
+pub(crate) use crate::shard::read_rows;
 use crate::shard::{Entry, Shard, shard_files};
 pub use crate::shard::{INDEX, SINGLE, Values, read_f32, shard_names};
 use crate::storage::{Numbers, Quantization};

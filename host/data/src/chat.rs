@@ -40,6 +40,8 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     /// Where it was found: a file, or the family's own.
     pub origin: String,
+    /// Its text, of several that named `default`.
+    pub text: String,
     special_tokens: Map<String, Value>,
     takes_call_text: bool,
     has_tool_use: bool,
@@ -107,6 +109,7 @@ impl ChatTemplate {
             return Err(Error::input(format!("the chat template has {long} bytes, more than {MOST_TEXT}")).at(&origin));
         }
         texts.values().try_for_each(|text| namespace::refuse_as_value(text)).map_err(|e| e.at(&origin))?;
+        let text = texts.get(DEFAULT).cloned().unwrap_or_default();
         let environment =
             bounded(WHAT, LONGEST_COMPILING, || compiled(texts)).and_then(|done| done).map_err(|e| e.at(&origin))?;
         if environment.get_template(DEFAULT).is_err() {
@@ -114,7 +117,7 @@ impl ChatTemplate {
         }
         let has_tool_use = environment.get_template(TOOL_USE).is_ok();
         let environment = Arc::new(environment);
-        Ok(ChatTemplate { environment, origin, special_tokens, takes_call_text, has_tool_use, reads_clock })
+        Ok(ChatTemplate { environment, origin, text, special_tokens, takes_call_text, has_tool_use, reads_clock })
     }
 
     /// The text of a conversation.

@@ -1,18 +1,19 @@
-//! The adapter folded into the weights: files like the checkpoint's, in which every adapted W is W + scale · B · A, and of DoRA that with
-//! its rows at their lengths.
+//! The adapter folded into the weights: every adapted W is W + scale · B · A, and of DoRA that with its rows at their lengths. Files like the
+//! checkpoint's, and rows of weights for files of another kind.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::graph::{ModelGraph, Weight};
 
-use super::Adapter;
+use super::{Adapter, Site};
 use crate::error::{Error, IoContext, Result};
 use crate::ops::Lora;
-use crate::weights::{Checkpoint, PartOf, blocks};
+use crate::weights::{Checkpoint, PartOf, blocks, read_rows};
 
 /// Bytes of a weight that are computed at once; a merge takes some ten times as much memory.
 const PIECE: usize = 8 << 20;
@@ -72,11 +73,10 @@ fn adapted(graph: &ModelGraph, checkpoint: &Checkpoint, adapter: &Adapter) -> Re
                 };
                 for part in checkpoint.parts_of(prefix, weight)? {
                     let name = part.name.clone();
-                    let what =
-                        format!("tensor '{name}' is read at two places with an update each; it cannot hold both");
+                    let twice = twice(&name);
                     let (dtype, lora) = (checkpoint.dtype_named(&name)?, adapter.lora(site)?);
                     if adapted.insert(name, Adapted { dtype, lora, outputs: site.outputs, part }).is_some() {
-                        return Err(Error::input(what));
+                        return Err(twice);
                     }
                 }
             }
@@ -109,7 +109,6 @@ impl Adapted {
         bytes: &[u8],
         mut write: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<()> {
-        let Lora { scale, magnitude, .. } = &self.lora;
         let (_, columns) = right.dims2()?;
         let row = columns * self.dtype.size_in_bytes();
         let rows = (PIECE / row.max(1)).max(1);
@@ -117,12 +116,9 @@ impl Adapted {
         for (at, piece) in bytes.chunks(rows * row).enumerate() {
             let count = piece.len() / row;
             let w = Tensor::from_raw_buffer(piece, self.dtype, &[count, columns], &Device::Cpu)?;
-            let update = left.narrow(0, at * rows, count)?.matmul(&right)?.affine(*scale, 0.0)?;
-            let mut sum = (w.to_dtype(DType::F32)? + update)?;
-            if let Some(magnitude) = magnitude {
-                let norms = sum.sqr()?.sum_keepdim(1)?.sqrt()?;
-                sum = sum.broadcast_mul(&magnitude.narrow(0, at * rows, count)?.unsqueeze(1)?.div(&norms)?)?;
-            }
+            let magnitude = self.lora.magnitude.as_ref().map(|all| all.narrow(0, at * rows, count)).transpose()?;
+            let left = left.narrow(0, at * rows, count)?;
+            let sum = sum_of_rows(w.to_dtype(DType::F32)?, [&left, &right], self.lora.scale, magnitude)?;
             // candle rounds to nearest, ties to even.
             let sum = sum.to_dtype(self.dtype)?;
             refuse_infinite(&sum)?;
@@ -132,6 +128,103 @@ impl Adapted {
         }
         Ok(())
     }
+}
+
+/// Rows of W with the product of two factors of the update, in f32; those of DoRA have the lengths that `magnitude` says.
+fn sum_of_rows(w: Tensor, [left, right]: [&Tensor; 2], scale: f64, magnitude: Option<Tensor>) -> Result<Tensor> {
+    let sum = (w + left.matmul(right)?.affine(scale, 0.0)?)?;
+    let Some(magnitude) = magnitude else { return Ok(sum) };
+    let norms = sum.sqr()?.sum_keepdim(1)?.sqrt()?;
+    Ok(sum.broadcast_mul(&magnitude.unsqueeze(1)?.div(&norms)?)?)
+}
+
+/// A graph's weights with an adapter in them, before they are rounded to any type.
+pub struct Merged<'a> {
+    checkpoint: &'a Checkpoint,
+    adapter: &'a Adapter,
+    /// The site of every adapted weight, by the weight's whole name.
+    sites: HashMap<String, &'a Site>,
+}
+
+/// One of these weights.
+pub struct MergedWeight<'a> {
+    dtype: DType,
+    bytes: Cow<'a, [u8]>,
+    columns: usize,
+    /// Its update, and how many rows a matrix of it has.
+    update: Option<(Lora, usize)>,
+}
+
+impl<'a> Merged<'a> {
+    /// Nothing is read yet but headers.
+    ///
+    /// # Errors
+    /// A weight that the checkpoint lacks; one that is read at two places with an update each.
+    pub fn new(graph: &ModelGraph, checkpoint: &'a Checkpoint, adapter: &'a Adapter) -> Result<Merged<'a>> {
+        let mut sites = HashMap::new();
+        for (block, prefix, nodes) in blocks(graph) {
+            for (index, node) in nodes.iter().enumerate() {
+                for (at, weight) in node.weights.iter().enumerate() {
+                    checkpoint.dtype(prefix, weight)?;
+                    let site = adapter.sites.iter().find(|s| s.node == (block, index) && s.weight == at);
+                    let name = format!("{prefix}{}", weight.tensor);
+                    if site.is_some_and(|site| sites.insert(name.clone(), site).is_some()) {
+                        return Err(twice(&name));
+                    }
+                }
+            }
+        }
+        Ok(Merged { checkpoint, adapter, sites })
+    }
+
+    /// A weight of the graph, whose values are read when they are asked for.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::raw`].
+    pub fn weight(&self, prefix: &str, weight: &Weight) -> Result<MergedWeight<'a>> {
+        let (dtype, bytes) = self.checkpoint.raw(prefix, weight)?;
+        let site = self.sites.get(&format!("{prefix}{}", weight.tensor));
+        let update = site.map(|site| Ok::<_, Error>((self.adapter.lora(site)?, site.outputs))).transpose()?;
+        let is_vector = weight.shape.len() < 2 || weight.role.ends_with("bias");
+        let columns = if is_vector { 1 } else { weight.shape.last().copied().unwrap_or(1) };
+        Ok(MergedWeight { dtype, bytes, columns, update })
+    }
+}
+
+impl MergedWeight<'_> {
+    /// Columns of its rows.
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Some rows, `[rows, columns]` in f32. Rows of experts are counted through all matrices; the values of a vector, or of
+    /// every expert's bias, are rows of one column.
+    ///
+    /// # Errors
+    /// A sum that is no finite number.
+    pub fn rows(&self, rows: &[usize]) -> Result<Vec<f32>> {
+        let own = read_rows(self.dtype, &self.bytes, self.columns, rows);
+        let Some((lora, outputs)) = &self.update else { return Ok(own) };
+        let rank = lora.b.dim(1)?;
+        let (mut all, mut done) = (Vec::with_capacity(own.len()), 0);
+        for run in rows.chunk_by(|a, b| a / outputs == b / outputs) {
+            let values = own[done * self.columns..][..run.len() * self.columns].to_vec();
+            let w = Tensor::from_vec(values, (run.len(), self.columns), &Device::Cpu)?;
+            let index = Tensor::from_iter(run.iter().map(|row| *row as u32), &Device::Cpu)?;
+            let left = lora.b.index_select(&index, 0)?;
+            let right = lora.a.narrow(0, run[0] / outputs * rank, rank)?;
+            let magnitude = lora.magnitude.as_ref().map(|all| all.index_select(&index, 0)).transpose()?;
+            let sum = sum_of_rows(w, [&left, &right], lora.scale, magnitude)?;
+            refuse_infinite(&sum)?;
+            all.extend(sum.flatten_all()?.to_vec1::<f32>()?);
+            done += run.len();
+        }
+        Ok(all)
+    }
+}
+
+fn twice(name: &str) -> Error {
+    Error::input(format!("tensor '{name}' is read at two places with an update each; it cannot hold both"))
 }
 
 /// Only NaN and infinity do not become zero when multiplied by zero.

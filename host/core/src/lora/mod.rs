@@ -25,7 +25,7 @@ use crate::weights::{BlockId, blocks};
 
 pub use config::{AdapterConfig, MOST_ALPHA};
 pub use init::Init;
-pub use merge::merge;
+pub use merge::{Merged, MergedWeight, merge};
 pub use peft::{base_model, read_config};
 use target::ends_in;
 pub use target::{Layers, Patterns, Targets};
