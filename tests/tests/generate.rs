@@ -104,7 +104,7 @@ fn weights_kept_in_bf16_give_the_same_log_probs() {
         let checkpoint = Checkpoint::of(narrow.path(), &model.graph).unwrap();
         let base = Base::load(&model.graph, &checkpoint).unwrap();
         let mut wide = Engine::new(model.graph.clone(), base, adapter()).unwrap();
-        let mut kept = CpuDecoder::load(&model.graph, &checkpoint, Some(adapter()), None).unwrap();
+        let mut kept = CpuDecoder::load(&model.graph, &checkpoint, Some(adapter()), MemoryOptions::default()).unwrap();
         let ids = text(model.graph.vocab_size, 3);
         for (variant, adapted) in [(Variant::Base, false), (Variant::Tuned, true)] {
             let expected = trained(&mut wide, &ids, adapted);

@@ -4,6 +4,7 @@ use dpo_core::error::{Error, Result};
 use dpo_core::plan::MemoryOptions;
 use dpo_core::quantized::Method;
 use dpo_plugin_api::graph::ModelGraph;
+use dpo_plugin_api::ops::AUX_LOSS_COEF;
 use serde_json::{Map, Value, json};
 
 use crate::Registry;
@@ -84,12 +85,24 @@ impl Shape {
         found.copied().ok_or_else(|| Error::unknown("shape", name, SHAPES.iter().map(|s| s.name)))
     }
 
-    /// Its graph, as devices run it.
+    /// Its graph, as devices run it, without an auxiliary loss of routers.
     ///
     /// # Errors
     /// A registry without its family.
     pub fn graph(self, registry: &Registry) -> Result<ModelGraph> {
-        registry.family(self.family)?.runnable(&self.config()?.to_string())
+        self.graph_with(registry, 0.0)
+    }
+
+    /// The same with such a loss, where its family has one.
+    ///
+    /// # Errors
+    /// A registry without its family.
+    pub fn graph_with(self, registry: &Registry, router_aux_loss_coef: f64) -> Result<ModelGraph> {
+        let mut config = self.config()?;
+        if self.more.contains("experts") {
+            config[AUX_LOSS_COEF] = router_aux_loss_coef.into();
+        }
+        registry.family(self.family)?.runnable(&config.to_string())
     }
 
     /// Options on its memory, as far as they are for it.

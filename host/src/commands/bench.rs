@@ -70,6 +70,9 @@ pub(crate) struct BenchOptions {
     /// Parameters of experts and routers to adapt besides all linears, as train has them [default: none]
     #[arg(long, value_name = "P", num_args = 1..)]
     target_parameters: Vec<String>,
+    /// Coefficient of the auxiliary loss of routers, which train has from the config
+    #[arg(long, value_name = "C", default_value_t = 0.0)]
+    router_aux_loss_coef: f64,
     /// Memory limit of a GPU [default: what is free]
     #[arg(long, value_name = "SIZE")]
     gpu_memory: Option<SizeArg>,
@@ -214,7 +217,7 @@ fn measure(
     };
     let batch_size = options.batch_size * group.size();
     let shape = Shape::named(&options.shape)?;
-    let graph = shape.graph(registry)?;
+    let graph = shape.graph_with(registry, options.router_aux_loss_coef)?;
     let parameters = options.target_parameters.clone();
     let lora = AdapterConfig { parameters, ..AdapterConfig::new(options.lora_rank, 32.0) };
     let adapter = Adapter::new(&graph, lora, 0)?;

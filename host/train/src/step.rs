@@ -191,25 +191,29 @@ fn whole_batch(
     let split = split(group, examples);
     let rank = group.rank();
     let micro_batches = pack(group, device, examples, &split[rank], true)?;
-    let (logps, mut load) = match micro_batches.as_slice() {
-        [Packed { batch, examples: own }] => {
-            let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
-            logps.scatter(&device.forward(batch, true)?, own);
-            fill_in(&mut logps, group, &split)?;
-            let mut load = RouterLoad::of(device.graph());
-            load.add(&device.router_load()?);
-            (logps, load)
-        }
-        _ => score_and_count(group, device, examples, |_| {})?,
-    };
+    let mut logps = AnswerLogProbs::zeros(AnswerOffsets::of(examples.iter().copied()));
+    let mut load = RouterLoad::of(device.graph());
+    // What the last micro-batch saves is there for its backward pass; the others are computed once more.
+    let (last, others) =
+        micro_batches.split_last().map_or((None, [].as_slice()), |(last, others)| (Some(last), others));
+    let of_others: Vec<usize> = others.iter().flat_map(|packed| packed.examples.iter().copied()).collect();
+    let scored = pack(group, device, examples, &of_others, false)?;
+    for (Packed { batch, examples }, keep) in scored.iter().map(|packed| (packed, false)).chain(last.map(|l| (l, true)))
+    {
+        logps.scatter(&device.forward(batch, keep)?, examples);
+        load.add(&device.router_load()?);
+    }
+    fill_in(&mut logps, group, &split)?;
     let evaluated = objective.eval(examples, &logps, reference, Totals::of(examples), true)?;
     let aux_loss = AuxLoss::of(device.graph());
     if let Some(loss) = aux_loss {
         load.all_reduce(group)?;
         device.set_router_slopes(loss.slopes(&load));
     }
-    for Packed { batch, examples } in &micro_batches {
-        if micro_batches.len() > 1 {
+    for (Packed { batch, examples }, kept) in
+        last.map(|l| (l, true)).into_iter().chain(others.iter().map(|p| (p, false)))
+    {
+        if !kept {
             device.forward(batch, true)?;
         }
         device.backward(batch, &gather(&logps.offsets, &evaluated.dlogps, examples))?;
