@@ -28,7 +28,8 @@ fn opened_as(folder: &str, config: &Value, ignored: &[&str]) -> Result<(), Error
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let ignored_keys = ignored.iter().map(|key| (*key).to_owned()).collect();
-    Model::open(&registry, &folder, &ModelOptions { plugin: None, ignored_keys }).map(drop)
+    Model::open(&registry, &folder, &ModelOptions { plugin: None, ignored_keys, router_aux_loss: Default::default() })
+        .map(drop)
 }
 
 fn opened(architecture: &str, more: &Value) -> Result<(), Error> {

@@ -118,7 +118,6 @@ fn an_adapter_of_another_kind_is_refused_by_name() {
         ("lora_bias", json!(true), "'lora_bias'"),
         ("modules_to_save", json!(["embed_tokens"]), "'modules_to_save'"),
         ("trainable_token_indices", json!([1, 2]), "'trainable_token_indices'"),
-        ("target_parameters", json!(["mlp.experts"]), "unknown target parameter 'mlp.experts'"),
         ("use_qalora", json!(true), "'use_qalora'"),
         ("loftq_config", json!({"loftq_bits": 4}), "'loftq_config'"),
         ("layer_replication", json!([[0, 2]]), "'layer_replication'"),

@@ -534,9 +534,14 @@ pub fn blocks(graph: &ModelGraph) -> impl Iterator<Item = (BlockId, &str, &[Node
 
 /// Whether a weight is kept as such numbers where layers are: the matrices of a layer's linears, but for those of mxfp4, and experts; but
 /// not routers, which are no linears of PyTorch, and what makes a column or two, such as the gate of a shared expert: a GPU's kernels go
-/// by eight.
+/// by eight, those of fp8 by sixteen inputs.
 pub fn is_quantized(numbers: Numbers, block: BlockId, node: &Node, weight: &Weight) -> bool {
-    let of_linears = numbers != Numbers::Mxfp4;
+    let inputs = weight.shape.last().copied().unwrap_or(0);
+    let of_linears = match numbers {
+        Numbers::Mxfp4 => false,
+        Numbers::Fp8 => inputs.is_multiple_of(16),
+        _ => true,
+    };
     let matrices: &[&str] = match node.op.as_str() {
         "linear" if of_linears && is_module(node) && node.width.is_multiple_of(8) => &["weight"],
         "experts" => &["gate_up", "up", "down"],

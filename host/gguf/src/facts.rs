@@ -3,6 +3,7 @@
 
 use dpo_core::error::{Error, Result};
 use dpo_plugin_api::graph::{ModelGraph, Node};
+use dpo_plugin_api::ops::AUX_LOSS_COEF;
 use dpo_plugin_api::ops::{count, flag, number};
 use serde_json::Value;
 
@@ -17,7 +18,8 @@ const UNDERSTOOD: &[(&str, &[&str])] = &[
     ("attention", &["heads", "kv_heads", "head_dim", "scale", "window", "softcap"]),
     ("add", &[]),
     ("glu", &["activation"]),
-    ("route", &["scoring", "top_k", "normalize"]),
+    // A loss of training is none of an answer.
+    ("route", &["scoring", "top_k", "normalize", AUX_LOSS_COEF]),
     ("experts", &["activation", "top_k", "interleaved", "limit"]),
     ("gather", &[]),
     ("lm_head", &["softcap"]),

@@ -34,7 +34,8 @@ pub(crate) struct MergeOptions {
     /// Where the merged model is written: a new or an empty folder
     #[arg(long, value_name = "DIR")]
     output_dir: PathBuf,
-    /// What is written: a checkpoint like the model's own, or a GGUF file for llama.cpp with a Modelfile for ollama
+    /// What is written: a checkpoint like the model's own; a GGUF file for llama.cpp with a Modelfile for ollama; or the adapter alone, with a
+    /// module for each expert, as vLLM reads it
     #[arg(long, value_name = "FORMAT", default_value = "safetensors", value_enum)]
     format: Format,
     /// Numbers of a GGUF file's matrices: f16, bf16, q8_0 (8 bits), q4_k_m (4 and 6 bits) [default: f16]
@@ -46,6 +47,7 @@ pub(crate) struct MergeOptions {
 enum Format {
     Safetensors,
     Gguf,
+    Adapter,
 }
 
 fn mixture(name: &str) -> std::result::Result<Mixture, String> {
@@ -54,7 +56,7 @@ fn mixture(name: &str) -> std::result::Result<Mixture, String> {
 }
 
 pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
-    if let (Format::Safetensors, Some(mixture)) = (options.format, options.quantize) {
+    if let Some(mixture) = options.quantize.filter(|_| options.format != Format::Gguf) {
         let what = format!("a checkpoint is not quantised to {}, a GGUF file is", mixture.name());
         return Err(Error::input(what).at("--quantize").help("say --format gguf as well, or leave --quantize out"));
     }
@@ -64,8 +66,15 @@ pub(crate) fn merge(registry: &Registry, options: &MergeOptions) -> Result<()> {
     let model = Model::open(registry, &folder, &options.reading.options())?;
     model.warn();
     let adapter = Adapter::load(&model.graph, &options.adapter)?;
-    if options.format == Format::Gguf {
-        return gguf(&name, &model, &adapter, options);
+    match options.format {
+        Format::Safetensors => {}
+        Format::Gguf => return gguf(&name, &model, &adapter, options),
+        Format::Adapter => {
+            let base = lora::base_model(&options.adapter)?.unwrap_or(name);
+            files::write_folder(&options.output_dir, |folder| adapter.save_of_each(&model.graph, folder, &base))?;
+            console::result(format!("adapter     {}, in {}", adapter.places(), options.output_dir.display()));
+            return Ok(());
+        }
     }
     let folder = model::locate(&name, Need::Weights)?;
     let checkpoint = Checkpoint::of(&folder, &model.graph)?;

@@ -19,7 +19,7 @@ type Tensors = BTreeMap<String, Values>;
 
 /// Puts the matrices of experts together, and lets the config say so. Files without such tensors stay as they are.
 pub(super) fn fuse(graph: &ModelGraph, config: &mut AdapterConfig, tensors: &mut Tensors) -> Result<()> {
-    let mut fused: Vec<&Assembly> = Vec::new();
+    let mut fused: Vec<(&Assembly, usize, f64)> = Vec::new();
     for (_, prefix, nodes) in blocks(graph) {
         for node in nodes.iter().filter(|node| experts_of(node) > 1) {
             let of_weight = |weight: &Weight| -> Option<(String, &Assembly)> {
@@ -33,10 +33,12 @@ pub(super) fn fuse(graph: &ModelGraph, config: &mut AdapterConfig, tensors: &mut
                 let module = name.rsplit_once('.').map_or(name.as_str(), |(module, _)| module);
                 let inside = ".base_layer".repeat(found.len() - 1 - place);
                 let [a, b] = fused_matrices(weight, name, assembly, tensors)?;
+                let (rank, part) = (a.0[0] / weight.shape[0], assembly.part(name, 0, 0).unwrap_or_default());
+                let scale = config.scale_of(part.strip_suffix(".weight").unwrap_or(&part));
                 let [name_a, name_b, _] = peft::names(&format!("{module}{inside}"));
                 tensors.extend([(name_a, a), (name_b, b)]);
-                if !fused.contains(assembly) {
-                    fused.push(assembly);
+                if fused.iter().all(|(known, ..)| known != assembly) {
+                    fused.push((assembly, rank, scale));
                 }
             }
         }
@@ -44,11 +46,11 @@ pub(super) fn fuse(graph: &ModelGraph, config: &mut AdapterConfig, tensors: &mut
     if fused.is_empty() {
         return Ok(());
     }
-    for assembly in fused {
-        let (pattern, times) = (format!(r".*\.{}", assembly.tensor.replace('.', r"\.")), assembly.parts.len() as f64);
+    for (assembly, rank, scale) in fused {
+        let pattern = format!(r".*\.{}", assembly.tensor.replace('.', r"\."));
         config.parameters.push(assembly.tensor.clone());
-        config.rank_pattern.add(&pattern, config.rank as f64 * times)?;
-        config.alpha_pattern.add(&pattern, config.alpha * times)?;
+        config.rank_pattern.add(&pattern, rank as f64)?;
+        config.alpha_pattern.add(&pattern, scale / config.factor(1.0, rank))?;
     }
     rename_targets(graph, config);
     Ok(())
@@ -114,6 +116,9 @@ fn fused_matrices(weight: &Weight, name: &str, assembly: &Assembly, tensors: &mu
 pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_model: &str) -> Result<()> {
     let AdapterConfig { rank, .. } = adapter.config;
     let mut config = AdapterConfig { parameters: Vec::new(), ..adapter.config.clone() };
+    let linears: Vec<&str> = adapter.sites.iter().filter(|s| s.experts == 1).map(|s| s.module.as_str()).collect();
+    config.rank_pattern.keep(&linears);
+    config.alpha_pattern.keep(&linears);
     let unit = config.factor(config.alpha, rank);
     let (mut tensors, mut targets) = (Vec::new(), BTreeSet::new());
     for site in &adapter.sites {
@@ -135,14 +140,18 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
                 let own = assembly.part(name, part, expert).unwrap_or_default();
                 let module = own.strip_suffix(".weight").unwrap_or(&own);
                 let [name_a, name_b, _] = peft::names(module);
-                targets.insert(last(module));
                 tensors.push((name_a, (vec![site.rank, site.inputs], a.to_vec())));
                 tensors.push((name_b, (vec![share, site.rank], b.iter().map(|v| v * factor).collect())));
             }
         }
-        for part in assembly.parts.iter().filter(|_| site.rank != rank) {
-            let module = part.strip_suffix(".weight").unwrap_or(part);
-            let pattern = format!(r".*\.{}", module.replace('.', r"\.").replace('*', r"\d+"));
+        for part in &assembly.parts {
+            // PEFT asks for the name without a number, and layers without experts may have linears of the last name.
+            let module = part.strip_suffix(".weight").unwrap_or(part).replace('.', r"\.");
+            targets.insert(module.replace(r"*\.", r"(\d+\.)?"));
+            let pattern = format!(r".*\.{}", module.replace('*', r"\d+"));
+            if site.rank == rank {
+                continue;
+            }
             if config.rank_pattern.numbers().all(|(known, _)| *known != pattern) {
                 config.rank_pattern.add(&pattern, site.rank as f64)?;
                 config.alpha_pattern.add(&pattern, config.alpha * unit / config.factor(config.alpha, site.rank))?;
@@ -152,13 +161,13 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
     if adapter.sites.iter().all(|site| site.experts == 1) {
         return Err(Error::input("it is on no experts: it is read as it is"));
     }
-    config.targets = Targets::Names(targets.into_iter().collect());
+    let targets: Vec<String> = targets.into_iter().collect();
+    config.targets = Targets::parse(&[format!(r".*\.({})", targets.join("|"))])?;
     peft::write_files(folder, &config.to_json(&adapter.sites, base_model), &tensors)
 }
 
 /// Takes names out of the targets that no linear has: those of experts' projections, and of routers, which become parameters.
 fn rename_targets(graph: &ModelGraph, config: &mut AdapterConfig) {
-    let Targets::Names(names) = &mut config.targets else { return };
     let (mut modules, mut routers) = (Vec::new(), Vec::new());
     for (_, prefix, nodes) in blocks(graph) {
         for node in nodes.iter().filter(|node| node.op == "linear") {
@@ -166,6 +175,11 @@ fn rename_targets(graph: &ModelGraph, config: &mut AdapterConfig) {
             list.extend(node.module().map(|module| format!("{prefix}{module}")));
         }
     }
+    let Targets::Names(names) = &mut config.targets else {
+        let named = routers.iter().filter(|module| config.targets.name(module));
+        config.parameters.extend(named.map(|module| format!("{module}.weight")));
+        return;
+    };
     names.retain(|name| {
         let of_linear = modules.iter().any(|module| ends_in(module, name));
         if routers.iter().any(|module| ends_in(module, name)) {

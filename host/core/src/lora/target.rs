@@ -157,6 +157,11 @@ impl Patterns {
         Ok(Patterns(map.iter().map(number).collect::<Result<_>>()?))
     }
 
+    /// Leaves those alone that are for one of some modules.
+    pub(super) fn keep(&mut self, modules: &[&str]) {
+        self.0.retain(|(_, pattern, _)| modules.iter().any(|module| matches(pattern, module)));
+    }
+
     /// Adds a pattern behind the others.
     pub(super) fn add(&mut self, key: &str, number: f64) -> Result<()> {
         let more = Patterns::from_json(&Map::from_iter([(key.to_owned(), json!(number))]))?;
