@@ -13,6 +13,7 @@ const LORA_THREADS: u32 = 512;
 struct LoraA(Experts, usize);
 /// `v = dy·s·B` behind the gradient of what a matrix makes, and the gradients of A and B.
 struct LoraVjp(Experts, usize);
+
 impl Experts {
     /// Pushes what is computed behind the values that a matrix reads.
     pub(super) fn lora(&self, l: &mut Lowering<'_>, matrix: usize, [x, plan]: [Slice; 2]) -> Result<()> {
