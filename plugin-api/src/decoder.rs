@@ -312,7 +312,7 @@ impl Decoder {
     /// # Errors
     /// A list of another length.
     pub fn layer_ropes(&mut self, config: &Config) -> Result<()> {
-        let Some(list) = config.get("layer_rope_theta").filter(|list| !list.is_null()) else { return Ok(()) };
+        let Some(list) = config.get("layer_rope_theta") else { return Ok(()) };
         let bases: Option<Vec<f64>> = list.as_array().and_then(|list| list.iter().map(Value::as_f64).collect());
         let Some(bases) = bases.filter(|bases| bases.len() == self.layers.len()) else {
             return bail!("config.json: layer_rope_theta is no list of {} numbers", self.layers.len());

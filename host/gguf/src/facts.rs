@@ -3,8 +3,7 @@
 
 use dpo_core::error::{Error, Result};
 use dpo_plugin_api::graph::{ModelGraph, Node};
-use dpo_plugin_api::ops::AUX_LOSS_COEF;
-use dpo_plugin_api::ops::{count, flag, number};
+use dpo_plugin_api::ops::{AUX_LOSS_COEF, count, flag, number};
 use serde_json::Value;
 
 /// Ops that an architecture of llama.cpp may have, and what attributes of theirs are looked at here.

@@ -12,9 +12,8 @@
 // sums of the first, scaled in registers. All rows of X8 have their scale behind them. L is [features, rank], or [rank, features] with
 // W_ROWS 0; W is always [features, k], as the tensor cores take no other fp8.
 //
-// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other, each `apart` rows after the one before; see
-// groups.cuh. What a tile has behind
-// its group's rows is not stored.
+// With GROUPED, rows of X are those of `count` groups, and W has their matrices one below the other, each `apart` rows after the
+// one before; see groups.cuh. What a tile has behind its group's rows is not stored.
 
 #define DEPTH (FP8 ? 128 : 64)  // 128 bytes
 #define GROUPS 2

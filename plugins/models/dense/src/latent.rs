@@ -1,4 +1,4 @@
-//! Family decoders with multi-head latent attention.
+//! Dense decoders with multi-head latent attention.
 
 use dpo_plugin_api::prelude::*;
 

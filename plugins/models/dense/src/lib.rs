@@ -1,4 +1,4 @@
-//! Family decoders of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from a
+//! Dense decoders of many houses: one file for each lineage, in which a family is a row of a table and what it differs in from a
 //! Llama.
 
 mod cohere;
