@@ -127,8 +127,8 @@ fn gguf(name: &str, model: &Model<'_>, adapter: &Adapter, options: &MergeOptions
         files::write(&output.join("Modelfile"), export.modelfile(&file).as_bytes())
     })?;
     bar.finish_and_clear();
-    let (linears, size) = (adapter.sites.len(), memory::size(export.bytes()));
-    console::result(format!("merged      {linears} linears, {size} in {}", options.output_dir.join(file).display()));
+    let (places, size) = (adapter.places(), memory::size(export.bytes()));
+    console::result(format!("merged      {places}, {size} in {}", options.output_dir.join(file).display()));
     Ok(())
 }
 

@@ -172,7 +172,7 @@ impl Adapter {
         peft::write(self, folder, base_model)
     }
 
-    /// The same with a module for each expert's projection, which other programs may want: see the file.
+    /// The same with a module for each expert's projection, as vLLM reads it.
     ///
     /// # Errors
     /// An adapter without experts, or on experts that a checkpoint has in one tensor.

@@ -130,7 +130,7 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
         };
         let of_each = |a: &&Assembly| a.part(name, 0, 0).is_some() && a.is_of_each(0);
         let Some(assembly) = graph.assemblies.iter().find(of_each) else {
-            return Err(Error::input(format!("'{name}' has all experts in one tensor: it is read as it is")));
+            return Err(Error::input(format!("'{name}' has all experts in one tensor: the adapter is read as it is")));
         };
         let [a, b] = adapter.ranges(site).map(|range| &adapter.params[range]);
         let (factor, share) = ((site.scale / unit) as f32, site.outputs / assembly.parts.len());
@@ -148,18 +148,18 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
             // PEFT asks for the name without a number, and layers without experts may have linears of the last name.
             let module = part.strip_suffix(".weight").unwrap_or(part).replace('.', r"\.");
             targets.insert(module.replace(r"*\.", r"(\d+\.)?"));
-            let pattern = format!(r".*\.{}", module.replace('*', r"\d+"));
             if site.rank == rank {
                 continue;
             }
+            let pattern = format!(r".*\.{}", module.replace('*', r"\d+"));
             if config.rank_pattern.numbers().all(|(known, _)| *known != pattern) {
                 config.rank_pattern.add(&pattern, site.rank as f64)?;
-                config.alpha_pattern.add(&pattern, config.alpha * unit / config.factor(config.alpha, site.rank))?;
+                config.alpha_pattern.add(&pattern, unit / config.factor(1.0, site.rank))?;
             }
         }
     }
     if adapter.sites.iter().all(|site| site.experts == 1) {
-        return Err(Error::input("it is on no experts: it is read as it is"));
+        return Err(Error::input("it is on no experts: the adapter is read as it is"));
     }
     let targets: Vec<String> = targets.into_iter().collect();
     config.targets = Targets::parse(&[format!(r".*\.({})", targets.join("|"))])?;
