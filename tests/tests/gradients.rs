@@ -169,8 +169,8 @@ fn cases() -> Vec<Case> {
 }
 
 /// Of a router without weights.
-fn routed<'a>((node, layout): (&'a Node, &'a Layout), logits: &'a Tensor, router_slopes: &'a [f64]) -> Call<'a> {
-    Call { node, inputs: vec![logits], weights: &[], loras: &[], layout, input_gradients: true, router_slopes }
+fn routed<'a>((node, layout): (&'a Node, &'a Layout), logits: &'a Tensor, router_dprobs: &'a [f64]) -> Call<'a> {
+    Call { node, inputs: vec![logits], weights: &[], loras: &[], layout, input_gradients: true, router_dprobs }
 }
 
 /// The auxiliary loss of routers: of their logits alone, since it sees no other numbers, and with the gradient of what experts make of them.
@@ -200,8 +200,8 @@ fn the_loss_of_routers_has_its_gradient() {
             // How many tokens an expert has does not change with a nudge.
             sum + loss.coefficient * loss.value(&load(logits))
         };
-        let slopes = loss.slopes(&load(&logits));
-        let gradient = kernel.vjp(&routed(of, &logits, &slopes), &dy).unwrap().inputs.remove(0).unwrap();
+        let dprobs = loss.dprobs(&load(&logits));
+        let gradient = kernel.vjp(&routed(of, &logits, &dprobs), &dy).unwrap().inputs.remove(0).unwrap();
         let without = kernel.vjp(&routed(of, &logits, &[]), &dy).unwrap().inputs.remove(0).unwrap();
         let flat = |tensor: &Tensor| tensor.flatten_all().unwrap().to_vec1::<f64>().unwrap();
         let (exact, without, point) = (flat(&gradient), flat(&without), flat(&logits));
@@ -290,7 +290,7 @@ fn check(case: &Case, layout: &Layout, tokens: usize, seed: u64) {
             loras: lora.as_slice(),
             layout,
             input_gradients: true,
-            router_slopes: &[],
+            router_dprobs: &[],
         });
     };
     let value = |free: &[Tensor]| {
@@ -379,7 +379,7 @@ fn experts_of_a_choice_have_the_gradients_of_central_differences() {
             loras,
             layout: &layout,
             input_gradients: true,
-            router_slopes: &[],
+            router_dprobs: &[],
         });
     };
     let value = |free: &[Tensor; 6]| -> f64 {
@@ -438,7 +438,7 @@ fn embedding_takes_rows_and_passes_nothing_on() {
         loras: &[],
         layout: &layout,
         input_gradients: true,
-        router_slopes: &[],
+        router_dprobs: &[],
     };
     let Kernel::Value { forward, vjp } = ops::find("embedding").unwrap().kernel else { panic!() };
     let rows: Vec<Vec<f64>> = forward(&call).unwrap().to_vec2().unwrap();

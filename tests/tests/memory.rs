@@ -69,7 +69,7 @@ fn attention_holds_no_more_than_is_planned() {
             loras: &[],
             layout: &layout,
             input_gradients: true,
-            router_slopes: &[],
+            router_dprobs: &[],
         };
         // Gradients, head by head and side by side.
         let copies = 2 * n * (heads + 2 * kv_heads) * dim * 4;

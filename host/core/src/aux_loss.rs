@@ -90,7 +90,7 @@ impl AuxLoss {
     }
 
     /// Of every expert the derivative of a step's loss by the probability that a token gives it.
-    pub fn slopes(&self, load: &RouterLoad) -> Vec<f64> {
+    pub fn dprobs(&self, load: &RouterLoad) -> Vec<f64> {
         let factor = self.coefficient * self.experts as f64 / load.tokens.powi(2);
         load.counts.iter().map(|count| factor * count).collect()
     }

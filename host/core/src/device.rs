@@ -48,7 +48,7 @@ pub trait Device {
 
     /// From here on backward passes add the gradient of the auxiliary loss, given its derivative by the probability that a token gives each
     /// expert.
-    fn set_router_slopes(&mut self, slopes: Vec<f64>);
+    fn set_router_dprobs(&mut self, dprobs: Vec<f64>);
 
     /// Whether ranks share the frozen weights, so that all have to run the same passes; one without examples left runs
     /// them over empty batches.
@@ -159,8 +159,8 @@ impl Device for CpuDevice {
         Ok(self.load.clone())
     }
 
-    fn set_router_slopes(&mut self, slopes: Vec<f64>) {
-        self.engine.set_router_slopes(slopes);
+    fn set_router_dprobs(&mut self, dprobs: Vec<f64>) {
+        self.engine.set_router_dprobs(dprobs);
     }
 
     fn shares_base(&self) -> bool {

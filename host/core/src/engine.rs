@@ -40,7 +40,7 @@ pub struct Engine {
     /// Layers whose inner values are computed again in the backward pass.
     recomputed: usize,
     /// The derivatives that backward passes take of the auxiliary loss of its routers.
-    router_slopes: Vec<f64>,
+    router_dprobs: Vec<f64>,
 }
 
 /// What a forward pass leaves.
@@ -102,8 +102,8 @@ impl Engine {
             _ => None,
         });
         let first_adapted = layers.min().unwrap_or(graph.layers.len());
-        let (loras, router_slopes, plain, recomputed) = (HashMap::new(), Vec::new(), false, 0);
-        let mut engine = Engine { graph, base, adapter, loras, first_adapted, plain, recomputed, router_slopes };
+        let (loras, router_dprobs, plain, recomputed) = (HashMap::new(), Vec::new(), false, 0);
+        let mut engine = Engine { graph, base, adapter, loras, first_adapted, plain, recomputed, router_dprobs };
         engine.refresh()?;
         Ok(engine)
     }
@@ -155,8 +155,8 @@ impl Engine {
     }
 
     /// Sets what backward passes add of the auxiliary loss: its derivative by the probability that a token gives each expert.
-    pub fn set_router_slopes(&mut self, slopes: Vec<f64>) {
-        self.router_slopes = slopes;
+    pub fn set_router_dprobs(&mut self, dprobs: Vec<f64>) {
+        self.router_dprobs = dprobs;
     }
 
     fn refresh(&mut self) -> Result<()> {
@@ -327,7 +327,7 @@ impl Engine {
             loras: self.loras.get(&(work.at, index)).filter(|_| work.adapted).map_or(&[], Vec::as_slice),
             layout: work.layout(index),
             input_gradients: true,
-            router_slopes: &self.router_slopes,
+            router_dprobs: &self.router_dprobs,
         }
     }
 

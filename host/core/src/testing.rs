@@ -52,7 +52,7 @@ fn case(body: Body<'_>) -> Result<ModelGraph> {
 }
 
 /// Derivatives of an auxiliary loss of routers by probabilities, as large as those of log-probs; none where a graph has no such loss.
-pub fn router_slopes(graph: &ModelGraph) -> Vec<f64> {
+pub fn router_dprobs(graph: &ModelGraph) -> Vec<f64> {
     let experts = AuxLoss::of(graph).map_or(0, |loss| loss.experts);
     (0..experts).map(|expert| (expert * 7 % 5) as f64 - 2.0).collect()
 }

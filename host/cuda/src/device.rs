@@ -34,13 +34,13 @@ impl CudaDevice {
     }
 
     /// Sends what the backward pass adds of the auxiliary loss.
-    fn send_slopes(&mut self) -> Result<()> {
+    fn send_dprobs(&mut self) -> Result<()> {
         match self.aux_loss {
-            Some(loss) if self.router_slopes.len() == loss.experts => {
-                self.gpu.upload(&self.router_slopes, self.inputs.at.router_slopes)
+            Some(loss) if self.router_dprobs.len() == loss.experts => {
+                self.gpu.upload(&self.router_dprobs, self.inputs.at.router_dprobs)
             }
             _ => {
-                self.inputs.at.router_slopes = 0;
+                self.inputs.at.router_dprobs = 0;
                 Ok(())
             }
         }
@@ -96,7 +96,7 @@ impl Device for CudaDevice {
         }
         self.optimizer.forget_gradient();
         self.gpu.upload(dlogps, self.inputs.at.dlogps)?;
-        self.send_slopes()?;
+        self.send_dprobs()?;
         self.head_backward(&self.head())?;
         self.stream(true, |layer| self.layer_backward(layer))
     }
@@ -111,8 +111,8 @@ impl Device for CudaDevice {
         Ok(RouterLoad { tokens: self.routed, counts, probs })
     }
 
-    fn set_router_slopes(&mut self, slopes: Vec<f64>) {
-        self.router_slopes = slopes.into_iter().map(|slope| slope as f32).collect();
+    fn set_router_dprobs(&mut self, dprobs: Vec<f64>) {
+        self.router_dprobs = dprobs.into_iter().map(|dprob| dprob as f32).collect();
     }
 
     fn shares_base(&self) -> bool {

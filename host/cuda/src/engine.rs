@@ -52,7 +52,7 @@ pub struct CudaDevice {
     tables: Vec<LoadedTable>,
     /// The auxiliary loss of its routers, and the derivatives that backward passes take of it.
     pub(super) aux_loss: Option<AuxLoss>,
-    pub(super) router_slopes: Vec<f32>,
+    pub(super) router_dprobs: Vec<f32>,
     /// Tokens that routers saw in the last forward pass, over all layers.
     pub(super) routed: f64,
 }
@@ -122,7 +122,7 @@ impl CudaDevice {
             plain: adapter.changes_nothing(),
             moments: Moments::new(optimizer.count),
             aux_loss: AuxLoss::of(&graph),
-            router_slopes: Vec::new(),
+            router_dprobs: Vec::new(),
             routed: 0.0,
             gpu,
             matmuls,

@@ -45,7 +45,7 @@ pub(super) struct BatchAddresses {
     pub(super) texts: Address,
     pub(super) router_load: Address,
     pub(super) router_parts: Address,
-    pub(super) router_slopes: Address,
+    pub(super) router_dprobs: Address,
     /// What is computed of positions, for every layer.
     pub(super) tables: Address,
     pub(super) tokens: usize,
@@ -152,7 +152,7 @@ impl Inputs {
         if experts > 0 {
             at.router_load = self.reserve(experts * LOAD_BYTES);
             at.router_parts = self.reserve(experts * ROUTER_PARTS * 2 * 4);
-            at.router_slopes = self.reserve(experts * 4);
+            at.router_dprobs = self.reserve(experts * 4);
         }
         at.tables = self.reserve(tables * tokens);
         if self.used > self.memory.bytes {

@@ -28,7 +28,7 @@ use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
     FAMILIES, adapter, cpu, cpu_as, distance, engine_as, examples, experts_adapter, given, given_in_mxfp4, op_cases,
-    patterned_adapter, router_slopes, subtracting_adapter, wide_cases,
+    patterned_adapter, router_dprobs, subtracting_adapter, wide_cases,
 };
 use dpo_cuda::{self as cuda, CudaDecoder, CudaDevice, Gpu, GpuPlan, Nccl, Source};
 use dpo_plugins::Registry;
@@ -73,8 +73,8 @@ const TOLERANCE: f64 = 0.03;
 /// The same where values and gradients are rounded to e4m3 before every product, which the CPU does not do.
 const FP8_TOLERANCE: f64 = 0.08;
 
-/// The same of gradients where experts are chosen, or clamp values: logits of a GPU are bf16, and of experts that score alike another may be chosen, from
-/// which on a token goes another way.
+/// The same of gradients where experts are chosen, or clamp values: logits of a GPU are bf16, and of experts that score alike another may
+/// be chosen, from which on a token goes another way; at a limit a gradient jumps.
 const CHOICE_TOLERANCE: f64 = 0.15;
 
 /// The same of the losses of a training run where experts are chosen.
@@ -390,7 +390,7 @@ fn compare_kept(
         cpu.clear_gradient()?;
         let exact = cpu.forward(batch, true)?;
         let load = cpu.router_load()?;
-        cpu.set_router_slopes(router_slopes(graph));
+        cpu.set_router_dprobs(router_dprobs(graph));
         cpu.backward(batch, &grads)?;
         for devices in &mut devices {
             let mut before: Option<(AnswerLogProbs, Vec<f32>, RouterLoad)> = None;
@@ -404,7 +404,7 @@ fn compare_kept(
                 device.clear_gradient()?;
                 let own = device.forward(batch, true)?;
                 let counted = device.router_load()?;
-                device.set_router_slopes(router_slopes(graph));
+                device.set_router_dprobs(router_dprobs(graph));
                 device.backward(batch, &grads)?;
                 let gradient = device.gradient()?;
                 worse(&mut worst[0], apart(&counted.probs, &load.probs));

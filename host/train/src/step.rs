@@ -208,7 +208,7 @@ fn whole_batch(
     let aux_loss = AuxLoss::of(device.graph());
     if let Some(loss) = aux_loss {
         load.all_reduce(group)?;
-        device.set_router_slopes(loss.slopes(&load));
+        device.set_router_dprobs(loss.dprobs(&load));
     }
     for (Packed { batch, examples }, kept) in
         last.map(|l| (l, true)).into_iter().chain(others.iter().map(|p| (p, false)))

@@ -461,7 +461,7 @@ mod tests {
                     loras: &[],
                     layout,
                     input_gradients: true,
-                    router_slopes: &[],
+                    router_dprobs: &[],
                 };
                 forward(&call).unwrap()
             };
@@ -491,7 +491,7 @@ mod tests {
                 loras: &[],
                 layout: &layout,
                 input_gradients: true,
-                router_slopes: &[],
+                router_dprobs: &[],
             };
             let shape = Shape::of(&call).unwrap();
             let free = inputs.clone().map(|x| Var::from_tensor(&x).unwrap());

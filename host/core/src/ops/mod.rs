@@ -126,7 +126,7 @@ pub struct Call<'a> {
     /// Whether a VJP has to give gradients of the inputs: not where nothing trainable lies before them.
     pub input_gradients: bool,
     /// Of every expert the derivative of the auxiliary loss by the probability that a token gives it; none where it is not computed.
-    pub router_slopes: &'a [f64],
+    pub router_dprobs: &'a [f64],
 }
 
 /// A low-rank update: `W + scale · B · A` (Hu et al. 2021, eq. 3).

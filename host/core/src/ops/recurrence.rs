@@ -355,7 +355,7 @@ mod tests {
                 loras: &[],
                 layout,
                 input_gradients: true,
-                router_slopes: &[],
+                router_dprobs: &[],
             };
             run(&find(&self.node.op).unwrap().kernel, &call)
         }

@@ -159,16 +159,16 @@ impl RowOp<4, 1> for Vjp {
     }
 }
 
-/// Of `Σ_t texts_t · Σ_e slope_e · p_te`, `p` a softmax of the logits: `dz = texts · p · (slope - Σ slope · p)`.
+/// Of `Σ_t texts_t · Σ_e dprob_e · p_te`, `p` a softmax of the logits: `dz = texts · p · (dprob - Σ dprob · p)`.
 struct Balance;
 
 impl RowOp<3, 1> for Balance {
-    fn row<T: Real>(&self, [logits, slopes, texts]: [&[T]; 3], [dx]: [&mut [T]; 1]) {
+    fn row<T: Real>(&self, [logits, dprobs, texts]: [&[T]; 3], [dx]: [&mut [T]; 1]) {
         let mut probs: Vec<f64> = logits.iter().map(|v| v.to_f64()).collect();
         softmax(&mut probs);
-        let mean: f64 = probs.iter().zip(slopes).map(|(prob, slope)| prob * slope.to_f64()).sum();
-        for ((dx, prob), slope) in dx.iter_mut().zip(probs).zip(slopes) {
-            *dx = T::from_f64(texts[0].to_f64() * prob * (slope.to_f64() - mean));
+        let mean: f64 = probs.iter().zip(dprobs).map(|(prob, dprob)| prob * dprob.to_f64()).sum();
+        for ((dx, prob), dprob) in dx.iter_mut().zip(probs).zip(dprobs) {
+            *dx = T::from_f64(texts[0].to_f64() * prob * (dprob.to_f64() - mean));
         }
     }
 }
@@ -204,14 +204,14 @@ fn forward(call: &Call<'_>) -> Result<Tensor> {
 fn vjp(call: &Call<'_>, dy: &Tensor) -> Result<Gradients> {
     let (bias, factors) = (row(call, "selection_bias", 0.0)?, row(call, "expert_scale", 1.0)?);
     let [dx] = over_rows(&Vjp(Route::of(call.node)), [call.inputs[0], &bias, &factors, dy], [call.node.width])?;
-    if call.router_slopes.is_empty() || !is_balanced(call.node) {
+    if call.router_dprobs.is_empty() || !is_balanced(call.node) {
         return Ok(Gradients::of(vec![dx]));
     }
     let dtype = dx.dtype();
-    let slopes = Tensor::new(call.router_slopes, &Device::Cpu)?.to_dtype(dtype)?;
+    let dprobs = Tensor::new(call.router_dprobs, &Device::Cpu)?.to_dtype(dtype)?;
     let texts: Vec<f64> = call.layout.texts.iter().map(|texts| f64::from(*texts)).collect();
     let texts = Tensor::from_vec(texts, (call.layout.texts.len(), 1), &Device::Cpu)?.to_dtype(dtype)?;
-    let [of_loss] = over_rows(&Balance, [call.inputs[0], &slopes, &texts], [call.node.width])?;
+    let [of_loss] = over_rows(&Balance, [call.inputs[0], &dprobs, &texts], [call.node.width])?;
     Ok(Gradients::of(vec![add(&dx, &of_loss)?]))
 }
 

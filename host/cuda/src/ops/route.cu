@@ -186,10 +186,10 @@ __device__ __forceinline__ void softmax(const Route& r, const bf16* logits, floa
     for (int i = 0; i < MOST; i++) prob[i] /= sum;
 }
 
-// `dlogits` may be `dweights`. With `slopes` also of an auxiliary loss, whose derivatives by a token's probabilities they are, as often as the
-// token is in a text.
+// `dlogits` may be `dweights`. With `dprobs`, the derivatives of an auxiliary loss by a token's probabilities, also of that loss, as often as
+// the token is in a text.
 extern "C" __global__ void route_vjp(View logits, View dweights, View dlogits, Route r, const float* bias, const float* factors,
-                                     int tokens, const float* slopes, const int* texts) {
+                                     int tokens, const float* dprobs, const int* texts) {
     int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (token >= tokens) return;
     Scores of = choose(r, row(logits, token), bias);
@@ -217,16 +217,16 @@ extern "C" __global__ void route_vjp(View logits, View dweights, View dlogits, R
         float s = of.score[i];
         d[i] = r.scoring == 1 ? d[i] * s * (1.f - s) : s * (d[i] - mean);
     }
-    if (slopes) {
+    if (dprobs) {
         float prob[MOST], along = 0.f, weight = texts[token];
         softmax(r, row(logits, token), prob);
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            if (i * 32 + lane < r.experts) along += prob[i] * slopes[i * 32 + lane];
+            if (i * 32 + lane < r.experts) along += prob[i] * dprobs[i * 32 + lane];
         along = warp_sum(along);
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            if (i * 32 + lane < r.experts) d[i] += weight * prob[i] * (slopes[i * 32 + lane] - along);
+            if (i * 32 + lane < r.experts) d[i] += weight * prob[i] * (dprobs[i * 32 + lane] - along);
     }
 #pragma unroll
     for (int i = 0; i < MOST; i++) {

@@ -170,14 +170,14 @@ impl Execute for Route {
 
 impl Execute for Vjp {
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
-        let slopes = if self.0.balanced { on.batch.router_slopes } else { 0 };
-        self.0.start(on, "route_vjp", &[reads[0], reads[1], writes[0]], &[slopes, self.0.texts(on)])
+        let dprobs = if self.0.balanced { on.batch.router_dprobs } else { 0 };
+        self.0.start(on, "route_vjp", &[reads[0], reads[1], writes[0]], &[dprobs, self.0.texts(on)])
     }
 
     #[cfg(test)]
     fn emulate(&self, on: &mut super::Emulation<'_>, reads: &[Slice], writes: &[Slice]) {
         let (shape, vectors) = (self.0.shape, emulated::vectors(&self.0, on));
-        let (slopes, texts) = (on.router_slopes(), on.batch().layout.texts.clone());
+        let (dprobs, texts) = (on.router_dprobs(), on.batch().layout.texts.clone());
         on.each_row(reads, writes, |row, read, write| {
             let of = emulated::choose(&shape, &read[0][..shape.experts as usize], &vectors[0]);
             let mut d: Vec<f32> = (0..shape.experts as usize)
@@ -191,10 +191,10 @@ impl Execute for Vjp {
             let own = mean(&d);
             let by_logit = |(d, s): (&f32, &f32)| if shape.scoring == 1 { d * s * (1.0 - s) } else { s * (d - own) };
             write[0] = d.iter().zip(&of.scores).map(by_logit).collect();
-            if self.0.balanced && !slopes.is_empty() {
+            if self.0.balanced && !dprobs.is_empty() {
                 let probs = emulated::plain(&self.0, &read[0]).scores;
-                let mean: f32 = probs.iter().zip(&slopes).map(|(prob, slope)| prob * slope).sum();
-                let of_loss = probs.iter().zip(&slopes).map(|(prob, slope)| texts[row] as f32 * prob * (slope - mean));
+                let mean: f32 = probs.iter().zip(&dprobs).map(|(prob, dprob)| prob * dprob).sum();
+                let of_loss = probs.iter().zip(&dprobs).map(|(prob, dprob)| texts[row] as f32 * prob * (dprob - mean));
                 write[0].iter_mut().zip(of_loss).for_each(|(dx, of_loss)| *dx += of_loss);
             }
             write[0].resize(shape.columns as usize, 0.0);

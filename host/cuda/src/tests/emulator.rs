@@ -49,7 +49,7 @@ pub(super) struct Emulator {
     dhidden: Vec<Vec<f32>>,
     /// What routers did since the forward pass began.
     pub(super) load: RouterLoad,
-    pub(super) router_slopes: Vec<f32>,
+    pub(super) router_dprobs: Vec<f32>,
 }
 
 /// Where a program runs.
@@ -150,8 +150,8 @@ impl Emulation<'_> {
     }
 
     /// Of every expert the derivative of the auxiliary loss by the probability that a token gives it.
-    pub(crate) fn router_slopes(&self) -> Vec<f32> {
-        self.emulator.router_slopes.clone()
+    pub(crate) fn router_dprobs(&self) -> Vec<f32> {
+        self.emulator.router_dprobs.clone()
     }
 
     /// The keys that a row sees in a window.
@@ -184,9 +184,9 @@ impl Emulator {
         });
         let stacks = stacks.collect();
         let (graph, memory) = (graph.clone(), vec![f32::NAN; bytes / 2]);
-        let (host, dhidden, router_slopes) = Default::default();
+        let (host, dhidden, router_dprobs) = Default::default();
         let load = RouterLoad::default();
-        Emulator { graph, adapter, lowered, arrangement, stacks, memory, host, batch, dhidden, load, router_slopes }
+        Emulator { graph, adapter, lowered, arrangement, stacks, memory, host, batch, dhidden, load, router_dprobs }
     }
 
     fn row(&self, pass: &Pass<'_>, s: &Slice, (first, row): (usize, usize)) -> Vec<f32> {

@@ -25,7 +25,7 @@ use dpo_core::ops;
 use dpo_core::plan::{MemoryOptions, Packing};
 use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::testing::{
-    FAMILIES, adapter, cpu_as, distance, examples, experts_adapter, op_cases, patterned_adapter, router_slopes,
+    FAMILIES, adapter, cpu_as, distance, examples, experts_adapter, op_cases, patterned_adapter, router_dprobs,
     subtracting_adapter,
 };
 use dpo_plugins::Registry;
@@ -279,8 +279,8 @@ fn compare_at(
     let mut exact = cpu_as(graph, batch.tokens(), adapter.clone(), numbers).unwrap();
     let logps = exact.forward(&batch, true).unwrap().logps;
     let load = exact.router_load().unwrap();
-    let slopes = router_slopes(graph);
-    exact.set_router_slopes(slopes.clone());
+    let dprobs = router_dprobs(graph);
+    exact.set_router_dprobs(dprobs.clone());
     exact.backward(&batch, &dlogps).unwrap();
     let (tokens, answers) = (batch.tokens(), batch.targets.len());
     assert!(chunk == usize::MAX || tokens.min(answers) > chunk, "{tokens} tokens, {answers} answers");
@@ -295,7 +295,7 @@ fn compare_at(
         let found = own.forward();
         assert_eq!((own.load.tokens, &own.load.counts), (load.tokens, &load.counts), "{name}");
         assert!(own.load.probs.iter().zip(&load.probs).all(|(a, b)| (a - b).abs() <= 1e-4 * load.tokens), "{name}");
-        own.router_slopes = slopes.iter().map(|slope| *slope as f32).collect();
+        own.router_dprobs = dprobs.iter().map(|dprob| *dprob as f32).collect();
         let gradient = own.backward(&dlogps);
         let what = format!("{name}, {gates:?}, {allowed:?}, {:?}", own.arrangement.saved);
         let off = [distance(&found, &logps), distance(&gradient, exact.gradient())];
