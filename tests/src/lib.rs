@@ -7,9 +7,10 @@ pub mod page;
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor};
-use dpo_core::engine::Engine;
+use dpo_core::engine::{Engine, Loras};
 use dpo_core::example::{Answer, Example};
 use dpo_core::lora::{Adapter, AdapterConfig};
+use dpo_core::ops::KvCache;
 use dpo_core::weights::blocks;
 use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugin_api::ops::number;
@@ -245,4 +246,10 @@ pub fn copy(from: &std::path::Path, to: &std::path::Path) {
 pub fn log(folder: &str) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(format!("{folder}/logging.jsonl")).expect("a log");
     text.lines().map(|l| serde_json::from_str(l).expect("a line of JSON")).collect()
+}
+
+/// Logits of the token after `ids`, `[vocab]`, which follow the tokens of a cache; with the engine's adapter or without.
+pub fn logits(engine: &Engine, ids: &[u32], cache: &mut KvCache, adapted: bool) -> Vec<f32> {
+    let loras = Loras::of(engine.adapter()).unwrap();
+    engine.logits(&mut [(ids, cache)], adapted.then_some(&loras)).unwrap().swap_remove(0)
 }

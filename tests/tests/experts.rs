@@ -13,7 +13,7 @@ use dpo_core::storage::{Numbers, Quantization};
 use dpo_core::weights::{Checkpoint, read_f32};
 use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
-use dpo_tests::{Sandbox, golden, log};
+use dpo_tests::{Sandbox, golden, log, logits};
 use serde_json::{Value, json};
 
 fn sandbox() -> Sandbox {
@@ -315,10 +315,10 @@ fn answers_do_not_depend_on_the_cache() {
         let base = Base::load(&model.graph, &Checkpoint::of(Path::new(&folder), &model.graph).unwrap()).unwrap();
         let engine = Engine::new(model.graph, base, adapter).unwrap();
         let ids: Vec<u32> = (0..20).map(|at| at * 13 % 300).collect();
-        let whole = engine.logits(&ids, &mut KvCache::default(), true).unwrap();
+        let whole = logits(&engine, &ids, &mut KvCache::default(), true);
         let mut cache = KvCache::default();
-        engine.logits(&ids[..7], &mut cache, true).unwrap();
-        let last = ids[7..].iter().map(|id| engine.logits(&[*id], &mut cache, true).unwrap()).last().unwrap();
+        logits(&engine, &ids[..7], &mut cache, true);
+        let last = ids[7..].iter().map(|id| logits(&engine, &[*id], &mut cache, true)).last().unwrap();
         let apart = whole.iter().zip(&last).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         assert!(apart < 1e-4, "{name}: {apart}");
     }

@@ -6,18 +6,18 @@ use candle_core::{D, Tensor};
 use dpo_core::base::Base;
 use dpo_core::batch::Batch;
 use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Variant};
-use dpo_core::engine::Engine;
+use dpo_core::decoder::{Decoder, Sequences};
+use dpo_core::engine::{Engine, Loras};
 use dpo_core::example::{Answer, Example};
-use dpo_core::lora::Adapter;
+use dpo_core::lora::{Adapter, AdapterConfig, Init, Targets, in_one_shape};
 use dpo_core::ops::KvCache;
 use dpo_core::plan::MemoryOptions;
 use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
-use dpo_generate::{Generator, Sampling, Stop, TextStream, compare};
+use dpo_generate::{Generator, Sampling, Stop, TextStream, Variant, compare};
 use dpo_hub::model::{Model, ModelOptions};
 use dpo_plugins::Registry;
-use dpo_tests::{CONFIGS, Numbers, golden};
+use dpo_tests::{CONFIGS, Numbers, golden, logits};
 
 /// Longer than the goldens' windows and than the lengths where yarn and llama3's rope begin to differ.
 const TOKENS: usize = 60;
@@ -78,9 +78,9 @@ fn remembered_tokens_give_the_log_probs_of_training() {
             for part in [1, 2, 7, 25] {
                 let (mut past, mut at) = (KvCache::default(), 0);
                 while at + part < ids.len() {
-                    let logits = engine.logits(&ids[at..at + part], &mut past, adapted).unwrap();
+                    let next = logits(&engine, &ids[at..at + part], &mut past, adapted);
                     at += part;
-                    let (is, expected) = (logp(logits, ids[at]), expected[at - 1]);
+                    let (is, expected) = (logp(next, ids[at]), expected[at - 1]);
                     let off = (is - expected).abs();
                     assert!(off < 2e-5 * expected.abs().max(1.0), "{case} {adapted} {part} {at}: {is}, not {expected}");
                 }
@@ -104,15 +104,18 @@ fn weights_kept_in_bf16_give_the_same_log_probs() {
         let checkpoint = Checkpoint::of(narrow.path(), &model.graph).unwrap();
         let base = Base::load(&model.graph, &checkpoint).unwrap();
         let mut wide = Engine::new(model.graph.clone(), base, adapter()).unwrap();
-        let mut kept = CpuDecoder::load(&model.graph, &checkpoint, Some(adapter()), MemoryOptions::default()).unwrap();
+        let mut kept =
+            CpuDecoder::load(&model.graph, &checkpoint, &[adapter()], Sequences::of(2), MemoryOptions::default())
+                .unwrap();
         let ids = text(model.graph.vocab_size, 3);
-        for (variant, adapted) in [(Variant::Base, false), (Variant::Tuned, true)] {
+        for (sequence, adapted) in [false, true].into_iter().enumerate() {
             let expected = trained(&mut wide, &ids, adapted);
             for at in 10..ids.len() {
                 let new = if at == 10 { &ids[..10] } else { &ids[at - 1..at] };
-                let (is, expected) = (logp(kept.append(variant, new).unwrap(), ids[at]), expected[at - 1]);
+                let next = kept.append(adapted.then_some(0), &[(sequence, new)]).unwrap().swap_remove(0);
+                let (is, expected) = (logp(next, ids[at]), expected[at - 1]);
                 let off = (is - expected).abs();
-                assert!(off < 2e-5 * expected.abs().max(1.0), "{case} {variant:?} {at}: {is}, not {expected}");
+                assert!(off < 2e-5 * expected.abs().max(1.0), "{case} {adapted} {at}: {is}, not {expected}");
             }
         }
     }
@@ -124,7 +127,7 @@ fn voices_differ() {
     for case in cases() {
         let engine = engine(&case);
         let ids = text(engine.graph().vocab_size, 3);
-        let logits = |adapted| engine.logits(&ids, &mut KvCache::default(), adapted).unwrap();
+        let logits = |adapted| dpo_tests::logits(&engine, &ids, &mut KvCache::default(), adapted);
         assert_ne!(logits(false), logits(true), "{case}");
     }
 }
@@ -136,15 +139,15 @@ fn greedy_answers_are_those_of_whole_passes() {
         for adapted in [false, true] {
             let mut ids = text(engine.graph().vocab_size, 5)[..9].to_vec();
             let mut past = KvCache::default();
-            let mut logits = engine.logits(&ids, &mut past, adapted).unwrap();
+            let mut next = logits(&engine, &ids, &mut past, adapted);
             for step in 0..TOKENS {
-                let whole = engine.logits(&ids, &mut KvCache::default(), adapted).unwrap();
-                let off = logits.iter().zip(&whole).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+                let whole = logits(&engine, &ids, &mut KvCache::default(), adapted);
+                let off = next.iter().zip(&whole).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
                 let size = whole.iter().fold(0.0_f32, |most, l| most.max(l.abs()));
                 assert!(off <= 1e-5 * size.max(1.0), "{case} {adapted} step {step}: off by {off} of {size}");
-                assert_eq!(likeliest(&logits), likeliest(&whole), "{case} {adapted} step {step}");
+                assert_eq!(likeliest(&next), likeliest(&whole), "{case} {adapted} step {step}");
                 ids.push(likeliest(&whole));
-                logits = engine.logits(&ids[ids.len() - 1..], &mut past, adapted).unwrap();
+                next = logits(&engine, &ids[ids.len() - 1..], &mut past, adapted);
             }
         }
     }
@@ -162,11 +165,11 @@ fn a_soft_cap_and_a_forgotten_end() {
     let expected = trained(&mut engine, &ids, true);
     let mut past = KvCache::default();
     let other: Vec<u32> = ids.iter().rev().copied().collect();
-    engine.logits(&ids[..20], &mut past, true).unwrap();
-    engine.logits(&other, &mut past, true).unwrap();
+    logits(&engine, &ids[..20], &mut past, true);
+    logits(&engine, &other, &mut past, true);
     past.truncate(20);
     for at in 20..TOKENS - 1 {
-        let is = logp(engine.logits(&ids[at..=at], &mut past, true).unwrap(), ids[at + 1]);
+        let is = logp(logits(&engine, &ids[at..=at], &mut past, true), ids[at + 1]);
         assert!((is - expected[at]).abs() < 2e-5 * expected[at].abs().max(1.0), "{at}: {is}, not {}", expected[at]);
     }
 }
@@ -178,7 +181,7 @@ fn a_state_is_taken_back_to_where_it_was_kept() {
     let ids = text(engine.graph().vocab_size, 11);
     let other: Vec<u32> = ids.iter().rev().copied().collect();
     let mut past = KvCache::default();
-    let append = |engine: &Engine, past: &mut KvCache, ids: &[u32]| engine.logits(ids, past, true).unwrap();
+    let append = |engine: &Engine, past: &mut KvCache, ids: &[u32]| logits(engine, ids, past, true);
     append(&engine, &mut past, &ids[..20]);
     append(&engine, &mut past, &ids[20..30]);
     (0..5).for_each(|at| drop(append(&engine, &mut past, &other[at..=at])));
@@ -263,12 +266,13 @@ fn generator(case: &str) -> Generator {
     let (registry, folder) = (Registry::discover(&[], None), golden("trajectories").join(case));
     let model = Model::open(&registry, &folder.join("model"), &ModelOptions::default()).unwrap();
     let adapter = Adapter::load(&model.graph, &folder.join("final_adapter")).unwrap();
-    Generator::open(&model, Some(adapter), &dpo_core::backend::Cpu, MemoryOptions::default()).unwrap()
+    let (cpu, sequences) = (dpo_core::backend::Cpu, Sequences::of(4));
+    Generator::open(&model, vec![adapter], &cpu, sequences, MemoryOptions::default()).unwrap()
 }
 
 fn go_on(generator: &mut Generator, variant: Variant, ids: &[u32], limit: usize) -> (Vec<u32>, Option<Stop>) {
     let sampling = Sampling { max_new_tokens: limit, ..Sampling::default() };
-    let mut answer = generator.go_on(variant, ids.to_vec(), &sampling).unwrap();
+    let mut answer = generator.begin(variant.adapter(), ids.to_vec(), &sampling).unwrap();
     while generator.step(&mut answer).unwrap().is_some() {}
     (answer.ids().to_vec(), answer.stop())
 }
@@ -293,9 +297,101 @@ fn conversations_go_on_from_what_was_heard() {
             "{variant:?} {end}"
         );
         let adapted = variant == Variant::Tuned;
-        let first = engine(case).logits(&long[..end], &mut KvCache::default(), adapted).unwrap();
+        let first = logits(&engine(case), &long[..end], &mut KvCache::default(), adapted);
         assert_eq!(ids[0], likeliest(&first), "{variant:?} {end}");
     }
+}
+
+/// Sequences of other lengths in one pass, each by as many tokens as it likes, have the logits that they have alone.
+#[test]
+fn sequences_side_by_side_do_not_mix() {
+    for case in cases() {
+        let engine = engine(&case);
+        let loras = Loras::of(engine.adapter()).unwrap();
+        let texts: Vec<Vec<u32>> = (0..3).map(|seed| text(engine.graph().vocab_size, seed)).collect();
+        let (mut together, mut alone): (Vec<KvCache>, Vec<KvCache>) =
+            (0..3).map(|_| (KvCache::default(), KvCache::default())).unzip();
+        let mut at = [0; 3];
+        for counts in [[20, 1, 7], [1, 1, 1], [1, 5, 1], [9, 1, 1]] {
+            let ids: Vec<&[u32]> = (0..3).map(|i| &texts[i][at[i]..at[i] + counts[i]]).collect();
+            let mut new: Vec<(&[u32], &mut KvCache)> = ids.iter().copied().zip(&mut together).collect();
+            let all = engine.logits(&mut new, Some(&loras)).unwrap();
+            for (i, is) in all.iter().enumerate() {
+                let expected = logits(&engine, ids[i], &mut alone[i], true);
+                let off = is.iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+                let size = expected.iter().fold(0.0_f32, |most, l| most.max(l.abs()));
+                assert!(off <= 1e-5 * size.max(1.0), "{case}, sequence {i}: off by {off} of {size}");
+                at[i] += counts[i];
+            }
+        }
+    }
+}
+
+/// Answers that go on together are those that each is alone, whichever adapter it is with; what there is no sequence for is refused.
+#[test]
+fn answers_side_by_side_are_those_of_each_alone() {
+    let case = "qwen3";
+    let prompts: Vec<Vec<u32>> = (0..4).map(|seed| text(320, seed)[..4 + 9 * seed as usize].to_vec()).collect();
+    let sampling =
+        |seed| Sampling { max_new_tokens: 12 + seed as usize, temperature: 0.8, seed, ..Sampling::default() };
+    let mut together = generator(case);
+    let adapter = |at: usize| (at % 2 == 1).then_some(0);
+    let mut answers: Vec<_> =
+        (0..4).map(|at| together.begin(adapter(at), prompts[at].clone(), &sampling(at as u64)).unwrap()).collect();
+    assert!(together.free() == 0 && together.begin(None, prompts[0].clone(), &sampling(0)).is_err());
+    while answers.iter().any(|answer| answer.stop().is_none()) {
+        let mut all: Vec<_> = answers.iter_mut().collect();
+        together.step_all(&mut all).into_iter().for_each(|result| drop(result.unwrap()));
+    }
+    assert_eq!(together.free(), 4);
+    for (at, answer) in answers.iter().enumerate() {
+        let mut alone = generator(case);
+        let mut expected = alone.begin(adapter(at), prompts[at].clone(), &sampling(at as u64)).unwrap();
+        while alone.step(&mut expected).unwrap().is_some() {}
+        assert_eq!(
+            (answer.ids(), answer.text(), answer.stop()),
+            (expected.ids(), expected.text(), expected.stop()),
+            "{at}"
+        );
+    }
+}
+
+/// Adapters of other ranks, scales and modules in one shape are the updates that they were.
+#[test]
+fn adapters_in_one_shape_change_what_they_did() {
+    let (family, config) = CONFIGS[0];
+    let graph = dpo_tests::graph(family, config);
+    let config = |rank, alpha, targets: &[&str]| AdapterConfig {
+        targets: Targets::Names(targets.iter().map(|t| (*t).to_owned()).collect()),
+        ..AdapterConfig::new(rank, alpha)
+    };
+    let subtracting = AdapterConfig { init: Init::Olora, ..config(2, 3.0, &["q_proj", "down_proj"]) };
+    let configs = [config(2, 8.0, &["q_proj", "v_proj"]), config(5, 7.0, &["down_proj", "v_proj"]), subtracting];
+    let mut numbers = Numbers::new(9);
+    let mut adapters: Vec<Adapter> = configs.map(|config| Adapter::planned(&graph, config).unwrap()).into();
+    for adapter in &mut adapters {
+        let count = adapter.parameters();
+        let mut random = |count: usize| (0..count).map(|_| numbers.below(2000) as f32 / 5000.0 - 0.2).collect();
+        adapter.params = random(count);
+        adapter.subtracted = random(adapter.subtracted_parameters());
+    }
+    let shaped = in_one_shape(adapters.clone()).unwrap();
+    assert!(shaped.iter().all(|one| one.shape() == shaped[0].shape() && one.params.len() == shaped[0].params.len()));
+    let engine = dpo_tests::engine(&graph, &dpo_tests::weights(&graph, 1), 2);
+    let ids = text(graph.vocab_size, 11);
+    for (own, shaped) in adapters.iter().zip(&shaped) {
+        let [is, expected] = [shaped, own].map(|adapter| {
+            let loras = Loras::of(adapter).unwrap();
+            engine.logits(&mut [(&ids, &mut KvCache::default())], Some(&loras)).unwrap().swap_remove(0)
+        });
+        let off = is.iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+        let plain = logits(&engine, &ids, &mut KvCache::default(), false);
+        let change = plain.iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(off < 2e-5 && change > 1e-2, "off by {off}, where the adapter changes {change}");
+    }
+    let dora = AdapterConfig { dora: true, ..AdapterConfig::new(2, 4.0) };
+    let dora = Adapter::new(&graph, dora, 0).unwrap();
+    assert!(in_one_shape(vec![dora.clone(), adapters[0].clone()]).is_err() && in_one_shape(vec![dora]).is_ok());
 }
 
 #[test]
@@ -309,12 +405,9 @@ fn answers_end() {
     let (rest, stop) = go_on(&mut generator, Variant::Base, &long, 50);
     assert!(stop == Some(Stop::Length) && rest.len() == 4 || stop == Some(Stop::Turn), "{rest:?} {stop:?}");
     let full: Vec<u32> = (0..512).map(|i| ids[i % ids.len()]).collect();
-    let refused = generator.go_on(Variant::Base, full, &Sampling::default()).err().unwrap().to_string();
+    let refused = generator.begin(None, full, &Sampling::default()).err().unwrap().to_string();
     assert!(refused.contains("512 tokens"), "{refused}");
-    assert!(
-        generator.go_on(Variant::Base, vec![320], &Sampling::default()).is_err(),
-        "a token that the model does not have"
-    );
+    assert!(generator.begin(None, vec![320], &Sampling::default()).is_err(), "a token that the model does not have");
 }
 
 /// A device that always says the same.
@@ -325,11 +418,15 @@ impl Decoder for Parrot {
         "parrot".into()
     }
 
-    fn append(&mut self, _: Variant, _: &[u32]) -> dpo_core::error::Result<Vec<f32>> {
-        Ok((0..320).map(|id| f32::from(u8::from(id == self.0))).collect())
+    fn sequences(&self) -> (usize, usize) {
+        (1, 512)
     }
 
-    fn truncate(&mut self, _: Variant, tokens: usize) -> usize {
+    fn append(&mut self, _: Option<usize>, new: &[(usize, &[u32])]) -> dpo_core::error::Result<Vec<Vec<f32>>> {
+        Ok(new.iter().map(|_| (0..320).map(|id| f32::from(u8::from(id == self.0))).collect()).collect())
+    }
+
+    fn truncate(&mut self, _: usize, tokens: usize) -> usize {
         tokens
     }
 }
@@ -360,7 +457,7 @@ fn both_voices_answer_the_same_prompts() {
     for (comparison, prompt) in both.iter().zip(&prompts) {
         for (variant, text) in [(Variant::Base, &comparison.base), (Variant::Tuned, &comparison.tuned)] {
             let mut alone = generator(case);
-            let mut answer = alone.go_on(variant, prompt.to_vec(), &sampling).unwrap();
+            let mut answer = alone.begin(variant.adapter(), prompt.to_vec(), &sampling).unwrap();
             while alone.step(&mut answer).unwrap().is_some() {}
             assert_eq!(answer.text(), text, "{variant:?}");
         }

@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use dpo_core::base::Base;
 use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Variant};
+use dpo_core::decoder::{Decoder, Sequences};
 use dpo_core::engine::Engine;
 use dpo_core::lora::Adapter;
 use dpo_core::plan::{MemoryOptions, Plan};
@@ -155,17 +155,19 @@ fn answers_come_from_the_quantised_base() {
     let folder = Path::new(&case("qwen2")).join("model");
     let whole = made_whole(&s, &folder, Quantization::Nf4);
     let graph = model(&folder).graph;
-    let adapter = || Some(Adapter::load(&graph, &Path::new(&case("qwen2")).join("final_adapter")).unwrap());
+    let adapter = [Adapter::load(&graph, &Path::new(&case("qwen2")).join("final_adapter")).unwrap()];
     let checkpoint = |folder: &Path| Checkpoint::of(folder, &graph).unwrap();
     let options = MemoryOptions { quantization: Some(Quantization::Nf4), ..MemoryOptions::default() };
-    let mut quantised = CpuDecoder::load(&graph, &checkpoint(&folder), adapter(), options).unwrap();
+    let mut quantised = CpuDecoder::load(&graph, &checkpoint(&folder), &adapter, Sequences::of(2), options).unwrap();
     assert_eq!(quantised.name(), "cpu float32, base in nf4");
     let base = Base::load(&graph, &checkpoint(Path::new(&whole))).unwrap();
-    let mut plain = CpuDecoder::of(Engine::new(graph.clone(), base, adapter().unwrap()).unwrap()).unwrap();
-    for variant in [Variant::Base, Variant::Tuned] {
+    let engine = Engine::new(graph.clone(), base, Adapter::idle(&graph).unwrap()).unwrap();
+    let mut plain = CpuDecoder::of(engine, &adapter, Sequences::of(2)).unwrap();
+    for (sequence, adapter) in [None, Some(0)].into_iter().enumerate() {
         for ids in [&[5, 9, 40, 7][..], &[11], &[12]] {
-            let [a, b] = [&mut quantised, &mut plain].map(|decoder| decoder.append(variant, ids).unwrap());
-            assert_eq!(bits(&a), bits(&b), "{variant:?} {ids:?}");
+            let [a, b] = [&mut quantised, &mut plain]
+                .map(|decoder| decoder.append(adapter, &[(sequence, ids)]).unwrap().swap_remove(0));
+            assert_eq!(bits(&a), bits(&b), "{adapter:?} {ids:?}");
         }
     }
 }

@@ -6,7 +6,7 @@ use crate::base::Base;
 use crate::collective::ProcessGroup;
 use crate::console;
 use crate::cpu_decoder::CpuDecoder;
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Sequences};
 use crate::device::{CpuDevice, Device};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -65,7 +65,7 @@ pub trait Backend {
         options: MemoryOptions,
     ) -> Result<Box<dyn Planned>>;
 
-    /// Loads a model that answers, within the memory and with the base as options say.
+    /// Loads a model that answers with any of some adapters, within the memory and with the base as options say.
     ///
     /// # Errors
     /// As [`plan`](Self::plan) and [`Planned::load`].
@@ -73,7 +73,8 @@ pub trait Backend {
         &self,
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
-        adapter: Option<Adapter>,
+        adapters: Vec<Adapter>,
+        sequences: Sequences,
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>>;
 }
@@ -150,11 +151,12 @@ impl Backend for Cpu {
         &self,
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
-        adapter: Option<Adapter>,
+        adapters: Vec<Adapter>,
+        sequences: Sequences,
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
         note_offload(options);
-        Ok(Box::new(CpuDecoder::load(graph, checkpoint, adapter, options)?))
+        Ok(Box::new(CpuDecoder::load(graph, checkpoint, &adapters, sequences, options)?))
     }
 }
 

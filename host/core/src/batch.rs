@@ -39,6 +39,18 @@ impl Layout {
         Layout { positions, spans, predictors, cached, ..Layout::default() }
     }
 
+    /// Tokens of several sequences that are continued, one after the other, for ops that treat tokens alike.
+    pub fn beside(sequences: &[Layout]) -> Layout {
+        let mut all = Layout::default();
+        for own in sequences {
+            let start = all.positions.len();
+            all.positions.extend(&own.positions);
+            all.predictors.extend(own.predictors.iter().map(|row| row + start as u32));
+            all.spans.extend(own.spans.iter().map(|span| Span { start: start + span.start, ..span.clone() }));
+        }
+        all
+    }
+
     /// That of the rows that predict: such ops as read positions or other rows do not run on them.
     pub fn of_predictors(&self) -> Layout {
         let key = |row: &u32| self.keys.get(*row as usize).copied();

@@ -1,11 +1,11 @@
-//! The CPU as a decoder: the engine that trains, with a memory for each variant.
+//! The CPU as a decoder: the engine that trains, with a KV cache for each sequence.
 
 use dpo_plugin_api::graph::ModelGraph;
 use rayon::ThreadPool;
 
 use crate::base::Base;
-use crate::decoder::{Decoder, Variant};
-use crate::engine::Engine;
+use crate::decoder::{Decoder, Sequences};
+use crate::engine::{Engine, Loras};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::memory::{free_memory, size};
@@ -14,12 +14,17 @@ use crate::plan::{MemoryOptions, weights};
 use crate::storage::Quantization;
 use crate::weights::Checkpoint;
 
+/// Tokens of a sequence where nothing is said: caches grow with what is in them.
+const MOST: usize = 128 << 10;
+
 /// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers. Those that are
 /// quantised are made whole for every token, a layer at a time.
 pub struct CpuDecoder {
     engine: Engine,
+    adapters: Vec<Loras>,
     threads: ThreadPool,
-    caches: [KvCache; 2],
+    caches: Vec<KvCache>,
+    most: usize,
 }
 
 impl CpuDecoder {
@@ -30,7 +35,8 @@ impl CpuDecoder {
     pub fn load(
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
-        adapter: Option<Adapter>,
+        adapters: &[Adapter],
+        sequences: Sequences,
         options: MemoryOptions,
     ) -> Result<CpuDecoder> {
         let needs = |quantization: Option<Quantization>| match quantization {
@@ -48,16 +54,19 @@ impl CpuDecoder {
                 .at("--model")
                 .help("take a machine with more memory, or a smaller model"));
         }
-        let adapter = adapter.map_or_else(|| Adapter::idle(graph), Ok)?;
-        CpuDecoder::of(Engine::new(graph.clone(), Base::load_kept(graph, checkpoint, quantization)?, adapter)?)
+        let base = Base::load_kept(graph, checkpoint, quantization)?;
+        CpuDecoder::of(Engine::new(graph.clone(), base, Adapter::idle(graph)?)?, adapters, sequences)
     }
 
-    /// An engine that has its weights already.
+    /// An engine that has its weights already; its own adapter takes no part.
     ///
     /// # Errors
     /// Threads that the system does not give.
-    pub fn of(engine: Engine) -> Result<CpuDecoder> {
-        Ok(CpuDecoder { threads: engine.threads()?, engine, caches: Default::default() })
+    pub fn of(engine: Engine, adapters: &[Adapter], sequences: Sequences) -> Result<CpuDecoder> {
+        let threads = engine.threads()?;
+        let adapters = adapters.iter().map(Loras::of).collect::<Result<_>>()?;
+        let caches = (0..sequences.count).map(|_| KvCache::default()).collect();
+        Ok(CpuDecoder { engine, adapters, threads, caches, most: sequences.tokens.unwrap_or(MOST) })
     }
 }
 
@@ -66,13 +75,40 @@ impl Decoder for CpuDecoder {
         self.engine.name()
     }
 
-    fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>> {
-        // Within its threads: to hand them every product from outside costs as much as some of them take.
-        let (engine, cache) = (&mut self.engine, &mut self.caches[variant as usize]);
-        self.threads.install(move || engine.logits(ids, cache, variant == Variant::Tuned))
+    fn sequences(&self) -> (usize, usize) {
+        (self.caches.len(), self.most)
     }
 
-    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize {
-        self.caches[variant as usize].truncate(tokens)
+    fn append(&mut self, adapter: Option<usize>, new: &[(usize, &[u32])]) -> Result<Vec<Vec<f32>>> {
+        let loras = adapter.map(|at| self.adapters.get(at).ok_or_else(no_adapter)).transpose()?;
+        let mut caches: Vec<Option<&mut KvCache>> = self.caches.iter_mut().map(Some).collect();
+        let mut continued = Vec::new();
+        for (sequence, ids) in new {
+            let cache = caches.get_mut(*sequence).and_then(Option::take).ok_or_else(no_sequence)?;
+            if cache.tokens() + ids.len() > self.most {
+                return Err(no_room(self.most));
+            }
+            continued.push((*ids, cache));
+        }
+        // Within its threads: to hand them every product from outside costs as much as some of them take.
+        let engine = &mut self.engine;
+        self.threads.install(move || engine.logits(&mut continued, loras))
     }
+
+    fn truncate(&mut self, sequence: usize, tokens: usize) -> usize {
+        self.caches.get_mut(sequence).map_or(0, |cache| cache.truncate(tokens))
+    }
+}
+
+/// That a sequence is as long as there is room for.
+pub fn no_room(most: usize) -> Error {
+    Error::run(format!("the conversation is longer than the {most} tokens that there is room for"))
+}
+
+fn no_adapter() -> Error {
+    Error::run("there is no adapter of that place")
+}
+
+fn no_sequence() -> Error {
+    Error::run("there is no sequence of that place, or it is named twice")
 }

@@ -5,34 +5,37 @@ use crate::error::Result;
 /// Tokens of a prompt that are taken in at once: more gain nothing, and between them an answer can be stopped.
 pub const CHUNK: usize = 256;
 
-/// Which of the two models answers. Both share the frozen weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Variant {
-    /// The base model, its adapter disabled.
-    Base,
-    /// The model with its adapter.
-    Tuned,
+/// What a decoder keeps memory for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sequences {
+    /// How many there are.
+    pub count: usize,
+    /// Tokens of each; where nothing is said, as many as memory has room for, within reason.
+    pub tokens: Option<usize>,
 }
 
-impl Variant {
-    /// What output calls it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Variant::Base => "base",
-            Variant::Tuned => "tuned",
-        }
+impl Sequences {
+    /// So many of whatever length.
+    pub fn of(count: usize) -> Sequences {
+        Sequences { count, tokens: None }
     }
 }
 
-/// A device with a model, its adapter, and a KV cache for each variant.
+/// A device with a model, its adapters, and a KV cache for each of some sequences.
 pub trait Decoder {
     /// What it is and how it computes, such as `cpu float32`.
     fn name(&self) -> String;
 
-    /// Appends `ids` to the variant's sequence; returns the logits of the next token, `[vocab]`.
-    fn append(&mut self, variant: Variant, ids: &[u32]) -> Result<Vec<f32>>;
+    /// How many sequences it has, and tokens of each at most.
+    fn sequences(&self) -> (usize, usize);
 
-    /// Truncates the variant's sequence to its first tokens, or to fewer where it has a state that cannot be cut there; returns how many
-    /// are left.
-    fn truncate(&mut self, variant: Variant, tokens: usize) -> usize;
+    /// Appends tokens to sequences, each named by its place, with an adapter or without; returns for each the logits of its next
+    /// token, `[vocab]`. Tokens of one sequence are all computed with the same adapter.
+    ///
+    /// # Errors
+    /// No tokens, a sequence that has no room for them, a device that fails. Then the sequences are what they were before.
+    fn append(&mut self, adapter: Option<usize>, new: &[(usize, &[u32])]) -> Result<Vec<Vec<f32>>>;
+
+    /// Truncates a sequence to its first tokens, or to fewer where it has a state that cannot be cut there; returns how many are left.
+    fn truncate(&mut self, sequence: usize, tokens: usize) -> usize;
 }

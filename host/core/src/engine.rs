@@ -31,8 +31,7 @@ pub struct Engine {
     graph: ModelGraph,
     base: Base,
     adapter: Adapter,
-    /// The adapter's tensors by block and node.
-    loras: HashMap<(BlockId, usize), Vec<Lora>>,
+    loras: Loras,
     /// The first layer that is adapted. Nothing before it has a gradient; behind the last one there is none.
     first_adapted: usize,
     /// Whether the adapter changes nothing, as before the first step: a pass without a gradient does without it.
@@ -41,6 +40,24 @@ pub struct Engine {
     recomputed: usize,
     /// The derivatives that backward passes take of the auxiliary loss of its routers.
     router_dprobs: Vec<f64>,
+}
+
+/// An adapter's matrices as tensors, by block and node.
+#[derive(Default)]
+pub struct Loras(HashMap<(BlockId, usize), Vec<Lora>>);
+
+impl Loras {
+    /// Those of an adapter.
+    ///
+    /// # Errors
+    /// Tensors that there is no memory for.
+    pub fn of(adapter: &Adapter) -> Result<Loras> {
+        let mut all = Loras::default();
+        for site in &adapter.sites {
+            all.0.entry(site.node).or_default().push(adapter.lora(site)?);
+        }
+        Ok(all)
+    }
 }
 
 /// What a forward pass leaves.
@@ -80,8 +97,8 @@ struct Work<'a> {
     nodes: &'a [Node],
     weights: Cow<'a, [Vec<Tensor>]>,
     rows: &'a Rows<'a>,
-    /// Whether with the adapter.
-    adapted: bool,
+    /// The adapter's, where it takes part.
+    loras: Option<&'a Loras>,
 }
 
 impl Work<'_> {
@@ -102,7 +119,7 @@ impl Engine {
             _ => None,
         });
         let first_adapted = layers.min().unwrap_or(graph.layers.len());
-        let (loras, router_dprobs, plain, recomputed) = (HashMap::new(), Vec::new(), false, 0);
+        let (loras, router_dprobs, plain, recomputed) = (Loras::default(), Vec::new(), false, 0);
         let mut engine = Engine { graph, base, adapter, loras, first_adapted, plain, recomputed, router_dprobs };
         engine.refresh()?;
         Ok(engine)
@@ -147,7 +164,7 @@ impl Engine {
     pub fn set_dropout(&mut self, key: Option<u64>) {
         let p = self.adapter.config.dropout;
         for (at, site) in self.adapter.sites.iter().enumerate() {
-            let loras = self.loras.get_mut(&site.node).into_iter().flatten();
+            let loras = self.loras.0.get_mut(&site.node).into_iter().flatten();
             for lora in loras.filter(|lora| lora.weight == site.weight) {
                 lora.dropout = key.filter(|_| p > 0.0).map(|key| Dropout { p, key: mix(key, at as u64) });
             }
@@ -160,10 +177,7 @@ impl Engine {
     }
 
     fn refresh(&mut self) -> Result<()> {
-        self.loras.clear();
-        for site in &self.adapter.sites {
-            self.loras.entry(site.node).or_default().push(self.adapter.lora(site)?);
-        }
+        self.loras = Loras::of(&self.adapter)?;
         self.plain = self.adapter.changes_nothing();
         Ok(())
     }
@@ -196,13 +210,13 @@ impl Engine {
     /// computes nothing, here and there, but gathers weights with the ranks that do.
     pub fn forward(&self, batch: &Batch, keep: bool) -> Result<Forward> {
         let (graph, rows) = (&self.graph, &Rows::of(&batch.layout));
-        let adapted = keep || !self.plain;
+        let loras = (keep || !self.plain).then_some(&self.loras);
         let mut base = self.base.stream(self.forwards())?;
         if batch.answers.is_empty() {
             base.participate()?;
             return Ok(Forward { logps: AnswerLogProbs::default(), load: RouterLoad::default(), kept: None });
         }
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted });
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, loras });
         let ids = Tensor::new(batch.ids.as_slice(), &Device::Cpu)?;
         let mut x = self.run(&work(BlockId::Embed, &graph.embed.nodes)?, ids)?.swap_remove(graph.embed.output);
         let mut layers = Vec::new();
@@ -241,7 +255,8 @@ impl Engine {
         let Some(Kept { mut layers, head, grads }) = forward.kept else {
             return Err(Error::run("the backward pass needs a forward pass that kept its values"));
         };
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted: true });
+        let mut work =
+            |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, loras: Some(&self.loras) });
         let [nodes @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let mut dvalues = vec![None; nodes.len() + 1];
         dvalues[projection.inputs[0]] = Some(lm_head::vjp(&grads, dlogps)?);
@@ -260,48 +275,64 @@ impl Engine {
         Ok(())
     }
 
-    /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of `cache` and are added to them; with the adapter
-    /// or without. All tokens of one cache have to be computed alike.
-    pub fn logits(&self, ids: &[u32], cache: &mut KvCache, adapted: bool) -> Result<Vec<f32>> {
-        if ids.is_empty() {
+    /// For each of some sequences the logits of the token after its new ones, `[vocab]`, which follow the tokens of its cache and are
+    /// added to them; with an adapter or without. All tokens of one cache have to be computed alike.
+    ///
+    /// # Errors
+    /// A sequence without new tokens; tensors that there is no memory for.
+    pub fn logits(&self, new: &mut [(&[u32], &mut KvCache)], loras: Option<&Loras>) -> Result<Vec<Vec<f32>>> {
+        if new.iter().any(|(ids, _)| ids.is_empty()) {
             return Err(Error::run("no token to go on from"));
         }
-        cache.begin(ids.len());
-        let (graph, layout) = (&self.graph, Layout::after(cache.tokens(), ids.len()));
-        let rows = &Rows::of(&layout);
+        new.iter_mut().for_each(|(ids, cache)| cache.begin(ids.len()));
+        let own: Vec<Layout> = new.iter().map(|(ids, cache)| Layout::after(cache.tokens(), ids.len())).collect();
+        let all = Layout::beside(&own);
+        let (graph, rows) = (&self.graph, &Rows::of(&all));
         let mut base = self.base.stream(self.forwards())?;
-        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, adapted });
-        let mut x = Tensor::new(ids, &Device::Cpu)?;
-        x = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, cache)?.swap_remove(graph.embed.output);
+        let mut work = |at, nodes| Ok::<_, Error>(Work { at, nodes, weights: base.next()?, rows, loras });
+        let ids: Vec<u32> = new.iter().flat_map(|(ids, _)| ids.iter().copied()).collect();
+        let mut x = Tensor::new(ids.as_slice(), &Device::Cpu)?;
+        let embedded = self.go_on(&work(BlockId::Embed, &graph.embed.nodes)?, x, &own, new)?;
+        x = embedded[graph.embed.output].clone();
         for (at, layer) in graph.layers.iter().enumerate() {
             let block = &graph.blocks[layer.block];
-            x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, cache)?.swap_remove(block.output);
+            x = self.go_on(&work(BlockId::Layer(at), &block.nodes)?, x, &own, new)?.swap_remove(block.output);
         }
         let [head @ .., projection] = graph.head.nodes.as_slice() else { return Err(no_head()) };
         let head = self.run(&work(BlockId::Head, head)?, x)?;
         let weights = base.next()?;
         let of_head = Projection::of(projection, &weights[0])?;
         let logits = of_head.logits(ops::product(&head[projection.inputs[0]], of_head.weight)?)?;
-        cache.advance(ids.len());
-        Ok(logits.flatten_all()?.to_vec1()?)
+        new.iter_mut().for_each(|(ids, cache)| cache.advance(ids.len()));
+        Ok(logits.to_vec2()?)
     }
 
-    /// As [`run`](Self::run), for tokens that follow others.
-    fn go_on(&self, work: &Work<'_>, input: Tensor, cache: &mut KvCache) -> Result<Vec<Tensor>> {
+    /// As [`run`](Self::run), for tokens that follow others: ops that read other rows run on each sequence by itself.
+    fn go_on(
+        &self,
+        work: &Work<'_>,
+        input: Tensor,
+        own: &[Layout],
+        new: &mut [(&[u32], &mut KvCache)],
+    ) -> Result<Vec<Tensor>> {
         let mut values = vec![input];
         for (index, node) in work.nodes.iter().enumerate() {
             let op = ops::find(&node.op)?;
-            let mut call = self.call(work, index, &values);
-            let all = op.cached_inputs.iter().map(|input| cache.extend((work.at, index, *input), call.inputs[*input]));
-            let all = all.collect::<Result<Vec<Tensor>>>()?;
-            op.cached_inputs.iter().zip(&all).for_each(|(input, rows)| call.inputs[*input] = rows);
-            let value = match op.kernel {
-                Kernel::Recurrence { forward, .. } => {
-                    let (value, state) = forward(&call, cache.state((work.at, index)))?;
-                    cache.set_state((work.at, index), state);
-                    value
+            let call = self.call(work, index, &values);
+            let mixes_rows = !op.cached_inputs.is_empty() || matches!(op.kernel, Kernel::Recurrence { .. });
+            let value = if mixes_rows {
+                let mut first = 0;
+                let mut of_each = Vec::new();
+                for (layout, (ids, cache)) in own.iter().zip(new.iter_mut()) {
+                    let rows = |input: &&Tensor| input.narrow(0, first, ids.len());
+                    let inputs = call.inputs.iter().map(rows).collect::<candle_core::Result<Vec<_>>>()?;
+                    let call = Call { inputs: inputs.iter().collect(), layout, ..call };
+                    of_each.push(after(op, call, (work.at, index), cache)?);
+                    first += ids.len();
                 }
-                _ => op.kernel.forward(&call)?,
+                if of_each.len() == 1 { of_each.swap_remove(0) } else { Tensor::cat(&of_each, 0)? }
+            } else {
+                op.kernel.forward(&call)?
             };
             values.push(value);
         }
@@ -324,7 +355,7 @@ impl Engine {
             node,
             inputs: node.inputs.iter().map(|v| &values[*v]).collect(),
             weights: &work.weights[index],
-            loras: self.loras.get(&(work.at, index)).filter(|_| work.adapted).map_or(&[], Vec::as_slice),
+            loras: work.loras.and_then(|loras| loras.0.get(&(work.at, index))).map_or(&[], Vec::as_slice),
             layout: work.layout(index),
             input_gradients: true,
             router_dprobs: &self.router_dprobs,
@@ -338,7 +369,7 @@ impl Engine {
             _ => self.first_adapted < self.graph.layers.len(),
         }];
         for (index, node) in work.nodes.iter().enumerate() {
-            let own = self.loras.contains_key(&(work.at, index));
+            let own = self.loras.0.contains_key(&(work.at, index));
             trainable.push(own || node.inputs.iter().any(|value| trainable[*value]));
         }
         trainable
@@ -384,6 +415,23 @@ impl Engine {
             gradient[range].iter_mut().zip(values).for_each(|(g, v)| *g += v);
         }
         Ok(())
+    }
+}
+
+/// The value of an op that reads other rows, of tokens that follow those of a cache.
+fn after(op: &ops::Op, call: Call<'_>, holder: (BlockId, usize), cache: &mut KvCache) -> Result<Tensor> {
+    let all = op.cached_inputs.iter().map(|input| cache.extend((holder.0, holder.1, *input), call.inputs[*input]));
+    let all = all.collect::<Result<Vec<Tensor>>>()?;
+    let mut inputs: Vec<&Tensor> = call.inputs.clone();
+    op.cached_inputs.iter().zip(&all).for_each(|(input, rows)| inputs[*input] = rows);
+    let call = Call { inputs, ..call };
+    match op.kernel {
+        Kernel::Recurrence { forward, .. } => {
+            let (value, state) = forward(&call, cache.state(holder))?;
+            cache.set_state(holder, state);
+            Ok(value)
+        }
+        _ => op.kernel.forward(&call),
     }
 }
 

@@ -3,7 +3,7 @@
 use dpo_core::backend::{Backend, Planned, Workload, agree_on_packing, whole_or_sharded};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console;
-use dpo_core::decoder::Decoder;
+use dpo_core::decoder::{Decoder, Sequences};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
@@ -91,14 +91,15 @@ impl Backend for Cuda {
         &self,
         graph: &ModelGraph,
         checkpoint: &Checkpoint,
-        adapter: Option<Adapter>,
+        adapters: Vec<Adapter>,
+        sequences: Sequences,
         options: MemoryOptions,
     ) -> Result<Box<dyn Decoder>> {
         let gpu = Gpu::open(self.0)?;
         let room = room(&gpu, options.limit, None)?;
         let bar = console::bar(checkpoint.bytes() as u64, BAR);
         let source = Source::Checkpoint(checkpoint);
-        let decoder = CudaDecoder::load(gpu, graph.clone(), &source, adapter, (room, options), &bar)?;
+        let decoder = CudaDecoder::load(gpu, graph.clone(), &source, adapters, sequences, (room, options), &bar)?;
         bar.finish_and_clear();
         Ok(Box::new(decoder))
     }

@@ -168,6 +168,12 @@ impl CudaDevice {
         self.gpu.finish()
     }
 
+    /// Has other parameters in the adapter's place, which lie on the GPU.
+    pub(super) fn exchange_adapter(&self, params: &Memory) -> Result<()> {
+        self.optimizer.copy_params(&self.gpu, params.address)?;
+        self.spread()
+    }
+
     /// Whether any of the adapter's matrices lie in layers that come and go.
     fn spreads_by_layer(&self) -> bool {
         let lies_in = |stack: &Stack| stack.rank > 0 && stack.numbers == NUMBERS;
@@ -252,7 +258,7 @@ impl CudaDevice {
         self.layer(layer, self.forward_steps(layer, save), save || !self.plain, None)
     }
 
-    /// The forward pass of a layer where a text is continued.
+    /// The forward pass of a layer where sequences are continued.
     pub(super) fn layer_after(&self, layer: usize, cache: KvCache, adapted: bool) -> Result<()> {
         self.layer(layer, self.forward_steps(layer, false), adapted, Some(cache))
     }

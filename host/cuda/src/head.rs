@@ -8,8 +8,9 @@ use super::matmul::{Matmul, Operands};
 use super::ops::lm_head::{self, LmHead};
 use super::program::{GRADIENT, OUTPUT, Slice};
 use super::sum::copy_rows;
-use dpo_core::batch::{Batch, Layout};
+use dpo_core::batch::Batch;
 use dpo_core::error::Result;
+use rayon::prelude::*;
 
 impl CudaDevice {
     /// The head's program for the batch's answer tokens.
@@ -72,26 +73,35 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Logits of the token after `ids`, `[vocab]`, which continue a text of `cached` tokens; `cache` has every layer's keys and
-    /// values. They come by way of `staged`, which has room for them: copies to pinned memory are direct.
-    pub(super) fn continue_text(
+    /// For each row that predicts of a batch that continues sequences, the logits of the next token, `[vocab]`; `cache` has every layer's
+    /// keys and values. They come by way of `staged`, which has room for them: copies to pinned memory are direct.
+    pub(super) fn continue_sequences(
         &mut self,
         staged: &mut Pinned,
-        ids: &[u32],
-        cached: usize,
+        batch: &Batch,
         cache: impl Fn(usize) -> KvCache,
         adapted: bool,
-    ) -> Result<Vec<f32>> {
-        let layout = Layout::after(cached, ids.len());
-        let batch = Batch { ids: ids.to_vec(), layout, targets: vec![0], ..Batch::default() };
-        self.send(&batch, false)?;
+    ) -> Result<Vec<Vec<f32>>> {
+        self.send(batch, false)?;
         self.embed()?;
         self.stream(false, |layer| self.layer_after(layer, cache(layer), adapted))?;
         let head = self.head();
         self.head_forward(&head)?;
-        let view = self.products(&head, 0, 1)?;
-        self.lowered.projection.to_logits(&head.launch, view.at, self.weights.projection_bias)?;
-        self.gpu.download(view.at, staged.bytes_mut())?;
-        Ok(staged.bytes().chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect())
+        let (rows, LmHead { rows: columns, vocab, .. }) = (batch.targets.len(), self.lowered.projection);
+        let mut logits = Vec::with_capacity(rows);
+        for first in (0..rows).step_by(self.arrangement.logits_rows) {
+            let count = self.arrangement.logits_rows.min(rows - first);
+            let view = self.products(&head, first, count)?;
+            for row in 0..count {
+                let at = view.at + (row * columns * 4) as u64;
+                self.lowered.projection.to_logits(&head.launch, at, self.weights.projection_bias)?;
+            }
+            let bytes = &mut staged.bytes_mut()[..count * columns * 4];
+            self.gpu.download(view.at, bytes)?;
+            let number = |b: &[u8]| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]);
+            let of_row = |row: &[u8]| row[..vocab * 4].chunks_exact(4).map(number).collect();
+            logits.par_extend(bytes.par_chunks_exact(columns * 4).map(of_row));
+        }
+        Ok(logits)
     }
 }

@@ -23,19 +23,27 @@ pub(crate) struct Launch<'a> {
     pub first: usize,
     /// Whether the adapter takes part: without it a linear is its frozen weights alone.
     pub adapted: bool,
-    /// Where a text is continued: keys and values of the tokens before.
+    /// Where sequences are continued: keys and values of the tokens before.
     pub cache: Option<KvCache>,
 }
 
-/// Keys and values of the tokens before, in rows of a text's memory, with room for the new ones behind them; and states behind the tokens before.
+/// Keys and values of the tokens before, in rows with room for the new ones behind them; and states behind the tokens before. Several new
+/// tokens are all of one sequence, whose rows these are; or each is of a sequence of its own, as it is where there is one.
 #[derive(Clone, Copy)]
 pub(crate) struct KvCache {
+    /// Tokens before; of several sequences, those of the longest.
     pub tokens: usize,
+    /// Whether each new token is of a sequence of its own: then the rows are those of the first place.
+    pub each: bool,
     pub keys: View,
     pub values: View,
-    /// What the layer's ops carry from token to token.
+    /// Elements from one place to the next.
+    pub apart: i64,
+    /// Of each row its place, and the tokens before it: [`SEQUENCE`](Self::SEQUENCE) bytes.
+    pub sequences: Address,
+    /// What the layer's ops carry from token to token, of one sequence.
     pub carried: Address,
-    /// [`SCRATCH`](Self::SCRATCH) bytes, zero before the first text.
+    /// [`SCRATCH`](Self::SCRATCH) bytes, zero before the first pass.
     pub scratch: Address,
 }
 
@@ -61,10 +69,13 @@ pub(crate) struct LoadedTable {
 
 impl KvCache {
     /// Bytes for the parts of an attention, which are joined.
-    pub(crate) const SCRATCH: usize = 4 << 20;
+    pub(crate) const SCRATCH: usize = 16 << 20;
 
-    /// The view whose row of a text's token is that token's: it begins as many rows before the new ones as there are old ones.
-    pub(crate) fn of_text(&self, new: View) -> View {
+    /// Bytes that tell of a row's sequence.
+    pub(crate) const SEQUENCE: usize = 8;
+
+    /// The view whose row of a sequence's token is that token's: it begins as many rows before the new ones as there are old ones.
+    pub(crate) fn of_sequence(&self, new: View) -> View {
         View { at: new.at.wrapping_sub(self.tokens as u64 * new.ld as u64 * 2), ld: new.ld }
     }
 }

@@ -135,6 +135,11 @@ impl Optimizer {
         gpu.download(self.second.address, &mut moments.second)
     }
 
+    /// Parameters from another place of the GPU.
+    pub(super) fn copy_params(&self, gpu: &Gpu, from: Address) -> Result<()> {
+        gpu.copy(from, self.params.address, self.count * 4)
+    }
+
     /// Parameters and moments to the GPU.
     pub(super) fn restore(&self, gpu: &Gpu, params: &[f32], moments: &Moments) -> Result<()> {
         gpu.upload(params, self.params.address)?;

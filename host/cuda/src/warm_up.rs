@@ -2,9 +2,10 @@
 //! within a step.
 
 use super::engine::CudaDevice;
-use super::matmul::class_of;
+use super::matmul::{self, class_of};
 use super::optimizer::random;
-use dpo_core::batch::Batch;
+use dpo_core::batch::{Batch, Layout};
+use dpo_core::decoder::CHUNK;
 use dpo_core::device::Device;
 use dpo_core::error::Result;
 use dpo_core::example::Example;
@@ -29,16 +30,25 @@ impl CudaDevice {
         self.gpu.finish()
     }
 
-    /// For continuing texts by so many tokens.
-    pub(super) fn warm_up_for(&mut self, tokens: usize) -> Result<()> {
-        self.send(&self.filler(tokens)?, false)?;
-        self.matmuls.tune(|| {
-            self.once(false)?;
-            let head = self.head();
-            self.head_forward(&head)?;
-            self.products(&head, 0, 1).map(|_| ())
-        })?;
-        self.gpu.finish()
+    /// For continuing sequences: one by as many tokens as are taken in at once, or at most so many by one each.
+    pub(super) fn warm_up_for_sequences(&mut self, sequences: usize) -> Result<()> {
+        let prompt = self.filler(CHUNK)?;
+        let step = |count: usize| {
+            let layout = Layout::beside(&vec![Layout::after(0, 1); count]);
+            Batch { ids: vec![0; count], layout, targets: vec![0; count], ..Batch::default() }
+        };
+        let steps = matmul::classes_of_few(sequences).map(|count| (step(count), count));
+        for (batch, rows) in [(prompt, 1)].into_iter().chain(steps) {
+            self.send(&batch, false)?;
+            self.matmuls.tune(|| {
+                self.once(false)?;
+                let head = self.head();
+                self.head_forward(&head)?;
+                self.products(&head, 0, rows.min(self.arrangement.logits_rows)).map(|_| ())
+            })?;
+            self.gpu.finish()?;
+        }
+        Ok(())
     }
 
     /// A batch of one pair with as many answer tokens as planned.

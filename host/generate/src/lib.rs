@@ -1,17 +1,21 @@
 //! Answers, token by token: what a device does for it, and the loop around it, which serves every device.
 //!
-//! A model speaks with two variants: as it was published, and as the adapter has made it. Both are of one model that is loaded
-//! once, and each remembers its own text.
+//! A model answers as it was published, or as one of its adapters has made it. All of them are of one model that is loaded once. Each
+//! answer has a sequence of the device, which remembers its tokens after it: what begins like an earlier text is not computed again.
 
+mod answer;
+mod compare;
 mod sampling;
 mod text;
 
-use std::time::Instant;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
 
 use dpo_plugin_api::dataset::Message;
+use rayon::prelude::*;
 
 use dpo_core::backend::Backend;
-use dpo_core::decoder::{CHUNK, Decoder, Variant};
+use dpo_core::decoder::{CHUNK, Decoder, Sequences};
 use dpo_core::error::{Error, Result};
 use dpo_core::graph::{refuse_foreign_tokens, vocabulary};
 use dpo_core::lora::Adapter;
@@ -20,33 +24,13 @@ use dpo_core::weights::Checkpoint;
 use dpo_data::{ChatTokenizer, Rendering};
 use dpo_hub::model::Model;
 
-pub use sampling::{Sampler, Sampling, SamplingOptions};
+pub use answer::{Answer, Stop};
+pub use compare::{Comparison, Variant, compare};
+pub use sampling::{Sampler, Sampling, SamplingOptions, TokenLogProb};
 pub use text::TextStream;
 
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stop {
-    /// The model ended its turn.
-    Turn,
-    /// It has as many tokens as were allowed.
-    Limit,
-    /// The text is as long as the model was made for.
-    Length,
-    /// It was stopped from outside.
-    Interrupt,
-}
-
-impl Stop {
-    /// What it is called.
-    pub fn name(self) -> &'static str {
-        match self {
-            Stop::Turn => "turn",
-            Stop::Limit => "limit",
-            Stop::Length => "length",
-            Stop::Interrupt => "interrupt",
-        }
-    }
-}
+/// Parts of prompts that are taken in between two tokens of the answers that have begun: more would make those wait for long.
+const PROMPTS_AT_ONCE: usize = 4;
 
 /// A model that answers.
 pub struct Generator {
@@ -54,86 +38,54 @@ pub struct Generator {
     tokenizer: ChatTokenizer,
     /// Tokens at which a turn ends.
     ends: Vec<u32>,
-    /// Tokens that the model was made for.
+    /// Tokens of a text at most.
     length: usize,
     vocabulary: usize,
-    /// What each variant has taken in.
-    heard: [Vec<u32>; 2],
+    sequences: Vec<Sequence>,
+    /// Answers that have begun.
+    begun: u64,
 }
 
-/// An answer that grows.
-pub struct Answer {
-    variant: Variant,
-    /// The prompt, then the answer.
-    ids: Vec<u32>,
-    prompt: usize,
-    limit: usize,
-    sampler: Sampler,
-    stream: TextStream,
-    text: String,
-    /// When it had its first token.
-    first: Option<Instant>,
-    stop: Option<Stop>,
-}
-
-impl Answer {
-    /// Who answers.
-    pub fn variant(&self) -> Variant {
-        self.variant
-    }
-
-    /// Its text so far.
-    pub fn text(&self) -> &str {
-        &self.text
-    }
-
-    /// Its tokens so far, and the one that ended it.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids[self.prompt..]
-    }
-
-    /// When its first token came: what came before was spent on the prompt.
-    pub fn first(&self) -> Option<Instant> {
-        self.first
-    }
-
-    /// Why it ended, if it has.
-    pub fn stop(&self) -> Option<Stop> {
-        self.stop
-    }
-
-    fn end(&mut self, stop: Stop, tokenizer: &ChatTokenizer) -> Option<String> {
-        self.stop = Some(stop);
-        let rest = self.stream.end(tokenizer);
-        self.text.push_str(&rest);
-        Some(rest).filter(|rest| !rest.is_empty())
-    }
+/// A sequence of the device.
+#[derive(Default)]
+struct Sequence {
+    /// What it has taken in, and with which adapter.
+    tokens: Vec<u32>,
+    adapter: Option<usize>,
+    /// The answer that holds it.
+    holder: Weak<()>,
+    /// The number of the last one.
+    used: u64,
 }
 
 impl Generator {
-    /// Loads a model, with an adapter or without, on a device, within the memory and with the base as options say.
+    /// Loads a model with some adapters on a device, within the memory and with the base as options say.
     ///
     /// # Errors
     /// A checkpoint or an adapter that cannot be used, a device that does not answer, a model that does not fit.
     pub fn open(
         model: &Model<'_>,
-        adapter: Option<Adapter>,
+        adapters: Vec<Adapter>,
         backend: &dyn Backend,
+        sequences: Sequences,
         options: MemoryOptions,
     ) -> Result<Generator> {
         let tokenizer = ChatTokenizer::open(&model.folder, model.family.chat_template.as_deref())?;
         let checkpoint = Checkpoint::of(&model.folder, &model.graph)?;
-        let decoder = backend.decoder(&model.graph, &checkpoint, adapter, model.memory(options)?)?;
+        let decoder = backend.decoder(&model.graph, &checkpoint, adapters, sequences, model.memory(options)?)?;
         Ok(Generator::of(model, tokenizer, decoder))
     }
 
     /// A model that a device has already.
     pub fn of(model: &Model<'_>, tokenizer: ChatTokenizer, decoder: Box<dyn Decoder>) -> Generator {
-        let length = model.positions().unwrap_or(usize::MAX);
+        let (count, room) = decoder.sequences();
+        let length = model.positions().unwrap_or(usize::MAX).min(room);
         let mut ends = tokenizer.eos_ids().to_vec();
         // A base model's EOS ends a document; the template says what ends a turn, and answers are trained to end with it.
         ends.extend(tokenizer.turn_end().filter(|end| !ends.contains(end)));
-        Generator { decoder, ends, tokenizer, length, vocabulary: vocabulary(&model.graph), heard: Default::default() }
+        let sequences = (0..count).map(|_| Sequence::default()).collect();
+        let vocabulary = vocabulary(&model.graph);
+        Generator { decoder, ends, tokenizer, length, vocabulary, sequences, begun: 0 }
     }
 
     /// What computes.
@@ -141,44 +93,77 @@ impl Generator {
         self.decoder.name()
     }
 
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &ChatTokenizer {
+        &self.tokenizer
+    }
+
+    /// Tokens of a text at most: what the model was made for, or what there is room for.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Sequences that no answer has.
+    pub fn free(&self) -> usize {
+        self.sequences.iter().filter(|sequence| sequence.is_free()).count()
+    }
+
+    /// The tokens of a conversation, up to where an answer begins.
+    ///
+    /// # Errors
+    /// One that the template refuses.
+    pub fn tokens(&self, turns: &[Message], rendering: Rendering<'_>) -> Result<Vec<u32>> {
+        let text = self.tokenizer.render(turns, Rendering { generation_prompt: true, ..rendering })?;
+        self.tokenizer.encode(&text, false)
+    }
+
     /// Begins the answer that follows a conversation.
     ///
     /// # Errors
-    /// A conversation that the template refuses, or that fills the model's length.
-    pub fn answer(&mut self, variant: Variant, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
-        let text = self.tokenizer.render(turns, Rendering { generation_prompt: true, ..Rendering::default() })?;
-        let ids = self.tokenizer.encode(&text, false)?;
-        self.go_on(variant, ids, sampling)
+    /// A conversation that the template refuses; as [`begin`](Self::begin).
+    pub fn answer(&mut self, adapter: Option<usize>, turns: &[Message], sampling: &Sampling) -> Result<Answer> {
+        let ids = self.tokens(turns, Rendering::default())?;
+        self.begin(adapter, ids, sampling)
     }
 
-    /// Begins what follows some tokens.
+    /// Begins what follows some tokens, with an adapter or without.
     ///
     /// # Errors
-    /// None of them, so many that they fill the model's length, or one that the model does not have.
-    pub fn go_on(&mut self, variant: Variant, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
+    /// None of them, so many that they fill the model's length, or one that the model does not have; no free sequence.
+    pub fn begin(&mut self, adapter: Option<usize>, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
+        self.check(&ids)?;
+        let prompt = ids.len();
+        // What is the same as in an earlier text is not computed again, but for one token, after which logits are needed.
+        let same = |own: &Sequence| match own.adapter == adapter {
+            true => own.tokens.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1),
+            false => 0,
+        };
+        let free = self.sequences.iter().enumerate().filter(|(_, own)| own.is_free());
+        let best =
+            free.max_by_key(|(_, own)| (same(own), std::cmp::Reverse(own.used))).map(|(at, own)| (at, same(own)));
+        let Some((at, same)) = best else { return Err(Error::run("all sequences have an answer that goes on")) };
+        let lease = Arc::new(());
+        self.begun += 1;
+        let left = self.decoder.truncate(at, same);
+        let own = &mut self.sequences[at];
+        own.tokens.truncate(left);
+        (own.adapter, own.holder, own.used) = (adapter, Arc::downgrade(&lease), self.begun);
+        Ok(Answer::new(adapter, (at, lease), ids, sampling))
+    }
+
+    /// Refuses tokens that nothing can follow.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub fn check(&self, ids: &[u32]) -> Result<()> {
         let (prompt, length) = (ids.len(), self.length);
         if prompt == 0 {
             return Err(Error::input("there is nothing to answer"));
         }
         if prompt >= length {
-            return Err(Error::input(format!("the conversation has {prompt} tokens, the model is made for {length}")));
+            return Err(Error::input(format!("the conversation has {prompt} tokens, there is room for {length}")));
         }
-        refuse_foreign_tokens(&ids, self.vocabulary)?;
-        // What is the same as last time is not computed again, but for one token, after which logits are needed.
-        let heard = &mut self.heard[variant as usize];
-        let same = heard.iter().zip(&ids).take_while(|(a, b)| a == b).count().min(prompt - 1);
-        heard.truncate(self.decoder.truncate(variant, same));
-        Ok(Answer {
-            variant,
-            ids,
-            prompt,
-            limit: sampling.max_new_tokens,
-            sampler: Sampler::new(sampling),
-            stream: TextStream::default(),
-            text: String::new(),
-            first: None,
-            stop: None,
-        })
+        refuse_foreign_tokens(ids, self.vocabulary)
     }
 
     /// Goes on with an answer, by a token or by a part of its prompt; returns what it adds to the text, or `None` at the end.
@@ -186,66 +171,90 @@ impl Generator {
     /// # Errors
     /// What the device reports; logits that are NaN.
     pub fn step(&mut self, answer: &mut Answer) -> Result<Option<String>> {
-        if answer.stop.is_some() {
-            return Ok(None);
+        self.step_all(&mut [answer]).pop().unwrap_or(Ok(None))
+    }
+
+    /// Goes on with several answers at once, each as [`step`](Self::step) does; some whose prompts are not taken in yet may wait.
+    pub fn step_all(&mut self, answers: &mut [&mut Answer]) -> Vec<Result<Option<String>>> {
+        let mut results: Vec<Result<Option<String>>> = answers.iter().map(|_| Ok(Some(String::new()))).collect();
+        let (mut tokens, mut prompts) = (BTreeMap::<Option<usize>, Vec<usize>>::new(), Vec::new());
+        for (at, answer) in answers.iter_mut().enumerate() {
+            if answer.stop().is_some() {
+                results[at] = Ok(None);
+                continue;
+            }
+            let full = (answer.ids.len() >= self.length).then_some(Stop::Length);
+            if let Some(stop) = (answer.ids().len() >= answer.limit).then_some(Stop::Limit).or(full) {
+                results[at] = Ok(answer.end(stop, &self.tokenizer));
+                continue;
+            }
+            match answer.ids.len() - self.sequences[answer.sequence].tokens.len() {
+                1 => tokens.entry(answer.adapter).or_default().push(at),
+                _ => prompts.push(at),
+            }
         }
-        let count = answer.ids().len();
-        let full = (answer.ids.len() >= self.length).then_some(Stop::Length);
-        if let Some(stop) = (count >= answer.limit).then_some(Stop::Limit).or(full) {
-            return Ok(answer.end(stop, &self.tokenizer));
+        prompts.truncate(PROMPTS_AT_ONCE);
+        let passes = tokens.into_values().chain(prompts.into_iter().map(|at| vec![at]));
+        for pass in passes.collect::<Vec<_>>() {
+            self.pass(answers, &pass, &mut results);
         }
-        let heard = &mut self.heard[answer.variant as usize];
-        let new = &answer.ids[heard.len()..];
-        let new = &new[..new.len().min(CHUNK)];
-        let logits = self.decoder.append(answer.variant, new)?;
-        heard.extend(new);
-        if heard.len() < answer.ids.len() {
-            return Ok(Some(String::new()));
+        results
+    }
+
+    /// Goes on with answers of one adapter in one pass.
+    fn pass(&mut self, answers: &mut [&mut Answer], pass: &[usize], results: &mut [Result<Option<String>>]) {
+        let new = |at: &usize| {
+            let answer = &answers[*at];
+            let ids = &answer.ids[self.sequences[answer.sequence].tokens.len()..];
+            (answer.sequence, &ids[..ids.len().min(CHUNK)])
+        };
+        let new: Vec<(usize, &[u32])> = pass.iter().map(new).collect();
+        let logits = match self.decoder.append(answers[pass[0]].adapter, &new) {
+            Ok(logits) => logits,
+            Err(e) => {
+                let mut own = Some(e);
+                let text = own.as_ref().map(ToString::to_string).unwrap_or_default();
+                for at in pass {
+                    answers[*at].end(Stop::Interrupt, &self.tokenizer);
+                    results[*at] = Err(own.take().unwrap_or_else(|| Error::run(text.clone())));
+                }
+                return;
+            }
+        };
+        new.iter().for_each(|(sequence, ids)| self.sequences[*sequence].tokens.extend(*ids));
+        let mut rows: Vec<Option<Vec<f32>>> = answers.iter().map(|_| None).collect();
+        for (at, logits) in pass.iter().zip(logits) {
+            let answer = &answers[*at];
+            let whole = self.sequences[answer.sequence].tokens.len() == answer.ids.len();
+            rows[*at] = Some(logits).filter(|_| whole);
         }
-        let id = answer.sampler.draw(logits, &answer.ids)?;
-        answer.ids.push(id);
-        answer.first.get_or_insert_with(Instant::now);
-        if self.ends.contains(&id) {
-            return Ok(answer.end(Stop::Turn, &self.tokenizer));
+        let (ends, tokenizer) = (&self.ends, &self.tokenizer);
+        let draw = |((answer, logits), result): ((&mut &mut Answer, Option<Vec<f32>>), &mut Result<Option<String>>)| {
+            let Some(logits) = logits else { return };
+            *result = match answer.draw(logits, ends) {
+                Ok(true) => Ok(answer.end(Stop::Turn, tokenizer)),
+                Ok(false) => Ok(answer.take_text(tokenizer)),
+                Err(e) => {
+                    answer.end(Stop::Interrupt, tokenizer);
+                    Err(e)
+                }
+            };
+        };
+        if let [at] = pass {
+            draw(((&mut answers[*at], rows[*at].take()), &mut results[*at]));
+            return;
         }
-        let text = answer.stream.push(&self.tokenizer, id);
-        answer.text.push_str(&text);
-        Ok(Some(text))
+        answers.par_iter_mut().zip(rows).zip(results.par_iter_mut()).for_each(draw);
     }
 
     /// Ends an answer where it is; returns what its text lacked.
     pub fn interrupt(&mut self, answer: &mut Answer) -> Option<String> {
-        if answer.stop.is_some() { None } else { answer.end(Stop::Interrupt, &self.tokenizer) }
-    }
-
-    /// The whole of what follows some tokens.
-    fn say(&mut self, variant: Variant, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
-        let mut answer = self.go_on(variant, ids.to_vec(), sampling)?;
-        while self.step(&mut answer)?.is_some() {}
-        Ok(answer)
+        if answer.stop().is_some() { None } else { answer.end(Stop::Interrupt, &self.tokenizer) }
     }
 }
 
-/// A prompt with what both variants answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Comparison {
-    /// The conversation so far.
-    pub prompt: String,
-    /// What the model without adapter says.
-    pub base: String,
-    /// What the model with it says.
-    pub tuned: String,
-}
-
-/// What both variants answer to some prompts, as pairs have them: rendered, in tokens.
-///
-/// # Errors
-/// As [`Generator::go_on`] and [`Generator::step`].
-pub fn compare(generator: &mut Generator, prompts: &[&[u32]], sampling: &Sampling) -> Result<Vec<Comparison>> {
-    let compare = |prompt: &&[u32]| {
-        let mut say = |variant| Ok::<_, Error>(generator.say(variant, prompt, sampling)?.text);
-        let (base, tuned) = (say(Variant::Base)?, say(Variant::Tuned)?);
-        Ok(Comparison { prompt: generator.tokenizer.decode(prompt, false).trim().to_owned(), base, tuned })
-    };
-    prompts.iter().map(compare).collect()
+impl Sequence {
+    fn is_free(&self) -> bool {
+        self.holder.strong_count() == 0
+    }
 }

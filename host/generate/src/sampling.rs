@@ -1,9 +1,10 @@
 //! Which token comes next: the most likely one, or one drawn as transformers draws it (`generation/logits_process.py`):
-//! repetition penalty, temperature, top-k, top-p, in this order.
+//! repetition penalty, temperature, top-k, top-p, in this order. What OpenAI's API has beside them comes behind the repetition penalty:
+//! `logit - frequency_penalty * count - presence_penalty * (count > 0) + logit_bias`, counted over the answer.
 //!
 //! candle-transformers has the like, at the price of building a hundred models.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use rand::{Rng, SeedableRng};
@@ -48,6 +49,29 @@ pub struct Sampling {
     pub max_new_tokens: usize,
     /// Seed of the draws.
     pub seed: u64,
+    /// What the logit of a token loses for every time that the answer has it.
+    pub frequency_penalty: f64,
+    /// What it loses where the answer has it.
+    pub presence_penalty: f64,
+    /// What is added to logits of tokens.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// Strings that end an answer, and are not part of it.
+    pub stop: Vec<String>,
+    /// Whether an answer goes on where the model ends its turn.
+    pub ignore_eos: bool,
+    /// How many of the likeliest tokens are told with every token's log-prob; `None` tells none.
+    pub logprobs: Option<usize>,
+}
+
+/// The log-prob of a token as the model gives it, before anything of [`Sampling`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogProb {
+    /// The token.
+    pub id: u32,
+    /// Its log-prob.
+    pub logprob: f32,
+    /// The likeliest tokens with theirs, likely ones first.
+    pub top: Vec<(u32, f32)>,
 }
 
 impl Default for Sampling {
@@ -60,6 +84,12 @@ impl Default for Sampling {
             repetition_penalty: 1.0,
             max_new_tokens: MAX_NEW_TOKENS,
             seed: 42,
+            frequency_penalty: 0.0,
+            presence_penalty: 0.0,
+            logit_bias: BTreeMap::new(),
+            stop: Vec::new(),
+            ignore_eos: false,
+            logprobs: None,
         }
     }
 }
@@ -89,6 +119,7 @@ impl Sampling {
                 .or(number("max_new_tokens").map(|n| n as usize))
                 .unwrap_or(plain.max_new_tokens),
             seed: args.seed,
+            ..plain
         };
         let of_file = path.display().to_string();
         let checks = [
@@ -124,11 +155,27 @@ impl Sampler {
         Sampler { sampling: sampling.clone(), rng: ChaCha8Rng::seed_from_u64(sampling.seed) }
     }
 
-    /// The token after `before`, from its logits.
+    /// The token after `before`, of which the first `prompt` are not the answer's, from its logits; with its log-prob where that is wanted.
     ///
     /// # Errors
     /// Logits that are NaN.
-    pub fn draw(&mut self, mut logits: Vec<f32>, before: &[u32]) -> Result<u32> {
+    pub fn draw(&mut self, logits: Vec<f32>, before: &[u32], prompt: usize) -> Result<(u32, Option<TokenLogProb>)> {
+        let raw = self.sampling.logprobs.map(|count| (count, logits.clone()));
+        let id = self.choose(logits, before, prompt)?;
+        let logprob = raw.map(|(count, logits)| {
+            let most = highest(&logits);
+            let all = logits.iter().map(|logit| f64::from(logit - most).exp()).sum::<f64>().ln() + f64::from(most);
+            let of = |id: u32| (f64::from(logits[id as usize]) - all) as f32;
+            TokenLogProb {
+                id,
+                logprob: of(id),
+                top: likeliest(&logits, count).into_iter().map(|id| (id, of(id))).collect(),
+            }
+        });
+        Ok((id, logprob))
+    }
+
+    fn choose(&mut self, mut logits: Vec<f32>, before: &[u32], prompt: usize) -> Result<u32> {
         // Without an early end, which would keep the compiler from vectors.
         if logits.iter().fold(false, |any, l| any | l.is_nan()) {
             return Err(
@@ -142,6 +189,18 @@ impl Sampler {
                 let penalty = repetition_penalty as f32;
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
             }
+        }
+        let Sampling { frequency_penalty, presence_penalty, .. } = self.sampling;
+        if (frequency_penalty, presence_penalty) != (0.0, 0.0) {
+            let mut counts = BTreeMap::<u32, f64>::new();
+            before[prompt..].iter().for_each(|id| *counts.entry(*id).or_default() += 1.0);
+            for (id, count) in counts {
+                let Some(logit) = logits.get_mut(id as usize) else { continue };
+                *logit -= (frequency_penalty * count + presence_penalty) as f32;
+            }
+        }
+        for (id, bias) in &self.sampling.logit_bias {
+            logits.get_mut(*id as usize).into_iter().for_each(|logit| *logit += bias);
         }
         if temperature == 0.0 {
             let most = highest(&logits);
@@ -226,7 +285,7 @@ mod tests {
     fn counts(sampling: Sampling, logits: &[f32], before: &[u32]) -> Vec<usize> {
         let mut sampler = Sampler::new(&sampling);
         let mut counts = vec![0; logits.len()];
-        (0..4000).for_each(|_| counts[sampler.draw(logits.to_vec(), before).unwrap() as usize] += 1);
+        (0..4000).for_each(|_| counts[sampler.draw(logits.to_vec(), before, 0).unwrap().0 as usize] += 1);
         counts
     }
 
@@ -244,7 +303,7 @@ mod tests {
         assert_eq!(drawn(&counts(penalty.clone(), &LOGITS, &[1, 1])), [4]);
         assert_eq!(drawn(&counts(penalty, &[-1.0, -1.5], &[0])), [1]);
         let mut sampler = Sampler::new(&Sampling::default());
-        assert!(sampler.draw(vec![1.0, f32::NAN], &[]).is_err());
+        assert!(sampler.draw(vec![1.0, f32::NAN], &[], 0).is_err());
     }
 
     #[test]
@@ -259,7 +318,7 @@ mod tests {
                 let sampling = Sampling { temperature: 1e9, top_k, ..Sampling::default() };
                 drawn(&counts(sampling, &logits, &[])).into_iter().map(|id| id as u32).collect::<Vec<_>>()
             };
-            assert_eq!(Sampler::new(&Sampling::default()).draw(logits.clone(), &[]).unwrap(), ids[0]);
+            assert_eq!(Sampler::new(&Sampling::default()).draw(logits.clone(), &[], 0).unwrap().0, ids[0]);
             for top_k in [1, 3, 12] {
                 let mut expected = ids[..top_k.min(ids.len())].to_vec();
                 expected.sort_unstable();
@@ -300,6 +359,31 @@ mod tests {
     }
 
     #[test]
+    fn the_answer_s_own_tokens_are_penalised() {
+        let drawn = |sampling: Sampling, before: &[u32]| drawn(&counts(sampling, &LOGITS, before));
+        let often = Sampling { frequency_penalty: 0.6, ..Sampling::default() };
+        assert_eq!(drawn(often.clone(), &[1]), [4]);
+        assert_eq!(drawn(often.clone(), &[1, 4]), [1]);
+        assert_eq!(drawn(often, &[1, 1, 4, 4]), [2]);
+        let present = Sampling { presence_penalty: 0.6, ..Sampling::default() };
+        assert_eq!(drawn(present, &[1, 1, 1, 4]), [1]);
+        let mut of_prompt = Sampler::new(&Sampling { presence_penalty: 9.0, ..Sampling::default() });
+        assert_eq!(of_prompt.draw(LOGITS.to_vec(), &[1, 4], 1).unwrap().0, 1);
+        let biased = Sampling { logit_bias: BTreeMap::from([(3, 5.0), (9, 100.0)]), ..Sampling::default() };
+        assert_eq!(drawn(biased, &[]), [3]);
+    }
+
+    #[test]
+    fn log_probs_are_those_of_the_model() {
+        let sampling = Sampling { logprobs: Some(2), logit_bias: BTreeMap::from([(0, 9.0)]), ..Sampling::default() };
+        let (id, logprob) = Sampler::new(&sampling).draw(LOGITS.to_vec(), &[], 0).unwrap();
+        let all: f64 = LOGITS.iter().map(|l| f64::from(*l).exp()).sum::<f64>().ln();
+        let (of, logprob) = (|l: f64| (l - all) as f32, logprob.unwrap());
+        assert_eq!((id, logprob.id, logprob.logprob), (0, 0, of(1.0)));
+        assert_eq!(logprob.top, [(1, of(3.0)), (4, of(3.0))]);
+    }
+
+    #[test]
     fn flags_win_over_the_model() {
         let folder = tempfile::tempdir().unwrap();
         let of = |args: SamplingOptions| Sampling::of(&args, folder.path());
@@ -311,8 +395,15 @@ mod tests {
         std::fs::write(folder.path().join("generation_config.json"), config).unwrap();
         let asked =
             of(SamplingOptions { top_p: Some(0.5), max_new_tokens: Some(9), ..SamplingOptions::default() }).unwrap();
-        let expected =
-            Sampling { temperature: 0.7, top_p: 0.5, top_k: 20, repetition_penalty: 1.05, max_new_tokens: 9, seed: 0 };
+        let expected = Sampling {
+            temperature: 0.7,
+            top_p: 0.5,
+            top_k: 20,
+            repetition_penalty: 1.05,
+            max_new_tokens: 9,
+            seed: 0,
+            ..Sampling::default()
+        };
         assert_eq!(asked, expected);
         let wrong = of(SamplingOptions { temperature: Some(-1.0), ..SamplingOptions::default() }).unwrap_err();
         assert!(wrong.to_string().contains("--temperature"), "{wrong}");

@@ -43,3 +43,56 @@ impl TextStream {
         rest
     }
 }
+
+/// Text up to the first of some strings. What may be the beginning of one is held back.
+#[derive(Default)]
+pub(super) struct StopStrings {
+    strings: Vec<String>,
+    held: String,
+}
+
+impl StopStrings {
+    /// An empty string would stop every text before it begins, and is left out.
+    pub(super) fn new(strings: &[String]) -> StopStrings {
+        StopStrings { strings: strings.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
+    }
+
+    /// What is sure after further text, and whether a string came: then that is all before it.
+    pub(super) fn push(&mut self, text: &str) -> (String, bool) {
+        if self.strings.is_empty() {
+            return (text.to_owned(), false);
+        }
+        self.held.push_str(text);
+        if let Some(at) = self.strings.iter().filter_map(|s| self.held.find(s.as_str())).min() {
+            let before = self.held[..at].to_owned();
+            self.held.clear();
+            return (before, true);
+        }
+        let begins = |at: usize| self.strings.iter().any(|s| s.starts_with(&self.held[at..]));
+        let unsure = self.held.char_indices().map(|(at, _)| at).find(|at| begins(*at));
+        let rest = self.held.split_off(unsure.unwrap_or(self.held.len()));
+        (std::mem::replace(&mut self.held, rest), false)
+    }
+
+    /// What was held back, at the end.
+    pub(super) fn end(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::StopStrings;
+
+    #[test]
+    fn text_ends_before_a_string() {
+        let mut stops = StopStrings::new(&["\n\nUser:".into(), "END".into(), String::new()]);
+        assert_eq!(stops.push("one E"), ("one ".into(), false));
+        assert_eq!(stops.push("N two\n"), ("EN two".into(), false));
+        assert_eq!(stops.push("\nUse"), (String::new(), false));
+        assert_eq!(stops.push("d 用E"), ("\n\nUsed 用".into(), false));
+        assert_eq!(stops.push("ND and\n\nUser:"), (String::new(), true));
+        let mut stops = StopStrings::new(&["ab".into()]);
+        assert_eq!((stops.push("xa"), stops.end()), (("x".into(), false), "a".into()));
+    }
+}

@@ -15,7 +15,7 @@ use dpo_core::batch::Batch;
 use dpo_core::collective::{Alone, ProcessGroup};
 use dpo_core::console;
 use dpo_core::cpu_decoder::CpuDecoder;
-use dpo_core::decoder::{Decoder, Variant};
+use dpo_core::decoder::{Decoder, Sequences};
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::example::Example;
@@ -190,30 +190,61 @@ fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank:
     }
 }
 
-/// Compares logits of texts that grow by many tokens and by one, and are taken back; a line of the table.
+/// Compares logits of sequences that grow by many tokens and by one, alone and beside others, with either of two adapters and without, and
+/// are taken back; a line of the table.
 fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -> Result<bool> {
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
-    let adapter = adapter(graph, false)?;
-    let source = Source::Given(values_of(numbers(options)));
-    let mut gpu =
-        CudaDecoder::load(gpu, graph.clone(), &source, Some(adapter.clone()), (room, options), &ProgressBar::hidden())?;
-    let mut cpu = CpuDecoder::of(engine_as(graph, adapter, numbers(options))?)?;
+    let adapters = vec![adapter(graph, false)?, other_adapter(graph)?];
+    let (source, wanted) = (Source::Given(values_of(numbers(options))), Sequences { count: 5, tokens: Some(1024) });
+    let hidden = ProgressBar::hidden();
+    let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, adapters.clone(), wanted, (room, options), &hidden)?;
+    let engine = engine_as(graph, Adapter::idle(graph)?, numbers(options))?;
+    let mut cpu = CpuDecoder::of(engine, &adapters, wanted)?;
     let mut rng = ChaCha8Rng::seed_from_u64(3);
+    let mut draw =
+        |count: usize| -> Vec<u32> { (0..count).map(|_| rng.random_range(0..graph.vocab_size as u32)).collect() };
     let (mut worst, mut text) = (0.0_f64, Vec::new());
-    for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
-        text.truncate(kept);
-        text.extend((0..count).map(|_| rng.random_range(0..graph.vocab_size as u32)));
-        for variant in [Variant::Base, Variant::Tuned] {
-            // Where there are states, fewer may be left.
-            let (of_cpu, of_gpu) = (cpu.truncate(variant, kept), gpu.truncate(variant, kept));
-            let off = distance(&gpu.append(variant, &text[of_gpu..])?, &cpu.append(variant, &text[of_cpu..])?);
+    let mut compare = |gpu: Vec<Vec<f32>>, cpu: Vec<Vec<f32>>| {
+        for off in gpu.iter().zip(&cpu).map(|(gpu, cpu)| distance(gpu, cpu)) {
             worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
         }
+    };
+    for (kept, count) in [(0, 70), (70, 1), (71, 1), (72, 130), (202, 1), (65, 1), (66, 63), (129, 1), (1, 5)] {
+        text.truncate(kept);
+        text.extend(draw(count));
+        for (sequence, adapter) in [None, Some(0), Some(1)].into_iter().enumerate() {
+            // Where there are states, fewer may be left.
+            let (of_cpu, of_gpu) = (cpu.truncate(sequence, kept), gpu.truncate(sequence, kept));
+            let of_gpu = gpu.append(adapter, &[(sequence, &text[of_gpu..])])?;
+            compare(of_gpu, cpu.append(adapter, &[(sequence, &text[of_cpu..])])?);
+        }
+    }
+    // Five at once, of other lengths each.
+    for (sequence, tokens) in [3, 70, 129, 4, 200].into_iter().enumerate() {
+        let ids = draw(tokens);
+        cpu.truncate(sequence, 0);
+        gpu.truncate(sequence, 0);
+        compare(gpu.append(Some(1), &[(sequence, &ids)])?, cpu.append(Some(1), &[(sequence, &ids)])?);
+    }
+    for _ in 0..3 {
+        let ids = draw(5);
+        let new: Vec<(usize, &[u32])> = (0..5).map(|at| (at, &ids[at..at + 1])).collect();
+        compare(gpu.append(Some(1), &new)?, cpu.append(Some(1), &new)?);
     }
     let good = worst < tolerance(options);
     println!("{:<44} {worst:>10.5} {}", format!("{name}, answers"), if good { "" } else { "FAILED" });
     Ok(good)
+}
+
+/// An adapter on fewer modules, with other numbers.
+fn other_adapter(graph: &ModelGraph) -> Result<Adapter> {
+    let mut other = adapter(graph, false)?;
+    let keep = other.sites.len().div_ceil(2);
+    other.params.truncate(other.sites.get(keep).map_or(other.params.len(), |site| site.offset));
+    other.sites.truncate(keep);
+    other.params.iter_mut().for_each(|value| *value = -*value);
+    Ok(other)
 }
 
 /// Ways to keep the frozen base that compute the same bits, by name.

@@ -6,6 +6,7 @@ use dpo_core::aux_loss::AuxLoss;
 use dpo_core::backend::{Backend, Workload};
 use dpo_core::collective::ProcessGroup;
 use dpo_core::console::{self, Remark};
+use dpo_core::decoder::Sequences;
 use dpo_core::device::Device;
 use dpo_core::error::{Error, Result};
 use dpo_core::files;
@@ -316,7 +317,7 @@ fn finish(registry: &Registry, run: Run<'_>, checkpoint: &Checkpoint, backend: &
         let generator = || {
             let folder = model::locate(&config.model, Need::Weights)?;
             let model = Model::open(registry, &folder, &config.reading)?;
-            Generator::open(&model, Some(adapter), backend, config.memory)
+            Generator::open(&model, vec![adapter], backend, Sequences::of(1), config.memory)
         };
         let written = generator().and_then(|generator| before_after::write(generator, examples, &output));
         written.unwrap_or_else(|e| console::warning(Remark::because("the report has no answers", &e)));

@@ -5,6 +5,7 @@ mod init;
 mod merge;
 mod of_each;
 mod peft;
+mod shared;
 mod target;
 
 use std::collections::BTreeSet;
@@ -27,6 +28,7 @@ pub use config::{AdapterConfig, MOST_ALPHA};
 pub use init::Init;
 pub use merge::{Merged, MergedWeight, merge};
 pub use peft::{base_model, read_config};
+pub use shared::in_one_shape;
 use target::ends_in;
 pub use target::{Layers, Patterns, Targets};
 

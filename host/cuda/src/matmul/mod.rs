@@ -69,6 +69,19 @@ pub(super) fn class_of(rows: usize) -> usize {
     rows.next_multiple_of((rows.next_power_of_two() / 8).max(CLASS))
 }
 
+/// Rows up to which a class has half as many as the next one: answers of some sequences at a time.
+const FEW_ROWS: usize = 128;
+
+fn few(rows: usize) -> usize {
+    if rows == 1 { 1 } else { rows.next_power_of_two().max(8) }
+}
+
+/// The most rows of each class of matmuls for the next tokens of at most so many sequences.
+pub(super) fn classes_of_few(sequences: usize) -> impl Iterator<Item = usize> {
+    let powers = std::iter::successors(Some(1), |rows| Some(few(rows + 1)));
+    powers.take_while(move |rows| *rows < sequences.min(FEW_ROWS)).chain([sequences])
+}
+
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Matmul {
@@ -305,12 +318,13 @@ impl Matmul {
 
     /// Shapes that differ little in their rows share an algorithm.
     fn class(&self) -> String {
-        // A token at a time is a class of its own: then it is the weights that are read.
         let round = |n: usize| if n == 1 { 1 } else { class_of(n) };
+        // Of few tokens at a time it is the weights that are read.
+        let rows = if self.a_transposed || self.m > FEW_ROWS { round(self.m) } else { few(self.m) };
         let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
         format!(
             "{}x{}x{}{}{}{}{}{}",
-            round(self.m),
+            rows,
             self.n,
             round(self.k),
             flag(self.a_transposed, " A"),

@@ -203,7 +203,7 @@ impl Execute for Attention {
 
     fn launch(&self, on: &Launch<'_>, reads: &[View], writes: &[View]) -> Result<()> {
         let sinks = self.sinks.map_or(0, |at| on.weights.vectors[at]);
-        if let (Some(cache), 1, true) = (&on.cache, on.rows, self.decode().is_supported()) {
+        if let Some(cache) = on.cache.as_ref().filter(|cache| cache.each) {
             return self.decode().launch(on, cache, [reads[0], reads[1], reads[2]], sinks, writes[0]);
         }
         let (tiles, count, shape) = self.shape(on);
@@ -217,7 +217,7 @@ impl Execute for Attention {
                 copy_rows(on, self.kv_heads * dim, new, end)?;
             }
             (keys, values) = (cache.keys, cache.values);
-            (from, to) = (cache.of_text(from), cache.of_text(to));
+            (from, to) = (cache.of_sequence(from), cache.of_sequence(to));
             [sums, begins] = [sums, begins].map(|at| at.wrapping_sub(cache.tokens as u64 * 4));
         }
         if heads.hopper(capability) {

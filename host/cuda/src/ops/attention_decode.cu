@@ -1,21 +1,28 @@
-// Attention of one query over a KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a key head, up to sixteen of
-// the query heads that share it, which are the rows of its products, and a part of the keys, a tile at a time. The last block of such heads
-// that ends joins the parts, always in their order: which block that is changes no bit, and adds the heads' sinks. A warp has RUNS runs of
-// eight columns of the output, at most.
+// Attention of one query of each sequence over its KV cache, in parts of the keys (Flash-Decoding, Dao et al. 2023): a block has a sequence,
+// a key head, up to sixteen of the query heads that share it, which are the rows of its products, and a part of the keys, a tile at a time.
+// The last block of such heads that ends joins the parts, always in their order: which block that is changes no bit, and adds the heads'
+// sinks. A warp has RUNS runs of eight columns of the output, at most.
 
 #define THREADS 256
 #define WARPS (THREADS / 32)
 #define HEADS 16      // query heads of a block, at most
 #define KEYS 64       // of a tile, at most
-#define TICKETS 1024  // where blocks of the same heads count who is the last
+#define TICKETS 4096  // where blocks of the same heads count who is the last
 
 struct Decode {
     int share, own;  // query heads of a key head, and of a block
     int dim, value_dim;  // columns of a head
-    int keys;            // of a tile
-    int first, cached;  // the first key that is seen, and keys in the cache; the newest one is behind them
-    int tiles;          // of a part
+    int keys;                  // of a tile
+    int groups;                // runs of query heads of a key head, each with blocks of its own
+    int tiles;                 // of a part
+    int window;                // 0 is none
+    long long apart;           // elements from a sequence's cache to the next one's
     float scale, softcap;
+};
+
+// Which cache a sequence has, and how many keys are in it; the newest one is behind them.
+struct Sequence {
+    u32 place, cached;
 };
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -25,23 +32,23 @@ __device__ __forceinline__ float warp_max(float x) {
 }
 
 // Rows of the cache from `from` on into shared memory, `dim` columns; rows behind it are zero.
-__device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, int dim, const Decode& s) {
+__device__ __forceinline__ void load_keys(bf16* to, const View& cache, int from, int cached, int dim, const Decode& s) {
     int pieces = dim / 8;
     for (int i = threadIdx.x; i < s.keys * pieces; i += THREADS) {
         int n = i / pieces, c = i % pieces * 8;
-        bool inside = from + n < s.cached;
+        bool inside = from + n < cached;
         copy_async(shared_address(to + n * (dim + 8) + c), row(cache, inside ? from + n : 0) + c, inside);
     }
     commit_copies();
 }
 
 // The newest row, into its place in shared memory and in the cache.
-__device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf16* newest, int from, int dim, const Decode& s) {
+__device__ __forceinline__ void add_newest(bf16* to, const View& cache, const bf16* newest, int from, int cached, int dim, bool stores) {
     int c = threadIdx.x * 8;
     if (c >= dim) return;
     uint4 values = *(const uint4*)(newest + c);
-    *(uint4*)(to + (s.cached - from) * (dim + 8) + c) = values;
-    if (blockIdx.z == 0) *(uint4*)(row(cache, s.cached) + c) = values;
+    *(uint4*)(to + (cached - from) * (dim + 8) + c) = values;
+    if (stores) *(uint4*)(row(cache, cached) + c) = values;
 }
 
 // Where a lane's row of a left side of 16 rows and columns lies, whose rows are `ld` apart.
@@ -73,41 +80,48 @@ __device__ __forceinline__ void join(bf16* out, const float* outputs, const floa
     }
 }
 
-// `q`, `k` and `v` are the newest token's.
+// `q`, `k` and `v` have a row of the newest token of each sequence; `keys` and `values` are those of the first cache.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    attention_decode(const bf16* q, const bf16* k, const bf16* v, View keys, View values, bf16* out, float* scratch, const bf16* sinks,
+    attention_decode(View q, View k, View v, View keys, View values, View out, const Sequence* sequences, float* scratch, const bf16* sinks,
                      Decode s) {
     extern __shared__ uint4 memory[];
     __shared__ float scores[HEADS][KEYS + 4], shrinks[HEADS];
     __shared__ __align__(16) bf16 weights[HEADS][KEYS + 8];
     __shared__ bool last;
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, parts = gridDim.x, ld = s.dim + 8, value_ld = s.value_dim + 8;
-    int head = blockIdx.y * s.share + blockIdx.z * s.own, heads = min(s.own, s.share - (int)blockIdx.z * s.own);
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, ld = s.dim + 8, value_ld = s.value_dim + 8;
+    int sequence = blockIdx.z / s.groups, run = blockIdx.z % s.groups;
+    Sequence own = sequences[sequence];
+    int cached = own.cached, first = s.window > 0 ? max(cached + 1 - s.window, 0) : 0, part = s.tiles * s.keys;
+    // The longest sequence has as many parts as there are blocks.
+    int parts = (cached + 1 - first + part - 1) / part;
+    if (blockIdx.x >= parts) return;
+    int head = blockIdx.y * s.share + run * s.own, heads = min(s.own, s.share - run * s.own);
     bf16 *key_tile = (bf16*)memory, *value_tile = key_tile + s.keys * ld, *queries = value_tile + s.keys * value_ld;
     // The key head's rows.
-    k += blockIdx.y * s.dim, v += blockIdx.y * s.value_dim;
-    keys.at += blockIdx.y * s.dim, values.at += blockIdx.y * s.value_dim;
-    int from = s.first + blockIdx.x * s.tiles * s.keys, end = min(from + s.tiles * s.keys, s.cached + 1);
+    const bf16 *query = row(q, sequence), *key_row = row(k, sequence) + blockIdx.y * s.dim;
+    const bf16* value_row = row(v, sequence) + blockIdx.y * s.value_dim;
+    keys.at += own.place * s.apart + blockIdx.y * s.dim, values.at += own.place * s.apart + blockIdx.y * s.value_dim;
+    int from = first + blockIdx.x * part, end = min(from + part, cached + 1);
     float max[HEADS / WARPS], sum[HEADS / WARPS], o[RUNS][4] = {};
 #pragma unroll
     for (int i = 0; i < HEADS / WARPS; i++) max[i] = -1e30f, sum[i] = 0.f;
     for (int key = from; key < end; key += s.keys) {
         // What is cached was there before this pass: of the kernels before come the newest rows alone.
-        load_keys(key_tile, keys, key, s.dim, s);
-        load_keys(value_tile, values, key, s.value_dim, s);
+        load_keys(key_tile, keys, key, cached, s.dim, s);
+        load_keys(value_tile, values, key, cached, s.value_dim, s);
         if (key == from) {
             after_previous();
             for (int i = threadIdx.x * 8; i < HEADS * s.dim; i += THREADS * 8) {
                 int h = i / s.dim, c = i % s.dim;
-                *(uint4*)(queries + h * ld + c) = h < heads ? *(const uint4*)(q + (head + h) * s.dim + c) : make_uint4(0, 0, 0, 0);
+                *(uint4*)(queries + h * ld + c) = h < heads ? *(const uint4*)(query + (head + h) * s.dim + c) : make_uint4(0, 0, 0, 0);
             }
         }
         copies_done<1>();
-        if (s.cached < key + s.keys) {
+        if (cached < key + s.keys) {
             copies_done<0>();
             __syncthreads();
-            add_newest(key_tile, keys, k, key, s.dim, s);
-            add_newest(value_tile, values, v, key, s.value_dim, s);
+            add_newest(key_tile, keys, key_row, key, cached, s.dim, run == 0);
+            add_newest(value_tile, values, value_row, key, cached, s.value_dim, run == 0);
         }
         __syncthreads();
         // A warp has eight keys.
@@ -182,9 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     // What this part gives, behind the tickets: outputs of all parts, then their maxima and sums.
     int group = blockIdx.y * gridDim.z + blockIdx.z;
+    int room = gridDim.x;
     u32* tickets = (u32*)scratch;
-    float* outputs = scratch + TICKETS + (long long)group * parts * s.own * (s.value_dim + 4);
-    float2* numbers = (float2*)(outputs + (long long)parts * s.own * s.value_dim);
+    float* outputs = scratch + TICKETS + (long long)group * room * s.own * (s.value_dim + 4);
+    float2* numbers = (float2*)(outputs + (long long)room * s.own * s.value_dim);
 #pragma unroll
     for (int i = 0; i < HEADS / WARPS; i++)
         if (warp + i * WARPS < heads && lane == 0) numbers[blockIdx.x * s.own + warp + i * WARPS] = make_float2(max[i], sum[i]);
@@ -205,5 +220,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) tickets[group] = 0;
-    join(out + head * s.value_dim, outputs, numbers, sinks ? sinks + head : sinks, parts, heads, s);
+    join(row(out, sequence) + head * s.value_dim, outputs, numbers, sinks ? sinks + head : sinks, parts, heads, s);
 }

@@ -1,9 +1,9 @@
-//! Attention of one query over a KV cache: `attention_decode.cu`. Where a token at a time is answered, it is the keys that are many: blocks
-//! have parts of them.
+//! Attention of one query of each sequence over its KV cache: `attention_decode.cu`. Where a token at a time is answered, it is the keys that
+//! are many: blocks have parts of them.
 
 use super::super::launch::KvCache;
 use super::{Address, Args, Argument, Launch, Source, Variant, View};
-use dpo_core::error::Result;
+use dpo_core::error::{Error, Result};
 
 pub(super) static SOURCE: Source = Source {
     waits: true,
@@ -23,12 +23,12 @@ const HEADS: usize = 16;
 const RUNS: [usize; 3] = [2, 4, 8];
 
 /// Numbers before the parts in the scratch.
-const TICKETS: usize = 1024;
+const TICKETS: usize = 4096;
 
 /// Blocks for each multiprocessor.
 const BLOCKS: usize = 2;
 
-/// An attention's own numbers, and those of the text.
+/// An attention's own numbers.
 #[derive(Clone, Copy)]
 pub(super) struct Decode {
     pub heads: usize,
@@ -52,14 +52,15 @@ struct Numbers {
     dim: i32,
     value_dim: i32,
     keys: i32,
-    first: i32,
-    cached: i32,
+    groups: i32,
     tiles: i32,
+    window: i32,
+    apart: i64,
     scale: f32,
     softcap: f32,
 }
 
-// SAFETY: ten numbers of four bytes.
+// SAFETY: eight numbers of four bytes, one of eight, two of four.
 unsafe impl Argument for Numbers {}
 
 /// How many blocks there are: parts of the keys, and for each of them and each key head so many of `own` query heads; a part has `tiles`.
@@ -102,28 +103,37 @@ impl Decode {
         variant(self.runs())
     }
 
-    /// Of so many keys, for blocks that are about twice as many as multiprocessors. It follows from the numbers alone, so that two runs sum
-    /// alike.
-    fn partition(&self, keys: usize, multiprocessors: usize) -> Partition {
+    /// Query heads of a block, and how many blocks those of a key head are.
+    fn groups(&self) -> (usize, usize) {
         let share = self.heads / self.kv_heads;
         let own = share.min(HEADS);
-        let groups = share.div_ceil(own);
+        (own, share.div_ceil(own))
+    }
+
+    /// What a part leaves in the scratch: the output of each of its heads, and two numbers.
+    fn part(&self) -> usize {
+        self.groups().0 * (self.dim + 4)
+    }
+
+    /// Of so many keys of each of some sequences, for blocks that are about twice as many as multiprocessors. It follows from the numbers
+    /// alone, so that two runs sum alike.
+    fn partition(&self, keys: usize, sequences: usize, multiprocessors: usize) -> Partition {
+        let (own, groups) = self.groups();
         let all = keys.div_ceil(self::keys(self.dim));
-        // What a part leaves in the scratch: its output, and two numbers a head.
-        let room = (KvCache::SCRATCH / 4 - TICKETS) / (self.kv_heads * groups * own * (self.dim + 4));
-        let most = (BLOCKS * multiprocessors / (self.kv_heads * groups)).clamp(1, room.max(1));
+        let blocks = sequences * self.kv_heads * groups;
+        let room = (KvCache::SCRATCH / 4 - TICKETS) / (blocks * self.part());
+        let most = (BLOCKS * multiprocessors / blocks).clamp(1, room.max(1));
         let tiles = all.div_ceil(all.min(most));
         Partition { own, groups, tiles, parts: all.div_ceil(tiles) }
     }
 
-    /// Whether it has a place in the scratch.
-    pub(super) fn is_supported(&self) -> bool {
-        let Partition { own, groups, .. } = self.partition(1, 1);
-        let blocks = self.kv_heads * groups;
-        blocks <= TICKETS && (TICKETS + blocks * own * (self.dim + 4)) * 4 <= KvCache::SCRATCH
+    /// Sequences that the scratch has a place for.
+    fn at_once(&self) -> usize {
+        let blocks = self.kv_heads * self.groups().1;
+        (TICKETS / blocks).min((KvCache::SCRATCH / 4 - TICKETS) / (blocks * self.part()))
     }
 
-    /// Starts it for the row of q, k and v; keys and values become the cache's.
+    /// Starts it for rows of q, k and v, each of a sequence of its own; keys and values become the caches'.
     /// `sinks` is 0 where there are none.
     pub(super) fn launch(
         &self,
@@ -133,26 +143,38 @@ impl Decode {
         sinks: Address,
         to: View,
     ) -> Result<()> {
-        let all = cache.tokens + 1;
-        let first = if self.window > 0 { all.saturating_sub(self.window) } else { 0 };
-        let Partition { own, groups, tiles, parts } = self.partition(all - first, on.gpu.multiprocessors);
-        let numbers = Numbers {
-            share: (self.heads / self.kv_heads) as i32,
-            own: own as i32,
-            dim: self.dim as i32,
-            value_dim: self.value_dim as i32,
-            keys: keys(self.dim) as i32,
-            first: first as i32,
-            cached: cache.tokens as i32,
-            tiles: tiles as i32,
-            scale: self.scale,
-            softcap: self.softcap,
-        };
-        let args = Args::default().with(q.at).with(k.at).with(v.at).with(cache.keys).with(cache.values);
-        let args = args.with(to.at).with(cache.scratch).with(sinks).with(numbers);
-        let (kernel, _) = on.kernels.variant("attention_decode", self.runs())?;
-        let grid = [parts, self.kv_heads, groups];
-        on.gpu.launch(kernel, grid, [THREADS as u32, 1, 1], shared(self.dim), args)
+        let most = self.at_once();
+        if most == 0 {
+            return Err(Error::input(format!("an attention of {} key heads is not supported on CUDA", self.kv_heads))
+                .help("answer with --device cpu"));
+        }
+        for first in (0..on.rows).step_by(most) {
+            let count = most.min(on.rows - first);
+            let all = cache.tokens + 1;
+            let seen = if self.window > 0 { all.min(self.window) } else { all };
+            let Partition { own, groups, tiles, parts } = self.partition(seen, count, on.gpu.multiprocessors);
+            let numbers = Numbers {
+                share: (self.heads / self.kv_heads) as i32,
+                own: own as i32,
+                dim: self.dim as i32,
+                value_dim: self.value_dim as i32,
+                keys: keys(self.dim) as i32,
+                groups: groups as i32,
+                tiles: tiles as i32,
+                window: self.window.min(i32::MAX as usize) as i32,
+                apart: cache.apart,
+                scale: self.scale,
+                softcap: self.softcap,
+            };
+            let [q, k, v, to] = [q, k, v, to].map(|view| view.row(first));
+            let args = Args::default().with(q).with(k).with(v).with(cache.keys).with(cache.values).with(to);
+            let args = args.with(cache.sequences + (first * KvCache::SEQUENCE) as u64).with(cache.scratch);
+            let (kernel, _) = on.kernels.variant("attention_decode", self.runs())?;
+            let grid = [parts, self.kv_heads, groups * count];
+            let args = args.with(sinks).with(numbers);
+            on.gpu.launch(kernel, grid, [THREADS as u32, 1, 1], shared(self.dim), args)?;
+        }
+        Ok(())
     }
 }
 
@@ -170,17 +192,18 @@ mod tests {
         for (heads, kv_heads, dim) in [(28, 4, 128), (71, 1, 64), (128, 8, 128), (16, 1, 512), (32, 32, 80), (8, 8, 16)]
         {
             let of = decode(heads, kv_heads, dim);
-            assert!(of.is_supported());
-            for keys in (1..300).chain([900, 4096, 32 << 10]) {
-                let Partition { own, groups, tiles, parts } = of.partition(keys, 132);
+            assert!(of.at_once() >= 32, "{heads} {kv_heads}: {}", of.at_once());
+            for (keys, sequences) in (1..300).chain([900, 4096, 32 << 10]).flat_map(|keys| [(keys, 1), (keys, 32)]) {
+                let Partition { own, groups, tiles, parts } = of.partition(keys, sequences, 132);
                 let part = tiles * super::keys(dim);
                 assert!(parts * part >= keys && (parts - 1) * part < keys, "{keys}: {parts} of {tiles}");
                 assert!(own * groups >= heads / kv_heads);
-                let floats = TICKETS + kv_heads * groups * parts * own * (dim + 4);
-                assert!(kv_heads * groups <= TICKETS && floats * 4 <= KvCache::SCRATCH, "{keys}: {parts} parts");
+                let blocks = sequences * kv_heads * groups;
+                let floats = TICKETS + blocks * parts * own * (dim + 4);
+                assert!(blocks <= TICKETS && floats * 4 <= KvCache::SCRATCH, "{keys}: {parts} parts");
             }
         }
-        assert!(!decode(4096, 4096, 128).is_supported());
+        assert_eq!(decode(8192, 8192, 128).at_once(), 0);
     }
 
     /// Cards have 99 KiB for a block at least, of which the kernel takes less than 8 beside what is asked for.

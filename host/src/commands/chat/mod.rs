@@ -18,11 +18,11 @@ use crate::args::sampling::SamplingArgs;
 use crate::args::storage::StorageArgs;
 use crate::{backends, demo};
 use dpo_core::console;
-use dpo_core::decoder::Variant;
+use dpo_core::decoder::Sequences;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::Adapter;
 use dpo_core::plan::MemoryOptions;
-use dpo_generate::{Answer, Generator, Sampling, Stop};
+use dpo_generate::{Answer, Generator, Sampling, Stop, Variant};
 use dpo_hub::Need;
 use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
@@ -77,7 +77,9 @@ pub(crate) fn chat(registry: &Registry, options: &ChatOptions) -> Result<()> {
         (Some(_), true) => vec![Variant::Base, Variant::Tuned],
     };
     let memory = options.storage.on(MemoryOptions::default());
-    let generator = Generator::open(&model, adapter, backends::open(&options.device, None)?.as_ref(), memory)?;
+    let backend = backends::open(&options.device, None)?;
+    let sequences = Sequences::of(variants.len());
+    let generator = Generator::open(&model, adapter.into_iter().collect(), backend.as_ref(), sequences, memory)?;
     let screen = Screen::new();
     let interactive = options.prompt.is_empty() && screen.is_interactive();
     let mut chat = Chat {
@@ -231,7 +233,7 @@ impl Chat {
 
     fn begin(&mut self, variant: Variant) -> Result<Answer> {
         self.generator
-            .answer(variant, &self.turns[variant as usize], &self.sampling)
+            .answer(variant.adapter(), &self.turns[variant as usize], &self.sampling)
             .map_err(|e| e.help("/reset begins a new conversation"))
     }
 
@@ -286,7 +288,7 @@ impl Chat {
     /// What there is to say of answers: their speed, to a person; why one ended, unless the model ended it.
     fn remark(&self, answers: &[Answer]) -> Result<()> {
         let reason = |answer: &Answer| match answer.stop()? {
-            Stop::Turn => None,
+            Stop::Turn | Stop::StopString => None,
             Stop::Limit => Some(format!("ended at --max-new-tokens {}", self.sampling.max_new_tokens)),
             Stop::Length => {
                 Some("ended at the length that the model is made for; /reset begins a new conversation".into())
