@@ -17,7 +17,7 @@ use args::train::TrainArgs;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, train, ui};
+use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, serve, train, ui};
 use dpo_core::console;
 use dpo_core::error::{Kind, Result};
 use dpo_plugins::Registry;
@@ -71,6 +71,11 @@ enum Command {
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
     Merge(merge::MergeOptions),
+    /// Serve a model and adapters over HTTP to clients of OpenAI's API
+    ///
+    /// Endpoints: /v1/chat/completions and /v1/completions, with streams, /v1/models, /health. Answers to all requests go on together,
+    /// each adapter under a model name of its own.
+    Serve(serve::ServeOptions),
     /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
     Ui(ui::UiOptions),
     /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
@@ -202,6 +207,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),
+        Command::Serve(options) => serve::serve(&registry, &options),
         Command::Ui(options) => ui::ui(&options),
         Command::Completions(options) => manual::completions(&options, Cli::command()),
         Command::Man(options) => manual::man(&options, Cli::command()),

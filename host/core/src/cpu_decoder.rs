@@ -14,9 +14,6 @@ use crate::plan::{MemoryOptions, weights};
 use crate::storage::Quantization;
 use crate::weights::Checkpoint;
 
-/// Tokens of a sequence where nothing is said: caches grow with what is in them.
-const MOST: usize = 128 << 10;
-
 /// The CPU, in f32. Weights are kept as the checkpoint has them, where that is bf16: they are the same numbers. Those that are
 /// quantised are made whole for every token, a layer at a time.
 pub struct CpuDecoder {
@@ -66,7 +63,7 @@ impl CpuDecoder {
         let threads = engine.threads()?;
         let adapters = adapters.iter().map(Loras::of).collect::<Result<_>>()?;
         let caches = (0..sequences.count).map(|_| KvCache::default()).collect();
-        Ok(CpuDecoder { engine, adapters, threads, caches, most: sequences.tokens.unwrap_or(MOST) })
+        Ok(CpuDecoder { engine, adapters, threads, caches, most: sequences.most })
     }
 }
 

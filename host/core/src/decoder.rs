@@ -10,14 +10,16 @@ pub const CHUNK: usize = 256;
 pub struct Sequences {
     /// How many there are.
     pub count: usize,
-    /// Tokens of each; where nothing is said, as many as memory has room for, within reason.
-    pub tokens: Option<usize>,
+    /// Tokens of each: so many where memory has room for them, and less down to `least`.
+    pub most: usize,
+    /// Tokens of each without which there is nothing to begin.
+    pub least: usize,
 }
 
 impl Sequences {
-    /// So many of whatever length.
+    /// So many as long as memory allows, within reason.
     pub fn of(count: usize) -> Sequences {
-        Sequences { count, tokens: None }
+        Sequences { count, most: 32 << 10, least: CHUNK }
     }
 }
 

@@ -18,9 +18,6 @@ use dpo_core::memory::size;
 use dpo_core::ops;
 use dpo_core::plan::MemoryOptions;
 
-/// Tokens of a sequence at most, where nothing is said and memory has room for more.
-const MOST: usize = 32 << 10;
-
 /// One GPU, in bf16.
 pub struct CudaDecoder {
     device: CudaDevice,
@@ -87,12 +84,10 @@ impl CudaDecoder {
         let states = wanted.count * 2 * carried.max(1);
         let left = room.available.saturating_sub(plan.total() + KvCache::SCRATCH + states + kept);
         let per_token = wanted.count * width * 2;
-        let fits = left / per_token.max(1);
-        let most = wanted.tokens.unwrap_or(fits.min(MOST));
-        if most > fits || most < wanted.tokens.map_or(CHUNK, |_| 1) {
-            let (need, left, count) = (size(per_token * most.max(CHUNK)), size(left), wanted.count);
-            let of =
-                if count > 1 { format!("{count} sequences of {} tokens", most.max(CHUNK)) } else { "a text".into() };
+        let most = (left / per_token.max(1)).min(wanted.most);
+        if most < wanted.least {
+            let (need, left) = (size(per_token * wanted.least), size(left));
+            let of = format!("{} sequences of {} tokens", wanted.count, wanted.least);
             return Err(Error::input(format!("{left} of the GPU are left for keys and values, {of} need {need}"))
                 .help("take a GPU with more memory, fewer or shorter sequences, or --quantization nf4"));
         }

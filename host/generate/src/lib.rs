@@ -38,12 +38,35 @@ pub struct Generator {
     tokenizer: ChatTokenizer,
     /// Tokens at which a turn ends.
     ends: Vec<u32>,
-    /// Tokens of a text at most.
-    length: usize,
-    vocabulary: usize,
+    bounds: Bounds,
     sequences: Vec<Sequence>,
     /// Answers that have begun.
     begun: u64,
+}
+
+/// What texts a generator goes on with.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// Tokens of a text at most: what the model was made for, or what there is room for.
+    pub length: usize,
+    vocabulary: usize,
+}
+
+impl Bounds {
+    /// Refuses tokens that nothing can follow.
+    ///
+    /// # Errors
+    /// None of them, so many that they fill the length, or one that the model does not have.
+    pub fn check(self, ids: &[u32]) -> Result<()> {
+        let (prompt, length) = (ids.len(), self.length);
+        if prompt == 0 {
+            return Err(Error::input("there is nothing to answer"));
+        }
+        if prompt >= length {
+            return Err(Error::input(format!("the conversation has {prompt} tokens, there is room for {length}")));
+        }
+        refuse_foreign_tokens(ids, self.vocabulary)
+    }
 }
 
 /// A sequence of the device.
@@ -84,8 +107,8 @@ impl Generator {
         // A base model's EOS ends a document; the template says what ends a turn, and answers are trained to end with it.
         ends.extend(tokenizer.turn_end().filter(|end| !ends.contains(end)));
         let sequences = (0..count).map(|_| Sequence::default()).collect();
-        let vocabulary = vocabulary(&model.graph);
-        Generator { decoder, ends, tokenizer, length, vocabulary, sequences, begun: 0 }
+        let bounds = Bounds { length, vocabulary: vocabulary(&model.graph) };
+        Generator { decoder, ends, tokenizer, bounds, sequences, begun: 0 }
     }
 
     /// What computes.
@@ -98,9 +121,9 @@ impl Generator {
         &self.tokenizer
     }
 
-    /// Tokens of a text at most: what the model was made for, or what there is room for.
-    pub fn length(&self) -> usize {
-        self.length
+    /// What texts it goes on with.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
     }
 
     /// Sequences that no answer has.
@@ -131,7 +154,7 @@ impl Generator {
     /// # Errors
     /// None of them, so many that they fill the model's length, or one that the model does not have; no free sequence.
     pub fn begin(&mut self, adapter: Option<usize>, ids: Vec<u32>, sampling: &Sampling) -> Result<Answer> {
-        self.check(&ids)?;
+        self.bounds.check(&ids)?;
         let prompt = ids.len();
         // What is the same as in an earlier text is not computed again, but for one token, after which logits are needed.
         let same = |own: &Sequence| match own.adapter == adapter {
@@ -151,21 +174,6 @@ impl Generator {
         Ok(Answer::new(adapter, (at, lease), ids, sampling))
     }
 
-    /// Refuses tokens that nothing can follow.
-    ///
-    /// # Errors
-    /// As [`begin`](Self::begin).
-    pub fn check(&self, ids: &[u32]) -> Result<()> {
-        let (prompt, length) = (ids.len(), self.length);
-        if prompt == 0 {
-            return Err(Error::input("there is nothing to answer"));
-        }
-        if prompt >= length {
-            return Err(Error::input(format!("the conversation has {prompt} tokens, there is room for {length}")));
-        }
-        refuse_foreign_tokens(ids, self.vocabulary)
-    }
-
     /// Goes on with an answer, by a token or by a part of its prompt; returns what it adds to the text, or `None` at the end.
     ///
     /// # Errors
@@ -183,7 +191,7 @@ impl Generator {
                 results[at] = Ok(None);
                 continue;
             }
-            let full = (answer.ids.len() >= self.length).then_some(Stop::Length);
+            let full = (answer.ids.len() >= self.bounds.length).then_some(Stop::Length);
             if let Some(stop) = (answer.ids().len() >= answer.limit).then_some(Stop::Limit).or(full) {
                 results[at] = Ok(answer.end(stop, &self.tokenizer));
                 continue;
@@ -212,11 +220,9 @@ impl Generator {
         let logits = match self.decoder.append(answers[pass[0]].adapter, &new) {
             Ok(logits) => logits,
             Err(e) => {
-                let mut own = Some(e);
-                let text = own.as_ref().map(ToString::to_string).unwrap_or_default();
                 for at in pass {
                     answers[*at].end(Stop::Interrupt, &self.tokenizer);
-                    results[*at] = Err(own.take().unwrap_or_else(|| Error::run(text.clone())));
+                    results[*at] = Err(e.clone());
                 }
                 return;
             }

@@ -12,5 +12,6 @@ pub(crate) mod merge;
 pub mod new;
 pub(crate) mod plan;
 pub(crate) mod selftest;
+pub(crate) mod serve;
 pub(crate) mod train;
 pub(crate) mod ui;

@@ -196,7 +196,8 @@ fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapters = vec![adapter(graph, false)?, other_adapter(graph)?];
-    let (source, wanted) = (Source::Given(values_of(numbers(options))), Sequences { count: 5, tokens: Some(1024) });
+    let (source, wanted) =
+        (Source::Given(values_of(numbers(options))), Sequences { count: 5, most: 1024, least: 1024 });
     let hidden = ProgressBar::hidden();
     let mut gpu = CudaDecoder::load(gpu, graph.clone(), &source, adapters.clone(), wanted, (room, options), &hidden)?;
     let engine = engine_as(graph, Adapter::idle(graph)?, numbers(options))?;
