@@ -126,6 +126,11 @@ impl CudaDecoder {
         })
     }
 
+    /// The GPU, for times and memory.
+    pub fn gpu(&self) -> &Gpu {
+        self.device.gpu()
+    }
+
     /// Has an adapter in the device's place for one.
     fn exchange(&mut self, adapter: usize) -> Result<()> {
         if adapter != self.current

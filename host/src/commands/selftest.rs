@@ -193,6 +193,9 @@ fn exchange(options: &SelftestOptions, group: &mut dyn ProcessGroup, local_rank:
 /// Compares logits of sequences that grow by many tokens and by one, alone and beside others, with either of two adapters and without, and
 /// are taken back; a line of the table.
 fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -> Result<bool> {
+    let mut graph = graph.clone();
+    choose_all(&mut graph);
+    let graph = &graph;
     let gpu = card.open()?;
     let room = cuda::room(&gpu, None, None)?;
     let adapters = vec![adapter(graph, false)?, other_adapter(graph)?];
@@ -297,6 +300,9 @@ fn choose_all(graph: &mut ModelGraph) {
             _ => continue,
         };
         node.attrs.insert("top_k".into(), json!(experts));
+        if let Some(groups) = node.attrs.get("groups").cloned() {
+            node.attrs.insert("top_groups".into(), groups);
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Matmuls: cuBLASLt's, and kernels of our own, which take more than it does into their ends. Which of them computes a class of shapes is
-//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits. Matmuls of one row have
-//! a kernel of their own.
+//! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits. Matmuls of one row,
+//! and of few, have kernels of their own.
 
 mod ampere;
 mod dispatch;
+mod few;
 mod gemm;
 mod gemv;
 mod hopper;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use dispatch::Gated;
 pub(super) use dispatch::{gates, has_fp8};
+pub(crate) use few::MOST as FEW;
 pub use gemm::Gates;
 pub(crate) use gemm::{Fp8, Gemm, Groups};
 pub(super) use library::WORKSPACE;
@@ -38,7 +40,7 @@ pub(super) struct On<'a> {
 }
 
 /// Kernels of our own.
-pub(super) static SOURCES: [&Source; 3] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE];
+pub(super) static SOURCES: [&Source; 4] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE, &few::SOURCE];
 
 /// All matmuls of one GPU.
 pub(super) struct Matmuls {
@@ -212,6 +214,9 @@ impl Matmuls {
         matmul.alignments = of.map(|v| 1 << v.at.trailing_zeros().min(8));
         if matmul.is_gemv() {
             return matmul.start_gemv(on, operands);
+        }
+        if matmul.is_few() {
+            return matmul.start_few(on, operands);
         }
         let mut plans = self.plans.borrow_mut();
         let (plan, algorithm) = match plans.entry(matmul) {

@@ -1,4 +1,6 @@
-//! `dpo-host bench`: speed and memory of training, with random weights of a published shape.
+//! `dpo-host bench`: speed and memory of training, or of answers, with random weights of a published shape.
+
+mod answers;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -55,6 +57,9 @@ pub(crate) struct BenchOptions {
     /// Examples a step, for each GPU
     #[arg(long, default_value_t = 16)]
     batch_size: usize,
+    /// Measure answers instead of training: so many sequences at once, each number by itself
+    #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', value_parser = sequences)]
+    sequences: Vec<usize>,
     /// Numbers of GPUs, each measured by itself
     #[arg(long, value_name = "N", num_args = 1.., value_delimiter = ',', default_value = "1")]
     gpus: Vec<usize>,
@@ -108,6 +113,11 @@ fn of_experts(graph: &ModelGraph) -> usize {
         _ => 0,
     };
     graph.parts().flat_map(|(_, block)| &block.nodes).map(of).sum()
+}
+
+fn sequences(text: &str) -> std::result::Result<usize, String> {
+    let count = text.parse().ok().filter(|count| (1..=256).contains(count));
+    count.ok_or_else(|| "a number from 1 to 256".to_owned())
 }
 
 /// What `--shape` may be.
@@ -197,6 +207,9 @@ const PEAKS: &[(&str, f64)] = &[
 pub(crate) fn bench(registry: &Registry, options: &BenchOptions) -> Result<()> {
     if let Some(place) = Place::from_environment()? {
         return ranks::work(&place, |ranks| measure(registry, options, ranks, Some(place.local_rank)));
+    }
+    if !options.sequences.is_empty() {
+        return answers::measure(registry, options);
     }
     options.gpus.iter().try_for_each(|gpus| match gpus {
         1 => measure(registry, options, &mut Alone, None),
