@@ -39,7 +39,8 @@ impl Server {
     fn begin(&self, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
         let (host, length) = (&self.address, body.len());
-        let head = format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}\r\n");
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Length: {length}\r\n");
         stream.write_all(format!("{head}{headers}\r\n{body}").as_bytes()).unwrap();
         stream
     }
@@ -102,7 +103,8 @@ fn read(mut stream: TcpStream) -> (u16, String) {
 
 /// A greedy chat of a few tokens.
 fn chat(model: &str, more: Value) -> Value {
-    let mut body = json!({"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0});
+    let mut body =
+        json!({"model": model, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0});
     body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     body
 }
@@ -121,7 +123,19 @@ fn chats_completions_and_streams() {
     assert_eq!(server.send("GET", "/health", "", "").0, 200);
     // As `chat` answers.
     let (model, adapter) = (case.join("model").display().to_string(), case.join("final_adapter").display().to_string());
-    let said = ["chat", "--device", "cpu", "--model", &model, "--adapter", &adapter, "--compare", "--json", "--temperature", "0"];
+    let said = [
+        "chat",
+        "--device",
+        "cpu",
+        "--model",
+        &model,
+        "--adapter",
+        &adapter,
+        "--compare",
+        "--json",
+        "--temperature",
+        "0",
+    ];
     let said = sandbox.ok(&[&said[..], &["--max-new-tokens", "12", "--prompt", "hello"]].concat()).stdout;
     let said: Value = serde_json::from_str(&said).unwrap();
     for name in names {
@@ -132,7 +146,8 @@ fn chats_completions_and_streams() {
         assert_eq!((&answer["object"], &answer["usage"]["total_tokens"]), (&json!("chat.completion"), &json!(total)));
         let reason = if said[name]["stop"] == "turn" { "stop" } else { "length" };
         assert_eq!(answer["choices"][0]["finish_reason"], reason);
-        let events = server.stream(CHATS, &chat(name, json!({"stream": true, "stream_options": {"include_usage": true}})));
+        let events =
+            server.stream(CHATS, &chat(name, json!({"stream": true, "stream_options": {"include_usage": true}})));
         let parts = events.iter().filter_map(|e| e["choices"][0]["delta"]["content"].as_str());
         assert_eq!(parts.collect::<String>(), text(&answer));
         assert_eq!(events[0]["choices"][0]["delta"]["role"], "assistant");
@@ -148,7 +163,10 @@ fn chats_completions_and_streams() {
     let told = server.chat("base", json!({"logprobs": true, "top_logprobs": 2}));
     for token in told["choices"][0]["logprobs"]["content"].as_array().unwrap() {
         let top = token["top_logprobs"].as_array().unwrap();
-        assert!(top.len() == 2 && token["logprob"] == top[0]["logprob"] && token["logprob"].as_f64().unwrap() < 0.0, "{token}");
+        assert!(
+            top.len() == 2 && token["logprob"] == top[0]["logprob"] && token["logprob"].as_f64().unwrap() < 0.0,
+            "{token}"
+        );
     }
     let whole = server.chat("base", json!({}));
     let stop: String = text(&whole).chars().skip(4).take(3).collect();
@@ -162,12 +180,18 @@ fn chats_completions_and_streams() {
         body
     };
     let (status, one) = server.post(COMPLETIONS, &greedy(json!({"prompt": [5, 9, 40, 7], "logprobs": 1})));
-    assert_eq!((status, &one["object"], one["usage"]["prompt_tokens"].as_u64()), (200, &json!("text_completion"), Some(4)));
+    assert_eq!(
+        (status, &one["object"], one["usage"]["prompt_tokens"].as_u64()),
+        (200, &json!("text_completion"), Some(4))
+    );
     let tokens = one["choices"][0]["logprobs"]["tokens"].as_array().unwrap().len() as u64;
     assert_eq!(one["usage"]["completion_tokens"], tokens);
     let (_, two) = server.post(COMPLETIONS, &greedy(json!({"prompt": [[5, 9, 40, 7], [8, 8]], "n": 2})));
     assert_eq!(two["choices"].as_array().unwrap().len(), 4);
-    assert_eq!((&two["choices"][0]["text"], &two["choices"][1]["text"]), (&one["choices"][0]["text"], &one["choices"][0]["text"]));
+    assert_eq!(
+        (&two["choices"][0]["text"], &two["choices"][1]["text"]),
+        (&one["choices"][0]["text"], &one["choices"][0]["text"])
+    );
     let echoed = server.stream(COMPLETIONS, &greedy(json!({"prompt": "hello", "echo": true, "stream": true})));
     let echoed: String = echoed.iter().filter_map(|e| e["choices"][0]["text"].as_str()).collect();
     let (_, plain) = server.post(COMPLETIONS, &greedy(json!({"prompt": "hello"})));
@@ -185,14 +209,16 @@ fn answers_at_once_are_those_of_each_alone() {
     };
     let alone: Vec<Value> = (0..24).map(|at| server.post(COMPLETIONS, &body(at)).1["choices"].clone()).collect();
     // Clients that leave in the middle, and one that does not read, hold up nobody.
-    let long = |stream: bool| json!({"model": "base", "prompt": [1], "max_tokens": 300, "ignore_eos": true, "stream": stream});
+    let long =
+        |stream: bool| json!({"model": "base", "prompt": [1], "max_tokens": 300, "ignore_eos": true, "stream": stream});
     let idle = server.begin("POST", COMPLETIONS, JSON, &long(true).to_string());
     (0..6).for_each(|_| drop(server.begin("POST", COMPLETIONS, JSON, &long(false).to_string())));
     std::thread::scope(|scope| {
         let all: Vec<_> = (0..24).map(|at| scope.spawn(move || (at, body(at)))).collect();
         let bodies: Vec<(usize, Value)> = all.into_iter().map(|thread| thread.join().unwrap()).collect();
         let server = &server;
-        let asked: Vec<_> = bodies.iter().map(|(at, body)| scope.spawn(move || (*at, server.post(COMPLETIONS, body)))).collect();
+        let asked: Vec<_> =
+            bodies.iter().map(|(at, body)| scope.spawn(move || (*at, server.post(COMPLETIONS, body)))).collect();
         for thread in asked {
             let (at, (status, answer)) = thread.join().unwrap();
             assert_eq!((status, &answer["choices"]), (200, &alone[at]), "{at}");
@@ -230,7 +256,12 @@ fn what_is_refused_is_told() {
         (json!({"messages": []}), 400, "messages", "a message at least"),
         (json!({"messages": [{"role": "wizard", "content": "hi"}]}), 400, "messages", "wizard"),
         (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), 400, "messages", "not text"),
-        (json!({"messages": [{"role": "user", "content": "rice ".repeat(80)}]}), 400, "messages", "there is room for 64"),
+        (
+            json!({"messages": [{"role": "user", "content": "rice ".repeat(80)}]}),
+            400,
+            "messages",
+            "there is room for 64",
+        ),
     ] {
         refused(CHATS, chat("base", more), status, param, part);
     }
@@ -269,14 +300,19 @@ fn who_is_let_in() {
     let open = Server::start(&sandbox, &[]);
     let of_host = |server: &Server, host: &str, more: &str| {
         let mut stream = TcpStream::connect(&server.address).unwrap();
-        stream.write_all(format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{more}\r\n").as_bytes()).unwrap();
+        stream
+            .write_all(format!("GET /v1/models HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{more}\r\n").as_bytes())
+            .unwrap();
         read(stream).0
     };
     assert_eq!([of_host(&open, "localhost", ""), of_host(&open, "evil.example", "")], [200, 421]);
     let closed = Server::start(&sandbox, &["--api-key", "secret"]);
     let key = "Authorization: Bearer secret\r\n";
     assert_eq!(of_host(&closed, "any.example", key), 200);
-    assert_eq!([of_host(&closed, "localhost", ""), of_host(&closed, "localhost", "Authorization: Bearer no\r\n")], [401, 401]);
+    assert_eq!(
+        [of_host(&closed, "localhost", ""), of_host(&closed, "localhost", "Authorization: Bearer no\r\n")],
+        [401, 401]
+    );
     assert_eq!(closed.send("POST", CHATS, JSON, &chat("base", json!({})).to_string()).0, 401);
     assert_eq!(closed.send("POST", CHATS, &format!("{JSON}{key}"), &chat("base", json!({})).to_string()).0, 200);
 }

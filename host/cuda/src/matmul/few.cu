@@ -23,13 +23,35 @@ __device__ __forceinline__ uint4 load_once(const bf16* p) {
     return v;
 }
 
-// Eight values from column `c` on of a row of k; what lies behind it is anything, not numbers alone.
-template <bool ONCE>
-__device__ __forceinline__ uint4 eight(const bf16* of, int c, int k) {
-    if (c >= k) return make_uint4(0, 0, 0, 0);
-    uint4 v = ONCE ? load_once(of + c) : *(const uint4*)(of + c);
-    if (k - c < 8) cut(v, k - c);
-    return v;
+// Adds the products of AHEAD times STEP columns. Those of a WHOLE step are all there: then no load waits for another. What lies behind a
+// row of k is anything, not numbers alone.
+template <int TILES, bool WHOLE>
+__device__ __forceinline__ void step(float (&c)[TILES][4], const bf16* low, const bf16* high, const bf16* const (&rows)[TILES], int from, int k) {
+    uint4 a[AHEAD][2], b[AHEAD][TILES], none = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int s = 0; s < AHEAD; s++) {
+        int at = from + s * STEP;
+        bool inside = WHOLE || at < k;
+        a[s][0] = inside ? load_once(low + at) : none, a[s][1] = inside ? load_once(high + at) : none;
+#pragma unroll
+        for (int i = 0; i < TILES; i++) b[s][i] = inside ? *(const uint4*)(rows[i] + at) : none;
+    }
+#pragma unroll
+    for (int s = 0; s < AHEAD; s++) {
+        int count = k - from - s * STEP;
+        if (!WHOLE && count > 0 && count < 8) {
+            cut(a[s][0], count), cut(a[s][1], count);
+#pragma unroll
+            for (int i = 0; i < TILES; i++) cut(b[s][i], count);
+        }
+        u32 left[2][4] = {{a[s][0].x, a[s][1].x, a[s][0].y, a[s][1].y}, {a[s][0].z, a[s][1].z, a[s][0].w, a[s][1].w}};
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+            u32 right[2][2] = {{b[s][i].x, b[s][i].y}, {b[s][i].z, b[s][i].w}};
+            mma(c[i], left[0], right[0]);
+            mma(c[i], left[1], right[1]);
+        }
+    }
 }
 
 // The products of TILES times eight rows of X with two times eight rows of W, of which a lane's are `low` and `high`; in `sums` by row of X,
@@ -42,25 +64,9 @@ __device__ __forceinline__ void products(float (*sums)[ROWS], const bf16* low, c
 #pragma unroll
     for (int i = 0; i < TILES; i++) rows[i] = row(x, min(i * 8 + g, m - 1));
     float c[TILES][4] = {};
-    for (int from = warp * STEP * AHEAD; from < k; from += WARPS * STEP * AHEAD) {
-        uint4 a[AHEAD][2];
-#pragma unroll
-        for (int s = 0; s < AHEAD; s++) {
-            int at = from + s * STEP + t * 8;
-            a[s][0] = eight<true>(low, at, k), a[s][1] = eight<true>(high, at, k);
-        }
-#pragma unroll
-        for (int s = 0; s < AHEAD; s++) {
-            u32 left[2][4] = {{a[s][0].x, a[s][1].x, a[s][0].y, a[s][1].y}, {a[s][0].z, a[s][1].z, a[s][0].w, a[s][1].w}};
-#pragma unroll
-            for (int i = 0; i < TILES; i++) {
-                uint4 b = eight<false>(rows[i], from + s * STEP + t * 8, k);
-                u32 right[2][2] = {{b.x, b.y}, {b.z, b.w}};
-                mma(c[i], left[0], right[0]);
-                mma(c[i], left[1], right[1]);
-            }
-        }
-    }
+    int from = warp * STEP * AHEAD;
+    for (; from + STEP * AHEAD <= k; from += WARPS * STEP * AHEAD) step<TILES, true>(c, low, high, rows, from + t * 8, k);
+    if (from < k) step<TILES, false>(c, low, high, rows, from + t * 8, k);
 #pragma unroll
     for (int i = 0; i < TILES; i++)
 #pragma unroll

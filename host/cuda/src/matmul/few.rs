@@ -32,6 +32,9 @@ const ROWS: usize = 16;
 /// Rows of the kernels' tiles; those of the last are the most that there may be.
 const TILES: [usize; 3] = [8, 16, 32];
 
+/// Columns of a product for which there are blocks enough to read its weights: with less, cuBLASLt cuts the sums.
+const LEAST_COLUMNS: usize = 512;
+
 /// Most rows of a matmul of few.
 pub(crate) const MOST: usize = TILES[TILES.len() - 1];
 
@@ -44,7 +47,10 @@ impl Matmul {
     /// Whether it is the product of a few rows with weights `[n, k]` that are read in pieces of 16 bytes.
     pub(super) fn is_few(&self) -> bool {
         let weights = !self.a_transposed && self.b_transposed && self.lds[..2].iter().all(|ld| ld % 8 == 0);
-        (2..=MOST).contains(&self.m) && weights && self.alignments[..2].iter().all(|a| *a >= 16)
+        (2..=MOST).contains(&self.m)
+            && self.n >= LEAST_COLUMNS
+            && weights
+            && self.alignments[..2].iter().all(|a| *a >= 16)
     }
 
     /// Starts it, where it [is one](Self::is_few).
