@@ -213,14 +213,11 @@ fn answers_at_once_are_those_of_each_alone() {
         |stream: bool| json!({"model": "base", "prompt": [1], "max_tokens": 300, "ignore_eos": true, "stream": stream});
     let idle = server.begin("POST", COMPLETIONS, JSON, &long(true).to_string());
     (0..6).for_each(|_| drop(server.begin("POST", COMPLETIONS, JSON, &long(false).to_string())));
+    let (server, bodies) = (&server, (0..24).map(body).collect::<Vec<Value>>());
     std::thread::scope(|scope| {
-        let all: Vec<_> = (0..24).map(|at| scope.spawn(move || (at, body(at)))).collect();
-        let bodies: Vec<(usize, Value)> = all.into_iter().map(|thread| thread.join().unwrap()).collect();
-        let server = &server;
-        let asked: Vec<_> =
-            bodies.iter().map(|(at, body)| scope.spawn(move || (*at, server.post(COMPLETIONS, body)))).collect();
-        for thread in asked {
-            let (at, (status, answer)) = thread.join().unwrap();
+        let asked: Vec<_> = bodies.iter().map(|body| scope.spawn(move || server.post(COMPLETIONS, body))).collect();
+        for (at, thread) in asked.into_iter().enumerate() {
+            let (status, answer) = thread.join().unwrap();
             assert_eq!((status, &answer["choices"]), (200, &alone[at]), "{at}");
         }
     });
@@ -232,7 +229,7 @@ fn answers_at_once_are_those_of_each_alone() {
 fn what_is_refused_is_told() {
     let sandbox = sandbox();
     let server = Server::start(&sandbox, &["--max-model-len", "64"]);
-    let mut refused = |path: &str, body: Value, status: u16, param: &str, part: &str| {
+    let refused = |path: &str, body: Value, status: u16, param: &str, part: &str| {
         let (is, answer) = server.post(path, &body);
         let error = &answer["error"];
         let told = error["message"].as_str().is_some_and(|m| m.contains(part)) && error["param"] == json!(param);
