@@ -70,6 +70,9 @@ impl Card {
 /// Most that log-probs and gradients may differ, as the norm of the difference over the norm: bf16 keeps eight bits.
 const TOLERANCE: f64 = 0.03;
 
+/// The same of the logits of an answer's next token, which are not averaged with others': the worst of some forty.
+const ANSWER_TOLERANCE: f64 = 0.05;
+
 /// The same where values and gradients are rounded to e4m3 before every product, which the CPU does not do.
 const FP8_TOLERANCE: f64 = 0.08;
 
@@ -159,7 +162,7 @@ pub(crate) fn selftest(registry: &Registry, options: &SelftestOptions) -> Result
         return Err(Error::run(format!("{failures} of the comparisons failed")));
     }
     println!(
-        "all within {TOLERANCE} (losses {LOSS_TOLERANCE}; fp8 {FP8_TOLERANCE}; where experts are chosen, gradients {CHOICE_TOLERANCE}, losses {CHOICE_LOSS_TOLERANCE})"
+        "all within {TOLERANCE} (answers {ANSWER_TOLERANCE}; losses {LOSS_TOLERANCE}; fp8 {FP8_TOLERANCE}; where experts are chosen, gradients {CHOICE_TOLERANCE}, losses {CHOICE_LOSS_TOLERANCE})"
     );
     Ok(())
 }
@@ -236,7 +239,7 @@ fn answers(card: Card, name: &str, graph: &ModelGraph, options: MemoryOptions) -
         let new: Vec<(usize, &[u32])> = (0..5).map(|at| (at, &ids[at..at + 1])).collect();
         compare(gpu.append(Some(1), &new)?, cpu.append(Some(1), &new)?);
     }
-    let good = worst < tolerance(options);
+    let good = worst < tolerance(options).max(ANSWER_TOLERANCE);
     println!("{:<44} {worst:>10.5} {}", format!("{name}, answers"), if good { "" } else { "FAILED" });
     Ok(good)
 }

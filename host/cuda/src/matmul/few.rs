@@ -25,12 +25,12 @@ pub(crate) static SOURCE: Source = Source {
     )
 };
 
-/// Threads of a block, and rows of the weights that it has, as `few.cu` has them.
+/// Threads of a block, as `few.cu` has them.
 const THREADS: u32 = 256;
-const ROWS: usize = 16;
 
-/// Rows of the kernels' tiles; those of the last are the most that there may be.
+/// Rows of the kernels' tiles, of which those of the last are the most that there may be, and rows of the weights that a block then has.
 const TILES: [usize; 3] = [8, 16, 32];
+const ROWS: [usize; 3] = [16, 16, 32];
 
 /// Columns of a product for which there are blocks enough to read its weights: with less, cuBLASLt cuts the sums.
 const LEAST_COLUMNS: usize = 512;
@@ -62,7 +62,7 @@ impl Matmul {
         let names =
             if self.wide { ["few_wide_8", "few_wide_16", "few_wide_32"] } else { ["few_8", "few_16", "few_32"] };
         let kernel = on.kernels.get(names[tile(self.m)])?;
-        on.gpu.launch(kernel, [self.n.div_ceil(ROWS), 1, 1], [THREADS, 1, 1], 0, args)
+        on.gpu.launch(kernel, [self.n.div_ceil(ROWS[tile(self.m)]), 1, 1], [THREADS, 1, 1], 0, args)
     }
 }
 
@@ -72,6 +72,6 @@ impl Gated {
         let args = Args::default().with(x).with(weights).with(h).with(m as i32).with(self.width as i32);
         let args = args.with(k as i32).with(self.activation as i32).with(self.limit);
         let kernel = on.kernels.get(["few_gated_8", "few_gated_16", "few_gated_32"][tile(m)])?;
-        on.gpu.launch(kernel, [self.width.div_ceil(ROWS / 2), 1, 1], [THREADS, 1, 1], 0, args)
+        on.gpu.launch(kernel, [self.width.div_ceil(ROWS[tile(m)] / 2), 1, 1], [THREADS, 1, 1], 0, args)
     }
 }
