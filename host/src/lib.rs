@@ -17,7 +17,7 @@ use args::train::TrainArgs;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, train, ui};
+use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, push, selftest, train, ui};
 use dpo_core::console;
 use dpo_core::error::{Kind, Result};
 use dpo_plugins::Registry;
@@ -71,6 +71,11 @@ enum Command {
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
     Merge(merge::MergeOptions),
+    /// Push an adapter, a merged model or a GGUF file to Hugging Face or ModelScope, with a model card
+    ///
+    /// Of a run's folder its adapter, tokenizer files and a card go up: no checkpoint, no log, no row. A push that broke off goes
+    /// on when it is begun again.
+    Push(push::PushOptions),
     /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
     Ui(ui::UiOptions),
     /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
@@ -199,6 +204,7 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Eval(options) => eval::eval(&registry, &options),
         Command::Chat(options) => chat::chat(&registry, &options),
         Command::Merge(options) => merge::merge(&registry, &options),
+        Command::Push(options) => push::push(&options),
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),

@@ -1,8 +1,9 @@
-//! What a person sees of runs: the live page of `train --dashboard` and `ui`, and `report.html`.
+//! What a person sees of runs: the live page of `train --dashboard` and `ui`, `report.html`, and the card of a model that is pushed.
 //!
 //! All of it knows a run by the files in its folder and by nothing else, so that a run that goes on, one that ended and one
 //! that was copied from another machine look the same.
 
+mod card;
 mod chart;
 mod connections;
 mod excerpt;
@@ -11,6 +12,7 @@ mod runs;
 mod server;
 mod settings;
 
+pub use card::{Card, PICTURE, Weights};
 pub use report::write as write_report;
 pub use runs::Runs;
 pub use server::{Server, Watchers};
