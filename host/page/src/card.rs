@@ -181,7 +181,7 @@ impl Card<'_> {
             let id: Vec<&str> = named.split('/').take(2).collect();
             let is_plain =
                 |part: &&str| !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-            (hub == self.prefix && id.len() == 2 && id.iter().all(|part| is_plain(part))).then(|| id.join("/"))
+            (hub == self.prefix && id.len() == 2 && id.iter().all(is_plain)).then(|| id.join("/"))
         };
         let mut ids: Vec<String> = args["dataset"].as_array().into_iter().flatten().filter_map(id).collect();
         ids.dedup();
@@ -326,9 +326,13 @@ fn settings(args: &Value, facts: &Value) -> String {
     };
     let told =
         |value: &&Value| !value.is_null() && *value != &Value::Array(Vec::new()) && *value != &Value::from(false);
+    // What flags left open: what they came to, and options of losses.
+    let resolved = &args["resolved"];
+    let option = |name: &str| resolved["losses"].as_array()?.iter().find_map(|loss| loss["options"].get(name));
     let rows = SETTINGS.iter().filter_map(|name| {
-        let resolved = &args["resolved"]["settings"][format!("--{}", name.replace('_', "-"))];
-        let value = args.get(*name).filter(told).filter(|v| *v != "auto").or(Some(resolved)).filter(told)?;
+        let came = &resolved["settings"][format!("--{}", name.replace('_', "-"))];
+        let given = args.get(*name).filter(|value| *value != "auto");
+        let value = [given, Some(came), option(name)].into_iter().flatten().find(told)?;
         // A start that is a path of this machine, and patterns, are left out.
         let value = text(value);
         (!value.contains(['/', '|', '\n'])).then(|| format!("| `{name}` | {value} |\n"))

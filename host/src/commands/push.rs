@@ -124,7 +124,7 @@ pub(crate) fn push(options: &PushOptions) -> Result<()> {
     let pushed = upload::push(&name, &sources, &card, &terms)?;
     console::result(match pushed.files {
         0 => format!("pushed      nothing: all is there already, {}", pushed.page),
-        files => format!("pushed      {files} files, {} of them large: {}", size(pushed.sent as usize), pushed.page),
+        files => format!("pushed      {files} files: {}", pushed.page),
     });
     Ok(())
 }

@@ -36,8 +36,6 @@ pub struct Pushed {
     pub page: String,
     /// Files that are new or changed.
     pub files: usize,
-    /// Bytes that were sent as objects.
-    pub sent: u64,
 }
 
 /// How a file goes up.
@@ -111,7 +109,7 @@ pub fn push(name: &Name, files: &[Source], card: &[Source], terms: &Terms) -> Re
         );
     }
     let all: Vec<&Source> = files.iter().chain(card.iter().filter(|_| takes_card)).collect();
-    let (mut sent, mut ignored_told) = (0, false);
+    let mut ignored_told = false;
     // A commit whose answer was lost may have been made: the next try finds nothing left to do.
     let changed = patiently(|| {
         let modes = repository.modes(&all)?;
@@ -126,12 +124,12 @@ pub fn push(name: &Name, files: &[Source], card: &[Source], terms: &Terms) -> Re
             return Ok(0);
         }
         let large: Vec<&Source> = changed.iter().filter(|(_, m)| *m == Mode::Object).map(|(f, _)| *f).collect();
-        sent += objects::send(&client, name, &repository.objects(), &large)?;
+        objects::send(&client, name, &repository.objects(), &large)?;
         all.iter().try_for_each(|file| file.unchanged())?;
         repository.commit(&changed, &terms.message)?;
         Ok(changed.len())
     });
-    Ok(Pushed { page: repository.page(), files: changed.map_err(at)?, sent })
+    Ok(Pushed { page: repository.page(), files: changed.map_err(at)? })
 }
 
 /// Whether the card that a repository has is this one, or one that a push wrote and nobody changed, or there is none.

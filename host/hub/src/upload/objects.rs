@@ -48,9 +48,8 @@ enum Transfer {
     Expired(Reply),
 }
 
-/// Sends what the hub lacks, and returns how many bytes that was.
-pub(super) fn send(client: &Client, name: &Name, place: &Place, files: &[&Source]) -> Result<u64> {
-    let mut sent = 0;
+/// Sends what the hub lacks.
+pub(super) fn send(client: &Client, name: &Name, place: &Place, files: &[&Source]) -> Result<()> {
     for files in files.chunks(BATCH) {
         let actions = batch(client, name, place, files)?;
         let absent = files.iter().zip(&actions).filter(|(_, action)| !action.is_null());
@@ -60,10 +59,9 @@ pub(super) fn send(client: &Client, name: &Name, place: &Place, files: &[&Source
         }
         for (file, action) in absent {
             object(client, name, place, file, action).map_err(|e| e.at(file.path()))?;
-            sent += file.size();
         }
     }
-    Ok(sent)
+    Ok(())
 }
 
 /// Of each file what the server wants done; null where it has it.

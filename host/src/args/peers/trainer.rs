@@ -104,7 +104,7 @@ pub(super) const TABLE: &[Group] = &[
         "only of push_to_hub",
     ),
     named("hub_token", "tokens are those of HF_TOKEN, or of MODELSCOPE_API_TOKEN"),
-    refused("push_to_hub=false", "nothing is uploaded", "afterwards: hf upload OWNER/NAME FOLDER"),
+    refused("push_to_hub=false", "`train` uploads nothing", "afterwards: dpo-host push OWNER/NAME RUN"),
     refused("fp16=false", HALF, "leave it out: GPUs compute in bfloat16"),
     refused(
         "optim=|adamw_torch|adamw_torch_fused|adamw_torch_xla|adamw_torch_npu_fused|adamw_apex_fused|adamw_anyprecision\
