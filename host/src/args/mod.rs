@@ -8,6 +8,7 @@ pub(crate) mod lora;
 pub(crate) mod loss;
 pub(crate) mod model;
 pub mod peers;
+pub(crate) mod report;
 pub(crate) mod resolve;
 pub(crate) mod sampling;
 pub(crate) mod storage;

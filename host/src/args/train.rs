@@ -24,6 +24,7 @@ use super::data::DataArgs;
 use super::lora::{LORA_ALPHA, LORA_RANK, LoraArgs};
 use super::loss::LossArgs;
 use super::model::ModelArgs;
+use super::report::ReportArgs;
 use super::storage::StorageArgs;
 use super::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::demo;
@@ -219,6 +220,9 @@ pub(crate) struct TrainArgs {
     /// page]
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, default_missing_value = "true", help_heading = "Output")]
     dashboard: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    report: ReportArgs,
     /// Resume from a checkpoint folder, or from the latest one in --output-dir [default: start anew]
     #[arg(long, value_name = "DIR|latest", help_heading = "Output")]
     resume_from_checkpoint: Option<String>,
@@ -528,6 +532,7 @@ impl TrainArgs {
                 "latest" => Resume::Latest,
                 folder => Resume::From(folder.into()),
             }),
+            report: self.report.config(),
         }
     }
 }

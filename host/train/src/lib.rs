@@ -21,7 +21,7 @@ pub mod schedule;
 mod settings;
 mod setup;
 mod step;
-mod tensorboard;
+mod trackers;
 
 pub use metrics::{ExampleMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};

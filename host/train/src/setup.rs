@@ -34,7 +34,7 @@ use crate::reference::Reference;
 use crate::run::Run;
 use crate::run_dir::RunDir;
 use crate::samples::Samples;
-use crate::{before_after, next_steps, nonfinite, settings};
+use crate::{before_after, next_steps, nonfinite, settings, trackers};
 
 /// Trains as one of some ranks, on the device of a backend; returns the folder with the result. `attempt` counts how often a
 /// launcher has started these ranks again.
@@ -50,6 +50,7 @@ pub fn train(
 ) -> Result<PathBuf> {
     // What can be told without weights is told before the first of them is fetched or read.
     let objective = Objective::new(registry, &config.objective)?;
+    trackers::check(&config.output.report)?;
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, &config.reading)?;
     model.warn();
