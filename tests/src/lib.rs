@@ -1,6 +1,7 @@
 //! Shared helpers of the end-to-end tests: small random models in memory, and engines over them.
 
 pub mod hub;
+pub mod mlflow;
 pub mod nested;
 pub mod page;
 
