@@ -1,10 +1,13 @@
 """Checks what `train --report-to` writes with the trackers' own programs: the records of wandb and SwanLab as these read them, and
-a run on a real MLflow server, each against logging.jsonl, also of a run that was resumed.
+a run on a real MLflow server, each against logging.jsonl, also of a run that was resumed. Then `wandb sync` and `swanlab sync` send
+their files to a stand-in of their servers.
 
     pip install wandb swanlab mlflow && cargo build --release
     python tests/oracle/trackers.py target/release/dpo-host
 """
 
+import gzip
+import http.server
 import json
 import os
 import socket
@@ -12,6 +15,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -22,8 +26,9 @@ def expected(run):
     rows = []
     for line in (run / "logging.jsonl").read_text().splitlines():
         line = json.loads(line)
+        evaluation = any(name.startswith("eval_") for name in line)
         for name, value in line.items():
-            if name != "global_step" and isinstance(value, (int, float)):
+            if name != "global_step" and isinstance(value, (int, float)) and evaluation == name.startswith("eval_"):
                 name = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
                 rows.append((name, line["global_step"], float(value)))
     return sorted(rows)
@@ -116,6 +121,74 @@ def check_mlflow(run, uri, status):
 TIMES = ["train/tokens_per_second", "train/elapsed_s", "train/memory_gib"]
 
 
+class Cloud(http.server.BaseHTTPRequestHandler):
+    """As much of wandb's and SwanLab's servers as their `sync` needs; keeps what it is sent."""
+
+    sent = []
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
+        self.sent.append((self.path, body))
+        here = f"http://{self.headers['host']}"
+        owner = {"name": "tracked", "username": "me", "path": "me/tracked", "group": {"username": "me"}}
+        said = {}
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            names = asked.get("variables") or {}
+            project = {"id": "p", "name": "tracked", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "x", "name": names.get("name"), "displayName": "run", "config": "{}", "project": project}
+            files = [{"name": f, "uploadUrl": f"{here}/up/{f}"} for f in names.get("files") or []]
+            data = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+            data["createRunFiles"] = {"runID": "x", "uploadHeaders": [], "files": files}
+            said = {"data": data}
+        elif "login" in self.path:
+            said = {"sid": "s", "expiredAt": "2099-01-01T00:00:00.000Z", "userInfo": {"username": "me"}}
+        elif self.path.endswith("/experiment"):
+            said = {"cuid": "experiment", "name": "run", "slug": "run"}
+        elif self.path.startswith("/api/project/"):
+            said = {"cuid": "p", "visibility": "PRIVATE", "_count": {"experiments": 0}} | owner
+        said = json.dumps(said).encode()
+        self.send_response(201 if self.path.endswith("/experiment") else 200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    do_GET = do_POST = do_PUT = do_PATCH = answer
+
+
+def check_sync(run, work):
+    """Both `sync` commands send every number, at its step."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Cloud)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    programs = Path(sys.executable).parent
+    home = os.environ | {"HOME": str(work), "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
+    (of_wandb,), (of_swanlab,) = (run / "wandb").iterdir(), (run / "swanlab").iterdir()
+    subprocess.run([programs / "wandb", "sync", of_wandb], env=home, check=True)
+    id = of_swanlab.name.rsplit("-")[-1]
+    subprocess.run([programs / "swanlab", "sync", "-h", address, "-k", "0" * 21, "--id", id, of_swanlab], env=home, check=True)
+    rows, scalars = [], []
+    for path, body in Cloud.sent:
+        if path.endswith("file_stream"):
+            for line in json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", []):
+                line = json.loads(line)
+                step = line.pop("train/global_step")
+                rows += [(name, step, float(v)) for name, v in line.items() if not name.startswith("_")]
+        if path == "/api/house/metrics":
+            scalars += [(m["key"], m["index"], m["data"]) for m in json.loads(body)["metrics"]]
+    assert sorted(rows) == expected(run), (len(rows), len(expected(run)))
+    assert sorted(scalars) == expected(run), (len(scalars), len(expected(run)))
+    (experiment,) = [json.loads(body) for path, body in Cloud.sent if path.endswith("/experiment")]
+    assert experiment["cuid"] == id, experiment
+    (state,) = [json.loads(body)["state"] for path, body in Cloud.sent if path.endswith("/state")]
+    assert state == "FINISHED", state
+
+
 def main():
     binary, work = Path(sys.argv[1]).resolve(), Path(tempfile.mkdtemp())
     with socket.socket() as s:
@@ -146,6 +219,7 @@ def main():
             assert check_wandb(run, True) == first
             check_swanlab(run, True)
             check_mlflow(run, uri, "FINISHED")
+        check_sync(run, work)
     finally:
         server.terminate()
     print("the trackers read every number once")

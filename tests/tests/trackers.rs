@@ -38,7 +38,10 @@ fn run(s: &Sandbox, uri: &str, more: &[&str]) -> Ended {
 fn numbers(s: &Sandbox) -> Vec<(String, u64)> {
     let mut all = Vec::new();
     for line in log(&s.path("run")) {
-        for (name, value) in line.as_object().unwrap().iter().filter(|(name, _)| *name != "global_step") {
+        let line = line.as_object().unwrap();
+        let is_evaluation = line.keys().any(|name| name.starts_with("eval_"));
+        let own = |name: &str| name != "global_step" && name.starts_with("eval_") == is_evaluation;
+        for (name, value) in line.iter().filter(|(name, _)| own(name)) {
             let group = if name.starts_with("eval_") { "eval" } else { "train" };
             if value.is_number() {
                 let name = format!("{group}/{}", name.trim_start_matches("eval_"));

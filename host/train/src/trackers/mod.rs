@@ -133,10 +133,16 @@ fn step(line: &Line) -> u64 {
 }
 
 /// The numbers of a line by their names, those of evaluations apart from those of training, as transformers' trainer names them.
+/// The epoch in a line of an evaluation is in that of its step as well.
 fn numbers(line: &Line) -> impl Iterator<Item = (String, f64)> {
-    line.iter().filter(|(name, _)| *name != "global_step").filter_map(|(name, value)| {
-        let group = if name.starts_with("eval_") { "eval" } else { "train" };
-        Some((format!("{group}/{}", name.trim_start_matches("eval_")), value.as_f64()?))
+    let is_evaluation = line.keys().any(|name| name.starts_with("eval_"));
+    line.iter().filter(|(name, _)| *name != "global_step").filter_map(move |(name, value)| {
+        let name = match name.strip_prefix("eval_") {
+            Some(name) => format!("eval/{name}"),
+            None if is_evaluation => return None,
+            None => format!("train/{name}"),
+        };
+        Some((name, value.as_f64()?))
     })
 }
 

@@ -49,7 +49,8 @@ impl SwanLab {
         let config: String = about.settings().enumerate().map(setting).collect();
         let save = [field_text(1, "config"), field_number(5, 1), field_bytes(6, config.as_bytes())];
         records.append(&[record(START_NUM, START, &start.concat()), record(CONFIG_NUM, SAVE, &save.concat())])?;
-        console::line(format!("swanlab     offline; to send it: swanlab sync {}", folder.display()));
+        // With the id what is sent later goes on in the same experiment.
+        console::line(format!("swanlab     offline; to send it: swanlab sync --id {id} {}", folder.display()));
         Ok(SwanLab { records, count: 0, columns: BTreeSet::new() })
     }
 }

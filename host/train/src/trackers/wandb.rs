@@ -4,7 +4,7 @@ use super::protobuf::{field_bytes, field_number, field_text, field_time};
 use super::records::Records;
 use super::{About, End, Line, Tracker, now, numbers, offline, step, variable};
 use dpo_core::console;
-use dpo_core::error::Result;
+use dpo_core::error::{IoContext, Result};
 
 /// What a file begins with: `:W&B`, and the numbers of its version.
 const KIND: (&[u8; 4], u16, u8) = (b":W&B", 0xBEE1, 0);
@@ -33,6 +33,9 @@ pub(super) struct Wandb {
 impl Wandb {
     pub(super) fn create(about: &About<'_>) -> Result<Wandb> {
         let (folder, id) = offline(&about.folder.join("wandb"), "offline-run-")?;
+        // `wandb sync` writes what it makes of the records there.
+        let files = folder.join("files");
+        std::fs::create_dir_all(&files).writing(&files)?;
         let records = Records::create(folder.join(format!("run-{id}.wandb")), KIND)?;
         let mut wandb = Wandb { records, count: 0, lines: 0, start: now() };
         let version = field_bytes(1, concat!("dpo-host ", env!("CARGO_PKG_VERSION")).as_bytes());
