@@ -195,11 +195,16 @@ impl Client {
         })
     }
 
-    /// Whether the token is for this place, too.
-    fn is_shown(&self, place: &Uri, origin: &Origin) -> bool {
+    /// The headers that show the token, at a place that it is for: the hub, and where `siblings` are, hosts of its domain.
+    fn credentials(&self, place: &Uri, siblings: bool) -> Vec<(&'static str, String)> {
+        let (Some((secret, origin)), Some(to)) = (&self.secret, Origin::of(place)) else { return Vec::new() };
         let domain = format!(".{}", origin.1.trim_start_matches("www."));
-        let is_sibling = |to: &Origin| to.0 == "https" && to.0 == origin.0 && to.1.ends_with(&domain);
-        Origin::of(place).is_some_and(|to| to == *origin || (self.hub.siblings && is_sibling(&to)))
+        let is_sibling = siblings && to.0 == "https" && origin.0 == "https" && to.1.ends_with(&domain);
+        if to != *origin && !is_sibling {
+            return Vec::new();
+        }
+        let cookie = self.hub.cookie.map(|cookie| ("cookie", format!("{cookie}={secret}")));
+        [("authorization", format!("Bearer {secret}"))].into_iter().chain(cookie).collect()
     }
 
     /// Whether there is a token to show.
@@ -218,11 +223,8 @@ impl Client {
         let mut place: Uri = address.parse().map_err(|e| not_an_address(address, &e))?;
         for _ in 0..=REDIRECTS {
             let mut request = Request::builder().method(method.clone()).uri(&place);
-            if let Some((secret, _)) = self.secret.as_ref().filter(|(_, origin)| self.is_shown(&place, origin)) {
-                request = request.header("authorization", format!("Bearer {secret}"));
-                if let Some(cookie) = self.hub.cookie {
-                    request = request.header("cookie", format!("{cookie}={secret}"));
-                }
+            for (name, value) in self.credentials(&place, self.hub.siblings) {
+                request = request.header(name, value);
             }
             for (name, value) in headers {
                 request = request.header(*name, *value);
@@ -335,10 +337,8 @@ impl Client {
         let mut place: Uri = address.parse().map_err(|e| not_an_address(address, &e))?;
         for _ in 0..=REDIRECTS {
             let mut request = self.agent.get(&place);
-            if let Some((secret, origin)) = &self.secret
-                && Origin::of(&place).is_some_and(|to| to == *origin)
-            {
-                request = request.header("authorization", format!("Bearer {secret}"));
+            for (name, value) in self.credentials(&place, false) {
+                request = request.header(name, value);
             }
             if from > 0 {
                 request = request.header("range", format!("bytes={from}-"));
@@ -475,4 +475,31 @@ fn joined(from: &Uri, to: &str) -> Option<Uri> {
 
 fn host(address: &str) -> &str {
     address.split('/').nth(2).unwrap_or(address)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::*;
+    use crate::protocol::HUBS;
+
+    #[test]
+    fn a_token_goes_to_its_hub_and_where_its_client_sends_it() {
+        let shown = |hub: &'static Hub, endpoint: &str, place: &str, siblings: bool| {
+            let origin = Origin::of(&endpoint.parse().unwrap()).unwrap();
+            let client = Client { agent: agent().unwrap(), hub, secret: Some(("secret".into(), origin)) };
+            !client.credentials(&place.parse().unwrap(), siblings).is_empty()
+        };
+        let (hf, ms) = (&HUBS[0], &HUBS[1]);
+        assert!(shown(hf, "https://huggingface.co", "https://huggingface.co/api/models", hf.siblings));
+        let others = ["https://s3.amazonaws.com/x", "https://cdn.huggingface.co/x", "http://huggingface.co/x"];
+        others.iter().for_each(|place| assert!(!shown(hf, "https://huggingface.co", place, hf.siblings), "{place}"));
+        let home = "https://www.modelscope.cn";
+        assert!(shown(ms, home, "https://lfs.modelscope.cn/store", ms.siblings));
+        assert!(!shown(ms, home, "https://lfs.modelscope.cn/store", false));
+        for place in ["http://lfs.modelscope.cn/x", "https://evilmodelscope.cn/x", "https://modelscope.cn.evil.com/x"] {
+            assert!(!shown(ms, home, place, ms.siblings), "{place}");
+        }
+    }
 }

@@ -46,9 +46,9 @@ pub(super) struct Hub {
     pub(super) token: &'static str,
     /// Where a person gets one that may write.
     pub(super) tokens: &'static str,
-    /// The cookie that shows a token as well, where requests that send something may want it.
+    /// The cookie that shows a token as well, where some of the hub's requests want it so.
     pub(super) cookie: Option<&'static str>,
-    /// Whether other hosts of the hub's domain, to which large files go, want the token too.
+    /// Whether other hosts of the hub's domain, to which large files go up, want the token too.
     pub(super) siblings: bool,
     pub(super) layout: Layout,
     pub(super) endpoint: fn() -> String,

@@ -39,6 +39,10 @@ impl Place {
 const BATCH: usize = 64;
 /// How often addresses are asked for anew: they hold for some hours.
 const ROUNDS: usize = 3;
+/// Headers that are not taken from an answer.
+const OWN: [&str; 5] = ["authorization", "content-length", "cookie", "host", "transfer-encoding"];
+/// Bytes from which on it takes a while to know a file's hash.
+const LONG: u64 = 1 << 30;
 const LFS: &str = "application/vnd.git-lfs+json";
 
 /// How an object's transfer ended.
@@ -50,6 +54,10 @@ enum Transfer {
 
 /// Sends what the hub lacks.
 pub(super) fn send(client: &Client, name: &Name, place: &Place, files: &[&Source]) -> Result<()> {
+    for file in files.iter().filter(|file| file.size() >= LONG) {
+        console::line(format!("hashing     {}, {}", file.path(), amount(file.size())));
+        file.sha256()?;
+    }
     for files in files.chunks(BATCH) {
         let actions = batch(client, name, place, files)?;
         let absent = files.iter().zip(&actions).filter(|(_, action)| !action.is_null());
@@ -139,12 +147,10 @@ fn number(value: &Value) -> Option<u64> {
 
 /// The transfer `basic`.
 fn whole(client: &Client, file: &Source, (href, header): (&str, &Value), at: &dyn Fn(u64)) -> Result<Transfer> {
-    let headers: Vec<(&str, &str)> = header
-        .as_object()
-        .into_iter()
-        .flatten()
-        .filter_map(|(name, value)| Some((name.as_str(), value.as_str()?)))
-        .collect();
+    // How long it is follows from the file, and who asks from the token.
+    let own = |name: &str| OWN.iter().any(|own| own.eq_ignore_ascii_case(name));
+    let told = header.as_object().into_iter().flatten().filter(|(name, _)| !own(name));
+    let headers: Vec<(&str, &str)> = told.filter_map(|(name, value)| Some((name.as_str(), value.as_str()?))).collect();
     let reply = patiently(|| put(client, file, href, &headers, (0, file.size()), at))?;
     stored(reply)
 }
