@@ -141,6 +141,49 @@ fn a_run_goes_up_without_its_rows_and_its_checkpoint_with_its_own_numbers() {
 }
 
 #[test]
+fn names_of_hubs_are_told_and_paths_are_not() {
+    let (s, hub) = (sandbox(), hub());
+    let adapter = adapter(&s);
+    let file = format!("{adapter}/adapter_config.json");
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let cached = "/home/me/hf/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/0123abcd";
+    let cases = [
+        (cached, "me/cached", Some("Qwen/Qwen2.5-7B-Instruct")),
+        ("Qwen/Qwen3-8B@v1", "me/named", Some("Qwen/Qwen3-8B")),
+        ("ms::Qwen/Qwen3-8B", "ms::me/named", Some("Qwen/Qwen3-8B")),
+        ("ms::Qwen/Qwen3-8B", "me/other", None),
+        ("/home/me/models/Qwen3-8B", "me/path", None),
+    ];
+    s.write("adapter/run.json", r#"{"examples": 7, "data": {"noun": "pair", "unique_tokens": 70}}"#);
+    let rows = "hf::trl-lib/ultrafeedback_binarized#500";
+    s.write(
+        "adapter/args.json",
+        &format!(r#"{{"dataset": ["{rows}", "/home/me/rows.jsonl"], "loss": ["kto"], "beta": 0.3}}"#),
+    );
+    for (named, to, known) in cases {
+        let mut config = config.clone();
+        config["base_model_name_or_path"] = named.into();
+        std::fs::write(&file, config.to_string()).unwrap();
+        let ended = ok(&s, &hub, &[to, &adapter, "--overwrite-card"]);
+        let sent: serde_json::Value = serde_json::from_slice(&content(&hub, "adapter_config.json")).unwrap();
+        assert_eq!(sent["base_model_name_or_path"].as_str(), known, "{named}");
+        assert_eq!(sent["r"], config["r"]);
+        let text = card(&hub);
+        assert_eq!(text.contains("base_model:"), known.is_some(), "{text}");
+        assert_eq!(ended.stderr.contains("--base-model owner/name"), known.is_none(), "{}", ended.stderr);
+        assert!(!text.contains("/home/me"), "{text}");
+        if to.starts_with("me/") {
+            assert!(text.contains("datasets:\n- trl-lib/ultrafeedback_binarized\n"), "{text}");
+            assert!(
+                text.contains("7 pairs from trl-lib/ultrafeedback_binarized, others of the author's own"),
+                "{text}"
+            );
+        }
+        assert!(text.contains("- kto\n") && text.contains("| `beta` | 0.3 |"), "{text}");
+    }
+}
+
+#[test]
 fn dry_runs_send_nothing() {
     let (s, hub) = (sandbox(), hub());
     let ended = run(&s, &hub, &["me/tiny", &adapter(&s), "--dry-run"], &[("HF_TOKEN", "")]);
