@@ -48,7 +48,8 @@ impl Log {
 
     /// Writes a line of numbers. Where the disk does not take it, it is kept until it does, and `warn` is told.
     pub(super) fn write(&mut self, line: &Map<String, Value>, warn: impl Fn(Remark)) {
-        if let Err(e) = self.numbers.write(line).and_then(|()| self.trackers.write(line)) {
+        let (numbers, trackers) = (self.numbers.write(line), self.trackers.write(line));
+        if let Err(e) = numbers.and(trackers) {
             warn(Remark::from(&e));
         }
     }

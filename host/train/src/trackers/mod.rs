@@ -107,8 +107,9 @@ impl Trackers {
 
     /// The numbers of a line of the log.
     pub(super) fn write(&mut self, line: &Line) -> Result<()> {
-        self.board.write(line)?;
-        self.all.iter_mut().try_for_each(|tracker| tracker.write(line))
+        // What one does not take the others still do.
+        let board = self.board.write(line);
+        self.all.iter_mut().map(|tracker| tracker.write(line)).fold(board, Result::and)
     }
 
     /// How the run ends, once these are dropped.
