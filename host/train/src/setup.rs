@@ -50,7 +50,6 @@ pub fn train(
 ) -> Result<PathBuf> {
     // What can be told without weights is told before the first of them is fetched or read.
     let objective = Objective::new(registry, &config.objective)?;
-    trackers::check(&config.output.report)?;
     let folder = model::locate(&config.model, Need::WeightsToCome)?;
     let model = Model::open(registry, &folder, &config.reading)?;
     model.warn();
@@ -59,6 +58,7 @@ pub fn train(
     let mut server = None;
     let mut claim = None;
     let RunDir { output, resumed } = group.broadcast_from_first(|| {
+        trackers::check(&config.output.report)?;
         server = serve(&config.dashboard, attempt)?;
         let (folder, claimed) = RunDir::claim(&config.output, (&config.model, &folder), attempt)?;
         claim = Some(claimed);
