@@ -169,9 +169,9 @@ def check_sync(run, work):
     programs = Path(sys.executable).parent
     home = os.environ | {"HOME": str(work), "WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40}
     (of_wandb,), (of_swanlab,) = (run / "wandb").iterdir(), (run / "swanlab").iterdir()
-    subprocess.run([programs / "wandb", "sync", of_wandb], env=home, check=True)
+    subprocess.run([programs / "wandb", "sync", of_wandb], env=home, cwd=work, check=True)
     id = of_swanlab.name.rsplit("-")[-1]
-    subprocess.run([programs / "swanlab", "sync", "-h", address, "-k", "0" * 21, "--id", id, of_swanlab], env=home, check=True)
+    subprocess.run([programs / "swanlab", "sync", "-h", address, "-k", "0" * 21, "--id", id, of_swanlab], env=home, cwd=work, check=True)
     rows, scalars = [], []
     for path, body in Cloud.sent:
         if path.endswith("file_stream"):
