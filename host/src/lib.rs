@@ -12,10 +12,9 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use args::resolve;
 use args::train::TrainArgs;
-use clap::parser::ValueSource;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use args::{given, resolve};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, train, ui};
 use dpo_core::console;
@@ -71,7 +70,7 @@ enum Command {
     /// The files are those of the model, with W + scale * B * A in the place of every adapted W: computed in f32, and rounded once,
     /// to nearest with ties to even, to the type that the model has. Everything else is the same byte for byte.
     Merge(merge::MergeOptions),
-    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
+    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token; with --allow-start, start and stop them
     Ui(ui::UiOptions),
     /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
     Completions(manual::CompletionsOptions),
@@ -202,14 +201,8 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),
-        Command::Ui(options) => ui::ui(&options),
+        Command::Ui(options) => ui::ui(&registry, &options, &cli.plugin_dir, Cli::command()),
         Command::Completions(options) => manual::completions(&options, Cli::command()),
         Command::Man(options) => manual::man(&options, Cli::command()),
     }
-}
-
-/// The fields of flags that were given.
-fn given(matches: &ArgMatches) -> Vec<String> {
-    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    matches.ids().map(|id| id.as_str()).filter(given).map(str::to_owned).collect()
 }

@@ -4,6 +4,7 @@ import { $, facts, fill, flat, lines, make, page, settings, swatch, view } from 
 import { plain, signed } from "./numbers.js";
 
 export function drawDetails(runs) {
+  drawConsole(runs);
   drawRemarks(runs);
   drawSamples(runs);
   drawAnswers(runs);
@@ -13,6 +14,12 @@ export function drawDetails(runs) {
 
 const several = () => page.runs.size > 1;
 const named = (run) => (several() ? [make("h3", {}, swatch(run), run.name)] : []);
+
+/** What a run printed that the page has started, until its curves say more, and of one that has failed. */
+function drawConsole(runs) {
+  const told = runs.filter((run) => run.files["console.log"] && (run.rows.length === 0 || run.ended));
+  fill("console", ...told.flatMap((run) => [...named(run), make("pre", { class: "console" }, run.files["console.log"].trim())]));
+}
 
 function drawRemarks(runs) {
   const said = runs.flatMap((run) => lines(run, "remarks.jsonl").map((line) => ({ run, ...line })));

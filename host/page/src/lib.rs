@@ -5,12 +5,16 @@
 
 mod chart;
 mod connections;
+mod door;
 mod excerpt;
+mod launcher;
 mod report;
+mod request;
 mod runs;
 mod server;
 mod settings;
 
+pub use launcher::{Launcher, ReadStart, Start};
 pub use report::write as write_report;
 pub use runs::Runs;
 pub use server::{Server, Watchers};
@@ -27,6 +31,8 @@ pub const REMARKS: &str = "remarks.jsonl";
 pub const SAMPLES: &str = "samples.jsonl";
 /// Answers to held prompts before and after: `prompt`, `before`, `after`.
 pub const ANSWERS: &str = "answers.jsonl";
+/// What a run printed that the page has started.
+const CONSOLE: &str = "console.log";
 
 const STYLE: &str = include_str!("page.css");
 

@@ -1,6 +1,6 @@
 //! The flags of `dpo-host train`, what of them is refused, and the settings that they become.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
@@ -370,6 +370,23 @@ impl TrainArgs {
                 "0.01 holds out every hundredth example",
             ),
         ])
+    }
+
+    /// A flag that reads what the command line does not show, or serves what the run does not need: not for a page to give.
+    pub(super) fn beyond_a_run(&self) -> Option<&'static str> {
+        let serves = self.dashboard.as_deref().is_some_and(|address| address != "false");
+        let given = [("--config", self.config.is_some()), ("--dashboard", serves), ("--add-version", self.add_version)];
+        given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
+    }
+
+    /// Where the run is written, if that was said.
+    pub(super) fn output_dir(&self) -> Option<&Path> {
+        self.output_dir.as_deref()
+    }
+
+    /// Whether it goes on from a checkpoint.
+    pub(super) fn resumes(&self) -> bool {
+        self.resume_from_checkpoint.is_some()
     }
 
     pub(crate) fn note_ignored(&self) {
