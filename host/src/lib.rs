@@ -61,7 +61,7 @@ enum Command {
     Bench(bench::BenchOptions),
     /// Check the GPU setup: what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
-    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
+    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter; or answer prompts with both (--generate)
     Eval(Box<eval::EvalOptions>),
     /// Chat with a model, with an adapter, or compare both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),

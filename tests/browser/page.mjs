@@ -272,7 +272,7 @@ step("the form shows the command line and what is wrong with it", async ({ addre
   await drawn(page);
   await page.getByRole("button", { name: "Start a run" }).click();
   await until(page, () => document.activeElement?.name === "model");
-  const command = () => text(page, "#command");
+  const command = () => page.textContent("#command");
   await field(page, "model").fill("demo");
   assert.equal(await command(), "dpo-host train --model demo --output-dir runs/demo-1");
   await field(page, "beta").fill("0.2");
@@ -312,7 +312,7 @@ step("a run is checked, started, shown and stopped", async ({ address }) => {
   await page.selectOption("#like", { label: "fast" });
   assert.equal(await field(page, "learning rate").inputValue(), "0.002");
   assert.match(await field(page, "other flags").inputValue(), /--max-steps 16/);
-  await page.selectOption("#like", { label: "none: all as usual" });
+  await page.selectOption("#like", { label: "no run, all as usual" });
   await field(page, "model").fill("demo");
   await field(page, "folder").fill("by-form");
   await field(page, "epochs").fill("500");
@@ -321,7 +321,7 @@ step("a run is checked, started, shown and stopped", async ({ address }) => {
   await page.getByRole("button", { name: "Check" }).click();
   await until(page, () => document.querySelectorAll("#told pre").length === 2);
   assert.match(await text(page, "#told"), /✓ dpo-host data[^]*320 pairs[^]*✓ dpo-host plan[^]*planned/);
-  const command = await text(page, "#command");
+  const command = await page.textContent("#command");
   await page.getByRole("button", { name: "Start", exact: true }).click();
   await until(page, () => /by-form/.test(document.querySelector("#runs").innerText));
   assert.equal(readFileSync(join(folder, "runs/by-form/console.log"), "utf8").split("\n")[0], `$ ${command}`);
@@ -415,7 +415,7 @@ async function takePictures() {
   for (const [name, rate] of Object.entries(rates)) {
     train(`../shown/${name}`, "--learning-rate", rate, "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
   }
-  train("../shown/ipo", "--learning-rate", "1e-3", "--loss", "ipo", "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
+  train("../shown/plain-dpo", "--learning-rate", "1e-3", "--rpo-alpha", "0", "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
   const many = await serve("shown"), one = await serve("shown/rate-2e-3"), starting = await serve("--allow-start", "shown");
   const form = async (page) => {
     await page.click("#new");
@@ -426,12 +426,14 @@ async function takePictures() {
     await field(page, "quantization").selectOption("nf4");
     await field(page, "learning rate").fill("5e-5");
     await field(page, "other flags").fill("--split-dataset-ratio 0.02 --eval-steps 50");
+    await field(page, "learning rate").focus();
+    await page.evaluate(() => scrollTo(0, 0));
   };
   await picture("page.png", many.address, 1180, "light", 900);
   await picture("page-dark.png", one.address, 1180, "dark", 900);
   await picture("page-narrow.png", one.address, 390, "light", 760);
-  await picture("start.png", starting.address, 1180, "light", 760, form);
-  await picture("start-narrow-dark.png", starting.address, 390, "dark", 760, form);
+  await picture("start.png", starting.address, 1180, "light", 830, form);
+  await picture("start-narrow-dark.png", starting.address, 390, "dark", 844, form);
   [many, one, starting].forEach((server) => server.end());
 }
 

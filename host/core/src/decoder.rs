@@ -16,7 +16,7 @@ pub enum Variant {
 
 impl Variant {
     /// What output calls it.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Variant::Base => "base",
             Variant::Tuned => "tuned",

@@ -3,6 +3,7 @@
 //! A model speaks with two variants: as it was published, and as the adapter has made it. Both are of one model that is loaded
 //! once, and each remembers its own text.
 
+pub mod judge;
 mod sampling;
 mod text;
 
@@ -219,7 +220,10 @@ impl Generator {
     }
 
     /// The whole of what follows some tokens.
-    fn say(&mut self, variant: Variant, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
+    ///
+    /// # Errors
+    /// As [`Generator::go_on`] and [`Generator::step`].
+    pub fn say(&mut self, variant: Variant, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
         let mut answer = self.go_on(variant, ids.to_vec(), sampling)?;
         while self.step(&mut answer)?.is_some() {}
         Ok(answer)

@@ -110,19 +110,27 @@ fn trusted() -> Result<RootCerts> {
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }
 
+/// What sends requests: it trusts what the environment says, follows no redirects, and waits so long for an answer to begin.
+///
+/// # Errors
+/// A variable that names a file without certificates.
+pub fn agent(patience: Duration) -> Result<Agent> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_connect(Some(SILENCE))
+        .timeout_recv_response(Some(patience))
+        .timeout_per_read(Some(patience))
+        .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
+        .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
+    Ok(config.build().into())
+}
+
 impl Client {
     pub(super) fn of(hub: &'static Hub) -> Result<Client> {
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(SILENCE))
-            .timeout_recv_response(Some(SILENCE))
-            .timeout_per_read(Some(SILENCE))
-            .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
-            .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
         let origin = (hub.endpoint)().parse().ok().and_then(|endpoint| Origin::of(&endpoint));
-        Ok(Client { agent: config.build().into(), hub, secret: (hub.secret)().zip(origin) })
+        Ok(Client { agent: agent(SILENCE)?, hub, secret: (hub.secret)().zip(origin) })
     }
 
     /// What is at an address, as JSON.

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use cache::Cache;
 use client::Client;
+pub use client::agent;
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
 use dpo_core::files::free_space;

@@ -79,20 +79,29 @@ function tint(change) {
 /** Answers by prompt, so that those of several runs stand side by side; what they said before is the same for many. */
 function drawAnswers(runs) {
   const side = (title, text) => make("div", { class: "answer" }, make("h4", {}, make("span", {}, ...title)), make("pre", {}, text));
-  const prompts = new Map();
-  for (const run of runs) for (const { prompt, before, after } of lines(run, "answers.jsonl")) {
-    prompts.set(prompt, [...(prompts.get(prompt) ?? []), { run, before, after }]);
+  const prompts = new Map(), said = [];
+  for (const run of runs) {
+    for (const { prompt, before, after, outcome } of [...lines(run, "answers.jsonl"), ...generated(run)]) {
+      prompts.set(prompt, [...(prompts.get(prompt) ?? []), { run, before, after, outcome }]);
+    }
+    const [head] = lines(run, "generated.jsonl");
+    said.push(...(head?.text ?? []).map((text) => make("p", { class: "muted" }, ...(several() ? [swatch(run), `${run.name}: `] : []), text)));
   }
   const told = ([prompt, all]) => {
     const alike = new Set(all.map(({ before }) => before)).size === 1;
-    const sides = all.flatMap(({ run, before, after }, i) => [
-      ...(alike && i ? [] : [side(["before", ...(alike ? [] : of(run))], before)]), side(["after", ...of(run)], after)]);
+    const sides = all.flatMap(({ run, before, after, outcome }, i) => [
+      ...(alike && i ? [] : [side(["before", ...(alike ? [] : of(run))], before)]),
+      ...(after === undefined ? [] : [side(["after", ...of(run), ...(outcome ? [` · ${outcome}`] : [])], after)])]);
     const many = all.length > 1 ? "many" : "";
     return make("article", {}, make("pre", { class: "prompt" }, prompt), make("div", { class: `answers ${many}` }, ...sides));
   };
   const of = (run) => (several() ? [" · ", swatch(run), run.name] : []);
-  fill("answers", ...[...prompts].map(told));
+  fill("answers", ...said, ...[...prompts].map(told));
 }
+
+/** What `eval --generate` had the model say with the adapter and without. */
+const generated = (run) => lines(run, "generated.jsonl").filter(({ prompt }) => prompt !== undefined)
+  .map(({ prompt, base, tuned, judge }) => ({ prompt, before: base?.text ?? "", after: tuned?.text, outcome: judge?.outcome }));
 
 /* Data. */
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{ANSWERS, ARGS, CONSOLE, FACTS, LOG, REMARKS, SAMPLES};
+use super::{ANSWERS, ARGS, CONSOLE, FACTS, GENERATED, LOG, REMARKS, SAMPLES};
 use dpo_core::files;
 
 /// How a file is shown.
@@ -30,6 +30,7 @@ const FILES: &[(&str, Shown)] = &[
     (REMARKS, Shown::Lines(500)),
     (SAMPLES, Shown::Lines(40)),
     (ANSWERS, Shown::Lines(40)),
+    (GENERATED, Shown::Lines(40)),
     (CONSOLE, Shown::End),
 ];
 /// Bytes that are read of a file with lines: its end, where it has more.

@@ -3,6 +3,7 @@
 //! All of it knows a run by the files in its folder and by nothing else, so that a run that goes on, one that ended and one
 //! that was copied from another machine look the same.
 
+mod answers;
 mod chart;
 mod connections;
 mod door;
@@ -14,6 +15,7 @@ mod runs;
 mod server;
 mod settings;
 
+pub use answers::write_answers;
 pub use launcher::{Launcher, ReadStart, Start};
 pub use report::write as write_report;
 pub use runs::Runs;
@@ -31,6 +33,8 @@ pub const REMARKS: &str = "remarks.jsonl";
 pub const SAMPLES: &str = "samples.jsonl";
 /// Answers to held prompts before and after: `prompt`, `before`, `after`.
 pub const ANSWERS: &str = "answers.jsonl";
+/// Answers of the model with the run's adapter and without, from `eval --generate`.
+pub const GENERATED: &str = "generated.jsonl";
 /// What a run printed that the page has started.
 const CONSOLE: &str = "console.log";
 

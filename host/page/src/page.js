@@ -10,7 +10,7 @@ import { open, stopOf } from "./start.js";
 
 const POLL_MS = 2000, REST_MS = 10000;
 const TEXTS = ["console.log"];
-const LINES = ["logging.jsonl", "remarks.jsonl", "samples.jsonl", "answers.jsonl"];
+const LINES = ["logging.jsonl", "remarks.jsonl", "samples.jsonl", "answers.jsonl", "generated.jsonl"];
 
 /* Reading. */
 

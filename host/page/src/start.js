@@ -91,10 +91,19 @@ function written() {
   return [...all, ...more.slice(more.indexOf("train") === 1 ? 2 : 0)];
 }
 
+/** A command line that breaks between flags, not within. */
+function commandLine(all) {
+  const parts = [["dpo-host"]];
+  for (const word of all) {
+    if (word.startsWith("--")) parts.push([word]); else parts.at(-1).push(word);
+  }
+  return parts.flatMap((part, i) => [...(i ? [" "] : []), make("span", {}, part.map(quoted).join(" "))]);
+}
+
 function tell() {
   if (!named) field("output_dir").value = freeName();
   const all = written();
-  $("command").textContent = all ? ["dpo-host", ...form.common, "train", ...all].map(quoted).join(" ") : "a quote is open";
+  $("command").replaceChildren(...(all ? commandLine([...form.common, "train", ...all]) : ["a quote is open"]));
   $("check").disabled = $("start").querySelector("[type=submit]").disabled = !all;
 }
 
@@ -130,7 +139,7 @@ function like(run) {
 /** Names to choose from: of plugins, and what runs on the page were made of. */
 function names() {
   const runs = [...page.runs.values()];
-  $("like").replaceChildren(make("option", { value: "" }, "none: all as usual"), ...runs.filter((run) => run.files["args.json"])
+  $("like").replaceChildren(make("option", { value: "" }, "no run, all as usual"), ...runs.filter((run) => run.files["args.json"])
     .map((run) => make("option", { value: run.id }, run.name)));
   for (const key of keys) {
     const of = runs.map((run) => texts(args(run)[key]).map(quoted).join(" ")).filter(Boolean);
@@ -226,6 +235,7 @@ export function stopOf(run) {
   return button;
 }
 
+$("more").addEventListener("focus", () => { $("help").textContent = "Flags that have no field, written as on a command line."; });
 $("new").addEventListener("click", () => open($("start").hidden));
 $("close").addEventListener("click", () => open(false));
 $("check").addEventListener("click", check);
