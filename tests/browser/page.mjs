@@ -5,7 +5,7 @@
 
 import assert from "node:assert/strict";
 import { spawn, spawnSync } from "node:child_process";
-import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { mkdtempSync, readFileSync, rmSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join, resolve } from "node:path";
 import { chromium } from "playwright-core";
@@ -348,6 +348,12 @@ step("a page of one run, and of none", async () => {
   assert.match(await text(page, "#state"), /finished/);
   assert.match(await text(page, "#figures"), /Best eval loss/);
   assert.equal(await page.locator("#actions").isVisible(), false);
+  // What `eval --generate` writes comes to the answers.
+  writeFileSync(join(folder, "prompts.txt"), "Do you like tea?\nMy dog died\n");
+  assert.equal(spawnSync(host, ["eval", "--adapter", "runs/steady", "--generate", "prompts.txt"], { cwd: folder }).status, 0);
+  await page.reload();
+  await until(page, () => /2 prompts, base/.test(document.querySelector("#answers").innerText));
+  assert.ok(await page.locator("#answers .prompt").getByText("Do you like tea?").isVisible());
   await page.getByRole("textbox", { name: "note on steady" }).fill("mine");
   await page.close();
   one.end();

@@ -75,7 +75,19 @@ const COUNT: usize = 4;
 /// A run of the demo, long enough for other answers than before.
 fn trained(sandbox: &Sandbox) -> String {
     let run = sandbox.path("run");
-    sandbox.ok(&["train", "--model", "demo", "--output-dir", &run, "--max-steps", "24", "--learning-rate", "2e-3"]);
+    sandbox.ok(&[
+        "train",
+        "--model",
+        "demo",
+        "--output-dir",
+        &run,
+        "--max-steps",
+        "24",
+        "--batch-size",
+        "8",
+        "--learning-rate",
+        "2e-3",
+    ]);
     sandbox.write("p.txt", PROMPTS);
     run
 }
@@ -227,8 +239,11 @@ fn judges_of_every_kind() {
     let before = longer.asked().len();
     let again = eval(&sandbox, &own("longer.jsonl").each_ref().map(String::as_str), Some(&longer), Some("secret"));
     assert_eq!((tally(&again), longer.asked().len()), (told, before));
+    let other = ["--output", &sandbox.path("longer.jsonl"), "--judge", &longer.url, "--judge-model", "other"];
+    let ended = eval(&sandbox, &other, None, None);
+    assert!(ended.code == 2 && ended.stderr.contains("holds verdicts of 'some'"), "{}", ended.stderr);
     let html = fs::read_to_string(sandbox.path("longer.html")).unwrap();
-    assert!(html.contains("95% interval") && html.contains(" · win"), "{html}");
+    assert!(html.contains("95% interval") && html.contains(" · tuned is better"), "{html}");
 
     // Answers that cannot be read are counted, and not as anything else.
     let broken = LoopbackJudge::new(|_, _, _, _| says("I cannot decide."));

@@ -399,7 +399,7 @@ fn what_a_page_may_not_start() {
     std::os::unix::fs::symlink(&away, sandbox.path("runs/link")).unwrap();
     let fine = ["--model", "demo", "--output-dir", "runs/a"];
     let with = |more: &[&'static str]| [&fine[..], more].concat();
-    let refused: [(Vec<&str>, &str); 19] = [
+    let refused: [(Vec<&str>, &str); 20] = [
         (with(&["--plugin-dir", "/tmp"]), "--plugin-dir"),
         (with(&["--plugin-dir=/tmp"]), "--plugin-dir"),
         (with(&["--plugin_dir", "/tmp"]), "--plugin-dir"),
@@ -408,6 +408,7 @@ fn what_a_page_may_not_start() {
         (vec!["-x"], "is no flag"),
         (with(&["--dashboard", "0.0.0.0:1"]), "--dashboard"),
         (with(&["--add-version"]), "--add-version"),
+        (with(&["--rlhf_type", "dpo"]), "--add-version false"),
         (with(&["--beta", "-1"]), "should be above 0"),
         (with(&["--modle", "demo"]), "did you mean '--model'"),
         (with(&["--num-epochs", "many"]), "many"),
@@ -426,6 +427,10 @@ fn what_a_page_may_not_start() {
             assert!(status == 422 && text.contains(said), "{args:?}: {text}");
         }
     }
+    // Arguments of ms-swift are taken here, too.
+    let swift = with(&["--rlhf_type", "dpo", "--add_version", "false", "--lora_rank", "4"]);
+    let (status, text) = page.post("/check", &json!({"args": swift}));
+    assert!(status == 200 && text.contains("plan --model="), "{text}");
     for body in [json!(null), json!({"args": "--model demo"}), json!({"args": [1]}), json!([])] {
         assert_eq!(page.post("/start", &body).0, 422, "{body}");
     }

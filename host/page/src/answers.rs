@@ -11,6 +11,9 @@ use dpo_core::files;
 
 type Line = Map<String, Value>;
 
+/// What a judge came to, as a person reads it.
+const OUTCOMES: [(&str, &str); 3] = [("win", "tuned is better"), ("loss", "base is better"), ("unclear", "no verdict")];
+
 /// Answers to held prompts, before and after, of lines with `prompt`, `before` and `after`.
 pub(super) fn before_and_after(lines: &[Line]) -> String {
     let text = |line: &Line, name: &str| line.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
@@ -30,7 +33,9 @@ pub(super) fn generated(lines: &[Line]) -> String {
         let text = |name: &str| line.get(name).and_then(Value::as_str).unwrap_or_default();
         let sides = ["base", "tuned"].into_iter().filter_map(|name| Some((name, line.get(name)?["text"].as_str()?)));
         let outcome = line.get("judge").and_then(|judge| judge["outcome"].as_str());
-        let outcome = outcome.map(|outcome| format!(" · {outcome}")).unwrap_or_default();
+        let told =
+            outcome.map(|outcome| OUTCOMES.iter().find(|(name, _)| *name == outcome).map_or(outcome, |(_, told)| told));
+        let outcome = told.map(|told| format!(" · {told}")).unwrap_or_default();
         article(&format!("{}{outcome}", text("place")), text("prompt"), &sides.collect::<Vec<_>>())
     };
     told + &lines.iter().map(one).collect::<String>()

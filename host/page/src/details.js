@@ -76,6 +76,9 @@ function tint(change) {
   return steps ? (change < 0 ? "n" : "p") + steps : "";
 }
 
+/** What a judge came to, of the answer after training. */
+const OUTCOMES = { win: "better", loss: "worse", unclear: "no verdict" };
+
 /** Answers by prompt, so that those of several runs stand side by side; what they said before is the same for many. */
 function drawAnswers(runs) {
   const side = (title, text) => make("div", { class: "answer" }, make("h4", {}, make("span", {}, ...title)), make("pre", {}, text));
@@ -91,7 +94,7 @@ function drawAnswers(runs) {
     const alike = new Set(all.map(({ before }) => before)).size === 1;
     const sides = all.flatMap(({ run, before, after, outcome }, i) => [
       ...(alike && i ? [] : [side(["before", ...(alike ? [] : of(run))], before)]),
-      ...(after === undefined ? [] : [side(["after", ...of(run), ...(outcome ? [` · ${outcome}`] : [])], after)])]);
+      ...(after === undefined ? [] : [side(["after", ...of(run), ...(outcome ? [` · ${OUTCOMES[outcome] ?? outcome}`] : [])], after)])]);
     const many = all.length > 1 ? "many" : "";
     return make("article", {}, make("pre", { class: "prompt" }, prompt), make("div", { class: `answers ${many}` }, ...sides));
   };

@@ -90,7 +90,7 @@ function head() {
   if (one && !$("note").children.length) $("note").replaceChildren(noteOf(one));
   $("figures").hidden = $("note").hidden = !one;
   actions(one);
-  $("progress").hidden = !one || one.done;
+  $("progress").hidden = !one || one.done || !state(one).total;
   $("runs").hidden = $("search").hidden = Boolean(one) || runs.length === 0;
   if (one) figures(one); else drawTable();
 }
@@ -140,6 +140,7 @@ function figures(run) {
     ...(last(run, "elapsed_s") === undefined ? [] : [["Time", duration(points(run, "elapsed_s").at(-1).time), "since it began"]]),
   ];
   const cells = all.map(([title, value, note]) => make("div", {}, make("span", {}, title), make("b", {}, value), make("i", {}, note)));
+  $("figures").hidden = cells.length === 0;
   $("figures").replaceChildren(...cells);
 }
 

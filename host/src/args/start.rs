@@ -15,13 +15,16 @@ use super::train::TrainArgs;
 use super::{given, record, resolve};
 
 /// Flags that a page may not give, with what is to be done instead. A library that is loaded can do whatever its author likes, and a
-/// file of flags may name one.
+/// file of flags may name one; a run has one page and one folder.
 const REFUSED: [(&str, &str); 4] = [
     ("--plugin-dir", "give it to `dpo-host ui`: its runs have it, too"),
     ("--config", "write its flags into the form"),
     ("--dashboard", "leave it out: this page shows the run"),
-    ("--add-version", "leave it out: a run has a folder of its own"),
+    ("--add-version", "--add-version false: a run has a folder of its own"),
 ];
+
+/// Those of them that are refused before anything is read.
+const UNREAD: usize = 2;
 
 /// Flags that the form has no use for, besides: it names the folder itself, and nobody reads what a run prints for programs.
 const ELSEWHERE: [&str; 4] = ["--output-dir", "--json", "--quiet", "--help"];
@@ -38,8 +41,8 @@ pub(crate) fn read(cli: &Command, parent: &Path, written: &[String]) -> Result<S
         let names = |arg: &String| arg.split('=').next().is_some_and(|name| name.replace('_', "-") == flag);
         written.iter().any(names)
     };
-    if let Some((flag, help)) = REFUSED.iter().find(|(flag, _)| named(flag)) {
-        return Err(Error::input("is not for a page to give").at(flag).help(*help));
+    if let Some((flag, help)) = REFUSED[..UNREAD].iter().find(|(flag, _)| named(flag)) {
+        return Err(refused(flag, help));
     }
     if let Some(stray) = written.first().filter(|first| !first.starts_with("--")) {
         return Err(Error::input(format!("'{stray}' is no flag")).help("a flag begins with two dashes, as --model"));
@@ -49,9 +52,9 @@ pub(crate) fn read(cli: &Command, parent: &Path, written: &[String]) -> Result<S
     let flags = resolve::resolve(args, &mut cli)?;
     let matches = cli.clone().try_get_matches_from(&flags.args).map_err(|e| refusal(&e))?;
     let mut args = matches.subcommand().map_or_else(|| Err(Error::input("is no run")), |(_, own)| parsed(own))?;
-    if let Some(flag) = args.beyond_a_run() {
-        let help = REFUSED.iter().find(|(name, _)| *name == flag).map_or("leave it out", |(_, help)| help);
-        return Err(Error::input("is not for a page to give").at(flag).help(help));
+    let beyond = args.beyond_a_run();
+    if let Some((flag, help)) = REFUSED.iter().find(|(flag, _)| beyond == Some(*flag)) {
+        return Err(refused(flag, help));
     }
     let output = args.output_dir().map(Path::to_owned).filter(|output| is_inside(output, parent)).ok_or_else(|| {
         Error::input(format!("should be a folder right inside of {}", parent.display()))
@@ -70,12 +73,14 @@ pub(crate) fn read(cli: &Command, parent: &Path, written: &[String]) -> Result<S
     Ok(Start { output, checks: CHECKS.iter().filter_map(check).collect() })
 }
 
+fn refused(flag: &str, help: &str) -> Error {
+    Error::input("is not for a page to give").at(flag).help(help)
+}
+
 fn parsed(matches: &ArgMatches) -> Result<TrainArgs> {
     let mut args = TrainArgs::from_arg_matches(matches).map_err(|e| refusal(&e))?;
     args.given = given(matches);
-    if matches.get_many::<std::path::PathBuf>("plugin_dir").is_some_and(|mut dirs| dirs.next().is_some()) {
-        return Err(Error::input("is not for a page to give").at("--plugin-dir").help(REFUSED[0].1));
-    }
+    args.plugin_dir = matches.get_many("plugin_dir").into_iter().flatten().cloned().collect();
     Ok(args)
 }
 

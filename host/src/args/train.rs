@@ -372,10 +372,15 @@ impl TrainArgs {
         ])
     }
 
-    /// A flag that reads what the command line does not show, or serves what the run does not need: not for a page to give.
+    /// A flag that reads what the command line does not show, loads code, or does what a page does otherwise.
     pub(super) fn beyond_a_run(&self) -> Option<&'static str> {
         let serves = self.dashboard.as_deref().is_some_and(|address| address != "false");
-        let given = [("--config", self.config.is_some()), ("--dashboard", serves), ("--add-version", self.add_version)];
+        let given = [
+            ("--plugin-dir", !self.plugin_dir.is_empty()),
+            ("--config", self.config.is_some()),
+            ("--dashboard", serves),
+            ("--add-version", self.add_version),
+        ];
         given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
     }
 

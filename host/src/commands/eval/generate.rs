@@ -234,12 +234,18 @@ impl Answers {
 
     /// Has a judge compare the answers that it has not compared yet. Those that are the same are a tie, whatever it would say.
     fn judge(&mut self, judge: &Judge, model: &str) -> Result<()> {
+        let others = self.lines.iter().flatten().filter_map(|line| line.get("judge")?["model"].as_str());
+        if let Some(other) = others.into_iter().find(|other| *other != model) {
+            return Err(Error::input(format!("holds verdicts of '{other}'"))
+                .at(self.path.display())
+                .help("copy it, and name the copy with --output for another judge"));
+        }
         let said =
             |line: &Line, name: &str| line.get(name).and_then(|a| a["text"].as_str()).unwrap_or_default().to_owned();
         let mut pairs = Vec::new();
         for (at, line) in self.lines.iter_mut().enumerate() {
             let Some(line) = line else { continue };
-            if line.get("judge").is_some_and(|judge| judge["model"] == model) {
+            if line.contains_key("judge") {
                 continue;
             }
             match (said(line, BASE), said(line, TUNED)) {
