@@ -330,6 +330,15 @@ step("a run is checked, started, shown and stopped", async ({ address }) => {
   await page.getByRole("button", { name: "stop and save? by-form" }).click();
   await until(page, () => /by-form\s+stopped, saved/.test(document.querySelector("#runs").innerText));
   assert.match(await text(page, "#console"), /ended by SIGINT after step \d+, which is saved/);
+  // It goes on from there.
+  await page.getByRole("button", { name: "resume by-form" }).click();
+  await until(page, () => document.activeElement?.type === "submit");
+  assert.match(await page.textContent("#command"), /--output-dir runs\/by-form .*--resume-from-checkpoint latest$/);
+  await page.getByRole("button", { name: "Start", exact: true }).click();
+  await until(page, () => /by-form\s+running/.test(document.querySelector("#runs").innerText));
+  await page.getByRole("button", { name: "stop by-form" }).click();
+  await page.getByRole("button", { name: "stop and save? by-form" }).click();
+  await until(page, () => /by-form\s+stopped, saved/.test(document.querySelector("#runs").innerText));
   // One that fails says why.
   await page.click("#new");
   await field(page, "model").fill("/nowhere");

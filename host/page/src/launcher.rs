@@ -115,9 +115,13 @@ impl Launcher {
         {
             return Some(Pid::from_child(&run.child));
         }
-        let inside = folder.canonicalize().is_ok_and(|folder| folder.starts_with(&self.folder));
         // 1 is the system's first process, and what is below means many.
-        if inside { Pid::from_raw(holder().filter(|pid| *pid > 1)?) } else { None }
+        if self.writes(folder) { Pid::from_raw(holder().filter(|pid| *pid > 1)?) } else { None }
+    }
+
+    /// Whether a run's folder is one that this launcher may write.
+    pub(super) fn writes(&self, folder: &Path) -> bool {
+        folder.canonicalize().is_ok_and(|folder| folder.parent() == Some(&self.folder))
     }
 
     /// Asks a run to save and end, as Ctrl-C does.

@@ -6,7 +6,7 @@ import { drawCurves, zoom } from "./curves.js";
 import { drawDetails } from "./details.js";
 import { drawTable, noteOf, state } from "./table.js";
 import { saveNumbers } from "./download.js";
-import { open, stopOf } from "./start.js";
+import { actOf, open } from "./start.js";
 
 const POLL_MS = 2000, REST_MS = 10000;
 const TEXTS = ["console.log"];
@@ -54,7 +54,8 @@ async function refresh(told) {
   const run = page.runs.get(told.id);
   const before = states(run);
   Object.assign(run, { name: told.name, folder: told.folder, done: told.done, ended: told.ended, saved: told.saved_step });
-  Object.assign(run, { silent: told.silent_s, told: Date.now(), leftOut: told.left_out, exit: told.exit, stoppable: told.stoppable });
+  Object.assign(run, { silent: told.silent_s, told: Date.now(), leftOut: told.left_out, exit: told.exit });
+  Object.assign(run, { stoppable: told.stoppable, resumable: told.resumable });
   const stale = Object.keys(told.files).filter((name) => told.files[name] !== run.stamps[name]);
   await Promise.all(stale.map(async (name) => {
     const text = await (await ask(`/runs/${told.id}/${name}`)).text();
@@ -97,10 +98,10 @@ function head() {
 
 page.head = head;
 
-/** What can be done: a run started, and the one that is shown stopped. */
+/** What can be done: a run started, and the one that is shown stopped or resumed. */
 function actions(one) {
   $("actions").hidden = !page.starts;
-  const now = $("actions").querySelector(".stop"), next = one?.stoppable ? stopOf(one) : null;
+  const now = $("actions").querySelector(".act"), next = one && actOf(one);
   if (now?.outerHTML === next?.outerHTML) return;
   const focused = now !== null && now === document.activeElement;
   now?.remove();

@@ -98,6 +98,7 @@ impl Runs {
                 "done": done,
                 "ended": ended,
                 "exit": exit,
+                "resumable": ended && launcher.is_some_and(|launcher| launcher.writes(folder)),
                 "stoppable": launcher.is_some_and(|launcher| launcher.process(folder, || self.holder(folder)).is_some()),
                 "saved_step": saved_step(folder),
                 "left_out": excerpt::left_out(folder),

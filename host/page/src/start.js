@@ -120,8 +120,9 @@ function freeName() {
 const same = (a, b) => a === b || (a !== "" && b !== "" && Number(a) === Number(b));
 const texts = (value) => (value === null || value === undefined ? [] : [value].flat().map((one) => (typeof one === "object" ? JSON.stringify(one) : String(one))));
 
-/** Fills the form with the settings of a run: what has no field and is not as usual becomes a flag below. */
-function like(run) {
+/** Fills the form with the settings of a run: what has no field and is not as usual becomes a flag below. One that goes on has its
+ * own folder, too. */
+function like(run, goesOn = false) {
   const settings = run ? args(run) : {}, more = [];
   $("start").querySelector("form").reset();
   for (const flag of form.flags.filter(({ key }) => !OWN.includes(key))) {
@@ -130,9 +131,13 @@ function like(run) {
     if (keys.includes(flag.key)) field(flag.key).value = value;
     else more.push([flag.name, ...values.map(quoted)].join(" "));
   }
+  if (goesOn) {
+    field("output_dir").value = run.folder.split("/").at(-1);
+    more.push("--resume-from-checkpoint latest");
+  }
   $("more").value = more.join(" ");
   $("like").value = run ? run.id : "";
-  named = false;
+  named = goesOn;
   tell();
 }
 
@@ -164,21 +169,23 @@ function allFlags() {
     })]));
 }
 
-/** Shows the form, or hides it. */
-export async function open(wanted = true, run = null) {
+/** Shows the form, with the settings of a run where one is named, or hides it. */
+export async function open(wanted = true, run = null, goesOn = false) {
   if (wanted && !form) {
     form = await (await fetch("/start")).json();
     $("fields").replaceChildren(...FIELDS.map(([title, ...fields]) => make("fieldset", {}, make("legend", {}, title), ...fields.map(fieldOf))));
     allFlags();
     names();
-    like(run);
+    like(run, goesOn);
   } else if (wanted) {
     names();
-    if (run) like(run); else tell();
+    if (run) like(run, goesOn); else tell();
   }
   $("start").hidden = !wanted;
   $("new").setAttribute("aria-expanded", wanted);
-  if (wanted) field("model").focus(); else $("new").focus();
+  // A form that says what was asked for needs a start, not a model.
+  if (wanted && goesOn) $("start").querySelector("[type=submit]").focus();
+  else if (wanted) field("model").focus(); else $("new").focus();
 }
 
 /* What the server says. */
@@ -213,20 +220,31 @@ const start = () => ask("/start", "starting", () => {
   page.again();
 });
 
-/* Stopping. */
+/* Stopping, and going on. */
 
 const stops = new Map();
 
-/** A button that stops a run: the second click does, so that the first may be an error. */
-export function stopOf(run) {
+/** What can be done with a run: it is stopped, or it goes on from its last checkpoint; null for nothing. */
+export function actOf(run) {
+  if (run.stoppable) return stopOf(run);
+  if (!run.resumable || run.saved === null) return null;
+  stops.delete(run.id);
+  const button = make("button", { type: "button", class: "act", "data-key": `act ${run.name}`, "aria-label": `resume ${run.name}` }, "resume");
+  button.addEventListener("click", () => open(true, run, true));
+  return button;
+}
+
+/** The second click stops a run, so that the first may be an error. */
+function stopOf(run) {
   const [step, problem] = stops.get(run.id) ?? ["stop"];
-  const button = make("button", { type: "button", class: "stop", "data-key": `stop ${run.name}`, "aria-label": `${step} ${run.name}`, title: problem ?? "as Ctrl-C does: it saves a checkpoint" }, step);
+  const button = make("button", { type: "button", class: "act stop", "data-key": `act ${run.name}`, "aria-label": `${step} ${run.name}`,
+    title: problem ?? "as Ctrl-C does: it saves a checkpoint" }, step);
   button.disabled = step === "stopping";
-  const to = (step, problem) => { stops.set(run.id, [step, problem]); page.head(); };
+  const to = (...said) => { stops.set(run.id, said); page.head(); };
   button.addEventListener("click", async () => {
-    if (step === "stop") {
+    if (step !== "stop and save?") {
       to("stop and save?");
-      setTimeout(() => { if (stops.get(run.id)[0] === "stop and save?") to("stop"); }, 5000);
+      setTimeout(() => { if (stops.get(run.id)?.[0] === "stop and save?") to("stop"); }, 5000);
       return;
     }
     to("stopping");

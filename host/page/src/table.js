@@ -2,7 +2,7 @@
 
 import { $, best, choose, evaluations, facts, keepNote, last, listed, make, note, page, points, swatch, view } from "./shared.js";
 import { duration, short } from "./numbers.js";
-import { stopOf } from "./start.js";
+import { actOf } from "./start.js";
 
 export function state(run) {
   const total = facts(run).total_steps, logged = last(run, "global_step") ?? 0;
@@ -70,7 +70,7 @@ function row(run, used) {
   tick.addEventListener("change", () => hide([run.name], !tick.checked));
   const cell = ([, value, text]) => make("td", { class: "n" }, value(run) === undefined ? "" : text(value(run), run));
   return make("tr", { class: hidden ? "off" : "" },
-    make("td", { title: run.folder }, make("label", {}, tick, swatch(run), run.name)), make("td", { class: "state" }, told(run), ...(run.stoppable ? [stopOf(run)] : [])),
+    make("td", { title: run.folder }, make("label", {}, tick, swatch(run), run.name)), make("td", { class: "state" }, told(run), ...[actOf(run)].filter(Boolean)),
     ...used.map(cell), make("td", {}, noteOf(run)));
 }
 
