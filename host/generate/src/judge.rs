@@ -317,14 +317,14 @@ mod tests {
         }
     }
 
-    /// Against `statsmodels.stats.proportion.proportion_confint(method="wilson")`.
+    /// Against scipy, `binomtest(k, n).proportion_ci(method="wilson")`.
     #[test]
     fn rates_have_intervals() {
         let tally = |wins, ties, losses| Tally { wins, ties, losses, unclear: 3 };
         for (tally, rate, [low, high]) in [
             (tally(7, 0, 3), 0.7, [0.396_778, 0.892_209]),
             (tally(0, 10, 0), 0.5, [0.236_593, 0.763_407]),
-            (tally(60, 20, 20), 0.7, [0.604_153, 0.781_095]),
+            (tally(60, 20, 20), 0.7, [0.604_152, 0.781_051]),
             (tally(5, 0, 0), 1.0, [0.565_518, 1.0]),
         ] {
             let (p, [l, h]) = tally.rate().unwrap_or_default();

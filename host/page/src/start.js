@@ -104,7 +104,7 @@ function tell() {
   if (!named) field("output_dir").value = freeName();
   const all = written();
   $("command").replaceChildren(...(all ? commandLine([...form.common, "train", ...all]) : ["a quote is open"]));
-  $("check").disabled = $("start").querySelector("[type=submit]").disabled = !all;
+  for (const button of [$("check"), $("copy"), $("start").querySelector("[type=submit]")]) button.disabled = !all;
 }
 
 /** A name after the model that no run has yet. */
