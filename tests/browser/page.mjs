@@ -283,6 +283,8 @@ step("the form shows the command line and what is wrong with it", async ({ addre
     "--system 'it'\\''s $(x)'");
   await page.click("#copy");
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), await command());
+  await field(page, "other flags").fill("--init-adapter ~/a");
+  assert.ok((await command()).endsWith(` --init-adapter ${process.env.HOME}/a`), await command());
   await field(page, "other flags").fill("--system 'open");
   assert.ok(await page.getByRole("button", { name: "Check" }).isDisabled());
   await page.getByText("all flags", { exact: true }).click();
@@ -317,8 +319,9 @@ step("a run is checked, started, shown and stopped", async ({ address }) => {
   await field(page, "folder").fill("by-form");
   await field(page, "epochs").fill("500");
   await field(page, "batch size").fill("8");
-  await field(page, "other flags").fill("--logging-steps 1");
-  await page.getByRole("button", { name: "Check" }).click();
+  await field(page, "other flags").fill("--logging-steps 1 --system \"it's #é $x\"");
+  // The Enter key checks.
+  await field(page, "epochs").press("Enter");
   await until(page, () => document.querySelectorAll("#told pre").length === 2);
   assert.match(await text(page, "#told"), /✓ dpo-host data[^]*320 pairs[^]*✓ dpo-host plan[^]*planned/);
   const command = await page.textContent("#command");
@@ -332,8 +335,8 @@ step("a run is checked, started, shown and stopped", async ({ address }) => {
   assert.match(await text(page, "#console"), /ended by SIGINT after step \d+, which is saved/);
   // It goes on from there.
   await page.getByRole("button", { name: "resume by-form" }).click();
-  await until(page, () => document.activeElement?.type === "submit");
-  assert.match(await page.textContent("#command"), /--output-dir runs\/by-form .*--resume-from-checkpoint latest$/);
+  await until(page, () => document.activeElement?.id === "go");
+  assert.match(await page.textContent("#command"), /--output-dir runs\/by-form --system 'it'\\''s #é \$x' .*--resume-from-checkpoint latest$/);
   await page.getByRole("button", { name: "Start", exact: true }).click();
   await until(page, () => /by-form\s+running/.test(document.querySelector("#runs").innerText));
   await page.getByRole("button", { name: "stop by-form" }).click();

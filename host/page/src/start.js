@@ -83,13 +83,16 @@ function written() {
     if (value === "") continue;
     const flag = flagOf(key), several = flag.many ? words(value) : [value];
     if (several === null) return null;
-    all.push(flag.name, ...(key === "output_dir" ? [`${form.folder.replace(/\/+$/, "")}/${value}`] : several));
+    all.push(flag.name, ...(key === "output_dir" ? [`${form.folder.replace(/\/+$/, "")}/${value}`] : several.map(atHome)));
   }
   const more = words($("more").value);
   if (more === null) return null;
   // What was copied from a terminal begins with the command.
-  return [...all, ...more.slice(more.indexOf("train") === 1 ? 2 : 0)];
+  return [...all, ...more.slice(more.indexOf("train") === 1 ? 2 : 0).map(atHome)];
 }
+
+/** A path in the user's folder, as a shell would have it. */
+const atHome = (word) => (form.home ? word.replace(/^~(?=\/|$)/, () => form.home) : word);
 
 /** A command line that breaks between flags, not within. */
 function commandLine(all) {
@@ -104,7 +107,7 @@ function tell() {
   if (!named) field("output_dir").value = freeName();
   const all = written();
   $("command").replaceChildren(...(all ? commandLine([...form.common, "train", ...all]) : ["a quote is open"]));
-  for (const button of [$("check"), $("copy"), $("start").querySelector("[type=submit]")]) button.disabled = !all;
+  for (const button of [$("check"), $("copy"), $("go")]) button.disabled = !all;
 }
 
 /** A name after the model that no run has yet. */
@@ -184,7 +187,7 @@ export async function open(wanted = true, run = null, goesOn = false) {
   $("start").hidden = !wanted;
   $("new").setAttribute("aria-expanded", wanted);
   // A form that says what was asked for needs a start, not a model.
-  if (wanted && goesOn) $("start").querySelector("[type=submit]").focus();
+  if (wanted && goesOn) $("go").focus();
   else if (wanted) field("model").focus(); else $("new").focus();
 }
 
@@ -256,14 +259,15 @@ function stopOf(run) {
 $("more").addEventListener("focus", () => { $("help").textContent = "Flags that have no field, written as on a command line."; });
 $("new").addEventListener("click", () => open($("start").hidden));
 $("close").addEventListener("click", () => open(false));
-$("check").addEventListener("click", check);
+$("go").addEventListener("click", start);
 $("like").addEventListener("change", ({ target }) => like(page.runs.get(Number(target.value || NaN))));
 $("start").addEventListener("input", ({ target }) => {
   if (target.id === "like") return;
   named ||= target.id === "start-output_dir";
   tell();
 });
-$("start").querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); start(); });
+// The Enter key checks, and starts nothing.
+$("start").querySelector("form").addEventListener("submit", (event) => { event.preventDefault(); check(); });
 $("start").addEventListener("keydown", (event) => { if (event.key === "Escape" && event.target.tagName !== "SELECT") open(false); });
 $("copy").addEventListener("click", async () => {
   // Where it is no address of this machine, a browser lets nothing be copied but by hand.

@@ -138,7 +138,8 @@ pub(crate) fn form(cli: &Command, registry: &Registry, common: &[String], parent
     let flags: Vec<Value> = train.filter_map(flag).collect();
     let families: Vec<_> = registry.families.iter().map(|f| [&f.name, &f.summary]).collect();
     let losses: Vec<_> = registry.losses.iter().map(|l| [&l.name, &l.summary]).collect();
-    json!({"common": common, "folder": parent, "flags": flags, "plugin": families, "loss": losses})
+    let home = std::env::var("HOME").ok();
+    json!({"common": common, "folder": parent, "home": home, "flags": flags, "plugin": families, "loss": losses})
 }
 
 /// A flag as the form has it.
