@@ -468,6 +468,12 @@ fn a_started_run_outlives_the_page() {
     let console = fs::read_to_string(sandbox.path("runs/a b/console.log")).unwrap();
     assert!(console.starts_with(&format!("$ dpo-host train --model {model} ")), "{console}");
     assert!(console.lines().next().unwrap().contains(" --output-dir 'runs/a b' "), "{console}");
+    // No key of the page's terminal reaches it: it leads a group of its own.
+    let holder = fs::read_to_string(sandbox.path("runs/a b/.lock")).unwrap();
+    let process = holder.split(' ').nth(1).unwrap();
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let group = stat.rsplit_once(") ").unwrap().1.split(' ').nth(2).unwrap();
+    assert_eq!(group, process, "{stat}");
     page.child.kill().unwrap();
     page.child.wait().unwrap();
     let before = lines();
