@@ -61,7 +61,7 @@ async function open(address, width = 1440, colorScheme = "light", more = {}) {
 
 const until = (page, what, ...args) => page.waitForFunction(what, args.length ? args[0] : undefined, { timeout: 60000 });
 /** Charts are drawn. */
-const drawn = (page) => until(page, () => document.querySelectorAll(".chart .curve").length > 3);
+const drawn = (page) => until(page, () => document.querySelectorAll(".curve").length > 3);
 const text = (page, selector) => page.locator(selector).first().innerText();
 const names = (page) => page.locator("#runs tbody tr td:first-child").allInnerTexts();
 const hash = async (page, pattern) => until(page, (source) => new RegExp(source).test(location.hash), pattern);
@@ -416,7 +416,7 @@ step("no page is too wide, too pale, or nameless", async ({ address }) => {
   }
 });
 
-/* The pictures of the documentation. */
+/* The pictures of the documentation, with the fonts of this machine: they were taken with Inter as system-ui. */
 
 async function picture(name, address, width, scheme, height, prepare = async () => {}) {
   const page = await open(address, width, scheme, width < 500 ? { deviceScaleFactor: 1.5 } : {});
@@ -433,7 +433,7 @@ async function takePictures() {
   for (const [name, rate] of Object.entries(rates)) {
     train(`../shown/${name}`, "--learning-rate", rate, "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
   }
-  train("../shown/plain-dpo", "--learning-rate", "1e-3", "--rpo-alpha", "0", "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
+  train("../shown/beta-0.2", "--learning-rate", "1e-3", "--beta", "0.2", "--max-steps", "80", "--eval-steps", "10", "--batch-size", "16");
   const many = await serve("shown"), one = await serve("shown/rate-2e-3"), starting = await serve("--allow-start", "shown");
   const form = async (page) => {
     await page.click("#new");
@@ -450,6 +450,7 @@ async function takePictures() {
   await picture("page.png", many.address, 1180, "light", 900);
   await picture("page-dark.png", one.address, 1180, "dark", 900);
   await picture("page-narrow.png", one.address, 390, "light", 760);
+  await picture("report.png", `file://${folder}/shown/rate-1e-3/report.html`, 1180, "light", 1300);
   await picture("start.png", starting.address, 1180, "light", 830, form);
   await picture("start-narrow-dark.png", starting.address, 390, "dark", 844, form);
   [many, one, starting].forEach((server) => server.end());
