@@ -392,12 +392,20 @@ const faults = () => {
     for (let at = e; at; at = at.parentElement) stack.push(channels(getComputedStyle(at).backgroundColor));
     return stack.reverse().reduce((under, [r, g, b, a = 1]) => under.map((v, i) => v * (1 - a) + [r, g, b][i] * a), [255, 255, 255]);
   };
+  const pale = (e, colour, opacity, text) => {
+    const under = behind(e), over = channels(colour).slice(0, 3).map((v, i) => v * opacity + under[i] * (1 - opacity));
+    const [a, b] = [light(over), light(under)].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) found.push(`contrast ${ratio.toFixed(2)}: ${text.trim().slice(0, 40)} (${e.getAttribute("class") || e.tagName})`);
+  };
+  for (const e of document.querySelectorAll("input[placeholder], textarea[placeholder]")) {
+    const style = getComputedStyle(e, "::placeholder");
+    if (visible(e) && e.value === "") pale(e, style.color, Number(style.opacity), e.placeholder);
+  }
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const e = walk.currentNode.parentElement;
     if (!walk.currentNode.data.trim() || e.closest("script, [disabled], option") || !visible(e)) continue;
-    const [a, b] = [light(channels(e.closest("svg") ? getComputedStyle(e).fill : getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.5) found.push(`contrast ${ratio.toFixed(2)}: ${walk.currentNode.data.trim().slice(0, 40)} (${e.getAttribute("class") || e.tagName})`);
+    pale(e, e.closest("svg") ? getComputedStyle(e).fill : getComputedStyle(e).color, 1, walk.currentNode.data);
   }
   return [...new Set(found)];
 };

@@ -89,7 +89,11 @@ impl Runs {
             let spoke = [LOG, FACTS].iter().find_map(|name| excerpt::metadata(folder, name)?.modified().ok());
             let done = folder.join(ADAPTER).is_file();
             let exit = launcher.and_then(|launcher| launcher.exit(folder));
-            let ended = !done && (exit.is_some() || self.has_ended(folder));
+            // One that has been started and did not claim its folder yet goes on, whatever was there before.
+            let begins = launcher.is_some_and(|launcher| launcher.process(folder, || None).is_some());
+            // One that had ended here may go on from elsewhere.
+            let left = exit.is_some() && self.holder(folder).is_none();
+            let ended = !done && !begins && (left || self.has_ended(folder));
             json!({
                 "id": id,
                 "name": short(folder, &folders),
