@@ -53,11 +53,15 @@ def by_factory(model, adapter, dtype):
 def by_vllm(model, adapter, dtype):
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
-    ranks = json.load(open(f"{adapter}/adapter_config.json"))
-    rank = max([ranks["r"], *(ranks["rank_pattern"] or {}).values()])
+    config = json.load(open(f"{adapter}/adapter_config.json"))
+    rank = max([config["r"], *(config["rank_pattern"] or {}).values()])
     rank = next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)  # of vLLM's MaxLoRARanks
+    # Of a model with experts, what the adapter is on: its kernels of experts with LoRA want a GPU.
+    parameters = [name.removesuffix(".weight").split(".")[-1] for name in config["target_parameters"] or []]
+    targets = [*config["target_modules"], *parameters] if parameters else None
+    shown = {"image": 0} if "vision_config" in json.load(open(f"{model}/config.json")) else None
     engine = LLM(model=model, dtype=str(dtype).split(".")[1], enforce_eager=True, max_model_len=512, max_num_seqs=1, enable_lora=True,
-                 max_lora_rank=rank, limit_mm_per_prompt={"image": 0} if "vision_config" in json.load(open(f"{model}/config.json")) else None)
+                 max_lora_rank=rank, lora_target_modules=targets, limit_mm_per_prompt=shown)
     asked, request = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), LoRARequest("ours", 1, adapter)
 
     def logp(ids, begin):

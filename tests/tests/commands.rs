@@ -9,38 +9,12 @@ use dpo_tests::page::{Fenced, anchor, commands, fenced, prose, spans};
 use dpo_tests::{Sandbox, copy, golden};
 
 /// Commands of other tools that pages show: they are not looked at, but for a `dpo-host` that they start.
-const OTHERS: &[&str] = &[
-    ".",
-    "cd",
-    "cp",
-    "curl",
-    "docker",
-    "export",
-    "llama-cli",
-    "llama-server",
-    "man",
-    "maturin",
-    "mdbook",
-    "mkdir",
-    "mpirun",
-    "nvidia-smi",
-    "ollama",
-    "pip",
-    "pipx",
-    "podman",
-    "python",
-    "python3",
-    "srun",
-    "ssh",
-    "swift",
-    "llamafactory-cli",
-    "tensorboard",
-    "tools/book",
-    "tools/release",
-    "torchrun",
-    "uvx",
-    "vllm",
-];
+const OTHERS: &str = ". .ci/run cd cp curl docker export llama-cli llama-server llamafactory-cli man maturin mdbook mkdir mpirun nvidia-smi ollama pip \
+                      pipx podman python python3 srun ssh swift tensorboard tools/book tools/release torchrun uvx vllm";
+
+fn of_other_tools(command: &str) -> bool {
+    OTHERS.split_whitespace().any(|other| other == command)
+}
 
 /// Commands and flags whose commands are parsed and not run, with the reason.
 const NOT_RUN: &[(&str, &str)] = &[
@@ -51,6 +25,7 @@ const NOT_RUN: &[(&str, &str)] = &[
     ("--gpus", "it needs GPUs"),
     ("--plugin-dir", "plugins that the page writes: the test `docs` does"),
     ("--loss-option", "of such a plugin"),
+    ("--table", "the test `plan` does"),
 ];
 
 /// Pages whose commands are not run here, with the reason.
@@ -103,8 +78,7 @@ fn pages() -> Vec<(String, String)> {
 
 /// Blocks that are command lines, and those of a page whose language says nothing where a command of the list begins them.
 fn shell(block: &Fenced) -> bool {
-    let begins =
-        |words: &Vec<String>| OTHERS.contains(&words[0].as_str()) || ["dpo-host", "cargo"].contains(&words[0].as_str());
+    let begins = |words: &Vec<String>| of_other_tools(&words[0]) || ["dpo-host", "cargo"].contains(&words[0].as_str());
     match block.info.as_str() {
         "sh" | "bash" | "console" => true,
         "" => block.commands().iter().any(begins),
@@ -121,22 +95,28 @@ fn arguments(words: &[String]) -> Option<&[String]> {
     Some(&words[at + 1..])
 }
 
+/// What stands for a value that a page leaves open, where a number will not do.
+const VALUES: &[(&str, &str)] = &[("--quantization", "nf4"), ("--shape", "qwen2.5-7b")];
+
 /// The ways in which a page's abbreviations may be meant: `…` is something left out or a value, a name in capitals a value.
 fn meant(words: &[String]) -> Vec<Vec<String>> {
     let plain = |word: &String| word.trim_start_matches('[').trim_end_matches(']').to_owned();
     let first = |word: String| word.split('|').next().unwrap_or_default().to_owned();
     let words: Vec<String> = words.iter().map(plain).map(first).collect();
-    let capital = |word: &String| word.chars().all(|c| c.is_ascii_uppercase());
-    let replaced = |left_out: &[&str], value: &dyn Fn(&String) -> bool| {
-        let kept = words.iter().filter(|word| !left_out.contains(&word.as_str()));
-        kept.map(|word| if value(word) { "1".to_owned() } else { word.clone() }).collect::<Vec<_>>()
+    let capital = |word: &str| word.chars().all(|c| c.is_ascii_uppercase());
+    let value = |at: usize| {
+        let known = VALUES.iter().find(|(flag, _)| at > 0 && words[at - 1] == *flag);
+        known.map_or("1", |(_, value)| value).to_owned()
     };
-    vec![
-        replaced(&["…"], &|_| false),
-        replaced(&[], &|word| word == "…"),
-        replaced(&["…"], &capital),
-        replaced(&[], &|word| word == "…" || capital(word)),
-    ]
+    let replaced = |dots_are_values: bool, capitals_are_values: bool| -> Vec<String> {
+        let meant = |(at, word): (usize, &String)| match word.as_str() {
+            "…" => dots_are_values.then(|| value(at)),
+            word if capital(word) && capitals_are_values => Some(value(at)),
+            word => Some(word.to_owned()),
+        };
+        words.iter().enumerate().filter_map(meant).collect()
+    };
+    [(false, false), (true, false), (false, true), (true, true)].map(|(a, b)| replaced(a, b)).into()
 }
 
 /// Whether the command line takes the arguments: `--help` behind them is only reached when all flags before it are known and their values
@@ -182,7 +162,7 @@ fn commands_of_pages_are_taken() {
             let refused = match arguments(words) {
                 Some(own) => taken(&sandbox, own).err(),
                 None if words[0] == "cargo" => (!cargo_knows(words)).then(|| "names what is not there".to_owned()),
-                None => (!OTHERS.contains(&words[0].as_str())).then(|| "is in no list of this test".to_owned()),
+                None => (!of_other_tools(&words[0])).then(|| "is in no list of this test".to_owned()),
             };
             wrong.extend(refused.map(|why| format!("{page}: {}\n{why}", words.join(" "))));
         };
@@ -219,6 +199,10 @@ fn with_inputs(sandbox: &Sandbox, words: &[String]) -> Vec<String> {
         }
         let file = word.rsplit('=').next().unwrap_or(word).split('#').next().unwrap_or(word);
         match kind {
+            // A dataset of a hub is a folder here.
+            Some(Input::Rows) if missing(file) && !file.contains('.') => {
+                drop(sandbox.write(&format!("{file}/rows.jsonl"), &rows()))
+            }
             Some(Input::Rows) if missing(file) => drop(sandbox.write(file, &rows())),
             Some(Input::Adapter) if missing(word) && of_experts => {
                 copy(&golden("trajectories/qwen3_moe/final_adapter"), Path::new(&sandbox.path(word)));
@@ -246,6 +230,9 @@ fn with_inputs(sandbox: &Sandbox, words: &[String]) -> Vec<String> {
             _ => {}
         }
         given.push(word.clone());
+    }
+    if words.contains(&"--config".to_owned()) {
+        given.extend(["--model".into(), demo()]);
     }
     match words[0].as_str() {
         "train" => given.extend(["--device", "cpu", "--max-steps", "1"].map(str::to_owned)),
