@@ -4,7 +4,7 @@
 Usage: dpo-host eval --model MODEL --adapter ADAPTER --dataset ROWS --output OURS
        check_adapter.py MODEL ADAPTER ROWS OURS [--reader NAME] [--bf16]     (ROWS as ms-swift writes them)
 Readers: peft (transformers and peft; the default), ms-swift (its TransformersEngine), llama-factory (its ChatModel), vllm (its LLM with
-enable_lora, which a wheel for the CPU computes too; heads of 32 columns or more). Each needs its package, in an environment of its own.
+enable_lora, which a wheel for the CPU computes too, but with experts; heads of 32 columns or more). Each needs its package, in an environment of its own.
 Exits 1 where a sum of log-probs is off by more than 1e-4 of itself. With --bf16, for scores that were computed on a GPU:
 transformers computes in f32 and in bf16, and the host's distance from f32 may be at most that of transformers' own bf16.
 """
@@ -56,12 +56,9 @@ def by_vllm(model, adapter, dtype):
     config = json.load(open(f"{adapter}/adapter_config.json"))
     rank = max([config["r"], *(config["rank_pattern"] or {}).values()])
     rank = next(allowed for allowed in (8, 16, 32, 64, 128, 256, 320, 512) if allowed >= rank)  # of vLLM's MaxLoRARanks
-    # Of a model with experts, what the adapter is on: its kernels of experts with LoRA want a GPU.
-    parameters = [name.removesuffix(".weight").split(".")[-1] for name in config["target_parameters"] or []]
-    targets = [*config["target_modules"], *parameters] if parameters else None
     shown = {"image": 0} if "vision_config" in json.load(open(f"{model}/config.json")) else None
     engine = LLM(model=model, dtype=str(dtype).split(".")[1], enforce_eager=True, max_model_len=512, max_num_seqs=1, enable_lora=True,
-                 max_lora_rank=rank, lora_target_modules=targets, limit_mm_per_prompt=shown)
+                 max_lora_rank=rank, limit_mm_per_prompt=shown)
     asked, request = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0), LoRARequest("ours", 1, adapter)
 
     def logp(ids, begin):
