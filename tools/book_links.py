@@ -28,7 +28,8 @@ def pointed(text, own, known):
         path, hash, anchor = link.partition("#")
         if "://" in link or link.startswith("mailto:") or not path: return found[0]
         file = posixpath.normpath(posixpath.join(posixpath.dirname(own), path))
-        if mark or file in known or file in REFERENCE:
+        beside = file.startswith("docs/") and not file.endswith(".md")  # mdbook copies what is no page
+        if mark or beside or file in known or file in REFERENCE:
             there = REFERENCE.get(file, in_book(file))
             return f"{mark}[{words}]({posixpath.relpath(there, posixpath.dirname(in_book(own)) or '.')}{hash}{anchor})"
         return words
