@@ -98,12 +98,12 @@ fn stands_in(number: &str, text: &str) -> bool {
     })
 }
 
-#[test]
-fn what_was_measured_is_in_the_log() {
+/// That all which was measured is in the log.
+fn assert_logged(all: &[Value]) {
     let log = read("docs/performance.md");
     let mut wrong = Vec::new();
-    for measured in measurements() {
-        let (heading, what) = (heading(&measured), text(&measured, "what").to_owned());
+    for measured in all {
+        let (heading, what) = (heading(measured), text(measured, "what").to_owned());
         let Some(entry) = log.split("\n## ").find(|entry| entry.lines().next() == Some(heading.as_str())) else {
             wrong.push(format!("{what}: the log has no entry '{heading}'"));
             continue;
@@ -112,7 +112,7 @@ fn what_was_measured_is_in_the_log() {
         let listed = ["values", "before"].iter().flat_map(|name| measured[*name].as_array().into_iter().flatten());
         let lost = listed.chain(single).map(number).filter(|number| !stands_in(number, entry));
         wrong.extend(lost.map(|number| format!("{what}: '{heading}' has no {number}")));
-        let words: Vec<&str> = text(&measured, "command").split(' ').collect();
+        let words: Vec<&str> = text(measured, "command").split(' ').collect();
         for (at, flag) in words.iter().enumerate().filter(|(_, word)| word.starts_with("--")) {
             let value = words.get(at + 1).filter(|word| !word.starts_with("--"));
             let said = value.is_some_and(|v| entry.contains(v) || entry.contains(&v.replace("GiB", " GiB")));
@@ -204,6 +204,7 @@ fn table(all: &[Value], name: &str, words: &Words, log: &str) -> String {
 #[test]
 fn tables_are_those_of_what_was_measured() {
     let (all, mut told) = (measurements(), 0);
+    assert_logged(&all);
     for page in PAGES.iter().filter(|page| root().join(page).exists()) {
         let (old, mut new) = (read(page), String::new());
         let words = if page.contains("zh") { CHINESE } else { ENGLISH };
