@@ -37,7 +37,7 @@ def by_swift(model, adapter, dtype):
     from swift.infer_engine import TransformersEngine
     from swift.model import MODEL_MAPPING
     kind = json.load(open(f"{model}/config.json"))["model_type"]  # some architectures are of several types there
-    return of_module(TransformersEngine(model, adapters=[adapter], torch_dtype=dtype, model_type=kind if kind in MODEL_MAPPING else None, template_type="dummy").model)
+    return of_module(TransformersEngine(model, adapters=[adapter], torch_dtype=dtype, attn_impl="eager", model_type=kind if kind in MODEL_MAPPING else None, template_type="dummy").model)
 
 
 def by_factory(model, adapter, dtype):
