@@ -12,12 +12,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use args::resolve;
 use args::train::TrainArgs;
-use clap::parser::ValueSource;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use args::{given, resolve};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use commands::{bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, selftest, serve, train, ui};
+use commands::{
+    bench, chat, data, describe, doctor, eval, list, manual, merge, new, plan, push, selftest, serve, train, ui,
+};
 use dpo_core::console;
 use dpo_core::error::{Kind, Result};
 use dpo_plugins::Registry;
@@ -62,7 +63,7 @@ enum Command {
     Bench(bench::BenchOptions),
     /// Check the GPU setup: what of CUDA was found, what is missing, and how to get it
     Doctor(doctor::DoctorOptions),
-    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter
+    /// Score pairs: log-probs of chosen and rejected answers under a model and an adapter; or answer prompts with both (--generate)
     Eval(Box<eval::EvalOptions>),
     /// Chat with a model, with an adapter, or compare both side by side. Without model and adapter: the demo's model
     Chat(chat::ChatOptions),
@@ -76,7 +77,12 @@ enum Command {
     /// Endpoints: /v1/chat/completions and /v1/completions, with streams, /v1/models, /health. Answers to all requests go on together,
     /// each adapter under a model name of its own.
     Serve(serve::ServeOptions),
-    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token
+    /// Push an adapter, a merged model or a GGUF file to Hugging Face or ModelScope, with a model card
+    ///
+    /// Of a run's folder its adapter, tokenizer files and a card go up: no checkpoint, no log, no row. A push that broke off goes
+    /// on when it is begun again.
+    Push(push::PushOptions),
+    /// Show runs in a browser: curves side by side, remarks, sample pairs token by token; with --allow-start, start and stop them
     Ui(ui::UiOptions),
     /// Write a script that completes commands and flags: dpo-host completions bash > /etc/bash_completion.d/dpo-host
     Completions(manual::CompletionsOptions),
@@ -204,18 +210,13 @@ fn run(args: Vec<OsString>) -> Result<()> {
         Command::Eval(options) => eval::eval(&registry, &options),
         Command::Chat(options) => chat::chat(&registry, &options),
         Command::Merge(options) => merge::merge(&registry, &options),
+        Command::Push(options) => push::push(&options),
         Command::Selftest(options) => selftest::selftest(&registry, &options),
         Command::Bench(options) => bench::bench(&registry, &options),
         Command::Doctor(options) => doctor::doctor(&options),
         Command::Serve(options) => serve::serve(&registry, &options),
-        Command::Ui(options) => ui::ui(&options),
+        Command::Ui(options) => ui::ui(&registry, &options, &cli.plugin_dir, Cli::command()),
         Command::Completions(options) => manual::completions(&options, Cli::command()),
         Command::Man(options) => manual::man(&options, Cli::command()),
     }
-}
-
-/// The fields of flags that were given.
-fn given(matches: &ArgMatches) -> Vec<String> {
-    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
-    matches.ids().map(|id| id.as_str()).filter(given).map(str::to_owned).collect()
 }

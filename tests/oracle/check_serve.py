@@ -1,14 +1,16 @@
 """Talks to `dpo-host serve` with OpenAI's own client: chats, completions, streams, two adapters, many requests at once, and what is refused.
 
     pip install openai
-    dpo-host serve --adapter first=DIR second=DIR --listen 8000 &
-    python check_serve.py http://127.0.0.1:8000/v1 [--requests 32] [--tokens 64]
+    python check_serve.py [--requests 32] [--tokens 64] -- dpo-host serve --adapter first=DIR second=DIR --listen 0
 
+or, of a server that runs, with its base URL in the place of the command.
 Prints what was checked, and the tokens a second of requests one by one and all at once; ends with 1 at the first difference.
 """
 
 import argparse
 import asyncio
+import subprocess
+import threading
 import time
 
 import openai
@@ -31,15 +33,36 @@ def refused(what, kind, call):
         check(what, False, "was answered")
 
 
+def started(command):
+    """A server that was started, and its base URL."""
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in server.stderr:
+        print("   ", line, end="", flush=True)
+        if line.startswith("serving"):
+            threading.Thread(target=lambda: [None for _ in server.stderr], daemon=True).start()
+            return server, line.split()[1]
+    raise SystemExit("the server did not start")
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("url")
+    parser.add_argument("server", nargs="+", help="its base URL, or the command that starts it")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--key", default="none")
     parser.add_argument("--rounds", action="store_true", help="in bf16, where answers at once may round otherwise than alone")
     args = parser.parse_args()
-    client = openai.OpenAI(base_url=args.url, api_key=args.key, max_retries=0)
+    server, url = (None, args.server[0]) if args.server[0].startswith("http") else started(args.server)
+    try:
+        talk(args, url)
+    finally:
+        if server:
+            server.terminate()
+            server.wait()
+
+
+def talk(args, url):
+    client = openai.OpenAI(base_url=url, api_key=args.key, max_retries=0)
     names = [m.id for m in client.models.list()]
     check("models", len(names) >= 1, names)
     turns = [{"role": "user", "content": PROMPTS[0]}]
@@ -114,7 +137,7 @@ def main():
     print(f"one by one      {speed:9.1f} tokens/s")
 
     async def together():
-        client = openai.AsyncOpenAI(base_url=args.url, api_key=args.key, max_retries=0)
+        client = openai.AsyncOpenAI(base_url=url, api_key=args.key, max_retries=0)
         call = lambda name, prompt: client.chat.completions.create(
             model=name, messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=args.tokens, extra_body=long)
         return await asyncio.gather(*(call(*job) for job in jobs))

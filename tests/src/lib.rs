@@ -1,6 +1,7 @@
 //! Shared helpers of the end-to-end tests: small random models in memory, and engines over them.
 
 pub mod hub;
+pub mod mlflow;
 pub mod nested;
 pub mod page;
 
@@ -250,6 +251,6 @@ pub fn log(folder: &str) -> Vec<serde_json::Value> {
 
 /// Logits of the token after `ids`, `[vocab]`, which follow the tokens of a cache; with the engine's adapter or without.
 pub fn logits(engine: &Engine, ids: &[u32], cache: &mut KvCache, adapted: bool) -> Vec<f32> {
-    let loras = Loras::of(engine.adapter()).unwrap();
-    engine.logits(&mut [(ids, cache)], adapted.then_some(&loras)).unwrap().swap_remove(0)
+    let loras = Loras::of(engine.adapter()).expect("an adapter of tensors");
+    engine.logits(&mut [(ids, cache)], adapted.then_some(&loras)).expect("logits").swap_remove(0)
 }

@@ -156,7 +156,8 @@ fn an_adapter_may_have_a_module_for_each_expert() {
         let each = s.path(&format!("{name}/each"));
         s.ok(&["merge", "--model", &model, "--adapter", &adapter, "--format", "adapter", "--output-dir", &each]);
         let modules = read_f32(&Path::new(&each).join("adapter_model.safetensors")).unwrap();
-        let of = if name == "mixtral" { "mlp.experts.1.w3" } else { "mlp.experts.1.up_proj" };
+        // As vLLM calls them, which is as the checkpoint does.
+        let of = if name == "mixtral" { "block_sparse_moe.experts.1.w3" } else { "mlp.experts.1.up_proj" };
         assert!(modules.keys().any(|key| key.ends_with(&format!("layers.0.{of}.lora_B.weight"))), "{modules:?}");
         let [own, split] = [&adapter, &each].map(|adapter| logps(&s, &rows, &[&model, "--adapter", adapter]));
         assert!(distance(&split, &own) < 1e-6, "{name}: {own:?} {split:?}");

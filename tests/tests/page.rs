@@ -50,8 +50,26 @@ impl Page {
         self.send(&format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", self.address))
     }
 
+    /// As the page itself asks for something; answers status and text.
+    fn post(&self, path: &str, body: &Value) -> (u16, String) {
+        let own = format!("Origin: http://{}\r\nX-Dpo-Host: 1\r\nContent-Type: application/json\r\n", self.address);
+        self.post_with(path, &format!("{own}{}", self.cookie()), &body.to_string())
+    }
+
+    fn post_with(&self, path: &str, headers: &str, body: &str) -> (u16, String) {
+        let (host, length) = (&self.address, body.len());
+        self.send(&format!("POST {path} HTTP/1.1\r\nHost: {host}\r\n{headers}Content-Length: {length}\r\n\r\n{body}"))
+    }
+
+    /// The header of who has opened the printed address.
+    fn cookie(&self) -> String {
+        let port = self.address.rsplit_once(':').unwrap().1;
+        let token = self.query.strip_prefix("?token=");
+        token.map(|token| format!("Cookie: dpo-host-{port}={token}\r\n")).unwrap_or_default()
+    }
+
     fn json(&self, path: &str) -> Value {
-        let (status, text) = self.get(path, "");
+        let (status, text) = self.get(path, &self.cookie());
         assert_eq!(status, 200, "{path}: {text}");
         serde_json::from_str(text.split_once("\r\n\r\n").unwrap().1).unwrap()
     }
@@ -326,15 +344,166 @@ fn a_run_whose_process_is_gone_has_ended() {
     assert_eq!(told(&other)["ended"], false);
 }
 
+/// A page that may start runs in the sandbox's folder `runs`.
+fn starting(sandbox: &Sandbox) -> Page {
+    Page::start(sandbox, &["ui", "--allow-start", "runs", "--listen", "0"], "page")
+}
+
+#[test]
+fn only_the_page_itself_starts_runs() {
+    let sandbox = sandbox();
+    let page = starting(&sandbox);
+    assert_eq!(page.query.len(), "?token=".len() + 32, "on this machine, too, a token is needed");
+    for path in ["/", "/runs", "/start", "/start.js"] {
+        assert_eq!(page.get(path, "").0, 403, "{path}");
+        assert_eq!(page.get(path, &page.cookie()).0, 200, "{path}");
+    }
+    let body = json!({"args": ["--model", "demo", "--output-dir", "runs/a"]}).to_string();
+    let (origin, own) = (format!("Origin: http://{}\r\n", page.address), "X-Dpo-Host: 1\r\n");
+    let (kind, cookie) = ("Content-Type: application/json\r\n", page.cookie());
+    let other = format!("Origin: http://{}\r\n", page.address.replace("127.0.0.1", "localhost"));
+    let refused = [
+        (403, [&*origin, own, kind, ""]),
+        (403, ["", own, kind, &cookie]),
+        (403, [&other, own, kind, &cookie]),
+        (403, ["Origin: null\r\n", own, kind, &cookie]),
+        (403, [&origin, "", kind, &cookie]),
+        (403, [&origin, "X-Dpo-Host: 1\r\nSec-Fetch-Site: same-site\r\n", kind, &cookie]),
+        (415, [&origin, own, "Content-Type: text/plain\r\n", &cookie]),
+        (413, [&origin, own, "Content-Length: 99999999\r\n", &cookie]),
+    ];
+    for (status, headers) in refused {
+        let request = headers.concat();
+        let answered = match request.contains("Content-Length") {
+            true => page.send(&format!("POST /start HTTP/1.1\r\nHost: {}\r\n{request}\r\n", page.address)),
+            false => page.post_with("/start", &request, &body),
+        };
+        assert_eq!(answered.0, status, "{request}");
+    }
+    assert_eq!(page.send(&format!("PUT /start HTTP/1.1\r\nHost: localhost\r\n{cookie}\r\n")).0, 405);
+    let without = [origin.as_str(), own, kind].concat();
+    let plain = Page::start(&sandbox, &["ui", &write_run(&sandbox, "other"), "--listen", "0"], "page");
+    assert_eq!(plain.post_with("/start", &without.replace(&page.address, &plain.address), &body).0, 405);
+    assert_eq!(plain.get("/start", "").0, 404);
+    assert_eq!(plain.json("/runs")["starts"], false);
+    assert_eq!(fs::read_dir(sandbox.path("runs")).unwrap().count(), 0, "a run was started");
+}
+
+#[test]
+fn what_a_page_may_not_start() {
+    let sandbox = sandbox();
+    let page = starting(&sandbox);
+    let file = sandbox.write("run.toml", "model = \"demo\"");
+    let away = sandbox.path("away");
+    fs::create_dir(&away).unwrap();
+    std::os::unix::fs::symlink(&away, sandbox.path("runs/link")).unwrap();
+    let fine = ["--model", "demo", "--output-dir", "runs/a"];
+    let with = |more: &[&'static str]| [&fine[..], more].concat();
+    let refused: [(Vec<&str>, &str); 20] = [
+        (with(&["--plugin-dir", "/tmp"]), "--plugin-dir"),
+        (with(&["--plugin-dir=/tmp"]), "--plugin-dir"),
+        (with(&["--plugin_dir", "/tmp"]), "--plugin-dir"),
+        (with(&["--config", "run.toml"]), "--config"),
+        (vec![&file], "is no flag"),
+        (vec!["-x"], "is no flag"),
+        (with(&["--dashboard", "0.0.0.0:1"]), "--dashboard"),
+        (with(&["--add-version"]), "--add-version"),
+        (with(&["--rlhf_type", "dpo"]), "--add-version false"),
+        (with(&["--beta", "-1"]), "should be above 0"),
+        (with(&["--modle", "demo"]), "did you mean '--model'"),
+        (with(&["--num-epochs", "many"]), "many"),
+        (vec!["--model", "demo"], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "away"], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "runs"], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "runs/../away"], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "runs/a/.."], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "runs/link"], "right inside of runs"),
+        (vec!["--model", "demo", "--output-dir", "runs/link/a"], "right inside of runs"),
+        (vec!["--help"], ""),
+    ];
+    for (args, said) in refused {
+        for path in ["/start", "/check"] {
+            let (status, text) = page.post(path, &json!({"args": args}));
+            assert!(status == 422 && text.contains(said), "{args:?}: {text}");
+        }
+    }
+    // Arguments of ms-swift are taken here, too.
+    let swift = with(&["--rlhf_type", "dpo", "--add_version", "false", "--lora_rank", "4"]);
+    let (status, text) = page.post("/check", &json!({"args": swift}));
+    assert!(status == 200 && text.contains("plan --model="), "{text}");
+    for body in [json!(null), json!({"args": "--model demo"}), json!({"args": [1]}), json!([])] {
+        assert_eq!(page.post("/start", &body).0, 422, "{body}");
+    }
+    for body in [json!({}), json!({"run": 7}), json!({"run": -1})] {
+        assert_eq!(page.post("/stop", &body).0, 422, "{body}");
+    }
+    assert_eq!(page.post("/else", &json!({})).0, 404);
+    assert_eq!(fs::read_dir(sandbox.path("runs")).unwrap().count(), 1, "a run was started");
+    assert_eq!(fs::read_dir(&away).unwrap().count(), 0, "a run was started");
+}
+
+#[test]
+fn a_started_run_outlives_the_page() {
+    let sandbox = sandbox();
+    let mut page = starting(&sandbox);
+    let (model, rows) = (case("model"), case("prefs.jsonl"));
+    let args = ["--model", &model, "--dataset", &rows, "--output-dir", "runs/a b", "--device", "cpu"];
+    let args = [&args[..], &["--num-epochs", "1000000", "--logging-steps", "1"]].concat();
+    let (status, text) = page.post("/check", &json!({"args": args}));
+    assert!(status == 200 && text.contains("data --model=") && text.contains("planned"), "{text}");
+    assert!(!Path::new(&sandbox.path("runs/a b")).exists(), "a check leaves nothing");
+    let (status, text) = page.post("/start", &json!({"args": args}));
+    assert_eq!(status, 200, "{text}");
+    let (status, text) = page.post("/start", &json!({"args": args}));
+    assert!(status == 422 && text.contains("in this folder") || text.contains("holds a run"), "{text}");
+    let start = Instant::now();
+    let wait = |what: &str, so: &dyn Fn() -> bool| {
+        while !so() {
+            assert!(start.elapsed() < Duration::from_secs(60), "{what}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let lines = || fs::read_to_string(sandbox.path("runs/a b/logging.jsonl")).unwrap_or_default().lines().count();
+    wait("no step", &|| lines() > 1);
+    let console = fs::read_to_string(sandbox.path("runs/a b/console.log")).unwrap();
+    assert!(console.starts_with(&format!("$ dpo-host train --model {model} ")), "{console}");
+    assert!(console.lines().next().unwrap().contains(" --output-dir 'runs/a b' "), "{console}");
+    // No key of the page's terminal reaches it: it leads a group of its own.
+    let holder = fs::read_to_string(sandbox.path("runs/a b/.lock")).unwrap();
+    let process = holder.split(' ').nth(1).unwrap();
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
+    let group = stat.rsplit_once(") ").unwrap().1.split(' ').nth(2).unwrap();
+    assert_eq!(group, process, "{stat}");
+    page.child.kill().unwrap();
+    page.child.wait().unwrap();
+    let before = lines();
+    wait("it has ended with the page", &|| lines() > before + 1);
+    // A page that comes later knows it by its lock.
+    let page = starting(&sandbox);
+    let run = || page.json("/runs")["runs"][0].clone();
+    assert!(run()["stoppable"] == true && run()["ended"] == false, "{}", run());
+    assert_eq!(page.post("/stop", &json!({"run": 0})).0, 200);
+    wait("it goes on", &|| run()["ended"] == true);
+    assert!(run()["saved_step"].as_u64() > Some(0) && run()["stoppable"] == false, "{}", run());
+    assert_eq!(page.post("/stop", &json!({"run": 0})).0, 422);
+}
+
 /// Requests that somebody made up: right ones with bytes changed, repeated, cut out, and parts of others put in.
 #[test]
 fn requests_that_mean_harm_end_nothing() {
     let sandbox = sandbox();
-    let mut page = Page::start(&sandbox, &["ui", &write_run(&sandbox, "run"), "--listen", "0"], "page");
+    let run = write_run(&sandbox, "run");
+    harm(&mut Page::start(&sandbox, &["ui", &run, "--listen", "0"], "page"));
+    harm(&mut Page::start(&sandbox, &["ui", &run, "--allow-start", "runs", "--listen", "0"], "page"));
+    assert_eq!(fs::read_dir(sandbox.path("runs")).unwrap().count(), 0, "a run was started");
+}
+
+fn harm(page: &mut Page) {
     let head =
         |target: &str| format!("GET {target} HTTP/1.1\r\nHost: localhost\r\nCookie: a=b; c\r\n\r\n").into_bytes();
-    let right: Vec<Vec<u8>> =
+    let mut right: Vec<Vec<u8>> =
         ["/", "/runs", "/runs/0/logging.jsonl", "/runs/0/../x", "/?token=0", "/page.js"].map(head).to_vec();
+    right.push(b"POST /start HTTP/1.1\r\nHost: localhost\r\nContent-Length: 11\r\n\r\n{\"args\":[]}".to_vec());
     let pieces: [&[u8]; 12] = [
         b"\r\n",
         b"\r\n\r\n",
@@ -351,7 +520,7 @@ fn requests_that_mean_harm_end_nothing() {
     ];
     let mut numbers = Numbers::new(7);
     let start = Instant::now();
-    for _ in 0..2_000 {
+    for _ in 0..1_000 {
         let mut request = right[numbers.below(right.len())].clone();
         for _ in 0..=numbers.below(6) {
             let at = numbers.below(request.len() + 1);
@@ -374,7 +543,7 @@ fn requests_that_mean_harm_end_nothing() {
         assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 "), "{:?}", String::from_utf8_lossy(&answer));
         assert!(!answer.windows(6).any(|w| w == b"secret"), "{:?}", String::from_utf8_lossy(&request));
     }
-    println!("2,000 requests in {:?}", start.elapsed());
+    println!("1,000 requests in {:?}", start.elapsed());
     assert_eq!(page.json("/runs")["runs"][0]["id"], 0);
     assert!(page.child.try_wait().unwrap().is_none(), "the server has ended");
 }

@@ -326,7 +326,7 @@ fn what_ms_swift_asks_for_and_is_not_done_is_refused() {
         ("--rlhf_type dpo --torch_dtype float16", "--torch_dtype float16: half precision overflows"),
         ("--rlhf_type dpo --lr_scheduler_kwargs {\"a\":1}", "no option 'a'"),
         ("--rlhf_type dpo --save_strategy epoch", "--save-steps N"),
-        ("--rlhf_type dpo --push_to_hub true", "nothing is uploaded"),
+        ("--rlhf_type dpo --push_to_hub true", "uploads nothing"),
         ("--rlhf_type dpo --external_plugins plugin.py", "Python is not run"),
         ("--rlhf_type dpo --use_ray true", "--gpus, torchrun"),
         ("--rlhf_type dpo --lora_r 4", "it is TRL's, and --rlhf_type is ms-swift's"),

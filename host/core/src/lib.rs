@@ -17,6 +17,7 @@ pub mod example;
 pub mod files;
 pub mod fp8;
 pub mod graph;
+pub mod listen;
 pub mod logprobs;
 pub mod lora;
 pub mod memory;

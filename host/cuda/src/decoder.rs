@@ -33,15 +33,18 @@ pub struct CudaDecoder {
     scratch: Memory,
     /// Room for logits.
     staged: Pinned,
-    /// Where a layer's keys lie in a sequence's memory, in elements a token, and how many keys and values there are in a token's row.
-    columns: Vec<(usize, [usize; 2])>,
-    /// The same of all layers.
+    /// Of every layer.
+    columns: Vec<Columns>,
+    /// Columns of all layers.
     width: usize,
     /// Where lies what a layer's ops carry from token to token, and how much that is of all layers.
     carried: (Vec<usize>, usize),
     /// Tokens that a sequence has room for.
     most: usize,
 }
+
+/// Where a layer's keys lie in a sequence's memory, in elements a token, and how many keys and values there are in a token's row.
+type Columns = (usize, [usize; 2]);
 
 /// What is known of a sequence.
 struct Sequence {
@@ -182,9 +185,8 @@ impl CudaDecoder {
     }
 }
 
-/// Where each layer's keys lie in the memory of a sequence, in elements a token, with the columns of keys and of values; then the columns
-/// of all layers.
-fn columns(graph: &ModelGraph) -> Result<(Vec<(usize, [usize; 2])>, usize)> {
+/// Columns of every layer, and how many there are in all.
+fn columns(graph: &ModelGraph) -> Result<(Vec<Columns>, usize)> {
     let (mut columns, mut width) = (Vec::new(), 0);
     for layer in &graph.layers {
         let nodes = &graph.blocks[layer.block].nodes;

@@ -276,7 +276,8 @@ mod tests {
         assert!(!early.is_empty());
         for source in early {
             let kernels: Vec<&str> = source.text.split("extern \"C\"").skip(1).collect();
-            assert_eq!(kernels.len(), source.kernels.len(), "{}", source.file);
+            // Of a macro's text there are several.
+            assert!(source.kernels.len().is_multiple_of(kernels.len()), "{}", source.file);
             assert!(kernels.iter().all(|kernel| kernel.contains("after_previous();")), "{}", source.file);
         }
     }

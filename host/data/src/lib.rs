@@ -9,6 +9,7 @@ pub mod examples;
 mod jinja;
 mod namespace;
 mod pipeline;
+mod prompts;
 mod python;
 pub mod read;
 pub mod report;
@@ -29,6 +30,7 @@ pub use chat::read_json;
 pub use chat::{ChatTemplate, Rendering};
 pub use columns::parse_columns;
 pub use examples::Examples;
+pub use prompts::{Prompt, prompts};
 pub use python::strftime_now;
 pub use report::Report;
 pub use tokens::{ChatTokenizer, Truncation};
@@ -214,6 +216,29 @@ pub fn split(examples: &Examples, ratio: f64, seed: u64) -> (Examples, Examples)
 }
 
 #[cfg(test)]
+impl DataOptions {
+    /// Rows of a file, with nothing said of them.
+    pub(crate) fn of_file(path: &str) -> DataOptions {
+        DataOptions {
+            paths: vec![path.to_owned()],
+            format: None,
+            wanted: Wanted::default(),
+            batch_size: 16,
+            columns: Columns::default(),
+            max_length: None,
+            vocabulary: None,
+            truncation: Truncation::Delete,
+            strict: false,
+            max_samples: None,
+            system: None,
+            plain_text: false,
+            shuffle: false,
+            seed: 0,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
 
@@ -237,22 +262,7 @@ mod tests {
         };
         let path = dir.path().join("rows.jsonl");
         std::fs::write(&path, [row("ok"), row("slow"), row("so")].join("\n")).unwrap();
-        let options = DataOptions {
-            paths: vec![path.display().to_string()],
-            format: None,
-            wanted: Wanted::default(),
-            batch_size: 16,
-            columns: Columns::default(),
-            max_length: None,
-            vocabulary: None,
-            truncation: Truncation::Delete,
-            strict: false,
-            max_samples: None,
-            system: None,
-            plain_text: false,
-            shuffle: false,
-            seed: 0,
-        };
+        let options = DataOptions::of_file(&path.display().to_string());
         let tokenizer = ChatTokenizer::open(dir.path(), None).unwrap();
         let error = load(&options, &Registry::discover(&[], None), &tokenizer).unwrap_err();
         assert_eq!(error.kind, dpo_core::error::Kind::Run);

@@ -270,7 +270,12 @@ impl<'a> Pipeline<'a> {
 }
 
 /// The named format, or the one that is surest of the first rows.
-fn choose<'a>(options: &DataOptions, registry: &'a Registry, path: &Path, rows: &[SourceRow]) -> Result<&'a Format> {
+pub(super) fn choose<'a>(
+    options: &DataOptions,
+    registry: &'a Registry,
+    path: &Path,
+    rows: &[SourceRow],
+) -> Result<&'a Format> {
     if let Some(name) = &options.format {
         return registry.format(name).map_err(|e| e.at("--dataset-format"));
     }

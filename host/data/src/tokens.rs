@@ -290,6 +290,23 @@ impl ChatTokenizer {
         }
     }
 
+    /// Ids of a record's prompt as they are before an answer, whatever answers it has.
+    ///
+    /// # Errors
+    /// A prompt without tokens, or that the template refuses.
+    pub(super) fn encode_prompt(&self, record: &Record) -> Result<Vec<u32>> {
+        let ids = match &record.prompt {
+            Text::Plain(text) => self.plain_ids(text.clone())?,
+            Text::Messages(turns) => {
+                let tools = tool_list(record.tools.as_ref())?;
+                let with =
+                    Rendering { tools: tools.as_ref(), args: Some(&record.template_args), generation_prompt: true };
+                self.encode(&self.render(turns, with)?, false)?
+            }
+        };
+        if ids.is_empty() { Err(Error::input("the prompt has no token")) } else { Ok(ids) }
+    }
+
     /// Ids of the prompt with the generation prompt, and of every whole conversation.
     fn chat_ids(
         &self,
@@ -380,7 +397,7 @@ fn shared_prefix(a: &[u32], b: &[u32]) -> usize {
 }
 
 /// Turns that all conversations begin with; the last turn of the shortest one is always an answer (TRL's `extract_prompt`).
-fn shared_turns(conversations: &[Vec<Message>]) -> usize {
+pub(super) fn shared_turns(conversations: &[Vec<Message>]) -> usize {
     let Some((first, others)) = conversations.split_first() else { return 0 };
     let with = |other: &Vec<Message>| first.iter().zip(other).take_while(|(a, b)| a == b).count();
     let shared = others.iter().map(with).min().unwrap_or(first.len());

@@ -130,25 +130,28 @@ impl Answer {
         Some(text).filter(|text| !text.is_empty())
     }
 
-    /// Draws the next token; whether it ends the answer, of those that end a turn.
-    pub(super) fn draw(&mut self, logits: Vec<f32>, ends: &[u32]) -> Result<bool> {
-        let (id, logprob) = self.sampler.draw(logits, &self.ids, self.prompt)?;
+    /// Draws the next token from its logits; what it adds to the text, or what the text lacked where it ends the answer.
+    pub(super) fn go_on(
+        &mut self,
+        logits: Vec<f32>,
+        ends: &[u32],
+        tokenizer: &ChatTokenizer,
+    ) -> Result<Option<String>> {
+        let drawn = self.sampler.draw(logits, &self.ids, self.prompt);
+        let (id, logprob) = drawn.inspect_err(|_| drop(self.end(Stop::Interrupt, tokenizer)))?;
         self.ids.push(id);
         self.logprobs.extend(logprob);
         self.first.get_or_insert_with(Instant::now);
-        Ok(ends.contains(&id) && !self.ignore_eos)
-    }
-
-    /// The text that the token drawn last adds.
-    pub(super) fn take_text(&mut self, tokenizer: &ChatTokenizer) -> Option<String> {
-        let id = self.ids.last().copied()?;
+        if ends.contains(&id) && !self.ignore_eos {
+            return Ok(self.end(Stop::Turn, tokenizer));
+        }
         let (text, found) = self.stops.push(&self.stream.push(tokenizer, id));
         self.text.push_str(&text);
         if found {
             self.stop = Some(Stop::StopString);
             self.lease = None;
-            return Some(text).filter(|text| !text.is_empty());
+            return Ok(Some(text).filter(|text| !text.is_empty()));
         }
-        Some(text)
+        Ok(Some(text))
     }
 }

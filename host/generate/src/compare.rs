@@ -15,7 +15,7 @@ pub enum Variant {
 
 impl Variant {
     /// What output calls it.
-    pub fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Variant::Base => "base",
             Variant::Tuned => "tuned",
@@ -45,11 +45,8 @@ pub struct Comparison {
 /// As [`Generator::begin`] and [`Generator::step`].
 pub fn compare(generator: &mut Generator, prompts: &[&[u32]], sampling: &Sampling) -> Result<Vec<Comparison>> {
     let compare = |prompt: &&[u32]| {
-        let mut say = |variant: Variant| {
-            let mut answer = generator.begin(variant.adapter(), prompt.to_vec(), sampling)?;
-            while generator.step(&mut answer)?.is_some() {}
-            Ok::<_, Error>(answer.text().to_owned())
-        };
+        let mut say =
+            |variant: Variant| Ok::<_, Error>(generator.say(variant.adapter(), prompt, sampling)?.text().to_owned());
         let (base, tuned) = (say(Variant::Base)?, say(Variant::Tuned)?);
         Ok(Comparison { prompt: generator.tokenizer().decode(prompt, false).trim().to_owned(), base, tuned })
     };

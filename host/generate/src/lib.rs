@@ -5,6 +5,7 @@
 
 mod answer;
 mod compare;
+pub mod judge;
 mod sampling;
 mod text;
 
@@ -235,27 +236,34 @@ impl Generator {
             rows[*at] = Some(logits).filter(|_| whole);
         }
         let (ends, tokenizer) = (&self.ends, &self.tokenizer);
-        let draw = |((answer, logits), result): ((&mut &mut Answer, Option<Vec<f32>>), &mut Result<Option<String>>)| {
-            let Some(logits) = logits else { return };
-            *result = match answer.draw(logits, ends) {
-                Ok(true) => Ok(answer.end(Stop::Turn, tokenizer)),
-                Ok(false) => Ok(answer.take_text(tokenizer)),
-                Err(e) => {
-                    answer.end(Stop::Interrupt, tokenizer);
-                    Err(e)
-                }
-            };
-        };
+        // Threads are worth their while where there are several.
         if let [at] = pass {
-            draw(((&mut answers[*at], rows[*at].take()), &mut results[*at]));
+            if let Some(logits) = rows[*at].take() {
+                results[*at] = answers[*at].go_on(logits, ends, tokenizer);
+            }
             return;
         }
-        answers.par_iter_mut().zip(rows).zip(results.par_iter_mut()).for_each(draw);
+        let all = answers.par_iter_mut().zip(rows).zip(results.par_iter_mut());
+        all.for_each(|((answer, logits), result)| {
+            if let Some(logits) = logits {
+                *result = answer.go_on(logits, ends, tokenizer);
+            }
+        });
     }
 
     /// Ends an answer where it is; returns what its text lacked.
     pub fn interrupt(&mut self, answer: &mut Answer) -> Option<String> {
         if answer.stop().is_some() { None } else { answer.end(Stop::Interrupt, &self.tokenizer) }
+    }
+
+    /// The whole of what follows some tokens.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin) and [`step`](Self::step).
+    pub fn say(&mut self, adapter: Option<usize>, ids: &[u32], sampling: &Sampling) -> Result<Answer> {
+        let mut answer = self.begin(adapter, ids.to_vec(), sampling)?;
+        while self.step(&mut answer)?.is_some() {}
+        Ok(answer)
     }
 }
 

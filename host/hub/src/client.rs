@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use ureq::Agent;
-use ureq::Body;
-use ureq::http::{Response, Uri};
+use ureq::http::{Method, Request, Response, Uri};
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
+use ureq::{Agent, Body, SendBody};
 
 use super::protocol::{Hub, Remote, variable};
 use dpo_core::console;
@@ -35,6 +34,12 @@ const LONGEST_PAUSE: u64 = 300;
 /// For a connection to come about, and to be silent.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// For an answer to what was sent: parts of a large file are put together before it comes.
+const THOUGHT: Duration = Duration::from_secs(300);
+
+/// Most bytes of an answer that is read as a whole.
+const MOST_ANSWER: u64 = 64 << 20;
+
 /// Asks one hub.
 pub(super) struct Client {
     agent: Agent,
@@ -56,7 +61,7 @@ impl Origin {
 }
 
 /// How a try failed.
-enum Failure {
+pub(super) enum Failure {
     /// Another try may do: why it failed, for how long the hub wants to be left alone, whether something arrived.
     Passing {
         cause: String,
@@ -66,13 +71,36 @@ enum Failure {
     Final(Error),
 }
 
+/// What is sent with a request: so many bytes of a reader, which begins anew with every try.
+pub(super) struct Payload<'a> {
+    pub(super) length: u64,
+    pub(super) open: &'a dyn Fn() -> std::io::Result<Box<dyn Read + 'a>>,
+}
+
+/// What a server says to something that was sent.
+pub(super) struct Reply {
+    pub(super) status: u16,
+    /// The name of what was stored, as it is to be given back.
+    pub(super) etag: Option<String>,
+    /// JSON; null where there is none.
+    pub(super) body: Value,
+    /// What is wrong, in the server's words.
+    pub(super) message: String,
+}
+
+impl Reply {
+    pub(super) fn is_ok(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+}
+
 impl From<Error> for Failure {
     fn from(error: Error) -> Failure {
         Failure::Final(error)
     }
 }
 
-fn passing(cause: impl ToString) -> Failure {
+pub(super) fn passing(cause: impl ToString) -> Failure {
     Failure::Passing { cause: cause.to_string(), pause: None, progress: false }
 }
 
@@ -110,31 +138,115 @@ fn trusted() -> Result<RootCerts> {
     Ok(RootCerts::Specific(Arc::new(certificates)))
 }
 
+/// What makes requests, with the environment's proxy and certificates: it waits so long for an answer to begin, follows no redirects, and an
+/// answer of any status is one.
+///
+/// # Errors
+/// A variable that names a file without certificates.
+pub fn agent(patience: Duration) -> Result<Agent> {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .timeout_connect(Some(SILENCE))
+        .timeout_recv_response(Some(patience))
+        .timeout_per_read(Some(patience))
+        .timeout_per_write(Some(patience))
+        .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
+        .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
+    Ok(config.build().into())
+}
+
 impl Client {
     pub(super) fn of(hub: &'static Hub) -> Result<Client> {
-        let config = Agent::config_builder()
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .timeout_connect(Some(SILENCE))
-            .timeout_recv_response(Some(SILENCE))
-            .timeout_per_read(Some(SILENCE))
-            .tls_config(TlsConfig::builder().root_certs(trusted()?).build())
-            .user_agent(concat!("dpo-host/", env!("CARGO_PKG_VERSION")));
         let origin = (hub.endpoint)().parse().ok().and_then(|endpoint| Origin::of(&endpoint));
-        Ok(Client { agent: config.build().into(), hub, secret: (hub.secret)().zip(origin) })
+        Ok(Client { agent: agent(SILENCE)?, hub, secret: (hub.secret)().zip(origin) })
     }
 
     /// What is at an address, as JSON.
     pub(super) fn json(&self, address: &str) -> Result<Value> {
         patiently(|| {
             let mut response = self.get(address, 0)?;
-            let text = response.body_mut().with_config().limit(64 << 20).read_to_string().map_err(passing)?;
+            let text = response.body_mut().with_config().limit(MOST_ANSWER).read_to_string().map_err(passing)?;
             serde_json::from_str(&text).map_err(|e| {
                 let help = "is there a proxy or a login page between? HF_ENDPOINT names a mirror";
                 Failure::Final(Error::run(format!("{address} answers no JSON: {e}")).help(help))
             })
         })
+    }
+
+    /// What the hub says to a question, whatever it is.
+    pub(super) fn ask(&self, address: &str) -> Result<Reply> {
+        patiently(|| match self.answer(address, 0)? {
+            response if is_busy(response.status().as_u16()) => Err(busy(address, &response)),
+            mut response => reply(&mut response),
+        })
+    }
+
+    /// The text of a file, where there is one.
+    pub(super) fn text(&self, address: &str) -> Result<Option<String>> {
+        patiently(|| {
+            let response = self.answer(address, 0)?;
+            if response.status() == 404 {
+                return Ok(None);
+            }
+            let mut response = self.accepted(address, response)?;
+            let bytes = response.body_mut().with_config().limit(MOST_ANSWER).read_to_vec().map_err(passing)?;
+            Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+        })
+    }
+
+    /// The headers that show the token, at a place that it is for: the hub, and where `siblings` are, hosts of its domain.
+    fn credentials(&self, place: &Uri, siblings: bool) -> Vec<(&'static str, String)> {
+        let (Some((secret, origin)), Some(to)) = (&self.secret, Origin::of(place)) else { return Vec::new() };
+        let domain = format!(".{}", origin.1.trim_start_matches("www."));
+        let is_sibling = siblings && to.0 == "https" && origin.0 == "https" && to.1.ends_with(&domain);
+        if to != *origin && !is_sibling {
+            return Vec::new();
+        }
+        let cookie = self.hub.cookie.map(|cookie| ("cookie", format!("{cookie}={secret}")));
+        [("authorization", format!("Bearer {secret}"))].into_iter().chain(cookie).collect()
+    }
+
+    /// Whether there is a token to show.
+    pub(super) fn has_token(&self) -> bool {
+        self.secret.is_some()
+    }
+
+    /// Sends something once, and takes any answer but those of a server that is busy. A token is shown to its hub alone.
+    pub(super) fn send(
+        &self,
+        method: Method,
+        address: &str,
+        headers: &[(&str, &str)],
+        payload: &Payload<'_>,
+    ) -> std::result::Result<Reply, Failure> {
+        let mut place: Uri = address.parse().map_err(|e| not_an_address(address, &e))?;
+        for _ in 0..=REDIRECTS {
+            let mut request = Request::builder().method(method.clone()).uri(&place);
+            for (name, value) in self.credentials(&place, self.hub.siblings) {
+                request = request.header(name, value);
+            }
+            for (name, value) in headers {
+                request = request.header(*name, *value);
+            }
+            request = request.header("content-length", payload.length);
+            let mut body = (payload.open)().map_err(|e| Error::input(format!("cannot read what is sent: {e}")))?;
+            let request = request.body(SendBody::from_reader(&mut body)).map_err(|e| not_an_address(address, &e))?;
+            let request = self.agent.configure_request(request).timeout_recv_response(Some(THOUGHT)).build();
+            let mut response = self.agent.run(request).map_err(|e| unanswered(&place, &e))?;
+            let location = response.headers().get("location").and_then(|v| v.to_str().ok());
+            if let Some(location) = location.filter(|_| matches!(response.status().as_u16(), 307 | 308)) {
+                place = joined(&place, location)
+                    .ok_or_else(|| Error::run(format!("{address} leads to '{location}', which is no address")))?;
+                continue;
+            }
+            if is_busy(response.status().as_u16()) {
+                return Err(busy(address, &response));
+            }
+            return reply(&mut response);
+        }
+        Err(Error::run(format!("{address} leads on and on, {REDIRECTS} times")).into())
     }
 
     /// Fetches a file to its place, from where the last try ended.
@@ -218,29 +330,28 @@ impl Client {
     }
 
     fn get(&self, address: &str, from: u64) -> std::result::Result<Response<Body>, Failure> {
-        let wrong = |what: String| Failure::Final(Error::input(format!("{address} is not an address: {what}")));
-        let mut place: Uri = address.parse().map_err(|e| wrong(format!("{e}")))?;
+        self.accepted(address, self.answer(address, from)?)
+    }
+
+    /// What is said to a request, whatever it is.
+    fn answer(&self, address: &str, from: u64) -> std::result::Result<Response<Body>, Failure> {
+        let mut place: Uri = address.parse().map_err(|e| not_an_address(address, &e))?;
         for _ in 0..=REDIRECTS {
             let mut request = self.agent.get(&place);
-            if let Some((secret, origin)) = &self.secret
-                && Origin::of(&place).is_some_and(|to| to == *origin)
-            {
-                request = request.header("authorization", format!("Bearer {secret}"));
+            for (name, value) in self.credentials(&place, false) {
+                request = request.header(name, value);
             }
             if from > 0 {
                 request = request.header("range", format!("bytes={from}-"));
             }
-            let response = request.call().map_err(|e| match e {
-                ureq::Error::BadUri(what) => wrong(what),
-                e => passing(format!("{} does not answer: {e}", place.authority().map_or(address, |a| a.as_str()))),
-            })?;
+            let response = request.call().map_err(|e| unanswered(&place, &e))?;
             let location = response.headers().get("location").and_then(|v| v.to_str().ok());
             match location.filter(|_| matches!(response.status().as_u16(), 301..=303 | 307 | 308)) {
                 Some(location) => {
                     place = joined(&place, location)
                         .ok_or_else(|| Error::run(format!("{address} leads to '{location}', which is no address")))?;
                 }
-                None => return self.accepted(address, response),
+                None => return Ok(response),
             }
         }
         Err(Error::run(format!("{address} leads on and on, {REDIRECTS} times"))
@@ -260,16 +371,7 @@ impl Client {
                     self.hub.token
                 ))
                 .into()),
-            408 | 429 | 500..=599 => {
-                let asked = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
-                let cause = format!("{} is busy ({status})", host(address));
-                match asked {
-                    Some(seconds) if seconds > LONGEST_PAUSE => {
-                        Err(Error::run(format!("{cause} and asks to come back in {seconds} s")).into())
-                    }
-                    _ => Err(Failure::Passing { cause, pause: asked.map(Duration::from_secs), progress: false }),
-                }
-            }
+            status if is_busy(status) => Err(busy(address, &response)),
             _ => Err(Error::run(format!("{} answers {status} to {address}", host(address))).into()),
         }
     }
@@ -288,8 +390,49 @@ impl Client {
     }
 }
 
+fn not_an_address(address: &str, what: &impl std::fmt::Display) -> Failure {
+    Failure::Final(Error::input(format!("{address} is not an address: {what}")))
+}
+
+/// Why there is no answer.
+fn unanswered(place: &Uri, error: &ureq::Error) -> Failure {
+    match error {
+        ureq::Error::BadUri(what) => not_an_address(&place.to_string(), what),
+        e => passing(format!("{} does not answer: {e}", place.authority().map_or("", |a| a.as_str()))),
+    }
+}
+
+/// Whether a status says that another try may do.
+fn is_busy(status: u16) -> bool {
+    matches!(status, 408 | 429 | 500..=599)
+}
+
+fn busy(address: &str, response: &Response<Body>) -> Failure {
+    let asked = response.headers().get("retry-after").and_then(|v| v.to_str().ok()?.trim().parse().ok());
+    let cause = format!("{} is busy ({})", host(address), response.status().as_u16());
+    match asked {
+        Some(seconds) if seconds > LONGEST_PAUSE => {
+            Error::run(format!("{cause} and asks to come back in {seconds} s")).into()
+        }
+        _ => Failure::Passing { cause, pause: asked.map(Duration::from_secs), progress: false },
+    }
+}
+
+/// Reads an answer to its end.
+fn reply(response: &mut Response<Body>) -> std::result::Result<Reply, Failure> {
+    let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
+    let (status, etag, said) = (response.status().as_u16(), header("etag"), header("x-error-message"));
+    let text = response.body_mut().with_config().limit(MOST_ANSWER).read_to_vec().map_err(passing)?;
+    let body: Value = serde_json::from_slice(&text).unwrap_or_default();
+    // Hugging Face has `error`, ModelScope `Message`, object storage XML.
+    let told = |name: &str| body.get(name).and_then(Value::as_str).map(str::to_owned);
+    let raw = || String::from_utf8_lossy(&text).chars().take(200).collect::<String>();
+    let message = said.or_else(|| told("error")).or_else(|| told("Message")).or_else(|| told("message"));
+    Ok(Reply { status, etag, message: message.unwrap_or_else(raw), body })
+}
+
 /// Tries again, later and later, as long as something may come of it.
-fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) -> Result<T> {
+pub(super) fn patiently<T>(mut attempt: impl FnMut() -> std::result::Result<T, Failure>) -> Result<T> {
     let mut tries = 0;
     loop {
         match attempt() {
@@ -333,4 +476,31 @@ fn joined(from: &Uri, to: &str) -> Option<Uri> {
 
 fn host(address: &str) -> &str {
     address.split('/').nth(2).unwrap_or(address)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::*;
+    use crate::protocol::HUBS;
+
+    #[test]
+    fn a_token_goes_to_its_hub_and_where_its_client_sends_it() {
+        let shown = |hub: &'static Hub, endpoint: &str, place: &str, siblings: bool| {
+            let origin = Origin::of(&endpoint.parse().unwrap()).unwrap();
+            let client = Client { agent: agent(SILENCE).unwrap(), hub, secret: Some(("secret".into(), origin)) };
+            !client.credentials(&place.parse().unwrap(), siblings).is_empty()
+        };
+        let (hf, ms) = (&HUBS[0], &HUBS[1]);
+        assert!(shown(hf, "https://huggingface.co", "https://huggingface.co/api/models", hf.siblings));
+        let others = ["https://s3.amazonaws.com/x", "https://cdn.huggingface.co/x", "http://huggingface.co/x"];
+        others.iter().for_each(|place| assert!(!shown(hf, "https://huggingface.co", place, hf.siblings), "{place}"));
+        let home = "https://www.modelscope.cn";
+        assert!(shown(ms, home, "https://lfs.modelscope.cn/store", ms.siblings));
+        assert!(!shown(ms, home, "https://lfs.modelscope.cn/store", false));
+        for place in ["http://lfs.modelscope.cn/x", "https://evilmodelscope.cn/x", "https://modelscope.cn.evil.com/x"] {
+            assert!(!shown(ms, home, place, ms.siblings), "{place}");
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use sha1::Sha1;
@@ -30,8 +30,8 @@ impl Hash {
     pub(super) fn of(&self, path: &Path) -> io::Result<String> {
         let file = File::open(path)?;
         match self {
-            Hash::Sha256(_) => digest(Sha256::new(), file),
-            Hash::Git(_) => digest(Sha1::new_with_prefix(format!("blob {}\0", file.metadata()?.len())), file),
+            Hash::Sha256(_) => sha256(file),
+            Hash::Git(_) => git(file.metadata()?.len(), file),
         }
     }
 
@@ -50,7 +50,17 @@ impl fmt::Display for Hash {
     }
 }
 
-fn digest<D: Digest + Write>(mut digest: D, mut file: File) -> io::Result<String> {
-    io::copy(&mut file, &mut digest)?;
+/// The SHA-256 of some bytes.
+pub(super) fn sha256(bytes: impl Read) -> io::Result<String> {
+    digest(Sha256::new(), bytes)
+}
+
+/// Git's name of so many bytes.
+pub(super) fn git(length: u64, bytes: impl Read) -> io::Result<String> {
+    digest(Sha1::new_with_prefix(format!("blob {length}\0")), bytes)
+}
+
+fn digest<D: Digest + Write>(mut digest: D, mut bytes: impl Read) -> io::Result<String> {
+    io::copy(&mut bytes, &mut digest)?;
     Ok(digest.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }

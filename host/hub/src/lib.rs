@@ -1,7 +1,7 @@
 //! Models and datasets by name: what a hub has is fetched into the cache folder that the hub's own tools use.
 //!
 //! The hubs' ways to speak are lines of one table in `protocol.rs`, requests are made in `client.rs`, places on the disk are
-//! `cache.rs`'s. Nothing that a hub says becomes a path or an address before `protocol.rs` has looked at it.
+//! `cache.rs`'s; `upload/` is the other direction. Nothing that a hub says becomes a path or an address before `protocol.rs` has looked at it.
 
 mod cache;
 mod client;
@@ -10,11 +10,13 @@ mod hash;
 pub mod model;
 mod protocol;
 mod splits;
+pub mod upload;
 
 use std::path::{Path, PathBuf};
 
 use cache::Cache;
 use client::Client;
+pub use client::agent;
 use dpo_core::console;
 use dpo_core::error::{Error, Kind, Result};
 use dpo_core::files::free_space;
@@ -68,6 +70,26 @@ impl Name {
         }
         let (id, inside) = (parts[..2].join("/"), parts[2..].join("/"));
         Some(Name { hub, id, inside, revision: revision.to_owned() })
+    }
+
+    /// `owner/name`.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// What stands before `::` in names of its hub.
+    pub fn prefix(&self) -> &'static str {
+        self.hub.prefix
+    }
+
+    /// The revision, unless it is the one that is meant when none is named.
+    pub fn revision(&self) -> Option<&str> {
+        Some(self.revision.as_str()).filter(|revision| *revision != self.hub.revision)
+    }
+
+    /// The page that everybody finds a model of this hub at.
+    pub fn page_of(&self, id: &str) -> String {
+        format!("{}{id}", self.hub.home)
     }
 
     /// Whether a part is meant, which a model has none of.

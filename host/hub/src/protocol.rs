@@ -40,8 +40,16 @@ pub(super) struct Hub {
     pub(super) title: &'static str,
     /// The revision that is meant when none is named.
     pub(super) revision: &'static str,
+    /// What a model's page begins with.
+    pub(super) home: &'static str,
     /// The variable with a token.
     pub(super) token: &'static str,
+    /// Where a person gets one that may write.
+    pub(super) tokens: &'static str,
+    /// The cookie that shows a token as well, where some of the hub's requests want it so.
+    pub(super) cookie: Option<&'static str>,
+    /// Whether other hosts of the hub's domain, to which large files go up, want the token too.
+    pub(super) siblings: bool,
     pub(super) layout: Layout,
     pub(super) endpoint: fn() -> String,
     pub(super) secret: fn() -> Option<String>,
@@ -66,13 +74,17 @@ pub(super) const HUBS: &[Hub] = &[
         prefix: "hf",
         title: "Hugging Face",
         revision: "main",
+        home: "https://huggingface.co/",
         token: "HF_TOKEN",
+        tokens: "huggingface.co/settings/tokens; `hf auth login` keeps it",
+        cookie: None,
+        siblings: false,
         layout: Layout::Blobs,
         endpoint: || variable("HF_ENDPOINT").map_or("https://huggingface.co".into(), trimmed),
         secret: || {
             let file = variable("HF_TOKEN_PATH").or_else(|| Some(hugging_face_home()? + "/token"));
             let saved = || std::fs::read_to_string(file?).ok().map(|t| t.trim().to_owned()).filter(|t| !t.is_empty());
-            variable("HF_TOKEN").or_else(saved)
+            variable("HF_TOKEN").or_else(|| variable("HUGGING_FACE_HUB_TOKEN")).or_else(saved)
         },
         cache: || variable("HF_HUB_CACHE").or_else(|| Some(hugging_face_home()? + "/hub")),
         page: |_| None,
@@ -104,7 +116,11 @@ pub(super) const HUBS: &[Hub] = &[
         prefix: "ms",
         title: "ModelScope",
         revision: "master",
+        home: "https://modelscope.cn/models/",
         token: "MODELSCOPE_API_TOKEN",
+        tokens: "modelscope.cn/my/myaccesstoken; what `modelscope login` keeps is a pickle of Python, which is not read",
+        cookie: Some("m_session_id"),
+        siblings: true,
         layout: Layout::Plain,
         endpoint: || {
             let domain = variable("MODELSCOPE_DOMAIN").unwrap_or_else(|| "www.modelscope.cn".into());
@@ -176,7 +192,7 @@ pub(super) fn plain(part: &str) -> bool {
 }
 
 /// A text as a part of an address, with these letters left as they are.
-fn escaped(text: &str, kept: &str) -> String {
+pub(super) fn escaped(text: &str, kept: &str) -> String {
     let as_is = |b: u8| b.is_ascii_alphanumeric() || b"-_.~".contains(&b) || kept.as_bytes().contains(&b);
     text.bytes().map(|b| if as_is(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

@@ -65,12 +65,18 @@ const MARKS: [(&str, &str); 4] = [
     ("◇", "m0 -3.5l3.5 3.5l-3.5 3.5l-3.5 -3.5z"),
 ];
 
-type Points = Vec<[f64; 2]>;
+pub(super) type Points = Vec<[f64; 2]>;
 
 /// The points of a number in some lines of the log.
 fn points(lines: &[Map<String, Value>], name: &str) -> Points {
     let point = |l: &Map<String, Value>| Some([l.get("global_step")?.as_f64()?, l.get(name)?.as_f64()?]);
     lines.iter().filter_map(point).collect()
+}
+
+/// The numbers under a name, the first set of evaluations of them, each with its step.
+pub(super) fn numbers(lines: &[Map<String, Value>], name: &str) -> (Points, Points) {
+    let held = evaluations(lines, name).pop_first().map(|(_, key)| points(lines, &key));
+    (points(lines, name), held.unwrap_or_default())
 }
 
 /// Evaluations of a number: by the name of the set, which is empty for one without, the name of the series.
@@ -113,21 +119,25 @@ impl Chart {
         let (steps, values) = (widened(range(0)), widened(range(1)));
         let x = |step: f64| LEFT + (step - steps.0) / (steps.1 - steps.0) * (WIDTH - LEFT - RIGHT);
         let y = |value: f64| HEIGHT - BOTTOM - (value - values.0) / (values.1 - values.0) * (HEIGHT - BOTTOM - TOP);
-        let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=img aria-label=\"{}\">", self.title);
+        let mut svg = format!("<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">", self.title);
         let end = WIDTH - RIGHT;
         let marks = ticks(values, 4);
         for value in &marks {
             let at = y(*value);
-            let _ = write!(svg, "<path class=grid d=\"M{LEFT} {at:.1}H{end}\"/>");
+            let _ = write!(svg, "<path class=\"grid\" d=\"M{LEFT} {at:.1}H{end}\"/>");
             let text = (LEFT - 6.0, at + 4.0, tick(*value, &marks));
-            let _ = write!(svg, "<text class=tick x={} y={:.1} text-anchor=end>{}</text>", text.0, text.1, text.2);
+            let _ = write!(
+                svg,
+                "<text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                text.0, text.1, text.2
+            );
         }
         for step in ticks(steps, 4).into_iter().filter(|s| s.fract() == 0.0) {
             let (at, low) = (x(step), HEIGHT - 6.0);
-            let _ = write!(svg, "<text class=tick x={at:.1} y={low} text-anchor=middle>{step}</text>");
+            let _ = write!(svg, "<text class=\"tick\" x=\"{at:.1}\" y=\"{low}\" text-anchor=\"middle\">{step}</text>");
         }
         if let Some(guide) = self.guide.filter(|g| (values.0..=values.1).contains(g)) {
-            let _ = write!(svg, "<path class=guide d=\"M{LEFT} {:.1}H{end}\"/>", y(guide));
+            let _ = write!(svg, "<path class=\"guide\" d=\"M{LEFT} {:.1}H{end}\"/>", y(guide));
         }
         let mut labels = Vec::new();
         for (i, (series, curve, held)) in curves.iter().enumerate() {
@@ -136,9 +146,9 @@ impl Chart {
             let second = if i > 0 { " second" } else { "" };
             let _ = write!(svg, "<polyline class=\"curve{second}\" points=\"{}\"/>", path(curve));
             for (held, (_, mark)) in held.iter().zip(MARKS.iter().cycle()) {
-                let _ = write!(svg, "<polyline class=held points=\"{}\"/>", path(held));
+                let _ = write!(svg, "<polyline class=\"held\" points=\"{}\"/>", path(held));
                 for [step, value] in held {
-                    let _ = write!(svg, "<path class=dot d=\"M{:.1} {:.1}{mark}\"/>", x(*step), y(*value));
+                    let _ = write!(svg, "<path class=\"dot\" d=\"M{:.1} {:.1}{mark}\"/>", x(*step), y(*value));
                 }
             }
             if let Some([_, value]) = curve.last() {
@@ -150,7 +160,7 @@ impl Chart {
         let mut above = f64::NEG_INFINITY;
         for (at, text) in labels {
             above = at.max(above + LABEL);
-            let _ = write!(svg, "<text class=label x={} y={:.1}>{text}</text>", end + 6.0, above + 4.0);
+            let _ = write!(svg, "<text class=\"label\" x=\"{}\" y=\"{:.1}\">{text}</text>", end + 6.0, above + 4.0);
         }
         svg + "</svg>"
     }
@@ -176,6 +186,35 @@ impl Chart {
         };
         format!("<figure class=chart><figcaption><b>{}</b>{held}</figcaption>{drawn}</figure>", self.title)
     }
+}
+
+/// Charts of a picture, and how many of them lie side by side.
+const PICTURED: usize = 4;
+const COLUMNS: usize = 2;
+/// Room for the title of a chart in a picture.
+const TITLE: f64 = 24.0;
+/// The look of a picture, which has no page around it.
+const LOOK: &str = "text{font:11px system-ui,sans-serif;fill:#6d7078}.title{font-size:13px;font-weight:600;fill:#1b1c1f}\
+    .label{fill:#2f66c8}.grid{stroke:#e7e7ea;fill:none}.guide{stroke:#6d7078;stroke-dasharray:1 3;fill:none}\
+    .curve{fill:none;stroke:#2f66c8;stroke-width:1.5}.second{stroke-width:1;stroke-dasharray:4 3}\
+    .held{fill:none;stroke:#2f66c8;opacity:.4}.dot{fill:#fff;stroke:#2f66c8;stroke-width:1.5}";
+
+/// The first charts of some lines of the log as a picture of its own (SVG); none where they have no numbers.
+pub(super) fn picture(lines: &[Map<String, Value>]) -> Option<String> {
+    let drawn = CHARTS.iter().map(|chart| (chart.title, chart.draw(lines))).filter(|(_, svg)| !svg.is_empty());
+    let drawn: Vec<(&str, String)> = drawn.take(PICTURED).collect();
+    let (width, height) = (WIDTH * COLUMNS as f64, (HEIGHT + TITLE) * drawn.len().div_ceil(COLUMNS) as f64);
+    let mut all = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" width=\"{width}\" \
+         height=\"{height}\"><style>{LOOK}</style><rect width=\"{width}\" height=\"{height}\" fill=\"#fff\"/>"
+    );
+    for (i, (title, svg)) in drawn.iter().enumerate() {
+        let (x, y) = ((i % COLUMNS) as f64 * WIDTH, (i / COLUMNS) as f64 * (HEIGHT + TITLE));
+        let placed = format!("<svg x=\"{x}\" y=\"{}\" width=\"{WIDTH}\" height=\"{HEIGHT}\"", y + TITLE);
+        let _ = write!(all, "<text class=\"title\" x=\"{}\" y=\"{}\">{title}</text>", x + LEFT, y + TITLE - 7.0);
+        all += &svg.replacen("<svg", &placed, 1);
+    }
+    (!drawn.is_empty()).then(|| all + "</svg>\n")
 }
 
 /// A flat curve is drawn in the middle.
@@ -286,7 +325,7 @@ mod tests {
         assert_eq!(sets("nll_loss"), ["", "easy"]);
         let figure = CHARTS[0].figure(&lines);
         assert!(figure.contains("eval<span class=key> ○ 0.6 □ &lt;b&gt; 0.3 △ easy 0.4</span>"), "{figure}");
-        assert_eq!(figure.matches("class=dot").count(), 6);
+        assert_eq!(figure.matches("class=\"dot\"").count(), 6);
         assert_eq!(best(&lines), Some([9.0, 0.5]));
     }
 }

@@ -13,8 +13,9 @@ const MARKS = ["○", "□", "△", "◇"];
 export function drawCurves(runs) {
   // Charts stay the same elements, so that focus and the pointer stay with them.
   const figures = $("curves").children.length === page.charts.length ? [...$("curves").children] : page.charts.map(figure);
-  fill("curves", ...(runs.length ? figures : []));
-  if (runs.length) page.charts.forEach((chart, i) => draw(figures[i], chart, runs));
+  const any = runs.some((run) => run.rows.length);
+  fill("curves", ...(any ? figures : []));
+  if (any) page.charts.forEach((chart, i) => draw(figures[i], chart, runs));
   mark();
 }
 

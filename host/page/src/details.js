@@ -4,6 +4,7 @@ import { $, facts, fill, flat, lines, make, page, settings, swatch, view } from 
 import { plain, signed } from "./numbers.js";
 
 export function drawDetails(runs) {
+  drawConsole(runs);
   drawRemarks(runs);
   drawSamples(runs);
   drawAnswers(runs);
@@ -13,6 +14,12 @@ export function drawDetails(runs) {
 
 const several = () => page.runs.size > 1;
 const named = (run) => (several() ? [make("h3", {}, swatch(run), run.name)] : []);
+
+/** What a run printed that the page has started, until its curves say more, and of one that has failed. */
+function drawConsole(runs) {
+  const told = runs.filter((run) => run.files["console.log"] && (run.rows.length === 0 || run.ended));
+  fill("console", ...told.flatMap((run) => [...named(run), make("pre", { class: "console" }, run.files["console.log"].trim())]));
+}
 
 function drawRemarks(runs) {
   const said = runs.flatMap((run) => lines(run, "remarks.jsonl").map((line) => ({ run, ...line })));
@@ -69,23 +76,35 @@ function tint(change) {
   return steps ? (change < 0 ? "n" : "p") + steps : "";
 }
 
+/** What a judge came to, of the answer after training. */
+const OUTCOMES = { win: "better", loss: "worse", unclear: "no verdict" };
+
 /** Answers by prompt, so that those of several runs stand side by side; what they said before is the same for many. */
 function drawAnswers(runs) {
   const side = (title, text) => make("div", { class: "answer" }, make("h4", {}, make("span", {}, ...title)), make("pre", {}, text));
-  const prompts = new Map();
-  for (const run of runs) for (const { prompt, before, after } of lines(run, "answers.jsonl")) {
-    prompts.set(prompt, [...(prompts.get(prompt) ?? []), { run, before, after }]);
+  const prompts = new Map(), said = [];
+  for (const run of runs) {
+    for (const { prompt, before, after, outcome } of [...lines(run, "answers.jsonl"), ...generated(run)]) {
+      prompts.set(prompt, [...(prompts.get(prompt) ?? []), { run, before, after, outcome }]);
+    }
+    const [head] = lines(run, "generated.jsonl");
+    said.push(...(head?.text ?? []).map((text) => make("p", { class: "muted" }, ...(several() ? [swatch(run), `${run.name}: `] : []), text)));
   }
   const told = ([prompt, all]) => {
     const alike = new Set(all.map(({ before }) => before)).size === 1;
-    const sides = all.flatMap(({ run, before, after }, i) => [
-      ...(alike && i ? [] : [side(["before", ...(alike ? [] : of(run))], before)]), side(["after", ...of(run)], after)]);
+    const sides = all.flatMap(({ run, before, after, outcome }, i) => [
+      ...(alike && i ? [] : [side(["before", ...(alike ? [] : of(run))], before)]),
+      ...(after === undefined ? [] : [side(["after", ...of(run), ...(outcome ? [` · ${OUTCOMES[outcome] ?? outcome}`] : [])], after)])]);
     const many = all.length > 1 ? "many" : "";
     return make("article", {}, make("pre", { class: "prompt" }, prompt), make("div", { class: `answers ${many}` }, ...sides));
   };
   const of = (run) => (several() ? [" · ", swatch(run), run.name] : []);
-  fill("answers", ...[...prompts].map(told));
+  fill("answers", ...said, ...[...prompts].map(told));
 }
+
+/** What `eval --generate` had the model say with the adapter and without. */
+const generated = (run) => lines(run, "generated.jsonl").filter(({ prompt }) => prompt !== undefined)
+  .map(({ prompt, base, tuned, judge }) => ({ prompt, before: base?.text ?? "", after: tuned?.text, outcome: judge?.outcome }));
 
 /* Data. */
 

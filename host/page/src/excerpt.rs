@@ -8,16 +8,37 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES};
+use super::{ANSWERS, ARGS, CONSOLE, FACTS, GENERATED, LOG, REMARKS, SAMPLES};
 use dpo_core::files;
 
-/// Files that are shown, and for those that are read line by line the lines that are taken at most, of evaluations and others.
-const FILES: &[(&str, Option<usize>)] =
-    &[(ARGS, None), (FACTS, None), (LOG, Some(1000)), (REMARKS, Some(500)), (SAMPLES, Some(40)), (ANSWERS, Some(40))];
+/// How a file is shown.
+#[derive(Clone, Copy)]
+enum Shown {
+    /// Whole.
+    Whole,
+    /// So many of its lines at most, of evaluations and others.
+    Lines(usize),
+    /// Its end: what was printed last says how things are.
+    End,
+}
+
+/// Files that are shown.
+const FILES: &[(&str, Shown)] = &[
+    (ARGS, Shown::Whole),
+    (FACTS, Shown::Whole),
+    (LOG, Shown::Lines(1000)),
+    (REMARKS, Shown::Lines(500)),
+    (SAMPLES, Shown::Lines(40)),
+    (ANSWERS, Shown::Lines(40)),
+    (GENERATED, Shown::Lines(40)),
+    (CONSOLE, Shown::End),
+];
 /// Bytes that are read of a file with lines: its end, where it has more.
 const READ: u64 = 64 << 20;
 /// Bytes of the longest line that is shown, and of the longest file that is shown whole.
 const LONGEST: u64 = 1 << 20;
+/// Bytes that are shown of the end of a text.
+const END: u64 = 16 << 10;
 /// Bytes that are shown of a file, of evaluations and others.
 const SHOWN: usize = 2 << 20;
 
@@ -33,11 +54,13 @@ pub(super) fn metadata(folder: &Path, name: &str) -> Option<Metadata> {
 
 /// What is not shown of a run's files.
 pub(super) fn left_out(folder: &Path) -> Vec<String> {
-    let what = |(name, lines): &(&str, Option<usize>)| {
+    let what = |(name, shown): &(&str, Shown)| {
         let length = metadata(folder, name)?.len();
-        match lines {
-            Some(_) if length > READ => Some(format!("of {name} the last {} MiB are shown", READ >> 20)),
-            None if length > LONGEST => Some(format!("{name} has more than {} MiB and is not shown", LONGEST >> 20)),
+        match shown {
+            Shown::Lines(_) if length > READ => Some(format!("of {name} the last {} MiB are shown", READ >> 20)),
+            Shown::Whole if length > LONGEST => {
+                Some(format!("{name} has more than {} MiB and is not shown", LONGEST >> 20))
+            }
             _ => None,
         }
     };
@@ -46,11 +69,15 @@ pub(super) fn left_out(folder: &Path) -> Vec<String> {
 
 /// A file as it is shown; nothing of one that cannot be.
 pub(super) fn read(folder: &Path, name: &str) -> String {
-    let lines = FILES.iter().find(|(known, _)| *known == name).and_then(|(_, lines)| *lines);
+    let shown = FILES.iter().find(|(known, _)| *known == name).map_or(Shown::Whole, |(_, shown)| *shown);
     let opened = files::open_regular(&folder.join(name));
-    let shown = opened.and_then(|file| match lines {
-        Some(most) => end(file).and_then(|text| thinned(text, most)),
-        None => whole(file),
+    let shown = opened.and_then(|file| match shown {
+        Shown::Whole => whole(file),
+        Shown::Lines(most) => end(file, READ).and_then(|text| thinned(text, most)),
+        Shown::End => end(file, END).and_then(|mut text| {
+            let mut end = Vec::new();
+            text.read_to_end(&mut end).map(|_| end)
+        }),
     });
     String::from_utf8_lossy(&shown.unwrap_or_default()).into_owned()
 }
@@ -66,11 +93,11 @@ fn whole(file: File) -> io::Result<Vec<u8>> {
     if text.len() as u64 > LONGEST { Ok(Vec::new()) } else { Ok(text) }
 }
 
-/// The lines at the end of a file.
-fn end(mut file: File) -> io::Result<impl BufRead> {
-    let before = file.metadata()?.len().saturating_sub(READ);
+/// The lines at the end of a file, of so many bytes.
+fn end(mut file: File, bytes: u64) -> io::Result<impl BufRead> {
+    let before = file.metadata()?.len().saturating_sub(bytes);
     file.seek(SeekFrom::Start(before))?;
-    let mut text = BufReader::new(file).take(READ);
+    let mut text = BufReader::new(file).take(bytes);
     if before > 0 {
         text.skip_until(b'\n')?;
     }

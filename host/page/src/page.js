@@ -6,31 +6,39 @@ import { drawCurves, zoom } from "./curves.js";
 import { drawDetails } from "./details.js";
 import { drawTable, noteOf, state } from "./table.js";
 import { saveNumbers } from "./download.js";
+import { actOf, open } from "./start.js";
 
 const POLL_MS = 2000, REST_MS = 10000;
-const LINES = ["logging.jsonl", "remarks.jsonl", "samples.jsonl", "answers.jsonl"];
+const TEXTS = ["console.log"];
+const LINES = ["logging.jsonl", "remarks.jsonl", "samples.jsonl", "answers.jsonl", "generated.jsonl"];
 
 /* Reading. */
 
+let asked;
 async function poll() {
   let wait = POLL_MS;
   if (!document.hidden) {
     try {
-      const { charts, runs } = await (await ask("/runs")).json();
+      const { charts, runs, starts } = await (await ask("/runs")).json();
+      const first = page.charts.length === 0;
+      page.starts = starts;
       const changed = await Promise.all(runs.map(refresh));
-      const again = page.lost || page.charts.length === 0;
+      const again = page.lost || first;
       page.charts = charts;
       page.lost = "";
       if (again || changed.some(Boolean)) draw();
       else head();
+      if (first && starts && runs.length === 0) open();
       if (runs.every((run) => run.done || run.ended || run.silent_s > 600)) wait = REST_MS;
     } catch (error) {
       page.lost = error.status ? error.message : "The server has ended; this is what it said last.";
       head();
     }
   }
-  setTimeout(poll, wait);
+  clearTimeout(asked);
+  asked = setTimeout(poll, wait);
 }
+page.again = () => { clearTimeout(asked); poll(); };
 
 async function ask(path) {
   const answer = await fetch(path);
@@ -44,21 +52,23 @@ async function refresh(told) {
     page.runs.set(told.id, { id: told.id, look: look(told.id), stamps: {}, files: {}, rows: [], series: new Map() });
   }
   const run = page.runs.get(told.id);
-  const before = `${run.name} ${run.done} ${run.ended}`;
+  const before = states(run);
   Object.assign(run, { name: told.name, folder: told.folder, done: told.done, ended: told.ended, saved: told.saved_step });
-  Object.assign(run, { silent: told.silent_s, told: Date.now(), leftOut: told.left_out });
+  Object.assign(run, { silent: told.silent_s, told: Date.now(), leftOut: told.left_out, exit: told.exit });
+  Object.assign(run, { stoppable: told.stoppable, resumable: told.resumable });
   const stale = Object.keys(told.files).filter((name) => told.files[name] !== run.stamps[name]);
   await Promise.all(stale.map(async (name) => {
     const text = await (await ask(`/runs/${told.id}/${name}`)).text();
-    run.files[name] = LINES.includes(name) ? text.split("\n").flatMap(parsed) : parsed(text)[0];
+    run.files[name] = TEXTS.includes(name) ? text : LINES.includes(name) ? text.split("\n").flatMap(parsed) : parsed(text)[0];
     run.stamps[name] = told.files[name];
     if (name === "logging.jsonl") {
       run.rows = placed(run.files[name]);
       run.series = series(run.rows);
     }
   }));
-  return stale.length > 0 || before !== `${run.name} ${run.done} ${run.ended}`;
+  return stale.length > 0 || before !== states(run);
 }
+const states = ({ name, done, ended, stoppable }) => `${name} ${done} ${ended} ${stoppable}`;
 
 /** A line that was cut, or of a file that is being replaced, is none. */
 function parsed(text) {
@@ -72,16 +82,31 @@ function parsed(text) {
 
 function head() {
   const runs = [...page.runs.values()], one = runs.length === 1 ? runs[0] : null;
-  if (runs.length) $("title").textContent = one ? one.name : `${runs.length} runs`;
-  document.title = `${one ? `${state(one).text} · ${one.name}` : `${runs.length} runs`} – dpo-host`;
+  const title = one ? one.name : runs.length ? `${runs.length} runs` : "No runs yet";
+  $("title").textContent = title;
+  document.title = `${one ? `${state(one).text} · ` : ""}${title} – dpo-host`;
   $("about").textContent = one ? about(one) : "";
   $("about").hidden = !one || about(one) === "";
   $("state").textContent = page.lost || (one ? summary(state(one)) : "");
   if (one && !$("note").children.length) $("note").replaceChildren(noteOf(one));
   $("figures").hidden = $("note").hidden = !one;
-  $("progress").hidden = !one || one.done;
+  actions(one);
+  $("progress").hidden = !one || one.done || !state(one).total;
   $("runs").hidden = $("search").hidden = Boolean(one) || runs.length === 0;
   if (one) figures(one); else drawTable();
+}
+
+page.head = head;
+
+/** What can be done: a run started, and the one that is shown stopped or resumed. */
+function actions(one) {
+  $("actions").hidden = !page.starts;
+  const now = $("actions").querySelector(".act"), next = one && actOf(one);
+  if (now?.outerHTML === next?.outerHTML) return;
+  const focused = now !== null && now === document.activeElement;
+  now?.remove();
+  if (next) $("actions").append(next);
+  if (next && focused) next.focus();
 }
 
 const summary = ({ step, total, text, ended }) => [text, total && !ended ? `step ${step} of ${total}` : ""].filter(Boolean).join(" · ");
@@ -116,6 +141,7 @@ function figures(run) {
     ...(last(run, "elapsed_s") === undefined ? [] : [["Time", duration(points(run, "elapsed_s").at(-1).time), "since it began"]]),
   ];
   const cells = all.map(([title, value, note]) => make("div", {}, make("span", {}, title), make("b", {}, value), make("i", {}, note)));
+  $("figures").hidden = cells.length === 0;
   $("figures").replaceChildren(...cells);
 }
 

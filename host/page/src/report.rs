@@ -5,9 +5,10 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::answers::{before_and_after, document, generated};
 use super::chart::{CHARTS, best, short};
 use super::settings::{flat, settings};
-use super::{ANSWERS, ARGS, FACTS, LOG, REMARKS, SAMPLES, STYLE, escaped, excerpt};
+use super::{ANSWERS, ARGS, FACTS, GENERATED, LOG, REMARKS, SAMPLES, escaped, excerpt};
 use dpo_core::error::Result;
 use dpo_core::files;
 
@@ -23,7 +24,10 @@ pub fn write(output: &Path) -> Result<()> {
         ("Remarks", remarks(&excerpt::lines(output, REMARKS))),
         ("Curves", CHARTS.iter().map(|chart| chart.figure(&lines)).collect()),
         ("Sample examples", samples(&excerpt::lines(output, SAMPLES))),
-        ("Answers", answers(&excerpt::lines(output, ANSWERS))),
+        (
+            "Answers",
+            before_and_after(&excerpt::lines(output, ANSWERS)) + &generated(&excerpt::lines(output, GENERATED)),
+        ),
         ("Data", data(&facts)),
         ("Settings", args.as_object().map(|args| list(settings(args).into_iter())).unwrap_or_default()),
     ];
@@ -31,17 +35,13 @@ pub fn write(output: &Path) -> Result<()> {
         let class = title.to_lowercase().replace(' ', "-");
         format!("<section><h2>{title}</h2><div class={class}>{body}</div></section>\n")
     };
-    let html = format!(
-        "<!doctype html>\n<html lang=en><meta charset=utf-8>\
-         <meta name=viewport content=\"width=device-width,initial-scale=1\">\
-         <meta http-equiv=content-security-policy content=\"default-src 'none'; style-src 'unsafe-inline'\">\
-         <title>{name} – dpo-host</title>\n<style>\n{STYLE}</style>\n<main class=r0><header><h1>{name}</h1>\
-         <p class=muted>{}</p></header>\n<div class=figures>{}</div>\n{}</main></html>\n",
+    let body = format!(
+        "<p class=muted>{}</p></header>\n<div class=figures>{}</div>\n{}",
         escaped(&[vec![about(&facts)], excerpt::left_out(output)].concat().join(" · ")),
         figures(&lines, &facts),
         sections.iter().filter(|(_, body)| !body.is_empty()).map(section).collect::<String>(),
-        name = escaped(&name),
     );
+    let html = document(&name, &body);
     files::write_into(&output.join("report.html"), html.as_bytes())
 }
 
@@ -173,17 +173,6 @@ fn tint(change: f64) -> String {
     }
 }
 
-/// Answers to held prompts, before and after, of lines with `prompt`, `before` and `after`.
-fn answers(lines: &[Line]) -> String {
-    let text = |line: &Line, name: &str| escaped(line.get(name).and_then(Value::as_str).unwrap_or_default());
-    let article = |line: &Line| {
-        let side = |name: &str| format!("<div class=answer><h4>{name}</h4><pre>{}</pre></div>", text(line, name));
-        let (prompt, before, after) = (text(line, "prompt"), side("before"), side("after"));
-        format!("<article><pre class=prompt>{prompt}</pre><div class=answers>{before}{after}</div></article>")
-    };
-    lines.iter().map(article).collect()
-}
-
 /// What became of the rows, and their lengths.
 fn data(facts: &Value) -> String {
     let data = &facts["data"];
@@ -244,9 +233,13 @@ mod tests {
         let evil = "</div><script>alert(1)</script><img src=x onerror=\"alert(2)\">";
         let line = serde_json::json!({"prompt": evil, "before": evil, "after": evil});
         std::fs::write(folder.path().join(ANSWERS), format!("{line}\n")).unwrap();
+        let head = serde_json::json!({"text": [evil]});
+        let line = serde_json::json!({"prompt": evil, "place": evil, "base": {"text": evil}, "tuned": {"text": evil},
+            "judge": {"outcome": evil}});
+        std::fs::write(folder.path().join(GENERATED), format!("{head}\n{line}\n")).unwrap();
         write(folder.path()).unwrap();
         let html = std::fs::read_to_string(folder.path().join("report.html")).unwrap();
-        assert_eq!(html.matches("&lt;script&gt;").count(), 3, "{html}");
+        assert_eq!(html.matches("&lt;script&gt;").count(), 3 + 6, "{html}");
         assert!(!html.contains("<script") && !html.contains("<img"), "{html}");
     }
 }

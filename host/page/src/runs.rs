@@ -1,6 +1,7 @@
 //! Folders of runs: which there are, and what has changed in them.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -9,12 +10,14 @@ use std::time::SystemTime;
 use serde_json::{Map, Value, json};
 
 use super::chart::CHARTS;
-use super::{ARGS, FACTS, LOG, excerpt};
+use super::{ARGS, CONSOLE, FACTS, LOG, Launcher, excerpt};
 use dpo_core::error::{Error, Result};
 use dpo_core::files;
 
 /// The file whose lock a run holds for as long as its process lives, and in which it says `process N on HOST`.
 const LOCK: &str = ".lock";
+/// What a run leaves that came to its end.
+const ADAPTER: &str = "adapter_model.safetensors";
 /// The file that names the newest checkpoint, and what stands in it before the step.
 const LATEST: &str = "latest";
 const CHECKPOINT: &str = "checkpoint-";
@@ -37,12 +40,12 @@ impl Runs {
         Runs { roots: Vec::new(), found: Mutex::new(vec![output.to_owned()]), ended: Mutex::default() }
     }
 
-    /// Runs in these folders and below them; those that begin later come to them.
+    /// Runs in these folders and below them, and in one that may have none; those that begin later come to them.
     ///
     /// # Errors
     /// A folder without a run.
-    pub fn below(roots: &[PathBuf]) -> Result<Runs> {
-        for root in roots {
+    pub fn below(roots: &[PathBuf], empty: Option<&Path>) -> Result<Runs> {
+        for root in roots.iter().filter(|root| Some(root.as_path()) != empty) {
             let mut found = Vec::new();
             find(root, DEPTH, &mut found);
             if found.is_empty() {
@@ -53,7 +56,8 @@ impl Runs {
             }
         }
         // `.` has no name.
-        let roots = roots.iter().map(|root| root.canonicalize().unwrap_or_else(|_| root.clone())).collect();
+        let roots = roots.iter().map(PathBuf::as_path).chain(empty);
+        let roots = roots.map(|root| root.canonicalize().unwrap_or_else(|_| root.to_owned())).collect();
         let runs = Runs { roots, found: Mutex::default(), ended: Mutex::default() };
         runs.folders();
         Ok(runs)
@@ -72,8 +76,9 @@ impl Runs {
         found.clone()
     }
 
-    /// What the page begins with: the charts, and of every run its name and which of its files have changed.
-    pub(super) fn list(&self) -> Value {
+    /// What the page begins with: the charts, and of every run its name and which of its files have changed; whether it may be
+    /// stopped, and how it ended, where there is a launcher.
+    pub(super) fn list(&self, launcher: Option<&Launcher>) -> Value {
         let folders = self.folders();
         let runs = folders.iter().enumerate().map(|(id, folder)| {
             let changed = |name: &str| {
@@ -82,53 +87,74 @@ impl Runs {
                 Some((name.to_owned(), json!(format!("{}-{}", meta.len(), time.as_nanos()))))
             };
             let spoke = [LOG, FACTS].iter().find_map(|name| excerpt::metadata(folder, name)?.modified().ok());
-            let done = folder.join("adapter_model.safetensors").is_file();
+            let done = folder.join(ADAPTER).is_file();
+            let exit = launcher.and_then(|launcher| launcher.exit(folder));
+            // One that has been started and did not claim its folder yet goes on, whatever was there before.
+            let begins = launcher.is_some_and(|launcher| launcher.process(folder, || None).is_some());
+            // One that had ended here may go on from elsewhere.
+            let left = exit.is_some() && self.holder(folder).is_none();
+            let ended = !done && !begins && (left || self.has_ended(folder));
             json!({
                 "id": id,
                 "name": short(folder, &folders),
                 "folder": folder.display().to_string(),
                 "silent_s": spoke.and_then(|t| t.elapsed().ok()).map(|t| t.as_secs_f64()),
                 "done": done,
-                "ended": !done && self.has_ended(folder),
+                "ended": ended,
+                "exit": exit,
+                "resumable": ended && launcher.is_some_and(|launcher| launcher.writes(folder)),
+                "stoppable": launcher.is_some_and(|launcher| launcher.process(folder, || self.holder(folder)).is_some()),
                 "saved_step": saved_step(folder),
                 "left_out": excerpt::left_out(folder),
                 "files": excerpt::names().filter_map(changed).collect::<Map<String, Value>>(),
             })
         });
-        json!({"charts": CHARTS, "runs": runs.collect::<Vec<_>>()})
+        json!({"charts": CHARTS, "starts": launcher.is_some(), "runs": runs.collect::<Vec<_>>()})
     }
 
     /// Whether the process of a run is gone; not known of one on another machine. After a claim of the folder, its lock is
     /// found free only once, so as not to be in the way of a run that is started again.
     fn has_ended(&self, folder: &Path) -> bool {
-        let told = || -> io::Result<_> {
-            let file = files::open_regular(&folder.join(LOCK))?;
-            let (claimed, mut holder) = (file.metadata()?.modified()?, String::new());
-            (&file).take(1000).read_to_string(&mut holder)?;
-            Ok((file, claimed, holder))
-        };
-        let Ok((file, claimed, holder)) = told() else { return false };
+        let Ok((file, claimed, process)) = lock_of(folder) else { return false };
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         if ended.get(folder) == Some(&claimed) {
             return true;
         }
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let here = !host.is_empty() && holder.trim_end().ends_with(&format!(" on {}", host.trim()));
         // The lock goes again with the file.
-        let free = here && file.try_lock_shared().is_ok();
+        let free = process.is_some() && file.try_lock_shared().is_ok();
         if free {
             ended.insert(folder.to_owned(), claimed);
         }
         free
     }
 
+    /// The process of this machine that holds a run's folder.
+    pub(super) fn holder(&self, folder: &Path) -> Option<i32> {
+        let done = folder.join(ADAPTER).is_file();
+        lock_of(folder).ok().and_then(|(.., process)| process).filter(|_| !done && !self.has_ended(folder))
+    }
+
+    /// The folder of a run.
+    pub(super) fn folder(&self, id: usize) -> Option<PathBuf> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
     /// A file of a run, where both are known.
     pub(super) fn file(&self, id: usize, name: &str) -> Option<String> {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        let folder = found.get(id)?.clone();
-        drop(found);
+        let folder = self.folder(id)?;
         excerpt::names().any(|known| known == name).then(|| excerpt::read(&folder, name))
     }
+}
+
+/// The file of a folder's lock, when it was claimed, and by which process, if one of this machine.
+fn lock_of(folder: &Path) -> io::Result<(File, SystemTime, Option<i32>)> {
+    let file = files::open_regular(&folder.join(LOCK))?;
+    let (claimed, mut holder) = (file.metadata()?.modified()?, String::new());
+    (&file).take(1000).read_to_string(&mut holder)?;
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let told = holder.trim_end().strip_prefix("process ").and_then(|rest| rest.split_once(" on "));
+    let here = told.filter(|(_, name)| !host.is_empty() && *name == host.trim());
+    Ok((file, claimed, here.and_then(|(process, _)| process.parse().ok())))
 }
 
 /// The step of a run's newest checkpoint.
@@ -140,7 +166,7 @@ fn saved_step(folder: &Path) -> Option<u64> {
 
 /// Folders of runs in a folder. A run is not looked into: its checkpoints are no runs.
 fn find(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) {
-    if [ARGS, LOG].iter().any(|name| excerpt::metadata(folder, name).is_some()) {
+    if [ARGS, LOG, CONSOLE].iter().any(|name| excerpt::metadata(folder, name).is_some()) {
         found.push(folder.to_owned());
     } else if depth > 0 {
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();

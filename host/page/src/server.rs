@@ -1,27 +1,26 @@
 //! The page's server: GET of a few known names, one answer a connection, and nothing that a training could wait for.
 //!
 //! It reads files of runs and holds nothing but their places. A page of another origin cannot read its answers (no CORS),
-//! nor a name that was bent to this machine (the `Host` header), and who comes over the network needs the token.
+//! nor a name that was bent to this machine (the `Host` header), and who comes over the network needs the token. With a launcher
+//! there is POST, too: everybody needs the token then, and only the page itself may ask (`door.rs`).
 
-use std::io::{ErrorKind, Read};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rand::TryRngCore;
-use rand::rngs::OsRng;
+use serde_json::{Value, json};
 
 use super::connections::{Connections, send};
-use super::{Runs, STYLE};
+use super::door::{Door, foreign};
+use super::request::{PATIENCE, Request};
+use super::{Launcher, Runs, STYLE};
 use dpo_core::console;
 use dpo_core::error::{Error, Result};
+use dpo_core::listen::{self, Listening};
 
 /// Where the page is unless told otherwise; where that is taken, any free port of it.
 const ADDRESS: &str = "127.0.0.1:6868";
-/// Bytes of a request's head, and how long it may take.
-const HEAD: usize = 8 << 10;
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long the end of a run waits for a page that is open; it asks every two seconds.
 const FAREWELL: Duration = Duration::from_millis(2500);
 
@@ -34,6 +33,7 @@ const ASSETS: &[(&str, &str, &str)] = &[
     ("/numbers.js", "text/javascript", include_str!("numbers.js")),
     ("/table.js", "text/javascript", include_str!("table.js")),
     ("/curves.js", "text/javascript", include_str!("curves.js")),
+    ("/start.js", "text/javascript", include_str!("start.js")),
     ("/details.js", "text/javascript", include_str!("details.js")),
     ("/download.js", "text/javascript", include_str!("download.js")),
 ];
@@ -52,17 +52,16 @@ pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
     door: Door,
+    launcher: Option<Launcher>,
     watchers: Watchers,
 }
 
-/// Who is let in.
-struct Door {
-    /// Needed by everybody, where the page can be reached from other machines.
-    token: Option<String>,
-    /// The cookie that remembers it; cookies are of a host, not of a port.
-    cookie: String,
-    /// The name that the server was told to listen at.
-    name: String,
+/// What is served, to whom.
+struct Site {
+    runs: Runs,
+    door: Door,
+    launcher: Option<Launcher>,
+    watchers: Watchers,
 }
 
 /// Whether somebody looks at the page.
@@ -97,41 +96,32 @@ impl Server {
     /// # Errors
     /// An address that is none, or cannot be had.
     pub fn bind(address: Option<&str>, flag: &str) -> Result<Server> {
-        let named = match address {
-            Some(port) if port.parse::<u16>().is_ok() => format!("127.0.0.1:{port}"),
-            other => other.unwrap_or(ADDRESS).to_owned(),
-        };
-        let places: Vec<SocketAddr> = named.to_socket_addrs().map(Iterator::collect).map_err(|e| {
-            Error::input(format!("'{named}' is not an address with a port: {e}"))
-                .at(flag)
-                .help(format!("such as {ADDRESS}, or a port alone"))
-        })?;
-        let listener = match TcpListener::bind(&*places) {
-            Err(e) if e.kind() == ErrorKind::AddrInUse && address.is_none() => TcpListener::bind("127.0.0.1:0"),
-            other => other,
-        };
-        let listener = listener.map_err(|e| {
-            let (what, help) = match e.kind() {
-                ErrorKind::AddrInUse => ("something listens there already", "name another port, or 0 for a free one"),
-                ErrorKind::AddrNotAvailable => ("this machine has no such address", "127.0.0.1, or 0.0.0.0 for all"),
-                ErrorKind::PermissionDenied => ("this user may not listen there", "name a port from 1024 on"),
-                _ => ("nothing can listen there", "name another address"),
-            };
-            Error::input(format!("cannot listen at {named}: {what}")).at(flag).help(help)
-        })?;
-        let failed = |e: std::io::Error| Error::run(format!("cannot listen at {named}: {e}")).at(flag);
-        let address = listener.local_addr().map_err(failed)?;
-        let token = if address.ip().is_loopback() { None } else { Some(token().map_err(failed)?) };
-        let name = named.rsplit_once(':').map_or("", |(name, _)| name).to_owned();
-        let door = Door { token, cookie: format!("dpo-host-{}", address.port()), name };
-        Ok(Server { listener, address, door, watchers: Watchers::default() })
+        let Listening { listener, address, name } = match listen::bind(address, ADDRESS, flag) {
+            // Where its usual port is taken, any other will do.
+            Err(_) if address.is_none() => listen::bind(Some("0"), ADDRESS, flag),
+            bound => bound,
+        }?;
+        let mut door = Door::open(&name, address.port());
+        if !address.ip().is_loopback() {
+            door.lock().map_err(|e| Error::run(format!("no token can be made: {e}")).at(flag))?;
+        }
+        Ok(Server { listener, address, door, launcher: None, watchers: Watchers::default() })
+    }
+
+    /// Lets the page start runs; from here on everybody needs the token.
+    ///
+    /// # Errors
+    /// A system without random numbers.
+    pub fn starting(mut self, launcher: Launcher) -> Result<Server> {
+        self.door.lock().map_err(|e| Error::run(format!("there is no token to be had: {e}")))?;
+        Ok(Server { launcher: Some(launcher), ..self })
     }
 
     /// What to open in a browser.
     pub fn url(&self) -> String {
         let ip = self.address.ip();
         let place = SocketAddr::new(if ip.is_unspecified() { outward(ip) } else { ip }, self.address.port());
-        let token = self.door.token.as_ref().map(|t| format!("?token={t}")).unwrap_or_default();
+        let token = self.door.token().map(|t| format!("?token={t}")).unwrap_or_default();
         format!("http://{place}/{token}")
     }
 
@@ -146,15 +136,16 @@ impl Server {
 
     /// Serves runs, for good.
     pub fn serve(self, runs: Runs) {
-        let (shared, connections) = (Arc::new((runs, self.door, self.watchers)), Connections::default());
+        let Server { door, launcher, watchers, .. } = self;
+        let (site, connections) = (Arc::new(Site { runs, door, launcher, watchers }), Connections::default());
         for stream in self.listener.incoming() {
             let Ok(stream) = stream else {
                 // No more files may be opened just now.
                 thread::sleep(Duration::from_millis(100));
                 continue;
             };
-            let own = shared.clone();
-            connections.serve(stream, move |stream| converse(stream, &own.0, &own.1, &own.2));
+            let site = site.clone();
+            connections.serve(stream, move |stream| converse(stream, &site));
         }
     }
 }
@@ -166,27 +157,12 @@ fn outward(any: IpAddr) -> IpAddr {
     route.map_or(any, |local| local.ip())
 }
 
-fn token() -> std::io::Result<String> {
-    let mut bytes = [0; 16];
-    OsRng.try_fill_bytes(&mut bytes).map_err(|e| std::io::Error::other(e.to_string()))?;
-    Ok(bytes.iter().map(|b| format!("{b:02x}")).collect())
-}
-
-/// Reads the head of a request and answers it.
-fn converse(mut stream: &TcpStream, runs: &Runs, door: &Door, watchers: &Watchers) -> std::io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let (start, mut head, mut part) = (Instant::now(), Vec::new(), [0; 2048]);
-    while !head.windows(4).any(|w| w == b"\r\n\r\n") {
-        let read = stream.read(&mut part)?;
-        if read == 0 || start.elapsed() > PATIENCE {
-            return Ok(());
-        }
-        head.extend(&part[..read]);
-        if head.len() > HEAD {
-            break;
-        }
-    }
-    let Answer(status, kind, more, body) = answer(&head, runs, door, watchers);
+/// Reads a request and answers it.
+fn converse(stream: &TcpStream, site: &Site) -> std::io::Result<()> {
+    let Answer(status, kind, more, body) = match Request::read(stream)? {
+        Ok(request) => answer(&request, site),
+        Err((status, why)) => refusal(status, why),
+    };
     let length = body.len();
     let head = format!(
         "HTTP/1.1 {status} {}\r\ncontent-type: {kind}; charset=utf-8\r\ncontent-length: {length}\r\n{HEADERS}{more}\r\n",
@@ -196,48 +172,76 @@ fn converse(mut stream: &TcpStream, runs: &Runs, door: &Door, watchers: &Watcher
     send(stream, &body)
 }
 
-fn answer(head: &[u8], runs: &Runs, door: &Door, watchers: &Watchers) -> Answer {
-    let mut headers = [httparse::EMPTY_HEADER; 64];
-    let mut request = httparse::Request::new(&mut headers);
-    let whole = request.parse(head).is_ok_and(|s| s.is_complete());
-    let (Some(method), Some(target), true) = (request.method, request.path, whole) else {
-        return refusal(400, "this is not a request");
-    };
-    if method != "GET" {
-        return refusal(405, "this page is only read").with("allow: GET\r\n");
+fn answer(request: &Request, site: &Site) -> Answer {
+    let Site { runs, door, launcher, watchers } = site;
+    match (request.method.as_str(), launcher) {
+        ("GET", _) | ("POST", Some(_)) => {}
+        (_, None) => return refusal(405, "this page is only read").with("allow: GET\r\n"),
+        (_, Some(_)) => return refusal(405, "this page takes GET and POST").with("allow: GET, POST\r\n"),
     }
-    let header = |name: &str| {
-        let mut values = request.headers.iter().filter(|h| h.name.eq_ignore_ascii_case(name));
-        values.next().and_then(|h| std::str::from_utf8(h.value).ok()).filter(|_| values.next().is_none())
-    };
-    if !header("host").is_some_and(|host| door.knows(host)) {
+    if !request.header("host").is_some_and(|host| door.knows(host)) {
         return refusal(421, "this page answers to localhost, to addresses, and to the name it was told to listen at");
     }
-    let (path, query) = target.split_once('?').unwrap_or((target, ""));
+    let (path, query) = request.target.split_once('?').unwrap_or((&request.target, ""));
     if let Some(shown) = query.split('&').find_map(|part| part.strip_prefix("token="))
         && path == "/"
         && door.opens(shown)
     {
         // The token leaves the address, which is kept in histories.
-        let cookie = format!("set-cookie: {}={shown}; HttpOnly; SameSite=Strict; Path=/\r\n", door.cookie);
-        return refusal(303, "").with(&format!("location: /\r\n{cookie}"));
+        return refusal(303, "").with(&format!("location: /\r\n{}", door.cookie(shown)));
     }
-    let cookies = header("cookie").unwrap_or_default().split(';').filter_map(|c| c.trim().split_once('='));
-    if door.token.is_some() && !cookies.filter(|(name, _)| *name == door.cookie).any(|(_, shown)| door.opens(shown)) {
+    if !door.admits(request.header("cookie").unwrap_or_default()) {
         return refusal(403, "open this page by the whole address that was printed, with its token");
+    }
+    if let Some(launcher) = launcher.as_ref().filter(|_| request.method == "POST") {
+        return match foreign(|name| request.header(name)) {
+            Some((status, why)) => refusal(status, why),
+            None => act(path, &request.body, launcher, runs),
+        };
     }
     if let Some((_, kind, text)) = ASSETS.iter().find(|(known, ..)| *known == path) {
         return Answer(200, kind, String::new(), text.as_bytes().to_vec());
     }
     if path == "/runs" {
         watchers.asked();
-        return Answer(200, "application/json", String::new(), runs.list().to_string().into());
+        return as_json(200, &runs.list(launcher.as_ref()));
+    }
+    if let Some(launcher) = launcher.as_ref().filter(|_| path == "/start") {
+        return as_json(200, launcher.form());
     }
     let file = path.strip_prefix("/runs/").and_then(|rest| rest.split_once('/'));
     match file.and_then(|(id, name)| runs.file(id.parse().ok()?, name)) {
         Some(text) => Answer(200, "application/json", String::new(), text.into()),
         None => refusal(404, "there is nothing of this name"),
     }
+}
+
+/// Does what the page asks for: `args` are a run's arguments, `run` is its place in the list.
+fn act(path: &str, body: &[u8], launcher: &Launcher, runs: &Runs) -> Answer {
+    let body: Value = serde_json::from_slice(body).unwrap_or_default();
+    let args = || {
+        let texts = body["args"].as_array().ok_or_else(|| Error::input("there are no arguments"))?;
+        let text =
+            |text: &Value| text.as_str().map(str::to_owned).ok_or_else(|| Error::input(format!("{text} is no text")));
+        texts.iter().map(text).collect::<Result<Vec<String>>>()
+    };
+    let folder = || {
+        body["run"].as_u64().and_then(|id| runs.folder(id as usize)).ok_or_else(|| Error::input("there is no such run"))
+    };
+    let done = match path {
+        "/check" => args().and_then(|args| launcher.check(&args)),
+        "/start" => args().and_then(|args| launcher.start(&args)),
+        "/stop" => folder().and_then(|folder| launcher.stop(&folder, || runs.holder(&folder))),
+        _ => return refusal(404, "there is nothing of this name"),
+    };
+    match done {
+        Ok(value) => as_json(200, &value),
+        Err(e) => as_json(422, &json!({"text": e.message(), "place": e.place(), "help": e.advice()})),
+    }
+}
+
+fn as_json(status: u16, value: &Value) -> Answer {
+    Answer(status, "application/json", String::new(), value.to_string().into())
 }
 
 fn refusal(status: u16, text: &str) -> Answer {
@@ -247,48 +251,5 @@ fn refusal(status: u16, text: &str) -> Answer {
 impl Answer {
     fn with(self, headers: &str) -> Answer {
         Answer(self.0, self.1, headers.to_owned(), self.3)
-    }
-}
-
-impl Door {
-    /// Whether a `Host` header names this server. A name that somebody else gives to this address does not, and over an
-    /// address by itself nobody can be led astray. The port may be another one: that of a tunnel.
-    fn knows(&self, host: &str) -> bool {
-        let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-            Some((address, _)) => address,
-            None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-        };
-        let own = ["localhost", &self.name].iter().any(|known| !known.is_empty() && name.eq_ignore_ascii_case(known));
-        own || name.parse::<IpAddr>().is_ok()
-    }
-
-    /// Whether this is the token. It takes as long wherever the two differ.
-    fn opens(&self, shown: &str) -> bool {
-        let Some(token) = &self.token else { return false };
-        let differing = token.bytes().zip(shown.bytes()).fold(0, |differing, (a, b)| differing | (a ^ b));
-        token.len() == shown.len() && differing == 0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hosts() {
-        let door = Door { token: None, cookie: String::new(), name: "gpu7".into() };
-        let known = ["localhost", "LOCALHOST:6868", "127.0.0.1:1", "[::1]:80", "10.0.0.7", "gpu7:6868"];
-        known.iter().for_each(|h| assert!(door.knows(h), "{h}"));
-        let foreign =
-            ["", ":", "evil.example", "127.0.0.1.evil.example:6868", "localhost.evil.example", "gpu8", "[gpu7"];
-        foreign.iter().for_each(|h| assert!(!door.knows(h), "{h}"));
-    }
-
-    #[test]
-    fn tokens() {
-        let door = |token: Option<&str>| Door { token: token.map(str::to_owned), cookie: "c".into(), name: "".into() };
-        assert!(door(Some("abc")).opens("abc"));
-        ["", "ab", "abd", "abcd"].iter().for_each(|t| assert!(!door(Some("abc")).opens(t), "{t}"));
-        assert!(!door(None).opens(""));
     }
 }

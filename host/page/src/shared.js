@@ -3,8 +3,9 @@
 
 const COLOURS = 8, DASHES = 5, PER_DASH = 4;
 
-/** Runs by id; the charts; where the cursor is; `draw` draws all of it again. */
-export const page = { charts: [], runs: new Map(), at: null, lost: "", draw: () => {} };
+/** Runs by id; the charts; where the cursor is; whether runs can be started. `draw` draws all of it again, `head` what stands above
+ * the charts; `again` asks the server at once. */
+export const page = { charts: [], runs: new Map(), at: null, lost: "", starts: false, draw: () => {}, head: () => {}, again: () => {} };
 
 export const $ = (id) => document.getElementById(id);
 export const lines = (run, name) => run.files[name] ?? [];

@@ -2,6 +2,7 @@
 
 import { $, best, choose, evaluations, facts, keepNote, last, listed, make, note, page, points, swatch, view } from "./shared.js";
 import { duration, short } from "./numbers.js";
+import { actOf } from "./start.js";
 
 export function state(run) {
   const total = facts(run).total_steps, logged = last(run, "global_step") ?? 0;
@@ -11,7 +12,7 @@ export function state(run) {
   if (run.done) return { step, total, text: "finished" };
   if (run.ended) {
     const saved = run.saved === null ? "nothing saved" : run.saved === step ? "saved" : `saved at step ${run.saved}`;
-    const brief = step ? `stopped, ${saved}` : "stopped before the first step";
+    const brief = step ? `stopped, ${saved}` : `${run.exit ? "failed" : "stopped"} before the first step`;
     return { step, total, ended: true, brief, text: step ? `stopped after step ${step}${total ? ` of ${total}` : ""}, ${saved}` : brief };
   }
   if (step === 0) return { step, total, text: silent > 600 ? `silent for ${duration(silent)}` : "waiting for the first step" };
@@ -69,7 +70,7 @@ function row(run, used) {
   tick.addEventListener("change", () => hide([run.name], !tick.checked));
   const cell = ([, value, text]) => make("td", { class: "n" }, value(run) === undefined ? "" : text(value(run), run));
   return make("tr", { class: hidden ? "off" : "" },
-    make("td", { title: run.folder }, make("label", {}, tick, swatch(run), run.name)), make("td", { class: "state" }, told(run)),
+    make("td", { title: run.folder }, make("label", {}, tick, swatch(run), run.name)), make("td", { class: "state" }, told(run), ...[actOf(run)].filter(Boolean)),
     ...used.map(cell), make("td", {}, noteOf(run)));
 }
 

@@ -1,11 +1,10 @@
 //! Who is let in: clients that show the key, where there is one; and else those that were not led here by a page of somebody else's.
 
-use std::net::IpAddr;
-
 use axum::http::HeaderMap;
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST};
+use dpo_core::listen::{is_named, is_secret};
 
-use super::api::Refusal;
+use super::refusal::Refusal;
 
 pub(super) struct Door {
     key: Option<String>,
@@ -24,13 +23,13 @@ impl Door {
         match &self.key {
             Some(key) => {
                 let shown = header(AUTHORIZATION).strip_prefix("Bearer ").unwrap_or_default();
-                if !is_same(key, shown) {
+                if !is_secret(key, shown) {
                     return Err(Refusal::new(401, "the API key is wrong, or missing: Authorization: Bearer KEY")
                         .code("invalid_api_key"));
                 }
             }
             // A name that somebody else gives to this address would make a page of theirs one of this server's.
-            None if !self.knows(header(HOST)) => {
+            None if !is_named(&self.name, header(HOST)) => {
                 return Err(Refusal::new(
                     421,
                     "without --api-key this server answers to localhost, to addresses, and to the name in --listen",
@@ -45,21 +44,6 @@ impl Door {
         }
         Ok(())
     }
-
-    fn knows(&self, host: &str) -> bool {
-        let name = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-            Some((address, _)) => address,
-            None => host.rsplit_once(':').map_or(host, |(name, _)| name),
-        };
-        let own = ["localhost", &self.name].iter().any(|known| !known.is_empty() && name.eq_ignore_ascii_case(known));
-        own || name.parse::<IpAddr>().is_ok()
-    }
-}
-
-/// Whether two texts are one; it takes as long wherever they differ.
-fn is_same(key: &str, shown: &str) -> bool {
-    let differing = key.bytes().zip(shown.bytes()).fold(0, |differing, (a, b)| differing | (a ^ b));
-    key.len() == shown.len() && differing == 0
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value};
 
-use super::api::Refusal;
+use super::refusal::Refusal;
 
 /// Fields that are not taken out yet.
 pub(super) struct Fields(Map<String, Value>);

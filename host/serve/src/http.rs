@@ -1,7 +1,7 @@
 //! Connections: bounded in their number, their size and the time they take, so that none is in the way of the others.
 
 use std::convert::Infallible;
-use std::net::{SocketAddr, TcpListener as Bound, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener as Bound};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use dpo_core::error::{Error, Result};
+use dpo_core::listen::{self, Listening};
 use futures_util::stream;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -21,10 +22,12 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::api::{Refusal, Reply, Service, ends};
 use super::door::Door;
+use super::refusal::Refusal;
+use super::reply::Reply;
 use super::request::{Kind, Request};
 use super::scheduler::Event;
+use super::service::Service;
 
 /// Where it listens unless told otherwise.
 const ADDRESS: &str = "127.0.0.1:8000";
@@ -66,28 +69,13 @@ impl Listener {
     /// # Errors
     /// An address that is none, or cannot be had.
     pub fn bind(address: Option<&str>) -> Result<Listener> {
-        let named = match address {
-            Some(port) if port.parse::<u16>().is_ok() => format!("127.0.0.1:{port}"),
-            other => other.unwrap_or(ADDRESS).to_owned(),
-        };
-        let places: Vec<SocketAddr> = named.to_socket_addrs().map(Iterator::collect).map_err(|e| {
-            Error::input(format!("'{named}' is not an address with a port: {e}"))
-                .at("--listen")
-                .help(format!("such as {ADDRESS}, or a port alone"))
-        })?;
-        let failed = |e: std::io::Error| {
-            Error::input(format!("cannot listen at {named}: {e}")).at("--listen").help("name another address or port")
-        };
-        let listener = Bound::bind(&*places).map_err(failed)?;
-        listener.set_nonblocking(true).map_err(failed)?;
-        let address = listener.local_addr().map_err(failed)?;
-        let name = named.rsplit_once(':').map_or("", |(name, _)| name).to_owned();
+        let Listening { listener, address, name } = listen::bind(address, ADDRESS, "--listen")?;
         Ok(Listener { listener, address, name })
     }
 
     /// What clients call the base URL.
     pub fn url(&self) -> String {
-        format!("{}/v1", super::url(self.address))
+        format!("http://{}/v1", self.address)
     }
 
     /// Whether other machines reach it.
@@ -109,6 +97,7 @@ impl Listener {
             .fallback(|| async { refuse(&Refusal::new(404, "there is nothing of this name")) })
             .method_not_allowed_fallback(|| async { refuse(&Refusal::new(405, "this is not how it is asked for")) })
             .with_state(Arc::new(Front { service, door }));
+        self.listener.set_nonblocking(true).map_err(failed)?;
         let listener = {
             let _inside = runtime.enter();
             TcpListener::from_std(self.listener).map_err(failed)?
@@ -176,7 +165,8 @@ async fn begin(front: &Arc<Front>, kind: Kind, request: HttpRequest) -> std::res
     let service = front.service.clone();
     // Rendering and tokenising a long text takes its time.
     let parsed = tokio::task::spawn_blocking(move || Request::parse(&service, kind, &body)).await;
-    front.service.begin(parsed.map_err(|_| Refusal::new(500, "the request could not be read"))??)
+    let request = parsed.map_err(|_| Refusal::new(500, "the request could not be read"))??;
+    Reply::begin(&front.service, request)
 }
 
 /// A stream of server-sent events.
@@ -220,7 +210,7 @@ impl Streamed {
             return Some(last + "data: [DONE]\n\n");
         }
         let next = match self.reply.events.recv().await {
-            None => Err(ends()),
+            None => Err(Refusal::ends()),
             Some((at, came)) => {
                 let chunk = self.reply.next(&self.service, at, &came, self.told[at]);
                 match came {

@@ -4,14 +4,15 @@
 //! runtime beside it, which reads requests, renders and tokenises them, and writes what comes of them. A slow client holds up nobody: its
 //! tokens wait in its own channel.
 
-mod api;
 mod door;
 mod fields;
 mod http;
+mod refusal;
+mod reply;
 mod request;
 mod scheduler;
+mod service;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,16 +51,11 @@ pub fn serve(
     stop: impl Fn() -> bool,
 ) -> Result<()> {
     let (queue, jobs) = scheduler::queue();
-    let service = Arc::new(api::Service::new(tokenizer, generator.bounds(), config, queue));
+    let service = Arc::new(service::Service::new(tokenizer, generator.bounds(), config, queue));
     let running = listener.start(service)?;
     scheduler::run(&mut generator, &jobs, stop);
     // For what clients are told last.
     std::thread::sleep(FAREWELL);
     drop(running);
     Ok(())
-}
-
-/// An address as a URL has it.
-pub(crate) fn url(address: SocketAddr) -> String {
-    format!("http://{address}")
 }

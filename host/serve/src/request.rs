@@ -7,8 +7,9 @@ use dpo_generate::Sampling;
 use dpo_plugin_api::dataset::Message;
 use serde_json::{Map, Value};
 
-use super::api::{Refusal, Service};
 use super::fields::Fields;
+use super::refusal::Refusal;
+use super::service::Service;
 
 /// Answers to a prompt at most, and prompts of a request.
 const MOST_CHOICES: usize = 128;

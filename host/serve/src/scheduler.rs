@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use dpo_core::console;
@@ -88,12 +88,7 @@ pub(super) fn run(generator: &mut Generator, jobs: &Jobs, stop: impl Fn() -> boo
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        loop {
-            match jobs.jobs.try_recv() {
-                Ok(job) => waiting.push_back(job),
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => break,
-            }
-        }
+        waiting.extend(jobs.jobs.try_iter());
         // Clients that have gone are not answered.
         active.retain(|one| !one.events.is_closed());
         while generator.free() > 0

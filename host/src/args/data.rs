@@ -39,7 +39,7 @@ pub(crate) struct DataArgs {
     shuffle: bool,
     /// Random seed of the shuffling, of the split and of LoRA's A
     #[arg(long, value_name = "N", default_value_t = 42)]
-    seed: u64,
+    pub(crate) seed: u64,
     /// Take at most the first N rows of each dataset [default: all]
     #[arg(long, value_name = "N")]
     max_samples: Option<usize>,

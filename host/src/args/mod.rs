@@ -8,8 +8,10 @@ pub(crate) mod lora;
 pub(crate) mod loss;
 pub(crate) mod model;
 pub mod peers;
+pub(crate) mod report;
 pub(crate) mod resolve;
 pub(crate) mod sampling;
+pub(crate) mod start;
 pub(crate) mod storage;
 pub(crate) mod train;
 mod yaml;
@@ -17,6 +19,8 @@ mod yaml;
 use std::fmt;
 use std::str::FromStr;
 
+use clap::ArgMatches;
+use clap::parser::ValueSource;
 use dpo_core::error::{Error, Result};
 use dpo_core::lora::MOST_ALPHA;
 use serde::Serialize;
@@ -163,6 +167,12 @@ pub(crate) fn refuse_out_of_range(numbers: &[(&str, Option<f64>, Range, &str)]) 
         }
     }
     Ok(())
+}
+
+/// The fields of flags that were given.
+pub(crate) fn given(matches: &ArgMatches) -> Vec<String> {
+    let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    matches.ids().map(|id| id.as_str()).filter(given).map(str::to_owned).collect()
 }
 
 /// Every flag of some arguments with its value, by name.

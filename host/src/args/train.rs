@@ -1,6 +1,6 @@
 //! The flags of `dpo-host train`, what of them is refused, and the settings that they become.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
@@ -24,6 +24,7 @@ use super::data::DataArgs;
 use super::lora::{LORA_ALPHA, LORA_RANK, LoraArgs};
 use super::loss::LossArgs;
 use super::model::ModelArgs;
+use super::report::ReportArgs;
 use super::storage::StorageArgs;
 use super::{ABOVE_0, Auto, BELOW_1, DeviceArg, FROM_0, MINUTES, SHARE, SizeArg, record, refuse_out_of_range};
 use crate::demo;
@@ -219,6 +220,9 @@ pub(crate) struct TrainArgs {
     /// page]
     #[arg(long, value_name = "ADDR:PORT", num_args = 0..=1, default_missing_value = "true", help_heading = "Output")]
     dashboard: Option<String>,
+    #[command(flatten)]
+    #[serde(flatten)]
+    report: ReportArgs,
     /// Resume from a checkpoint folder, or from the latest one in --output-dir [default: start anew]
     #[arg(long, value_name = "DIR|latest", help_heading = "Output")]
     resume_from_checkpoint: Option<String>,
@@ -370,6 +374,28 @@ impl TrainArgs {
                 "0.01 holds out every hundredth example",
             ),
         ])
+    }
+
+    /// A flag that reads what the command line does not show, loads code, or does what a page does otherwise.
+    pub(super) fn beyond_a_run(&self) -> Option<&'static str> {
+        let serves = self.dashboard.as_deref().is_some_and(|address| address != "false");
+        let given = [
+            ("--plugin-dir", !self.plugin_dir.is_empty()),
+            ("--config", self.config.is_some()),
+            ("--dashboard", serves),
+            ("--add-version", self.add_version),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(flag, _)| flag)
+    }
+
+    /// Where the run is written, if that was said.
+    pub(super) fn output_dir(&self) -> Option<&Path> {
+        self.output_dir.as_deref()
+    }
+
+    /// Whether it goes on from a checkpoint.
+    pub(super) fn resumes(&self) -> bool {
+        self.resume_from_checkpoint.is_some()
     }
 
     pub(crate) fn note_ignored(&self) {
@@ -528,6 +554,7 @@ impl TrainArgs {
                 "latest" => Resume::Latest,
                 folder => Resume::From(folder.into()),
             }),
+            report: self.report.config(),
         }
     }
 }

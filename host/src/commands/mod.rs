@@ -11,6 +11,7 @@ pub(crate) mod manual;
 pub(crate) mod merge;
 pub mod new;
 pub(crate) mod plan;
+pub(crate) mod push;
 pub(crate) mod selftest;
 pub(crate) mod serve;
 pub(crate) mod train;

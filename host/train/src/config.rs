@@ -189,6 +189,30 @@ pub struct OutputConfig {
     pub save_total_limit: Option<usize>,
     /// The checkpoint to resume from.
     pub resume: Option<Resume>,
+    /// Where its numbers go beside its folder.
+    pub report: ReportConfig,
+}
+
+/// Where the numbers of a run go beside its folder.
+#[derive(Clone, Debug, Default)]
+pub struct ReportConfig {
+    /// The trackers, each once.
+    pub to: Vec<Service>,
+    /// The run's name there; `None` for its folder's.
+    pub run_name: Option<String>,
+    /// The project or experiment there; `None` for what the tracker's own variable says.
+    pub project: Option<String>,
+}
+
+/// A program that shows numbers of runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// Weights & Biases, offline.
+    Wandb,
+    /// SwanLab, offline.
+    Swanlab,
+    /// An MLflow server.
+    Mlflow,
 }
 
 /// What a run resumes from.

@@ -21,11 +21,11 @@ pub mod schedule;
 mod settings;
 mod setup;
 mod step;
-mod tensorboard;
+mod trackers;
 
 pub use metrics::{ExampleMetrics, Sums};
 pub use objective::{Objective, ObjectiveOptions};
 pub use reference::Reference;
-pub use run_dir::output_of;
+pub use run_dir::{output_of, refuse_run};
 pub use setup::train;
 pub use step::{Step, gradient, mean_metrics, score};

@@ -1,5 +1,5 @@
 //! What a run tells as it goes: numbers in `logging.jsonl`, remarks in `remarks.jsonl`, token log-probs of a few pairs in
-//! `samples.jsonl`, and the numbers again for TensorBoard. One object a line, written at once, so that a run that is killed
+//! `samples.jsonl`, and the numbers again for TensorBoard and other trackers. One object a line, written at once, so that a run that is killed
 //! leaves what it told.
 
 use std::fs::{File, OpenOptions};
@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::tensorboard::TensorBoard;
+use super::trackers::{About, End, Trackers};
 use dpo_core::console::{self, Remark};
 use dpo_core::error::{IoContext, Result};
 use dpo_core::files;
@@ -18,18 +18,19 @@ pub(super) struct Log {
     numbers: Lines,
     remarks: Lines,
     samples: Lines,
-    board: TensorBoard,
+    trackers: Trackers,
 }
 
 impl Log {
     /// Opens the files of a run that has taken `done` steps. Lines of later steps, which a resumed run takes again, go, and so
-    /// does a line that a kill cut short. `samples` is the first line of its file. TensorBoard's file is made anew from what is
+    /// does a line that a kill cut short. `samples` is the first line of its file. Trackers' files are made anew from what is
     /// left, which is returned as well.
     pub(super) fn open(
-        folder: &Path,
+        about: &About<'_>,
         done: u64,
         samples: Map<String, Value>,
     ) -> Result<(Log, Vec<Map<String, Value>>)> {
+        let folder = about.folder;
         let kept = |name: &str| lines_until(&folder.join(name), done);
         let numbers = kept(LOG);
         let remarks = kept(REMARKS);
@@ -37,7 +38,7 @@ impl Log {
         let later = kept(SAMPLES).into_iter().filter(|l| step(l) > Some(0));
         let samples: Vec<_> = std::iter::once(samples).chain(later).collect();
         let log = Log {
-            board: TensorBoard::create(folder, &numbers)?,
+            trackers: Trackers::open(about, &numbers)?,
             numbers: Lines::open(folder.join(LOG), &numbers)?,
             remarks: Lines::open(folder.join(REMARKS), &remarks)?,
             samples: Lines::open(folder.join(SAMPLES), &samples)?,
@@ -47,7 +48,8 @@ impl Log {
 
     /// Writes a line of numbers. Where the disk does not take it, it is kept until it does, and `warn` is told.
     pub(super) fn write(&mut self, line: &Map<String, Value>, warn: impl Fn(Remark)) {
-        if let Err(e) = self.numbers.write(line).and_then(|()| self.board.write(line)) {
+        let (numbers, trackers) = (self.numbers.write(line), self.trackers.write(line));
+        if let Err(e) = numbers.and(trackers) {
             warn(Remark::from(&e));
         }
     }
@@ -65,6 +67,11 @@ impl Log {
         if let Err(e) = self.samples.write(line) {
             warn(Remark::from(&e));
         }
+    }
+
+    /// How the run ends, which trackers are told when this is dropped.
+    pub(super) fn ends(&mut self, how: End) {
+        self.trackers.ends(how);
     }
 
     /// Brings every line to disk.

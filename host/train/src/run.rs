@@ -18,6 +18,7 @@ use super::log::Log;
 use super::metrics::Window;
 use super::next_steps;
 use super::samples::Samples;
+use super::trackers::{About, End};
 use super::{Objective, Reference, Step, nonfinite, settings, step};
 use dpo_core::batch::mix;
 use dpo_core::collective::ProcessGroup;
@@ -108,7 +109,9 @@ impl Run<'_> {
         let mut log = match self.group.is_first() {
             true => {
                 files::write(&self.output.join(page::FACTS), self.facts.to_string().as_bytes())?;
-                let (log, before) = Log::open(&self.output, self.done, self.samples.start())?;
+                let report = &self.config.output.report;
+                let about = About { folder: &self.output, report, flags: &self.config.flags };
+                let (log, before) = Log::open(&about, self.done, self.samples.start())?;
                 before.iter().for_each(|line| drop(doctor.look(line, false)));
                 Some(log)
             }
@@ -212,6 +215,7 @@ impl Run<'_> {
             }
             if let Some(signal) = signal {
                 bar.finish_and_clear();
+                log.iter_mut().for_each(|log| log.ends(End::Killed));
                 self.group.barrier()?;
                 return Err(Error::run(format!("ended by {signal} after step {}, which is saved", self.done))
                     .at(self.output.display())
@@ -236,10 +240,10 @@ impl Run<'_> {
                 .at(self.output.display())
                 .help("the warnings above name the rows, or the flags"));
         }
-        match log {
-            Some(_) => self.device.adapter().save(&self.output, &self.base_model),
-            None => Ok(()),
-        }
+        let Some(mut log) = log else { return Ok(()) };
+        self.device.adapter().save(&self.output, &self.base_model)?;
+        log.ends(End::Finished);
+        Ok(())
     }
 
     /// What to say of a step that is skipped; too many in a row are an error.

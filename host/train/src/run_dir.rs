@@ -63,16 +63,26 @@ impl RunDir {
             }
             _ => latest,
         };
-        let holds = |files: &[&str]| files.iter().any(|f| claim.folder.join(f).exists());
         // One that was killed before its first checkpoint begins again; one that has an adapter came to its end.
-        let begins_again = again || (config.resume.is_some() && !holds(&[ADAPTER]));
-        if resumed.is_none() && holds(&OF_A_RUN) && !begins_again {
-            return Err(Error::input("holds a run already")
-                .at(claim.folder.display())
-                .help("name another folder, or go on with --resume-from-checkpoint latest"));
+        let begins_again = again || (config.resume.is_some() && !claim.folder.join(ADAPTER).exists());
+        if resumed.is_none() && !begins_again {
+            refuse_run(&claim.folder)?;
         }
         Ok((RunDir { output: claim.folder.clone(), resumed }, claim))
     }
+}
+
+/// Refuses a folder that holds a run, for one that begins.
+///
+/// # Errors
+/// That it does.
+pub fn refuse_run(folder: &Path) -> Result<()> {
+    if !OF_A_RUN.iter().any(|file| folder.join(file).exists()) {
+        return Ok(());
+    }
+    Err(Error::input("holds a run already")
+        .at(folder.display())
+        .help("name another folder, or go on with --resume-from-checkpoint latest"))
 }
 
 /// The folder that ranks of a launcher are told to write into, made now where it is not named: the first of them claims it.

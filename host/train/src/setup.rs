@@ -35,7 +35,7 @@ use crate::reference::Reference;
 use crate::run::Run;
 use crate::run_dir::RunDir;
 use crate::samples::Samples;
-use crate::{before_after, next_steps, nonfinite, settings};
+use crate::{before_after, next_steps, nonfinite, settings, trackers};
 
 /// Trains as one of some ranks, on the device of a backend; returns the folder with the result. `attempt` counts how often a
 /// launcher has started these ranks again.
@@ -59,6 +59,7 @@ pub fn train(
     let mut server = None;
     let mut claim = None;
     let RunDir { output, resumed } = group.broadcast_from_first(|| {
+        trackers::check(&config.output.report)?;
         server = serve(&config.dashboard, attempt)?;
         let (folder, claimed) = RunDir::claim(&config.output, (&config.model, &folder), attempt)?;
         claim = Some(claimed);

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use dpo_plugin_api::graph::{Assembly, ModelGraph, Weight};
+use dpo_plugin_api::graph::{Assembly, Layout, ModelGraph, Weight, renamed};
 use dpo_plugin_api::ops::is_module;
 
 use super::target::{Targets, ends_in};
@@ -17,8 +17,37 @@ use crate::weights::{Values, blocks};
 /// Tensors of an adapter by their names.
 type Tensors = BTreeMap<String, Values>;
 
+/// Layouts of files that call modules of a layer otherwise, and leave its prefix: Mixtral's experts are `block_sparse_moe` there.
+fn of_modules(graph: &ModelGraph) -> impl Iterator<Item = &Layout> {
+    let inside = |name: &String| name.starts_with('.') && name.ends_with('.');
+    graph.layouts.iter().filter(move |layout| layout.iter().all(|(own, other)| inside(own) && inside(other)))
+}
+
+/// The name of a tensor or a module as files have it.
+fn in_files(graph: &ModelGraph, own: &str) -> String {
+    of_modules(graph)
+        .filter_map(|layout| renamed(layout, own))
+        .find(|name| name != own)
+        .unwrap_or_else(|| own.to_owned())
+}
+
+/// Gives tensors that a file calls as its checkpoint does the names that the graph has for them.
+fn to_own_names(graph: &ModelGraph, tensors: &mut Tensors) {
+    for layout in of_modules(graph) {
+        let own =
+            |name: &String| layout.iter().rev().fold(name.clone(), |n, (own, other)| n.replace(other.as_str(), own));
+        let others: Vec<_> = tensors.keys().map(|name| (name.clone(), own(name))).filter(|(a, b)| a != b).collect();
+        for (name, own) in others {
+            if let Some(values) = tensors.remove(&name) {
+                tensors.insert(own, values);
+            }
+        }
+    }
+}
+
 /// Puts the matrices of experts together, and lets the config say so. Files without such tensors stay as they are.
 pub(super) fn fuse(graph: &ModelGraph, config: &mut AdapterConfig, tensors: &mut Tensors) -> Result<()> {
+    to_own_names(graph, tensors);
     let mut fused: Vec<(&Assembly, usize, f64)> = Vec::new();
     for (_, prefix, nodes) in blocks(graph) {
         for node in nodes.iter().filter(|node| experts_of(node) > 1) {
@@ -109,7 +138,8 @@ fn fused_matrices(weight: &Weight, name: &str, assembly: &Assembly, tensors: &mu
 }
 
 /// Writes an adapter with a module for every expert's projection, as vLLM reads it, and PEFT too: gate and up, which share an A here, have
-/// it each. Both engines multiply all of them by `lora_alpha / r`; what differs from that is put into B.
+/// it each. Both engines multiply all of them by `lora_alpha / r`; what differs from that is put into B. Modules are called as in the
+/// checkpoint's files, which vLLM's are called after: it passes over names that it does not know, without a word.
 ///
 /// # Errors
 /// An adapter without experts, or on experts that a checkpoint has in one tensor.
@@ -125,7 +155,9 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
         let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
         let Some(name) = site.parameter.as_ref().filter(|_| site.experts > 1) else {
             targets.insert(last(&site.module));
-            tensors.extend(peft::tensors(adapter, site));
+            tensors.extend(
+                peft::tensors(adapter, site).into_iter().map(|(name, values)| (in_files(graph, &name), values)),
+            );
             continue;
         };
         let of_each = |a: &&Assembly| a.part(name, 0, 0).is_some() && a.is_of_each(0);
@@ -138,15 +170,17 @@ pub(super) fn write(graph: &ModelGraph, adapter: &Adapter, folder: &Path, base_m
         for (expert, (a, b)) in experts {
             for (part, b) in b.chunks(share * site.rank).enumerate() {
                 let own = assembly.part(name, part, expert).unwrap_or_default();
-                let module = own.strip_suffix(".weight").unwrap_or(&own);
-                let [name_a, name_b, _] = peft::names(module);
+                let [name_a, name_b, _] =
+                    peft::names(own.strip_suffix(".weight").unwrap_or(&own)).map(|name| in_files(graph, &name));
                 tensors.push((name_a, (vec![site.rank, site.inputs], a.to_vec())));
                 tensors.push((name_b, (vec![share, site.rank], b.iter().map(|v| v * factor).collect())));
             }
         }
         for part in &assembly.parts {
-            // PEFT asks for the name without a number, and layers without experts may have linears of the last name.
-            let module = part.strip_suffix(".weight").unwrap_or(part).replace('.', r"\.");
+            // PEFT asks for the name without a number, and layers without experts may have linears of the last name. What experts are
+            // in is called otherwise in files.
+            let module = part.split_once('.').map_or(part.as_str(), |(_, inside)| inside);
+            let module = module.strip_suffix(".weight").unwrap_or(module).replace('.', r"\.");
             targets.insert(module.replace(r"*\.", r"(\d+\.)?"));
             if site.rank == rank {
                 continue;

@@ -243,6 +243,7 @@ pub(super) fn trainer(t: &mut Translation) -> Result<()> {
     }
     schedule(t)?;
     evaluation(t)?;
+    report(t);
     match t.take("resume_from_checkpoint").map(|flag| (flag.values.first().cloned(), flag)) {
         Some((Some(value), flag)) if value.eq_ignore_ascii_case("true") => {
             t.push("resume-from-checkpoint", ["latest"], flag.place);
@@ -265,6 +266,46 @@ pub(super) fn trainer(t: &mut Translation) -> Result<()> {
     }
     Ok(())
 }
+
+/// Trackers, under the names of transformers and of the tools; those of SwanLab count where it is one.
+fn report(t: &mut Translation) {
+    let (mut to, mut place) = (Vec::new(), None);
+    if let Some(flag) = t.take("report_to") {
+        let (known, others): (Vec<String>, Vec<String>) =
+            flag.values.iter().cloned().partition(|name| TRACKERS.contains(&name.as_str()));
+        if !others.is_empty() {
+            let (flag, known) = (flag.spelled(), TRACKERS.join(", "));
+            t.notes.push(format!("of {flag} is ignored: {}; trackers are {known}", others.join(" ")));
+        }
+        (to, place) = (known, flag.place);
+    }
+    if let Some(flag) = t.take("use_swanlab").filter(is_on) {
+        to.push("swanlab".into());
+        place = place.or(flag.place);
+    }
+    let of_swanlab = to.iter().any(|name| name == "swanlab");
+    for (theirs, ours) in [("run_name", "run-name"), ("project", "project")] {
+        if let Some(flag) = t.take(theirs) {
+            t.push_as(ours, flag);
+        }
+    }
+    if of_swanlab {
+        if let (Some(project), flag) = t.take_value("swanlab_project") {
+            t.push("project", [project], flag.and_then(|flag| flag.place));
+        }
+        for name in ["swanlab_run_name", "swanlab_exp_name"] {
+            if let Some(flag) = t.take(name) {
+                t.push_as("run-name", flag);
+            }
+        }
+    }
+    if !to.is_empty() {
+        t.push("report-to", to, place);
+    }
+}
+
+/// Trackers that are written, by transformers' names.
+const TRACKERS: [&str; 4] = ["tensorboard", "wandb", "swanlab", "mlflow"];
 
 /// Whether a switch is on.
 pub(super) fn is_on(flag: &Flag) -> bool {

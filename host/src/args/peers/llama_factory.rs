@@ -107,7 +107,9 @@ const TABLE: &[Group] = &[
         "`train` exports nothing",
         "dpo-host merge --adapter RUN --output-dir FOLDER",
     ),
-    refused("use_swanlab=false", "nothing is uploaded", "logging.jsonl and runs/ for TensorBoard are always written"),
+    becomes("use_swanlab=false", "`--report-to swanlab`: files for `swanlab sync`"),
+    becomes("swanlab_project=llamafactory", "`--project`, with `use_swanlab`"),
+    becomes("swanlab_run_name", "`--run-name`"),
     refused("use_kt=false use_mca=false use_hyper_parallel=false", "there is one way to compute", "leave it out"),
     refused("adapter_folder", "adapters are folders", "name each folder in adapter_name_or_path"),
     refused("mask_history=false", "the last answer alone is learned in any case", "leave it out"),
@@ -180,9 +182,8 @@ const TABLE: &[Group] = &[
         "only of use_kt and use_hyper_parallel",
     ),
     named(
-        "swanlab_project=llamafactory swanlab_workspace swanlab_run_name swanlab_mode=cloud swanlab_api_key swanlab_logdir \
-        swanlab_lark_webhook_url swanlab_lark_secret",
-        "only of use_swanlab",
+        "swanlab_workspace swanlab_mode=cloud swanlab_api_key swanlab_logdir swanlab_lark_webhook_url swanlab_lark_secret",
+        "SwanLab's files are written in the run's folder; `swanlab sync` sends them, with what it is told",
     ),
     named(
         "export_size=5 export_device=cpu export_quantization_bit export_quantization_dataset export_quantization_nsamples=128 \

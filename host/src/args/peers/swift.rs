@@ -189,7 +189,9 @@ const TABLE: &[Group] = &[
         "there is no vision tower",
     ),
     named("logging_first_step=true", "the first step is always logged"),
-    named("report_to=tensorboard", "logging.jsonl, report.html and runs/ for TensorBoard are always written"),
+    becomes("report_to=tensorboard", trainer::REPORT_TO),
+    becomes("swanlab_project=ms-swift", "`--project`, with `report_to swanlab`"),
+    becomes("swanlab_exp_name", "`--run-name`"),
     named("safe_serialization=true max_shard_size=5GB", "an adapter is one file of safetensors"),
     named(
         "create_checkpoint_symlink=false",
@@ -198,10 +200,10 @@ const TABLE: &[Group] = &[
     named("acc_strategy=token", "accuracy is that of preferences"),
     named("per_device_eval_batch_size=1", "micro-batches follow from memory"),
     named(
-        "swanlab_token swanlab_project=ms-swift swanlab_workspace swanlab_exp_name swanlab_notification_method \
+        "swanlab_token swanlab_workspace swanlab_notification_method \
         swanlab_webhook_url swanlab_secret swanlab_sender_email swanlab_receiver_email swanlab_smtp_server swanlab_smtp_port \
         swanlab_email_language=zh swanlab_mode=cloud",
-        "only of report_to swanlab: logging.jsonl and runs/ are always written",
+        "SwanLab's files are written in the run's folder; `swanlab sync` sends them, with what it is told",
     ),
     // Of what is refused by another argument.
     named("bnb_4bit_compute_dtype", trainer::DTYPE),

@@ -3,6 +3,9 @@
 use super::table::{Group, becomes, is, named, refused, same};
 use super::translation::HALF;
 
+pub(super) const REPORT_TO: &str =
+    "`--report-to`, of wandb, swanlab and mlflow; others are named; runs/ for TensorBoard is always written";
+
 pub(super) const TABLE: &[Group] = &[
     same("learning_rate=5e-05 weight_decay=0.0 adam_beta1=0.9 adam_beta2=0.999 adam_epsilon=1e-08 max_grad_norm=1.0"),
     same("warmup_ratio=0.0 logging_steps=500 save_steps=500 save_total_limit seed=42"),
@@ -71,8 +74,11 @@ pub(super) const TABLE: &[Group] = &[
         "logging_first_step=false logging_strategy=steps",
         "--logging-steps says when; the first step is always logged",
     ),
+    becomes("report_to=none", REPORT_TO),
+    becomes("run_name", "`--run-name`"),
+    becomes("project=huggingface", "`--project`, where it is given"),
     named(
-        "report_to=none run_name project=huggingface trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir",
+        "trackio_space_id trackio_bucket_id trackio_static_space_id logging_dir",
         "logging.jsonl, report.html and runs/ for TensorBoard are always written, into the run's folder",
     ),
     named(
@@ -104,7 +110,7 @@ pub(super) const TABLE: &[Group] = &[
         "only of push_to_hub",
     ),
     named("hub_token", "tokens are those of HF_TOKEN, or of MODELSCOPE_API_TOKEN"),
-    refused("push_to_hub=false", "nothing is uploaded", "afterwards: hf upload OWNER/NAME FOLDER"),
+    refused("push_to_hub=false", "`train` uploads nothing", "afterwards: dpo-host push OWNER/NAME RUN"),
     refused("fp16=false", HALF, "leave it out: GPUs compute in bfloat16"),
     refused(
         "optim=|adamw_torch|adamw_torch_fused|adamw_torch_xla|adamw_torch_npu_fused|adamw_apex_fused|adamw_anyprecision\

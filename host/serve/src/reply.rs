@@ -1,63 +1,13 @@
-//! What is served: names, refusals, and the JSON of answers, as OpenAI's reference of chats and completions has it.
+//! The JSON of answers, whole or as chunks of a stream, as OpenAI's reference of chats and completions has it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use dpo_core::batch::mix;
-use dpo_core::error::Error;
-use dpo_data::ChatTokenizer;
-use dpo_generate::{Bounds, Stop, TokenLogProb};
+use dpo_generate::{Sampling, Stop, TokenLogProb};
 use serde_json::{Map, Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::Config;
+use super::refusal::Refusal;
 use super::request::{Kind, Request};
-use super::scheduler::{Event, Job, Queue};
-
-/// Why a request is not answered.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub status: u16,
-    message: String,
-    param: Option<String>,
-    code: Option<&'static str>,
-}
-
-impl Refusal {
-    pub(super) fn new(status: u16, message: impl Into<String>) -> Refusal {
-        Refusal { status, message: message.into(), param: None, code: None }
-    }
-
-    /// Of a field that is wrong.
-    pub(super) fn of(param: &str, message: impl Into<String>) -> Refusal {
-        Refusal { param: Some(param.into()), ..Refusal::new(400, message) }
-    }
-
-    pub(super) fn code(self, code: &'static str) -> Refusal {
-        Refusal { code: Some(code), ..self }
-    }
-
-    /// As clients read it.
-    pub(super) fn json(&self) -> Value {
-        let kind = match self.status {
-            401 => "authentication_error",
-            404 => "not_found_error",
-            500.. => "server_error",
-            _ => "invalid_request_error",
-        };
-        json!({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
-    }
-}
-
-/// A model that is served.
-pub(super) struct Service {
-    pub tokenizer: ChatTokenizer,
-    pub bounds: Bounds,
-    pub config: Config,
-    queue: Queue,
-    created: u64,
-    requests: AtomicU64,
-}
+use super::scheduler::{Event, Job};
+use super::service::{Service, now};
 
 /// A request whose answers are on their way.
 pub(super) struct Reply {
@@ -65,66 +15,6 @@ pub(super) struct Reply {
     pub events: UnboundedReceiver<(usize, Event)>,
     id: String,
     created: u64,
-}
-
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
-}
-
-impl Service {
-    pub(super) fn new(tokenizer: ChatTokenizer, bounds: Bounds, config: Config, queue: Queue) -> Service {
-        Service { tokenizer, bounds, config, queue, created: now(), requests: AtomicU64::new(0) }
-    }
-
-    /// The adapter that a name means; `None` for the model without one.
-    pub(super) fn adapter(&self, name: &str) -> Result<Option<usize>, Refusal> {
-        if name == self.config.model {
-            return Ok(None);
-        }
-        self.config.adapters.iter().position(|own| own == name).map(Some).ok_or_else(|| {
-            let names: Vec<&str> = self.names().collect();
-            let what = format!("there is no model '{name}': {}", names.join(", "));
-            Refusal { status: 404, code: Some("model_not_found"), ..Refusal::of("model", what) }
-        })
-    }
-
-    fn names(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(&self.config.model).chain(&self.config.adapters).map(String::as_str)
-    }
-
-    /// Of a request that names none.
-    pub(super) fn next_seed(&self) -> u64 {
-        mix(self.config.sampling.seed, self.requests.fetch_add(1, Ordering::Relaxed))
-    }
-
-    /// `GET /v1/models`.
-    pub(super) fn models(&self) -> Value {
-        let model = |(at, name): (usize, &str)| {
-            let parent = (at > 0).then_some(&self.config.model);
-            json!({"id": name, "object": "model", "created": self.created, "owned_by": "dpo-host", "root": name,
-                "parent": parent, "max_model_len": self.bounds.length})
-        };
-        json!({"object": "list", "data": self.names().enumerate().map(model).collect::<Vec<_>>()})
-    }
-
-    /// Has a request answered.
-    pub(super) fn begin(&self, request: Request) -> Result<Reply, Refusal> {
-        let (sender, events) = unbounded_channel();
-        let job = |(choice, sampling): (usize, &dpo_generate::Sampling)| Job {
-            prompt: request.prompts[choice / request.count].clone(),
-            adapter: request.adapter,
-            sampling: sampling.clone(),
-            choice,
-            events: sender.clone(),
-        };
-        let jobs = request.samplings.iter().enumerate().map(job).collect();
-        if !self.queue.put(jobs) {
-            return Err(Refusal::new(503, "too many requests wait: try again later").code("overloaded"));
-        }
-        let kind = if request.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
-        let id = format!("{kind}-{:032x}", rand::random::<u128>());
-        Ok(Reply { request, events, id, created: now() })
-    }
 }
 
 /// An answer as far as it has come.
@@ -137,6 +27,25 @@ struct Choice {
 }
 
 impl Reply {
+    /// Has a request answered.
+    pub(super) fn begin(service: &Service, request: Request) -> Result<Reply, Refusal> {
+        let (sender, events) = unbounded_channel();
+        let job = |(choice, sampling): (usize, &Sampling)| Job {
+            prompt: request.prompts[choice / request.count].clone(),
+            adapter: request.adapter,
+            sampling: sampling.clone(),
+            choice,
+            events: sender.clone(),
+        };
+        let jobs = request.samplings.iter().enumerate().map(job).collect();
+        if !service.queue.put(jobs) {
+            return Err(Refusal::new(503, "too many requests wait: try again later").code("overloaded"));
+        }
+        let kind = if request.kind == Kind::Chat { "chatcmpl" } else { "cmpl" };
+        let id = format!("{kind}-{:032x}", rand::random::<u128>());
+        Ok(Reply { request, events, id, created: now() })
+    }
+
     /// Waits for all answers.
     pub(super) async fn whole(mut self, service: &Service) -> Result<Value, Refusal> {
         let mut choices: Vec<Choice> = self.request.samplings.iter().map(|_| Choice::default()).collect();
@@ -147,8 +56,8 @@ impl Reply {
                     choices[at].logprobs.extend(logprobs);
                 }
                 Some((at, Event::End(stop, tokens))) => (choices[at].stop, choices[at].tokens) = (Some(stop), tokens),
-                Some((_, Event::Failed(e))) => return Err(failed(&e)),
-                None => return Err(ends()),
+                Some((_, Event::Failed(e))) => return Err(Refusal::failed(&e)),
+                None => return Err(Refusal::ends()),
             }
         }
         let tokens = choices.iter().map(|choice| choice.tokens).sum();
@@ -201,7 +110,7 @@ impl Reply {
         let (text, logprobs, finish) = match event {
             Event::Text(text, logprobs) => (text.as_str(), self.logprobs(service, logprobs, told), None),
             Event::End(stop, _) => ("", Value::Null, Some(finish_reason(*stop))),
-            Event::Failed(e) => return Err(failed(e)),
+            Event::Failed(e) => return Err(Refusal::failed(e)),
         };
         Ok(self.chunk(match self.request.kind {
             Kind::Chat => {
@@ -290,13 +199,4 @@ fn finish_reason(stop: Stop) -> &'static str {
         Stop::Limit | Stop::Length => "length",
         Stop::Interrupt => "abort",
     }
-}
-
-fn failed(e: &Error) -> Refusal {
-    Refusal::new(500, e.to_string())
-}
-
-/// The loop that computes is over.
-pub(super) fn ends() -> Refusal {
-    Refusal::new(503, "the server is about to end")
 }

@@ -1,4 +1,6 @@
-//! `dpo-host eval`: what a model and an adapter make of examples, file by file.
+//! `dpo-host eval`: what a model and an adapter make of examples, file by file; or what they answer.
+
+mod generate;
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -30,6 +32,7 @@ use dpo_hub::model::{self, Model};
 use dpo_plugins::Registry;
 use dpo_ranks::Ranks;
 use dpo_train::{Objective, mean_metrics, score};
+use generate::GenerateArgs;
 
 #[derive(Args)]
 pub(crate) struct EvalOptions {
@@ -56,9 +59,11 @@ pub(crate) struct EvalOptions {
     /// Print JSON instead of a table: means under the names of the log, for every --dataset and for all
     #[arg(long)]
     json: bool,
-    /// Write a line of JSON for every example: log-probs of its answers
+    /// Write a line of JSON for every example: log-probs of its answers; with --generate for every prompt, with both answers
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
+    #[command(flatten)]
+    generate: GenerateArgs,
     #[command(flatten)]
     data: DataArgs,
 }
@@ -77,6 +82,10 @@ const COLUMNS: [(&str, &str); 6] = [
 const OF_MODEL: &[&str] = &["chosen_more_likely", "logps/chosen", "logps/rejected", "nll_loss"];
 
 pub(crate) fn eval(registry: &Registry, options: &EvalOptions) -> Result<()> {
+    options.generate.refuse_idle(&options.given)?;
+    if let Some(prompts) = &options.generate.generate {
+        return generate::generate(registry, options, prompts);
+    }
     let name = demo::or_named(model::named(options.model.as_deref(), options.adapter.as_deref())?)?;
     // What can be told without weights is told before they are fetched.
     let folder = model::locate(&name, Need::WeightsToCome)?;

@@ -7,10 +7,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::{Map, Value};
-
+use super::protobuf::{field_bytes, field_double, varint};
+use super::{Line, now, numbers, step};
 use dpo_core::error::{IoContext, Result};
 
 pub(super) struct TensorBoard {
@@ -23,7 +22,7 @@ pub(super) struct TensorBoard {
 impl TensorBoard {
     /// A new event file in `runs/` with the lines of the log so far. It takes the place of those that earlier parts of the
     /// run left: their last steps may be ones that are taken again, and the format has no way to take them back.
-    pub(super) fn create(output: &Path, lines: &[Map<String, Value>]) -> Result<TensorBoard> {
+    pub(super) fn create(output: &Path, lines: &[Line]) -> Result<TensorBoard> {
         let folder = output.join("runs");
         std::fs::create_dir_all(&folder).writing(&folder)?;
         let name = format!("events.out.tfevents.{}.{}.dpo-host", now() as u64, std::process::id());
@@ -44,19 +43,16 @@ impl TensorBoard {
     }
 
     /// The numbers of a line of the log, at its step.
-    pub(super) fn write(&mut self, line: &Map<String, Value>) -> Result<()> {
-        let step = line.get("global_step").and_then(Value::as_u64).unwrap_or(0);
-        let numbers = line.iter().filter(|(name, _)| *name != "global_step");
-        let summary = numbers.filter_map(|(name, value)| {
-            let group = if name.starts_with("eval_") { "eval" } else { "train" };
-            let mut scalar = field_bytes(1, format!("{group}/{}", name.trim_start_matches("eval_")).as_bytes());
+    pub(super) fn write(&mut self, line: &Line) -> Result<()> {
+        let summary = numbers(line).map(|(name, value)| {
+            let mut scalar = field_bytes(1, name.as_bytes());
             scalar.push(2 << 3 | 5);
-            scalar.extend((value.as_f64()? as f32).to_le_bytes());
-            Some(field_bytes(1, &scalar))
+            scalar.extend((value as f32).to_le_bytes());
+            field_bytes(1, &scalar)
         });
         let mut event = field_double(1, now());
         event.push(2 << 3);
-        event.extend(varint(step));
+        event.extend(varint(step(line)));
         event.extend(field_bytes(5, &summary.flatten().collect::<Vec<u8>>()));
         self.record(&event)
     }
@@ -73,33 +69,6 @@ impl TensorBoard {
         self.length += record.len() as u64;
         Ok(())
     }
-}
-
-fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
-}
-
-fn varint(mut value: u64) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    while value >= 0x80 {
-        bytes.push(value as u8 | 0x80);
-        value >>= 7;
-    }
-    bytes.push(value as u8);
-    bytes
-}
-
-fn field_double(number: u8, value: f64) -> Vec<u8> {
-    let mut bytes = vec![number << 3 | 1];
-    bytes.extend(value.to_le_bytes());
-    bytes
-}
-
-fn field_bytes(number: u8, value: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![number << 3 | 2];
-    bytes.extend(varint(value.len() as u64));
-    bytes.extend(value);
-    bytes
 }
 
 fn masked(data: &[u8]) -> u32 {
@@ -120,11 +89,5 @@ mod tests {
     fn checksum_of_the_standard() {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
-    }
-
-    #[test]
-    fn numbers_as_protobuf_has_them() {
-        assert_eq!(varint(300), [0xac, 0x02]);
-        assert_eq!(field_bytes(5, b"ab"), [0x2a, 2, b'a', b'b']);
     }
 }
