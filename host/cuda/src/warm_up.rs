@@ -37,7 +37,7 @@ impl CudaDevice {
             let layout = Layout::beside(&vec![Layout::after(0, 1); count]);
             Batch { ids: vec![0; count], layout, targets: vec![0; count], ..Batch::default() }
         };
-        let steps = matmul::classes_of_few(sequences).map(|count| (step(count), count));
+        let steps = matmul::skinny_classes(sequences).map(|count| (step(count), count));
         for (batch, rows) in [(prompt, 1)].into_iter().chain(steps) {
             self.send(&batch, false)?;
             self.matmuls.tune(|| {

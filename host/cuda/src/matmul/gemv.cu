@@ -7,23 +7,9 @@
 #define AHEAD 2
 #define STEP (THREADS * 8)  // columns that a block reads at once
 
-// Weights are read once: kept, they would push x out of the cache.
-__device__ __forceinline__ uint4 load_once(const bf16* p) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
-
 __device__ __forceinline__ float multiply(float sum, u32 a, u32 b) {
     sum = fmaf(__uint_as_float(a << 16), __uint_as_float(b << 16), sum);
     return fmaf(__uint_as_float(a & 0xffff0000u), __uint_as_float(b & 0xffff0000u), sum);
-}
-
-// Leaves the first `count` of eight values; the others are zero.
-__device__ __forceinline__ void cut(uint4& v, int count) {
-    u32* words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = count >= 2 * i + 2 ? words[i] : count == 2 * i + 1 ? words[i] & 0xffffu : 0;
 }
 
 // The products of x with rows of W, to every thread.

@@ -9,7 +9,7 @@ pub(crate) static SOURCE: Source = Source {
     waits: true,
     ..Source::plain(
         "gemv",
-        concat!(include_str!("../ops/activations.cuh"), include_str!("gemv.cu")),
+        concat!(include_str!("../ops/activations.cuh"), include_str!("weights.cuh"), include_str!("gemv.cu")),
         &["gemv", "gemv_wide", "gemv_gated"],
     )
 };

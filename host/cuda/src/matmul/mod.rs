@@ -1,14 +1,14 @@
 //! Matmuls: cuBLASLt's, and kernels of our own, which take more than it does into their ends. Which of them computes a class of shapes is
 //! timed once on a kind of GPU and kept on disk, so that later runs, and the same run again, compute the same bits. Matmuls of one row,
-//! and of few, have kernels of their own.
+//! and skinny ones, of few, have kernels of their own.
 
 mod ampere;
 mod dispatch;
-mod few;
 mod gemm;
 mod gemv;
 mod hopper;
 mod library;
+mod skinny;
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -19,10 +19,10 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use dispatch::Gated;
 pub(super) use dispatch::{gates, has_fp8};
-pub(crate) use few::MOST as FEW;
 pub use gemm::Gates;
 pub(crate) use gemm::{Fp8, Gemm, Groups};
 pub(super) use library::WORKSPACE;
+pub(crate) use skinny::MOST_ROWS as SKINNY_ROWS;
 
 use super::api;
 use super::gpu::{Address, Gpu, Memory, View};
@@ -40,7 +40,7 @@ pub(super) struct On<'a> {
 }
 
 /// Kernels of our own.
-pub(super) static SOURCES: [&Source; 4] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE, &few::SOURCE];
+pub(super) static SOURCES: [&Source; 4] = [&hopper::SOURCE, &ampere::SOURCE, &gemv::SOURCE, &skinny::SOURCE];
 
 /// All matmuls of one GPU.
 pub(super) struct Matmuls {
@@ -72,16 +72,17 @@ pub(super) fn class_of(rows: usize) -> usize {
 }
 
 /// Rows up to which a class has half as many as the next one: answers of some sequences at a time.
-const FEW_ROWS: usize = 128;
+const SMALL_CLASSES: usize = 128;
 
-fn few(rows: usize) -> usize {
+/// The most rows of the class that so few are in.
+fn skinny_class(rows: usize) -> usize {
     if rows == 1 { 1 } else { rows.next_power_of_two().max(8) }
 }
 
 /// The most rows of each class of matmuls for the next tokens of at most so many sequences.
-pub(super) fn classes_of_few(sequences: usize) -> impl Iterator<Item = usize> {
-    let powers = std::iter::successors(Some(1), |rows| Some(few(rows + 1)));
-    powers.take_while(move |rows| *rows < sequences.min(FEW_ROWS)).chain([sequences])
+pub(super) fn skinny_classes(sequences: usize) -> impl Iterator<Item = usize> {
+    let powers = std::iter::successors(Some(1), |rows| Some(skinny_class(rows + 1)));
+    powers.take_while(move |rows| *rows < sequences.min(SMALL_CLASSES)).chain([sequences])
 }
 
 /// `D = op(A) · op(B) + beta · C (+ bias)`, all in rows: `[m, k] · [k, n]`, in bf16 with sums in f32.
@@ -215,8 +216,8 @@ impl Matmuls {
         if matmul.is_gemv() {
             return matmul.start_gemv(on, operands);
         }
-        if matmul.is_few() {
-            return matmul.start_few(on, operands);
+        if matmul.is_skinny() {
+            return matmul.start_skinny(on, operands);
         }
         let mut plans = self.plans.borrow_mut();
         let (plan, algorithm) = match plans.entry(matmul) {
@@ -325,7 +326,7 @@ impl Matmul {
     fn class(&self) -> String {
         let round = |n: usize| if n == 1 { 1 } else { class_of(n) };
         // Of few tokens at a time it is the weights that are read.
-        let rows = if self.a_transposed || self.m > FEW_ROWS { round(self.m) } else { few(self.m) };
+        let rows = if self.a_transposed || self.m > SMALL_CLASSES { round(self.m) } else { skinny_class(self.m) };
         let flag = |on: bool, letter: &'static str| if on { letter } else { "" };
         format!(
             "{}x{}x{}{}{}{}{}{}",

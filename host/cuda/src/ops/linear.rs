@@ -14,8 +14,8 @@ use super::dequantize::{self, dequantized};
 use super::glu::Glu;
 use super::lora::{Lora, Matrices};
 use super::{
-    BackwardReads, Cost, CudaOp, Epilogue, Execute, FEW, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul,
-    Matrix, Member, NUMBERS, Operands, Recompute, Slice, Stack, Step, Variant, View, whole,
+    BackwardReads, Cost, CudaOp, Epilogue, Execute, Fp8, Gated, Gemm, Launch, LoadedStack, Lowering, Matmul, Matrix,
+    Member, NUMBERS, Operands, Recompute, SKINNY_ROWS, Slice, Stack, Step, Variant, View, whole,
 };
 use super::{fp8, nf4};
 use dpo_core::error::{Error, Result};
@@ -402,8 +402,8 @@ impl Execute for GatedForward {
             }
         }
         let (x, weights) = (reads[0], own.stacked(on)?);
-        if on.rows <= FEW && on.cache.is_some() {
-            return self.1.gated().start_few(on.for_matmuls(), [on.rows, k], [x, weights], writes[1]);
+        if on.rows <= SKINNY_ROWS && on.cache.is_some() {
+            return self.1.gated().start_skinny(on.for_matmuls(), [on.rows, k], [x, weights], writes[1]);
         }
         self.1.gated().launch(on.for_matmuls(), [on.rows, k], [x, weights], writes[0].wanted(), writes[1])
     }

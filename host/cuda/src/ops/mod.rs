@@ -35,7 +35,7 @@ use super::gpu::{Address, Args, Argument, Gpu, TensorMap, View};
 use super::kernels::{Kernels, Source, Variant};
 use super::launch::{BatchTable, Launch};
 use super::lowering::{BackwardReads, CudaOp, Epilogue, Lowering, multiple_of_8, whole};
-use super::matmul::{FEW, Fp8, Gated, Gemm, Groups, Matmul, Operands, WORKSPACE};
+use super::matmul::{Fp8, Gated, Gemm, Groups, Matmul, Operands, SKINNY_ROWS, WORKSPACE};
 use super::program::{Cost, Execute, Recompute, Slice, Step};
 #[cfg(test)]
 use super::tests::Emulation;

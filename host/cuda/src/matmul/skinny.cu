@@ -1,4 +1,4 @@
-// Matmuls of few rows, Y = X Wᵀ, which like those of one take the time in which W is read. A block has sixteen rows of W, or twice as many,
+// Skinny matmuls: Y = X Wᵀ for few rows of X, which like those of one take the time in which W is read. A block has sixteen rows of W, or twice as many,
 // which are left sides of the tensor cores' products, and eight rows of X are a right side. Its warps share the columns: a lane reads 16
 // bytes of each of its rows AHEAD times before it multiplies. What a sum is of has no order, so that these eight columns go into two
 // products as they lie: in each, a lane has four of them, of W and of X alike. Sums of warps are added in their order. The more rows of W a
@@ -8,20 +8,6 @@
 #define WARPS (THREADS / 32)
 #define AHEAD 4
 #define STEP 32  // columns that a warp reads at once
-
-// Leaves the first `count` of eight values; the others are zero.
-__device__ __forceinline__ void cut(uint4& v, int count) {
-    u32* words = &v.x;
-#pragma unroll
-    for (int i = 0; i < 4; i++) words[i] = count >= 2 * i + 2 ? words[i] : count == 2 * i + 1 ? words[i] & 0xffffu : 0;
-}
-
-// Weights are read once: kept, they would push X out of the cache.
-__device__ __forceinline__ uint4 load_once(const bf16* p) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
 
 // Adds the products of AHEAD times STEP columns. Those of a WHOLE step are all there: then no load waits for another. What lies behind a
 // row of k is anything, not numbers alone.
@@ -95,7 +81,7 @@ __device__ __forceinline__ void store(bf16* y, float x) { *y = to_bf16(x); }
 __device__ __forceinline__ void store(float* y, float x) { *y = x; }
 
 template <int LEFTS, int TILES, typename T>
-__device__ __forceinline__ void few_of(const View& x, const View& w, const View& c, const bf16* bias, T* y, long long ld, int m, int n, int k) {
+__device__ __forceinline__ void skinny_of(const View& x, const View& w, const View& c, const bf16* bias, T* y, long long ld, int m, int n, int k) {
     constexpr int ROWS = LEFTS * 16;
     __shared__ float sums[TILES * 8][ROWS];
     int first = blockIdx.x * ROWS, g = threadIdx.x % 32 / 4;
@@ -136,17 +122,17 @@ __device__ __forceinline__ void gated_of(const View& x, const View& w, const Vie
 // H = act(X Gᵀ) (X Uᵀ): W is [2 width, k], gate and then up.
 #define KERNELS(ROWS_OF_X, LEFTS, TILES)                                                                                                \
     extern "C" __global__ void __launch_bounds__(THREADS, 3 - LEFTS)                                                                    \
-        few_##ROWS_OF_X(View x, View w, View c, const bf16* bias, bf16* y, long long ld, int m, int n, int k) {                         \
+        skinny_##ROWS_OF_X(View x, View w, View c, const bf16* bias, bf16* y, long long ld, int m, int n, int k) {                         \
         after_previous();                                                                                                               \
-        few_of<LEFTS, TILES>(x, w, c, bias, y, ld, m, n, k);                                                                            \
+        skinny_of<LEFTS, TILES>(x, w, c, bias, y, ld, m, n, k);                                                                            \
     }                                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 3 - LEFTS)                                                                    \
-        few_wide_##ROWS_OF_X(View x, View w, View c, const bf16* bias, float* y, long long ld, int m, int n, int k) {                   \
+        skinny_wide_##ROWS_OF_X(View x, View w, View c, const bf16* bias, float* y, long long ld, int m, int n, int k) {                   \
         after_previous();                                                                                                               \
-        few_of<LEFTS, TILES>(x, w, c, bias, y, ld, m, n, k);                                                                            \
+        skinny_of<LEFTS, TILES>(x, w, c, bias, y, ld, m, n, k);                                                                            \
     }                                                                                                                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, 3 - LEFTS)                                                                    \
-        few_gated_##ROWS_OF_X(View x, View w, View h, int m, int width, int k, int activation, float limit) {                           \
+        skinny_gated_##ROWS_OF_X(View x, View w, View h, int m, int width, int k, int activation, float limit) {                           \
         after_previous();                                                                                                               \
         gated_of<LEFTS, TILES>(x, w, h, m, width, k, activation, limit);                                                                \
     }
