@@ -9,7 +9,7 @@ use crate::engine::{Engine, Loras};
 use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::memory::{free_memory, size};
-use crate::ops::KvCache;
+use crate::ops::{self, KvCache};
 use crate::plan::{MemoryOptions, weights};
 use crate::storage::Quantization;
 use crate::weights::Checkpoint;
@@ -51,6 +51,8 @@ impl CpuDecoder {
                 .at("--model")
                 .help("take a machine with more memory, or a smaller model"));
         }
+        let most = most_tokens(graph, sequences, free - needs)?;
+        let sequences = Sequences { most, ..sequences };
         let base = Base::load_kept(graph, checkpoint, quantization)?;
         CpuDecoder::of(Engine::new(graph.clone(), base, Adapter::idle(graph)?)?, adapters, sequences)
     }
@@ -65,6 +67,30 @@ impl CpuDecoder {
         let caches = (0..sequences.count).map(|_| KvCache::default()).collect();
         Ok(CpuDecoder { engine, adapters, threads, caches, most: sequences.most })
     }
+}
+
+/// Tokens that every sequence may have at once, in so many bytes. Caches grow with what is in them, to the next power of two.
+fn most_tokens(graph: &ModelGraph, sequences: Sequences, bytes: usize) -> Result<usize> {
+    let mut columns = 0;
+    for nodes in graph.layers.iter().map(|layer| &graph.blocks[layer.block].nodes) {
+        for node in nodes {
+            // A value is made by the node before its number.
+            let width =
+                |input: &usize| node.inputs[*input].checked_sub(1).map_or(graph.hidden_size, |at| nodes[at].width);
+            columns += ops::find(&node.op)?.cached_inputs.iter().map(width).sum::<usize>();
+        }
+    }
+    let per_token = sequences.count * columns * size_of::<f32>();
+    let room = bytes / per_token.max(1);
+    // The largest power of two that there is room for: beyond it a cache would take twice as much.
+    let most = sequences.most.min(if room == 0 { 0 } else { 1 << room.ilog2() });
+    if most < sequences.least {
+        let (need, left) = (size(per_token * sequences.least.next_power_of_two()), size(bytes));
+        let of = format!("{} sequences of {} tokens", sequences.count, sequences.least);
+        return Err(Error::input(format!("{left} of memory are left for keys and values, {of} need {need}"))
+            .help("take a machine with more memory, or fewer or shorter sequences"));
+    }
+    Ok(most)
 }
 
 impl Decoder for CpuDecoder {
@@ -108,4 +134,24 @@ fn no_adapter() -> Error {
 
 fn no_sequence() -> Error {
     Error::run("there is no sequence of that place, or it is named twice")
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)] // In a test, a panic is the report.
+
+    use super::*;
+    use crate::testing::op_cases;
+
+    #[test]
+    fn caches_fit() {
+        let (_, graph) = op_cases().unwrap().into_iter().find(|(name, _)| name.starts_with("attention")).unwrap();
+        let wanted = Sequences { count: 3, most: 1000, least: 8 };
+        let most = |bytes: usize| most_tokens(&graph, wanted, bytes);
+        let of_one = (1..).find(|bytes| most(bytes * 8).is_ok()).unwrap() * 8;
+        // So many bytes are 8 tokens of each; up to twice as many are no more, since a cache would grow to 16.
+        assert_eq!([of_one, 2 * of_one - 8, 2 * of_one].map(|bytes| most(bytes).unwrap()), [8, 8, 16]);
+        assert_eq!(most(usize::MAX).unwrap(), 1000);
+        assert!(most(of_one - 8).unwrap_err().to_string().contains("3 sequences of 8 tokens"));
+    }
 }
