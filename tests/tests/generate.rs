@@ -16,6 +16,7 @@ use dpo_core::weights::Checkpoint;
 use dpo_data::ChatTokenizer;
 use dpo_generate::{Generator, Sampling, Stop, TextStream, Variant, compare};
 use dpo_hub::model::{Model, ModelOptions};
+use dpo_plugin_api::graph::ModelGraph;
 use dpo_plugins::Registry;
 use dpo_tests::{CONFIGS, Numbers, golden, logits};
 
@@ -356,19 +357,32 @@ fn answers_side_by_side_are_those_of_each_alone() {
     }
 }
 
-/// Adapters of other ranks, scales and modules in one shape are the updates that they were.
+/// Adapters of other ranks, scales and modules in one shape are the updates that they were, of experts too.
 #[test]
 fn adapters_in_one_shape_change_what_they_did() {
-    let (family, config) = CONFIGS[0];
-    let graph = dpo_tests::graph(family, config);
-    let config = |rank, alpha, targets: &[&str]| AdapterConfig {
+    let config = |rank, alpha, targets: &[&str], parameters: &[&str]| AdapterConfig {
         targets: Targets::Names(targets.iter().map(|t| (*t).to_owned()).collect()),
+        parameters: parameters.iter().map(|p| (*p).to_owned()).collect(),
         ..AdapterConfig::new(rank, alpha)
     };
-    let subtracting = AdapterConfig { init: Init::Olora, ..config(2, 3.0, &["q_proj", "down_proj"]) };
-    let configs = [config(2, 8.0, &["q_proj", "v_proj"]), config(5, 7.0, &["down_proj", "v_proj"]), subtracting];
+    let dense = dpo_tests::graph(CONFIGS[0].0, CONFIGS[0].1);
+    let subtracting = AdapterConfig { init: Init::Olora, ..config(2, 3.0, &["q_proj", "down_proj"], &[]) };
+    let both = [config(2, 8.0, &["q_proj", "v_proj"], &[]), config(5, 7.0, &["down_proj", "v_proj"], &[]), subtracting];
+    check_one_shape(&dense, &both);
+    let (registry, folder) = (Registry::discover(&[], None), golden("trajectories/qwen3_moe/model"));
+    let moe = Model::open(&registry, &folder, &ModelOptions::default()).unwrap().graph;
+    let (up, down) = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj");
+    check_one_shape(&moe, &[config(2, 8.0, &["q_proj"], &[up, down]), config(3, 9.0, &["v_proj"], &[down])]);
+    let dora = AdapterConfig { dora: true, ..AdapterConfig::new(2, 4.0) };
+    let (dora, plain) =
+        (Adapter::new(&dense, dora, 0).unwrap(), Adapter::new(&dense, AdapterConfig::new(2, 4.0), 0).unwrap());
+    assert!(in_one_shape(vec![dora.clone(), plain]).is_err() && in_one_shape(vec![dora]).is_ok());
+}
+
+fn check_one_shape(graph: &ModelGraph, configs: &[AdapterConfig]) {
     let mut numbers = Numbers::new(9);
-    let mut adapters: Vec<Adapter> = configs.map(|config| Adapter::planned(&graph, config).unwrap()).into();
+    let mut adapters: Vec<Adapter> =
+        configs.iter().map(|config| Adapter::planned(graph, config.clone()).unwrap()).collect();
     for adapter in &mut adapters {
         let count = adapter.parameters();
         let mut random = |count: usize| (0..count).map(|_| numbers.below(2000) as f32 / 5000.0 - 0.2).collect();
@@ -377,7 +391,7 @@ fn adapters_in_one_shape_change_what_they_did() {
     }
     let shaped = in_one_shape(adapters.clone()).unwrap();
     assert!(shaped.iter().all(|one| one.shape() == shaped[0].shape() && one.params.len() == shaped[0].params.len()));
-    let engine = dpo_tests::engine(&graph, &dpo_tests::weights(&graph, 1), 2);
+    let engine = dpo_tests::engine(graph, &dpo_tests::weights(graph, 1), 2);
     let ids = text(graph.vocab_size, 11);
     for (own, shaped) in adapters.iter().zip(&shaped) {
         let [is, expected] = [shaped, own].map(|adapter| {
@@ -389,9 +403,6 @@ fn adapters_in_one_shape_change_what_they_did() {
         let change = plain.iter().zip(&expected).fold(0.0_f32, |most, (a, b)| most.max((a - b).abs()));
         assert!(off < 2e-5 && change > 1e-2, "off by {off}, where the adapter changes {change}");
     }
-    let dora = AdapterConfig { dora: true, ..AdapterConfig::new(2, 4.0) };
-    let dora = Adapter::new(&graph, dora, 0).unwrap();
-    assert!(in_one_shape(vec![dora.clone(), adapters[0].clone()]).is_err() && in_one_shape(vec![dora]).is_ok());
 }
 
 #[test]
