@@ -75,7 +75,9 @@ enum Command {
     /// Serve a model and adapters over HTTP to clients of OpenAI's API
     ///
     /// Endpoints: /v1/chat/completions and /v1/completions, with streams, /v1/models, /health. Answers to all requests go on together,
-    /// each adapter under a model name of its own.
+    /// each adapter under a model name of its own. What neither a request nor the flags of sampling nor the model's
+    /// generation_config.json says is as in OpenAI's API: temperature 1, a chat's answer as long as there is room for, 16 tokens of a
+    /// completion.
     Serve(serve::ServeOptions),
     /// Push an adapter, a merged model or a GGUF file to Hugging Face or ModelScope, with a model card
     ///

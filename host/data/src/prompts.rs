@@ -1,4 +1,4 @@
-//! Prompts that are to be answered: the lines of a text, or what the rows of a file ask, whatever format they are of.
+//! Prompts to answer: the lines of a text, or the prompts of rows of any known format.
 
 use std::collections::HashSet;
 use std::path::Path;
